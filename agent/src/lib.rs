@@ -1,0 +1,1 @@
+//! The agent, as a library that its programs and tests share.
