@@ -1,1 +1,56 @@
-//! Placeholder until the interface lands.
+//! The Varlink interfaces of cgtproxy, and what the two sides of them share: how control groups and
+//! proxies are named, how messages are framed, how a method is called and served.
+//!
+//! `org.cgtproxy.Helper` is what the privileged helper offers to agents, `org.cgtproxy.Agent` what an
+//! agent offers to its own user's programs. The `.varlink` files beside this one are the contract.
+
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod limits;
+pub mod message;
+pub mod name;
+pub mod path;
+pub mod service;
+
+/// `org.cgtproxy.Helper`, as generated from its description.
+#[allow(
+    missing_docs,
+    unused,
+    nonstandard_style,
+    unreachable_pub,
+    rust_2018_idioms
+)]
+#[allow(clippy::all, clippy::unwrap_used)]
+pub mod helper {
+    include!(concat!(env!("OUT_DIR"), "/org.cgtproxy.Helper.rs"));
+
+    /// The interface's description, as `org.varlink.service.GetInterfaceDescription` returns it.
+    pub const DESCRIPTION: &str = include_str!("org.cgtproxy.Helper.varlink");
+    /// The interface's name.
+    pub const INTERFACE: &str = "org.cgtproxy.Helper";
+}
+
+/// `org.cgtproxy.Agent`, as generated from its description.
+#[allow(
+    missing_docs,
+    unused,
+    nonstandard_style,
+    unreachable_pub,
+    rust_2018_idioms
+)]
+#[allow(clippy::all, clippy::unwrap_used)]
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/org.cgtproxy.Agent.rs"));
+
+    /// The interface's description, as `org.varlink.service.GetInterfaceDescription` returns it.
+    pub const DESCRIPTION: &str = include_str!("org.cgtproxy.Agent.varlink");
+    /// The interface's name.
+    pub const INTERFACE: &str = "org.cgtproxy.Agent";
+}
+
+/// Where the helper listens unless it is told otherwise.
+pub const HELPER_SOCKET: &str = "/run/cgtproxy/helper.sock";
+
+/// The environment variable that names another socket of the helper, for both daemons.
+pub const HELPER_SOCKET_VARIABLE: &str = "CGTPROXY_SOCKET";

@@ -1,0 +1,129 @@
+//! The calling side of a Varlink connection.
+
+use std::io;
+use std::path::Path;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use varlink::Request;
+use varlink::sansio;
+
+use crate::limits::MESSAGE_BYTES;
+use crate::message::{MessageReader, ReadError};
+use crate::service::Fault;
+
+/// Replies may be longer than calls: a status lists every control group.
+const REPLY_BYTES: usize = 16 * MESSAGE_BYTES;
+
+/// Why a call gave no reply.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// The other side answered with this error.
+    #[error("{}{}", .0.name, details(&.0.parameters))]
+    Fault(Fault),
+    /// The connection is closed.
+    #[error("the connection was closed")]
+    Closed,
+    /// The connection broke.
+    #[error("the connection broke")]
+    Io(#[source] io::Error),
+    /// What came back is not a reply of this method.
+    #[error("the reply is not one of this method")]
+    Protocol,
+}
+
+/// A fault's parameters for a person: ` (name: value, …)`.
+fn details(parameters: &Value) -> String {
+    match parameters.as_object() {
+        Some(fields) if !fields.is_empty() => {
+            let fields: Vec<_> = fields
+                .iter()
+                .map(|(name, value)| format!("{name}: {value}"))
+                .collect();
+            format!(" ({})", fields.join(", "))
+        }
+        _ => String::new(),
+    }
+}
+
+/// A connection on which methods are called, one at a time.
+#[derive(Debug)]
+pub struct Client {
+    messages: MessageReader<OwnedReadHalf>,
+    stream: OwnedWriteHalf,
+}
+
+impl Client {
+    /// Connects to the socket at `path`.
+    ///
+    /// # Errors
+    /// As connect(2).
+    pub async fn connect(path: &Path) -> io::Result<Self> {
+        Ok(Self::over(UnixStream::connect(path).await?))
+    }
+
+    /// Calls methods over an open connection.
+    #[must_use]
+    pub fn over(stream: UnixStream) -> Self {
+        let (read, write) = stream.into_split();
+        Self {
+            messages: MessageReader::new(read, REPLY_BYTES),
+            stream: write,
+        }
+    }
+
+    /// Calls a method by its full name and waits for its reply. Not cancel safe: a connection
+    /// whose call was given up must be closed.
+    ///
+    /// # Errors
+    /// If the other side refuses, or the connection fails.
+    pub async fn call<A: Serialize, R: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        arguments: A,
+    ) -> Result<R, CallError> {
+        let mut call = sansio::Client::new();
+        let parameters = serde_json::to_value(arguments).map_err(|_| CallError::Protocol)?;
+        call.send_request(
+            method.to_owned(),
+            Request::create(method.to_owned(), Some(parameters)),
+        )
+        .map_err(|_| CallError::Protocol)?;
+        while let Some(transmit) = call.poll_transmit() {
+            // A peer that refuses a message does so before it has read all of it, and closes:
+            // what it said is still there to be read.
+            if let Err(error) = self.stream.write_all(&transmit.payload).await
+                && error.kind() != io::ErrorKind::BrokenPipe
+            {
+                return Err(CallError::Io(error));
+            }
+        }
+        let message = match self.messages.next().await {
+            Ok(Some(message)) => message,
+            Ok(None) => return Err(CallError::Closed),
+            Err(ReadError::Io(error)) => return Err(CallError::Io(error)),
+            Err(ReadError::TooLarge(_)) => return Err(CallError::Protocol),
+        };
+        call.handle_input(&message)
+            .map_err(|_| CallError::Protocol)?;
+        let Some(sansio::ClientEvent::Reply { reply, .. }) = call.poll_event() else {
+            return Err(CallError::Protocol);
+        };
+        let parameters = reply
+            .parameters
+            .unwrap_or_else(|| Value::Object(Default::default()));
+        match reply.error {
+            Some(name) => Err(CallError::Fault(Fault { name, parameters })),
+            None => serde_json::from_value(parameters).map_err(|_| CallError::Protocol),
+        }
+    }
+
+    /// Returns when the other side closes the connection. To be used between calls only.
+    pub async fn closed(&mut self) {
+        while let Ok(Some(_)) = self.messages.next().await {}
+    }
+}
