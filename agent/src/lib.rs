@@ -1,1 +1,3 @@
 //! The agent, as a library that its programs and tests share.
+
+pub mod exec;

@@ -1,2 +1,9 @@
-//! The launcher.
-fn main() {}
+//! Runs a command under a target of the user's choice.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cgtproxy_agent::exec::main()
+}

@@ -1,0 +1,205 @@
+//! Asks the user's agent which targets there are, and when the kernel holds a verdict.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cgtproxy_proto::agent::{
+    AwaitTarget_Args, AwaitTarget_Reply, GetStatus_Args, GetStatus_Reply, UnknownTarget_Args,
+};
+use cgtproxy_proto::client::{CallError, Client};
+use tokio::time::{Instant, sleep, timeout_at};
+
+/// How long the agent may take to answer, and to get a verdict into the kernel.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Every policy has these targets.
+const BUILT_IN: [&str; 2] = ["direct", "drop"];
+
+/// The first proxy of a configuration.
+const DEFAULT_PROXY: &str = "proxy";
+
+/// What to do without an agent, for a person.
+const START: &str = "start it with 'systemctl --user enable --now cgtproxy-agent'";
+
+/// Why nobody could say that a target is in force.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody listens.
+    #[error("cgtproxy-agent is not running; {START}, or use --no-wait to do without it")]
+    NotRunning,
+    /// Its socket is there, but of no use.
+    #[error("can't connect to cgtproxy-agent at {}", .socket.display())]
+    Connect {
+        /// The socket.
+        socket: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The agent has no helper.
+    #[error(
+        "cgtproxy-agent is not connected to cgtproxy-helper, so no target is in force ({0}); \
+         look at 'systemctl status cgtproxy-helper.socket', or use --no-wait to do without it"
+    )]
+    NotConnected(String),
+    /// The configuration has no such target.
+    #[error("there is no target '{}'; known: {}", .name.escape_debug(), .known.join(", "))]
+    UnknownTarget {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: Vec<String>,
+    },
+    /// Something else gives the slice its verdict.
+    #[error(
+        "the target of {control_group} is '{target}'; does your configuration say \
+         'exec-slices: false'?"
+    )]
+    OtherTarget {
+        /// Where this process is.
+        control_group: String,
+        /// The target it has.
+        target: String,
+    },
+    /// The agent did not see the control group, or did not get its verdict into the kernel.
+    #[error(
+        "cgtproxy-agent did not get the target into the kernel within {} seconds; \
+         look at 'cgtproxy-agent status'",
+        PATIENCE.as_secs()
+    )]
+    Timeout,
+    /// The agent gave no usable answer.
+    #[error("cgtproxy-agent gave no answer")]
+    Call(#[source] CallError),
+}
+
+/// A connection to the user's agent.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    client: Client,
+}
+
+impl Agent {
+    /// Connects to the agent at `socket`.
+    pub(crate) async fn connect(socket: PathBuf) -> Result<Self, Error> {
+        match Client::connect(&socket).await {
+            Ok(client) => Ok(Self { client }),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                Err(Error::NotRunning)
+            }
+            Err(source) => Err(Error::Connect { socket, source }),
+        }
+    }
+
+    /// Fails unless the agent has a target of this name, in force.
+    pub(crate) async fn check_target(&mut self, name: &str) -> Result<(), Error> {
+        let call = self
+            .client
+            .call("org.cgtproxy.Agent.GetStatus", GetStatus_Args {});
+        let status: GetStatus_Reply = timeout_at(Instant::now() + PATIENCE, call)
+            .await
+            .map_err(|_| Error::Timeout)?
+            .map_err(fault)?;
+        // A wrong name is wrong with or without a helper, and the more useful thing to hear.
+        let proxies = status.targets.into_iter().filter(|t| t.port.is_some());
+        let known = known_targets(proxies.map(|t| t.name).collect());
+        if !known.iter().any(|known| known == name) {
+            let name = name.to_owned();
+            return Err(Error::UnknownTarget { name, known });
+        }
+        if !status.connected {
+            let problem = status.problem.unwrap_or_else(|| "not yet".to_owned());
+            return Err(Error::NotConnected(problem));
+        }
+        Ok(())
+    }
+
+    /// Returns when the kernel holds the verdict `target` for a control group, named by its path
+    /// from the control group root.
+    pub(crate) async fn await_target(
+        &mut self,
+        control_group: &str,
+        target: &str,
+    ) -> Result<(), Error> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let call = self.client.call::<_, AwaitTarget_Reply>(
+                "org.cgtproxy.Agent.AwaitTarget",
+                AwaitTarget_Args {
+                    controlGroup: control_group.to_owned(),
+                    target: target.to_owned(),
+                },
+            );
+            let answer = timeout_at(deadline, call)
+                .await
+                .map_err(|_| Error::Timeout)?;
+            match answer {
+                Ok(AwaitTarget_Reply {}) => return Ok(()),
+                // The control group is a few milliseconds old: word of it may be on its way.
+                Err(CallError::Fault(fault))
+                    if fault.name == "org.cgtproxy.Agent.ControlGroupNotFound" =>
+                {
+                    let again = Instant::now() + Duration::from_millis(10);
+                    if again >= deadline {
+                        return Err(Error::Timeout);
+                    }
+                    sleep(again - Instant::now()).await;
+                }
+                Err(error) => return Err(fault(error)),
+            }
+        }
+    }
+}
+
+/// All names of targets that may be asked for, given those of the proxies.
+fn known_targets(proxies: Vec<String>) -> Vec<String> {
+    let mut known: Vec<_> = BUILT_IN.map(str::to_owned).into();
+    if !proxies.is_empty() && proxies.iter().all(|name| name != DEFAULT_PROXY) {
+        known.push(DEFAULT_PROXY.to_owned());
+    }
+    known.extend(proxies);
+    known
+}
+
+/// A failed call as what it means.
+fn fault(error: CallError) -> Error {
+    let CallError::Fault(fault) = error else {
+        return Error::Call(error);
+    };
+    let field = |name| {
+        let value = fault.parameters.get(name).and_then(|v| v.as_str());
+        value.unwrap_or_default().to_owned()
+    };
+    match &*fault.name {
+        "org.cgtproxy.Agent.NotConnected" => Error::NotConnected(field("problem")),
+        "org.cgtproxy.Agent.OtherTarget" => Error::OtherTarget {
+            control_group: field("controlGroup"),
+            target: field("target"),
+        },
+        "org.cgtproxy.Agent.UnknownTarget" => {
+            match serde_json::from_value(fault.parameters.clone()) {
+                Ok(UnknownTarget_Args { name, known }) => Error::UnknownTarget { name, known },
+                Err(_) => Error::Call(CallError::Fault(fault)),
+            }
+        }
+        _ => Error::Call(CallError::Fault(fault)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::known_targets;
+
+    #[test]
+    fn knows_the_first_proxy_by_two_names() {
+        let known = |names: &[&str]| known_targets(names.iter().map(|&n| n.to_owned()).collect());
+        assert_eq!(known(&[]), ["direct", "drop"]);
+        assert_eq!(known(&["a", "b"]), ["direct", "drop", "proxy", "a", "b"]);
+        assert_eq!(known(&["a", "proxy"]), ["direct", "drop", "a", "proxy"]);
+    }
+}

@@ -1,0 +1,229 @@
+//! cgtproxy-exec: runs a command in the slice of a target.
+//!
+//! This process moves itself and then becomes the command, so terminal, environment, working
+//! directory, arguments, exit status and signals need no passing on. Two things differ for a command
+//! from having been started by the caller itself: its control group, and that `SIGPIPE` is not ignored
+//! even if the caller ignores it (the Rust runtime has changed it before `main`, and `exec` puts it
+//! back to its default).
+
+mod agent;
+mod cli;
+mod scope;
+
+use std::convert::Infallible;
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use cgtproxy_proto::name::{InvalidProxyName, ProxyName};
+use cgtproxy_proto::path::ControlGroupPath;
+use clap::Parser;
+
+pub use agent::Error as AgentError;
+pub use cli::Options;
+pub use scope::Error as ScopeError;
+
+use agent::Agent;
+use scope::{Address, Scope};
+
+/// The exit status if something goes wrong before the command is run, as env(1) has it.
+const FAILED: u8 = 125;
+/// The exit status if the command can't be run.
+const NOT_EXECUTABLE: u8 = 126;
+/// The exit status if there is no such command.
+const NOT_FOUND: u8 = 127;
+
+/// Why the command does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The runtime could not be set up.
+    #[error("can't start")]
+    Runtime(#[source] io::Error),
+    /// The agent does not say that the target is in force.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// No slice can have the target's name.
+    #[error("'{}' is no target", .name.escape_debug())]
+    Name {
+        /// The target's name.
+        name: String,
+        /// What is wrong with it.
+        source: InvalidProxyName,
+    },
+    /// systemd did not move this process.
+    #[error(transparent)]
+    Scope(#[from] ScopeError),
+    /// Nothing tells where this process is.
+    #[error("can't find this process's control group in /proc/self/cgroup")]
+    ControlGroup(#[source] io::Error),
+    /// The command could not be run.
+    #[error("can't run {command:?}")]
+    Exec {
+        /// The command.
+        command: OsString,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Exec { source, .. } if source.kind() == io::ErrorKind::NotFound => NOT_FOUND,
+            Self::Exec { .. } => NOT_EXECUTABLE,
+            _ => FAILED,
+        }
+    }
+}
+
+/// An error and what caused it, in one line.
+struct Chain<'a>(&'a dyn std::error::Error);
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+/// The program. Returns only if the command does not run.
+pub fn main() -> ExitCode {
+    let options = match Options::try_parse() {
+        Ok(options) => options,
+        Err(error) => {
+            let _ = error.print();
+            // clap's own status for a wrong command line could be the command's.
+            return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
+        }
+    };
+    let Err(error) = run(options);
+    // There is nobody to tell if the standard error is closed.
+    let _ = writeln!(io::stderr(), "cgtproxy-exec: {}", Chain(&error));
+    ExitCode::from(error.exit_code())
+}
+
+/// Moves this process into the target's slice, waits for the verdict and becomes the command.
+fn run(options: Options) -> Result<Infallible, Error> {
+    let mut words = options.command.into_iter();
+    let command = words.next().unwrap_or_default();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(Error::Runtime)?;
+    runtime.block_on(enter(&options.target, &command, !options.no_wait))?;
+    // Every descriptor it opened is closed here, and again by the kernel's close-on-exec.
+    drop(runtime);
+    let source = Command::new(&command).args(words).exec();
+    Err(Error::Exec { command, source })
+}
+
+/// Moves this process into the slice of `target`. With `wait`, returns when the kernel holds the
+/// verdict.
+async fn enter(target: &str, command: &OsString, wait: bool) -> Result<(), Error> {
+    let runtime = runtime_directory();
+    let mut agent = None;
+    if wait {
+        let socket = runtime.join("cgtproxy/agent.sock");
+        let agent = agent.insert(Agent::connect(socket).await?);
+        agent.check_target(target).await?;
+    }
+    check_name(target)?;
+    let pid = std::process::id();
+    let session_bus = std::env::var("DBUS_SESSION_BUS_ADDRESS").ok();
+    let addresses = Address::all(session_bus.as_deref(), &runtime);
+    Scope::new(target, &command.to_string_lossy(), pid)
+        .enter(&addresses, pid)
+        .await?;
+    if let Some(mut agent) = agent {
+        let control_group = own_control_group().map_err(Error::ControlGroup)?;
+        agent.await_target(&control_group, target).await?;
+    }
+    Ok(())
+}
+
+/// Fails if no slice can be named after the target.
+fn check_name(target: &str) -> Result<(), Error> {
+    if matches!(target, "direct" | "drop") {
+        return Ok(());
+    }
+    let name = target.parse::<ProxyName>();
+    name.map(drop).map_err(|source| Error::Name {
+        name: target.to_owned(),
+        source,
+    })
+}
+
+/// Where the sockets of the user's programs are (XDG Base Directory Specification). Programs that
+/// switch users often leave the variable unset, and the directory is where systemd makes it.
+fn runtime_directory() -> PathBuf {
+    std::env::var_os("XDG_RUNTIME_DIR")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .unwrap_or_else(|| {
+            let uid = rustix::process::getuid();
+            format!("/run/user/{}", uid.as_raw()).into()
+        })
+}
+
+/// This process's control group, as the agent takes it.
+fn own_control_group() -> io::Result<String> {
+    control_group(&fs::read("/proc/self/cgroup")?)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no control group of version 2"))
+}
+
+/// The control group of version 2 in what proc(5) calls `/proc/[pid]/cgroup`.
+fn control_group(file: &[u8]) -> Option<String> {
+    let path = file
+        .split(|&byte| byte == b'\n')
+        .find_map(|line| line.strip_prefix(b"0::/"))?;
+    let path = ControlGroupPath::from_bytes(path).ok()?;
+    Some(format!("/{}", path.to_wire()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_control_group_among_those_of_version_1() {
+        assert_eq!(
+            control_group(b"12:cpu,cpuacct:/user.slice\n1:name=systemd:/init.scope\n0::/a/b%c\n"),
+            Some("/a/b%25c".into())
+        );
+        assert_eq!(control_group(b"0::/\n"), Some("/".into()));
+        assert_eq!(control_group(b"1:name=systemd:/init.scope\n"), None);
+        // What is outside of this process's control group namespace can't be named.
+        assert_eq!(control_group(b"0::/../a\n"), None);
+    }
+
+    #[test]
+    fn no_name_leads_out_of_the_slice() {
+        for name in ["direct", "drop", "proxy", "mihomo", "my-proxy", "v2.ray_1"] {
+            assert!(check_name(name).is_ok(), "{name}");
+        }
+        for name in ["", "a/b", "../a", "a b", "drop-all", "a\n"] {
+            assert!(check_name(name).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn exit_statuses_are_those_of_env() {
+        let exec = |kind: io::ErrorKind| Error::Exec {
+            command: "x".into(),
+            source: kind.into(),
+        };
+        assert_eq!(exec(io::ErrorKind::NotFound).exit_code(), 127);
+        assert_eq!(exec(io::ErrorKind::PermissionDenied).exit_code(), 126);
+        assert_eq!(Error::Agent(AgentError::NotRunning).exit_code(), 125);
+    }
+}
