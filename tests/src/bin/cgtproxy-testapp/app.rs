@@ -1,0 +1,82 @@
+//! An application: does on the network what the harness tells it, one step at a time.
+
+mod flow;
+pub(crate) mod ping;
+mod raw;
+
+use std::collections::HashMap;
+use std::io::{BufRead, stdin};
+use std::time::Duration;
+
+use cgtproxy_tests::wire::{AppOrder, AppReport};
+
+use crate::lines::{parse, say};
+use crate::traffic::Traffic;
+pub(crate) use flow::Flow;
+
+/// Obeys until stdin ends.
+pub(crate) fn run() {
+    let mut app = App::default();
+    say(&AppReport::Done);
+    for line in stdin().lock().lines() {
+        let Ok(line) = line else { return };
+        let report =
+            app.obey(parse(line.as_bytes()))
+                .unwrap_or_else(|error| match error.raw_os_error() {
+                    Some(errno) => AppReport::Failed { errno },
+                    None => panic!("{error}"),
+                });
+        say(&report);
+    }
+}
+
+#[derive(Default)]
+struct App {
+    flows: HashMap<u32, Flow>,
+    traffic: HashMap<u32, Traffic>,
+}
+
+impl App {
+    fn obey(&mut self, order: AppOrder) -> std::io::Result<AppReport> {
+        match order {
+            AppOrder::OpenTcp { flow, to } => {
+                self.flows.insert(flow, Flow::tcp(to)?);
+            }
+            AppOrder::OpenUdp { flow, to } => {
+                self.flows.insert(flow, Flow::udp(to)?);
+            }
+            AppOrder::OpenPing { flow, to } => {
+                self.flows.insert(flow, Flow::ping(to)?);
+            }
+            AppOrder::Send { flow, token } => self.flow(flow).send(&token)?,
+            AppOrder::Await { flow, patience_ms } => {
+                return self
+                    .flow(flow)
+                    .step(Duration::from_millis(patience_ms.into()));
+            }
+            AppOrder::Close { flow } => {
+                self.flows.remove(&flow);
+            }
+            AppOrder::Raw { protocol, to } => raw::send(protocol, to)?,
+            AppOrder::StartTraffic {
+                traffic,
+                transport,
+                to,
+            } => {
+                self.traffic.insert(traffic, Traffic::start(transport, to));
+            }
+            AppOrder::Tally { traffic } => {
+                return Ok(AppReport::Tally(self.traffic[&traffic].take()));
+            }
+            AppOrder::StopTraffic { traffic } => {
+                let traffic = self.traffic.remove(&traffic).expect("no such traffic");
+                return Ok(AppReport::Tally(traffic.stop()));
+            }
+        }
+        Ok(AppReport::Done)
+    }
+
+    fn flow(&mut self, flow: u32) -> &mut Flow {
+        self.flows.get_mut(&flow).expect("no such flow")
+    }
+}

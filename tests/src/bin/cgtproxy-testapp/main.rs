@@ -1,0 +1,38 @@
+//! The programs that the test beds run inside a sandbox, in one binary:
+//! the sandbox's own init, a launcher, servers, applications, and a pipe to a Unix socket.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "whatever goes wrong in a test bed is a failed test, and a panic is how one says so"
+)]
+
+mod app;
+mod init;
+mod launch;
+mod lines;
+mod pipe;
+mod server;
+mod traffic;
+
+use std::ffi::OsString;
+
+const USAGE: &str = "usage: cgtproxy-testapp sandbox CGROUP BIN-DIR CMD… | init BIN-DIR CMD… \
+                     | launch CGROUP CMD… | serve JSON | app | pipe SOCKET";
+
+fn main() {
+    let mut arguments = std::env::args_os().skip(1);
+    let role = arguments.next().expect(USAGE);
+    let rest: Vec<OsString> = arguments.collect();
+    match (role.to_str(), rest.as_slice()) {
+        (Some("sandbox"), [cgroup, bin, command @ ..]) => init::sandbox(cgroup, bin, command),
+        (Some("init"), [bin, command @ ..]) => init::init(bin, command),
+        (Some("launch"), [cgroup, command @ ..]) => launch::launch(cgroup, command),
+        (Some("serve"), [spec]) => server::serve(spec.to_str().expect("JSON is UTF-8")),
+        (Some("app"), []) => app::run(),
+        (Some("pipe"), [socket]) => pipe::run(socket),
+        _ => panic!("{USAGE}"),
+    }
+}

@@ -1,0 +1,140 @@
+//! The one cgroup on the host that a sandbox lives in, and which takes everything with it.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+const PREFIX: &str = "cgtproxy-test-";
+
+/// A fresh child of the cgroup v2 root. Dropped, it kills whatever is in it and is removed.
+pub(crate) struct HostCgroup {
+    path: PathBuf,
+}
+
+impl HostCgroup {
+    /// Makes one, after clearing away what killed test runs left behind.
+    pub(crate) fn create() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let root = v2_root();
+        sweep(&root);
+        let pid = std::process::id();
+        let start = start_time(pid).expect("this process is alive");
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = root.join(format!("{PREFIX}{pid}-{start}-{count}"));
+        fs::create_dir(&path).unwrap_or_else(|e| {
+            panic!(
+                "cannot make the cgroup {} ({e}); the tests must run as root",
+                path.display()
+            )
+        });
+        Self { path }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for HostCgroup {
+    fn drop(&mut self) {
+        clear(&self.path);
+    }
+}
+
+/// Where the cgroup v2 hierarchy is mounted, on pure v2 and on hybrid machines.
+fn v2_root() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc is mounted");
+    mounts
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>())
+        .find(|fields| fields.get(2) == Some(&"cgroup2"))
+        .map(|fields| PathBuf::from(fields[1]))
+        .expect("cgroup v2 is mounted somewhere on this machine")
+}
+
+/// Removes sandboxes whose owner was killed before it could do so. The owner's start time is part
+/// of the name, since process ids come round again.
+fn sweep(root: &Path) {
+    for entry in fs::read_dir(root)
+        .expect("the cgroup root can be listed")
+        .flatten()
+    {
+        let name = entry.file_name();
+        let Some(rest) = name.to_str().and_then(|n| n.strip_prefix(PREFIX)) else {
+            continue;
+        };
+        let mut fields = rest.split('-');
+        let pid = fields.next().and_then(|f| f.parse().ok());
+        let start = fields.next().and_then(|f| f.parse::<u64>().ok());
+        if pid.and_then(start_time) != start || start.is_none() {
+            clear(&entry.path());
+        }
+    }
+}
+
+/// When a process was started, in clock ticks since boot.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything, so count from the last one.
+    stat.rsplit_once(')')?
+        .1
+        .split_whitespace()
+        .nth(19)?
+        .parse()
+        .ok()
+}
+
+/// Kills and removes. Errors are left alone: someone else may be sweeping the same cgroup, and
+/// what remains is swept by the next run.
+fn clear(path: &Path) {
+    let _ = fs::write(path.join("cgroup.kill"), "1");
+    wait_until_empty(path);
+    remove_tree(path);
+}
+
+fn wait_until_empty(path: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let Ok(events) = fs::File::open(path.join("cgroup.events")) else {
+        return;
+    };
+    while Instant::now() < deadline {
+        // The file is read anew each time: reading is what re-arms its POLLPRI.
+        match nix::sys::uio::pread(&events, &mut [0; 1], 0) {
+            Ok(_) => {}
+            Err(_) => return,
+        }
+        let Ok(text) = fs::read_to_string(path.join("cgroup.events")) else {
+            return;
+        };
+        if text.contains("populated 0") {
+            return;
+        }
+        let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        let _ = poll(&mut fds, PollTimeout::from(200_u16));
+    }
+}
+
+fn remove_tree(path: &Path) {
+    let Ok(entries) = fs::read_dir(path) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            remove_tree(&entry.path());
+        }
+    }
+    // A killed process leaves its cgroup a moment after the cgroup says it is empty.
+    for _ in 0..100 {
+        match fs::remove_dir(path) {
+            Err(e) if e.kind() == ErrorKind::ResourceBusy => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            _ => return,
+        }
+    }
+}

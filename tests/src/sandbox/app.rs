@@ -1,0 +1,374 @@
+//! Applications on the machine, which ask the network and tell what became of it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::driven::Driven;
+use super::launch::{Launch, binary};
+use super::network::deliveries;
+use super::outcome::Outcome;
+use super::world::World;
+use crate::wire::{AppOrder, AppReport, ServerKind, Tally, Transport};
+
+/// How long to wait for an answer before finding out where the question has gone. It decides how
+/// fast a test is that waits in vain, and nothing else.
+const PATIENCE_MS: u32 = 20;
+/// How long an answer may take that must be there already, as all of its way has been watched.
+const GRACE: Duration = Duration::from_millis(500);
+
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
+
+/// A process in a cgroup that sends what it is told. It enters its cgroup first of all, so all its
+/// sockets belong to that. Dropped, it is killed.
+pub struct App {
+    world: Arc<World>,
+    process: Arc<Mutex<Driven>>,
+}
+
+impl App {
+    pub(crate) fn start(world: &Arc<World>, launch: Launch) -> Self {
+        let mut command = launch.command(binary("cgtproxy-testapp"));
+        let process = Driven::start("an application", command.arg("app"));
+        match process.receive() {
+            AppReport::Done => {}
+            other => panic!("an application began with {other:?}"),
+        }
+        Self {
+            world: Arc::clone(world),
+            process: Arc::new(Mutex::new(process)),
+        }
+    }
+
+    pub(crate) fn start_on_internet(world: &Arc<World>) -> Self {
+        Self::start(world, Launch::root().on_internet())
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.process.lock().unwrap().pid()
+    }
+
+    /// Connects, asks and closes.
+    pub fn tcp(&self, to: SocketAddr) -> Outcome {
+        match self.open_tcp(to) {
+            Ok(connection) => connection.ask(),
+            Err(outcome) => outcome,
+        }
+    }
+
+    /// Asks from a new UDP socket.
+    pub fn udp(&self, to: SocketAddr) -> Outcome {
+        self.open_udp(to).ask()
+    }
+
+    /// Asks by TCP or UDP.
+    pub fn ask(&self, transport: Transport, to: SocketAddr) -> Outcome {
+        match transport {
+            Transport::Tcp => self.tcp(to),
+            Transport::Udp => self.udp(to),
+        }
+    }
+
+    /// Sends an ICMP or ICMPv6 echo request.
+    pub fn ping(&self, to: IpAddr) -> Outcome {
+        let flow = self.flow(
+            SocketAddr::new(to, 0),
+            if to.is_ipv4() { ICMP } else { ICMPV6 },
+        );
+        match self.order(&AppOrder::OpenPing {
+            flow: flow.number,
+            to,
+        }) {
+            AppReport::Done => flow.ask(),
+            other => flow.outcome(other),
+        }
+    }
+
+    /// Sends one packet of any other protocol, which nobody answers: see [`Outcome::LeftUnanswered`].
+    /// Only root may.
+    pub fn raw(&self, protocol: u8, to: IpAddr) -> Outcome {
+        let flow = self.flow(SocketAddr::new(to, 0), protocol);
+        let before = flow.delivered();
+        let report = self.order(&AppOrder::Raw { protocol, to });
+        self.world.settle();
+        match report {
+            AppReport::Done if flow.delivered() > before => Outcome::LeftUnanswered,
+            AppReport::Done => Outcome::Silent,
+            other => flow.outcome(other),
+        }
+    }
+
+    /// Opens a TCP connection to be used step by step, or tells why there is none.
+    ///
+    /// # Errors
+    /// What became of the attempt.
+    pub fn open_tcp(&self, to: SocketAddr) -> Result<Connection, Outcome> {
+        let connection = self.flow(to, Transport::Tcp.protocol());
+        let before = connection.delivered();
+        match self.order(&AppOrder::OpenTcp {
+            flow: connection.number,
+            to,
+        }) {
+            AppReport::Done => {}
+            other => return Err(connection.outcome(other)),
+        }
+        match connection.conclude(before, None) {
+            Ok(AppReport::Connected) => Ok(connection),
+            Ok(other) => Err(connection.outcome(other)),
+            Err(outcome) => Err(outcome),
+        }
+    }
+
+    /// Makes a UDP socket to be used step by step.
+    ///
+    /// # Panics
+    /// When there is no route.
+    pub fn open_udp(&self, to: SocketAddr) -> Connection {
+        let connection = self.flow(to, Transport::Udp.protocol());
+        match self.order(&AppOrder::OpenUdp {
+            flow: connection.number,
+            to,
+        }) {
+            AppReport::Done => connection,
+            other => panic!("no UDP socket for {to}: {other:?}"),
+        }
+    }
+
+    /// Starts asking again and again, each time from a new socket, while other things happen.
+    pub fn traffic(&self, transport: Transport, to: SocketAddr) -> Traffic {
+        let number = self.world.number();
+        self.order(&AppOrder::StartTraffic {
+            traffic: number,
+            transport,
+            to,
+        });
+        Traffic {
+            process: Arc::clone(&self.process),
+            number,
+        }
+    }
+
+    fn flow(&self, to: SocketAddr, protocol: u8) -> Connection {
+        Connection {
+            world: Arc::clone(&self.world),
+            process: Arc::clone(&self.process),
+            number: self.world.number(),
+            to,
+            protocol,
+        }
+    }
+
+    fn order(&self, order: &AppOrder) -> AppReport {
+        self.process.lock().unwrap().ask(order)
+    }
+}
+
+/// A socket of an application's that stays open. Dropped, it is closed.
+pub struct Connection {
+    world: Arc<World>,
+    process: Arc<Mutex<Driven>>,
+    number: u32,
+    to: SocketAddr,
+    protocol: u8,
+}
+
+impl Connection {
+    /// Asks once and tells what became of it.
+    pub fn ask(&self) -> Outcome {
+        let before = self.delivered();
+        let token = format!("question {}", self.world.number());
+        match self.order(&AppOrder::Send {
+            flow: self.number,
+            token: token.clone(),
+        }) {
+            AppReport::Done => {}
+            // A send reports the error that an earlier packet met; this one was not sent.
+            other => return self.insist_on_drop(self.outcome(other), before, &token),
+        }
+        match self.conclude(before, Some(&token)) {
+            Ok(report) => self.outcome(report),
+            Err(outcome) => outcome,
+        }
+    }
+
+    /// Waits for an answer; without one, finds out where the question has gone.
+    fn conclude(&self, before: u64, token: Option<&str>) -> Result<AppReport, Outcome> {
+        let mut report = self.step(PATIENCE_MS);
+        let start = Instant::now();
+        while matches!(report, AppReport::Pending) {
+            // After this, whatever could answer has answered.
+            self.world.settle();
+            report = self.step(0);
+            if !matches!(report, AppReport::Pending) {
+                break;
+            }
+            let asked = token.is_some_and(|token| self.world.was_asked(token));
+            let left = self.delivered() > before;
+            if !asked && !left {
+                return Err(Outcome::Silent);
+            }
+            if start.elapsed() > GRACE {
+                return Err(if asked {
+                    Outcome::AnswerLost
+                } else {
+                    Outcome::LeftUnanswered
+                });
+            }
+        }
+        Ok(report)
+    }
+
+    fn outcome(&self, report: AppReport) -> Outcome {
+        match report {
+            AppReport::Answered(answer) => match answer.kind {
+                ServerKind::Internet => {
+                    assert_eq!(
+                        answer.destination, self.to,
+                        "the internet was asked elsewhere"
+                    );
+                    Outcome::Direct {
+                        seen_as: answer.source.ip(),
+                    }
+                }
+                ServerKind::Tproxy => Outcome::Proxied {
+                    by: answer.by,
+                    original_destination: answer.destination,
+                },
+                ServerKind::Local => Outcome::Local {
+                    by: answer.by,
+                    at: answer.destination,
+                },
+            },
+            AppReport::Echoed => self.echoed(),
+            AppReport::Closed => Outcome::Closed,
+            AppReport::Failed { errno } => match Errno::from_raw(errno) {
+                Errno::EPERM => Outcome::Forbidden,
+                Errno::ECONNREFUSED => Outcome::Refused,
+                Errno::ECONNRESET | Errno::EPIPE => Outcome::Closed,
+                _ => Outcome::Failed { errno },
+            },
+            AppReport::Done | AppReport::Connected | AppReport::Pending | AppReport::Tally(_) => {
+                panic!("an application reports {report:?}")
+            }
+        }
+    }
+
+    /// An echo does not say who sent it, the record of the internet does.
+    fn echoed(&self) -> Outcome {
+        let deliveries = deliveries(self.to.ip());
+        match deliveries
+            .iter()
+            .find(|delivery| delivery.protocol == self.protocol)
+        {
+            Some(delivery) => Outcome::Direct {
+                seen_as: delivery.source,
+            },
+            None => Outcome::Local {
+                by: "the kernel".to_owned(),
+                at: self.to,
+            },
+        }
+    }
+
+    /// "Forbidden" promises more than the error that the application saw.
+    fn insist_on_drop(&self, outcome: Outcome, before: u64, token: &str) -> Outcome {
+        if outcome == Outcome::Forbidden {
+            self.world.settle();
+            assert!(
+                !self.world.was_asked(token),
+                "{}: refused and sent all the same",
+                self.to
+            );
+            assert_eq!(
+                self.delivered(),
+                before,
+                "{}: refused and sent all the same",
+                self.to
+            );
+        }
+        outcome
+    }
+
+    /// How many packets of this protocol have reached the destination.
+    fn delivered(&self) -> u64 {
+        deliveries(self.to.ip())
+            .iter()
+            .filter(|delivery| delivery.protocol == self.protocol)
+            .map(|delivery| delivery.packets)
+            .sum()
+    }
+
+    fn step(&self, patience_ms: u32) -> AppReport {
+        self.order(&AppOrder::Await {
+            flow: self.number,
+            patience_ms,
+        })
+    }
+
+    fn order(&self, order: &AppOrder) -> AppReport {
+        self.process.lock().unwrap().ask(order)
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // Not while panicking: the application may be what failed.
+        if !std::thread::panicking() {
+            self.order(&AppOrder::Close { flow: self.number });
+        }
+    }
+}
+
+/// Traffic that goes on while other things happen.
+pub struct Traffic {
+    process: Arc<Mutex<Driven>>,
+    number: u32,
+}
+
+impl Traffic {
+    /// What became of the questions since the last time.
+    pub fn tally(&self) -> Tally {
+        self.order(&AppOrder::Tally {
+            traffic: self.number,
+        })
+    }
+
+    /// Waits until some more questions are through and returns what became of those that were
+    /// begun after this call.
+    ///
+    /// # Panics
+    /// When the traffic has come to a halt.
+    #[track_caller]
+    pub fn next(&self, count: u64) -> Tally {
+        // One question may be under way while we ask: that one is not counted.
+        let mut stale = self.tally();
+        crate::wait::wait_until("a question to be through", || {
+            stale = self.tally();
+            stale.total() > 0
+        });
+        let mut sum = Tally::default();
+        crate::wait::wait_until("questions to be through", || {
+            sum.add(&self.tally());
+            sum.total() >= count
+        });
+        sum
+    }
+
+    /// Stops it and returns what became of the questions since the last time.
+    pub fn stop(self) -> Tally {
+        self.order(&AppOrder::StopTraffic {
+            traffic: self.number,
+        })
+    }
+
+    fn order(&self, order: &AppOrder) -> Tally {
+        match self.process.lock().unwrap().ask(order) {
+            AppReport::Tally(tally) => tally,
+            other => panic!("traffic reports {other:?}"),
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! The machine's cgroup tree.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::app::App;
+use super::launch::Launch;
+use super::world::World;
+use crate::wait::wait_until;
+
+/// Where the machine's cgroup tree is mounted.
+pub const ROOT: &str = "/sys/fs/cgroup";
+
+/// What systemd hands over to whom it delegates a cgroup, besides the directory.
+const DELEGATED: [&str; 3] = ["cgroup.procs", "cgroup.threads", "cgroup.subtree_control"];
+
+/// A cgroup on the machine. It stays when this value is dropped.
+#[derive(Clone)]
+pub struct Cgroup {
+    world: Arc<World>,
+    /// Relative to the root.
+    path: PathBuf,
+    uid: u32,
+}
+
+impl Cgroup {
+    /// Makes it and those above it that are missing, all of them owned by that uid.
+    pub(crate) fn create(world: &Arc<World>, path: &Path, uid: u32) -> Self {
+        let mut directory = PathBuf::from(ROOT);
+        for component in path.components() {
+            directory.push(component);
+            match fs::create_dir(&directory) {
+                Ok(()) if uid != 0 => delegate(&directory, uid),
+                Ok(()) => {}
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                Err(e) => panic!("cannot make the cgroup {}: {e}", directory.display()),
+            }
+        }
+        Self {
+            world: Arc::clone(world),
+            path: path.to_owned(),
+            uid,
+        }
+    }
+
+    /// Its path from the cgroup root, beginning with a slash: what a rule's `match` sees.
+    pub fn path(&self) -> PathBuf {
+        Path::new("/").join(&self.path)
+    }
+
+    /// Its directory.
+    pub fn directory(&self) -> PathBuf {
+        Path::new(ROOT).join(&self.path)
+    }
+
+    /// Its id, which is what nftables knows it by.
+    pub fn id(&self) -> u64 {
+        fs::metadata(self.directory())
+            .expect("the cgroup exists")
+            .ino()
+    }
+
+    /// The cgroup of that name below it, made if missing, for the same owner.
+    pub fn child(&self, name: impl AsRef<OsStr>) -> Self {
+        Self::create(&self.world, &self.path.join(name.as_ref()), self.uid)
+    }
+
+    /// An application in it, of its owner.
+    pub fn app(&self) -> App {
+        self.app_as(self.uid)
+    }
+
+    /// An application in it, of somebody else; root may send raw packets.
+    pub fn app_as(&self, uid: u32) -> App {
+        App::start(
+            &self.world,
+            Launch::root().uid(uid).cgroup(&self.directory()),
+        )
+    }
+
+    /// Removes it, which must have no children; processes that were just killed may still be
+    /// leaving.
+    ///
+    /// # Panics
+    /// When something lives in it.
+    #[track_caller]
+    pub fn remove(&self) {
+        let directory = self.directory();
+        wait_until(
+            &format!("{} to be empty", directory.display()),
+            || match fs::remove_dir(&directory) {
+                Ok(()) => true,
+                Err(e) if e.kind() == ErrorKind::ResourceBusy => false,
+                Err(e) => panic!("cannot remove the cgroup {}: {e}", directory.display()),
+            },
+        );
+    }
+}
+
+/// Hands a cgroup over, as systemd does.
+pub(crate) fn delegate(directory: &Path, uid: u32) {
+    chown(directory, Some(uid), Some(uid)).expect("root may give away");
+    for file in DELEGATED {
+        chown(directory.join(file), Some(uid), Some(uid)).expect("root may give away");
+    }
+}

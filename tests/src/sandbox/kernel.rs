@@ -1,0 +1,156 @@
+//! What the kernel has: nftables, rules and routes.
+
+use serde_json::Value;
+
+use super::Sandbox;
+use crate::command::{output_with_input, run, run_with_input};
+
+/// An element of a verdict map.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Element {
+    /// The key as nft prints it: for a cgroup, its path from the cgroup root without a leading
+    /// slash, or its id if it is gone.
+    pub key: String,
+    /// As in a ruleset: `return`, `goto drop-1000`, …
+    pub verdict: String,
+    /// What the element has counted, if it counts.
+    pub packets: Option<u64>,
+}
+
+/// A rule of the routing policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Lower is earlier.
+    pub priority: u64,
+    /// The mark it looks for, as `ip` prints it, e.g. `0x1000000/0x1000000`.
+    pub mark: Option<String>,
+    /// The table it looks things up in.
+    pub table: String,
+    /// Who made it.
+    pub protocol: Option<String>,
+}
+
+impl Sandbox {
+    /// Runs a command on the machine, as root, that must succeed.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[track_caller]
+    pub fn run(&self, command: &[&str]) -> String {
+        run(command)
+    }
+
+    /// Feeds a script to nft.
+    ///
+    /// # Panics
+    /// When nft does not take it.
+    #[track_caller]
+    pub fn nft(&self, script: &str) {
+        run_with_input(&["nft", "-f", "-"], script);
+    }
+
+    /// Runs `nft --json` with these arguments; none if it fails, which is how nft says that a
+    /// thing does not exist.
+    pub fn nft_json(&self, arguments: &[&str]) -> Option<Value> {
+        let output = output_with_input(&[&["nft", "--json"], arguments].concat(), "");
+        output
+            .status
+            .success()
+            .then(|| serde_json::from_slice(&output.stdout).expect("nft prints JSON"))
+    }
+
+    /// The elements of a map in the table `inet cgtproxy`, in order; none without such a map.
+    pub fn map_elements(&self, map: &str) -> Vec<Element> {
+        let listing = self.nft_json(&["list", "map", "inet", "cgtproxy", map]);
+        let elements = listing.and_then(|l| l["nftables"][1]["map"]["elem"].as_array().cloned());
+        let mut elements: Vec<_> = elements.unwrap_or_default().iter().map(element).collect();
+        elements.sort();
+        elements
+    }
+
+    /// The names of the chains in the table `inet cgtproxy`.
+    pub fn chains(&self) -> Vec<String> {
+        self.objects("chain")
+    }
+
+    /// The names of the maps in the table `inet cgtproxy`.
+    pub fn maps(&self) -> Vec<String> {
+        self.objects("map")
+    }
+
+    /// Whether the table `inet cgtproxy` exists.
+    pub fn has_table(&self) -> bool {
+        self.nft_json(&["list", "tables", "inet"])
+            .is_some_and(|listing| {
+                let tables = listing["nftables"].as_array().cloned().unwrap_or_default();
+                tables
+                    .iter()
+                    .any(|table| table["table"]["name"] == "cgtproxy")
+            })
+    }
+
+    fn objects(&self, kind: &str) -> Vec<String> {
+        let Some(listing) = self.nft_json(&["list", "table", "inet", "cgtproxy"]) else {
+            return Vec::new();
+        };
+        let objects = listing["nftables"].as_array().cloned().unwrap_or_default();
+        let names = objects
+            .iter()
+            .filter_map(|o| o[kind]["name"].as_str().map(str::to_owned));
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+
+    /// The routing policy rules of a family (4 or 6) that look for a mark.
+    pub fn mark_rules(&self, family: u8) -> Vec<Rule> {
+        let text = run(&["ip", &format!("-{family}"), "-details", "-json", "rule"]);
+        let rules: Vec<Value> = serde_json::from_str(&text).expect("ip prints JSON");
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        rules
+            .iter()
+            .filter(|rule| !rule["fwmark"].is_null())
+            .map(|rule| Rule {
+                priority: rule["priority"].as_u64().expect("a priority"),
+                mark: text(&rule["fwmark"]).map(|mark| match text(&rule["fwmask"]) {
+                    Some(mask) => format!("{mark}/{mask}"),
+                    None => mark,
+                }),
+                table: text(&rule["table"]).expect("a table"),
+                protocol: text(&rule["protocol"]),
+            })
+            .collect()
+    }
+
+    /// The routes of a family (4 or 6) in a table, as `ip` prints them; none without such a table.
+    pub fn routes(&self, family: u8, table: &str) -> Vec<String> {
+        let family = format!("-{family}");
+        let output = output_with_input(&["ip", &family, "route", "show", "table", table], "");
+        let text = String::from_utf8_lossy(&output.stdout);
+        text.lines().map(|line| line.trim().to_owned()).collect()
+    }
+}
+
+fn element(pair: &Value) -> Element {
+    let (mut key, mut packets) = (&pair[0], None);
+    if !key["elem"].is_null() {
+        packets = key["elem"]["counter"]["packets"].as_u64();
+        key = &key["elem"]["val"];
+    }
+    let key = key.as_str().map_or_else(|| key.to_string(), str::to_owned);
+    let verdict = pair[1]
+        .as_object()
+        .and_then(|v| v.iter().next())
+        .map_or_else(
+            || panic!("no verdict: {pair}"),
+            |(name, value)| match value["target"].as_str() {
+                Some(target) => format!("{name} {target}"),
+                None => name.clone(),
+            },
+        );
+    Element {
+        key,
+        verdict,
+        packets,
+    }
+}

@@ -1,0 +1,158 @@
+//! The fast sandbox: a machine and an internet in fresh namespaces, made in milliseconds.
+//!
+//! A test's body runs *inside*: see [`sandbox`].
+
+mod app;
+mod cgroup;
+mod driven;
+mod kernel;
+mod launch;
+mod network;
+mod outcome;
+mod reexec;
+mod server;
+mod service;
+mod user;
+mod varlink;
+mod world;
+
+use std::net::{IpAddr, SocketAddr};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
+
+pub use app::{App, Connection, Traffic};
+pub use cgroup::{Cgroup, ROOT as CGROUP_ROOT};
+pub use kernel::{Element, Rule};
+pub use network::{Delivery, INTERNET_V4, INTERNET_V6, MACHINE_V4, MACHINE_V6, PORTS, UPLINK};
+pub use outcome::{Outcome, direct, local, proxied};
+pub use server::{Server, ServerBuilder};
+pub use service::{AgentBuilder, HelperBuilder, Service};
+pub use user::User;
+pub use varlink::Varlink;
+
+use crate::wire::ServerKind;
+use world::World;
+
+/// Runs the body in a sandbox of its own.
+///
+/// Called by a test, this starts the test's own executable once more, for that one test, as a
+/// process of a fresh sandbox. There, the call builds the network and runs the body. So the body
+/// may do to the machine around it whatever it likes, as root; whatever it leaves behind is gone
+/// with the sandbox.
+///
+/// # Panics
+/// When the body panics, with everything it printed.
+#[track_caller]
+pub fn sandbox(body: impl FnOnce(&Sandbox)) {
+    if !reexec::is_inside() {
+        return reexec::run_this_test_inside();
+    }
+    let sandbox = Sandbox {
+        world: Arc::new(World::create()),
+    };
+    let result = catch_unwind(AssertUnwindSafe(|| body(&sandbox)));
+    if let Err(panic) = result {
+        sandbox.explain();
+        resume_unwind(panic);
+    }
+    reexec::say_finished();
+}
+
+/// The machine under test, with its uplink to a small internet.
+pub struct Sandbox {
+    world: Arc<World>,
+}
+
+impl Sandbox {
+    /// A user, whose delegated cgroup subtree is made as systemd would make it.
+    pub fn user(&self, uid: u32) -> User {
+        User::create(&self.world, uid)
+    }
+
+    /// A cgroup anywhere on the machine, owned by root. The path is relative to the cgroup root;
+    /// what is missing is made.
+    pub fn cgroup(&self, path: impl AsRef<std::ffi::OsStr>) -> Cgroup {
+        Cgroup::create(&self.world, std::path::Path::new(path.as_ref()), 0)
+    }
+
+    /// An application on the internet, to call the machine from outside.
+    pub fn internet_app(&self) -> App {
+        App::start_on_internet(&self.world)
+    }
+
+    /// A TPROXY server, to be told its port and its owner.
+    pub fn tproxy(&self, name: &str) -> ServerBuilder {
+        ServerBuilder::new(&self.world, name, ServerKind::Tproxy)
+    }
+
+    /// An ordinary service, to be told where to listen.
+    pub fn service(&self, name: &str) -> ServerBuilder {
+        ServerBuilder::new(&self.world, name, ServerKind::Local)
+    }
+
+    /// The helper, to be configured and started.
+    pub fn helper(&self) -> HelperBuilder {
+        HelperBuilder::new(&self.world)
+    }
+
+    /// An address on the internet that nobody has been given yet.
+    pub fn fresh_v4(&self) -> IpAddr {
+        self.world.fresh_v4()
+    }
+
+    /// An address on the internet that nobody has been given yet.
+    pub fn fresh_v6(&self) -> IpAddr {
+        self.world.fresh_v6()
+    }
+
+    /// One fresh destination of each family, at a port where the internet answers.
+    pub fn destinations(&self) -> [SocketAddr; 2] {
+        [self.fresh_v4(), self.fresh_v6()].map(|address| SocketAddr::new(address, PORTS[0]))
+    }
+
+    /// Returns when every packet sent before has arrived or never will, and the servers have read
+    /// and answered what reached them.
+    pub fn settle(&self) {
+        self.world.settle();
+    }
+
+    /// What has reached the internet for that address, of whatever protocol, once everything sent
+    /// before has arrived.
+    pub fn deliveries(&self, destination: IpAddr) -> Vec<Delivery> {
+        self.world.settle();
+        network::deliveries(destination)
+    }
+
+    /// Insists that no packet at all has left for that address.
+    ///
+    /// # Panics
+    /// When one did.
+    #[track_caller]
+    pub fn assert_nothing_left_for(&self, destination: IpAddr) {
+        let deliveries = self.deliveries(destination);
+        assert!(
+            deliveries.is_empty(),
+            "{destination} was sent {deliveries:?}"
+        );
+    }
+
+    /// Prints what one wants to see when a test has failed.
+    fn explain(&self) {
+        eprintln!("\n---- the sandbox when the test failed ----");
+        self.world.print_logs();
+        for command in [
+            &["nft", "list", "ruleset"][..],
+            &["ip", "rule"],
+            &["ip", "-6", "rule"],
+            &["ip", "route", "show", "table", "all", "type", "local"],
+        ] {
+            let output = crate::command::output_with_input(command, "");
+            eprintln!(
+                "$ {}\n{}",
+                command.join(" "),
+                String::from_utf8_lossy(&output.stdout)
+            );
+            eprint!("{}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+}

@@ -1,0 +1,413 @@
+//! The product's daemons: started, watched, killed.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::cgroup::Cgroup;
+use super::launch::{Launch, binary};
+use super::network::state_dir;
+use super::user::User;
+use super::world::World;
+use crate::wait::{DEADLINE, wait_for, wait_until};
+
+/// The uid the helper has in the sandbox: a system user, not root.
+const HELPER_UID: u32 = 990;
+/// The helper's socket.
+const SOCKET: &str = "/run/cgtproxy/helper.sock";
+
+/// A helper to be.
+pub struct HelperBuilder {
+    world: Arc<World>,
+    config: Option<String>,
+    arguments: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+}
+
+impl HelperBuilder {
+    pub(crate) fn new(world: &Arc<World>) -> Self {
+        Self {
+            world: Arc::clone(world),
+            config: None,
+            arguments: Vec::new(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// With that text for its configuration.
+    pub fn config(mut self, yaml: &str) -> Self {
+        self.config = Some(yaml.to_owned());
+        self
+    }
+
+    /// With another argument.
+    pub fn argument(mut self, argument: impl AsRef<OsStr>) -> Self {
+        self.arguments.push(argument.as_ref().to_owned());
+        self
+    }
+
+    /// With a variable.
+    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.environment
+            .push((name.as_ref().to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// Starts it; it is ready when this returns.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    #[track_caller]
+    pub fn start(self) -> Service {
+        let mut service = self.spawn();
+        service.wait_ready();
+        service
+    }
+
+    /// Starts it without waiting for it to be ready.
+    pub fn spawn(self) -> Service {
+        let directory = Path::new(SOCKET).parent().expect("it is in a directory");
+        fs::create_dir_all(directory).expect("/run is ours");
+        chown(directory, Some(HELPER_UID), Some(HELPER_UID)).expect("root may give away");
+        let cgroup = Cgroup::create(
+            &self.world,
+            Path::new("system.slice/cgtproxy-helper.service"),
+            0,
+        );
+        let mut arguments: Vec<OsString> = vec!["--socket".into(), SOCKET.into()];
+        let config = self.config.map(|text| {
+            let path = state_dir("etc").join("helper.yaml");
+            write_atomically(&path, &text, 0);
+            arguments.extend(["--config".into(), path.clone().into()]);
+            path
+        });
+        arguments.extend(self.arguments);
+        Service::spawn(
+            &self.world,
+            Spec {
+                program: "cgtproxy-helper",
+                arguments,
+                environment: self.environment,
+                launch: Launch::root()
+                    .uid(HELPER_UID)
+                    .capabilities(&["net_admin"])
+                    .cgroup(&cgroup.directory()),
+                config,
+                uid: 0,
+            },
+        )
+    }
+}
+
+/// An agent to be.
+pub struct AgentBuilder {
+    world: Arc<World>,
+    user: User,
+    config: Option<String>,
+    arguments: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+}
+
+impl AgentBuilder {
+    pub(crate) fn new(world: &Arc<World>, user: &User, config: &str) -> Self {
+        Self {
+            world: Arc::clone(world),
+            user: user.clone(),
+            config: Some(config.to_owned()),
+            arguments: Vec::new(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// Without a config file, and without being told of one.
+    pub fn without_config(mut self) -> Self {
+        self.config = None;
+        self
+    }
+
+    /// With another argument.
+    pub fn argument(mut self, argument: impl AsRef<OsStr>) -> Self {
+        self.arguments.push(argument.as_ref().to_owned());
+        self
+    }
+
+    /// With a variable.
+    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.environment
+            .push((name.as_ref().to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// Starts it; it is ready when this returns.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    #[track_caller]
+    pub fn start(self) -> Service {
+        let mut service = self.spawn();
+        service.wait_ready();
+        service
+    }
+
+    /// Starts it without waiting for it to be ready.
+    pub fn spawn(self) -> Service {
+        let uid = self.user.uid();
+        let cgroup = self.user.cgroup("app.slice/cgtproxy-agent.service");
+        let mut arguments: Vec<OsString> = vec!["run".into(), "--socket".into(), SOCKET.into()];
+        let config = self.config.map(|text| {
+            let mut path = self.user.home();
+            for part in [".config", "cgtproxy"] {
+                path.push(part);
+                fs::create_dir_all(&path).expect("the user's home");
+                chown(&path, Some(uid), Some(uid)).expect("root may give away");
+            }
+            path.push("config.yaml");
+            write_atomically(&path, &text, uid);
+            arguments.extend(["--config".into(), path.clone().into()]);
+            path
+        });
+        arguments.extend(self.arguments);
+        Service::spawn(
+            &self.world,
+            Spec {
+                program: "cgtproxy-agent",
+                arguments,
+                environment: self.environment,
+                launch: self.user.launch_in(&cgroup),
+                config,
+                uid,
+            },
+        )
+    }
+}
+
+/// How a daemon is started, and started again.
+struct Spec {
+    program: &'static str,
+    arguments: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+    launch: Launch,
+    config: Option<PathBuf>,
+    uid: u32,
+}
+
+/// A daemon of the product's. Dropped, it is killed.
+pub struct Service {
+    spec: Spec,
+    child: Child,
+    log: PathBuf,
+    notify: UnixDatagram,
+    notifications: Vec<String>,
+    notify_path: PathBuf,
+}
+
+impl Service {
+    fn spawn(world: &Arc<World>, spec: Spec) -> Self {
+        let log = world.new_log(spec.program);
+        let notify_path = state_dir("notify").join(world.number().to_string());
+        let notify = UnixDatagram::bind(&notify_path).expect("a socket in our own directory");
+        fs::set_permissions(&notify_path, fs::Permissions::from_mode(0o666)).unwrap();
+        let child = start(&spec, &log, &notify_path);
+        Self {
+            spec,
+            child,
+            log,
+            notify,
+            notifications: Vec::new(),
+            notify_path,
+        }
+    }
+
+    /// Where the helper listens.
+    pub fn socket() -> &'static Path {
+        Path::new(SOCKET)
+    }
+
+    /// Waits for `READY=1`.
+    ///
+    /// # Panics
+    /// When it ends instead, or says nothing.
+    #[track_caller]
+    pub fn wait_ready(&mut self) {
+        self.wait_notification("READY=1");
+    }
+
+    /// Waits for a line that it sends to the service manager.
+    ///
+    /// # Panics
+    /// When it ends instead, or says nothing of the kind.
+    #[track_caller]
+    pub fn wait_notification(&mut self, line: &str) {
+        let start = Instant::now();
+        loop {
+            if let Some(at) = self.notifications.iter().position(|n| n == line) {
+                self.notifications.drain(..=at);
+                return;
+            }
+            self.receive_notification(Duration::from_millis(50));
+            let ended = self.child.try_wait().expect("a child can be waited for");
+            let problem = match ended {
+                Some(status) => format!("ended ({status})"),
+                None if start.elapsed() > DEADLINE => "said no such thing".to_owned(),
+                None => continue,
+            };
+            panic!(
+                "{} {problem} before {line}:\n{}",
+                self.spec.program,
+                self.log()
+            );
+        }
+    }
+
+    /// Forgets what it has told the service manager so far.
+    pub fn forget_notifications(&mut self) {
+        while self.receive_notification(Duration::from_millis(1)) {}
+        self.notifications.clear();
+    }
+
+    fn receive_notification(&mut self, patience: Duration) -> bool {
+        self.notify
+            .set_read_timeout(Some(patience))
+            .expect("not zero");
+        let mut buffer = [0; 4096];
+        let Ok(count) = self.notify.recv(&mut buffer) else {
+            return false;
+        };
+        let text = String::from_utf8_lossy(&buffer[..count]);
+        self.notifications.extend(text.lines().map(str::to_owned));
+        true
+    }
+
+    /// All it has written to stderr and stdout since it was first started.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits until its log has that text in it.
+    ///
+    /// # Panics
+    /// When it never has.
+    #[track_caller]
+    pub fn wait_log(&self, text: &str) {
+        wait_until(
+            &format!("{:?} in the log of {}", text, self.spec.program),
+            || self.log().contains(text),
+        );
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it is running.
+    pub fn is_running(&mut self) -> bool {
+        self.child
+            .try_wait()
+            .expect("a child can be waited for")
+            .is_none()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).expect("it is running");
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// When it does not end.
+    #[track_caller]
+    pub fn wait(&mut self) -> ExitStatus {
+        wait_for(&format!("the end of {}", self.spec.program), || {
+            self.child.try_wait().expect("a child can be waited for")
+        })
+    }
+
+    /// Asks it to stop, and waits for its end.
+    #[track_caller]
+    pub fn stop(&mut self) -> ExitStatus {
+        self.signal(Signal::SIGTERM);
+        self.wait()
+    }
+
+    /// Kills it: it gets no chance to clean up.
+    #[track_caller]
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        self.wait();
+    }
+
+    /// Starts it again, once it has ended; it is ready when this returns.
+    #[track_caller]
+    pub fn start_again(&mut self) {
+        assert!(!self.is_running(), "{} is still running", self.spec.program);
+        self.forget_notifications();
+        self.child = start(&self.spec, &self.log, &self.notify_path);
+        self.wait_ready();
+    }
+
+    /// Replaces its config file, as an editor does: by a rename.
+    ///
+    /// # Panics
+    /// When it was started without one.
+    pub fn write_config(&self, yaml: &str) {
+        let path = self
+            .spec
+            .config
+            .as_ref()
+            .expect("it was started with a config");
+        write_atomically(path, yaml, self.spec.uid);
+    }
+
+    /// Tells it to read its config again.
+    pub fn reload(&self) {
+        self.signal(Signal::SIGHUP);
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn start(spec: &Spec, log: &Path, notify: &Path) -> Child {
+    let program = binary(spec.program);
+    assert!(
+        program.exists(),
+        "{} has not been built: run `make test`, or `cargo build --workspace` first",
+        spec.program
+    );
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(log)
+        .expect("our own directory");
+    spec.launch
+        .command(program)
+        .args(&spec.arguments)
+        .env("NOTIFY_SOCKET", notify)
+        .envs(spec.environment.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("a file"))
+        .stderr(log)
+        .spawn()
+        .unwrap_or_else(|e| panic!("cannot start {}: {e}", spec.program))
+}
+
+fn write_atomically(path: &Path, text: &str, uid: u32) {
+    let new = path.with_extension("new");
+    fs::write(&new, text).expect("a file in a directory of ours");
+    chown(&new, Some(uid), Some(uid)).expect("root may give away");
+    fs::rename(&new, path).expect("in the same directory");
+}

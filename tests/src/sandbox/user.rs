@@ -1,0 +1,91 @@
+//! An ordinary user of the machine.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::sync::Arc;
+
+use super::cgroup::Cgroup;
+use super::launch::{Launch, binary};
+use super::service::AgentBuilder;
+use super::varlink::Varlink;
+use super::world::World;
+
+/// A user with a login session: a delegated cgroup subtree, a home and a runtime directory. There
+/// is no entry in /etc/passwd.
+#[derive(Clone)]
+pub struct User {
+    world: Arc<World>,
+    uid: u32,
+    service: Cgroup,
+}
+
+impl User {
+    pub(crate) fn create(world: &Arc<World>, uid: u32) -> Self {
+        let slice = PathBuf::from(format!("user.slice/user-{uid}.slice"));
+        Cgroup::create(world, &slice, 0);
+        let service = Cgroup::create(world, &slice.join(format!("user@{uid}.service")), uid);
+        service.child("app.slice");
+        for parent in ["/run/home", "/run/user"] {
+            let directory = Path::new(parent).join(uid.to_string());
+            fs::create_dir_all(&directory).expect("/run is ours");
+            fs::set_permissions(&directory, fs::Permissions::from_mode(0o700)).unwrap();
+            chown(&directory, Some(uid), Some(uid)).expect("root may give away");
+        }
+        Self {
+            world: Arc::clone(world),
+            uid,
+            service,
+        }
+    }
+
+    /// The number.
+    pub fn uid(&self) -> u32 {
+        self.uid
+    }
+
+    /// The user's home directory.
+    pub fn home(&self) -> PathBuf {
+        PathBuf::from(format!("/run/home/{}", self.uid))
+    }
+
+    /// The top of the subtree that belongs to the user: `user@UID.service`.
+    pub fn service(&self) -> &Cgroup {
+        &self.service
+    }
+
+    /// A cgroup of the user's, by its path below `user@UID.service`; what is missing is made.
+    pub fn cgroup(&self, path: impl AsRef<OsStr>) -> Cgroup {
+        self.service.child(path)
+    }
+
+    /// The user's agent with that config, to be started.
+    pub fn agent(&self, config: &str) -> AgentBuilder {
+        AgentBuilder::new(&self.world, self, config)
+    }
+
+    /// Runs one of the product's binaries as the user, to its end, in a cgroup of its own.
+    pub fn run<S: AsRef<OsStr>>(&self, program: &str, arguments: &[S]) -> Output {
+        let cgroup = self.cgroup(format!("app.slice/run-{}.scope", self.world.number()));
+        let output = self
+            .launch_in(&cgroup)
+            .command(binary(program))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap_or_else(|e| panic!("cannot run {program}: {e}"));
+        cgroup.remove();
+        output
+    }
+
+    /// A connection to a Varlink service whose peer is this user.
+    pub fn varlink(&self, socket: impl AsRef<Path>) -> Varlink {
+        Varlink::connect(&self.launch_in(&self.service), socket.as_ref())
+    }
+
+    pub(crate) fn launch_in(&self, cgroup: &Cgroup) -> Launch {
+        Launch::root().uid(self.uid).cgroup(&cgroup.directory())
+    }
+}

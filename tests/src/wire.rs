@@ -1,0 +1,255 @@
+//! What the harness, the test applications and the test servers say to each other: JSON, one value
+//! a line, over stdin and stdout, or over the very connections that are being tested.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+/// The transport protocols a test server speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// A connection, one answer for each line.
+    Tcp,
+    /// One answer for each datagram.
+    Udp,
+}
+
+impl Transport {
+    /// The number that stands for the protocol in an IP header.
+    pub fn protocol(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+}
+
+/// What a test server is there for; it says so in every answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServerKind {
+    /// Stands at the far end of the machine's uplink and has every address there is.
+    Internet,
+    /// Takes diverted traffic, for any destination.
+    Tproxy,
+    /// An ordinary service on the machine.
+    Local,
+}
+
+/// One socket a server listens on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Listen {
+    /// TCP or UDP.
+    pub transport: Transport,
+    /// Where to bind.
+    pub address: SocketAddr,
+}
+
+/// Everything a test server must know to start.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServerSpec {
+    /// The name it gives in its answers.
+    pub name: String,
+    /// What it is there for.
+    pub kind: ServerKind,
+    /// Its sockets.
+    pub listen: Vec<Listen>,
+}
+
+/// A server's answer, which tells who answered and what the question looked like on arrival.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The name of the server.
+    pub by: String,
+    /// What the server is there for.
+    pub kind: ServerKind,
+    /// Who asked, as the server saw it.
+    pub source: SocketAddr,
+    /// Who was asked, as the server saw it: for a TPROXY server, the original destination.
+    pub destination: SocketAddr,
+    /// The question, so that a late answer is not taken for another one.
+    pub token: String,
+}
+
+/// Something that reached a server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arrival {
+    /// TCP or UDP.
+    pub transport: Transport,
+    /// Who sent it.
+    pub source: SocketAddr,
+    /// Where it was going.
+    pub destination: SocketAddr,
+    /// The question; none for a TCP connection that was accepted and has asked nothing yet.
+    pub token: Option<String>,
+}
+
+/// What the harness asks of a server.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ServerOrder {
+    /// Serve whatever has arrived by now, then tell what arrived since the last time.
+    Sync,
+    /// Send echo requests to that address from every CPU and return when the replies are back.
+    Flush(IpAddr),
+}
+
+/// A server's reply to the harness.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ServerReport {
+    /// All sockets are bound.
+    Ready,
+    /// What arrived since the last time.
+    Arrived(Vec<Arrival>),
+    /// All echo requests were answered.
+    Flushed,
+    /// It did not work, and why.
+    Failed(String),
+}
+
+/// What the harness asks of a test application. Flows are named by numbers the harness chooses.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AppOrder {
+    /// Begin a TCP connection.
+    OpenTcp {
+        /// The new flow.
+        flow: u32,
+        /// Where to.
+        to: SocketAddr,
+    },
+    /// Make a UDP socket and connect it, so that it takes answers only from whom it asked.
+    OpenUdp {
+        /// The new flow.
+        flow: u32,
+        /// Where to.
+        to: SocketAddr,
+    },
+    /// Make an ICMP echo socket.
+    OpenPing {
+        /// The new flow.
+        flow: u32,
+        /// Where to.
+        to: IpAddr,
+    },
+    /// Ask.
+    Send {
+        /// The flow.
+        flow: u32,
+        /// The question.
+        token: String,
+    },
+    /// Wait for the next step of that flow, at most so long.
+    Await {
+        /// The flow.
+        flow: u32,
+        /// How long to wait before `Pending` is the reply.
+        patience_ms: u32,
+    },
+    /// Close the socket.
+    Close {
+        /// The flow.
+        flow: u32,
+    },
+    /// Send one packet of a protocol of one's own (needs CAP_NET_RAW).
+    Raw {
+        /// The number of the protocol.
+        protocol: u8,
+        /// Where to.
+        to: IpAddr,
+    },
+    /// Start asking again and again, each time from a new socket.
+    StartTraffic {
+        /// The number of this traffic.
+        traffic: u32,
+        /// TCP or UDP.
+        transport: Transport,
+        /// Where to.
+        to: SocketAddr,
+    },
+    /// Tell what became of the questions asked since the last time.
+    Tally {
+        /// The number of the traffic.
+        traffic: u32,
+    },
+    /// Stop it, and tell what became of the questions asked since the last time.
+    StopTraffic {
+        /// The number of the traffic.
+        traffic: u32,
+    },
+}
+
+/// A test application's reply.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AppReport {
+    /// Done; there was nothing to wait for.
+    Done,
+    /// The TCP connection is established.
+    Connected,
+    /// A server answered.
+    Answered(Answer),
+    /// The echo request came back.
+    Echoed,
+    /// Nothing happened yet.
+    Pending,
+    /// The peer closed the connection.
+    Closed,
+    /// A system call failed, or an error came back from the network.
+    Failed {
+        /// The error's number.
+        errno: i32,
+    },
+    /// What became of many questions.
+    Tally(Tally),
+}
+
+/// What became of many questions.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tally {
+    /// How many of them the internet answered itself.
+    pub direct: u64,
+    /// How many each TPROXY server answered, with the destination they were sent to.
+    pub proxied: BTreeMap<String, u64>,
+    /// How many an ordinary service on the machine answered.
+    pub local: BTreeMap<String, u64>,
+    /// How many failed with which errno (1, EPERM, is what a drop looks like to a UDP sender).
+    pub failed: BTreeMap<i32, u64>,
+    /// How many got no answer for seconds.
+    pub silent: u64,
+    /// How many TPROXY answers named another destination than the one asked.
+    pub misdirected: u64,
+}
+
+impl Tally {
+    /// All questions together.
+    pub fn total(&self) -> u64 {
+        self.direct
+            + self.proxied.values().sum::<u64>()
+            + self.local.values().sum::<u64>()
+            + self.failed.values().sum::<u64>()
+            + self.silent
+            + self.misdirected
+    }
+}
+
+impl Tally {
+    /// Adds what another tally counted.
+    pub fn add(&mut self, other: &Self) {
+        self.direct += other.direct;
+        self.silent += other.silent;
+        self.misdirected += other.misdirected;
+        for (name, count) in &other.proxied {
+            *self.proxied.entry(name.clone()).or_default() += count;
+        }
+        for (name, count) in &other.local {
+            *self.local.entry(name.clone()).or_default() += count;
+        }
+        for (errno, count) in &other.failed {
+            *self.failed.entry(*errno).or_default() += count;
+        }
+    }
+}
