@@ -608,6 +608,8 @@ fn a_wrong_target_lists_the_right_ones() {
     }
     let output = session.run(["--no-wait", "../x", "echo", "ran"]);
     assert_refused(&output, 125, &["'../x' is no target"]);
+    let output = session.run(["--no-wait", "a--b", "echo", "ran"]);
+    assert_refused(&output, 125, &["no slice", "'a--b'"]);
     assert_eq!(session.asked(), []);
 }
 

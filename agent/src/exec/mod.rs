@@ -54,6 +54,12 @@ pub enum Error {
         /// What is wrong with it.
         source: InvalidProxyName,
     },
+    /// systemd reads dashes in a slice's name as a path, which can have no empty component.
+    #[error(
+        "no slice can be named after '{0}', because systemd allows neither '--' nor a '-' at the end: \
+         the proxy needs another name in your configuration to be used with cgtproxy-exec"
+    )]
+    Slice(String),
     /// systemd did not move this process.
     #[error(transparent)]
     Scope(#[from] ScopeError),
@@ -156,11 +162,17 @@ fn check_name(target: &str) -> Result<(), Error> {
     if matches!(target, "direct" | "drop") {
         return Ok(());
     }
-    let name = target.parse::<ProxyName>();
-    name.map(drop).map_err(|source| Error::Name {
-        name: target.to_owned(),
-        source,
-    })
+    let name = || target.to_owned();
+    if let Err(source) = target.parse::<ProxyName>() {
+        return Err(Error::Name {
+            name: name(),
+            source,
+        });
+    }
+    if target.contains("--") || target.ends_with('-') {
+        return Err(Error::Slice(name()));
+    }
+    Ok(())
 }
 
 /// Where the sockets of the user's programs are (XDG Base Directory Specification). Programs that
@@ -211,7 +223,7 @@ mod tests {
         for name in ["direct", "drop", "proxy", "mihomo", "my-proxy", "v2.ray_1"] {
             assert!(check_name(name).is_ok(), "{name}");
         }
-        for name in ["", "a/b", "../a", "a b", "drop-all", "a\n"] {
+        for name in ["", "a/b", "../a", "a b", "drop-all", "a\n", "a-", "a--b"] {
             assert!(check_name(name).is_err(), "{name:?}");
         }
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use futures_core::Stream;
 use zbus::connection::Builder;
 use zbus::message::Type;
-use zbus::{Connection, MatchRule, MessageStream, OwnedObjectPath, Variant};
+use zbus::{Connection, DBusError, MatchRule, MessageStream, OwnedObjectPath, Variant};
 
 const SYSTEMD: &str = "org.freedesktop.systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
@@ -30,12 +30,12 @@ pub enum Error {
     #[error("can't reach your systemd user manager (is this a login session?){}", attempts(.0))]
     NoManager(Vec<(String, zbus::Error)>),
     /// It refused to make the scope.
-    #[error("systemd does not start {scope}")]
+    #[error("systemd does not start {scope}: {}", said(.answer))]
     Refused {
         /// The scope's name.
         scope: String,
         /// What systemd said.
-        source: zbus::Error,
+        answer: zbus::Error,
     },
     /// It made the scope, but could not move this process into it.
     #[error("systemd could not move this process into {scope}: the job ended as '{result}'")]
@@ -50,11 +50,21 @@ pub enum Error {
     Timeout,
 }
 
+/// A D-Bus error without its name, which tells a person nothing that the text does not. It is not
+/// treated as a cause of ours: it repeats its own causes in its text.
+fn said(error: &zbus::Error) -> String {
+    match error {
+        zbus::Error::MethodError(_, Some(text), _) => text.clone(),
+        zbus::Error::FDO(error) => error.description().unwrap_or("no reason given").to_owned(),
+        _ => error.to_string(),
+    }
+}
+
 /// What was tried, one address after the other, for a person.
 fn attempts(attempts: &[(String, zbus::Error)]) -> String {
     attempts
         .iter()
-        .map(|(address, error)| format!("; {address}: {error}"))
+        .map(|(address, error)| format!("; {address}: {}", said(error)))
         .collect()
 }
 
@@ -142,9 +152,9 @@ impl Manager {
 
     /// Starts a scope with process `pid` in it, and returns when it is there.
     async fn start(&self, scope: &Scope, pid: u32) -> Result<(), Error> {
-        let refused = |source| Error::Refused {
+        let refused = |answer| Error::Refused {
             scope: scope.name.clone(),
-            source,
+            answer,
         };
         // Asked for before the job exists, so that its end can't be missed.
         let removed = MatchRule::builder()
