@@ -1,2 +1,211 @@
-//! The helper.
-fn main() {}
+//! cgtproxy-helper: owns the nftables table of cgtproxy, its routing rules and its marks, on behalf of users' agents.
+
+#![deny(unsafe_code)]
+
+use std::cell::RefCell;
+use std::io::{self, IsTerminal};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use cgtproxy_helper::cgroup::{Root, RootError};
+use cgtproxy_helper::config::{self, Config};
+use cgtproxy_helper::nft::{self, Nftables};
+use cgtproxy_helper::route::{self, Family, Routing};
+use cgtproxy_helper::server::Server;
+use cgtproxy_helper::state::State;
+use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
+use clap::Parser;
+use listenfd::ListenFd;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Owns cgtproxy's nftables table on behalf of users' agents. Needs CAP_NET_ADMIN and nothing else.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Listen on this socket, unless systemd hands one over
+    #[arg(long, value_name = "PATH", env = HELPER_SOCKET_VARIABLE, default_value = HELPER_SOCKET)]
+    socket: PathBuf,
+
+    /// Read the configuration from this file instead of /etc/cgtproxy/helper.yaml
+    #[arg(long, value_name = "PATH")]
+    config: Option<PathBuf>,
+
+    /// Where cgroup v2 is mounted, if not at /sys/fs/cgroup or /sys/fs/cgroup/unified
+    #[arg(long, value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+
+    /// Remove the table, the rules and the routes that a helper left, and exit
+    #[arg(long)]
+    remove: bool,
+}
+
+/// Why the helper can't run.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    #[error(transparent)]
+    Root(#[from] RootError),
+    #[error(transparent)]
+    Nftables(#[from] nft::Error),
+    #[error(transparent)]
+    Route(#[from] route::Error),
+    #[error("can't use the socket that systemd handed over")]
+    ActivatedSocket(#[source] io::Error),
+    #[error("can't listen on '{path}'")]
+    Listen { path: PathBuf, source: io::Error },
+    #[error("another helper listens on '{0}'")]
+    InUse(PathBuf),
+    #[error("can't start")]
+    Runtime(#[source] io::Error),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    log_to_stderr();
+    let result = if arguments.remove {
+        remove(&arguments)
+    } else {
+        run(&arguments)
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let mut message = error.to_string();
+            let mut cause = std::error::Error::source(&error);
+            while let Some(error) = cause {
+                message.push_str(": ");
+                message.push_str(&error.to_string());
+                cause = error.source();
+            }
+            tracing::error!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// To a terminal with times; to the journal without, since it has its own.
+fn log_to_stderr() {
+    let level = std::env::var("CGTPROXY_LOG")
+        .ok()
+        .and_then(|level| level.parse().ok());
+    let level = level.unwrap_or(tracing::Level::INFO);
+    let log = tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_max_level(level)
+        .with_target(false)
+        .with_ansi(io::stderr().is_terminal());
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        log.without_time().with_level(false).init();
+    } else {
+        log.init();
+    }
+}
+
+fn remove(arguments: &Arguments) -> Result<(), Error> {
+    let config = Config::load(arguments.config.as_deref())?;
+    Nftables::remove(config.marks)?;
+    let routing = Routing::open(config.marks, config.route_table, config.rule_priority)?;
+    for family in [Family::Ipv4, Family::Ipv6] {
+        routing.remove(family)?;
+    }
+    Ok(())
+}
+
+fn run(arguments: &Arguments) -> Result<(), Error> {
+    let config = Config::load(arguments.config.as_deref())?;
+    let root = Root::open(arguments.cgroup_root.as_deref())?;
+    // The socket comes first: two helpers would fight over the table, and one socket is what
+    // tells them apart on a kernel that does not protect the table.
+    let mut activated = ListenFd::from_env();
+    let handed_over = activated
+        .take_unix_listener(0)
+        .map_err(Error::ActivatedSocket)?;
+    let own_socket = handed_over.is_none();
+    let listener = match handed_over {
+        Some(listener) => listener,
+        None => listen(&arguments.socket)?,
+    };
+    let marks = config.marks;
+    let routing = Routing::open(marks, config.route_table, config.rule_priority)?;
+    let (nftables, left) = Nftables::open(marks, &config.proxy_uids)?;
+    routing.ensure(Family::Ipv4)?;
+    let ipv6 = routing.ensure(Family::Ipv6)?;
+    if !ipv6 {
+        tracing::info!("the kernel has no IPv6: only IPv4 is diverted");
+    }
+    if !nftables.owned() {
+        tracing::info!(
+            "the kernel can't protect the table 'inet cgtproxy' from other programs (Linux 6.9 can)"
+        );
+    }
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::Runtime)?;
+    let served = tokio::task::LocalSet::new().block_on(&runtime, async {
+        listener.set_nonblocking(true).map_err(Error::Runtime)?;
+        let listener = tokio::net::UnixListener::from_std(listener).map_err(Error::Runtime)?;
+        let shutdown = CancellationToken::new();
+        let mut terminate = signal(SignalKind::terminate()).map_err(Error::Runtime)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Runtime)?;
+        let (state, graces) = State::new(config, root, ipv6, nftables, left);
+        let server = Server::new(Rc::new(RefCell::new(state)), shutdown.clone());
+        for (uid, grace) in graces {
+            server.await_grace(uid, grace);
+        }
+        notify(&[NotifyState::Ready]);
+        tokio::join!(server.run(listener), async {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            notify(&[NotifyState::Stopping]);
+            shutdown.cancel();
+        });
+        Ok(())
+    });
+    // With a socket of systemd's the next helper goes on where this one stops, and stopping the
+    // socket unit removes everything. Without, nobody would.
+    if own_socket {
+        let _ = std::fs::remove_file(&arguments.socket);
+        remove(arguments)?;
+    }
+    served
+}
+
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!("can't notify systemd: {error}");
+    }
+}
+
+/// Listens on a socket of our own, in place of one that nobody listens on any more.
+fn listen(path: &Path) -> Result<UnixListener, Error> {
+    let failed = |source| Error::Listen {
+        path: path.to_owned(),
+        source,
+    };
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory).map_err(failed)?;
+    }
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            if std::os::unix::net::UnixStream::connect(path).is_ok() {
+                return Err(Error::InUse(path.to_owned()));
+            }
+            std::fs::remove_file(path).map_err(failed)?;
+            UnixListener::bind(path).map_err(failed)?
+        }
+        result => result.map_err(failed)?,
+    };
+    // Anybody may connect: what a peer may do depends on its uid.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666)).map_err(failed)?;
+    Ok(listener)
+}

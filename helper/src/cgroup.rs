@@ -1,0 +1,259 @@
+//! Control groups: from a path in a message to the id by which nftables knows them.
+//!
+//! A path becomes an [`OwnedControlGroup`] only here, below the subtree of a [`Peer`].
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use cgtproxy_proto::path::ControlGroupPath;
+use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, fstatfs, open, openat2};
+use rustix::io::Errno;
+
+use crate::peer::{Peer, Uid};
+
+/// `CGROUP2_SUPER_MAGIC` (linux/magic.h).
+const CGROUP2_SUPER_MAGIC: u32 = 0x6367_7270;
+
+/// Where systemd mounts cgroup v2: alone, or beside the v1 hierarchies of a hybrid machine.
+const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+
+/// The deepest level that nftables can match (nft_socket_init, net/netfilter/nft_socket.c).
+const DEEPEST_LEVEL: u32 = 255;
+
+/// openat2(2) gives up with EAGAIN when something is renamed or mounted meanwhile.
+const OPEN_ATTEMPTS: usize = 16;
+
+/// A control group's id: the inode number of its directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ControlGroupId(u64);
+
+impl ControlGroupId {
+    /// The id as an nftables key.
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; 8] {
+        self.0.to_ne_bytes()
+    }
+
+    /// The id of an nftables key.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; 8]) -> Self {
+        Self(u64::from_ne_bytes(bytes))
+    }
+}
+
+/// A control group that belonged to a user when it was opened on that user's behalf.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OwnedControlGroup {
+    id: ControlGroupId,
+    level: u32,
+}
+
+impl OwnedControlGroup {
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> ControlGroupId {
+        self.id
+    }
+
+    /// Its depth below the control group root.
+    #[must_use]
+    pub fn level(&self) -> u32 {
+        self.level
+    }
+
+    /// Any control group, for a test of what comes after opening one.
+    #[cfg(test)]
+    pub(crate) fn for_test(id: u64, level: u32) -> Self {
+        Self {
+            id: ControlGroupId(id),
+            level,
+        }
+    }
+}
+
+/// Why a control group can't be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unavailable {
+    /// It is not there (any more).
+    #[error("there is no such control group")]
+    Missing,
+    /// It belongs to another user.
+    #[error("the control group belongs to another user")]
+    NotOwned,
+    /// The path leads to something else, or out of the subtree.
+    #[error("the path does not lead to a control group")]
+    NotControlGroup,
+    /// The kernel does not let it be opened.
+    #[error("the control group can't be opened")]
+    Unreadable,
+    /// nftables can't match a level that deep.
+    #[error("the control group is more than {DEEPEST_LEVEL} levels deep")]
+    TooDeep,
+}
+
+/// Why there is no control group root.
+#[derive(Debug, thiserror::Error)]
+pub enum RootError {
+    /// It can't be opened.
+    #[error("can't open the control group root '{path}'")]
+    Open {
+        /// Where it should be.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It is something else.
+    #[error("'{path}' is not the root of a cgroup v2 hierarchy")]
+    NotControlGroup {
+        /// What was tried.
+        path: PathBuf,
+    },
+    /// cgroup v2 is at none of the usual places.
+    #[error(
+        "there is no cgroup v2 hierarchy at /sys/fs/cgroup or /sys/fs/cgroup/unified; --cgroup-root names another place"
+    )]
+    NotFound,
+}
+
+/// The root of the cgroup v2 hierarchy.
+#[derive(Debug)]
+pub struct Root(OwnedFd);
+
+impl Root {
+    /// Opens `path`, or else the place where cgroup v2 is mounted.
+    ///
+    /// # Errors
+    /// If there is no cgroup v2 hierarchy.
+    pub fn open(path: Option<&Path>) -> Result<Self, RootError> {
+        if let Some(path) = path {
+            return Self::open_at(path);
+        }
+        for path in MOUNTS {
+            if let Ok(root) = Self::open_at(Path::new(path)) {
+                return Ok(root);
+            }
+        }
+        Err(RootError::NotFound)
+    }
+
+    fn open_at(path: &Path) -> Result<Self, RootError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let failed = |error: Errno| RootError::Open {
+            path: path.to_owned(),
+            source: error.into(),
+        };
+        let root = open(path, flags, Mode::empty()).map_err(failed)?;
+        if !is_cgroup2(&root).map_err(failed)? {
+            return Err(RootError::NotControlGroup {
+                path: path.to_owned(),
+            });
+        }
+        Ok(Self(root))
+    }
+
+    /// Opens the peer's user@UID.service.
+    ///
+    /// # Errors
+    /// If there is none, as for a user without a user manager.
+    pub fn subtree(&self, peer: &Peer) -> Result<Subtree, Unavailable> {
+        let path = ControlGroupPath::from_bytes(subtree_path(peer.uid()).as_bytes())
+            .map_err(|_| Unavailable::NotControlGroup)?;
+        let (directory, cgroup) = open_owned(&self.0, &path, 0, peer.uid())?;
+        Ok(Subtree {
+            directory,
+            cgroup,
+            uid: peer.uid(),
+        })
+    }
+}
+
+/// Where systemd puts a user's manager, from the control group root.
+#[must_use]
+pub fn subtree_path(uid: Uid) -> String {
+    format!("user.slice/user-{uid}.slice/user@{uid}.service")
+}
+
+/// A user's user@UID.service as it is now. Opened anew for every call: when the user's manager is
+/// started again, it is another control group of the same name.
+#[derive(Debug)]
+pub struct Subtree {
+    directory: OwnedFd,
+    cgroup: OwnedControlGroup,
+    uid: Uid,
+}
+
+impl Subtree {
+    /// The control group of user@UID.service itself.
+    #[must_use]
+    pub fn cgroup(&self) -> OwnedControlGroup {
+        self.cgroup
+    }
+
+    /// The control group at a path below.
+    ///
+    /// # Errors
+    /// If it is not there, or not this user's.
+    pub fn open(&self, path: &ControlGroupPath) -> Result<OwnedControlGroup, Unavailable> {
+        open_owned(&self.directory, path, self.cgroup.level, self.uid).map(|(_, cgroup)| cgroup)
+    }
+}
+
+fn open_owned(
+    directory: &OwnedFd,
+    path: &ControlGroupPath,
+    base_level: u32,
+    uid: Uid,
+) -> Result<(OwnedFd, OwnedControlGroup), Unavailable> {
+    let level =
+        u32::try_from(path.depth()).map_or(u32::MAX, |depth| base_level.saturating_add(depth));
+    if level > DEEPEST_LEVEL {
+        return Err(Unavailable::TooDeep);
+    }
+    let opened = open_beneath(directory, path).map_err(|error| match error {
+        Errno::NOENT | Errno::NODEV => Unavailable::Missing,
+        Errno::NOTDIR | Errno::LOOP | Errno::XDEV | Errno::NAMETOOLONG | Errno::INVAL => {
+            Unavailable::NotControlGroup
+        }
+        _ => Unavailable::Unreadable,
+    })?;
+    if !is_cgroup2(&opened).map_err(|_| Unavailable::Unreadable)? {
+        return Err(Unavailable::NotControlGroup);
+    }
+    let stat = fstat(&opened).map_err(|_| Unavailable::Unreadable)?;
+    if stat.st_uid != uid.value() {
+        return Err(Unavailable::NotOwned);
+    }
+    Ok((
+        opened,
+        OwnedControlGroup {
+            id: ControlGroupId(stat.st_ino),
+            level,
+        },
+    ))
+}
+
+fn open_beneath(directory: &OwnedFd, path: &ControlGroupPath) -> Result<OwnedFd, Errno> {
+    let name = if path.as_bytes().is_empty() {
+        Path::new(".")
+    } else {
+        path.as_path()
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH
+        | ResolveFlags::NO_SYMLINKS
+        | ResolveFlags::NO_MAGICLINKS
+        | ResolveFlags::NO_XDEV;
+    let mut result = Err(Errno::AGAIN);
+    for _ in 0..OPEN_ATTEMPTS {
+        result = openat2(directory, name, flags, Mode::empty(), resolve);
+        if !matches!(result, Err(Errno::AGAIN | Errno::INTR)) {
+            break;
+        }
+    }
+    result
+}
+
+fn is_cgroup2(directory: impl AsFd) -> Result<bool, Errno> {
+    Ok(fstatfs(directory)?.f_type as u32 == CGROUP2_SUPER_MAGIC)
+}

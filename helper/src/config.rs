@@ -1,0 +1,281 @@
+//! The administrator's configuration, /etc/cgtproxy/helper.yaml.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::unistd::User;
+use serde::Deserialize;
+
+use crate::mark::{MarkRange, MaskTooSmall};
+
+/// Where the configuration is unless `--config` says otherwise. It may be absent.
+pub const DEFAULT_PATH: &str = "/etc/cgtproxy/helper.yaml";
+
+/// What the file says, as typed.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct File {
+    mark_mask: u32,
+    route_table: u32,
+    rule_priority: u32,
+    grace_seconds: u32,
+    proxy_users: Vec<UserReference>,
+    limits: Limits,
+}
+
+impl Default for File {
+    fn default() -> Self {
+        Self {
+            mark_mask: 0xff00_0000,
+            route_table: 0x6367,
+            rule_priority: 800,
+            grace_seconds: 5,
+            proxy_users: Vec::new(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// A user by number or name.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum UserReference {
+    Uid(u32),
+    Name(String),
+}
+
+/// How much one user may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Limits {
+    /// Connections that are open at the same time.
+    pub connections: usize,
+    /// Proxies in a policy.
+    pub proxies: usize,
+    /// Bypass entries in a policy.
+    pub bypass: usize,
+    /// Control groups with a verdict of their own.
+    pub control_groups: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 16,
+            proxies: 16,
+            bypass: 1024,
+            control_groups: 16384,
+        }
+    }
+}
+
+/// What the file means.
+#[derive(Debug)]
+pub struct Config {
+    /// The bits of packet and connection marks that are ours.
+    pub marks: MarkRange,
+    /// The number of the routing table whose only route leads to lo.
+    pub route_table: u32,
+    /// The priority of the `ip rule` that looks this table up.
+    pub rule_priority: u32,
+    /// How long a policy outlives its agent's connection.
+    pub grace: Duration,
+    /// Uids besides the user's own whose proxies may receive diverted packets; root is one of them.
+    pub proxy_uids: Vec<u32>,
+    /// How much one user may have.
+    pub limits: Limits,
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file can't be read.
+    #[error("can't read '{path}'")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The file is not a configuration.
+    #[error("'{path}' is not a configuration of the helper: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with line and column.
+        message: String,
+    },
+    /// The mask has too few bits.
+    #[error("mark-mask {mask:#010x} in '{path}'")]
+    Mask {
+        /// The file.
+        path: PathBuf,
+        /// The mask.
+        mask: u32,
+        /// What is wrong with it.
+        source: MaskTooSmall,
+    },
+    /// A number is one that the system uses itself.
+    #[error("{key} {value} in '{path}' is out of range: {allowed}")]
+    Range {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: u32,
+        /// What would be right.
+        allowed: &'static str,
+    },
+    /// A user in `proxy-users` does not exist.
+    #[error("proxy-users in '{path}' has '{name}', and there is no such user")]
+    UnknownUser {
+        /// The file.
+        path: PathBuf,
+        /// The name.
+        name: String,
+    },
+}
+
+impl Config {
+    /// Reads `path`, or the default file if there is one.
+    ///
+    /// # Errors
+    /// If the file that was named is absent, or either is wrong.
+    pub fn load(path: Option<&Path>) -> Result<Self, Error> {
+        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        let text = match std::fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(error) if path.is_none() && error.kind() == io::ErrorKind::NotFound => {
+                String::new()
+            }
+            Err(source) => {
+                return Err(Error::Read {
+                    path: file.to_owned(),
+                    source,
+                });
+            }
+        };
+        Self::parse(&text, file)
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, Error> {
+        let path = path.to_owned();
+        let file = match serde_saphyr::from_str::<Option<File>>(text) {
+            Ok(file) => file.unwrap_or_default(),
+            Err(error) => {
+                return Err(Error::Parse {
+                    path,
+                    message: error.to_string(),
+                });
+            }
+        };
+        let marks = match MarkRange::new(file.mark_mask) {
+            Ok(marks) => marks,
+            Err(source) => {
+                return Err(Error::Mask {
+                    path,
+                    mask: file.mark_mask,
+                    source,
+                });
+            }
+        };
+        // 253 to 255 are the tables default, main and local (linux/rtnetlink.h).
+        if matches!(file.route_table, 0 | 253..=255) {
+            let allowed = "0 and 253 to 255 are the system's own tables";
+            return Err(Error::Range {
+                path,
+                key: "route-table",
+                value: file.route_table,
+                allowed,
+            });
+        }
+        // Rule 0 looks the local table up, 32766 the main one.
+        if !(1..32766).contains(&file.rule_priority) {
+            let allowed = "a rule between those for the tables local and main has 1 to 32765";
+            return Err(Error::Range {
+                path,
+                key: "rule-priority",
+                value: file.rule_priority,
+                allowed,
+            });
+        }
+        let mut proxy_uids = vec![0];
+        for user in file.proxy_users {
+            let uid = match user {
+                UserReference::Uid(uid) => uid,
+                UserReference::Name(name) => match User::from_name(&name) {
+                    Ok(Some(user)) => user.uid.as_raw(),
+                    _ => return Err(Error::UnknownUser { path, name }),
+                },
+            };
+            proxy_uids.push(uid);
+        }
+        proxy_uids.sort_unstable();
+        proxy_uids.dedup();
+        Ok(Self {
+            marks,
+            route_table: file.route_table,
+            rule_priority: file.rule_priority,
+            grace: Duration::from_secs(file.grace_seconds.into()),
+            proxy_uids,
+            limits: file.limits,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, Error> {
+        Config::parse(text, Path::new("helper.yaml"))
+    }
+
+    #[test]
+    fn an_empty_file_means_the_defaults() {
+        for text in ["", "# nothing\n", "---\n", "{}"] {
+            let config = parse(text).unwrap();
+            assert_eq!(config.marks.mask(), 0xff00_0000);
+            assert_eq!(config.proxy_uids, [0]);
+            assert_eq!(config.limits, Limits::default());
+        }
+    }
+
+    #[test]
+    fn takes_every_key() {
+        let config = parse(
+            "mark-mask: 0x00f00000\nroute-table: 4000\nrule-priority: 900\ngrace-seconds: 1\n\
+             proxy-users: [daemon, 990, root]\nlimits: {proxies: 3, control-groups: 10}\n",
+        )
+        .unwrap();
+        assert_eq!(config.marks.mask(), 0x00f0_0000);
+        assert_eq!((config.route_table, config.rule_priority), (4000, 900));
+        assert_eq!(config.grace, Duration::from_secs(1));
+        assert_eq!(config.proxy_uids, [0, 1, 990]);
+        assert_eq!(config.limits.proxies, 3);
+        assert_eq!(config.limits.bypass, Limits::default().bypass);
+    }
+
+    #[test]
+    fn says_what_is_wrong() {
+        for (text, part) in [
+            ("mark-mask: 1", "at least two bits"),
+            ("route-table: 254", "system's own"),
+            ("rule-priority: 0", "1 to 32765"),
+            ("proxy-users: [no-such-user-here]", "no such user"),
+            ("\ngrace: 5", "line 2"),
+            ("limits: {proxys: 5}", "proxys"),
+            ("[", "line 1"),
+        ] {
+            let error = parse(text).unwrap_err();
+            let mut message = error.to_string();
+            if let Some(source) = std::error::Error::source(&error) {
+                message.push_str(&source.to_string());
+            }
+            assert!(message.contains(part), "{text:?}: {message}");
+            assert!(message.contains("helper.yaml"), "{text:?}: {message}");
+        }
+    }
+}

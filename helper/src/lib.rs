@@ -1,0 +1,19 @@
+//! The privileged helper of cgtproxy.
+//!
+//! A call travels one way: [`server`] accepts the connection and learns from the kernel whose it is
+//! ([`peer`]), [`session`] takes a message apart, [`cgroup`] opens what it names, [`registry`] turns it into a
+//! [`nft::Plan`], and [`nft`] commits that in one transaction. [`state`] holds these together.
+
+#![deny(unsafe_code)]
+
+pub mod bypass;
+pub mod cgroup;
+pub mod config;
+pub mod mark;
+pub mod nft;
+pub mod peer;
+pub mod registry;
+pub mod route;
+pub mod server;
+pub mod session;
+pub mod state;

@@ -1,0 +1,192 @@
+//! Packet marks: one for each proxy, out of a range of bits that are the helper's own.
+
+use std::collections::BTreeSet;
+
+/// The mark that leads a packet to one proxy. It has the divert bit, and no bit outside the range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark(u32);
+
+impl Mark {
+    /// The value, as nftables and the routing rules have it.
+    #[must_use]
+    pub fn value(self) -> u32 {
+        self.0
+    }
+
+    /// A mark that was found in the kernel's own table.
+    pub(crate) fn adopted(value: u32) -> Self {
+        Self(value)
+    }
+}
+
+/// The bits of a packet's mark that belong to the helper. The highest of them says 'divert', the
+/// others number the proxies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MarkRange {
+    mask: u32,
+}
+
+/// What a mask must have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the mark mask needs at least two bits: one says that a packet is diverted, the others where to"
+)]
+pub struct MaskTooSmall;
+
+impl MarkRange {
+    /// The range of the bits that are set in `mask`.
+    ///
+    /// # Errors
+    /// If it has fewer than two.
+    pub fn new(mask: u32) -> Result<Self, MaskTooSmall> {
+        if mask.count_ones() < 2 {
+            Err(MaskTooSmall)
+        } else {
+            Ok(Self { mask })
+        }
+    }
+
+    /// All bits.
+    #[must_use]
+    pub fn mask(self) -> u32 {
+        self.mask
+    }
+
+    /// The bit that every diverted packet has.
+    #[must_use]
+    pub fn divert(self) -> u32 {
+        1 << (31 - self.mask.leading_zeros())
+    }
+
+    /// How many proxies the machine can have.
+    #[must_use]
+    pub fn capacity(self) -> u32 {
+        // Number 0 is left out: without the divert bit it would be the mark of everything else.
+        (1u32 << (self.mask.count_ones() - 1)) - 1
+    }
+
+    /// The mark with this number, which is spread over the bits of the mask from the lowest up.
+    fn mark(self, number: u32) -> Mark {
+        let mut value = self.divert();
+        let mut bits = self.mask & !self.divert();
+        let mut rest = number;
+        while bits != 0 {
+            let lowest = bits & bits.wrapping_neg();
+            if rest & 1 != 0 {
+                value |= lowest;
+            }
+            rest >>= 1;
+            bits &= !lowest;
+        }
+        Mark(value)
+    }
+
+    /// Whether a mark is one of this range.
+    #[must_use]
+    pub fn has(self, mark: Mark) -> bool {
+        let number = mark.0 & !self.divert();
+        mark.0 & !self.mask == 0 && mark.0 & self.divert() != 0 && number != 0
+    }
+}
+
+/// Which marks are in use.
+#[derive(Debug, Clone)]
+pub struct MarkAllocator {
+    range: MarkRange,
+    used: BTreeSet<Mark>,
+    /// The number that was given out last. A freed mark rests for as long as possible: connections
+    /// of its former proxy may still have it.
+    last: u32,
+}
+
+impl MarkAllocator {
+    /// None is in use.
+    #[must_use]
+    pub fn new(range: MarkRange) -> Self {
+        Self {
+            range,
+            used: BTreeSet::new(),
+            last: 0,
+        }
+    }
+
+    /// Gives out a mark that is not in use; none if there is none.
+    pub fn allocate(&mut self) -> Option<Mark> {
+        let capacity = self.range.capacity();
+        for _ in 0..capacity {
+            self.last = self.last % capacity + 1;
+            let mark = self.range.mark(self.last);
+            if self.used.insert(mark) {
+                return Some(mark);
+            }
+        }
+        None
+    }
+
+    /// Marks one as in use that the kernel has already. False if it is not of this range or taken.
+    pub fn adopt(&mut self, mark: Mark) -> bool {
+        self.range.has(mark) && self.used.insert(mark)
+    }
+
+    /// Whether a mark has been given out or adopted.
+    #[must_use]
+    pub fn is_used(&self, mark: Mark) -> bool {
+        self.used.contains(&mark)
+    }
+
+    /// Takes a mark back.
+    pub fn free(&mut self, mark: Mark) {
+        self.used.remove(&mark);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gives_out_each_mark_once() {
+        for mask in [0xff00_0000, 0x0000_00c1, 0x8000_0001, 0x00f0_0f00] {
+            let range = MarkRange::new(mask).unwrap();
+            let mut marks = MarkAllocator::new(range);
+            let mut seen = BTreeSet::new();
+            while let Some(mark) = marks.allocate() {
+                assert!(range.has(mark));
+                assert!(seen.insert(mark));
+            }
+            assert_eq!(seen.len(), range.capacity() as usize);
+        }
+    }
+
+    #[test]
+    fn a_freed_mark_is_the_last_to_be_given_out_again() {
+        let mut marks = MarkAllocator::new(MarkRange::new(0xf000_0000).unwrap());
+        let first = marks.allocate().unwrap();
+        marks.free(first);
+        let next: Vec<_> = std::iter::from_fn(|| marks.allocate()).collect();
+        assert_eq!(next.len(), 7);
+        assert_eq!(next.last(), Some(&first));
+    }
+
+    #[test]
+    fn adopts_what_the_kernel_has() {
+        let range = MarkRange::new(0xff00_0000).unwrap();
+        let mut marks = MarkAllocator::new(range);
+        assert!(marks.adopt(Mark(0x8100_0000)));
+        assert!(!marks.adopt(Mark(0x8100_0000)));
+        assert!(!marks.adopt(Mark(0x0100_0000)));
+        assert!(!marks.adopt(Mark(0x8100_0001)));
+        assert!(!marks.adopt(Mark(0x8000_0000)));
+        assert_eq!(marks.allocate(), Some(Mark(0x8200_0000)));
+    }
+
+    #[test]
+    fn a_mask_of_one_bit_is_too_small() {
+        assert_eq!(MarkRange::new(0x8000_0000), Err(MaskTooSmall));
+        assert_eq!(MarkRange::new(0), Err(MaskTooSmall));
+        assert_eq!(
+            MarkRange::new(0xffff_ffff).map(MarkRange::capacity),
+            Ok(0x7fff_ffff)
+        );
+    }
+}

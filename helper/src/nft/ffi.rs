@@ -1,0 +1,430 @@
+//! What the `nftnl` crate lacks, over libnftnl itself: a table with flags, named maps and their elements, and
+//! the expressions for a map look-up, `tproxy`, `fib` and `ct direction`. All `unsafe` of the project
+//! is in this file.
+//!
+//! The pattern is libnftnl's own: an object is allocated, its attributes are set (every setter
+//! copies what it is given), it is written into a message, and it is freed.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_char, c_void};
+use std::ptr::NonNull;
+
+use nftnl::expr::{Expression, Register};
+use nftnl::nftnl_sys::{self as sys, libc};
+use nftnl::{MsgType, NlMsg, ProtoFamily, Rule, Table};
+
+/// Turns libnftnl's null for "no memory" into an abort, as the standard library and the `nftnl`
+/// crate do: these allocations are a few dozen bytes.
+fn allocated<T>(pointer: *mut T) -> NonNull<T> {
+    NonNull::new(pointer).unwrap_or_else(|| std::process::abort())
+}
+
+/// Flags of `enum nft_table_flags` (linux/netfilter/nf_tables.h).
+pub(super) mod table_flags {
+    /// Only the socket that made the table may change it (Linux 5.12).
+    pub(in crate::nft) const OWNER: u32 = 0x2;
+    /// An owned table outlives its owner, and the next owner may adopt it (Linux 6.9).
+    pub(in crate::nft) const PERSIST: u32 = 0x4;
+}
+
+/// `add table` with flags, which `nftnl::Table` cannot say.
+pub(super) struct FlaggedTable<'a> {
+    pub(super) table: &'a Table,
+    pub(super) flags: u32,
+}
+
+// SAFETY: `write` puts one table message into `buffer`: a header, two names and a flag word, far
+// below the size of the largest message, which the caller of `write` provides.
+unsafe impl NlMsg for FlaggedTable<'_> {
+    unsafe fn write(&self, buffer: *mut c_void, seq: u32, message: MsgType) {
+        let kind = match message {
+            MsgType::Add => libc::NFT_MSG_NEWTABLE,
+            MsgType::Del => libc::NFT_MSG_DELTABLE,
+        };
+        // SAFETY: `buffer` has room for the largest message (the trait's contract); the table
+        // object is allocated here, given a NUL-terminated name that it copies, and freed here.
+        unsafe {
+            let table = allocated(sys::nftnl_table_alloc()).as_ptr();
+            let name = self.table.get_name().as_ptr();
+            sys::nftnl_table_set_str(table, sys::NFTNL_TABLE_NAME as u16, name);
+            sys::nftnl_table_set_u32(table, sys::NFTNL_TABLE_FLAGS as u16, self.flags);
+            let header = sys::nftnl_nlmsg_build_hdr(
+                buffer.cast::<c_char>(),
+                kind as u16,
+                self.table.get_family() as u16,
+                (libc::NLM_F_CREATE | libc::NLM_F_ACK) as u16,
+                seq,
+            );
+            sys::nftnl_table_nlmsg_build_payload(header, table);
+            sys::nftnl_table_free(table);
+        }
+    }
+}
+
+/// What the keys of a set are. The numbers are nft's own data types (nft's datatype.h): the kernel
+/// only stores them, `nft list` shows elements by them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum KeyType {
+    /// `ipv4_addr`
+    Ipv4,
+    /// `ipv6_addr`
+    Ipv6,
+    /// `mark`
+    Mark,
+    /// `uid`
+    Uid,
+    /// `cgroupsv2`: the 64-bit id of a control group
+    ControlGroup,
+}
+
+impl KeyType {
+    fn number(self) -> u32 {
+        match self {
+            Self::Ipv4 => 7,
+            Self::Ipv6 => 8,
+            Self::Mark => 19,
+            Self::Uid => 24,
+            Self::ControlGroup => 46,
+        }
+    }
+
+    /// In bytes.
+    fn length(self) -> u32 {
+        match self {
+            Self::Ipv4 | Self::Mark | Self::Uid => 4,
+            Self::ControlGroup => 8,
+            Self::Ipv6 => 16,
+        }
+    }
+
+    /// The set's user data that tells `nft list` the byte order of keys: type 0
+    /// (`NFTNL_UDATA_SET_KEYBYTEORDER`), length 4, then 1 for the host's order or 2 for the network's.
+    fn byte_order(self) -> [u8; 6] {
+        let order: u32 = match self {
+            Self::Mark | Self::Uid | Self::ControlGroup => 1,
+            Self::Ipv4 | Self::Ipv6 => 2,
+        };
+        let [a, b, c, d] = order.to_ne_bytes();
+        [0, 4, a, b, c, d]
+    }
+}
+
+/// What a set holds beside its keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Content {
+    /// Nothing.
+    Keys,
+    /// Ranges: an element begins one, an element marked as an end is the first address after it.
+    Intervals,
+    /// A verdict for each key.
+    Verdicts,
+}
+
+/// A named set or map, and elements to add to it or to delete from it.
+pub(super) struct Set<'a> {
+    set: NonNull<sys::nftnl_set>,
+    table: &'a Table,
+}
+
+/// What an element says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Element<'a> {
+    /// The key alone.
+    Key,
+    /// The first address after an interval.
+    IntervalEnd,
+    /// `key : goto chain`
+    Goto(&'a CStr),
+    /// `key : drop`
+    Drop,
+}
+
+impl<'a> Set<'a> {
+    /// A set of `table`, by its name. `id` tells it apart within the transaction that creates it.
+    pub(super) fn new(
+        table: &'a Table,
+        name: &CStr,
+        id: u32,
+        key: KeyType,
+        content: Content,
+    ) -> Self {
+        let order = key.byte_order();
+        // SAFETY: the set is fresh from the allocator; names are NUL-terminated, `order` is valid
+        // for its own length, and the setters copy all of them.
+        let set = unsafe {
+            let set = allocated(sys::nftnl_set_alloc());
+            let raw = set.as_ptr();
+            sys::nftnl_set_set_u32(raw, sys::NFTNL_SET_FAMILY as u16, ProtoFamily::Inet as u32);
+            sys::nftnl_set_set_str(raw, sys::NFTNL_SET_TABLE as u16, table.get_name().as_ptr());
+            sys::nftnl_set_set_str(raw, sys::NFTNL_SET_NAME as u16, name.as_ptr());
+            sys::nftnl_set_set_u32(raw, sys::NFTNL_SET_ID as u16, id);
+            sys::nftnl_set_set_u32(raw, sys::NFTNL_SET_KEY_TYPE as u16, key.number());
+            sys::nftnl_set_set_u32(raw, sys::NFTNL_SET_KEY_LEN as u16, key.length());
+            sys::nftnl_set_set_data(
+                raw,
+                sys::NFTNL_SET_USERDATA as u16,
+                order.as_ptr().cast::<c_void>(),
+                order.len() as u32,
+            );
+            set
+        };
+        let flags = match content {
+            Content::Keys => 0,
+            Content::Intervals => libc::NFT_SET_INTERVAL as u32,
+            Content::Verdicts => libc::NFT_SET_MAP as u32,
+        };
+        // SAFETY: the set is alive until this value is dropped.
+        unsafe {
+            sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_FLAGS as u16, flags);
+            if content == Content::Verdicts {
+                let verdict = libc::NFT_DATA_VERDICT;
+                sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_DATA_TYPE as u16, verdict);
+            }
+        }
+        Self { set, table }
+    }
+
+    /// Adds an element to those that [`Self::elements`] writes. `key` has the length of the set's keys.
+    pub(super) fn push(&mut self, key: &[u8], element: Element<'_>) {
+        // SAFETY: the element is fresh from the allocator; `key` is valid for its own length and
+        // chain names are NUL-terminated, and both are copied. The set takes the element over and
+        // frees it with itself.
+        unsafe {
+            let raw = allocated(sys::nftnl_set_elem_alloc()).as_ptr();
+            sys::nftnl_set_elem_set(
+                raw,
+                sys::NFTNL_SET_ELEM_KEY as u16,
+                key.as_ptr().cast::<c_void>(),
+                key.len() as u32,
+            );
+            match element {
+                Element::Key => {}
+                Element::IntervalEnd => {
+                    let flag = libc::NFT_SET_ELEM_INTERVAL_END as u32;
+                    sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_FLAGS as u16, flag);
+                }
+                Element::Goto(chain) => {
+                    let goto = libc::NFT_GOTO as u32;
+                    sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_VERDICT as u16, goto);
+                    sys::nftnl_set_elem_set_str(
+                        raw,
+                        sys::NFTNL_SET_ELEM_CHAIN as u16,
+                        chain.as_ptr(),
+                    );
+                }
+                Element::Drop => {
+                    let drop = libc::NF_DROP as u32;
+                    sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_VERDICT as u16, drop);
+                }
+            }
+            sys::nftnl_set_elem_add(self.set.as_ptr(), raw);
+        }
+    }
+
+    /// Writes the elements as messages, as many to a message as its 64 KiB hold.
+    pub(super) fn elements(&self) -> ElementMessages<'_> {
+        // SAFETY: the set outlives the iterator, which borrows it.
+        let iter = allocated(unsafe { sys::nftnl_set_elems_iter_create(self.set.as_ptr()) });
+        ElementMessages { set: self, iter }
+    }
+}
+
+impl Drop for Set<'_> {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `new`, and nothing else frees it.
+        unsafe { sys::nftnl_set_free(self.set.as_ptr()) }
+    }
+}
+
+// SAFETY: `write` puts one set message into `buffer`: a header, two names and a few words.
+unsafe impl NlMsg for Set<'_> {
+    unsafe fn write(&self, buffer: *mut c_void, seq: u32, message: MsgType) {
+        let (kind, flags) = match message {
+            MsgType::Add => (libc::NFT_MSG_NEWSET, libc::NLM_F_CREATE | libc::NLM_F_ACK),
+            MsgType::Del => (libc::NFT_MSG_DELSET, libc::NLM_F_ACK),
+        };
+        // SAFETY: `buffer` has room for the largest message (the trait's contract), the set is alive.
+        unsafe {
+            let header = sys::nftnl_nlmsg_build_hdr(
+                buffer.cast::<c_char>(),
+                kind as u16,
+                self.table.get_family() as u16,
+                flags as u16,
+                seq,
+            );
+            sys::nftnl_set_nlmsg_build_payload(header, self.set.as_ptr());
+        }
+    }
+}
+
+/// The messages that carry a set's elements.
+pub(super) struct ElementMessages<'a> {
+    set: &'a Set<'a>,
+    iter: NonNull<sys::nftnl_set_elems_iter>,
+}
+
+impl ElementMessages<'_> {
+    /// The next message to write; none when all elements have been written.
+    pub(super) fn next(&mut self) -> Option<ElementMessage<'_>> {
+        // SAFETY: the iterator is alive, and so is the set that it walks.
+        let current = unsafe { sys::nftnl_set_elems_iter_cur(self.iter.as_ptr()) };
+        (!current.is_null()).then_some(ElementMessage {
+            set: self.set,
+            iter: self.iter,
+        })
+    }
+}
+
+impl Drop for ElementMessages<'_> {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `elements`, and nothing else frees it.
+        unsafe { sys::nftnl_set_elems_iter_destroy(self.iter.as_ptr()) }
+    }
+}
+
+/// One message with elements. Writing it moves the iterator that it comes from on.
+pub(super) struct ElementMessage<'a> {
+    set: &'a Set<'a>,
+    iter: NonNull<sys::nftnl_set_elems_iter>,
+}
+
+// SAFETY: libnftnl ends the message where the list attribute would pass 65,535 bytes, and that
+// with a header is the largest message there is.
+unsafe impl NlMsg for ElementMessage<'_> {
+    unsafe fn write(&self, buffer: *mut c_void, seq: u32, message: MsgType) {
+        // No acknowledgement: an element that is refused is reported all the same.
+        let (kind, flags) = match message {
+            MsgType::Add => (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE),
+            MsgType::Del => (libc::NFT_MSG_DELSETELEM, 0),
+        };
+        // SAFETY: `buffer` has room for the largest message (the trait's contract); the value
+        // mutably borrows the iterator, so that both it and the set are alive.
+        unsafe {
+            let header = sys::nftnl_nlmsg_build_hdr(
+                buffer.cast::<c_char>(),
+                kind as u16,
+                self.set.table.get_family() as u16,
+                flags as u16,
+                seq,
+            );
+            sys::nftnl_set_elems_nlmsg_build_payload_iter(header, self.iter.as_ptr());
+        }
+    }
+}
+
+/// `flush set`: a deletion that names no element deletes all (nf_tables_delsetelem, Linux 4.10).
+pub(super) struct FlushSet<'a>(pub(super) &'a Set<'a>);
+
+// SAFETY: `write` puts one set message into `buffer`: a header and two names.
+unsafe impl NlMsg for FlushSet<'_> {
+    unsafe fn write(&self, buffer: *mut c_void, seq: u32, _: MsgType) {
+        // SAFETY: `buffer` has room for the largest message (the trait's contract); the set is
+        // fresh from the allocator, copies the names of the other, which is alive, and is freed.
+        unsafe {
+            let of = self.0.set.as_ptr();
+            let set = allocated(sys::nftnl_set_alloc()).as_ptr();
+            for attribute in [sys::NFTNL_SET_TABLE as u16, sys::NFTNL_SET_NAME as u16] {
+                sys::nftnl_set_set_str(set, attribute, sys::nftnl_set_get_str(of, attribute));
+            }
+            let header = sys::nftnl_nlmsg_build_hdr(
+                buffer.cast::<c_char>(),
+                libc::NFT_MSG_DELSETELEM as u16,
+                self.0.table.get_family() as u16,
+                libc::NLM_F_ACK as u16,
+                seq,
+            );
+            sys::nftnl_set_elems_nlmsg_build_payload(header, set);
+            sys::nftnl_set_free(set);
+        }
+    }
+}
+
+/// An expression of this kind with 32-bit attributes.
+fn expression(kind: &CStr, attributes: &[(u32, u32)]) -> NonNull<sys::nftnl_expr> {
+    // SAFETY: `kind` is NUL-terminated; the expression is fresh from the allocator, and all
+    // attributes that are set through this function are words in libnftnl's src/expr.
+    unsafe {
+        let expression = allocated(sys::nftnl_expr_alloc(kind.as_ptr()));
+        for &(attribute, value) in attributes {
+            sys::nftnl_expr_set_u32(expression.as_ptr(), attribute as u16, value);
+        }
+        expression
+    }
+}
+
+/// Looks register 1 up in a named set, or in a map whose verdict is then taken.
+pub(super) struct Lookup<'a> {
+    /// The set's or map's name.
+    pub(super) set: &'a CStr,
+    /// Whether it is a map: `vmap @set` rather than `@set`.
+    pub(super) verdict: bool,
+}
+
+impl Expression for Lookup<'_> {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        let expr = expression(
+            c"lookup",
+            &[(sys::NFTNL_EXPR_LOOKUP_SREG, Register::Reg1.to_raw())],
+        );
+        // SAFETY: the expression is alive, the name NUL-terminated and copied.
+        unsafe {
+            let set = self.set.as_ptr();
+            sys::nftnl_expr_set_str(expr.as_ptr(), sys::NFTNL_EXPR_LOOKUP_SET as u16, set);
+            if self.verdict {
+                let verdict = libc::NFT_REG_VERDICT as u32;
+                sys::nftnl_expr_set_u32(expr.as_ptr(), sys::NFTNL_EXPR_LOOKUP_DREG as u16, verdict);
+            }
+        }
+        expr
+    }
+}
+
+/// `tproxy to :PORT`, with the port in register 1 in network byte order.
+pub(super) struct Tproxy;
+
+impl Expression for Tproxy {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        expression(
+            c"tproxy",
+            &[
+                (sys::NFTNL_EXPR_TPROXY_FAMILY, ProtoFamily::Unspec as u32),
+                (sys::NFTNL_EXPR_TPROXY_REG_PORT, Register::Reg1.to_raw()),
+            ],
+        )
+    }
+}
+
+/// `NFT_FIB_RESULT_ADDRTYPE` and `NFTA_FIB_F_DADDR` (linux/netfilter/nf_tables.h), which libc lacks.
+const FIB_RESULT_ADDRTYPE: u32 = 3;
+const FIB_F_DADDR: u32 = 1 << 1;
+
+/// `fib daddr type`: loads how the routing tables know the destination (RTN_UNICAST, RTN_LOCAL, …).
+pub(super) struct DestinationType;
+
+impl Expression for DestinationType {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        expression(
+            c"fib",
+            &[
+                (sys::NFTNL_EXPR_FIB_DREG, Register::Reg1.to_raw()),
+                (sys::NFTNL_EXPR_FIB_RESULT, FIB_RESULT_ADDRTYPE),
+                (sys::NFTNL_EXPR_FIB_FLAGS, FIB_F_DADDR),
+            ],
+        )
+    }
+}
+
+/// `ct direction`: loads one byte, 0 for the side that opened the connection, 1 for replies to it.
+pub(super) struct ConntrackDirection;
+
+impl Expression for ConntrackDirection {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        expression(
+            c"ct",
+            &[
+                (sys::NFTNL_EXPR_CT_DREG, Register::Reg1.to_raw()),
+                (sys::NFTNL_EXPR_CT_KEY, libc::NFT_CT_DIRECTION as u32),
+            ],
+        )
+    }
+}

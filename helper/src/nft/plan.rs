@@ -1,0 +1,108 @@
+//! What a transaction is to bring about: the one thing that can be committed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU16;
+use std::rc::Rc;
+
+use cgtproxy_proto::name::ProxyName;
+
+use crate::cgroup::{ControlGroupId, OwnedControlGroup};
+use crate::mark::Mark;
+use crate::peer::Uid;
+
+/// What happens to packets of a control group's sockets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// They leave as if cgtproxy were not there.
+    Direct,
+    /// None leaves but to bypassed destinations.
+    Drop,
+    /// None leaves.
+    DropAll,
+    /// TCP and UDP go to this proxy, which the layout has.
+    Proxy(ProxyName),
+}
+
+/// A TPROXY server and the mark that leads to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Proxy {
+    /// In force as long as the proxy is in the user's policy.
+    pub mark: Mark,
+    /// Its TCP and UDP port.
+    pub port: NonZeroU16,
+    /// UDP goes direct.
+    pub no_udp: bool,
+    /// IPv6 goes direct.
+    pub no_ipv6: bool,
+}
+
+/// Destinations that neither a proxy nor a drop touches: ranges in ascending order that neither
+/// overlap nor touch, first and last address included.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Bypass {
+    /// IPv4.
+    pub ipv4: Vec<(Ipv4Addr, Ipv4Addr)>,
+    /// IPv6.
+    pub ipv6: Vec<(Ipv6Addr, Ipv6Addr)>,
+}
+
+/// A user's chains and sets, but for the verdicts of single control groups.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// The user's user@UID.service, below which everything else is.
+    pub subtree: OwnedControlGroup,
+    /// The policy's proxies.
+    pub proxies: BTreeMap<ProxyName, Proxy>,
+    /// The policy's bypass list.
+    pub bypass: Bypass,
+    /// At which depths below the control group root a control group has a verdict of its own.
+    pub levels: BTreeSet<u32>,
+}
+
+/// A user's objects that a helper before this one left in the kernel.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LeftBehind {
+    /// The control group that leads to them, if one does.
+    pub subtree: Option<ControlGroupId>,
+    /// The proxies that have chains, with their marks.
+    pub proxies: BTreeMap<ProxyName, Mark>,
+}
+
+/// What the kernel holds for a user before a transaction.
+#[derive(Debug, Clone)]
+pub enum Before {
+    /// Nothing.
+    Nothing,
+    /// This layout.
+    Layout(Rc<Layout>),
+    /// Objects of an earlier helper, to be replaced whole.
+    LeftBehind(LeftBehind),
+}
+
+/// One user's change. It names that user's objects only, and its control groups were opened on
+/// behalf of that user.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub(crate) uid: Uid,
+    pub(crate) before: Before,
+    /// What the kernel holds afterwards; none: nothing of this user.
+    pub(crate) after: Option<Rc<Layout>>,
+    /// Elements to delete, all of which the kernel has.
+    pub(crate) delete: Vec<ControlGroupId>,
+    /// Elements to add, none of which the kernel has once `delete` is done.
+    pub(crate) add: Vec<(OwnedControlGroup, Verdict)>,
+}
+
+impl Plan {
+    /// Whether the kernel holds all of it already.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        let same = match (&self.before, &self.after) {
+            (Before::Nothing, None) => true,
+            (Before::Layout(before), Some(after)) => before == after,
+            _ => false,
+        };
+        same && self.delete.is_empty() && self.add.is_empty()
+    }
+}

@@ -1,0 +1,245 @@
+//! Rules as a chain of expressions, named as nft names them.
+
+use std::ffi::CStr;
+
+use nftnl::expr::ct::States;
+use nftnl::expr::{
+    Bitwise, Cmp, CmpOp, Conntrack, ConntrackStatus, IcmpCode, Immediate, Ipv4HeaderField,
+    Ipv6HeaderField, Meta, NetworkHeaderField, Payload, Register, RejectionType, Socket, SocketKey,
+    Verdict,
+};
+use nftnl::{Chain, Rule};
+
+use super::ffi::{ConntrackDirection, DestinationType, Lookup, Tproxy};
+
+/// Protocol numbers of IPPROTO_TCP and IPPROTO_UDP (linux/in.h).
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+/// `NFPROTO_IPV4` and `NFPROTO_IPV6` (linux/netfilter.h).
+const IPV4: u8 = 2;
+const IPV6: u8 = 10;
+
+/// `IP_CT_DIR_REPLY` (linux/netfilter/nf_conntrack_tuple_common.h).
+const REPLY: u8 = 1;
+
+/// `RTN_UNICAST` (linux/rtnetlink.h).
+const UNICAST: u32 = 1;
+
+/// The index of lo, the same in every network namespace: `LOOPBACK_IFINDEX` (net/flow.h).
+const LOOPBACK_INDEX: u32 = 1;
+
+/// A layer 4 protocol that a proxy can take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Protocol {
+    Tcp,
+    Udp,
+}
+
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    Ipv4,
+    Ipv6,
+}
+
+/// A rule in the making. Matches come first, then what is done with packets that match them all.
+/// Register 1 carries each value from the expression that loads it to the one that looks at it.
+pub(super) struct RuleBuilder<'a>(Rule<'a>);
+
+impl<'a> RuleBuilder<'a> {
+    /// A rule at the end of `chain`.
+    pub(super) fn new(chain: &'a Chain<'a>) -> Self {
+        Self(Rule::new(chain))
+    }
+
+    /// The rule as it is now.
+    pub(super) fn finish(self) -> Rule<'a> {
+        self.0
+    }
+
+    fn with(mut self, expression: &impl nftnl::expr::Expression) -> Self {
+        self.0.add_expr(expression);
+        self
+    }
+
+    fn compare(self, operation: CmpOp, value: impl nftnl::expr::ToSlice) -> Self {
+        self.with(&Cmp::new(operation, value))
+    }
+
+    /// `ct direction reply`
+    pub(super) fn ct_direction_reply(self) -> Self {
+        self.with(&ConntrackDirection).compare(CmpOp::Eq, REPLY)
+    }
+
+    /// `ct status confirmed`: the connection is known, this is not its first packet.
+    pub(super) fn ct_confirmed(self) -> Self {
+        self.with(&Conntrack::Status)
+            .with(&Bitwise::new(ConntrackStatus::CONFIRMED.bits(), 0u32))
+            .compare(CmpOp::Neq, 0u32)
+    }
+
+    /// `ct state != new`
+    pub(super) fn ct_state_not_new(self) -> Self {
+        self.with(&Conntrack::State)
+            .with(&Bitwise::new(States::NEW.bits(), 0u32))
+            .compare(CmpOp::Eq, 0u32)
+    }
+
+    /// `socket cgroupv2 level LEVEL vmap @MAP`
+    pub(super) fn socket_cgroupv2_vmap(self, level: u32, map: &CStr) -> Self {
+        self.with(&Socket::new(SocketKey::CgroupV2, level))
+            .vmap(map)
+    }
+
+    /// `ct mark & MASK vmap @MAP`
+    pub(super) fn ct_mark_vmap(self, mask: u32, map: &CStr) -> Self {
+        self.with(&Conntrack::Mark { set: false })
+            .with(&Bitwise::new(mask, 0u32))
+            .vmap(map)
+    }
+
+    /// `meta mark & MASK vmap @MAP`
+    pub(super) fn meta_mark_vmap(self, mask: u32, map: &CStr) -> Self {
+        self.with(&Meta::Mark { set: false })
+            .with(&Bitwise::new(mask, 0u32))
+            .vmap(map)
+    }
+
+    fn vmap(self, map: &CStr) -> Self {
+        self.with(&Lookup {
+            set: map,
+            verdict: true,
+        })
+    }
+
+    /// `ct mark & BITS != 0`
+    pub(super) fn ct_mark_has(self, bits: u32) -> Self {
+        self.with(&Conntrack::Mark { set: false })
+            .with(&Bitwise::new(bits, 0u32))
+            .compare(CmpOp::Neq, 0u32)
+    }
+
+    /// `meta mark & BITS != 0`
+    pub(super) fn meta_mark_has(self, bits: u32) -> Self {
+        self.with(&Meta::Mark { set: false })
+            .with(&Bitwise::new(bits, 0u32))
+            .compare(CmpOp::Neq, 0u32)
+    }
+
+    /// `ct mark set ct mark & ~MASK | MARK`
+    pub(super) fn ct_mark_set(self, mask: u32, mark: u32) -> Self {
+        self.with(&Conntrack::Mark { set: false })
+            .with(&Bitwise::new(!mask, mark))
+            .with(&Conntrack::Mark { set: true })
+    }
+
+    /// `meta mark set meta mark & ~MASK | MARK`
+    pub(super) fn meta_mark_set(self, mask: u32, mark: u32) -> Self {
+        self.with(&Meta::Mark { set: false })
+            .with(&Bitwise::new(!mask, mark))
+            .with(&Meta::Mark { set: true })
+    }
+
+    /// `iif lo`
+    pub(super) fn iif_lo(self) -> Self {
+        self.with(&Meta::Iif).compare(CmpOp::Eq, LOOPBACK_INDEX)
+    }
+
+    /// `meta l4proto PROTOCOL`
+    pub(super) fn l4proto(self, protocol: Protocol) -> Self {
+        let number = match protocol {
+            Protocol::Tcp => TCP,
+            Protocol::Udp => UDP,
+        };
+        self.with(&Meta::L4Proto).compare(CmpOp::Eq, number)
+    }
+
+    /// `meta nfproto FAMILY`
+    pub(super) fn nfproto(self, family: Family) -> Self {
+        let number = match family {
+            Family::Ipv4 => IPV4,
+            Family::Ipv6 => IPV6,
+        };
+        self.with(&Meta::NfProto).compare(CmpOp::Eq, number)
+    }
+
+    /// `ip daddr @SET` or `ip6 daddr @SET`
+    pub(super) fn daddr_in(self, family: Family, set: &CStr) -> Self {
+        let address = match family {
+            Family::Ipv4 => NetworkHeaderField::Ipv4(Ipv4HeaderField::Daddr),
+            Family::Ipv6 => NetworkHeaderField::Ipv6(Ipv6HeaderField::Daddr),
+        };
+        self.nfproto(family)
+            .with(&Payload::Network(address))
+            .with(&Lookup {
+                set,
+                verdict: false,
+            })
+    }
+
+    /// `ip6 daddr fe80::/10`
+    pub(super) fn daddr_link_local(self) -> Self {
+        // The destination's first two bytes.
+        let start = NetworkHeaderField::Raw {
+            offset_bits: 24 * 8,
+            length_bits: 2 * 8,
+        };
+        self.nfproto(Family::Ipv6)
+            .with(&Payload::Network(start))
+            .with(&Bitwise::new(&[0xff_u8, 0xc0][..], &[0_u8, 0][..]))
+            .compare(CmpOp::Eq, &[0xfe_u8, 0x80][..])
+    }
+
+    /// `fib daddr type != unicast`
+    pub(super) fn daddr_not_unicast(self) -> Self {
+        self.with(&DestinationType).compare(CmpOp::Neq, UNICAST)
+    }
+
+    /// `meta skuid UID`
+    pub(super) fn skuid(self, uid: u32) -> Self {
+        self.with(&Meta::SkUid).compare(CmpOp::Eq, uid)
+    }
+
+    /// `meta skuid @SET`
+    pub(super) fn skuid_in(self, set: &CStr) -> Self {
+        self.with(&Meta::SkUid).with(&Lookup {
+            set,
+            verdict: false,
+        })
+    }
+
+    /// `tproxy to :PORT accept`. Without a listener the rule does not match.
+    pub(super) fn tproxy_accept(self, port: u16) -> Self {
+        self.with(&Immediate::new(port.to_be_bytes(), Register::Reg1))
+            .with(&Tproxy)
+            .with(&Verdict::Accept)
+    }
+
+    /// `goto CHAIN`
+    pub(super) fn goto(self, chain: &CStr) -> Self {
+        self.with(&Verdict::Goto {
+            chain: chain.to_owned(),
+        })
+    }
+
+    /// `return`: from here on cgtproxy leaves the packet alone.
+    pub(super) fn leave(self) -> Self {
+        self.with(&Verdict::Return)
+    }
+
+    /// `drop`
+    pub(super) fn drop(self) -> Self {
+        self.with(&Verdict::Drop)
+    }
+
+    /// `reject with tcp reset`; to be matched for TCP first.
+    pub(super) fn reject_with_tcp_reset(self) -> Self {
+        self.with(&Verdict::Reject(RejectionType::TcpRst))
+    }
+
+    /// `reject with icmpx port-unreachable`
+    pub(super) fn reject(self) -> Self {
+        self.with(&Verdict::Reject(RejectionType::Icmp(IcmpCode::PortUnreach)))
+    }
+}

@@ -1,0 +1,498 @@
+//! What every user has: policies, limits, and how a change of one becomes a [`Plan`]. No I/O: a change is
+//! staged, committed to the kernel by the caller, and applied here only when the kernel took it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use cgtproxy_proto::name::ProxyName;
+use cgtproxy_proto::path::ControlGroupPath;
+
+use crate::cgroup::{ControlGroupId, OwnedControlGroup};
+use crate::config::Limits;
+use crate::mark::{Mark, MarkAllocator, MarkRange};
+use crate::nft::{Before, Bypass, Layout, LeftBehind, Plan, Proxy, Verdict};
+use crate::peer::Uid;
+
+/// Why a change can't be staged.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// There is no policy to change.
+    #[error("there is no policy yet")]
+    NoPolicy,
+    /// Two proxies have this name.
+    #[error("two proxies are named '{0}'")]
+    ProxyExists(ProxyName),
+    /// No proxy has this name.
+    #[error("no proxy is named '{0}'")]
+    UnknownProxy(ProxyName),
+    /// More proxies than a user may have.
+    #[error("more than {0} proxies")]
+    TooManyProxies(usize),
+    /// More bypass entries than a user may have.
+    #[error("more than {0} bypass entries")]
+    TooManyBypassEntries(usize),
+    /// More control groups than a user may have.
+    #[error("more than {0} control groups with a verdict of their own")]
+    TooManyControlGroups(usize),
+    /// Every mark of the range is in use.
+    #[error("all marks of the mark range are in use")]
+    NoMarksLeft,
+}
+
+/// A proxy as a policy asks for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxyRequest {
+    /// Its name.
+    pub name: ProxyName,
+    /// Its port.
+    pub port: std::num::NonZeroU16,
+    /// UDP goes direct.
+    pub no_udp: bool,
+    /// IPv6 goes direct.
+    pub no_ipv6: bool,
+}
+
+/// A policy's part that is not about single control groups.
+#[derive(Debug)]
+pub struct PolicyRequest {
+    /// The user's user@UID.service.
+    pub subtree: OwnedControlGroup,
+    /// All proxies.
+    pub proxies: Vec<ProxyRequest>,
+    /// How many bypass entries were asked for.
+    pub bypass_entries: usize,
+    /// What they come to.
+    pub bypass: Bypass,
+}
+
+/// What a user has in the kernel.
+#[derive(Debug, Clone)]
+struct User {
+    layout: Rc<Layout>,
+    cgroups: BTreeMap<ControlGroupPath, (OwnedControlGroup, Verdict)>,
+    /// How many control groups each level has.
+    levels: BTreeMap<u32, usize>,
+    generation: u64,
+}
+
+/// A user's state, or what an earlier helper left of one.
+#[derive(Debug, Clone)]
+enum Entry {
+    Policy(User),
+    LeftBehind(LeftBehind),
+}
+
+/// A change that is ready to be committed.
+#[derive(Debug)]
+pub struct Staged {
+    plan: Plan,
+    marks: Option<MarkAllocator>,
+    effect: Effect,
+}
+
+#[derive(Debug)]
+enum Effect {
+    Replace(User),
+    Change {
+        layout: Rc<Layout>,
+        levels: BTreeMap<u32, usize>,
+        cgroups: Vec<(ControlGroupPath, Option<(OwnedControlGroup, Verdict)>)>,
+    },
+    Remove,
+}
+
+impl Staged {
+    /// What the kernel has to do first.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+}
+
+/// All users' policies.
+#[derive(Debug)]
+pub struct Registry {
+    limits: Limits,
+    marks: MarkAllocator,
+    users: BTreeMap<Uid, Entry>,
+}
+
+impl Registry {
+    /// No user has anything.
+    #[must_use]
+    pub fn new(limits: Limits, range: MarkRange) -> Self {
+        Self {
+            limits,
+            marks: MarkAllocator::new(range),
+            users: BTreeMap::new(),
+        }
+    }
+
+    /// Takes over what an earlier helper left in the kernel. Its marks stay with its proxies, so
+    /// that open connections keep theirs.
+    pub fn adopt(&mut self, uid: Uid, left: LeftBehind) {
+        for &mark in left.proxies.values() {
+            self.marks.adopt(mark);
+        }
+        self.users.insert(uid, Entry::LeftBehind(left));
+    }
+
+    /// Stages a whole new policy. `cgroups` are opened only after the limits have been checked.
+    ///
+    /// # Errors
+    /// If it breaks a limit or contradicts itself.
+    pub fn replace(
+        &self,
+        uid: Uid,
+        policy: PolicyRequest,
+        assignments: BTreeMap<ControlGroupPath, Verdict>,
+        mut open: impl FnMut(&ControlGroupPath) -> Option<OwnedControlGroup>,
+    ) -> Result<Staged, Refused> {
+        self.admit(
+            policy.proxies.len(),
+            policy.bypass_entries,
+            assignments.len(),
+        )?;
+        let before = self.before(uid);
+        let (proxies, marks) = self.assign_marks(&before, policy.proxies)?;
+        for verdict in assignments.values() {
+            known(&proxies, verdict)?;
+        }
+        let mut cgroups = BTreeMap::new();
+        let mut levels: BTreeMap<u32, usize> = BTreeMap::new();
+        for (path, verdict) in assignments {
+            if let Some(cgroup) = open(&path) {
+                *levels.entry(cgroup.level()).or_default() += 1;
+                cgroups.insert(path, (cgroup, verdict));
+            }
+        }
+        let layout = Rc::new(Layout {
+            subtree: policy.subtree,
+            proxies,
+            bypass: policy.bypass,
+            levels: levels.keys().copied().collect(),
+        });
+        let old = match self.users.get(&uid) {
+            Some(Entry::Policy(user)) => Some(user),
+            _ => None,
+        };
+        let mut changes = Changes::default();
+        for (cgroup, verdict) in old.iter().flat_map(|user| user.cgroups.values()) {
+            changes.had(*cgroup, verdict);
+        }
+        for (cgroup, verdict) in cgroups.values() {
+            changes.has(*cgroup, verdict);
+        }
+        let (delete, add) = changes.finish();
+        let generation = old.map_or(0, |user| user.generation);
+        Ok(Staged {
+            plan: Plan {
+                uid,
+                before,
+                after: Some(Rc::clone(&layout)),
+                delete,
+                add,
+            },
+            marks: Some(marks),
+            effect: Effect::Replace(User {
+                layout,
+                cgroups,
+                levels,
+                generation,
+            }),
+        })
+    }
+
+    /// Stages a change of some control groups' verdicts.
+    ///
+    /// # Errors
+    /// If it breaks a limit or names a proxy that the policy has not.
+    pub fn update(
+        &self,
+        uid: Uid,
+        subtree: OwnedControlGroup,
+        assign: BTreeMap<ControlGroupPath, Verdict>,
+        remove: BTreeSet<ControlGroupPath>,
+        mut open: impl FnMut(&ControlGroupPath) -> Option<OwnedControlGroup>,
+    ) -> Result<Staged, Refused> {
+        let Some(Entry::Policy(user)) = self.users.get(&uid) else {
+            return Err(Refused::NoPolicy);
+        };
+        let added = assign
+            .keys()
+            .filter(|path| !user.cgroups.contains_key(path))
+            .count();
+        let removed = remove
+            .iter()
+            .filter(|path| user.cgroups.contains_key(path) && !assign.contains_key(path))
+            .count();
+        self.admit(0, 0, user.cgroups.len() + added - removed)?;
+        for verdict in assign.values() {
+            known(&user.layout.proxies, verdict)?;
+        }
+
+        let mut cgroups = Vec::with_capacity(assign.len() + remove.len());
+        for path in remove {
+            if user.cgroups.contains_key(&path) && !assign.contains_key(&path) {
+                cgroups.push((path, None));
+            }
+        }
+        for (path, verdict) in assign {
+            let opened = open(&path).map(|cgroup| (cgroup, verdict));
+            // One that is gone takes the verdict with it that its predecessor of this name had.
+            if opened.is_some() || user.cgroups.contains_key(&path) {
+                cgroups.push((path, opened));
+            }
+        }
+        let mut levels = user.levels.clone();
+        let mut changes = Changes::default();
+        for (path, new) in &cgroups {
+            if let Some((cgroup, verdict)) = user.cgroups.get(path) {
+                changes.had(*cgroup, verdict);
+                if let Some(count) = levels.get_mut(&cgroup.level()) {
+                    *count -= 1;
+                }
+            }
+            if let Some((cgroup, verdict)) = new {
+                changes.has(*cgroup, verdict);
+                *levels.entry(cgroup.level()).or_default() += 1;
+            }
+        }
+        levels.retain(|_, count| *count > 0);
+        let same_levels = levels.keys().eq(&user.layout.levels);
+        let layout = if same_levels && subtree == user.layout.subtree {
+            Rc::clone(&user.layout)
+        } else {
+            Rc::new(Layout {
+                subtree,
+                levels: levels.keys().copied().collect(),
+                ..Layout::clone(&user.layout)
+            })
+        };
+        let (delete, add) = changes.finish();
+        Ok(Staged {
+            plan: Plan {
+                uid,
+                before: Before::Layout(Rc::clone(&user.layout)),
+                after: Some(Rc::clone(&layout)),
+                delete,
+                add,
+            },
+            marks: None,
+            effect: Effect::Change {
+                layout,
+                levels,
+                cgroups,
+            },
+        })
+    }
+
+    /// Stages the removal of everything that a user has.
+    #[must_use]
+    pub fn remove(&self, uid: Uid) -> Staged {
+        let before = self.before(uid);
+        let mut marks = self.marks.clone();
+        for (_, mark) in marks_of(&before) {
+            marks.free(mark);
+        }
+        Staged {
+            plan: Plan {
+                uid,
+                before,
+                after: None,
+                delete: Vec::new(),
+                add: Vec::new(),
+            },
+            marks: Some(marks),
+            effect: Effect::Remove,
+        }
+    }
+
+    /// Makes a change true that the kernel has carried out. Returns the user's generation.
+    pub fn apply(&mut self, staged: Staged) -> u64 {
+        let uid = staged.plan.uid;
+        if let Some(marks) = staged.marks {
+            self.marks = marks;
+        }
+        match staged.effect {
+            Effect::Replace(mut user) => {
+                user.generation += 1;
+                let generation = user.generation;
+                self.users.insert(uid, Entry::Policy(user));
+                generation
+            }
+            Effect::Change {
+                layout,
+                levels,
+                cgroups,
+            } => {
+                let Some(Entry::Policy(user)) = self.users.get_mut(&uid) else {
+                    return 0;
+                };
+                user.layout = layout;
+                user.levels = levels;
+                for (path, cgroup) in cgroups {
+                    match cgroup {
+                        Some(cgroup) => user.cgroups.insert(path, cgroup),
+                        None => user.cgroups.remove(&path),
+                    };
+                }
+                user.generation += 1;
+                user.generation
+            }
+            Effect::Remove => {
+                self.users.remove(&uid);
+                0
+            }
+        }
+    }
+
+    /// What a user has: the layout, the number of control groups, and the generation.
+    #[must_use]
+    pub fn policy(&self, uid: Uid) -> Option<(&Layout, usize, u64)> {
+        match self.users.get(&uid)? {
+            Entry::Policy(user) => Some((&user.layout, user.cgroups.len(), user.generation)),
+            Entry::LeftBehind(_) => None,
+        }
+    }
+
+    /// Whether a user has anything in the kernel.
+    #[must_use]
+    pub fn has(&self, uid: Uid) -> bool {
+        self.users.contains_key(&uid)
+    }
+
+    /// The one place where limits are checked: what a user would have against what one may have.
+    fn admit(&self, proxies: usize, bypass: usize, cgroups: usize) -> Result<(), Refused> {
+        if proxies > self.limits.proxies {
+            return Err(Refused::TooManyProxies(self.limits.proxies));
+        }
+        if bypass > self.limits.bypass {
+            return Err(Refused::TooManyBypassEntries(self.limits.bypass));
+        }
+        if cgroups > self.limits.control_groups {
+            return Err(Refused::TooManyControlGroups(self.limits.control_groups));
+        }
+        Ok(())
+    }
+
+    fn before(&self, uid: Uid) -> Before {
+        match self.users.get(&uid) {
+            None => Before::Nothing,
+            Some(Entry::Policy(user)) => Before::Layout(Rc::clone(&user.layout)),
+            Some(Entry::LeftBehind(left)) => Before::LeftBehind(left.clone()),
+        }
+    }
+
+    /// Gives each proxy a mark: the one that a proxy of this name has already, or a new one.
+    fn assign_marks(
+        &self,
+        before: &Before,
+        requests: Vec<ProxyRequest>,
+    ) -> Result<(BTreeMap<ProxyName, Proxy>, MarkAllocator), Refused> {
+        let mut marks = self.marks.clone();
+        let mut kept = BTreeMap::new();
+        let names: BTreeSet<_> = requests
+            .iter()
+            .map(|request| request.name.clone())
+            .collect();
+        for (name, mark) in marks_of(before) {
+            if names.contains(name) && marks.is_used(mark) {
+                kept.insert(name.clone(), mark);
+            } else {
+                marks.free(mark);
+            }
+        }
+        let mut proxies = BTreeMap::new();
+        for request in requests {
+            let ProxyRequest {
+                name,
+                port,
+                no_udp,
+                no_ipv6,
+            } = request;
+            let mark = match kept.get(&name) {
+                Some(&mark) => mark,
+                None => marks.allocate().ok_or(Refused::NoMarksLeft)?,
+            };
+            if proxies
+                .insert(
+                    name.clone(),
+                    Proxy {
+                        mark,
+                        port,
+                        no_udp,
+                        no_ipv6,
+                    },
+                )
+                .is_some()
+            {
+                return Err(Refused::ProxyExists(name));
+            }
+        }
+        Ok((proxies, marks))
+    }
+}
+
+/// The proxies that the kernel has, with their marks.
+fn marks_of(before: &Before) -> Vec<(&ProxyName, Mark)> {
+    match before {
+        Before::Nothing => Vec::new(),
+        Before::Layout(layout) => layout
+            .proxies
+            .iter()
+            .map(|(name, proxy)| (name, proxy.mark))
+            .collect(),
+        Before::LeftBehind(left) => left
+            .proxies
+            .iter()
+            .map(|(name, &mark)| (name, mark))
+            .collect(),
+    }
+}
+
+fn known(proxies: &BTreeMap<ProxyName, Proxy>, verdict: &Verdict) -> Result<(), Refused> {
+    match verdict {
+        Verdict::Proxy(name) if !proxies.contains_key(name) => {
+            Err(Refused::UnknownProxy(name.clone()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An element before and after a change.
+type Difference<'a> = (
+    Option<&'a Verdict>,
+    Option<(OwnedControlGroup, &'a Verdict)>,
+);
+
+/// Which elements the kernel has to delete and to add.
+#[derive(Debug, Default)]
+struct Changes<'a>(BTreeMap<ControlGroupId, Difference<'a>>);
+
+impl<'a> Changes<'a> {
+    fn had(&mut self, cgroup: OwnedControlGroup, verdict: &'a Verdict) {
+        self.0.entry(cgroup.id()).or_default().0 = Some(verdict);
+    }
+
+    fn has(&mut self, cgroup: OwnedControlGroup, verdict: &'a Verdict) {
+        self.0.entry(cgroup.id()).or_default().1 = Some((cgroup, verdict));
+    }
+
+    fn finish(self) -> (Vec<ControlGroupId>, Vec<(OwnedControlGroup, Verdict)>) {
+        let mut delete = Vec::new();
+        let mut add = Vec::new();
+        for (id, (before, after)) in self.0 {
+            if before == after.map(|(_, verdict)| verdict) {
+                continue;
+            }
+            if before.is_some() {
+                delete.push(id);
+            }
+            if let Some((cgroup, verdict)) = after {
+                add.push((cgroup, verdict.clone()));
+            }
+        }
+        (delete, add)
+    }
+}

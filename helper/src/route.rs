@@ -1,0 +1,225 @@
+//! Policy routing: packets with the divert bit are looked up in a table whose only route delivers them to this
+//! machine, so that they come in again over lo.
+//!
+//! ```text
+//! ip rule add priority 800 fwmark 0x80000000/0x80000000 lookup 25447 protocol 199
+//! ip route add local default dev lo table 25447 proto 199
+//! ```
+//!
+//! The rule is recognised by its priority and the route by its table; both carry a protocol number
+//! of our own. Adding what is there already changes nothing, so that a helper that starts after a
+//! crash simply adopts them.
+
+use std::fmt;
+use std::io;
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_ROUTE;
+use rustix::io::Errno;
+
+use crate::mark::MarkRange;
+
+/// Our routing protocol number: one that /etc/iproute2/rt_protos gives to nobody.
+const PROTOCOL: u8 = 199;
+
+/// The index of lo: `LOOPBACK_IFINDEX` (net/flow.h).
+const LOOPBACK_INDEX: u32 = 1;
+
+/// The table number when it does not fit the message's byte: `RT_TABLE_UNSPEC` (linux/rtnetlink.h).
+const TABLE_UNSPEC: u8 = 0;
+
+/// An address family that can be diverted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    Ipv4,
+    /// IPv6.
+    Ipv6,
+}
+
+impl Family {
+    fn address_family(self) -> AddressFamily {
+        match self {
+            Self::Ipv4 => AddressFamily::Inet,
+            Self::Ipv6 => AddressFamily::Inet6,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
+        })
+    }
+}
+
+/// Why policy routing can't be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no netlink socket.
+    #[error("can't open a netlink socket to the routing tables")]
+    Socket(#[source] io::Error),
+    /// The kernel refuses the rule or the route.
+    #[error("the kernel refuses the {family} {what}")]
+    Refused {
+        /// For which family.
+        family: Family,
+        /// `rule` or `route`.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The rules and routes for diverted packets.
+pub struct Routing {
+    socket: Socket,
+    marks: MarkRange,
+    table: u32,
+    priority: u32,
+}
+
+impl Routing {
+    /// Opens a socket to the kernel's routing tables; changes nothing yet.
+    ///
+    /// # Errors
+    /// As socket(2).
+    pub fn open(marks: MarkRange, table: u32, priority: u32) -> Result<Self, Error> {
+        let mut socket = Socket::new(NETLINK_ROUTE).map_err(Error::Socket)?;
+        socket.bind_auto().map_err(Error::Socket)?;
+        socket.set_cap_ack(true).map_err(Error::Socket)?;
+        Ok(Self {
+            socket,
+            marks,
+            table,
+            priority,
+        })
+    }
+
+    /// Sees to it that the family's route and rule are there. False if the kernel does not have
+    /// the family at all (`ipv6.disable=1`).
+    ///
+    /// # Errors
+    /// If the kernel refuses for another reason.
+    pub fn ensure(&self, family: Family) -> Result<bool, Error> {
+        let refused = |what| {
+            move |source| Error::Refused {
+                family,
+                what,
+                source,
+            }
+        };
+        let replace = NLM_F_CREATE | NLM_F_REPLACE;
+        match self.request(RouteNetlinkMessage::NewRoute(self.route(family)), replace) {
+            Err(error) if not_supported(&error) => return Ok(false),
+            result => result.map_err(refused("route"))?,
+        }
+        match self.request(
+            RouteNetlinkMessage::NewRule(self.rule(family)),
+            NLM_F_CREATE | NLM_F_EXCL,
+        ) {
+            Err(error) if not_supported(&error) => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(true),
+            result => result.map(|()| true).map_err(refused("rule")),
+        }
+    }
+
+    /// Removes the family's rule and route. What is not there is no error.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn remove(&self, family: Family) -> Result<(), Error> {
+        let refused = |what| {
+            move |source| Error::Refused {
+                family,
+                what,
+                source,
+            }
+        };
+        let gone = |error: &io::Error| {
+            let errno = Errno::from_io_error(error);
+            not_supported(error) || matches!(errno, Some(Errno::NOENT | Errno::SRCH))
+        };
+        for (what, message) in [
+            ("rule", RouteNetlinkMessage::DelRule(self.rule(family))),
+            ("route", RouteNetlinkMessage::DelRoute(self.route(family))),
+        ] {
+            match self.request(message, 0) {
+                Err(error) if gone(&error) => {}
+                result => result.map_err(refused(what))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// `fwmark DIVERT/DIVERT lookup TABLE`
+    fn rule(&self, family: Family) -> RuleMessage {
+        let mut rule = RuleMessage::default();
+        rule.header.family = family.address_family();
+        rule.header.table = TABLE_UNSPEC;
+        rule.header.action = RuleAction::ToTable;
+        rule.attributes = vec![
+            RuleAttribute::Priority(self.priority),
+            RuleAttribute::FwMark(self.marks.divert()),
+            RuleAttribute::FwMask(self.marks.divert()),
+            RuleAttribute::Table(self.table),
+            RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)),
+        ];
+        rule
+    }
+
+    /// `local default dev lo table TABLE`
+    fn route(&self, family: Family) -> RouteMessage {
+        let mut route = RouteMessage::default();
+        route.header.address_family = family.address_family();
+        route.header.table = TABLE_UNSPEC;
+        route.header.protocol = RouteProtocol::Other(PROTOCOL);
+        route.header.scope = RouteScope::Host;
+        route.header.kind = RouteType::Local;
+        let everything = match family {
+            Family::Ipv4 => RouteAddress::Inet(std::net::Ipv4Addr::UNSPECIFIED),
+            Family::Ipv6 => RouteAddress::Inet6(std::net::Ipv6Addr::UNSPECIFIED),
+        };
+        route.attributes = vec![
+            RouteAttribute::Destination(everything),
+            RouteAttribute::Oif(LOOPBACK_INDEX),
+            RouteAttribute::Table(self.table),
+        ];
+        route
+    }
+
+    /// Sends one request and reads its acknowledgement, which the kernel queues before send(2) returns.
+    fn request(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
+        let (answer, _) = self.socket.recv_from_full()?;
+        let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+        match answer.payload {
+            NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn not_supported(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::AFNOSUPPORT | Errno::OPNOTSUPP)
+    )
+}

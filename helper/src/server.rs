@@ -1,0 +1,177 @@
+//! The listening socket and the connections that come from it.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+use cgtproxy_proto::limits::MESSAGE_BYTES;
+use cgtproxy_proto::message::MessageReader;
+use cgtproxy_proto::service::{ServeError, serve};
+use serde_json::json;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::peer::{Peer, Uid};
+use crate::session::{Session, too_many_connections};
+use crate::state::{ConnectionId, State};
+
+/// How long to wait after accept(2) failed: doubled from one to the other.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+
+/// Serves connections until `shutdown` is cancelled, then ends them all.
+#[derive(Clone)]
+pub struct Server {
+    state: Rc<RefCell<State>>,
+    connections: Rc<RefCell<BTreeMap<Uid, usize>>>,
+    tasks: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+impl Server {
+    /// A server over this state. It is to be run within a `LocalSet`.
+    #[must_use]
+    pub fn new(state: Rc<RefCell<State>>, shutdown: CancellationToken) -> Self {
+        Self {
+            state,
+            connections: Rc::default(),
+            tasks: TaskTracker::new(),
+            shutdown,
+        }
+    }
+
+    /// Accepts connections until it is told to stop.
+    pub async fn run(&self, listener: UnixListener) {
+        let mut back_off = BACK_OFF.0;
+        let mut next = 0;
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = self.shutdown.cancelled() => break,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    back_off = BACK_OFF.0;
+                    next += 1;
+                    self.accepted(stream, ConnectionId(next));
+                }
+                Err(error) => {
+                    tracing::warn!("can't accept a connection: {error}");
+                    tokio::time::sleep(back_off).await;
+                    back_off = BACK_OFF.1.min(back_off * 2);
+                }
+            }
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    /// Ends a policy whose agent is gone, unless an agent takes it over within the grace period.
+    pub fn await_grace(&self, uid: Uid, grace: u64) {
+        let this = self.clone();
+        self.tasks.spawn_local(async move {
+            let period = this.state.borrow().config.grace;
+            tokio::select! {
+                () = tokio::time::sleep(period) => {}
+                // The policy stays in the kernel for the next helper.
+                () = this.shutdown.cancelled() => return,
+            }
+            match this.state.borrow_mut().grace_is_over(uid, grace) {
+                Ok(true) => tracing::info!(
+                    uid = uid.value(),
+                    "removed the policy of an agent that is gone"
+                ),
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::error!(uid = uid.value(), "can't remove the policy: {error}")
+                }
+            }
+        });
+    }
+
+    fn accepted(&self, stream: UnixStream, id: ConnectionId) {
+        let peer = match Peer::of(&stream) {
+            Ok(peer) => peer,
+            Err(error) => {
+                tracing::warn!("refused a connection: can't tell who it is from: {error}");
+                return;
+            }
+        };
+        let uid = peer.uid();
+        let Some(slot) = self.take_slot(uid) else {
+            let limit = self.state.borrow().config.limits.connections;
+            self.tasks.spawn_local(refuse(stream, limit));
+            return;
+        };
+        let this = self.clone();
+        self.tasks.spawn_local(async move {
+            let _slot = slot;
+            tokio::select! {
+                () = this.converse(stream, peer, id) => {}
+                () = this.shutdown.cancelled() => return,
+            }
+            let grace = this.state.borrow_mut().disconnected(uid, id);
+            if let Some(grace) = grace {
+                this.await_grace(uid, grace);
+            }
+        });
+    }
+
+    async fn converse(&self, stream: UnixStream, peer: Peer, id: ConnectionId) {
+        let uid = peer.uid();
+        let mut session = Session::new(peer, id, Rc::clone(&self.state));
+        let (read, mut write) = stream.into_split();
+        let mut messages = MessageReader::new(read, MESSAGE_BYTES);
+        match serve(&mut messages, &mut write, &mut session).await {
+            Ok(()) | Err(ServeError::Write(_)) => {}
+            Err(error) => tracing::debug!(uid = uid.value(), "ended a connection: {error}"),
+        }
+    }
+
+    /// Counts a connection for as long as the returned value lives; none if the user has too many.
+    fn take_slot(&self, uid: Uid) -> Option<Slot> {
+        let limit = self.state.borrow().config.limits.connections;
+        let mut connections = self.connections.borrow_mut();
+        let count = connections.entry(uid).or_default();
+        if *count >= limit {
+            return None;
+        }
+        *count += 1;
+        Some(Slot {
+            uid,
+            connections: Rc::clone(&self.connections),
+        })
+    }
+}
+
+/// One of the connections that a user may have.
+struct Slot {
+    uid: Uid,
+    connections: Rc<RefCell<BTreeMap<Uid, usize>>>,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut connections = self.connections.borrow_mut();
+        if let Some(count) = connections.get_mut(&self.uid) {
+            *count -= 1;
+            if *count == 0 {
+                connections.remove(&self.uid);
+            }
+        }
+    }
+}
+
+/// Says why, and closes. The socket's buffer is empty, so that nobody can make this wait.
+async fn refuse(mut stream: UnixStream, limit: usize) {
+    let fault = too_many_connections(limit);
+    let mut reply = json!({ "error": fault.name, "parameters": fault.parameters }).to_string();
+    reply.push('\0');
+    let written: io::Result<()> = stream.write_all(reply.as_bytes()).await;
+    if let Err(error) = written {
+        tracing::debug!("can't refuse a connection: {error}");
+    }
+}

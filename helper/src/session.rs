@@ -1,0 +1,282 @@
+//! One connection: the methods of `org.cgtproxy.Helper` on behalf of its peer.
+//!
+//! A method takes its parameters apart, validates their form, and hands typed values on; what goes
+//! wrong is an [`Error`] until one place turns it into a declared one.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU16;
+use std::rc::Rc;
+
+use cgtproxy_proto::helper::{
+    self as wire, Assignment, GetStatus_Reply, GetStatus_Reply_session, ReplacePolicy_Args,
+    ReplacePolicy_Reply, SkipReason, UpdateAssignments_Args, UpdateAssignments_Reply,
+};
+use cgtproxy_proto::name::ProxyName;
+use cgtproxy_proto::path::ControlGroupPath;
+use cgtproxy_proto::service::{Fault, Identity, Service, parameters, reply};
+use serde_json::{Value, json};
+
+use crate::bypass;
+use crate::cgroup::{Subtree, Unavailable, subtree_path};
+use crate::nft::Verdict;
+use crate::peer::{Peer, Uid};
+use crate::registry::{PolicyRequest, ProxyRequest, Refused};
+use crate::state::{self, ConnectionId, Holder, Skipped, State};
+
+/// Why a call is refused.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    /// A parameter has a value that it can't have.
+    #[error("the parameter '{0}' is invalid")]
+    Parameter(String),
+    /// There is no user@UID.service, or it is not the peer's.
+    #[error("there is no {0}")]
+    NoUserManager(String),
+    /// The state refuses.
+    #[error(transparent)]
+    State(#[from] state::Error),
+}
+
+/// One connection's side of the interface.
+pub struct Session {
+    peer: Peer,
+    id: ConnectionId,
+    state: Rc<RefCell<State>>,
+}
+
+impl Session {
+    /// Serves `peer`, whose connection is `id`.
+    #[must_use]
+    pub fn new(peer: Peer, id: ConnectionId, state: Rc<RefCell<State>>) -> Self {
+        Self { peer, id, state }
+    }
+
+    fn replace_policy(&self, arguments: ReplacePolicy_Args) -> Result<ReplacePolicy_Reply, Error> {
+        let mut state = self.state.borrow_mut();
+        let assignments = assignments("assignments", arguments.assignments)?;
+        let mut proxies = Vec::new();
+        for (index, proxy) in arguments.proxies.into_iter().enumerate() {
+            let invalid = |field| Error::Parameter(format!("proxies[{index}].{field}"));
+            let port = u16::try_from(proxy.port).ok().and_then(NonZeroU16::new);
+            proxies.push(ProxyRequest {
+                name: proxy.name.parse().map_err(|_| invalid("name"))?,
+                port: port.ok_or_else(|| invalid("port"))?,
+                no_udp: proxy.noUdp.unwrap_or(false),
+                no_ipv6: proxy.noIpv6.unwrap_or(false),
+            });
+        }
+        let bypass = bypass::parse(&arguments.bypass)
+            .map_err(|index| Error::Parameter(format!("bypass[{index}]")))?;
+        let subtree = self.subtree(&state)?;
+        let policy = PolicyRequest {
+            subtree: subtree.cgroup(),
+            proxies,
+            bypass_entries: arguments.bypass.len(),
+            bypass,
+        };
+        let (generation, skipped) =
+            state.replace(self.peer.uid(), self.id, &subtree, policy, assignments)?;
+        Ok(ReplacePolicy_Reply {
+            generation: number(generation),
+            skipped: skipped_reply(skipped),
+        })
+    }
+
+    fn update_assignments(
+        &self,
+        arguments: UpdateAssignments_Args,
+    ) -> Result<UpdateAssignments_Reply, Error> {
+        let mut state = self.state.borrow_mut();
+        let assign = assignments("assign", arguments.assign)?;
+        let mut remove = BTreeSet::new();
+        for (index, path) in arguments.remove.iter().enumerate() {
+            let path = ControlGroupPath::from_wire(path)
+                .map_err(|_| Error::Parameter(format!("remove[{index}]")))?;
+            remove.insert(path);
+        }
+        if state.holder(self.peer.uid()) != Holder::Connection(self.id) {
+            return Err(state::Error::NoSession.into());
+        }
+        let subtree = self.subtree(&state)?;
+        let (generation, skipped) =
+            state.update(self.peer.uid(), self.id, &subtree, assign, remove)?;
+        Ok(UpdateAssignments_Reply {
+            generation: number(generation),
+            skipped: skipped_reply(skipped),
+        })
+    }
+
+    fn remove_policy(&self) -> Result<Value, Error> {
+        self.state.borrow_mut().remove(self.peer.uid(), self.id)?;
+        Ok(json!({}))
+    }
+
+    fn get_status(&self) -> GetStatus_Reply {
+        let state = self.state.borrow();
+        let uid = self.peer.uid();
+        let policy = state.registry().policy(uid);
+        GetStatus_Reply {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            session: match state.holder(uid) {
+                Holder::None => GetStatus_Reply_session::none,
+                Holder::Connection(_) => GetStatus_Reply_session::active,
+                Holder::Grace(_) => GetStatus_Reply_session::grace,
+            },
+            generation: number(policy.map_or(0, |(_, _, generation)| generation)),
+            proxies: policy.map_or_else(Vec::new, |(layout, _, _)| {
+                let proxies = layout.proxies.iter().map(|(name, proxy)| wire::Proxy {
+                    name: name.to_string(),
+                    port: proxy.port.get().into(),
+                    noUdp: Some(proxy.no_udp),
+                    noIpv6: Some(proxy.no_ipv6),
+                });
+                proxies.collect()
+            }),
+            controlGroups: number(policy.map_or(0, |(_, cgroups, _)| cgroups as u64)),
+            ipv6: state.ipv6,
+            tableOwned: state.table_owned(),
+            proxyUids: state
+                .config
+                .proxy_uids
+                .iter()
+                .filter(|&&proxy| proxy != 0 && proxy != uid.value())
+                .map(|&proxy| proxy.into())
+                .collect(),
+        }
+    }
+
+    fn subtree(&self, state: &State) -> Result<Subtree, Error> {
+        state
+            .root
+            .subtree(&self.peer)
+            .map_err(|_| Error::NoUserManager(subtree_path(self.peer.uid())))
+    }
+
+    /// The one place where an error becomes what the caller is told.
+    fn fault(uid: Uid, error: Error) -> Fault {
+        let fault = |error: &str, parameters| Fault::new(wire::INTERFACE, error, parameters);
+        let limit = |error: &str, limit: usize| fault(error, json!({ "limit": limit }));
+        match error {
+            Error::Parameter(parameter) => Fault::invalid_parameter(parameter),
+            Error::NoUserManager(path) => fault("NoUserManager", json!({ "controlGroup": path })),
+            Error::State(state::Error::SessionExists) => fault("SessionExists", json!({})),
+            Error::State(state::Error::NoSession | state::Error::Refused(Refused::NoPolicy)) => {
+                fault("NoSession", json!({}))
+            }
+            Error::State(state::Error::Refused(refused)) => match refused {
+                Refused::NoPolicy => fault("NoSession", json!({})),
+                Refused::ProxyExists(name) => {
+                    fault("ProxyExists", json!({ "name": name.as_str() }))
+                }
+                Refused::UnknownProxy(name) => {
+                    fault("UnknownProxy", json!({ "name": name.as_str() }))
+                }
+                Refused::TooManyProxies(most) => limit("TooManyProxies", most),
+                Refused::TooManyBypassEntries(most) => limit("TooManyBypassEntries", most),
+                Refused::TooManyControlGroups(most) => limit("TooManyControlGroups", most),
+                Refused::NoMarksLeft => fault("NoMarksLeft", json!({})),
+            },
+            Error::State(state::Error::Kernel(error)) => {
+                tracing::warn!(uid = uid.value(), "{error}");
+                fault("KernelRefused", json!({ "message": error.to_string() }))
+            }
+        }
+    }
+
+    fn dispatch(&self, method: &str, arguments: Value) -> Result<Value, Fault> {
+        let refused = |error| Self::fault(self.peer.uid(), error);
+        match method {
+            "ReplacePolicy" => reply(
+                self.replace_policy(parameters(arguments)?)
+                    .map_err(refused)?,
+            ),
+            "UpdateAssignments" => reply(
+                self.update_assignments(parameters(arguments)?)
+                    .map_err(refused)?,
+            ),
+            "RemovePolicy" => self.remove_policy().map_err(refused),
+            "GetStatus" => reply(self.get_status()),
+            _ => Err(Fault::method_not_found(&format!(
+                "{}.{method}",
+                wire::INTERFACE
+            ))),
+        }
+    }
+}
+
+impl Service for Session {
+    const IDENTITY: Identity = Identity {
+        product: "cgtproxy-helper",
+        version: env!("CARGO_PKG_VERSION"),
+        interface: wire::INTERFACE,
+        description: wire::DESCRIPTION,
+    };
+
+    fn call(
+        &mut self,
+        method: &str,
+        arguments: Value,
+    ) -> impl Future<Output = Result<Value, Fault>> {
+        std::future::ready(self.dispatch(method, arguments))
+    }
+
+    fn message_too_large(limit: usize) -> Fault {
+        Fault::new(
+            wire::INTERFACE,
+            "MessageTooLarge",
+            json!({ "limit": limit }),
+        )
+    }
+}
+
+/// What a user is told who has more connections than allowed.
+#[must_use]
+pub fn too_many_connections(limit: usize) -> Fault {
+    Fault::new(
+        wire::INTERFACE,
+        "TooManyConnections",
+        json!({ "limit": limit }),
+    )
+}
+
+fn assignments(
+    parameter: &str,
+    assignments: Vec<Assignment>,
+) -> Result<BTreeMap<ControlGroupPath, Verdict>, Error> {
+    let mut verdicts = BTreeMap::new();
+    for (index, assignment) in assignments.into_iter().enumerate() {
+        let invalid = |field: &str| Error::Parameter(format!("{parameter}[{index}].{field}"));
+        let path = ControlGroupPath::from_wire(&assignment.controlGroup)
+            .map_err(|_| invalid("controlGroup"))?;
+        let proxy = assignment.proxy.map(|name| name.parse::<ProxyName>());
+        let verdict = match (assignment.verdict, proxy) {
+            (wire::Verdict::direct, None) => Verdict::Direct,
+            (wire::Verdict::drop, None) => Verdict::Drop,
+            (wire::Verdict::dropAll, None) => Verdict::DropAll,
+            (wire::Verdict::proxy, Some(Ok(name))) => Verdict::Proxy(name),
+            _ => return Err(invalid("proxy")),
+        };
+        verdicts.insert(path, verdict);
+    }
+    Ok(verdicts)
+}
+
+fn skipped_reply(skipped: Vec<Skipped>) -> Vec<wire::Skipped> {
+    let reply = |(path, why): Skipped| wire::Skipped {
+        controlGroup: path.to_wire(),
+        reason: match why {
+            Unavailable::Missing => SkipReason::missing,
+            Unavailable::NotOwned => SkipReason::notOwned,
+            Unavailable::NotControlGroup => SkipReason::notControlGroup,
+            Unavailable::Unreadable => SkipReason::unreadable,
+            Unavailable::TooDeep => SkipReason::tooDeep,
+        },
+    };
+    skipped.into_iter().map(reply).collect()
+}
+
+/// Varlink's integers are signed.
+fn number(count: u64) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,220 @@
+//! The helper's state, and the one way in which it changes: stage, commit, apply.
+
+use std::collections::BTreeMap;
+
+use cgtproxy_proto::path::ControlGroupPath;
+
+use crate::cgroup::{OwnedControlGroup, Root, Subtree, Unavailable};
+use crate::config::Config;
+use crate::nft::{self, LeftBehind, Nftables};
+use crate::peer::Uid;
+use crate::registry::{PolicyRequest, Refused, Registry, Staged};
+
+/// Tells connections apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ConnectionId(pub u64);
+
+/// Whose a user's policy is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holder {
+    /// Nobody's: there is none.
+    None,
+    /// This connection's.
+    Connection(ConnectionId),
+    /// The agent is gone, and the policy ends with this grace period unless another takes it over.
+    Grace(u64),
+}
+
+/// Why a change was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Another connection holds the user's policy.
+    #[error("another agent of this user is connected")]
+    SessionExists,
+    /// This connection holds no policy.
+    #[error("this connection has no policy")]
+    NoSession,
+    /// The change contradicts a limit or itself.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// The kernel refused it.
+    #[error(transparent)]
+    Kernel(#[from] nft::Error),
+}
+
+/// Everything that the helper knows, shared by all connections of the one thread.
+pub struct State {
+    /// What the administrator wants.
+    pub config: Config,
+    /// Where control groups are looked up.
+    pub root: Root,
+    /// Whether IPv6 is diverted.
+    pub ipv6: bool,
+    nftables: Nftables,
+    registry: Registry,
+    holders: BTreeMap<Uid, Holder>,
+    graces: u64,
+}
+
+/// A control group that was asked for and can't be had.
+pub type Skipped = (ControlGroupPath, Unavailable);
+
+impl State {
+    /// The state at the start, with what an earlier helper left. Their graces are to be awaited.
+    #[must_use]
+    pub fn new(
+        config: Config,
+        root: Root,
+        ipv6: bool,
+        nftables: Nftables,
+        left: BTreeMap<Uid, LeftBehind>,
+    ) -> (Self, Vec<(Uid, u64)>) {
+        let mut registry = Registry::new(config.limits, config.marks);
+        let uids: Vec<Uid> = left.keys().copied().collect();
+        for (uid, left) in left {
+            registry.adopt(uid, left);
+        }
+        let holders = BTreeMap::new();
+        let mut this = Self {
+            config,
+            root,
+            ipv6,
+            nftables,
+            registry,
+            holders,
+            graces: 0,
+        };
+        let graces = uids
+            .into_iter()
+            .map(|uid| (uid, this.begin_grace(uid)))
+            .collect();
+        (this, graces)
+    }
+
+    /// Who holds a user's policy.
+    #[must_use]
+    pub fn holder(&self, uid: Uid) -> Holder {
+        self.holders.get(&uid).copied().unwrap_or(Holder::None)
+    }
+
+    /// All policies.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Whether the kernel protects the table.
+    #[must_use]
+    pub fn table_owned(&self) -> bool {
+        self.nftables.owned()
+    }
+
+    /// Replaces the policy of a user on behalf of a connection, which holds it from then on.
+    ///
+    /// # Errors
+    /// If another connection holds it, or the change is refused; nothing has changed then.
+    pub fn replace(
+        &mut self,
+        uid: Uid,
+        connection: ConnectionId,
+        subtree: &Subtree,
+        policy: PolicyRequest,
+        assignments: BTreeMap<ControlGroupPath, nft::Verdict>,
+    ) -> Result<(u64, Vec<Skipped>), Error> {
+        match self.holder(uid) {
+            Holder::Connection(holder) if holder != connection => return Err(Error::SessionExists),
+            _ => {}
+        }
+        let mut skipped = Vec::new();
+        let open = opener(subtree, &mut skipped);
+        let staged = self.registry.replace(uid, policy, assignments, open)?;
+        let generation = self.commit(staged)?;
+        self.holders.insert(uid, Holder::Connection(connection));
+        Ok((generation, skipped))
+    }
+
+    /// Changes single verdicts of the policy that a connection holds.
+    ///
+    /// # Errors
+    /// If it holds none, or the change is refused; nothing has changed then.
+    pub fn update(
+        &mut self,
+        uid: Uid,
+        connection: ConnectionId,
+        subtree: &Subtree,
+        assign: BTreeMap<ControlGroupPath, nft::Verdict>,
+        remove: std::collections::BTreeSet<ControlGroupPath>,
+    ) -> Result<(u64, Vec<Skipped>), Error> {
+        if self.holder(uid) != Holder::Connection(connection) {
+            return Err(Error::NoSession);
+        }
+        let mut skipped = Vec::new();
+        let open = opener(subtree, &mut skipped);
+        let staged = self
+            .registry
+            .update(uid, subtree.cgroup(), assign, remove, open)?;
+        let generation = self.commit(staged)?;
+        Ok((generation, skipped))
+    }
+
+    /// Removes the policy that a connection holds.
+    ///
+    /// # Errors
+    /// If it holds none, or the kernel refuses.
+    pub fn remove(&mut self, uid: Uid, connection: ConnectionId) -> Result<(), Error> {
+        if self.holder(uid) != Holder::Connection(connection) {
+            return Err(Error::NoSession);
+        }
+        self.remove_policy(uid)?;
+        Ok(())
+    }
+
+    /// A connection has ended. If it held a policy, returns the grace period that begins now.
+    pub fn disconnected(&mut self, uid: Uid, connection: ConnectionId) -> Option<u64> {
+        (self.holder(uid) == Holder::Connection(connection)).then(|| self.begin_grace(uid))
+    }
+
+    /// A grace period is over: the policy goes unless a connection has taken it over.
+    ///
+    /// # Errors
+    /// If the kernel refuses; the policy is still there then.
+    pub fn grace_is_over(&mut self, uid: Uid, grace: u64) -> Result<bool, nft::Error> {
+        if self.holder(uid) != Holder::Grace(grace) {
+            return Ok(false);
+        }
+        self.remove_policy(uid)?;
+        Ok(true)
+    }
+
+    fn begin_grace(&mut self, uid: Uid) -> u64 {
+        self.graces += 1;
+        self.holders.insert(uid, Holder::Grace(self.graces));
+        self.graces
+    }
+
+    fn remove_policy(&mut self, uid: Uid) -> Result<(), nft::Error> {
+        let staged = self.registry.remove(uid);
+        self.commit(staged)?;
+        self.holders.remove(&uid);
+        Ok(())
+    }
+
+    fn commit(&mut self, staged: Staged) -> Result<u64, nft::Error> {
+        self.nftables.commit(staged.plan())?;
+        Ok(self.registry.apply(staged))
+    }
+}
+
+/// Opens control groups below a subtree, and notes those that can't be had.
+fn opener<'a>(
+    subtree: &'a Subtree,
+    skipped: &'a mut Vec<Skipped>,
+) -> impl FnMut(&ControlGroupPath) -> Option<OwnedControlGroup> + 'a {
+    |path| match subtree.open(path) {
+        Ok(cgroup) => Some(cgroup),
+        Err(why) => {
+            skipped.push((path.clone(), why));
+            None
+        }
+    }
+}
