@@ -138,3 +138,27 @@ fn remove_tree(path: &Path) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_run_left_behind_is_swept() {
+        // No process has a number so high.
+        let stale = v2_root().join(format!("{PREFIX}999999999-1-0"));
+        fs::create_dir_all(stale.join("system/user.slice")).unwrap();
+        let mut orphan = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .unwrap();
+        fs::write(stale.join("system/cgroup.procs"), orphan.id().to_string()).unwrap();
+        let fresh = HostCgroup::create();
+        orphan.wait().unwrap();
+        assert!(!stale.exists());
+        let path = fresh.path().to_owned();
+        assert!(path.exists());
+        drop(fresh);
+        assert!(!path.exists());
+    }
+}

@@ -12,7 +12,9 @@
 mod command;
 mod host_cgroup;
 pub mod sandbox;
+pub mod system;
 pub mod wait;
 pub mod wire;
 
 pub use sandbox::{Sandbox, sandbox};
+pub use system::System;

@@ -310,6 +310,34 @@ fn users_own_their_subtree_and_nothing_above() {
 }
 
 #[test]
+fn a_varlink_client_is_its_user_and_may_be_rude() {
+    sandbox(|sb| {
+        use std::io::{Read, Write};
+        let path = "/run/service.sock";
+        let listener = std::os::unix::net::UnixListener::bind(path).expect("/run is ours");
+        let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+        std::fs::set_permissions(path, permissions).expect("our own socket");
+        let mut client = sb.user(1001).varlink(path);
+        let (mut service, _) = listener.accept().expect("a client");
+        let peer =
+            nix::sys::socket::getsockopt(&service, nix::sys::socket::sockopt::PeerCredentials);
+        assert_eq!(peer.map(|peer| peer.uid()), Ok(1001));
+        client.send_bytes(b"half a mess");
+        let mut half = [0; 11];
+        service.read_exact(&mut half).expect("what was sent");
+        assert_eq!(&half, b"half a mess");
+        client.finish();
+        assert_eq!(service.read(&mut half).expect("the end"), 0);
+        service
+            .write_all(b"{\"parameters\":{\"x\":1}}\0")
+            .expect("the client still listens");
+        assert_eq!(client.receive().expect("a message")["parameters"]["x"], 1);
+        drop(service);
+        assert_eq!(client.receive(), None);
+    });
+}
+
+#[test]
 fn sandboxes_are_alone() {
     sandbox(|sb| {
         let mut names: Vec<_> = std::fs::read_dir("/sys/fs/cgroup")

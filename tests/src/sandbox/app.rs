@@ -1,6 +1,7 @@
 //! Applications on the machine, which ask the network and tell what became of it.
 
 use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -32,7 +33,16 @@ pub struct App {
 impl App {
     pub(crate) fn start(world: &Arc<World>, launch: Launch) -> Self {
         let mut command = launch.command(binary("cgtproxy-testapp"));
-        let process = Driven::start("an application", command.arg("app"));
+        Self::begin(world, command.arg("app"))
+    }
+
+    /// By a command that ends up as a test application.
+    pub(crate) fn start_by(world: &Arc<World>, argv: &[String]) -> Self {
+        Self::begin(world, Command::new(&argv[0]).args(&argv[1..]))
+    }
+
+    fn begin(world: &Arc<World>, command: &mut Command) -> Self {
+        let process = Driven::start("an application", command);
         match process.receive() {
             AppReport::Done => {}
             other => panic!("an application began with {other:?}"),

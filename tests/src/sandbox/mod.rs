@@ -31,7 +31,7 @@ pub use user::User;
 pub use varlink::Varlink;
 
 use crate::wire::ServerKind;
-use world::World;
+pub(crate) use world::World;
 
 /// Runs the body in a sandbox of its own.
 ///
@@ -134,6 +134,10 @@ impl Sandbox {
             deliveries.is_empty(),
             "{destination} was sent {deliveries:?}"
         );
+    }
+
+    pub(crate) fn world(&self) -> Arc<World> {
+        Arc::clone(&self.world)
     }
 
     /// Prints what one wants to see when a test has failed.

@@ -10,6 +10,7 @@
 )]
 
 mod app;
+mod boot;
 mod init;
 mod launch;
 mod lines;
@@ -20,7 +21,8 @@ mod traffic;
 use std::ffi::OsString;
 
 const USAGE: &str = "usage: cgtproxy-testapp sandbox CGROUP BIN-DIR CMD… | init BIN-DIR CMD… \
-                     | launch CGROUP CMD… | serve JSON | app | pipe SOCKET";
+                     | launch CGROUP CMD… | boot CGROUP ROOT NOTIFY-SOCKET | boot-init ROOT NOTIFY-SOCKET \
+                     | serve JSON | app | pipe SOCKET";
 
 fn main() {
     let mut arguments = std::env::args_os().skip(1);
@@ -30,6 +32,8 @@ fn main() {
         (Some("sandbox"), [cgroup, bin, command @ ..]) => init::sandbox(cgroup, bin, command),
         (Some("init"), [bin, command @ ..]) => init::init(bin, command),
         (Some("launch"), [cgroup, command @ ..]) => launch::launch(cgroup, command),
+        (Some("boot"), [cgroup, root, notify]) => boot::boot(cgroup, root, notify),
+        (Some("boot-init"), [root, notify]) => boot::boot_init(root, notify),
         (Some("serve"), [spec]) => server::serve(spec.to_str().expect("JSON is UTF-8")),
         (Some("app"), []) => app::run(),
         (Some("pipe"), [socket]) => pipe::run(socket),
