@@ -358,6 +358,17 @@ fn sandboxes_are_alone() {
 }
 
 #[test]
+#[should_panic(expected = "was sent")]
+fn a_packet_that_left_is_found_out() {
+    sandbox(|sb| {
+        let to = sb.fresh_v6();
+        let app = sb.user(1001).cgroup("app.slice/app-a.scope").app_as(0);
+        app.raw(132, to);
+        sb.assert_nothing_left_for(to);
+    });
+}
+
+#[test]
 #[should_panic(expected = "failed in its sandbox")]
 fn a_failure_inside_is_a_failure_outside() {
     sandbox(|_| panic!("on purpose"));

@@ -39,6 +39,10 @@ pub(crate) fn bin_dir() -> PathBuf {
 /// Starts the current test's executable in a sandbox, for the current test only.
 #[track_caller]
 pub(crate) fn run_this_test_inside() {
+    assert!(
+        nix::unistd::Uid::effective().is_root(),
+        "these tests make namespaces and cgroups, so they must run as root"
+    );
     let name = test_name();
     let bin = bin_dir();
     let testapp = bin.join("cgtproxy-testapp");
