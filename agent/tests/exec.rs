@@ -672,6 +672,52 @@ fn a_scope_that_does_not_start_is_reported() {
 }
 
 #[test]
+fn another_process_is_moved_without_being_touched() {
+    let mut session = Session::new(Behaviour::default());
+    let mut other = Command::new("sleep").arg("1000").spawn().unwrap();
+    let pid = other.id().to_string();
+    let output = session.run(["--pid", &pid, "mihomo"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!((stdout(&output), stderr(&output)), Default::default());
+    assert_eq!(other.try_wait().unwrap(), None);
+    assert_eq!(
+        session.asked()[1],
+        Asked::Start {
+            slice: "cgtproxy-mihomo.slice".into(),
+            pid: other.id(),
+        }
+    );
+    other.kill().unwrap();
+    other.wait().unwrap();
+    let output = session.run(["--pid", &pid, "mihomo"]);
+    assert_refused(&output, 125, &["control group of process", &pid]);
+}
+
+#[test]
+fn says_that_open_sockets_stay_behind() {
+    let mut session = Session::new(Behaviour::default());
+    let (socket, _other_end) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut other = Command::new("sleep")
+        .arg("1000")
+        .stdin(std::os::fd::OwnedFd::from(socket))
+        .spawn()
+        .unwrap();
+    let output = session.run(["--pid", &other.id().to_string(), "mihomo"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(stderr(&output).contains("sockets open"));
+    other.kill().unwrap();
+    other.wait().unwrap();
+}
+
+#[test]
+fn lists_targets_for_completion() {
+    let mut session = Session::new(Behaviour::default());
+    let output = session.run(["--list"]);
+    assert_eq!(stdout(&output), "direct\ndrop\nproxy\nmihomo\nmy-proxy\n");
+    assert_eq!(session.asked(), [Asked::Status]);
+}
+
+#[test]
 fn a_wrong_command_line_is_its_own_failure() {
     let session = Session::new(Behaviour::default());
     let status = |args: &[&str]| session.command(args).output().unwrap().status.code();

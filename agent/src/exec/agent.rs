@@ -96,8 +96,8 @@ impl Agent {
         }
     }
 
-    /// Fails unless the agent has a target of this name, in force.
-    pub(crate) async fn check_target(&mut self, name: &str) -> Result<(), Error> {
+    /// All names of targets, and why they are not in force if they are not.
+    pub(crate) async fn targets(&mut self) -> Result<(Vec<String>, Option<String>), Error> {
         let call = self
             .client
             .call("org.cgtproxy.Agent.GetStatus", GetStatus_Args {});
@@ -105,18 +105,24 @@ impl Agent {
             .await
             .map_err(|_| Error::Timeout)?
             .map_err(fault)?;
-        // A wrong name is wrong with or without a helper, and the more useful thing to hear.
         let proxies = status.targets.into_iter().filter(|t| t.port.is_some());
         let known = known_targets(proxies.map(|t| t.name).collect());
+        let problem = match status.connected {
+            true => None,
+            false => Some(status.problem.unwrap_or_else(|| "not yet".to_owned())),
+        };
+        Ok((known, problem))
+    }
+
+    /// Fails unless the agent has a target of this name, in force.
+    pub(crate) async fn check_target(&mut self, name: &str) -> Result<(), Error> {
+        let (known, problem) = self.targets().await?;
+        // A wrong name is wrong with or without a helper, and the more useful thing to hear.
         if !known.iter().any(|known| known == name) {
             let name = name.to_owned();
             return Err(Error::UnknownTarget { name, known });
         }
-        if !status.connected {
-            let problem = status.problem.unwrap_or_else(|| "not yet".to_owned());
-            return Err(Error::NotConnected(problem));
-        }
-        Ok(())
+        problem.map_or(Ok(()), |problem| Err(Error::NotConnected(problem)))
     }
 
     /// Returns when the kernel holds the verdict `target` for a control group, named by its path

@@ -14,6 +14,9 @@ use clap::Parser;
 #[command(
     name = "cgtproxy-exec",
     version,
+    override_usage = "cgtproxy-exec [--no-wait] TARGET COMMAND [ARGUMENT]...\n       \
+                      cgtproxy-exec [--no-wait] --pid PID TARGET\n       \
+                      cgtproxy-exec --list",
     after_help = "Exit status: that of COMMAND, or 125 if cgtproxy-exec itself fails, 126 if COMMAND \
                   can't be run, 127 if it is not found.\n\n\
                   Examples:\n  \
@@ -22,17 +25,32 @@ use clap::Parser;
                   cgtproxy-exec drop make test"
 )]
 pub struct Options {
-    /// Run the command even if nobody can say that the target is in force
+    /// Go ahead even if nobody can say that the target is in force
     #[arg(long)]
     pub no_wait: bool,
 
+    /// Move this process of yours instead of running a command. Its children stay where they are,
+    /// and sockets it has open keep the target they had
+    #[arg(
+        long,
+        value_name = "PID",
+        value_parser = clap::value_parser!(u32).range(1..),
+        conflicts_with = "command"
+    )]
+    pub pid: Option<u32>,
+
+    /// Print the names of all targets, one a line
+    #[arg(long, exclusive = true)]
+    pub list: bool,
+
     /// direct, drop, the name of a proxy in your configuration, or 'proxy' for the first of them
-    pub target: String,
+    #[arg(required_unless_present = "list")]
+    pub target: Option<String>,
 
     /// The command and its arguments
     #[arg(
         value_name = "COMMAND",
-        required = true,
+        required_unless_present_any = ["pid", "list"],
         num_args = 1..,
         trailing_var_arg = true,
         allow_hyphen_values = true
@@ -40,14 +58,38 @@ pub struct Options {
     pub command: Vec<OsString>,
 }
 
+/// What is to be done.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Become this command, with these arguments.
+    Run(OsString, Vec<OsString>),
+    /// Move this process.
+    Move(u32),
+}
+
+impl Options {
+    /// The target and what to do there; none if the targets are to be listed.
+    pub(crate) fn meaning(self) -> Option<(String, Action)> {
+        let action = match self.pid {
+            Some(pid) => Action::Move(pid),
+            None => {
+                let mut words = self.command.into_iter();
+                Action::Run(words.next()?, words.collect())
+            }
+        };
+        Some((self.target?, action))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn parse(args: &[&str]) -> Result<(bool, String, Vec<OsString>), clap::error::ErrorKind> {
+    use clap::error::ErrorKind;
+
+    fn parse(args: &[&str]) -> Result<Options, ErrorKind> {
         Options::try_parse_from(std::iter::once("cgtproxy-exec").chain(args.iter().copied()))
-            .map(|o| (o.no_wait, o.target, o.command))
-            .map_err(|e| e.kind())
+            .map_err(|error| error.kind())
     }
 
     #[test]
@@ -56,6 +98,8 @@ mod tests {
             (&["p", "ls"][..], &["ls"][..]),
             (&["p", "ls", "-l", "--all"], &["ls", "-l", "--all"]),
             (&["p", "ls", "--no-wait"], &["ls", "--no-wait"]),
+            (&["p", "ls", "--pid", "7"], &["ls", "--pid", "7"]),
+            (&["p", "ls", "--list"], &["ls", "--list"]),
             (&["p", "ls", "--help"], &["ls", "--help"]),
             (&["p", "ls", "--version", "-h"], &["ls", "--version", "-h"]),
             (&["p", "ls", "--", "-l"], &["ls", "--", "-l"]),
@@ -63,25 +107,50 @@ mod tests {
             (&["p", "--", "ls"], &["ls"]),
             (&["--", "p", "ls"], &["ls"]),
         ] {
-            let (no_wait, target, parsed) = parse(args).unwrap();
-            assert_eq!((no_wait, &*target), (false, "p"), "{args:?}");
-            assert_eq!(parsed, command, "{args:?}");
+            let options = parse(args).unwrap();
+            assert!(!options.no_wait, "{args:?}");
+            let (target, action) = options.meaning().unwrap();
+            let Action::Run(program, arguments) = action else {
+                panic!("{args:?}: {action:?}");
+            };
+            assert_eq!(target, "p", "{args:?}");
+            assert_eq!(program, command[0], "{args:?}");
+            assert_eq!(arguments, command[1..], "{args:?}");
         }
     }
 
     #[test]
     fn options_stand_before_the_target() {
-        let (no_wait, target, command) = parse(&["--no-wait", "p", "ls"]).unwrap();
-        assert_eq!((no_wait, &*target), (true, "p"));
-        assert_eq!(command, ["ls"]);
+        assert!(parse(&["--no-wait", "p", "ls"]).unwrap().no_wait);
         assert!(parse(&["--nonsense", "p", "ls"]).is_err());
     }
 
     #[test]
+    fn a_process_takes_the_place_of_a_command() {
+        let meaning = |args| parse(args).unwrap().meaning();
+        let moved = Some(("p".to_owned(), Action::Move(7)));
+        assert_eq!(meaning(&["--pid", "7", "p"]), moved);
+        assert_eq!(meaning(&["--pid=7", "--no-wait", "--", "p"]), moved);
+        assert!(parse(&["--pid", "7", "p", "ls"]).is_err());
+        for pid in ["0", "-1", "x", ""] {
+            assert!(parse(&["--pid", pid, "p"]).is_err(), "{pid:?}");
+        }
+    }
+
+    #[test]
+    fn targets_are_listed_alone() {
+        let options = parse(&["--list"]).unwrap();
+        assert!(options.list);
+        assert_eq!(options.meaning(), None);
+        assert!(parse(&["--list", "p", "ls"]).is_err());
+    }
+
+    #[test]
     fn target_and_command_are_needed() {
-        use clap::error::ErrorKind::MissingRequiredArgument;
-        assert_eq!(parse(&[]), Err(MissingRequiredArgument));
-        assert_eq!(parse(&["p"]), Err(MissingRequiredArgument));
+        for args in [&[][..], &["p"], &["--pid", "7"], &["--no-wait", "p"]] {
+            let kind = parse(args).unwrap_err();
+            assert_eq!(kind, ErrorKind::MissingRequiredArgument, "{args:?}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! cgtproxy-exec: runs a command in the slice of a target.
+//! cgtproxy-exec: runs a command in the slice of a target, or moves a running process there.
 //!
-//! This process moves itself and then becomes the command, so terminal, environment, working
+//! To run a command this process moves itself and then becomes the command, so terminal, environment, working
 //! directory, arguments, exit status and signals need no passing on. Two things differ for a command
 //! from having been started by the caller itself: its control group, and that `SIGPIPE` is not ignored
 //! even if the caller ignores it (the Rust runtime has changed it before `main`, and `exec` puts it
@@ -10,11 +10,11 @@ mod agent;
 mod cli;
 mod scope;
 
-use std::convert::Infallible;
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -28,6 +28,7 @@ pub use cli::Options;
 pub use scope::Error as ScopeError;
 
 use agent::Agent;
+use cli::Action;
 use scope::{Address, Scope};
 
 /// The exit status if something goes wrong before the command is run, as env(1) has it.
@@ -37,7 +38,7 @@ const NOT_EXECUTABLE: u8 = 126;
 /// The exit status if there is no such command.
 const NOT_FOUND: u8 = 127;
 
-/// Why the command does not run.
+/// Why nothing was run or moved.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The runtime could not be set up.
@@ -64,8 +65,16 @@ pub enum Error {
     #[error(transparent)]
     Scope(#[from] ScopeError),
     /// Nothing tells where this process is.
-    #[error("can't find this process's control group in /proc/self/cgroup")]
-    ControlGroup(#[source] io::Error),
+    #[error("can't find the control group of process {pid}")]
+    ControlGroup {
+        /// The process.
+        pid: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Nobody can read the targets.
+    #[error("can't write")]
+    Write(#[source] io::Error),
     /// The command could not be run.
     #[error("can't run {command:?}")]
     Exec {
@@ -101,7 +110,7 @@ impl fmt::Display for Chain<'_> {
     }
 }
 
-/// The program. Returns only if the command does not run.
+/// The program. Does not return if it becomes a command.
 pub fn main() -> ExitCode {
     let options = match Options::try_parse() {
         Ok(options) => options,
@@ -111,31 +120,67 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
         }
     };
-    let Err(error) = run(options);
-    // There is nobody to tell if the standard error is closed.
-    let _ = writeln!(io::stderr(), "cgtproxy-exec: {}", Chain(&error));
-    ExitCode::from(error.exit_code())
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(Chain(&error));
+            ExitCode::from(error.exit_code())
+        }
+    }
 }
 
-/// Moves this process into the target's slice, waits for the verdict and becomes the command.
-fn run(options: Options) -> Result<Infallible, Error> {
-    let mut words = options.command.into_iter();
-    let command = words.next().unwrap_or_default();
+/// Says something to the person who typed the command.
+fn say(message: impl fmt::Display) {
+    // There is nobody to tell if the standard error is closed.
+    let _ = writeln!(io::stderr(), "cgtproxy-exec: {message}");
+}
+
+/// Does what the command line asks for.
+fn run(options: Options) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
         .build()
         .map_err(Error::Runtime)?;
-    runtime.block_on(enter(&options.target, &command, !options.no_wait))?;
-    // Every descriptor it opened is closed here, and again by the kernel's close-on-exec.
-    drop(runtime);
-    let source = Command::new(&command).args(words).exec();
-    Err(Error::Exec { command, source })
+    let wait = !options.no_wait;
+    match options.meaning() {
+        None => runtime.block_on(list()),
+        Some((target, Action::Move(pid))) => {
+            let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let name = String::from_utf8_lossy(name.trim_ascii_end());
+            runtime.block_on(enter(&target, &name, pid, wait))?;
+            if has_sockets(pid) {
+                say(format_args!(
+                    "process {pid} has sockets open, which keep the target they had"
+                ));
+            }
+            Ok(())
+        }
+        Some((target, Action::Run(command, arguments))) => {
+            let name = command.to_string_lossy();
+            runtime.block_on(enter(&target, &name, std::process::id(), wait))?;
+            // Every descriptor it opened is closed here, and again by the kernel's close-on-exec.
+            drop(runtime);
+            let source = Command::new(&command).args(arguments).exec();
+            Err(Error::Exec { command, source })
+        }
+    }
 }
 
-/// Moves this process into the slice of `target`. With `wait`, returns when the kernel holds the
-/// verdict.
-async fn enter(target: &str, command: &OsString, wait: bool) -> Result<(), Error> {
+/// Prints all targets.
+async fn list() -> Result<(), Error> {
+    let socket = runtime_directory().join("cgtproxy/agent.sock");
+    let (mut targets, _) = Agent::connect(socket).await?.targets().await?;
+    targets.push(String::new());
+    let lines = targets.join("\n");
+    io::stdout()
+        .write_all(lines.as_bytes())
+        .map_err(Error::Write)
+}
+
+/// Moves process `pid`, called `name`, into the slice of `target`. With `wait`, returns when the
+/// kernel holds the verdict.
+async fn enter(target: &str, name: &str, pid: u32, wait: bool) -> Result<(), Error> {
     let runtime = runtime_directory();
     let mut agent = None;
     if wait {
@@ -144,17 +189,24 @@ async fn enter(target: &str, command: &OsString, wait: bool) -> Result<(), Error
         agent.check_target(target).await?;
     }
     check_name(target)?;
-    let pid = std::process::id();
     let session_bus = std::env::var("DBUS_SESSION_BUS_ADDRESS").ok();
     let addresses = Address::all(session_bus.as_deref(), &runtime);
-    Scope::new(target, &command.to_string_lossy(), pid)
-        .enter(&addresses, pid)
-        .await?;
+    Scope::new(target, name, pid).enter(&addresses, pid).await?;
     if let Some(mut agent) = agent {
-        let control_group = own_control_group().map_err(Error::ControlGroup)?;
+        let control_group =
+            control_group_of(pid).map_err(|source| Error::ControlGroup { pid, source })?;
         agent.await_target(&control_group, target).await?;
     }
     Ok(())
+}
+
+/// Whether a process has any socket open, as far as that can be told.
+fn has_sockets(pid: u32) -> bool {
+    let open = fs::read_dir(format!("/proc/{pid}/fd"));
+    open.into_iter().flatten().flatten().any(|descriptor| {
+        let file = fs::read_link(descriptor.path());
+        file.is_ok_and(|file| file.as_os_str().as_bytes().starts_with(b"socket:"))
+    })
 }
 
 /// Fails if no slice can be named after the target.
@@ -187,9 +239,9 @@ fn runtime_directory() -> PathBuf {
         })
 }
 
-/// This process's control group, as the agent takes it.
-fn own_control_group() -> io::Result<String> {
-    control_group(&fs::read("/proc/self/cgroup")?)
+/// A process's control group, as the agent takes it.
+fn control_group_of(pid: u32) -> io::Result<String> {
+    control_group(&fs::read(format!("/proc/{pid}/cgroup"))?)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no control group of version 2"))
 }
 
