@@ -1,0 +1,156 @@
+//! Which verdict a control group has. Pure: nothing here reads a file or talks to anybody.
+//!
+//! 1. A control group's own verdict is that of the slice of cgtproxy-exec it is in, else that of the
+//!    first rule that matches its path.
+//! 2. Without one it inherits its parent's verdict.
+//! 3. Without one at the subtree's root: direct.
+
+mod exec_slices;
+mod selector;
+mod tree;
+
+use std::fmt;
+use std::rc::Rc;
+
+use cgtproxy_proto::name::ProxyName;
+use cgtproxy_proto::path::ControlGroupPath;
+
+pub use exec_slices::{DEFAULT_PROXY, ExecSlices};
+pub use selector::{Pattern, PatternError, Selector};
+pub use tree::{Shared, Tree, View};
+
+/// What happens to a control group's packets.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// They leave as if cgtproxy were not there.
+    Direct,
+    /// None leaves but to bypassed destinations.
+    Drop,
+    /// None leaves at all.
+    DropAll,
+    /// They go to this proxy.
+    Proxy(Rc<ProxyName>),
+}
+
+impl Target {
+    /// The name that users and messages have for it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Direct => "direct",
+            Self::Drop => "drop",
+            Self::DropAll => "drop-all",
+            Self::Proxy(name) => name.as_str(),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What gives a control group its own verdict.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The rule with this number, counted from 1.
+    Rule(u32),
+    /// A slice of cgtproxy-exec.
+    ExecSlice,
+}
+
+/// A control group's own verdict.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// The verdict.
+    pub target: Target,
+    /// Where it comes from.
+    pub origin: Origin,
+}
+
+/// One rule of a configuration.
+#[derive(Debug, Clone)]
+pub struct Rule {
+    /// Which control groups it is about.
+    pub selector: Selector,
+    /// Their verdict.
+    pub target: Target,
+}
+
+/// All that decides about verdicts.
+#[derive(Debug, Clone, Default)]
+pub struct Rules {
+    /// Stand before the rules; none if they are switched off.
+    pub exec_slices: Option<ExecSlices>,
+    /// In the order of the file; the first that matches decides.
+    pub rules: Vec<Rule>,
+}
+
+impl Rules {
+    /// The own verdict of the control group at `path` below a subtree whose root has the path
+    /// `prefix`, with a slash before each component, from the control group root.
+    #[must_use]
+    pub fn choose(&self, prefix: &[u8], path: &ControlGroupPath) -> Option<Choice> {
+        if let Some(target) = self.exec_slices.as_ref().and_then(|s| s.find(path)) {
+            let origin = Origin::ExecSlice;
+            return Some(Choice { target, origin });
+        }
+        if self.rules.is_empty() {
+            return None;
+        }
+        let subject = absolute(prefix, path);
+        self.rules
+            .iter()
+            .zip(1..)
+            .find(|(rule, _)| rule.selector.matches(&subject))
+            .map(|(rule, number)| Choice {
+                target: rule.target.clone(),
+                origin: Origin::Rule(number),
+            })
+    }
+
+    /// Verdict of a control group, and whose own verdict it is, without any [`Tree`].
+    #[must_use]
+    pub fn explain(
+        &self,
+        prefix: &[u8],
+        path: &ControlGroupPath,
+    ) -> Option<(Choice, ControlGroupPath)> {
+        let mut at = path.clone();
+        loop {
+            if let Some(choice) = self.choose(prefix, &at) {
+                return Some((choice, at));
+            }
+            at = at.parent()?;
+        }
+    }
+}
+
+/// The path from the control group root, as rules see it: it begins with a slash.
+#[must_use]
+pub fn absolute(prefix: &[u8], path: &ControlGroupPath) -> Vec<u8> {
+    let mut whole = Vec::with_capacity(prefix.len() + 1 + path.as_bytes().len());
+    whole.extend_from_slice(prefix);
+    // Only the control group root itself, which has no name, ends in a slash.
+    if !path.as_bytes().is_empty() || prefix.is_empty() {
+        whole.push(b'/');
+    }
+    whole.extend_from_slice(path.as_bytes());
+    whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_begin_with_one_slash() {
+        let path = ControlGroupPath::from_bytes(b"a/b").unwrap();
+        let root = ControlGroupPath::root();
+        assert_eq!(absolute(b"", &path), b"/a/b");
+        assert_eq!(absolute(b"", &root), b"/");
+        assert_eq!(absolute(b"/x", &path), b"/x/a/b");
+        assert_eq!(absolute(b"/x", &root), b"/x");
+    }
+}

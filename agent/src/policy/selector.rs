@@ -1,0 +1,237 @@
+//! How a rule says which control groups it is about.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::ops::Range;
+
+use regex::bytes::{Regex, RegexBuilder};
+use regex_syntax::hir::Hir;
+
+/// Which control groups a rule is about.
+#[derive(Debug, Clone)]
+pub enum Selector {
+    /// Those whose path from the control group root this regular expression matches.
+    Match(Pattern),
+}
+
+impl Selector {
+    /// Whether it selects the control group at `path`, seen from the control group root.
+    #[must_use]
+    pub fn matches(&self, path: &[u8]) -> bool {
+        match self {
+            Self::Match(pattern) => pattern.matches(path),
+        }
+    }
+
+    /// Whether it surely selects every control group.
+    #[must_use]
+    pub fn is_catch_all(&self) -> bool {
+        match self {
+            Self::Match(pattern) => pattern.catch_all,
+        }
+    }
+
+    /// Whether it surely selects the same control groups as another one.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Match(a), Self::Match(b)) => a.regex.as_str() == b.regex.as_str(),
+        }
+    }
+}
+
+/// How large one compiled expression may get, in bytes; also what its lazily built automaton may use.
+/// The largest that people write for applications take a tenth of it.
+const REGEX_BYTES: usize = 1 << 20;
+
+/// An unanchored regular expression in RE2's syntax.
+#[derive(Debug, Clone)]
+pub struct Pattern {
+    regex: Regex,
+    catch_all: bool,
+}
+
+/// Why a pattern is not a regular expression.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct PatternError {
+    /// What is wrong.
+    pub message: String,
+    /// Where, in bytes of the pattern; none if it is about all of it.
+    pub span: Option<Range<usize>>,
+}
+
+impl Pattern {
+    /// Compiles a pattern.
+    ///
+    /// # Errors
+    /// If it is not a regular expression or too large a one.
+    pub fn new(pattern: &str) -> Result<Self, PatternError> {
+        let expanded = expand_quotes(pattern);
+        // Parsed on its own first, because the regex crate does not say where an error is.
+        let hir = regex_syntax::ParserBuilder::new()
+            .utf8(false)
+            .build()
+            .parse(&expanded)
+            .map_err(|error| syntax_error(&error, matches!(expanded, Cow::Borrowed(_))))?;
+        let regex = RegexBuilder::new(&expanded)
+            .size_limit(REGEX_BYTES)
+            .dfa_size_limit(REGEX_BYTES)
+            .build()
+            .map_err(|error| PatternError {
+                message: match error {
+                    regex::Error::CompiledTooBig(limit) => {
+                        format!("the regular expression needs more than {limit} bytes of memory")
+                    }
+                    other => other.to_string(),
+                },
+                span: None,
+            })?;
+        Ok(Self {
+            regex,
+            catch_all: is_catch_all(pattern, &hir),
+        })
+    }
+
+    /// Whether it matches somewhere in `path`.
+    #[must_use]
+    pub fn matches(&self, path: &[u8]) -> bool {
+        // A byte that is not UTF-8 counts as one unknown character, as in RE2: '.' matches it.
+        // Otherwise a file name with such a byte would slip by a rule that ends in '.*$'.
+        self.regex.is_match(path)
+            || match String::from_utf8_lossy(path) {
+                Cow::Borrowed(_) => false,
+                Cow::Owned(lossy) => self.regex.is_match(lossy.as_bytes()),
+            }
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.regex.as_str())
+    }
+}
+
+/// `located`: whether positions in the error are positions in the pattern.
+fn syntax_error(error: &regex_syntax::Error, located: bool) -> PatternError {
+    let (message, span) = match error {
+        regex_syntax::Error::Parse(error) => (error.kind().to_string(), Some(error.span())),
+        regex_syntax::Error::Translate(error) => (error.kind().to_string(), Some(error.span())),
+        other => (other.to_string(), None),
+    };
+    PatternError {
+        message,
+        span: span
+            .filter(|_| located)
+            .map(|s| s.start.offset..s.end.offset),
+    }
+}
+
+/// Whether an expression surely matches every path; a path begins with a slash and is more than
+/// that. Says no when in doubt: it only serves a warning.
+fn is_catch_all(pattern: &str, hir: &Hir) -> bool {
+    let properties = hir.properties();
+    if properties.minimum_len() == Some(0) && properties.look_set().is_empty() {
+        return true;
+    }
+    let plain = pattern.replace(r"\/", "/");
+    let (anchored, rest) = match plain.strip_prefix('^') {
+        Some(rest) => (true, rest),
+        None => (false, plain.as_str()),
+    };
+    let (ended, rest) = match rest.strip_suffix('$') {
+        Some(rest) => (true, rest),
+        None => (false, rest),
+    };
+    match rest {
+        ".*" | ".+" | "/.*" | "/.+" => true,
+        "/" | "." => !ended,
+        "" => !(anchored && ended),
+        _ => false,
+    }
+}
+
+/// Writes RE2's `\Q…\E` (what is between is meant literally), which the regex crate lacks, in other
+/// words.
+fn expand_quotes(pattern: &str) -> Cow<'_, str> {
+    if !pattern.contains(r"\Q") {
+        return Cow::Borrowed(pattern);
+    }
+    let mut expanded = String::with_capacity(pattern.len());
+    let mut rest = pattern;
+    while let Some(at) = rest.find('\\') {
+        let (before, escape) = rest.split_at(at);
+        expanded.push_str(before);
+        if let Some(quoted) = escape.strip_prefix(r"\Q") {
+            let (literal, after) = quoted.split_once(r"\E").unwrap_or((quoted, ""));
+            expanded.push_str(&regex::escape(literal));
+            rest = after;
+        } else {
+            let end = 1 + escape.chars().nth(1).map_or(0, char::len_utf8);
+            let (escape, after) = escape.split_at(end);
+            expanded.push_str(escape);
+            rest = after;
+        }
+    }
+    expanded.push_str(rest);
+    Cow::Owned(expanded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matches(pattern: &str, path: &[u8]) -> bool {
+        Pattern::new(pattern).unwrap().matches(path)
+    }
+
+    #[test]
+    fn reads_what_the_original_reads() {
+        let app = b"/user.slice/user-1000.slice/user@1000.service/app.slice/app-a\\x2db.scope";
+        assert!(matches(r"user\.slice\/user-\d+\.slice\/", app));
+        assert!(matches(r"^\/user\.slice", app));
+        assert!(matches(r"app-a\\x2db\.scope$", app));
+        assert!(matches(r"/app-a\Q\x2d\Eb", app));
+        assert!(!matches(r"\Qapp.\Eslicf", app));
+        assert!(!matches(r"^app\.slice", app));
+        assert!(matches(
+            r"\/app(?:-(?:gnome|DDE|flatpak))?-a(?:.+\.scope|(?:@.+)?\.service)$",
+            app
+        ));
+    }
+
+    #[test]
+    fn names_that_are_not_utf_8_do_not_slip_by() {
+        assert!(matches(r"^/x/.*$", b"/x/a\xffb"));
+        assert!(matches(r"^/x/a.b$", b"/x/a\xffb"));
+        assert!(matches(r"(?-u:\xff)", b"/x/a\xffb"));
+        assert!(!matches(r"^/y", b"/x/a\xffb"));
+    }
+
+    #[test]
+    fn says_where_an_error_is() {
+        let error = Pattern::new("foo(bar").unwrap_err();
+        assert_eq!(
+            (error.message.as_str(), error.span),
+            ("unclosed group", Some(3..4))
+        );
+        assert!(Pattern::new(r"\w{9000}").unwrap_err().span.is_none());
+    }
+
+    #[test]
+    fn knows_a_catch_all() {
+        for pattern in [
+            "", ".*", "^.*$", ".+", "/", r"\/", "^/", r"^\/.*", "^", "$", ".", "(foo)?", "/.+$",
+            "a|",
+        ] {
+            assert!(is_all(pattern), "{pattern}");
+        }
+        for pattern in ["^$", "^/$", "/$", "a", "/a", "^a?$", "x*$", r"\b", "^/a?b"] {
+            assert!(!is_all(pattern), "{pattern}");
+        }
+    }
+
+    fn is_all(pattern: &str) -> bool {
+        Pattern::new(pattern).unwrap().catch_all
+    }
+}

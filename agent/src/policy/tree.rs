@@ -1,0 +1,424 @@
+//! The control groups that exist, their effective verdicts, and the minimal cover: the few that must
+//! be in the kernel so that all the others inherit what is meant for them.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::rc::Rc;
+
+use cgtproxy_proto::path::ControlGroupPath;
+
+use super::{Choice, Rules, Target};
+
+/// A path that several tables hold.
+pub type Shared = Rc<ControlGroupPath>;
+
+/// One control group.
+#[derive(Debug, Clone)]
+struct Group {
+    own: Option<Choice>,
+    /// The effective verdict.
+    target: Target,
+    /// Whether the effective verdict differs from what the parent would hand down.
+    element: bool,
+}
+
+/// The control groups of one subtree.
+#[derive(Debug)]
+pub struct Tree {
+    /// The path of the subtree's root, from the control group root; see [`Rules::choose`].
+    prefix: Vec<u8>,
+    rules: Rc<Rules>,
+    /// In the order of the paths, parents come before their children.
+    groups: BTreeMap<Shared, Group>,
+}
+
+/// One control group as [`Tree::get`] and [`Tree::iter`] show it.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    /// Its own verdict; none if it inherits.
+    pub own: Option<&'a Choice>,
+    /// Its effective verdict.
+    pub target: &'a Target,
+    /// Whether it is part of the cover.
+    pub element: bool,
+}
+
+impl Group {
+    fn view(&self) -> View<'_> {
+        View {
+            own: self.own.as_ref(),
+            target: &self.target,
+            element: self.element,
+        }
+    }
+}
+
+impl Tree {
+    /// An empty tree, in which nothing exists, not even the root.
+    #[must_use]
+    pub fn new(prefix: Vec<u8>, rules: Rc<Rules>) -> Self {
+        Self {
+            prefix,
+            rules,
+            groups: BTreeMap::new(),
+        }
+    }
+
+    /// The subtree's root as rules see it.
+    #[must_use]
+    pub fn prefix(&self) -> &[u8] {
+        &self.prefix
+    }
+
+    /// The rules in force.
+    #[must_use]
+    pub fn rules(&self) -> &Rc<Rules> {
+        &self.rules
+    }
+
+    /// Whether a control group is known.
+    #[must_use]
+    pub fn contains(&self, path: &ControlGroupPath) -> bool {
+        self.groups.contains_key(path)
+    }
+
+    /// A control group.
+    #[must_use]
+    pub fn get(&self, path: &ControlGroupPath) -> Option<View<'_>> {
+        self.groups.get(path).map(Group::view)
+    }
+
+    /// All control groups, parents before children.
+    pub fn iter(&self) -> impl Iterator<Item = (&Shared, View<'_>)> {
+        self.groups.iter().map(|(path, group)| (path, group.view()))
+    }
+
+    /// How many control groups there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.groups.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.groups.is_empty()
+    }
+
+    /// What the kernel must hold for this very control group; none if it inherits what is right.
+    #[must_use]
+    pub fn element(&self, path: &ControlGroupPath) -> Option<&Target> {
+        self.groups
+            .get(path)
+            .filter(|g| g.element)
+            .map(|g| &g.target)
+    }
+
+    /// The minimal cover, parents before children.
+    pub fn cover(&self) -> impl Iterator<Item = (&Shared, &Target)> {
+        self.groups
+            .iter()
+            .filter(|(_, group)| group.element)
+            .map(|(path, group)| (path, &group.target))
+    }
+
+    /// The control group whose own verdict `path` has: itself or an ancestor; none if none of them
+    /// has one.
+    #[must_use]
+    pub fn giver(&self, path: &ControlGroupPath) -> Option<(ControlGroupPath, &Choice)> {
+        let mut at = path.clone();
+        loop {
+            if let Some(choice) = self.groups.get(&at).and_then(|g| g.own.as_ref()) {
+                return Some((at, choice));
+            }
+            at = at.parent()?;
+        }
+    }
+
+    /// A control group has come. Returns the path as it is kept, or none if it was known. Ancestors
+    /// that were not are taken in as well, for a control group is never without them.
+    pub fn add(&mut self, path: ControlGroupPath) -> Option<Shared> {
+        if self.groups.contains_key(&path) {
+            return None;
+        }
+        let inherited = match path.parent() {
+            None => Target::Direct,
+            Some(parent) => {
+                if !self.groups.contains_key(&parent) {
+                    self.add(parent.clone());
+                }
+                self.inherited(&parent)
+            }
+        };
+        let group = judge(&self.rules, &self.prefix, &path, inherited);
+        let path = Shared::new(path);
+        self.groups.insert(path.clone(), group);
+        Some(path)
+    }
+
+    /// A control group has gone, and with it everything below. Returns all that were known.
+    pub fn remove(&mut self, path: &ControlGroupPath) -> Vec<Shared> {
+        let removed: Vec<Shared> = self.below(path).cloned().collect();
+        for path in &removed {
+            self.groups.remove(path);
+        }
+        removed
+    }
+
+    /// A control group and all below it, parents before children.
+    pub fn below<'a>(
+        &'a self,
+        path: &'a ControlGroupPath,
+    ) -> impl Iterator<Item = &'a Shared> + 'a {
+        let this = self.groups.get_key_value(path).map(|(path, _)| path);
+        // Not from the path itself on: between it and its children come all the siblings whose
+        // names begin with its name. No name is smaller than this one. A path that is too long for
+        // a child has none.
+        let descendants = path
+            .join(b"\x01")
+            .ok()
+            .into_iter()
+            .flat_map(move |first| {
+                self.groups
+                    .range::<ControlGroupPath, _>((Bound::Included(&first), Bound::Unbounded))
+                    .map(|(path, _)| path)
+            })
+            .take_while(move |other| other.is_within(path));
+        this.into_iter().chain(descendants)
+    }
+
+    /// Judges every control group anew.
+    pub fn replace_rules(&mut self, rules: Rc<Rules>) {
+        self.rules = rules;
+        // The ancestors of the control group at hand, and their verdicts.
+        let mut line: Vec<(Shared, Target)> = Vec::new();
+        for (path, group) in &mut self.groups {
+            while line.last().is_some_and(|(above, _)| !path.is_within(above)) {
+                line.pop();
+            }
+            let inherited = line.last().map_or(Target::Direct, |(_, t)| t.clone());
+            *group = judge(&self.rules, &self.prefix, path, inherited);
+            line.push((path.clone(), group.target.clone()));
+        }
+    }
+
+    fn inherited(&self, parent: &ControlGroupPath) -> Target {
+        self.groups
+            .get(parent)
+            .map_or(Target::Direct, |g| g.target.clone())
+    }
+}
+
+fn judge(rules: &Rules, prefix: &[u8], path: &ControlGroupPath, inherited: Target) -> Group {
+    let own = rules.choose(prefix, path);
+    let target = own
+        .as_ref()
+        .map_or_else(|| inherited.clone(), |c| c.target.clone());
+    let element = target != inherited;
+    Group {
+        own,
+        target,
+        element,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::policy::{ExecSlices, Pattern, Rule, Selector};
+
+    const PREFIX: &[u8] = b"/user.slice/user-1000.slice/user@1000.service";
+
+    fn path(text: &str) -> ControlGroupPath {
+        ControlGroupPath::from_wire(text).unwrap()
+    }
+
+    fn rules(list: &[(&str, Target)]) -> Rc<Rules> {
+        Rc::new(Rules {
+            exec_slices: None,
+            rules: list
+                .iter()
+                .map(|(pattern, target)| Rule {
+                    selector: Selector::Match(Pattern::new(pattern).unwrap()),
+                    target: target.clone(),
+                })
+                .collect(),
+        })
+    }
+
+    fn cover(tree: &Tree) -> Vec<(String, String)> {
+        tree.cover()
+            .map(|(p, t)| (p.to_wire(), t.name().to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn a_catch_all_is_one_element() {
+        let mut tree = Tree::new(PREFIX.into(), rules(&[(".*", Target::Drop)]));
+        for p in ["", "app.slice", "app.slice/a.scope", "session.slice"] {
+            tree.add(path(p));
+        }
+        assert_eq!(cover(&tree), [(String::new(), "drop".into())]);
+    }
+
+    #[test]
+    fn only_differences_are_elements() {
+        let rules = rules(&[
+            ("/b\\.scope$", Target::Direct),
+            ("/app\\.slice", Target::Drop),
+        ]);
+        let mut tree = Tree::new(PREFIX.into(), rules);
+        for p in [
+            "app.slice/a.scope",
+            "app.slice/b.scope",
+            "app.slice/b.scope/c",
+            "b.scope",
+        ] {
+            tree.add(path(p));
+        }
+        let expected = [
+            ("app.slice", "drop"),
+            ("app.slice/b.scope", "direct"),
+            ("app.slice/b.scope/c", "drop"),
+        ];
+        assert_eq!(
+            cover(&tree),
+            expected.map(|(p, t)| (p.to_owned(), t.to_owned()))
+        );
+    }
+
+    #[test]
+    fn removes_what_is_below_and_nothing_beside() {
+        let mut tree = Tree::new(PREFIX.into(), Rc::default());
+        for p in ["a", "a-b", "a-b/x", "a/x", "a/x/y", "a0", "b"] {
+            tree.add(path(p));
+        }
+        let removed: Vec<_> = tree
+            .remove(&path("a"))
+            .iter()
+            .map(|p| p.to_wire())
+            .collect();
+        assert_eq!(removed, ["a", "a/x", "a/x/y"]);
+        assert_eq!(tree.len(), 5, "the root and what is beside: {tree:?}");
+        assert!(tree.remove(&path("a")).is_empty());
+    }
+
+    fn target(number: u8) -> Target {
+        match number % 5 {
+            0 => Target::Direct,
+            1 => Target::Drop,
+            2 => Target::DropAll,
+            n => Target::Proxy(Rc::new(["a", "b"][usize::from(n) - 3].parse().unwrap())),
+        }
+    }
+
+    prop_compose! {
+        fn any_rules()(
+            patterns in proptest::collection::vec(("[ab/.^$-]{0,4}|cgtproxy|slice\\$|\\.\\*", 0u8..5), 0..6),
+            exec in any::<bool>(),
+        ) -> Rc<Rules> {
+            let proxies = [Rc::new("a".parse().unwrap()), Rc::new("b".parse().unwrap())];
+            Rc::new(Rules {
+                exec_slices: exec.then(|| ExecSlices::new(&proxies)),
+                rules: patterns
+                    .into_iter()
+                    .filter_map(|(pattern, number)| Some(Rule {
+                        selector: Selector::Match(Pattern::new(&pattern).ok()?),
+                        target: target(number),
+                    }))
+                    .collect(),
+            })
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Event {
+        Add(String),
+        Remove(String),
+        Replace(Rc<Rules>),
+    }
+
+    fn any_path() -> impl Strategy<Value = String> {
+        let name = prop_oneof!["[ab-]{1,2}", "cgtproxy-(a|b|direct|drop|proxy)\\.slice"];
+        proptest::collection::vec(name, 0..5).prop_map(|names| names.join("/"))
+    }
+
+    fn any_event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            6 => any_path().prop_map(Event::Add),
+            3 => any_path().prop_map(Event::Remove),
+            1 => any_rules().prop_map(Event::Replace),
+        ]
+    }
+
+    /// The rules as a person would read them.
+    fn plain_reading(rules: &Rules, path: &ControlGroupPath) -> Target {
+        match rules.choose(PREFIX, path) {
+            Some(choice) => choice.target,
+            None => match path.parent() {
+                Some(parent) => plain_reading(rules, &parent),
+                None => Target::Direct,
+            },
+        }
+    }
+
+    /// What the kernel does with a cover: the deepest element decides.
+    fn kernel(cover: &BTreeMap<ControlGroupPath, Target>, path: &ControlGroupPath) -> Target {
+        match (cover.get(path), path.parent()) {
+            (Some(target), _) => target.clone(),
+            (None, Some(parent)) => kernel(cover, &parent),
+            (None, None) => Target::Direct,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_cover_says_what_the_rules_say(
+            first in any_rules(),
+            events in proptest::collection::vec(any_event(), 0..60),
+        ) {
+            let mut rules = first.clone();
+            let mut tree = Tree::new(PREFIX.into(), first);
+            let mut exist: BTreeSet<ControlGroupPath> = BTreeSet::new();
+            for event in events {
+                match event {
+                    Event::Add(p) => {
+                        let p = path(&p);
+                        tree.add(p.clone());
+                        let mut at = Some(p);
+                        while let Some(p) = at {
+                            at = p.parent();
+                            exist.insert(p);
+                        }
+                    }
+                    Event::Remove(p) => {
+                        let p = path(&p);
+                        tree.remove(&p);
+                        exist.retain(|other| !other.is_within(&p));
+                    }
+                    Event::Replace(new) => {
+                        rules = new.clone();
+                        tree.replace_rules(new);
+                    }
+                }
+            }
+            let known: BTreeSet<_> = tree.iter().map(|(p, _)| (**p).clone()).collect();
+            prop_assert_eq!(&known, &exist);
+            let cover: BTreeMap<_, _> = tree.cover().map(|(p, t)| ((**p).clone(), t.clone())).collect();
+            for p in &exist {
+                let meant = plain_reading(&rules, p);
+                prop_assert_eq!(&kernel(&cover, p), &meant, "{:?}", p);
+                prop_assert_eq!(tree.get(p).unwrap().target, &meant);
+                let given = tree.giver(p).map_or(Target::Direct, |(_, c)| c.target.clone());
+                prop_assert_eq!(given, meant);
+                // Minimal: what the parent hands down is never said again.
+                let above = p.parent().map_or(Target::Direct, |up| kernel(&cover, &up));
+                prop_assert!(cover.get(p) != Some(&above));
+            }
+        }
+    }
+}
