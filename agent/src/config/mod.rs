@@ -1,0 +1,164 @@
+//! The user's configuration file: what it means, once what was typed has been found right.
+
+mod finding;
+mod network;
+mod read;
+mod reader;
+mod yaml;
+
+use std::io::{self, Read};
+use std::num::NonZeroU16;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use cgtproxy_proto::name::ProxyName;
+
+use crate::policy::{DEFAULT_PROXY, ExecSlices, Rules, Target};
+
+pub use finding::{Excerpt, Finding, Findings, Place, Severity};
+pub use network::Network;
+pub use read::read;
+
+/// A TPROXY server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Proxy {
+    /// Its name.
+    pub name: Rc<ProxyName>,
+    /// The port it listens on.
+    pub port: NonZeroU16,
+    /// UDP goes direct.
+    pub no_udp: bool,
+    /// IPv6 goes direct.
+    pub no_ipv6: bool,
+}
+
+/// What a configuration file means.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// In the order of the file.
+    pub proxies: Vec<Proxy>,
+    /// Destinations that no proxy and no drop touches.
+    pub bypass: Vec<Network>,
+    /// What decides about verdicts.
+    pub rules: Rc<Rules>,
+}
+
+impl Config {
+    /// What holds without a file: everything goes direct, but for what cgtproxy-exec drops.
+    #[must_use]
+    pub fn without_file() -> Self {
+        Self {
+            proxies: Vec::new(),
+            bypass: Vec::new(),
+            rules: Rc::new(Rules {
+                exec_slices: Some(ExecSlices::new([])),
+                rules: Vec::new(),
+            }),
+        }
+    }
+
+    /// The target of this name; `proxy` is the first proxy unless one has that name.
+    #[must_use]
+    pub fn target(&self, name: &str) -> Option<Target> {
+        match name {
+            "direct" => Some(Target::Direct),
+            "drop" => Some(Target::Drop),
+            _ => {
+                let named = self.proxies.iter().find(|p| p.name.as_str() == name);
+                let first = || self.proxies.first().filter(|_| name == DEFAULT_PROXY);
+                let proxy = named.or_else(first)?;
+                Some(Target::Proxy(proxy.name.clone()))
+            }
+        }
+    }
+
+    /// The names of all targets.
+    #[must_use]
+    pub fn target_names(&self) -> Vec<String> {
+        let proxies = self.proxies.iter().map(|p| p.name.as_str());
+        ["direct", "drop"]
+            .into_iter()
+            .chain(proxies)
+            .map(str::to_owned)
+            .collect()
+    }
+}
+
+/// Why a file gave no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// There is no such file.
+    #[error("there is no file {}", .0.display())]
+    Missing(PathBuf),
+    /// It can't be read.
+    #[error("can't read {}", .file.display())]
+    Unreadable {
+        /// The file.
+        file: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It is no configuration.
+    #[error("{}", .0.errors_in_one_line())]
+    Invalid(Findings),
+}
+
+/// A file as it was read.
+#[derive(Debug)]
+pub struct Loaded {
+    /// What it means.
+    pub config: Config,
+    /// Warnings, for there are no errors.
+    pub findings: Findings,
+}
+
+/// The file's bytes, but not more than a configuration may have.
+///
+/// # Errors
+/// If there is no such file, or it can't be read.
+pub fn read_file(file: &Path) -> Result<Vec<u8>, LoadError> {
+    let unreadable = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => LoadError::Missing(file.to_owned()),
+        _ => LoadError::Unreadable {
+            file: file.to_owned(),
+            source,
+        },
+    };
+    // Opening a pipe would wait for its other end.
+    if !std::fs::metadata(file).map_err(unreadable)?.is_file() {
+        let source = io::Error::other("it is not a regular file");
+        return Err(unreadable(source));
+    }
+    let opened = std::fs::File::open(file).map_err(unreadable)?;
+    let mut bytes = Vec::new();
+    opened
+        .take(yaml::FILE_BYTES as u64 + 1)
+        .read_to_end(&mut bytes)
+        .map_err(unreadable)?;
+    if bytes.len() > yaml::FILE_BYTES {
+        let limit = yaml::FILE_BYTES;
+        let source = io::Error::other(format!("it is longer than {limit} bytes"));
+        return Err(unreadable(source));
+    }
+    Ok(bytes)
+}
+
+/// Loads a configuration file.
+///
+/// # Errors
+/// If there is none, it can't be read or anything in it is wrong.
+pub fn load(file: &Path) -> Result<Loaded, LoadError> {
+    parse(file, &read_file(file)?)
+}
+
+/// Makes a configuration of the bytes of `file`.
+///
+/// # Errors
+/// If anything in them is wrong.
+pub fn parse(file: &Path, bytes: &[u8]) -> Result<Loaded, LoadError> {
+    let (config, findings) = read(file, bytes);
+    match config {
+        Some(config) => Ok(Loaded { config, findings }),
+        None => Err(LoadError::Invalid(findings)),
+    }
+}

@@ -1,0 +1,114 @@
+//! Addresses and networks.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+/// An IPv4 or IPv6 network, or a single address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Network {
+    address: IpAddr,
+    prefix: u8,
+}
+
+/// Why a text is no network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidNetwork {
+    /// The part before the slash is no address.
+    #[error("it is no IPv4 or IPv6 address")]
+    Address,
+    /// The part after the slash is no prefix length.
+    #[error("after the '/' stands a number from 0 to {0}")]
+    Prefix(u8),
+}
+
+impl FromStr for Network {
+    type Err = InvalidNetwork;
+
+    fn from_str(text: &str) -> Result<Self, InvalidNetwork> {
+        let (address, prefix) = match text.split_once('/') {
+            Some((address, prefix)) => (address, Some(prefix)),
+            None => (text, None),
+        };
+        let address: IpAddr = address.parse().map_err(|_| InvalidNetwork::Address)?;
+        let longest = if address.is_ipv4() { 32 } else { 128 };
+        let prefix = match prefix {
+            None => longest,
+            Some(digits) => digits
+                .parse()
+                .ok()
+                // `parse` takes a sign as well.
+                .filter(|&p: &u8| p <= longest && digits.bytes().all(|b| b.is_ascii_digit()))
+                .ok_or(InvalidNetwork::Prefix(longest))?,
+        };
+        Ok(Self { address, prefix })
+    }
+}
+
+impl Network {
+    /// The network itself, if the text named one of the addresses in it.
+    #[must_use]
+    pub fn network(self) -> Self {
+        let keep = u32::from(self.prefix);
+        let address = match self.address {
+            IpAddr::V4(a) => {
+                let mask = u32::MAX.checked_shl(32 - keep).unwrap_or(0);
+                Ipv4Addr::from_bits(a.to_bits() & mask).into()
+            }
+            IpAddr::V6(a) => {
+                let mask = u128::MAX.checked_shl(128 - keep).unwrap_or(0);
+                Ipv6Addr::from_bits(a.to_bits() & mask).into()
+            }
+        };
+        Self { address, ..self }
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { address, prefix } = self;
+        match (address, prefix) {
+            (IpAddr::V4(_), 32) | (IpAddr::V6(_), 128) => write!(f, "{address}"),
+            _ => write!(f, "{address}/{prefix}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_addresses_and_networks() {
+        for (text, network) in [
+            ("127.0.0.1", "127.0.0.1"),
+            ("10.1.2.3/8", "10.0.0.0/8"),
+            ("0.0.0.0/0", "0.0.0.0/0"),
+            ("1.2.3.4/32", "1.2.3.4"),
+            ("fe80::1/10", "fe80::/10"),
+            ("::/0", "::/0"),
+            ("2001:db8::1", "2001:db8::1"),
+        ] {
+            let read: Network = text.parse().unwrap();
+            assert_eq!(read.network().to_string(), network, "{text}");
+        }
+    }
+
+    #[test]
+    fn refuses_the_rest() {
+        let cases = [
+            ("", InvalidNetwork::Address),
+            ("localhost", InvalidNetwork::Address),
+            ("10.0.0", InvalidNetwork::Address),
+            ("fe80::1%eth0", InvalidNetwork::Address),
+            ("10.0.0.0/33", InvalidNetwork::Prefix(32)),
+            ("10.0.0.0/", InvalidNetwork::Prefix(32)),
+            ("10.0.0.0/+8", InvalidNetwork::Prefix(32)),
+            ("10.0.0.0/255.0.0.0", InvalidNetwork::Prefix(32)),
+            ("::/129", InvalidNetwork::Prefix(128)),
+        ];
+        for (text, why) in cases {
+            assert_eq!(text.parse::<Network>(), Err(why), "{text}");
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! Takes a located YAML tree apart and keeps what was found wrong on the way.
+
+use super::finding::{Finding, Findings, Place, Severity};
+use super::yaml::{Node, Value};
+use crate::text::printable;
+
+/// Collects findings.
+#[derive(Debug)]
+pub(crate) struct Reader<'t> {
+    pub(crate) text: &'t str,
+    findings: Findings,
+    /// The newest finding, to which something may still be added.
+    last: Option<Finding>,
+}
+
+/// The entries of a map whose keys are known, each at most once.
+#[derive(Debug)]
+pub(crate) struct Entries<'n>(Vec<(&'static str, &'n Node)>);
+
+impl<'n> Entries<'n> {
+    /// The value of a key, if it is there and not empty.
+    pub(crate) fn get(&self, key: &str) -> Option<&'n Node> {
+        self.0
+            .iter()
+            .find(|(name, _)| *name == key)
+            .map(|(_, node)| *node)
+            .filter(|node| !matches!(node.value, Value::Null))
+    }
+}
+
+impl<'t> Reader<'t> {
+    pub(crate) fn new(text: &'t str, findings: Findings) -> Self {
+        Self {
+            text,
+            findings,
+            last: None,
+        }
+    }
+
+    /// All that was found, in the order of the file.
+    pub(crate) fn finish(self) -> Findings {
+        let mut findings = self.findings;
+        findings.list.extend(self.last);
+        findings.list.sort_by_key(|f| f.place);
+        findings
+    }
+
+    pub(crate) fn error(&mut self, place: Place, message: impl Into<String>) -> &mut Finding {
+        self.add(Finding::new(Severity::Error, place, message))
+    }
+
+    pub(crate) fn warning(&mut self, place: Place, message: impl Into<String>) -> &mut Finding {
+        self.add(Finding::new(Severity::Warning, place, message))
+    }
+
+    fn add(&mut self, finding: Finding) -> &mut Finding {
+        self.findings.list.extend(self.last.take());
+        self.last.insert(finding)
+    }
+
+    /// Complains about a value of a wrong kind.
+    pub(crate) fn wrong_kind(&mut self, node: &Node, what: &str, wanted: &str) {
+        let kind = node.value.kind();
+        self.error(node.place, format!("{what} is {kind}, not {wanted}"));
+    }
+
+    /// The map's entries; `what` names the map in messages. Unknown and repeated keys are errors.
+    pub(crate) fn entries<'n>(
+        &mut self,
+        node: &'n Node,
+        what: &str,
+        known: &[&'static str],
+    ) -> Option<Entries<'n>> {
+        let Value::Map(map) = &node.value else {
+            self.wrong_kind(node, what, &format!("a map with the keys {}", list(known)));
+            return None;
+        };
+        let mut entries: Vec<(&'static str, &Node)> = Vec::new();
+        let mut places: Vec<Place> = Vec::new();
+        for (key, value) in map {
+            let name = self.written(key);
+            match known.iter().find(|k| **k == name) {
+                None => {
+                    let finding = self.error(
+                        key.place,
+                        format!("unknown key '{}' in {what}", printable(&name)),
+                    );
+                    finding.help = Some(match nearest(&name, known.iter().copied()) {
+                        Some(near) => format!("did you mean '{near}'?"),
+                        None => format!("known are {}", list(known)),
+                    });
+                }
+                Some(known) => {
+                    let first = entries.iter().position(|(k, _)| k == known);
+                    match first.and_then(|at| places.get(at)).copied() {
+                        Some(first) => self.repeated(key.place, first, &format!("key '{known}'")),
+                        None => {
+                            entries.push((known, value));
+                            places.push(key.place);
+                        }
+                    }
+                }
+            }
+        }
+        Some(Entries(entries))
+    }
+
+    /// Complains about something that is there twice.
+    pub(crate) fn repeated(&mut self, place: Place, first: Place, what: &str) {
+        let line = first.line;
+        self.error(
+            place,
+            format!("{what} is there twice, first in line {line}"),
+        )
+        .help = Some("keep one of them".into());
+    }
+
+    /// A scalar as it is written, so that a name like `1e3` or `on` is not taken for something else.
+    pub(crate) fn written(&self, node: &Node) -> String {
+        match &node.value {
+            Value::Text(text) => text.clone(),
+            Value::List(_) | Value::Map(_) => node.value.kind().to_owned(),
+            other => {
+                let source = node.range.clone().and_then(|range| self.text.get(range));
+                match (source, other) {
+                    (Some(source), _) => source.trim().to_owned(),
+                    (None, Value::Bool(b)) => b.to_string(),
+                    (None, Value::Integer(i)) => i.to_string(),
+                    (None, Value::Float(f)) => f.to_string(),
+                    (None, _) => String::new(),
+                }
+            }
+        }
+    }
+
+    /// A string.
+    pub(crate) fn text(&mut self, node: &Node, what: &str) -> Option<String> {
+        match &node.value {
+            Value::List(_) | Value::Map(_) | Value::Null => {
+                self.wrong_kind(node, what, "a string");
+                None
+            }
+            _ => Some(self.written(node)),
+        }
+    }
+
+    /// A boolean, in all the ways YAML has had to write one.
+    pub(crate) fn boolean(&mut self, node: &Node, what: &str) -> Option<bool> {
+        self.switch(node, what, "'true' or 'false'")
+    }
+
+    /// A boolean where something else is possible too; `wanted` names all that is.
+    pub(crate) fn switch(&mut self, node: &Node, what: &str, wanted: &str) -> Option<bool> {
+        match &node.value {
+            Value::Bool(value) => Some(*value),
+            Value::Text(text) => match text.to_ascii_lowercase().as_str() {
+                "yes" | "on" | "y" => Some(true),
+                "no" | "off" | "n" => Some(false),
+                _ => {
+                    let message = format!("{what} is '{}'", printable(text));
+                    self.error(node.place, message).help = Some(format!("write {wanted}"));
+                    None
+                }
+            },
+            _ => {
+                self.wrong_kind(node, what, wanted);
+                None
+            }
+        }
+    }
+}
+
+/// A list for a sentence.
+pub(crate) fn list(names: &[impl AsRef<str>]) -> String {
+    names
+        .iter()
+        .map(|name| format!("'{}'", name.as_ref()))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+/// The name that somebody who wrote another one may have meant.
+pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    // Nobody means a short name who writes a long one; and the comparison takes quadratic time.
+    if name.len() > 100 {
+        return None;
+    }
+    let plain = name.to_lowercase().replace('_', "-");
+    known
+        .into_iter()
+        .map(|known| {
+            (
+                strsim::damerau_levenshtein(&plain, &known.to_lowercase()),
+                known,
+            )
+        })
+        .filter(|(distance, known)| *distance <= (known.len() / 3).max(1))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, known)| known)
+}

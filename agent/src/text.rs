@@ -1,0 +1,43 @@
+//! Names that others made, on their way to a terminal or a log.
+
+use std::fmt::Write as _;
+
+/// The text with everything escaped that a terminal would obey instead of show: control characters,
+/// and those that change the direction of text.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        let bidi = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if c.is_control() || bidi || matches!(c, '\u{2028}' | '\u{2029}' | '\u{feff}') {
+            let _ = write!(shown, "{}", c.escape_unicode());
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
+}
+
+/// An error and everything that caused it, in one line.
+#[must_use]
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let _ = write!(text, ": {error}");
+        cause = error.source();
+    }
+    printable(&text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::printable;
+
+    #[test]
+    fn a_terminal_gets_no_orders() {
+        assert_eq!(printable("app-ä b\\x2d"), "app-ä b\\x2d");
+        assert_eq!(printable("\x1b[2J\n\u{202e}"), "\\u{1b}[2J\\u{a}\\u{202e}");
+        assert_eq!(printable("\u{9b}x\u{7f}"), "\\u{9b}x\\u{7f}");
+    }
+}
