@@ -161,6 +161,15 @@ pub enum AppOrder {
         /// Where to.
         to: IpAddr,
     },
+    /// Ask many times at once, each time from a new socket, before any answer is read.
+    Burst {
+        /// TCP or UDP.
+        transport: Transport,
+        /// Where to.
+        to: SocketAddr,
+        /// How many times.
+        count: u32,
+    },
     /// Start asking again and again, each time from a new socket.
     StartTraffic {
         /// The number of this traffic.

@@ -273,6 +273,28 @@ fn traffic_goes_on_while_rules_change() {
 }
 
 #[test]
+fn bursts_are_counted_to_the_last_packet() {
+    sandbox(|sb| {
+        route_marked(sb);
+        let cgroup = sb.user(1001).cgroup("app.slice/app-a.scope");
+        let _proxy = sb.tproxy("clash").port(7890).start();
+        let app = cgroup.app();
+        for to in sb.destinations() {
+            for transport in TRANSPORTS {
+                assert_eq!(app.burst(transport, to, 300).direct, 300);
+            }
+        }
+        rule(sb, &cgroup, "goto diverted");
+        for to in sb.destinations() {
+            for transport in TRANSPORTS {
+                assert_eq!(app.burst(transport, to, 300).proxied["clash"], 300);
+            }
+            sb.assert_nothing_left_for(to.ip());
+        }
+    });
+}
+
+#[test]
 fn elements_are_read_back() {
     sandbox(|sb| {
         let cgroup = sb.user(1001).cgroup("app.slice/app-a.scope");

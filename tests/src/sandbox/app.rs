@@ -148,6 +148,21 @@ impl App {
         }
     }
 
+    /// Asks many times at once, each time from a new socket, and tells what became of it all.
+    ///
+    /// # Panics
+    /// When the application cannot say.
+    pub fn burst(&self, transport: Transport, to: SocketAddr, count: u32) -> Tally {
+        match self.order(&AppOrder::Burst {
+            transport,
+            to,
+            count,
+        }) {
+            AppReport::Tally(tally) => tally,
+            other => panic!("a burst reports {other:?}"),
+        }
+    }
+
     /// Starts asking again and again, each time from a new socket, while other things happen.
     pub fn traffic(&self, transport: Transport, to: SocketAddr) -> Traffic {
         let number = self.world.number();

@@ -11,7 +11,7 @@ use std::time::Duration;
 use cgtproxy_tests::wire::{AppOrder, AppReport};
 
 use crate::lines::{parse, say};
-use crate::traffic::Traffic;
+use crate::traffic::{self, Traffic};
 pub(crate) use flow::Flow;
 
 /// Obeys until stdin ends.
@@ -58,6 +58,13 @@ impl App {
                 self.flows.remove(&flow);
             }
             AppOrder::Raw { protocol, to } => raw::send(protocol, to)?,
+            AppOrder::Burst {
+                transport,
+                to,
+                count,
+            } => {
+                return Ok(AppReport::Tally(traffic::burst(transport, to, count)));
+            }
             AppOrder::StartTraffic {
                 traffic,
                 transport,

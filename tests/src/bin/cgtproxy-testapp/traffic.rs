@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cgtproxy_tests::wire::{Answer, AppReport, ServerKind, Tally, Transport};
 
@@ -73,6 +73,33 @@ fn ask(transport: Transport, to: SocketAddr, token: &str) -> std::io::Result<App
     };
     flow.send(token)?;
     flow.step(PATIENCE)
+}
+
+/// Many questions from as many new sockets: all are begun before any answer is read.
+pub(crate) fn burst(transport: Transport, to: SocketAddr, count: u32) -> Tally {
+    let deadline = Instant::now() + PATIENCE;
+    let begin = |number: u32| match transport {
+        Transport::Tcp => Flow::tcp(to),
+        Transport::Udp => {
+            let mut flow = Flow::udp(to)?;
+            flow.send(&format!("burst {number}"))?;
+            Ok(flow)
+        }
+    };
+    let flows: Vec<_> = (0..count).map(begin).collect();
+    let mut tally = Tally::default();
+    for (number, flow) in (0..).zip(flows) {
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let report = flow.and_then(|mut flow| match flow.step(left())? {
+            AppReport::Connected => {
+                flow.send(&format!("burst {number}"))?;
+                flow.step(left())
+            }
+            other => Ok(other),
+        });
+        note(&mut tally, to, report);
+    }
+    tally
 }
 
 fn note(tally: &mut Tally, to: SocketAddr, report: std::io::Result<AppReport>) {
