@@ -12,6 +12,7 @@
 mod command;
 mod host_cgroup;
 pub mod sandbox;
+pub mod session;
 pub mod system;
 pub mod wait;
 pub mod wire;

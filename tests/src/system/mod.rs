@@ -34,7 +34,8 @@ impl SystemBuilder<'_> {
         self
     }
 
-    /// Installs the project as its README says: `make install DESTDIR=… PREFIX=/usr`.
+    /// Installs the project as its README says, `make install DESTDIR=… PREFIX=/usr`, with the
+    /// binaries that are under test.
     ///
     /// # Panics
     /// When that fails.
@@ -50,6 +51,7 @@ impl SystemBuilder<'_> {
             "install",
             &destination,
             "PREFIX=/usr",
+            "BUILDDIR=/run/testbed/bin",
         ]);
         self
     }
