@@ -108,8 +108,9 @@ pub fn mapped_ids(sb: &Sandbox, map: &str) -> Vec<u64> {
         .find_map(|object| object.get("map"))
         .expect("a map");
     let elements = map["elem"].as_array().into_iter().flatten();
+    let id = |element: &Value| element[0].as_str().and_then(|id| id.parse().ok());
     let mut ids: Vec<u64> = elements
-        .map(|element| element[0].as_u64().unwrap_or_else(|| panic!("{element}")))
+        .map(|element| id(element).unwrap_or_else(|| panic!("{element}")))
         .collect();
     ids.sort_unstable();
     ids

@@ -6,6 +6,7 @@
 //! copies what it is given), it is written into a message, and it is freed.
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr::NonNull;
 
@@ -225,7 +226,13 @@ impl<'a> Set<'a> {
     pub(super) fn elements(&self) -> ElementMessages<'_> {
         // SAFETY: the set outlives the iterator, which borrows it.
         let iter = allocated(unsafe { sys::nftnl_set_elems_iter_create(self.set.as_ptr()) });
-        ElementMessages { set: self, iter }
+        // SAFETY: the iterator is alive. It has no current element if the set has none at all.
+        let empty = unsafe { sys::nftnl_set_elems_iter_cur(iter.as_ptr()).is_null() };
+        ElementMessages {
+            set: self,
+            iter,
+            finished: Cell::new(empty),
+        }
     }
 }
 
@@ -261,17 +268,14 @@ unsafe impl NlMsg for Set<'_> {
 pub(super) struct ElementMessages<'a> {
     set: &'a Set<'a>,
     iter: NonNull<sys::nftnl_set_elems_iter>,
+    /// The iterator itself starts over after its last element.
+    finished: Cell<bool>,
 }
 
 impl ElementMessages<'_> {
     /// The next message to write; none when all elements have been written.
     pub(super) fn next(&mut self) -> Option<ElementMessage<'_>> {
-        // SAFETY: the iterator is alive, and so is the set that it walks.
-        let current = unsafe { sys::nftnl_set_elems_iter_cur(self.iter.as_ptr()) };
-        (!current.is_null()).then_some(ElementMessage {
-            set: self.set,
-            iter: self.iter,
-        })
+        (!self.finished.get()).then_some(ElementMessage(self))
     }
 }
 
@@ -283,10 +287,7 @@ impl Drop for ElementMessages<'_> {
 }
 
 /// One message with elements. Writing it moves the iterator that it comes from on.
-pub(super) struct ElementMessage<'a> {
-    set: &'a Set<'a>,
-    iter: NonNull<sys::nftnl_set_elems_iter>,
-}
+pub(super) struct ElementMessage<'a>(&'a ElementMessages<'a>);
 
 // SAFETY: libnftnl ends the message where the list attribute would pass 65,535 bytes, and that
 // with a header is the largest message there is.
@@ -297,18 +298,24 @@ unsafe impl NlMsg for ElementMessage<'_> {
             MsgType::Add => (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE),
             MsgType::Del => (libc::NFT_MSG_DELSETELEM, 0),
         };
-        // SAFETY: `buffer` has room for the largest message (the trait's contract); the value
-        // mutably borrows the iterator, so that both it and the set are alive.
-        unsafe {
+        let ElementMessages {
+            set,
+            iter,
+            finished,
+        } = self.0;
+        // SAFETY: `buffer` has room for the largest message (the trait's contract); the iterator
+        // and the set that it walks are borrowed, so both are alive.
+        let more = unsafe {
             let header = sys::nftnl_nlmsg_build_hdr(
                 buffer.cast::<c_char>(),
                 kind as u16,
-                self.set.table.get_family() as u16,
+                set.table.get_family() as u16,
                 flags as u16,
                 seq,
             );
-            sys::nftnl_set_elems_nlmsg_build_payload_iter(header, self.iter.as_ptr());
-        }
+            sys::nftnl_set_elems_nlmsg_build_payload_iter(header, iter.as_ptr())
+        };
+        finished.set(more <= 0);
     }
 }
 

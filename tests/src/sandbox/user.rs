@@ -80,9 +80,12 @@ impl User {
         output
     }
 
-    /// A connection to a Varlink service whose peer is this user.
+    /// A connection to a Varlink service whose peer is this user. The peer's process is in a login
+    /// session, so that it does not keep the user's service from being removed.
     pub fn varlink(&self, socket: impl AsRef<Path>) -> Varlink {
-        Varlink::connect(&self.launch_in(&self.service), socket.as_ref())
+        let session = format!("user.slice/user-{}.slice/session-1.scope", self.uid);
+        let session = Cgroup::create(&self.world, Path::new(&session), 0);
+        Varlink::connect(&self.launch_in(&session), socket.as_ref())
     }
 
     pub(crate) fn launch_in(&self, cgroup: &Cgroup) -> Launch {

@@ -1,0 +1,323 @@
+//! What a user may name, and what becomes of everything else.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+use cgtproxy_tests::sandbox::{Outcome, direct, sandbox};
+use cgtproxy_tests::session::{SOCKET, Session, verdict};
+use serde_json::{Value, json};
+
+fn policy(assignments: &Value) -> Value {
+    json!({ "proxies": [], "bypass": [], "assignments": assignments })
+}
+
+#[test]
+fn no_spelling_leads_out_of_the_callers_own_subtree() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let (alice, mallory) = (sb.user(1001), sb.user(1002));
+        let app = alice.cgroup("app.slice/app-a.scope").app();
+        let mut session = Session::of(&mallory);
+        session.replace(json!([]), json!([]), json!([]));
+        let of_alice = "user.slice/user-1001.slice/user@1001.service";
+        for path in [
+            "..",
+            "../../../user-1001.slice/user@1001.service",
+            "app.slice/../../../user-1001.slice/user@1001.service",
+            "app.slice/%2e%2e/%2e%2e/%2e%2e/user-1001.slice",
+            "./app.slice",
+            "/",
+            "/user.slice/user-1001.slice/user@1001.service",
+            "%2Fuser.slice",
+            "//app.slice",
+            "app.slice/",
+            "app.slice//x",
+            "a\u{0}b",
+            "a%00b",
+            "%",
+            "%4",
+            "%zz",
+        ] {
+            let assign = json!([verdict(path, "drop")]);
+            for (method, parameters, parameter) in [
+                (
+                    "ReplacePolicy",
+                    policy(&assign),
+                    "assignments[0].controlGroup",
+                ),
+                (
+                    "UpdateAssignments",
+                    json!({ "assign": assign, "remove": [] }),
+                    "assign[0].controlGroup",
+                ),
+                (
+                    "UpdateAssignments",
+                    json!({ "assign": [], "remove": [path] }),
+                    "remove[0]",
+                ),
+            ] {
+                assert_eq!(
+                    session.refusal(method, parameters),
+                    (
+                        "InvalidParameter".to_owned(),
+                        json!({ "parameter": parameter })
+                    ),
+                    "{path:?}",
+                );
+            }
+        }
+        // Well-formed, and simply not there below the caller's own subtree.
+        for path in [of_alice, "user@1001.service"] {
+            let reply = session.call("ReplacePolicy", policy(&json!([verdict(path, "drop")])));
+            assert_eq!(
+                reply["skipped"],
+                json!([{ "controlGroup": path, "reason": "missing" }]),
+            );
+        }
+        assert_eq!(sb.map_elements("cgroups-1002"), []);
+        for to in sb.destinations() {
+            assert_eq!(app.tcp(to), direct(to));
+        }
+    });
+}
+
+#[test]
+fn long_paths_are_refused_before_they_are_looked_at() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let mut session = Session::of(&sb.user(1001));
+        for path in [
+            "x".repeat(256),
+            "x".repeat(10_000),
+            vec!["x"; 2049].join("/"),
+        ] {
+            let assign = policy(&json!([verdict(&path, "drop")]));
+            assert_eq!(
+                session.refusal("ReplacePolicy", assign).0,
+                "InvalidParameter"
+            );
+        }
+        let longest = "x".repeat(255);
+        let reply = session.call("ReplacePolicy", policy(&json!([verdict(&longest, "drop")])));
+        assert_eq!(reply["skipped"][0]["reason"], "missing");
+    });
+}
+
+#[test]
+fn names_of_any_bytes_can_be_assigned() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let names: [(&[u8], &str); 7] = [
+            (b"with space.scope", "with space.scope"),
+            (b"quo\"te'.scope", "quo\"te'.scope"),
+            (br"app-org\x2dexample.scope", r"app-org\x2dexample.scope"),
+            (b"not-\xff\xfe-utf8", "not-%FF%FE-utf8"),
+            (b"100%.scope", "100%25.scope"),
+            (b"}; flush ruleset; {", "}; flush ruleset; {"),
+            (b"\x1b[2J", "\u{1b}[2J"),
+        ];
+        let mut session = Session::of(&user);
+        session.replace(json!([]), json!([]), json!([]));
+        for (bytes, wire) in names {
+            let cgroup = user.cgroup("app.slice").child(OsStr::from_bytes(bytes));
+            let app = cgroup.app();
+            let path = format!("app.slice/{wire}");
+            session.assign(json!([verdict(&path, "drop")]));
+            for to in sb.destinations() {
+                assert_eq!(app.udp(to), Outcome::Forbidden, "{wire:?}");
+            }
+            session.call(
+                "UpdateAssignments",
+                json!({ "assign": [], "remove": [path] }),
+            );
+            for to in sb.destinations() {
+                assert_eq!(app.udp(to), direct(to), "{wire:?}");
+            }
+        }
+    });
+}
+
+#[test]
+fn what_cannot_be_had_is_reported_and_the_rest_of_the_call_holds() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let app = user.cgroup("app.slice/app-a.scope").app();
+        // Below the user's subtree, but root's: as a container's may be.
+        sb.cgroup("user.slice/user-1001.slice/user@1001.service/app.slice/roots.scope");
+        let mut session = Session::of(&user);
+        let reply = session.call(
+            "ReplacePolicy",
+            policy(&json!([
+                verdict("app.slice/gone.scope", "drop"),
+                verdict("app.slice/app-a.scope", "drop"),
+                verdict("app.slice/roots.scope", "drop"),
+                verdict("app.slice/cgroup.procs", "drop"),
+            ])),
+        );
+        assert_eq!(
+            reply["skipped"],
+            json!([
+                { "controlGroup": "app.slice/cgroup.procs", "reason": "notControlGroup" },
+                { "controlGroup": "app.slice/gone.scope", "reason": "missing" },
+                { "controlGroup": "app.slice/roots.scope", "reason": "notOwned" },
+            ]),
+        );
+        for to in sb.destinations() {
+            assert!(app.udp(to).is_dropped());
+        }
+    });
+}
+
+#[test]
+fn a_user_without_a_manager_is_told_so() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let mut session = Session::of(&user);
+        user.cgroup("app.slice").remove();
+        user.service().remove();
+        assert_eq!(
+            session.refusal("ReplacePolicy", policy(&json!([]))),
+            (
+                "NoUserManager".to_owned(),
+                json!({ "controlGroup": "user.slice/user-1001.slice/user@1001.service" }),
+            ),
+        );
+    });
+}
+
+#[test]
+fn wrong_parameters_are_named() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let mut session = Session::of(&sb.user(1001));
+        let with = |proxies: Value, bypass: Value, assignments: Value| json!({ "proxies": proxies, "bypass": bypass, "assignments": assignments });
+        let p = |name: &str, port: i64| json!([{ "name": name, "port": port }]);
+        for (parameters, parameter) in [
+            (json!({}), "proxies"),
+            (with(json!(1), json!([]), json!([])), "proxies"),
+            (with(p("a", 0), json!([]), json!([])), "proxies[0].port"),
+            (with(p("a", 65536), json!([]), json!([])), "proxies[0].port"),
+            (with(p("a", -1), json!([]), json!([])), "proxies[0].port"),
+            (with(p("", 1), json!([]), json!([])), "proxies[0].name"),
+            (with(p("a b", 1), json!([]), json!([])), "proxies[0].name"),
+            (
+                with(p("a; drop", 1), json!([]), json!([])),
+                "proxies[0].name",
+            ),
+            (
+                with(p("direct", 1), json!([]), json!([])),
+                "proxies[0].name",
+            ),
+            (
+                with(p(&"a".repeat(65), 1), json!([]), json!([])),
+                "proxies[0].name",
+            ),
+            (
+                with(json!([]), json!(["10.0.0.0/8", "x"]), json!([])),
+                "bypass[1]",
+            ),
+            (
+                with(json!([]), json!(["10.0.0.0/33"]), json!([])),
+                "bypass[0]",
+            ),
+            (
+                with(json!([]), json!([]), json!([verdict("a", "nothing")])),
+                "assignments[0].verdict",
+            ),
+            (
+                with(json!([]), json!([]), json!([verdict("a", "proxy")])),
+                "assignments[0].proxy",
+            ),
+            (
+                with(
+                    json!([]),
+                    json!([]),
+                    json!([{ "controlGroup": "a", "verdict": "drop", "proxy": "p" }]),
+                ),
+                "assignments[0].proxy",
+            ),
+        ] {
+            assert_eq!(
+                session.refusal("ReplacePolicy", parameters.clone()),
+                (
+                    "InvalidParameter".to_owned(),
+                    json!({ "parameter": parameter })
+                ),
+                "{parameters}",
+            );
+        }
+        let proxies = json!([{ "name": "a", "port": 1 }, { "name": "a", "port": 2 }]);
+        assert_eq!(
+            session
+                .refusal("ReplacePolicy", with(proxies, json!([]), json!([])))
+                .0,
+            "ProxyExists",
+        );
+        let unknown = with(
+            json!([]),
+            json!([]),
+            json!([cgtproxy_tests::session::to_proxy("", "b")]),
+        );
+        assert_eq!(
+            session.refusal("ReplacePolicy", unknown),
+            ("UnknownProxy".to_owned(), json!({ "name": "b" })),
+        );
+        assert_eq!(
+            sb.chains()
+                .iter()
+                .filter(|chain| chain.contains("1001"))
+                .count(),
+            0
+        );
+    });
+}
+
+#[test]
+fn rubbish_ends_its_own_connection_only() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let other = sb.user(1002);
+        let app = other.cgroup("app.slice/app-a.scope").app();
+        let mut session = Session::of(&other);
+        session.replace(json!([]), json!([]), json!([verdict("", "drop")]));
+        let brackets = {
+            let mut text = "[".repeat(1 << 20).into_bytes();
+            text.push(0);
+            text
+        };
+        for rubbish in [
+            &b"\0"[..],
+            b"{}\0",
+            b"[]\0",
+            b"null\0",
+            b"\xff\xfe\0",
+            b"{\"method\":1}\0",
+            b"{\"method\":\"x.y\",\"upgrade\":true}\0",
+            &brackets,
+        ] {
+            let mut rude = user.varlink(SOCKET);
+            rude.send_bytes(rubbish);
+            assert_eq!(
+                rude.receive(),
+                None,
+                "{:?}",
+                &rubbish[..rubbish.len().min(30)]
+            );
+        }
+        // Half a message, held open while everybody else goes on.
+        let mut half = user.varlink(SOCKET);
+        half.send_bytes(b"{\"method\":");
+        for to in sb.destinations() {
+            assert!(app.udp(to).is_dropped());
+        }
+        session.replace(json!([]), json!([]), json!([]));
+        half.finish();
+        assert_eq!(half.receive(), None);
+    });
+}

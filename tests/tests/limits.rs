@@ -1,0 +1,142 @@
+//! Every limit at n and at n + 1, through every method.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use cgtproxy_tests::sandbox::sandbox;
+use cgtproxy_tests::session::{SOCKET, Session, verdict};
+use serde_json::{Value, json};
+
+fn policy(proxies: usize, bypass: usize, cgroups: usize) -> Value {
+    let proxies: Vec<_> = (0..proxies)
+        .map(|n| json!({ "name": format!("p{n}"), "port": 1000 + n }))
+        .collect();
+    let bypass: Vec<_> = (0..bypass).map(|n| format!("10.0.{n}.0/24")).collect();
+    let assignments: Vec<_> = (0..cgroups)
+        .map(|n| verdict(&format!("c{n}"), "drop"))
+        .collect();
+    json!({ "proxies": proxies, "bypass": bypass, "assignments": assignments })
+}
+
+#[test]
+fn of_a_policy() {
+    sandbox(|sb| {
+        let _helper = sb
+            .helper()
+            .config("limits: {proxies: 2, bypass: 3, control-groups: 4}")
+            .start();
+        let user = sb.user(1001);
+        for n in 0..8 {
+            user.cgroup(format!("c{n}"));
+        }
+        let mut session = Session::of(&user);
+        session.call("ReplacePolicy", policy(2, 3, 4));
+        for (over, error, limit) in [
+            (policy(3, 3, 4), "TooManyProxies", 2),
+            (policy(2, 4, 4), "TooManyBypassEntries", 3),
+            (policy(2, 3, 5), "TooManyControlGroups", 4),
+        ] {
+            assert_eq!(
+                session.refusal("ReplacePolicy", over),
+                (error.to_owned(), json!({ "limit": limit })),
+            );
+        }
+        let one_more = json!({ "assign": [verdict("c4", "drop")], "remove": [] });
+        assert_eq!(
+            session.refusal("UpdateAssignments", one_more).0,
+            "TooManyControlGroups"
+        );
+        // One for one is no more than before; so is another verdict for the same.
+        session.call(
+            "UpdateAssignments",
+            json!({ "assign": [verdict("c4", "drop"), verdict("c1", "direct")], "remove": ["c0"] }),
+        );
+        // One that is assigned and removed in the same call counts as assigned.
+        let both =
+            json!({ "assign": [verdict("c5", "drop"), verdict("c1", "drop")], "remove": ["c1"] });
+        assert_eq!(
+            session.refusal("UpdateAssignments", both).0,
+            "TooManyControlGroups"
+        );
+        assert_eq!(session.status()["controlGroups"], 4);
+        assert_eq!(sb.map_elements("cgroups-1001").len(), 4);
+    });
+}
+
+#[test]
+fn of_connections() {
+    sandbox(|sb| {
+        let _helper = sb.helper().config("limits: {connections: 3}").start();
+        let (user, other) = (sb.user(1001), sb.user(1002));
+        let mut open: Vec<_> = (0..3)
+            .map(|_| {
+                let mut session = Session::of(&user);
+                session.status();
+                session
+            })
+            .collect();
+        let mut refused = user.varlink(SOCKET);
+        assert_eq!(
+            refused.receive(),
+            Some(json!({
+                "error": "org.cgtproxy.Helper.TooManyConnections", "parameters": { "limit": 3 },
+            })),
+        );
+        assert_eq!(refused.receive(), None);
+        // Another user has a limit of their own, and a closed connection makes room.
+        Session::of(&other).status();
+        let mut last = open.pop().expect("three are open");
+        last.0.finish();
+        assert_eq!(last.0.receive(), None);
+        Session::of(&user).status();
+    });
+}
+
+#[test]
+fn of_a_message() {
+    sandbox(|sb| {
+        const LIMIT: usize = 4 * 1024 * 1024;
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let message = |length: usize| {
+            let (start, end) = (
+                "{\"method\":\"org.cgtproxy.Helper.GetStatus\",\"x\":\"",
+                "\"}\0",
+            );
+            let padding = "x".repeat(length + 1 - start.len() - end.len());
+            [start, &padding, end].concat().into_bytes()
+        };
+        let mut varlink = user.varlink(SOCKET);
+        varlink.send_bytes(&message(LIMIT));
+        assert_eq!(varlink.receive().expect("a reply").get("error"), None);
+        varlink.send_bytes(&message(LIMIT + 1));
+        assert_eq!(
+            varlink.receive(),
+            Some(json!({
+                "error": "org.cgtproxy.Helper.MessageTooLarge", "parameters": { "limit": LIMIT },
+            })),
+        );
+        assert_eq!(varlink.receive(), None);
+        Session::of(&user).status();
+    });
+}
+
+#[test]
+fn of_marks() {
+    sandbox(|sb| {
+        // Two bits for numbers: three proxies on the whole machine.
+        let _helper = sb.helper().config("mark-mask: 0x00000700").start();
+        let (one, two) = (sb.user(1001), sb.user(1002));
+        let (mut first, mut second) = (Session::of(&one), Session::of(&two));
+        first.call("ReplacePolicy", policy(2, 0, 0));
+        second.call("ReplacePolicy", policy(1, 0, 0));
+        assert_eq!(
+            second.refusal("ReplacePolicy", policy(2, 0, 0)).0,
+            "NoMarksLeft"
+        );
+        assert_eq!(second.status()["proxies"].as_array().map(Vec::len), Some(1));
+        first.call("RemovePolicy", json!({}));
+        second.call("ReplacePolicy", policy(3, 0, 0));
+        let marks: Vec<_> = sb.map_elements("deliver").into_iter().collect();
+        assert_eq!(marks.len(), 3);
+    });
+}

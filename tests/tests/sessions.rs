@@ -1,0 +1,214 @@
+//! One connection is one session: how it begins, is taken over, and ends.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use cgtproxy_tests::sandbox::{Sandbox, direct, proxied, sandbox};
+use cgtproxy_tests::session::{Session, mapped_ids, to_proxy, verdict};
+use cgtproxy_tests::wait::wait_until;
+use serde_json::json;
+
+/// What is left of a user in the kernel.
+fn objects_of(sb: &Sandbox, uid: u32) -> Vec<String> {
+    let uid = uid.to_string();
+    let mut objects = sb.chains();
+    objects.extend(sb.maps());
+    objects.retain(|name| name.split('-').any(|part| part == uid));
+    objects
+}
+
+#[test]
+fn a_second_agent_is_told_so() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let (mut first, mut second) = (Session::of(&user), Session::of(&user));
+        let nothing = json!({ "proxies": [], "bypass": [], "assignments": [] });
+        assert_eq!(second.refusal("RemovePolicy", json!({})).0, "NoSession");
+        let update = json!({ "assign": [], "remove": [] });
+        assert_eq!(
+            second.refusal("UpdateAssignments", update.clone()).0,
+            "NoSession"
+        );
+        first.replace(json!([]), json!([]), json!([verdict("", "drop")]));
+        assert_eq!(
+            second.refusal("ReplacePolicy", nothing.clone()).0,
+            "SessionExists"
+        );
+        assert_eq!(second.refusal("UpdateAssignments", update).0, "NoSession");
+        assert_eq!(second.refusal("RemovePolicy", json!({})).0, "NoSession");
+        assert_eq!(second.status()["session"], "active");
+        // Its own user's status is all that another user sees.
+        let mut other = Session::of(&sb.user(1002));
+        assert_eq!(other.status()["session"], "none");
+        assert_eq!(other.status()["controlGroups"], 0);
+        first.call("RemovePolicy", json!({}));
+        second.call("ReplacePolicy", nothing);
+    });
+}
+
+#[test]
+fn its_end_removes_exactly_its_own_objects_after_the_grace() {
+    sandbox(|sb| {
+        let _helper = sb.helper().config("grace-seconds: 1").start();
+        let (user, other) = (sb.user(1001), sb.user(1002));
+        let app = user.cgroup("app.slice/app-a.scope").app();
+        let others_app = other.cgroup("app.slice/app-a.scope").app();
+        let mut session = Session::of(&user);
+        let mut stays = Session::of(&other);
+        let proxies = json!([{ "name": "p", "port": 7890 }]);
+        session.replace(
+            proxies.clone(),
+            json!(["10.0.0.0/8"]),
+            json!([to_proxy("", "p")]),
+        );
+        stays.replace(proxies, json!(["10.0.0.0/8"]), json!([verdict("", "drop")]));
+        let before = objects_of(sb, 1002);
+        drop(session);
+        assert_eq!(Session::of(&user).status()["session"], "grace");
+        assert_ne!(objects_of(sb, 1001), Vec::<String>::new());
+        wait_until("the grace is over", || objects_of(sb, 1001).is_empty());
+        assert_eq!(Session::of(&user).status()["session"], "none");
+        assert_eq!(objects_of(sb, 1002), before);
+        for to in sb.destinations() {
+            assert_eq!(app.tcp(to), direct(to));
+            assert!(others_app.udp(to).is_dropped());
+        }
+    });
+}
+
+#[test]
+fn a_restarted_agent_takes_over_without_a_gap() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup("app.slice/app-a.scope").app();
+        let take_over = || {
+            let mut session = Session::of(&user);
+            session.replace(
+                json!([{ "name": "mihomo", "port": 7890 }]),
+                json!([]),
+                json!([to_proxy("", "mihomo")]),
+            );
+            session
+        };
+        let mut session = take_over();
+        let destinations = sb.destinations();
+        let connections =
+            destinations.map(|to| [app.open_tcp(to).expect("it opens"), app.open_udp(to)]);
+        let traffic = destinations.map(|to| app.traffic(cgtproxy_tests::wire::Transport::Udp, to));
+        for _ in 0..20 {
+            drop(session);
+            session = take_over();
+            for (to, connections) in destinations.iter().zip(&connections) {
+                for connection in connections {
+                    assert_eq!(connection.ask(), proxied("mihomo", *to));
+                }
+            }
+        }
+        for (traffic, to) in traffic.into_iter().zip(destinations) {
+            traffic.next(1);
+            traffic.stop();
+            sb.assert_nothing_left_for(to.ip());
+        }
+    });
+}
+
+#[test]
+fn the_same_path_again_gets_the_new_id() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let mut session = Session::of(&user);
+        session.replace(json!([]), json!([]), json!([]));
+        let mut last = 0;
+        for round in 0..1000 {
+            let cgroup = user.cgroup("app.slice/app-a.scope");
+            session.assign(json!([verdict("app.slice/app-a.scope", "drop")]));
+            last = cgroup.id();
+            if round < 999 {
+                cgroup.remove();
+            }
+        }
+        assert_eq!(mapped_ids(sb, "cgroups-1001"), [last]);
+        let app = user.cgroup("app.slice/app-a.scope").app();
+        assert!(app.udp(sb.destinations()[0]).is_dropped());
+    });
+}
+
+#[test]
+fn levels_are_there_only_while_they_are_used() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let levels = || {
+            let rules = sb.run(&["nft", "list", "chain", "inet", "cgtproxy", "user-1001"]);
+            rules
+                .split("level ")
+                .skip(1)
+                .map(|rest| {
+                    rest.split(' ')
+                        .next()
+                        .expect("a number")
+                        .parse()
+                        .expect("a number")
+                })
+                .collect::<Vec<u32>>()
+        };
+        user.cgroup("a/b/c");
+        let mut session = Session::of(&user);
+        session.replace(json!([]), json!([]), json!([verdict("a/b", "drop")]));
+        assert_eq!(levels(), [5]);
+        session.assign(json!([verdict("", "drop"), verdict("a/b/c", "direct")]));
+        assert_eq!(levels(), [6, 5, 3]);
+        session.call(
+            "UpdateAssignments",
+            json!({ "assign": [], "remove": ["a/b", "a/b/c"] }),
+        );
+        assert_eq!(levels(), [3]);
+        session.replace(json!([]), json!([]), json!([]));
+        assert_eq!(levels(), Vec::<u32>::new());
+    });
+}
+
+#[test]
+fn a_user_manager_that_starts_again_is_followed() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let mut session = Session::of(&user);
+        session.replace(json!([]), json!([]), json!([verdict("", "drop")]));
+        user.cgroup("app.slice").remove();
+        user.service().remove();
+        let user = sb.user(1001);
+        let app = user.cgroup("app.slice/app-a.scope").app();
+        session.assign(json!([verdict("", "drop")]));
+        for to in sb.destinations() {
+            assert!(app.udp(to).is_dropped());
+        }
+        assert_eq!(sb.map_elements("users").len(), 1);
+    });
+}
+
+#[test]
+fn five_thousand_control_groups_come_and_go() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let paths: Vec<_> = (0..5000)
+            .map(|n| format!("app.slice/app-{n}.scope"))
+            .collect();
+        let cgroups: Vec<_> = paths.iter().map(|path| user.cgroup(path)).collect();
+        let mut session = Session::of(&user);
+        let all: Vec<_> = paths.iter().map(|path| verdict(path, "drop")).collect();
+        session.replace(json!([]), json!([]), json!(all));
+        let mut ids: Vec<_> = cgroups.iter().map(|cgroup| cgroup.id()).collect();
+        ids.sort_unstable();
+        assert_eq!(mapped_ids(sb, "cgroups-1001"), ids);
+        session.call(
+            "UpdateAssignments",
+            json!({ "assign": [], "remove": paths }),
+        );
+        assert!(mapped_ids(sb, "cgroups-1001").is_empty());
+    });
+}

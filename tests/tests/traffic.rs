@@ -1,0 +1,452 @@
+//! What the helper makes of a policy, on real packets: every target, protocol and address family.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+use cgtproxy_tests::sandbox::{
+    App, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, direct, local, proxied, sandbox,
+};
+use cgtproxy_tests::session::{Session, to_proxy, verdict};
+use cgtproxy_tests::wire::Transport::{self, Tcp, Udp};
+use serde_json::json;
+
+const APP: &str = "app.slice/app-a.scope";
+const TRANSPORTS: [Transport; 2] = [Tcp, Udp];
+
+/// Asks every destination, by TCP and UDP.
+#[track_caller]
+fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(Transport, SocketAddr) -> Outcome) {
+    for to in sb.destinations() {
+        for transport in TRANSPORTS {
+            assert_eq!(
+                app.ask(transport, to),
+                outcome(transport, to),
+                "{transport:?} {to}"
+            );
+        }
+    }
+}
+
+fn icmp_dropped(to: IpAddr) -> Outcome {
+    // The kernel keeps a lost ICMPv6 echo request to itself.
+    if to.is_ipv4() {
+        Outcome::Forbidden
+    } else {
+        Outcome::Silent
+    }
+}
+
+/// What an app hears when nobody takes its diverted packets.
+fn refused(transport: Transport, to: SocketAddr) -> Outcome {
+    // Linux does not route an ICMP error whose source, the address that was asked, is not local
+    // (ip_route_output_key_hash_rcu, net/ipv4/route.c).
+    if transport == Udp && to.is_ipv4() {
+        Outcome::Silent
+    } else {
+        Outcome::Refused
+    }
+}
+
+#[test]
+fn each_control_group_has_its_own_verdict() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let apps = ["direct", "drop", "proxy", "other"]
+            .map(|name| user.cgroup(format!("app.slice/app-{name}.scope")).app());
+        let mut session = Session::of(&user);
+        session.replace(
+            json!([{ "name": "mihomo", "port": 7890 }]),
+            json!([]),
+            json!([
+                to_proxy("", "mihomo"),
+                verdict("app.slice/app-direct.scope", "direct"),
+                verdict("app.slice/app-drop.scope", "drop"),
+            ]),
+        );
+        let [open, dropped, diverted, inherits] = &apps;
+        expect(sb, open, |_, to| direct(to));
+        expect(sb, diverted, |_, to| proxied("mihomo", to));
+        expect(sb, inherits, |_, to| proxied("mihomo", to));
+        for to in sb.destinations() {
+            assert_eq!(dropped.tcp(to), Outcome::Silent);
+            assert_eq!(dropped.udp(to), Outcome::Forbidden);
+            assert_eq!(dropped.ping(to.ip()), icmp_dropped(to.ip()));
+            sb.assert_nothing_left_for(to.ip());
+            // A proxy takes TCP and UDP only.
+            assert_eq!(diverted.ping(to.ip()), direct(to));
+        }
+        let raw = user.cgroup("app.slice/app-drop.scope").app_as(0);
+        for to in sb.destinations() {
+            assert_eq!(raw.raw(132, to.ip()), Outcome::Forbidden);
+            sb.assert_nothing_left_for(to.ip());
+        }
+        assert!(proxy.arrivals().iter().all(|a| a.destination.port() == 80));
+    });
+}
+
+#[test]
+fn no_udp_and_no_ipv6_really_go_direct() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup(APP).app();
+        // What listens here must not get what the proxy does not take (fault D1 of the original).
+        let wrong = sb.service("wrong").port(80).start();
+        let mut session = Session::of(&user);
+        let mut with = |no_udp: bool, no_ipv6: bool| {
+            session.replace(
+                json!([{ "name": "mihomo", "port": 7890, "noUdp": no_udp, "noIpv6": no_ipv6 }]),
+                json!([]),
+                json!([to_proxy(APP, "mihomo")]),
+            );
+        };
+        with(true, false);
+        expect(sb, &app, |transport, to| {
+            if transport == Udp {
+                direct(to)
+            } else {
+                proxied("mihomo", to)
+            }
+        });
+        with(false, true);
+        expect(sb, &app, |_, to| {
+            if to.is_ipv6() {
+                direct(to)
+            } else {
+                proxied("mihomo", to)
+            }
+        });
+        with(true, true);
+        expect(sb, &app, |transport, to| {
+            if transport == Udp || to.is_ipv6() {
+                direct(to)
+            } else {
+                proxied("mihomo", to)
+            }
+        });
+        wrong.assert_idle();
+    });
+}
+
+#[test]
+fn a_proxy_leaves_out_what_is_local_and_what_is_bypassed() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let _service = sb.service("own").port(8080).start();
+        let app = user.cgroup(APP).app();
+        let bypassed = sb.destinations();
+        let networks: Vec<_> = bypassed
+            .iter()
+            .map(|to| format!("{}/{}", to.ip(), if to.is_ipv4() { 32 } else { 128 }))
+            .collect();
+        let mut session = Session::of(&user);
+        session.replace(
+            json!([{ "name": "mihomo", "port": 7890 }]),
+            json!(networks),
+            json!([to_proxy(APP, "mihomo")]),
+        );
+        for transport in TRANSPORTS {
+            for to in bypassed {
+                assert_eq!(app.ask(transport, to), direct(to));
+            }
+            for address in ["127.0.0.1", "::1"]
+                .map(|a| a.parse::<IpAddr>().expect("an address"))
+                .into_iter()
+                .chain([MACHINE_V4, MACHINE_V6])
+            {
+                let at = SocketAddr::new(address, 8080);
+                assert_eq!(app.ask(transport, at), local("own", at), "{transport:?}");
+            }
+        }
+        expect(sb, &app, |_, to| proxied("mihomo", to));
+    });
+}
+
+#[test]
+fn drop_spares_the_bypass_list_and_drop_all_spares_nothing() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _service = sb.service("own").port(8080).start();
+        let app = user.cgroup(APP).app();
+        let bypassed = sb.destinations();
+        let mut session = Session::of(&user);
+        let mut with = |kind: &str| {
+            session.replace(
+                json!([]),
+                json!([bypassed[0].ip(), bypassed[1].ip(), "127.0.0.0/8"]),
+                json!([verdict(APP, kind)]),
+            );
+        };
+        with("drop");
+        let at: SocketAddr = "127.0.0.1:8080".parse().expect("an address");
+        for to in bypassed {
+            expect(sb, &app, |transport, _| {
+                if transport == Tcp {
+                    Outcome::Silent
+                } else {
+                    Outcome::Forbidden
+                }
+            });
+            assert_eq!(app.tcp(to), direct(to));
+            assert_eq!(app.udp(to), direct(to));
+            assert_eq!(app.ping(to.ip()), direct(to));
+        }
+        assert_eq!(app.tcp(at), local("own", at));
+        with("dropAll");
+        for to in bypassed.into_iter().chain([at]) {
+            assert_eq!(app.tcp(to), Outcome::Silent);
+            assert_eq!(app.udp(to), Outcome::Forbidden);
+        }
+    });
+}
+
+#[test]
+fn a_changed_rule_leaves_open_connections_as_they_began() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _one = sb.tproxy("one").uid(1001).port(7891).start();
+        let _two = sb.tproxy("two").uid(1001).port(7892).start();
+        let app = user.cgroup(APP).app();
+        let proxies = json!([{ "name": "one", "port": 7891 }, { "name": "two", "port": 7892 }]);
+        let mut session = Session::of(&user);
+        session.replace(proxies.clone(), json!([]), json!([]));
+
+        let open = |verdict: &dyn Fn(SocketAddr) -> Outcome| {
+            let mut connections = Vec::new();
+            for to in sb.destinations() {
+                connections.push((app.open_tcp(to).expect("it opens"), verdict(to)));
+                connections.push((app.open_udp(to), verdict(to)));
+            }
+            for (connection, outcome) in &connections {
+                assert_eq!(connection.ask(), *outcome);
+            }
+            connections
+        };
+        let began_direct = open(&direct);
+        session.assign(json!([to_proxy(APP, "one")]));
+        let began_one = open(&|to| proxied("one", to));
+        session.assign(json!([to_proxy(APP, "two")]));
+        let began_two = open(&|to| proxied("two", to));
+        session.assign(json!([verdict(APP, "direct")]));
+        let all = || began_direct.iter().chain(&began_one).chain(&began_two);
+        for (connection, outcome) in all() {
+            assert_eq!(connection.ask(), *outcome);
+        }
+        expect(sb, &app, |_, to| direct(to));
+
+        // The whole policy again, without any verdict and with another port for `two`.
+        session.replace(proxies, json!([]), json!([]));
+        for (connection, outcome) in all() {
+            assert_eq!(connection.ask(), *outcome);
+        }
+
+        // A drop takes effect at once.
+        session.assign(json!([verdict(APP, "drop")]));
+        for (connection, _) in all() {
+            let outcome = connection.ask();
+            assert!(outcome.is_dropped(), "{outcome:?}");
+        }
+    });
+}
+
+#[test]
+fn a_connection_whose_proxy_is_gone_never_goes_on_directly() {
+    sandbox(|sb| {
+        let _helper = sb.helper().config("grace-seconds: 0").start();
+        let user = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup(APP).app();
+        let mut session = Session::of(&user);
+        let proxies = json!([{ "name": "mihomo", "port": 7890 }]);
+        let began = |session: &mut Session| {
+            session.replace(proxies.clone(), json!([]), json!([to_proxy(APP, "mihomo")]));
+            let mut connections = Vec::new();
+            for to in sb.destinations() {
+                for connection in [app.open_tcp(to).expect("it opens"), app.open_udp(to)] {
+                    assert_eq!(connection.ask(), proxied("mihomo", to));
+                    connections.push((connection, to));
+                }
+            }
+            connections
+        };
+        let ended = |connections: Vec<(cgtproxy_tests::sandbox::Connection, SocketAddr)>| {
+            for (connection, to) in connections {
+                let outcome = connection.ask();
+                // A reset for TCP; send(2) itself fails for UDP.
+                assert!(
+                    matches!(
+                        outcome,
+                        Outcome::Refused | Outcome::Closed | Outcome::Forbidden
+                    ),
+                    "{to}: {outcome:?}"
+                );
+                sb.assert_nothing_left_for(to.ip());
+            }
+        };
+        // The proxy leaves the policy.
+        let connections = began(&mut session);
+        session.replace(json!([]), json!([]), json!([]));
+        ended(connections);
+        // The policy ends.
+        let connections = began(&mut session);
+        session.call("RemovePolicy", json!({}));
+        ended(connections);
+        expect(sb, &app, |_, to| direct(to));
+    });
+}
+
+#[test]
+fn connections_from_outside_are_never_touched() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let cgroup = user.cgroup(APP);
+        let _service = sb
+            .service("own")
+            .uid(1001)
+            .cgroup(&cgroup)
+            .port(8080)
+            .start();
+        let mut session = Session::of(&user);
+        let outside = sb.internet_app();
+        for change in [
+            to_proxy(APP, "mihomo"),
+            verdict(APP, "drop"),
+            verdict(APP, "dropAll"),
+        ] {
+            session.replace(
+                json!([{ "name": "mihomo", "port": 7890 }]),
+                json!([]),
+                json!([change]),
+            );
+            for address in [MACHINE_V4, MACHINE_V6] {
+                let at = SocketAddr::new(address, 8080);
+                for transport in TRANSPORTS {
+                    assert_eq!(
+                        outside.ask(transport, at),
+                        local("own", at),
+                        "{transport:?}"
+                    );
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn two_users_see_nothing_of_each_other() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let (alice, bob) = (sb.user(1001), sb.user(1002));
+        let alices = sb.tproxy("alices").uid(1001).port(7891).start();
+        let bobs = sb.tproxy("bobs").uid(1002).port(7892).start();
+        let apps = [&alice, &bob].map(|user| user.cgroup(APP).app());
+        let mut sessions = [&alice, &bob].map(Session::of);
+        // The same names on both sides.
+        for (session, port) in sessions.iter_mut().zip([7891, 7892]) {
+            session.replace(
+                json!([{ "name": "p", "port": port }]),
+                json!([]),
+                json!([to_proxy(APP, "p")]),
+            );
+        }
+        expect(sb, &apps[0], |_, to| proxied("alices", to));
+        expect(sb, &apps[1], |_, to| proxied("bobs", to));
+        for status in sessions
+            .each_mut()
+            .map(|session| session.call("GetStatus", json!({})))
+        {
+            assert_eq!(status["controlGroups"], 1);
+            assert_eq!(status["proxies"].as_array().map(Vec::len), Some(1));
+        }
+        let [first, second] = &mut sessions;
+        first.replace(json!([]), json!([]), json!([verdict(APP, "drop")]));
+        expect(sb, &apps[1], |_, to| proxied("bobs", to));
+        second.call("RemovePolicy", json!({}));
+        expect(sb, &apps[1], |_, to| direct(to));
+        assert!(apps[0].udp(sb.destinations()[0]).is_dropped());
+        for (proxy, asked) in [(&alices, 2), (&bobs, 4)] {
+            let destinations: BTreeSet<_> = proxy
+                .arrivals()
+                .iter()
+                .map(|arrival| arrival.destination)
+                .collect();
+            assert_eq!(destinations.len(), asked);
+        }
+    });
+}
+
+#[test]
+fn packets_reach_only_proxies_of_the_same_user_root_and_allowed_uids() {
+    sandbox(|sb| {
+        let _helper = sb.helper().config("proxy-users: [991]").start();
+        let user = sb.user(1001);
+        let app = user.cgroup(APP).app();
+        let mut session = Session::of(&user);
+        for (uid, allowed) in [
+            (1001, true),
+            (0, true),
+            (991, true),
+            (1002, false),
+            (992, false),
+        ] {
+            let port = 7000 + u16::try_from(uid % 1000).expect("small");
+            let name = format!("of-{uid}");
+            let proxy = sb.tproxy(&name).uid(uid).port(port).start();
+            session.replace(
+                json!([{ "name": name, "port": port }]),
+                json!([]),
+                json!([to_proxy(APP, &name)]),
+            );
+            if allowed {
+                expect(sb, &app, |_, to| proxied(&name, to));
+            } else {
+                for to in sb.destinations() {
+                    for transport in TRANSPORTS {
+                        assert_eq!(app.ask(transport, to), refused(transport, to), "{uid}");
+                    }
+                    sb.assert_nothing_left_for(to.ip());
+                }
+                proxy.assert_idle();
+            }
+        }
+    });
+}
+
+#[test]
+fn without_a_listener_a_proxied_app_is_refused_at_once() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let app = user.cgroup(APP).app();
+        // Somebody listens at the destination's own port: that is not who was asked.
+        let wrong = sb.service("wrong").uid(1001).port(80).start();
+        let mut session = Session::of(&user);
+        session.replace(
+            json!([{ "name": "mihomo", "port": 7890 }]),
+            json!([]),
+            json!([to_proxy("", "mihomo")]),
+        );
+        for to in sb.destinations() {
+            for transport in TRANSPORTS {
+                assert_eq!(
+                    app.ask(transport, to),
+                    refused(transport, to),
+                    "{transport:?} {to}"
+                );
+            }
+            sb.assert_nothing_left_for(to.ip());
+        }
+        wrong.assert_idle();
+    });
+}
