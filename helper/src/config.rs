@@ -20,6 +20,7 @@ struct File {
     route_table: u32,
     rule_priority: u32,
     grace_seconds: u32,
+    own_table: bool,
     proxy_users: Vec<UserReference>,
     limits: Limits,
 }
@@ -31,6 +32,7 @@ impl Default for File {
             route_table: 0x6367,
             rule_priority: 800,
             grace_seconds: 5,
+            own_table: true,
             proxy_users: Vec::new(),
             limits: Limits::default(),
         }
@@ -81,6 +83,8 @@ pub struct Config {
     pub rule_priority: u32,
     /// How long a policy outlives its agent's connection.
     pub grace: Duration,
+    /// Whether to protect the table from other programs where the kernel can.
+    pub own_table: bool,
     /// Uids besides the user's own whose proxies may receive diverted packets; root is one of them.
     pub proxy_uids: Vec<u32>,
     /// How much one user may have.
@@ -219,6 +223,7 @@ impl Config {
             route_table: file.route_table,
             rule_priority: file.rule_priority,
             grace: Duration::from_secs(file.grace_seconds.into()),
+            own_table: file.own_table,
             proxy_uids,
             limits: file.limits,
         })
@@ -247,12 +252,13 @@ mod tests {
     fn takes_every_key() {
         let config = parse(
             "mark-mask: 0x00f00000\nroute-table: 4000\nrule-priority: 900\ngrace-seconds: 1\n\
-             proxy-users: [daemon, 990, root]\nlimits: {proxies: 3, control-groups: 10}\n",
+             own-table: false\nproxy-users: [daemon, 990, root]\nlimits: {proxies: 3, control-groups: 10}\n",
         )
         .unwrap();
         assert_eq!(config.marks.mask(), 0x00f0_0000);
         assert_eq!((config.route_table, config.rule_priority), (4000, 900));
         assert_eq!(config.grace, Duration::from_secs(1));
+        assert!(!config.own_table);
         assert_eq!(config.proxy_uids, [0, 1, 990]);
         assert_eq!(config.limits.proxies, 3);
         assert_eq!(config.limits.bypass, Limits::default().bypass);

@@ -133,13 +133,13 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     };
     let marks = config.marks;
     let routing = Routing::open(marks, config.route_table, config.rule_priority)?;
-    let (nftables, left) = Nftables::open(marks, &config.proxy_uids)?;
+    let (nftables, left) = Nftables::open(marks, &config.proxy_uids, config.own_table)?;
     routing.ensure(Family::Ipv4)?;
     let ipv6 = routing.ensure(Family::Ipv6)?;
     if !ipv6 {
         tracing::info!("the kernel has no IPv6: only IPv4 is diverted");
     }
-    if !nftables.owned() {
+    if config.own_table && !nftables.owned() {
         tracing::info!(
             "the kernel can't protect the table 'inet cgtproxy' from other programs (Linux 6.9 can)"
         );

@@ -97,7 +97,10 @@ impl Client {
             // A peer that refuses a message does so before it has read all of it, and closes:
             // what it said is still there to be read.
             if let Err(error) = self.stream.write_all(&transmit.payload).await
-                && error.kind() != io::ErrorKind::BrokenPipe
+                && !matches!(
+                    error.kind(),
+                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                )
             {
                 return Err(CallError::Io(error));
             }

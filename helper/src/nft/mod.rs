@@ -64,7 +64,8 @@ pub struct Nftables {
 
 impl Nftables {
     /// Takes the table over or makes it, with its base chains. Returns what an earlier helper left
-    /// in it: users' objects stay in force until a plan replaces or removes them.
+    /// in it: users' objects stay in force until a plan replaces or removes them. With `own`, the
+    /// table is protected from other programs if the kernel can do that.
     ///
     /// # Errors
     /// Without CAP_NET_ADMIN, on a kernel that lacks what the table needs, or when another process
@@ -72,6 +73,7 @@ impl Nftables {
     pub fn open(
         marks: MarkRange,
         proxy_uids: &[u32],
+        own: bool,
     ) -> Result<(Self, BTreeMap<Uid, LeftBehind>), Error> {
         let socket = NetfilterSocket::open().map_err(Error::Socket)?;
         let table = Table::new(TABLE, ProtoFamily::Inet);
@@ -81,7 +83,7 @@ impl Nftables {
             marks,
             owned: false,
         };
-        this.owned = this.kernel_keeps_owned_tables()?;
+        this.owned = this.kernel_keeps_owned_tables()? && own;
         let adopted = this.adopt()?;
         if !adopted {
             this.recreate()?;

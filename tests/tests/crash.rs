@@ -1,0 +1,251 @@
+//! A helper that is killed, started again, or was there before: what stays in force, and what is
+//! left in the end.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use cgtproxy_tests::sandbox::{Rule, Sandbox, User, direct, proxied, sandbox};
+use cgtproxy_tests::session::{Session, to_proxy, verdict};
+use cgtproxy_tests::wait::wait_until;
+use cgtproxy_tests::wire::Transport::Udp;
+use serde_json::json;
+
+const APP: &str = "app.slice/app-a.scope";
+const OWN_TABLE: [&str; 2] = [
+    "own-table: true\ngrace-seconds: 2",
+    "own-table: false\ngrace-seconds: 2",
+];
+
+fn take(session: &mut Session, user: &User) {
+    user.cgroup("app.slice/app-drop.scope");
+    session.replace(
+        json!([{ "name": "other", "port": 7000 }, { "name": "mihomo", "port": 7890 }]),
+        json!(["10.0.0.0/8", "fd00::/8"]),
+        json!([
+            to_proxy("", "mihomo"),
+            verdict("app.slice/app-drop.scope", "drop")
+        ]),
+    );
+}
+
+#[track_caller]
+fn assert_nothing_left(sb: &Sandbox) {
+    assert!(!sb.has_table());
+    for family in [4, 6] {
+        assert_eq!(sb.mark_rules(family), []);
+        assert!(sb.routes(family, "25447").is_empty());
+    }
+}
+
+#[test]
+fn routing_is_set_up_once_and_taken_over() {
+    sandbox(|sb| {
+        let mut helper = sb.helper().start();
+        for _ in 0..3 {
+            for family in [4, 6] {
+                assert_eq!(
+                    sb.mark_rules(family),
+                    [Rule {
+                        priority: 800,
+                        mark: Some("0x80000000/0x80000000".into()),
+                        table: "25447".into(),
+                        protocol: Some("199".into()),
+                    }],
+                );
+                let routes = sb.routes(family, "25447");
+                assert_eq!(routes.len(), 1, "{routes:?}");
+                assert!(
+                    routes[0].starts_with("local default dev lo proto 199"),
+                    "{routes:?}"
+                );
+            }
+            helper.kill();
+            helper.start_again();
+        }
+    });
+}
+
+#[test]
+fn verdicts_and_open_connections_outlive_a_killed_helper() {
+    sandbox(|sb| {
+        for config in OWN_TABLE {
+            let mut helper = sb.helper().config(config).start();
+            let user = sb.user(1001);
+            let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+            let app = user.cgroup(APP).app();
+            let dropped = user.cgroup("app.slice/app-drop.scope").app();
+            let mut session = Session::of(&user);
+            take(&mut session, &user);
+            let destinations = sb.destinations();
+            let connections =
+                destinations.map(|to| [app.open_tcp(to).expect("it opens"), app.open_udp(to)]);
+            let check = || {
+                for (to, connections) in destinations.iter().zip(&connections) {
+                    for connection in connections {
+                        assert_eq!(connection.ask(), proxied("mihomo", *to));
+                    }
+                    assert_eq!(app.tcp(*to), proxied("mihomo", *to));
+                    assert!(dropped.udp(*to).is_dropped());
+                }
+            };
+            let traffic = destinations.map(|to| app.traffic(Udp, to));
+            let marks = sb.run(&["nft", "list", "map", "inet", "cgtproxy", "marks-1001"]);
+            check();
+            for _ in 0..5 {
+                helper.kill();
+                check();
+                helper.start_again();
+                check();
+                session = Session::of(&user);
+                assert_eq!(session.status()["session"], "grace");
+                take(&mut session, &user);
+                check();
+                assert_eq!(
+                    sb.run(&["nft", "list", "map", "inet", "cgtproxy", "marks-1001"]),
+                    marks,
+                    "a proxy keeps its mark",
+                );
+            }
+            for traffic in traffic {
+                traffic.next(1);
+                traffic.stop();
+            }
+            for to in destinations {
+                sb.assert_nothing_left_for(to.ip());
+            }
+            session.call("RemovePolicy", json!({}));
+            helper.stop();
+            assert_nothing_left(sb);
+        }
+    });
+}
+
+#[test]
+fn what_a_killed_helper_left_goes_when_no_agent_comes_back() {
+    sandbox(|sb| {
+        for config in OWN_TABLE {
+            let mut helper = sb.helper().config(config).start();
+            let user = sb.user(1001);
+            let app = user.cgroup(APP).app();
+            let mut session = Session::of(&user);
+            take(&mut session, &user);
+            helper.kill();
+            drop(session);
+            helper.start_again();
+            assert!(sb.run(&["nft", "list", "chains"]).contains("user-1001"));
+            wait_until("the grace is over", || sb.map_elements("users").is_empty());
+            assert!(!sb.run(&["nft", "list", "ruleset"]).contains("1001"));
+            for to in sb.destinations() {
+                assert_eq!(app.udp(to), direct(to));
+            }
+            helper.stop();
+        }
+    });
+}
+
+#[test]
+fn a_table_of_another_layout_is_replaced() {
+    sandbox(|sb| {
+        for config in OWN_TABLE {
+            sb.nft(
+                "table inet cgtproxy {
+                     set users { type ipv4_addr; }
+                     chain user-1001 { type filter hook output priority 0; policy drop; }
+                 }",
+            );
+            let mut helper = sb.helper().config(config).start();
+            let user = sb.user(1001);
+            let app = user.cgroup(APP).app();
+            for to in sb.destinations() {
+                assert_eq!(app.udp(to), direct(to));
+            }
+            take(&mut Session::of(&user), &user);
+            helper.stop();
+            assert_nothing_left(sb);
+        }
+    });
+}
+
+#[test]
+fn remove_leaves_nothing_of_a_killed_helper() {
+    sandbox(|sb| {
+        for config in OWN_TABLE {
+            let mut helper = sb.helper().config(config).start();
+            let user = sb.user(1001);
+            let mut session = Session::of(&user);
+            take(&mut session, &user);
+            helper.kill();
+            assert!(sb.has_table());
+            for _ in 0..2 {
+                let mut remove = sb.helper().config(config).argument("--remove").spawn();
+                assert!(remove.wait().success());
+                assert_nothing_left(sb);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_helper_that_is_told_to_stop_leaves_nothing() {
+    sandbox(|sb| {
+        let mut helper = sb.helper().start();
+        let user = sb.user(1001);
+        let mut session = Session::of(&user);
+        take(&mut session, &user);
+        assert!(helper.stop().success());
+        assert_nothing_left(sb);
+    });
+}
+
+#[test]
+fn a_second_helper_is_told_so() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let mut second = sb.helper().spawn();
+        assert!(!second.wait().success());
+        second.wait_log("another helper listens on '/run/cgtproxy/helper.sock'");
+        let mut elsewhere = sb.helper().argument("--remove").spawn();
+        assert!(!elsewhere.wait().success());
+        elsewhere.wait_log("belongs to another process");
+        assert!(sb.has_table());
+    });
+}
+
+#[test]
+fn other_programs_leave_an_owned_table_alone() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let app = user.cgroup(APP).app();
+        let mut session = Session::of(&user);
+        session.replace(json!([]), json!([]), json!([verdict("", "drop")]));
+        assert_eq!(session.status()["tableOwned"], true);
+        sb.nft("flush ruleset");
+        for to in sb.destinations() {
+            assert!(app.udp(to).is_dropped());
+        }
+    });
+}
+
+#[test]
+fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() {
+    sandbox(|sb| {
+        let _helper = sb.helper().config("own-table: false").start();
+        let user = sb.user(1001);
+        user.cgroup(APP);
+        let mut session = Session::of(&user);
+        take(&mut session, &user);
+        let before = session.status();
+        // Somebody takes a chain away that every change of the bypass list must flush.
+        sb.nft("flush map inet cgtproxy users; flush chain inet cgtproxy user-1001; delete chain inet cgtproxy user-1001");
+        let kernel = sb.run(&["nft", "list", "ruleset"]);
+        // A new proxy, a new level and a new element in one call, and the chain is not there.
+        let change = json!({
+            "proxies": [{ "name": "new", "port": 1 }],
+            "bypass": [],
+            "assignments": [to_proxy(APP, "new")],
+        });
+        assert_eq!(session.refusal("ReplacePolicy", change).0, "KernelRefused");
+        assert_eq!(session.status(), before);
+        assert_eq!(sb.run(&["nft", "list", "ruleset"]), kernel);
+    });
+}
