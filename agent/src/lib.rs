@@ -2,7 +2,19 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cli;
+pub mod command;
 pub mod config;
 pub mod exec;
+pub mod log;
+pub mod notify;
 pub mod policy;
+pub mod reload;
+pub mod run;
+pub mod server;
+pub mod state;
+pub mod subtree;
+pub mod sync;
 pub mod text;
+pub mod view;
+pub mod watch;

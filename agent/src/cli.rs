@@ -1,0 +1,78 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
+use clap::{Parser, Subcommand};
+
+/// Decides which of your applications go direct, are dropped or go through a TPROXY server
+///
+/// Reads ~/.config/cgtproxy/config.yaml, watches the control groups of your applications and has
+/// cgtproxy-helper put their verdicts into the kernel. Needs no privilege. Without a command it runs
+/// until it is told to stop, as the user service cgtproxy-agent.service does.
+///
+/// Messages go to standard error. CGTPROXY_LOG or LOG_LEVEL says how many: error, warn, info, debug
+/// or trace.
+#[derive(Debug, Parser)]
+#[command(name = "cgtproxy-agent", version)]
+pub struct Arguments {
+    /// Read the configuration from this file instead of ~/.config/cgtproxy/config.yaml
+    #[arg(short, long, value_name = "FILE", global = true)]
+    pub config: Option<PathBuf>,
+
+    /// Where the helper listens
+    #[arg(long, value_name = "PATH", env = HELPER_SOCKET_VARIABLE, default_value = HELPER_SOCKET, global = true)]
+    pub socket: PathBuf,
+
+    /// Where cgroup v2 is mounted, if not at /sys/fs/cgroup or /sys/fs/cgroup/unified
+    #[arg(long, value_name = "DIR", global = true)]
+    pub cgroup_root: Option<PathBuf>,
+
+    /// What to do
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the agent (what happens without a command)
+    ///
+    /// SIGHUP loads the configuration again, as does a change of the file; one that is wrong is
+    /// refused and the old one stays in force. SIGTERM and SIGINT remove all rules.
+    Run,
+
+    /// Find everything that is wrong with a configuration
+    ///
+    /// Prints all findings with their places in the file. The exit status is 1 if there are errors,
+    /// and 0 if there are none or only warnings.
+    #[command(visible_alias = "check-config")]
+    Check {
+        /// The file; by default the one that the agent reads
+        file: Option<PathBuf>,
+    },
+
+    /// Show what the running agent does
+    ///
+    /// Shows whether the helper is connected, the targets, and every control group with its verdict
+    /// and the number of the rule that gives it.
+    Status {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Say which rule gives a control group its verdict
+    ///
+    /// And from which other one it inherits, and whether the verdict is in the kernel. When no agent
+    /// runs, says what the configuration means for it.
+    Explain {
+        /// A control group as a directory, as a path from the control group root or from the user
+        /// manager's control group; the number of a process; or the name of a unit
+        #[arg(value_name = "PATH|PID|UNIT")]
+        what: std::ffi::OsString,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}

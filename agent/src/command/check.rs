@@ -1,0 +1,48 @@
+//! `cgtproxy-agent check`
+
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use super::Error;
+use crate::config::{self, Severity};
+use crate::text::printable;
+
+/// Checks a file and prints what was found.
+pub(super) fn run(file: &Path) -> Result<ExitCode, Error> {
+    let bytes = config::read_file(file)?;
+    let (_, findings) = config::read(file, &bytes);
+    let mut out = io::stdout().lock();
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = findings.render(&mut text, colours());
+    out.write_all(text.as_bytes())?;
+    let errors = findings.count(Severity::Error);
+    let warnings = findings.count(Severity::Warning);
+    let file = printable(&file.to_string_lossy());
+    let count = |number: usize, what: &str| match number {
+        1 => format!("1 {what}"),
+        number => format!("{number} {what}s"),
+    };
+    match (errors, warnings) {
+        (0, 0) => writeln!(out, "{file}: no errors")?,
+        (0, _) => writeln!(out, "{file}: {}", count(warnings, "warning"))?,
+        (_, 0) => writeln!(out, "{file}: {}", count(errors, "error"))?,
+        (_, _) => writeln!(
+            out,
+            "{file}: {}, {}",
+            count(errors, "error"),
+            count(warnings, "warning")
+        )?,
+    }
+    out.flush()?;
+    Ok(match findings.has_errors() {
+        true => ExitCode::FAILURE,
+        false => ExitCode::SUCCESS,
+    })
+}
+
+/// Whether standard output is a terminal whose user likes colours (no-color.org).
+fn colours() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+}

@@ -1,0 +1,226 @@
+//! `cgtproxy-agent explain`
+
+use std::ffi::OsStr;
+use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+
+use std::process::ExitCode;
+
+use cgtproxy_proto::agent::{ControlGroup, Explain_Args, Explain_Reply};
+use cgtproxy_proto::client::CallError;
+use cgtproxy_proto::path::ControlGroupPath;
+use serde_json::json;
+
+use super::Error;
+use super::client::Agent;
+use crate::cli::Arguments;
+use crate::config::{self, Config, LoadError};
+use crate::subtree::Subtree;
+use crate::text::printable;
+use crate::view;
+
+/// What somebody wants to know about.
+#[derive(Debug, PartialEq, Eq)]
+enum Subject {
+    /// A path from the control group root, with a slash before each component.
+    Absolute(Vec<u8>),
+    /// A path below the user manager's control group, or a unit's name.
+    Name(Vec<u8>),
+}
+
+/// Explains a control group.
+pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<ExitCode, Error> {
+    let subtree = super::own_subtree(arguments)?;
+    let subject = subject(&subtree, what.as_bytes())?;
+    let (group, running) = match Agent::connect() {
+        Ok(mut agent) => (ask(&mut agent, &subtree, &subject)?, true),
+        Err(Error::NotRunning) => (compute(arguments, &subtree, &subject)?, false),
+        Err(error) => return Err(error),
+    };
+    let mut out = io::stdout().lock();
+    if json {
+        let value = json!({ "agentRunning": running, "controlGroup": group });
+        serde_json::to_writer_pretty(&mut out, &value).map_err(io::Error::from)?;
+        writeln!(out)?;
+    } else {
+        out.write_all(sentences(&group, running).as_bytes())?;
+    }
+    out.flush()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes out what was typed.
+fn subject(subtree: &Subtree, what: &[u8]) -> Result<Subject, Error> {
+    if !what.is_empty() && what.iter().all(u8::is_ascii_digit) {
+        let pid = String::from_utf8_lossy(what);
+        let file = std::fs::read(format!("/proc/{pid}/cgroup"))
+            .map_err(|_| Error::NotFound(format!("there is no process {pid}")))?;
+        return of_process(&file)
+            .map(Subject::Absolute)
+            .ok_or_else(|| Error::NotFound(format!("process {pid} is in no control group of v2")));
+    }
+    if what.starts_with(b"/") {
+        let root = subtree.root().as_os_str().as_bytes();
+        let path = match what.strip_prefix(root) {
+            Some(rest) if rest.starts_with(b"/") => rest,
+            _ => what,
+        };
+        return Ok(Subject::Absolute(path.to_vec()));
+    }
+    Ok(Subject::Name(what.to_vec()))
+}
+
+/// The control group of version 2 in what proc(5) calls `/proc/[pid]/cgroup`.
+fn of_process(file: &[u8]) -> Option<Vec<u8>> {
+    let path = file
+        .split(|&b| b == b'\n')
+        .find_map(|line| line.strip_prefix(b"0::"))?;
+    Some(path.strip_suffix(b" (deleted)").unwrap_or(path).to_vec())
+}
+
+/// The path in the subtree that an absolute one names.
+fn relative(subtree: &Subtree, absolute: &[u8]) -> Result<ControlGroupPath, Error> {
+    subtree.relative(absolute).ok_or_else(|| {
+        let name = printable(&String::from_utf8_lossy(absolute));
+        let root = subtree.to_wire(&ControlGroupPath::root());
+        Error::NotFound(format!(
+            "{name} is not below {root}: your agent does not decide about it"
+        ))
+    })
+}
+
+/// Asks the running agent.
+fn ask(agent: &mut Agent, subtree: &Subtree, subject: &Subject) -> Result<ControlGroup, Error> {
+    let name = match subject {
+        Subject::Absolute(path) => subtree.to_wire(&relative(subtree, path)?),
+        Subject::Name(name) => match ControlGroupPath::from_bytes(name) {
+            Ok(path) => path.to_wire(),
+            Err(why) => {
+                let name = printable(&String::from_utf8_lossy(name));
+                return Err(Error::NotFound(format!(
+                    "'{name}' is no control group: {why}"
+                )));
+            }
+        },
+    };
+    let arguments = Explain_Args {
+        controlGroup: name.clone(),
+    };
+    match agent.call::<_, Explain_Reply>("Explain", arguments) {
+        Ok(reply) => Ok(reply.controlGroup),
+        Err(CallError::Fault(fault)) if fault.name == "org.cgtproxy.Agent.ControlGroupNotFound" => {
+            let name = printable(&name);
+            Err(Error::NotFound(format!(
+                "there is no control group or unit '{name}'"
+            )))
+        }
+        Err(error) => Err(Error::Call(error)),
+    }
+}
+
+/// What the configuration means, without an agent.
+fn compute(
+    arguments: &Arguments,
+    subtree: &Subtree,
+    subject: &Subject,
+) -> Result<ControlGroup, Error> {
+    let file = super::config_file(arguments)?;
+    let config = match config::load(&file.path) {
+        Ok(loaded) => loaded.config,
+        Err(LoadError::Missing(_)) if !file.explicit => Config::without_file(),
+        Err(error) => return Err(error.into()),
+    };
+    let path = match subject {
+        Subject::Absolute(path) => relative(subtree, path)?,
+        Subject::Name(name) => find(subtree, name)?,
+    };
+    let given = config.rules.explain(&subtree.prefix(), &path);
+    let given = given.as_ref().map(|(choice, giver)| (giver, choice));
+    Ok(view::judged(subtree, &path, given))
+}
+
+/// Finds a path or a unit on disk.
+fn find(subtree: &Subtree, name: &[u8]) -> Result<ControlGroupPath, Error> {
+    let shown = printable(&String::from_utf8_lossy(name));
+    let wanted = ControlGroupPath::from_bytes(name)
+        .map_err(|why| Error::NotFound(format!("'{shown}' is no control group: {why}")))?;
+    if subtree.directory(&wanted).is_dir() {
+        return Ok(wanted);
+    }
+    let mut stack = vec![ControlGroupPath::root()];
+    while let Some(path) = stack.pop() {
+        if path.name() == Some(name) {
+            return Ok(path);
+        }
+        let directory = subtree.directory(&path);
+        let children = std::fs::read_dir(directory).into_iter().flatten().flatten();
+        let directories = children.filter(|c| c.file_type().is_ok_and(|t| t.is_dir()));
+        stack.extend(directories.filter_map(|c| path.join(c.file_name().as_bytes()).ok()));
+    }
+    let message = format!("there is no control group or unit '{shown}'");
+    Err(Error::NotFound(message))
+}
+
+fn sentences(group: &ControlGroup, running: bool) -> String {
+    let what = match group.target.as_str() {
+        "direct" => "goes direct".to_owned(),
+        "drop" => "is dropped, but for bypassed destinations".to_owned(),
+        "drop-all" => "is dropped altogether".to_owned(),
+        name => format!("goes through '{}'", printable(name)),
+    };
+    let from = group.inheritedFrom.as_deref().map(printable);
+    let why = match (group.rule, &from) {
+        _ if group.execSlice => "It is in a slice of cgtproxy-exec.".to_owned(),
+        (Some(number), None) => format!("Rule {number} matches it."),
+        (Some(number), Some(from)) => {
+            format!("No rule matches it; it inherits from {from}, which rule {number} matches.")
+        }
+        (None, _) => "No rule matches it or anything above it.".to_owned(),
+    };
+    let force = match (running, &group.skipped, group.inForce) {
+        (false, ..) => "cgtproxy-agent is not running: nothing of this is in force.".to_owned(),
+        (_, Some(reason), _) => {
+            format!(
+                "It is not in force: the helper passed it over ({}).",
+                printable(reason)
+            )
+        }
+        (_, None, true) => "The kernel holds this verdict.".to_owned(),
+        (_, None, false) => {
+            "The kernel does not hold this verdict; see 'cgtproxy-agent status'.".to_owned()
+        }
+    };
+    format!("{}\n  {what}\n  {why}\n  {force}\n", printable(&group.path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn makes_out_what_is_meant() {
+        let subtree = Subtree::of_user("/sys/fs/cgroup".into(), 5).unwrap();
+        let absolute = |text: &str| Subject::Absolute(text.as_bytes().to_vec());
+        let cases = [
+            ("/sys/fs/cgroup/user.slice/x", absolute("/user.slice/x")),
+            ("/user.slice/x", absolute("/user.slice/x")),
+            ("/sys/fs/cgroups", absolute("/sys/fs/cgroups")),
+            ("a.scope", Subject::Name(b"a.scope".to_vec())),
+        ];
+        for (what, meant) in cases {
+            assert_eq!(
+                super::subject(&subtree, what.as_bytes()).unwrap(),
+                meant,
+                "{what}"
+            );
+        }
+        assert!(super::subject(&subtree, b"4294967295").is_err());
+    }
+
+    #[test]
+    fn finds_the_line_of_version_2() {
+        let file = b"12:pids:/x\n1:name=systemd:/y\n0::/user.slice/a:b (deleted)\n";
+        assert_eq!(of_process(file).unwrap(), b"/user.slice/a:b");
+        assert_eq!(of_process(b"1:name=systemd:/y\n"), None);
+    }
+}

@@ -1,0 +1,129 @@
+//! The commands besides running the agent.
+
+mod check;
+mod client;
+mod explain;
+mod status;
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use cgtproxy_proto::client::CallError;
+use cgtproxy_proto::path::InvalidPath;
+
+use crate::cli::{Arguments, Command};
+use crate::config::LoadError;
+use crate::reload::ConfigFile;
+use crate::run::{self, Options};
+use crate::server;
+use crate::subtree::{self, Subtree};
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The agent can't run.
+    #[error(transparent)]
+    Run(#[from] run::Error),
+    /// There is no cgroup v2.
+    #[error(transparent)]
+    NoRoot(#[from] subtree::NoRoot),
+    /// This user can have no control group.
+    #[error("this user can have no control group")]
+    Subtree(#[from] InvalidPath),
+    /// There is no home directory to look for the configuration in.
+    #[error("there is no home directory; name the configuration with --config")]
+    NoHome,
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] LoadError),
+    /// Nobody listens.
+    #[error(
+        "cgtproxy-agent is not running; start it with \
+         'systemctl --user enable --now cgtproxy-agent'"
+    )]
+    NotRunning,
+    /// The agent's socket is of no use.
+    #[error("can't connect to cgtproxy-agent at {}", .path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The agent gave no answer.
+    #[error("cgtproxy-agent gave no answer")]
+    Call(#[source] CallError),
+    /// There is no such control group, process or unit.
+    #[error("{0}")]
+    NotFound(String),
+    /// Output failed.
+    #[error("can't write the output")]
+    Output(#[from] io::Error),
+    /// The kernel gives no event queue.
+    #[error("can't start")]
+    Start(#[source] io::Error),
+}
+
+/// Does what was asked for.
+///
+/// # Errors
+/// If it can't be done.
+pub fn run(arguments: Arguments) -> Result<ExitCode, Error> {
+    let result = match &arguments.command {
+        None | Some(Command::Run) => {
+            run::run(options(&arguments)?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Check { file }) => {
+            let file = match file {
+                Some(file) => file.clone(),
+                None => config_file(&arguments)?.path,
+            };
+            check::run(&file)
+        }
+        Some(Command::Status { json }) => status::run(*json),
+        Some(Command::Explain { what, json }) => explain::run(&arguments, what, *json),
+    };
+    match result {
+        // Whoever reads has seen enough.
+        Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            Ok(ExitCode::SUCCESS)
+        }
+        result => result,
+    }
+}
+
+fn options(arguments: &Arguments) -> Result<Options, Error> {
+    Ok(Options {
+        subtree: own_subtree(arguments)?,
+        config: config_file(arguments)?,
+        helper: arguments.socket.clone(),
+        socket: server::default_socket(),
+    })
+}
+
+/// The control groups of the user that this program runs as.
+fn own_subtree(arguments: &Arguments) -> Result<Subtree, Error> {
+    let root = match &arguments.cgroup_root {
+        Some(root) => root.clone(),
+        None => subtree::find_root()?,
+    };
+    let uid = rustix::process::getuid().as_raw();
+    Ok(Subtree::of_user(root, uid)?)
+}
+
+/// The configuration file that is meant.
+fn config_file(arguments: &Arguments) -> Result<ConfigFile, Error> {
+    if let Some(path) = &arguments.config {
+        return Ok(ConfigFile {
+            path: path.clone(),
+            explicit: true,
+        });
+    }
+    let directories = directories::BaseDirs::new().ok_or(Error::NoHome)?;
+    Ok(ConfigFile {
+        path: directories.config_dir().join("cgtproxy/config.yaml"),
+        explicit: false,
+    })
+}

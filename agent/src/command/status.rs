@@ -1,0 +1,175 @@
+//! `cgtproxy-agent status`
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use cgtproxy_proto::agent::{ControlGroup, GetStatus_Args, GetStatus_Reply};
+
+use super::Error;
+use super::client::Agent;
+use crate::text::printable;
+
+/// Asks the agent and prints what it says.
+pub(super) fn run(json: bool) -> Result<ExitCode, Error> {
+    let status: GetStatus_Reply = Agent::connect()?
+        .call("GetStatus", GetStatus_Args {})
+        .map_err(Error::Call)?;
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    if json {
+        serde_json::to_writer_pretty(&mut out, &status).map_err(io::Error::from)?;
+        writeln!(out)?;
+    } else {
+        print(&mut out, &status)?;
+    }
+    out.flush()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
+    let problem = status.problem.as_deref().map(printable);
+    match (status.connected, problem) {
+        (true, None) => writeln!(out, "Helper:         connected")?,
+        (true, Some(problem)) => writeln!(out, "Helper:         connected, but {problem}")?,
+        (false, problem) => writeln!(
+            out,
+            "Helper:         not connected: {}",
+            problem.unwrap_or_default()
+        )?,
+    }
+    writeln!(out, "Generation:     {}", status.generation)?;
+    let config = status.config.as_deref();
+    let config = config.map_or_else(|| "none, everything goes direct".to_owned(), printable);
+    writeln!(out, "Configuration:  {config}")?;
+    if let Some(error) = &status.configError {
+        writeln!(out, "  not in force: {}", printable(error))?;
+    }
+    writeln!(out)?;
+    table(
+        out,
+        &["TARGET", "PORT", "CONTROL GROUPS"],
+        status.targets.iter().map(|target| {
+            [
+                printable(&target.name),
+                target.port.map_or_else(dash, |p| p.to_string()),
+                target.controlGroups.to_string(),
+            ]
+        }),
+    )?;
+    writeln!(out)?;
+    table(
+        out,
+        &["TARGET", "BY", "IN FORCE", "CONTROL GROUP"],
+        status.controlGroups.iter().map(|group| {
+            [
+                printable(&group.target),
+                by(group),
+                in_force(group),
+                printable(&group.path),
+            ]
+        }),
+    )
+}
+
+fn dash() -> String {
+    "-".to_owned()
+}
+
+/// What gives a control group its verdict, in a word.
+fn by(group: &ControlGroup) -> String {
+    let what = match (group.execSlice, group.rule) {
+        (true, _) => "exec".to_owned(),
+        (false, Some(number)) => format!("rule {number}"),
+        (false, None) => return dash(),
+    };
+    match group.inheritedFrom {
+        Some(_) => format!("{what} (inherited)"),
+        None => what,
+    }
+}
+
+fn in_force(group: &ControlGroup) -> String {
+    match (&group.skipped, group.inForce) {
+        (Some(reason), _) => format!("no: {}", printable(reason)),
+        (None, true) => "yes".to_owned(),
+        (None, false) => "no".to_owned(),
+    }
+}
+
+/// Writes rows in columns. The last one is as wide as it is.
+fn table<const N: usize>(
+    out: &mut impl Write,
+    head: &[&str; N],
+    rows: impl Iterator<Item = [String; N]>,
+) -> io::Result<()> {
+    let rows: Vec<[String; N]> = std::iter::once(head.map(str::to_owned))
+        .chain(rows)
+        .collect();
+    let mut widths = [0; N];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    for row in &rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(widths) {
+            line.push_str(cell);
+            line.extend(std::iter::repeat_n(' ', width + 2 - cell.chars().count()));
+        }
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use cgtproxy_proto::agent::Target;
+
+    use super::*;
+
+    #[test]
+    fn shows_names_of_others_harmlessly_and_in_columns() {
+        let group = |path: &str, rule, inherited: Option<&str>| ControlGroup {
+            path: path.into(),
+            target: "mihomo".into(),
+            rule,
+            inheritedFrom: inherited.map(Into::into),
+            execSlice: false,
+            inForce: true,
+            skipped: None,
+        };
+        let status = GetStatus_Reply {
+            version: "1".into(),
+            connected: true,
+            problem: None,
+            generation: 3,
+            config: None,
+            configError: None,
+            targets: vec![Target {
+                name: "mihomo".into(),
+                port: Some(7893),
+                controlGroups: 2,
+            }],
+            controlGroups: vec![
+                group("/a\x1b[2J", Some(1), None),
+                group("/a/b", Some(1), Some("/a")),
+            ],
+        };
+        let mut out = Vec::new();
+        print(&mut out, &status).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert_eq!(
+            text,
+            "Helper:         connected\n\
+             Generation:     3\n\
+             Configuration:  none, everything goes direct\n\
+             \n\
+             TARGET  PORT  CONTROL GROUPS\n\
+             mihomo  7893  2\n\
+             \n\
+             TARGET  BY                  IN FORCE  CONTROL GROUP\n\
+             mihomo  rule 1              yes       /a\\u{1b}[2J\n\
+             mihomo  rule 1 (inherited)  yes       /a/b\n"
+        );
+    }
+}

@@ -1,0 +1,237 @@
+//! Loads the configuration: at the start, when the file changes and when the agent is told to.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use inotify::{EventMask, Inotify, WatchMask, Watches};
+use tokio::signal::unix::Signal;
+
+use crate::config::{self, Config, Findings, LoadError, Loaded, Severity};
+use crate::notify;
+use crate::state::{Agent, Source};
+use crate::text::{chain, printable};
+use crate::watch::{Event, Events, Watcher};
+
+/// The file that the configuration is in.
+#[derive(Debug, Clone)]
+pub struct ConfigFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The user named it, so it must be there.
+    pub explicit: bool,
+}
+
+/// The loader's state.
+#[derive(Debug)]
+pub struct Loader {
+    file: ConfigFile,
+    /// What was in the file when it was read last; none if it was not there.
+    last: Option<Vec<u8>>,
+}
+
+impl Loader {
+    /// Loads the configuration for the first time.
+    ///
+    /// # Errors
+    /// If it is wrong, or the user named a file that is not there.
+    pub fn start(file: ConfigFile) -> Result<(Self, Source), LoadError> {
+        let mut loader = Self { file, last: None };
+        let path = loader.file.path.clone();
+        let bytes = match config::read_file(&path) {
+            Ok(bytes) => bytes,
+            Err(LoadError::Missing(_)) if !loader.file.explicit => {
+                let name = printable(&path.to_string_lossy());
+                tracing::info!("there is no {name}: everything goes direct");
+                let config = Config::without_file();
+                return Ok((loader, Source { config, file: None }));
+            }
+            Err(error) => return Err(error),
+        };
+        let Loaded { config, findings } = config::parse(&path, &bytes)?;
+        log(&findings);
+        loader.last = Some(bytes);
+        let file = Some(path);
+        Ok((loader, Source { config, file }))
+    }
+
+    /// Loads the file again and puts it into force. Returns whether there was anything to load.
+    fn reload(&mut self, agent: &Agent, always: bool) {
+        let path = &self.file.path;
+        let bytes = match config::read_file(path) {
+            Ok(bytes) if !always && self.last.as_ref() == Some(&bytes) => return,
+            Ok(bytes) => bytes,
+            Err(LoadError::Missing(_)) if self.last.is_none() => return,
+            Err(error) => {
+                // To go direct because an editor took the file away for a moment would be a leak.
+                self.last = None;
+                return refuse(agent, &chain(&error));
+            }
+        };
+        let loaded = config::parse(path, &bytes);
+        self.last = Some(bytes);
+        match loaded {
+            Ok(Loaded { config, findings }) => {
+                log(&findings);
+                let name = printable(&path.to_string_lossy());
+                tracing::info!("loaded {name}");
+                agent.replace_config(Source {
+                    config,
+                    file: Some(path.clone()),
+                });
+            }
+            Err(LoadError::Invalid(findings)) => {
+                log(&findings);
+                refuse(agent, &findings.errors_in_one_line());
+            }
+            Err(error) => refuse(agent, &chain(&error)),
+        }
+    }
+}
+
+/// Logs what was found in a file.
+pub fn log(findings: &Findings) {
+    for (severity, line) in findings.lines() {
+        match severity {
+            Severity::Error => tracing::error!("{line}"),
+            Severity::Warning => tracing::warn!("{line}"),
+        }
+    }
+}
+
+fn refuse(agent: &Agent, why: &str) {
+    tracing::error!("the old configuration stays in force: {why}");
+    agent.state_mut().config_error = Some(why.to_owned());
+    agent.tell();
+}
+
+/// Reloads when the file changes or `hangup` comes, for ever.
+pub async fn run(
+    mut loader: Loader,
+    agent: &Agent,
+    watcher: &RefCell<Watcher>,
+    mut hangup: Signal,
+) -> io::Result<()> {
+    let mut changes = Changes::watch(&loader.file.path);
+    // What was written between the first reading and the watch.
+    loader.reload(agent, false);
+    loop {
+        tokio::select! {
+            received = hangup.recv() => {
+                if received.is_none() {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                notify::reloading();
+                agent.state_mut().reloading = true;
+                // Whoever asks for a reload may have raised a limit of inotify's.
+                watcher.borrow_mut().scan(&mut *agent.state_mut());
+                loader.reload(agent, true);
+                changes.arm();
+                // The session ends the reload once the helper has taken the configuration.
+                agent.wake();
+            }
+            () = changes.next() => loader.reload(agent, false),
+        }
+    }
+}
+
+/// Tells when a file changes, whether or not it is there yet.
+struct Changes {
+    path: PathBuf,
+    inotify: Option<(Watches, Events)>,
+    /// Names whose events count.
+    names: HashSet<OsString>,
+}
+
+impl Changes {
+    fn watch(path: &Path) -> Self {
+        let open = || {
+            let inotify = Inotify::init()?;
+            Ok::<_, io::Error>((inotify.watches(), Events::new(inotify)?))
+        };
+        let inotify = open()
+            .inspect_err(|error| {
+                let why = chain(error);
+                tracing::warn!("can't watch the configuration: {why}; reload it with SIGHUP");
+            })
+            .ok();
+        let mut changes = Self {
+            path: path.to_owned(),
+            inotify,
+            names: HashSet::new(),
+        };
+        changes.arm();
+        changes
+    }
+
+    /// Watches the directories that the file, or what it is a link to, is in or would be in.
+    fn arm(&mut self) {
+        let Some((watches, _)) = &mut self.inotify else {
+            return;
+        };
+        let mask = WatchMask::CLOSE_WRITE
+            | WatchMask::MOVED_TO
+            | WatchMask::MOVED_FROM
+            | WatchMask::CREATE
+            | WatchMask::DELETE
+            | WatchMask::ONLYDIR;
+        self.names.clear();
+        let real = self.path.canonicalize().ok();
+        for path in [Some(&self.path), real.as_ref()].into_iter().flatten() {
+            for above in path.ancestors() {
+                let (Some(name), Some(directory)) = (above.file_name(), above.parent()) else {
+                    break;
+                };
+                self.names.insert(name.to_owned());
+                let directory = match directory.as_os_str().is_empty() {
+                    true => Path::new("."),
+                    false => directory,
+                };
+                if watches.add(directory, mask).is_ok() {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Returns when the file may have another content.
+    async fn next(&mut self) {
+        loop {
+            let Some((_, events)) = &mut self.inotify else {
+                return std::future::pending().await;
+            };
+            match events.next().await {
+                Ok(batch) => {
+                    let counts = batch.iter().any(|event| self.counts(event));
+                    if counts {
+                        self.arm();
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!("can't watch the configuration any more: {}", chain(&error));
+                    self.inotify = None;
+                }
+            }
+        }
+    }
+
+    fn counts(&self, event: &Event) -> bool {
+        if event.mask.contains(EventMask::Q_OVERFLOW) {
+            return true;
+        }
+        let name = std::ffi::OsStr::from_bytes(&event.name);
+        if !self.names.contains(name) {
+            return false;
+        }
+        // A file that has just been made is empty still: its writer closes it later. A link is
+        // complete at once.
+        !event.mask.contains(EventMask::CREATE)
+            || event.mask.contains(EventMask::ISDIR)
+            || std::fs::symlink_metadata(&self.path).is_ok_and(|m| m.is_symlink() || m.nlink() > 1)
+    }
+}

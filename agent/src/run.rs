@@ -1,0 +1,109 @@
+//! The agent itself: its tasks, from start to end.
+
+use std::cell::RefCell;
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::LocalSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::LoadError;
+use crate::notify;
+use crate::reload::{self, ConfigFile, Loader};
+use crate::server::{self, Socket};
+use crate::state::Agent;
+use crate::subtree::Subtree;
+use crate::sync;
+use crate::text::chain;
+use crate::watch;
+
+/// What an agent needs to know.
+#[derive(Debug)]
+pub struct Options {
+    /// The control groups it is in charge of.
+    pub subtree: Subtree,
+    /// Its configuration.
+    pub config: ConfigFile,
+    /// The helper's socket.
+    pub helper: PathBuf,
+    /// Its own.
+    pub socket: PathBuf,
+}
+
+/// Why the agent can't run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] LoadError),
+    /// Another agent is there, or the socket can't be made.
+    #[error(transparent)]
+    Socket(#[from] server::Error),
+    /// inotify fails.
+    #[error(transparent)]
+    Watch(#[from] watch::Error),
+    /// Another agent has the session with the helper.
+    #[error(transparent)]
+    Session(#[from] sync::Error),
+    /// The kernel gives no signals or no event queue.
+    #[error("can't start")]
+    Start(#[source] io::Error),
+}
+
+/// Runs the agent until SIGTERM or SIGINT comes.
+///
+/// # Errors
+/// If it can't start, or can't go on.
+pub fn run(options: Options) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::Start)?;
+    LocalSet::new().block_on(&runtime, serve(options))
+}
+
+async fn serve(options: Options) -> Result<(), Error> {
+    // From here on no signal ends the program by itself.
+    let mut terminate = signal(SignalKind::terminate()).map_err(Error::Start)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Start)?;
+    let hangup = signal(SignalKind::hangup()).map_err(Error::Start)?;
+
+    let (loader, source) = Loader::start(options.config)?;
+    // cgtproxy-exec and status do without the agent's socket, applications do not do without rules.
+    let socket = match Socket::listen(&options.socket) {
+        Ok(socket) => Some(socket),
+        Err(error @ server::Error::InUse(_)) => return Err(error.into()),
+        Err(error) => {
+            tracing::warn!("{}; cgtproxy-exec and status don't work", chain(&error));
+            None
+        }
+    };
+    let agent = Rc::new(Agent::new(options.subtree.clone(), source));
+    let (events, watcher) = watch::open(options.subtree)?;
+    let watcher = Rc::new(RefCell::new(watcher));
+    watcher.borrow_mut().scan(&mut *agent.state_mut());
+
+    let stop = CancellationToken::new();
+    let session = sync::run(&agent, &options.helper, &stop);
+    tokio::pin!(session);
+    let served = async {
+        match &socket {
+            Some(socket) => server::run(socket, &agent, &watcher).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        ended = &mut session => return ended.map_err(Error::Session),
+        ended = watch::run(events, &watcher, &agent) => ended?,
+        ended = reload::run(loader, &agent, &watcher, hangup) => ended.map_err(Error::Start)?,
+        () = served => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping");
+    notify::stopping();
+    stop.cancel();
+    session.await.map_err(Error::Session)
+}

@@ -1,0 +1,344 @@
+//! Serves `org.cgtproxy.Agent` to the user's own programs.
+
+use std::cell::RefCell;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cgtproxy_proto::agent::{
+    self as wire, AwaitTarget_Args, AwaitTarget_Reply, Explain_Args, Explain_Reply, GetStatus_Reply,
+};
+use cgtproxy_proto::limits::PATH_BYTES;
+use cgtproxy_proto::message::MessageReader;
+use cgtproxy_proto::path::ControlGroupPath;
+use cgtproxy_proto::service::{Fault, Identity, Service, parameters, reply, serve};
+use serde_json::{Value, json};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::policy::Target;
+use crate::state::{Agent, Link, State};
+use crate::text::chain;
+use crate::view;
+use crate::watch::Watcher;
+
+/// The longest call: a path, escaped, and what is around it.
+const MESSAGE_BYTES: usize = 8 * PATH_BYTES;
+
+/// How many programs may be connected at once.
+const CONNECTIONS: usize = 64;
+
+/// How long a caller waits for a verdict that does not get into the kernel.
+const PATIENCE: Duration = Duration::from_secs(4);
+
+/// How long a caller waits for a helper that is not there: long enough for one that restarts.
+const HELPER_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long to wait after accept(2) failed.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
+/// Why the socket can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Another agent listens on it.
+    #[error("another agent of this user listens on {}", .0.display())]
+    InUse(PathBuf),
+    /// Making it failed.
+    #[error("can't listen on {}", .path.display())]
+    Listen {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Where the agent of a user listens.
+#[must_use]
+pub fn default_socket() -> PathBuf {
+    let runtime = match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(directory) if !directory.is_empty() => directory.into(),
+        _ => {
+            let uid = rustix::process::getuid().as_raw();
+            PathBuf::from(format!("/run/user/{uid}"))
+        }
+    };
+    runtime.join("cgtproxy/agent.sock")
+}
+
+/// A socket that is removed in the end.
+#[derive(Debug)]
+pub struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// By what to know it again.
+    inode: Option<u64>,
+}
+
+impl Socket {
+    /// Listens on `path`. A socket on which nobody listens any more is replaced.
+    ///
+    /// # Errors
+    /// If somebody listens on it, or it can't be made.
+    pub fn listen(path: &Path) -> Result<Self, Error> {
+        let failed = |source| Error::Listen {
+            path: path.to_owned(),
+            source,
+        };
+        if let Some(directory) = path.parent() {
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(directory)
+                .map_err(failed)?;
+            let private = std::fs::Permissions::from_mode(0o700);
+            std::fs::set_permissions(directory, private).map_err(failed)?;
+        }
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(Error::InUse(path.to_owned()));
+        }
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        // In a directory of its own user's: nobody else gets at it before its mode is set.
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        let private = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(path, private).map_err(failed)?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+            inode: std::fs::symlink_metadata(path).ok().map(|m| m.ino()),
+        })
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let inode = std::fs::symlink_metadata(&self.path).ok().map(|m| m.ino());
+        if inode.is_some() && inode == self.inode {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Serves for ever. To be run within a `LocalSet`.
+pub async fn run(socket: &Socket, agent: &Rc<Agent>, watcher: &Rc<RefCell<Watcher>>) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    let own = rustix::process::geteuid().as_raw();
+    loop {
+        let Ok(slot) = slots.clone().acquire_owned().await else {
+            return;
+        };
+        let stream = match socket.listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!("can't accept a connection: {}", chain(&error));
+                sleep(BACK_OFF).await;
+                continue;
+            }
+        };
+        match stream.peer_cred() {
+            Ok(peer) if peer.uid() == own || peer.uid() == 0 => {}
+            _ => continue,
+        }
+        let connection = Connection {
+            agent: agent.clone(),
+            watcher: watcher.clone(),
+        };
+        tokio::task::spawn_local(async move {
+            connection.serve(stream).await;
+            drop(slot);
+        });
+    }
+}
+
+/// One program that is connected.
+struct Connection {
+    agent: Rc<Agent>,
+    watcher: Rc<RefCell<Watcher>>,
+}
+
+impl Connection {
+    async fn serve(mut self, stream: UnixStream) {
+        let (read, mut write) = stream.into_split();
+        let mut messages = MessageReader::new(read, MESSAGE_BYTES);
+        if let Err(error) = serve(&mut messages, &mut write, &mut self).await {
+            tracing::debug!("a connection ended: {}", chain(&error));
+        }
+    }
+
+    fn status(&self) -> GetStatus_Reply {
+        let state = self.agent.state();
+        let groups: Vec<_> = state
+            .tree()
+            .iter()
+            .filter_map(|(path, _)| view::control_group(&state, path))
+            .collect();
+        let (connected, problem) = match &state.link {
+            Link::Connected => (true, state.problem.clone()),
+            Link::Broken(why) => (false, Some(why.clone())),
+        };
+        let source = state.source();
+        GetStatus_Reply {
+            version: env!("CARGO_PKG_VERSION").into(),
+            connected,
+            problem,
+            generation: state.generation,
+            config: source.file.as_ref().map(|f| f.to_string_lossy().into()),
+            configError: state.config_error.clone(),
+            targets: view::targets(&source.config, &groups),
+            controlGroups: groups,
+        }
+    }
+
+    fn explain(&self, name: &str) -> Result<Explain_Reply, Fault> {
+        let found = self.find(name);
+        let state = self.agent.state();
+        found
+            .and_then(|path| view::control_group(&state, &path))
+            .map(|group| Explain_Reply {
+                controlGroup: group,
+            })
+            .ok_or_else(|| not_found(name))
+    }
+
+    /// A control group by its path, from the control group root or the subtree's, or its unit.
+    fn find(&self, name: &str) -> Option<ControlGroupPath> {
+        if name.starts_with('/') {
+            let path = self.agent.state().subtree.from_wire(name)?;
+            self.look_if_unknown(&path);
+            return Some(path);
+        }
+        let path = ControlGroupPath::from_wire(name).ok()?;
+        let state = self.agent.state();
+        if state.tree().contains(&path) && !path.as_bytes().is_empty() {
+            return Some(path);
+        }
+        let unit = path.as_bytes();
+        let mut groups = state.tree().iter();
+        groups
+            .find(|(path, _)| path.name() == Some(unit))
+            .map(|(path, _)| (**path).clone())
+    }
+
+    /// Word of a control group that was made a moment ago may be on its way.
+    fn look_if_unknown(&self, path: &ControlGroupPath) {
+        if self.agent.state().tree().contains(path) {
+            return;
+        }
+        {
+            let mut state = self.agent.state_mut();
+            self.watcher.borrow_mut().look(path, &mut *state);
+        }
+        self.agent.wake();
+    }
+
+    async fn await_target(&self, name: &str, target: &str) -> Result<AwaitTarget_Reply, Fault> {
+        let path = self.agent.state().subtree.from_wire(name);
+        let path = path.ok_or_else(|| not_found(name))?;
+        let mut changed = self.agent.subscribe();
+        let started = Instant::now();
+        loop {
+            changed.mark_unchanged();
+            self.look_if_unknown(&path);
+            let (verdict, connected) = {
+                let state = self.agent.state();
+                let connected = state.link == Link::Connected;
+                (judge(&state, &path, name, target), connected)
+            };
+            let problem = match verdict {
+                Verdict::InForce => return Ok(AwaitTarget_Reply {}),
+                Verdict::Never(fault) => return Err(fault),
+                Verdict::NotYet(problem) => problem,
+            };
+            let patience = if connected { PATIENCE } else { HELPER_PATIENCE };
+            let news = timeout_at(started + patience, changed.changed()).await;
+            if news.is_err() {
+                let parameters = json!({ "problem": problem });
+                return Err(Fault::new(wire_name(), "NotConnected", parameters));
+            }
+        }
+    }
+}
+
+/// Whether a control group has a target.
+enum Verdict {
+    InForce,
+    /// Not in the kernel, for this reason.
+    NotYet(String),
+    Never(Fault),
+}
+
+fn judge(state: &State, path: &ControlGroupPath, name: &str, target: &str) -> Verdict {
+    let config = &state.source().config;
+    let Some(wanted) = config.target(target) else {
+        let parameters = json!({ "name": target, "known": config.target_names() });
+        return Verdict::Never(Fault::new(wire_name(), "UnknownTarget", parameters));
+    };
+    let Some(group) = state.tree().get(path) else {
+        return Verdict::Never(not_found(name));
+    };
+    if *group.target != wanted && !(wanted == Target::Drop && *group.target == Target::DropAll) {
+        let parameters = json!({ "controlGroup": name, "target": group.target.name() });
+        return Verdict::Never(Fault::new(wire_name(), "OtherTarget", parameters));
+    }
+    if state.in_force(path) {
+        return Verdict::InForce;
+    }
+    if let Link::Broken(why) = &state.link {
+        return Verdict::NotYet(why.clone());
+    }
+    if let Some(reason) = view::skipped(state, path) {
+        return Verdict::NotYet(format!("the helper passed it over: {reason}"));
+    }
+    let problem = state.problem.clone();
+    Verdict::NotYet(problem.unwrap_or_else(|| "the helper does not answer".into()))
+}
+
+fn wire_name() -> &'static str {
+    wire::INTERFACE
+}
+
+fn not_found(name: &str) -> Fault {
+    let parameters = json!({ "controlGroup": name });
+    Fault::new(wire_name(), "ControlGroupNotFound", parameters)
+}
+
+impl Service for Connection {
+    const IDENTITY: Identity = Identity {
+        product: "cgtproxy-agent",
+        version: env!("CARGO_PKG_VERSION"),
+        interface: wire::INTERFACE,
+        description: wire::DESCRIPTION,
+    };
+
+    async fn call(&mut self, method: &str, arguments: Value) -> Result<Value, Fault> {
+        match method {
+            "GetStatus" => reply(self.status()),
+            "Explain" => {
+                let Explain_Args { controlGroup } = parameters(arguments)?;
+                reply(self.explain(&controlGroup)?)
+            }
+            "AwaitTarget" => {
+                let AwaitTarget_Args {
+                    controlGroup,
+                    target,
+                } = parameters(arguments)?;
+                reply(self.await_target(&controlGroup, &target).await?)
+            }
+            _ => Err(Fault::method_not_found(&format!(
+                "{}.{method}",
+                wire::INTERFACE
+            ))),
+        }
+    }
+
+    fn message_too_large(_limit: usize) -> Fault {
+        Fault::invalid_parameter("controlGroup")
+    }
+}

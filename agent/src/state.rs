@@ -1,0 +1,275 @@
+//! What the agent knows, shared by its tasks: the watcher writes the control groups, the session with
+//! the helper what is in force, and the server reads both.
+
+use std::cell::{Ref, RefCell, RefMut};
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use cgtproxy_proto::path::ControlGroupPath;
+use tokio::sync::{Notify, watch};
+
+use crate::config::Config;
+use crate::policy::{Shared, Tree};
+use crate::subtree::Subtree;
+use crate::sync::{Call, Ledger};
+use crate::watch::Observer;
+
+/// A configuration and where it comes from.
+#[derive(Debug)]
+pub struct Source {
+    /// What it means.
+    pub config: Config,
+    /// The file; none if there is none.
+    pub file: Option<PathBuf>,
+}
+
+/// How it stands with the helper.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Link {
+    /// It holds this agent's policy.
+    Connected,
+    /// It does not, for this reason.
+    Broken(String),
+}
+
+/// What the agent knows.
+#[derive(Debug)]
+pub struct State {
+    /// Where the control groups are.
+    pub subtree: Subtree,
+    /// How it stands with the helper.
+    pub link: Link,
+    /// Counts the helper's transactions in this session.
+    pub generation: i64,
+    /// What is wrong with the configuration that was to replace the one in force.
+    pub config_error: Option<String>,
+    /// What the helper refused last, if that still stands.
+    pub problem: Option<String>,
+    /// A reload is under way, and the service manager waits for its end.
+    pub reloading: bool,
+    /// It was said that the policy is in force, in this session.
+    pub announced: bool,
+    source: Rc<Source>,
+    /// The configuration that the helper holds, in this session.
+    accepted: Option<Rc<Source>>,
+    tree: Tree,
+    ledger: Ledger,
+}
+
+impl State {
+    fn new(subtree: Subtree, source: Source) -> Self {
+        let tree = Tree::new(subtree.prefix(), source.config.rules.clone());
+        Self {
+            subtree,
+            link: Link::Broken("the helper has not answered yet".into()),
+            generation: 0,
+            config_error: None,
+            problem: None,
+            reloading: false,
+            announced: false,
+            source: Rc::new(source),
+            accepted: None,
+            tree,
+            ledger: Ledger::default(),
+        }
+    }
+
+    /// The configuration that decides about verdicts.
+    #[must_use]
+    pub fn source(&self) -> &Rc<Source> {
+        &self.source
+    }
+
+    /// The control groups.
+    #[must_use]
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// What the helper holds.
+    #[must_use]
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Whether the user's service manager has a control group.
+    #[must_use]
+    pub fn has_root(&self) -> bool {
+        !self.tree.is_empty()
+    }
+
+    /// Whether the helper holds all that it should.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.link == Link::Connected && self.ledger.is_settled()
+    }
+
+    /// Whether the verdict of a control group is in the kernel.
+    #[must_use]
+    pub fn in_force(&self, path: &ControlGroupPath) -> bool {
+        let Some(view) = self.tree.get(path) else {
+            return false;
+        };
+        let current = self
+            .accepted
+            .as_ref()
+            .is_some_and(|a| Rc::ptr_eq(a, &self.source));
+        self.link == Link::Connected && current && self.ledger.held_target(path) == *view.target
+    }
+
+    /// The next call to the helper.
+    pub fn next_call(&mut self) -> Option<Call> {
+        // Without a control group there is nothing to hold a policy for.
+        if !self.has_root() && self.ledger.is_replacing() {
+            return None;
+        }
+        self.ledger.next(&self.tree)
+    }
+
+    /// The last call was carried out.
+    pub fn acknowledged(
+        &mut self,
+        call: &Call,
+        generation: i64,
+        skipped: Vec<(ControlGroupPath, cgtproxy_proto::helper::SkipReason)>,
+        sent: &Rc<Source>,
+    ) -> Vec<(ControlGroupPath, cgtproxy_proto::helper::SkipReason)> {
+        self.generation = generation;
+        if matches!(call, Call::Replace(_)) {
+            self.accepted = Some(sent.clone());
+            self.link = Link::Connected;
+        }
+        self.ledger.acknowledge(skipped)
+    }
+
+    /// The last call was refused. If it was to bring a new configuration, the old one stays, which
+    /// the helper holds still. Returns whether it did so.
+    pub fn refused(&mut self, call: &Call, why: &str) -> bool {
+        let Some(old) = self.accepted.clone() else {
+            self.ledger.refuse();
+            return false;
+        };
+        if !matches!(call, Call::Replace(_)) || Rc::ptr_eq(&old, &self.source) {
+            self.ledger.refuse();
+            return false;
+        }
+        self.config_error = Some(why.to_owned());
+        self.tree.replace_rules(old.config.rules.clone());
+        self.source = old;
+        self.ledger.keep_what_is_held(&self.tree);
+        true
+    }
+
+    /// The session is over: nobody knows what is in force.
+    pub fn disconnected(&mut self, why: String) {
+        self.link = Link::Broken(why);
+        self.accepted = None;
+        self.generation = 0;
+        self.problem = None;
+        self.announced = false;
+        self.ledger.lost();
+    }
+
+    fn replace_config(&mut self, source: Source) {
+        self.tree.replace_rules(source.config.rules.clone());
+        self.source = Rc::new(source);
+        self.ledger.replace_all();
+    }
+}
+
+impl Observer for State {
+    fn added(&mut self, path: ControlGroupPath) -> Shared {
+        if let Some(parent) = path.parent()
+            && !self.tree.contains(&parent)
+        {
+            self.added(parent);
+        }
+        match self.tree.add(path.clone()) {
+            Some(path) => {
+                if path.as_bytes().is_empty() && self.accepted.is_some() {
+                    // The helper hangs everything on this one control group.
+                    self.ledger.replace_all();
+                } else if self.tree.element(&path).is_some() {
+                    self.ledger.touch(&path);
+                }
+                path
+            }
+            None => Shared::new(path),
+        }
+    }
+
+    fn removed(&mut self, path: &ControlGroupPath) -> Vec<Shared> {
+        let removed = self.tree.remove(path);
+        for path in &removed {
+            self.ledger.renew(path);
+        }
+        removed
+    }
+
+    fn lost_track(&mut self) {
+        self.ledger.replace_all();
+    }
+}
+
+/// The state, and who is told of its changes.
+#[derive(Debug)]
+pub struct Agent {
+    state: RefCell<State>,
+    /// There may be something to tell the helper.
+    work: Notify,
+    changed: watch::Sender<()>,
+}
+
+impl Agent {
+    /// An agent that knows no control group yet.
+    #[must_use]
+    pub fn new(subtree: Subtree, source: Source) -> Self {
+        Self {
+            state: RefCell::new(State::new(subtree, source)),
+            work: Notify::new(),
+            changed: watch::Sender::new(()),
+        }
+    }
+
+    /// Looks at the state. Not to be held over an await.
+    pub fn state(&self) -> Ref<'_, State> {
+        self.state.borrow()
+    }
+
+    /// Changes the state. Not to be held over an await.
+    pub fn state_mut(&self) -> RefMut<'_, State> {
+        self.state.borrow_mut()
+    }
+
+    /// Puts another configuration into force.
+    pub fn replace_config(&self, source: Source) {
+        {
+            let mut state = self.state_mut();
+            state.config_error = None;
+            state.replace_config(source);
+        }
+        self.wake();
+    }
+
+    /// Tells the session with the helper that there may be something to say, and everybody else that
+    /// something has changed.
+    pub fn wake(&self) {
+        self.work.notify_one();
+        self.tell();
+    }
+
+    /// Tells everybody but the session that something has changed.
+    pub fn tell(&self) {
+        self.changed.send_replace(());
+    }
+
+    /// Returns when there may be something to tell the helper.
+    pub async fn work(&self) {
+        self.work.notified().await;
+    }
+
+    /// Is told of every change.
+    pub fn subscribe(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+}

@@ -1,0 +1,169 @@
+//! Where the control groups of a user are.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use cgtproxy_proto::path::{ControlGroupPath, InvalidPath};
+
+/// `CGROUP2_SUPER_MAGIC` (linux/magic.h).
+const CGROUP2_SUPER_MAGIC: u32 = 0x6367_7270;
+
+/// Where systemd mounts cgroup v2: alone, or beside the v1 hierarchies of a hybrid machine.
+const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+
+/// There is no cgroup v2.
+#[derive(Debug, thiserror::Error)]
+#[error("there is no cgroup v2 at {} or {}; boot with systemd.unified_cgroup_hierarchy=1", MOUNTS[0], MOUNTS[1])]
+pub struct NoRoot(#[source] pub Option<io::Error>);
+
+/// The control group root of this machine.
+///
+/// # Errors
+/// If cgroup v2 is not where systemd mounts it.
+pub fn find_root() -> Result<PathBuf, NoRoot> {
+    let mut failure = None;
+    for mount in MOUNTS {
+        match rustix::fs::statfs(mount) {
+            Ok(found) if found.f_type as u32 == CGROUP2_SUPER_MAGIC => return Ok(mount.into()),
+            Ok(_) => {}
+            Err(error) => failure = Some(error.into()),
+        }
+    }
+    Err(NoRoot(failure))
+}
+
+/// The part of the control group tree that an agent is in charge of.
+#[derive(Debug, Clone)]
+pub struct Subtree {
+    root: PathBuf,
+    path: ControlGroupPath,
+}
+
+impl Subtree {
+    /// The subtree of a user's service manager, on a machine whose control group root is `root`.
+    ///
+    /// # Errors
+    /// None that can happen.
+    pub fn of_user(root: PathBuf, uid: u32) -> Result<Self, InvalidPath> {
+        let path = format!("user.slice/user-{uid}.slice/user@{uid}.service");
+        Ok(Self {
+            root,
+            path: ControlGroupPath::from_bytes(path.as_bytes())?,
+        })
+    }
+
+    /// The path of its root, from the control group root.
+    #[must_use]
+    pub fn path(&self) -> &ControlGroupPath {
+        &self.path
+    }
+
+    /// The path of its root as rules see it: a slash before each component.
+    #[must_use]
+    pub fn prefix(&self) -> Vec<u8> {
+        let path = self.path.as_bytes();
+        match path.is_empty() {
+            true => Vec::new(),
+            false => [b"/", path].concat(),
+        }
+    }
+
+    /// The directory of a control group.
+    #[must_use]
+    pub fn directory(&self, path: &ControlGroupPath) -> PathBuf {
+        let mut directory = self.root.join(self.path.as_path());
+        directory.push(path.as_path());
+        directory
+    }
+
+    /// The directories above the subtree's root, from the control group root down, each with the
+    /// name that leads on.
+    pub fn ancestors(&self) -> impl Iterator<Item = (PathBuf, &[u8])> {
+        let mut directory = self.root.clone();
+        self.path.components().map(move |name| {
+            let this = directory.clone();
+            directory.push(OsStr::from_bytes(name));
+            (this, name)
+        })
+    }
+
+    /// The control group at a path from the control group root; none if it is not in the subtree.
+    #[must_use]
+    pub fn relative(&self, absolute: &[u8]) -> Option<ControlGroupPath> {
+        let rest = absolute.strip_prefix(self.prefix().as_slice())?;
+        let rest = match rest {
+            [] => rest,
+            [b'/', rest @ ..] => rest,
+            _ => return None,
+        };
+        ControlGroupPath::from_bytes(rest.strip_suffix(b"/").unwrap_or(rest)).ok()
+    }
+
+    /// The path of a control group from the control group root, as messages have it.
+    #[must_use]
+    pub fn to_wire(&self, path: &ControlGroupPath) -> String {
+        let (above, below) = (self.path.to_wire(), path.to_wire());
+        match (above.is_empty(), below.is_empty()) {
+            (_, true) => format!("/{above}"),
+            (true, false) => format!("/{below}"),
+            (false, false) => format!("/{above}/{below}"),
+        }
+    }
+
+    /// The control group at a path from the control group root, as messages have it.
+    #[must_use]
+    pub fn from_wire(&self, text: &str) -> Option<ControlGroupPath> {
+        let text = text.strip_prefix('/')?;
+        let text = text.strip_suffix('/').unwrap_or(text);
+        let absolute = ControlGroupPath::from_wire(text).ok()?;
+        self.relative(&[b"/", absolute.as_bytes()].concat())
+    }
+
+    /// The control group root.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn knows_what_is_in_it() {
+        let subtree = Subtree::of_user("/cg".into(), 7).unwrap();
+        let base = "/user.slice/user-7.slice/user@7.service";
+        for (text, path) in [
+            (base.to_owned(), Some("")),
+            (format!("{base}/"), Some("")),
+            (format!("{base}/a/b"), Some("a/b")),
+            (format!("{base}/a%25"), Some("a%25")),
+            (format!("{base}x"), None),
+            (format!("{base}/../x"), None),
+            ("/user.slice".into(), None),
+            ("a".into(), None),
+        ] {
+            let found = subtree.from_wire(&text);
+            assert_eq!(
+                found.as_ref().map(|p| p.to_wire()).as_deref(),
+                path,
+                "{text}"
+            );
+            if let Some(found) = found {
+                assert_eq!(subtree.to_wire(&found), text.trim_end_matches('/'));
+            }
+        }
+        let above: Vec<_> = subtree
+            .ancestors()
+            .map(|(d, n)| (d, n.to_owned()))
+            .collect();
+        assert_eq!(above[0], ("/cg".into(), b"user.slice".to_vec()));
+        assert_eq!(above[2].0, Path::new("/cg/user.slice/user-7.slice"));
+        assert_eq!(above[2].1, b"user@7.service");
+        let a = ControlGroupPath::from_bytes(b"a").unwrap();
+        assert_eq!(subtree.directory(&a), Path::new(&format!("/cg{base}/a")));
+    }
+}

@@ -1,0 +1,570 @@
+//! What the helper holds, what it should hold, and the next call that brings the one closer to the
+//! other. Pure.
+//!
+//! A path is *dirty* when what it should have may differ from what the helper has for it. Only dirty
+//! paths are looked at, and one that turns out to be right already is not sent.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cgtproxy_proto::helper::SkipReason;
+use cgtproxy_proto::limits::MESSAGE_BYTES;
+use cgtproxy_proto::path::ControlGroupPath;
+
+use crate::policy::{Shared, Target, Tree};
+
+/// How long the control groups of one call may get, in bytes; proxies and bypass entries come on top.
+const CALL_BYTES: usize = MESSAGE_BYTES / 2;
+
+/// What the helper has under a path.
+#[derive(Debug, Clone)]
+struct Held {
+    target: Target,
+    /// The control group that it is about is gone; another one may have its path.
+    stale: bool,
+}
+
+/// A call that was sent and not answered yet.
+#[derive(Debug, Default)]
+struct Flight {
+    replace: bool,
+    /// With whether another control group has got the path since it was sent.
+    assigned: BTreeMap<Shared, Held>,
+    removed: Vec<Shared>,
+}
+
+/// A call to the helper.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Call {
+    /// Replace everything by this.
+    Replace(Vec<(Shared, Target)>),
+    /// Change this.
+    Update {
+        /// These get a verdict.
+        assign: Vec<(Shared, Target)>,
+        /// These have none of their own any more.
+        remove: Vec<Shared>,
+    },
+}
+
+/// The accounts.
+#[derive(Debug)]
+pub struct Ledger {
+    /// Everything must be sent.
+    replace: bool,
+    held: BTreeMap<Shared, Held>,
+    dirty: BTreeSet<Shared>,
+    flight: Option<Flight>,
+    skipped: BTreeMap<Shared, SkipReason>,
+    /// How long the control groups of one call may get, in bytes.
+    limit: usize,
+}
+
+impl Default for Ledger {
+    fn default() -> Self {
+        Self {
+            replace: true,
+            held: BTreeMap::new(),
+            dirty: BTreeSet::new(),
+            flight: None,
+            skipped: BTreeMap::new(),
+            limit: CALL_BYTES,
+        }
+    }
+}
+
+impl Ledger {
+    /// What a control group should have may have changed.
+    pub fn touch(&mut self, path: &Shared) {
+        self.dirty.insert(path.clone());
+    }
+
+    /// The control group at this path is gone; another one may be there already.
+    pub fn renew(&mut self, path: &Shared) {
+        self.skipped.remove(path);
+        if let Some(held) = self.held.get_mut(path) {
+            held.stale = true;
+            self.dirty.insert(path.clone());
+        }
+        if let Some(sent) = self.flight.as_mut().and_then(|f| f.assigned.get_mut(path)) {
+            sent.stale = true;
+            self.dirty.insert(path.clone());
+        }
+    }
+
+    /// Everything must be sent again.
+    pub fn replace_all(&mut self) {
+        self.replace = true;
+    }
+
+    /// The helper has nothing of ours, or nobody knows what.
+    pub fn lost(&mut self) {
+        let limit = self.limit;
+        *self = Self {
+            limit,
+            ..Self::default()
+        };
+    }
+
+    /// Nothing is left to be said or to be answered.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        !self.replace && self.dirty.is_empty() && self.flight.is_none()
+    }
+
+    /// Whether a replacement is outstanding.
+    #[must_use]
+    pub fn is_replacing(&self) -> bool {
+        self.replace || self.flight.as_ref().is_some_and(|f| f.replace)
+    }
+
+    /// The next call, if there is something to say and no call is under way.
+    pub fn next(&mut self, tree: &Tree) -> Option<Call> {
+        if self.flight.is_some() {
+            return None;
+        }
+        if self.replace {
+            return Some(self.next_replace(tree));
+        }
+        let mut flight = Flight::default();
+        let mut assign = Vec::new();
+        let mut bytes = 0;
+        while let Some(path) = self.dirty.pop_first() {
+            let wanted = tree.element(&path);
+            match (wanted, self.held.get(&path)) {
+                (None, None) => continue,
+                (Some(target), Some(held)) if !held.stale && held.target == *target => continue,
+                _ => {}
+            }
+            bytes += encoded(&path);
+            if bytes > self.limit && bytes > encoded(&path) {
+                self.dirty.insert(path);
+                break;
+            }
+            match wanted {
+                Some(target) => {
+                    assign.push((path.clone(), target.clone()));
+                    flight.assigned.insert(path, fresh(target));
+                }
+                None => flight.removed.push(path),
+            }
+        }
+        if assign.is_empty() && flight.removed.is_empty() {
+            return None;
+        }
+        let remove = flight.removed.clone();
+        self.flight = Some(flight);
+        Some(Call::Update { assign, remove })
+    }
+
+    fn next_replace(&mut self, tree: &Tree) -> Call {
+        self.replace = false;
+        self.dirty.clear();
+        let mut flight = Flight {
+            replace: true,
+            ..Flight::default()
+        };
+        let mut assign = Vec::new();
+        let mut bytes = 0;
+        for (path, target) in tree.cover() {
+            bytes += encoded(path);
+            if bytes > self.limit {
+                // Parents go first, so what comes later only narrows down what was said.
+                self.dirty.insert(path.clone());
+            } else {
+                assign.push((path.clone(), target.clone()));
+                flight.assigned.insert(path.clone(), fresh(target));
+            }
+        }
+        self.flight = Some(flight);
+        Call::Replace(assign)
+    }
+
+    /// The call under way was carried out, but for these. Returns those that were not skipped for
+    /// the same reason before.
+    pub fn acknowledge(
+        &mut self,
+        skipped: Vec<(ControlGroupPath, SkipReason)>,
+    ) -> Vec<(ControlGroupPath, SkipReason)> {
+        let Some(mut flight) = self.flight.take() else {
+            return Vec::new();
+        };
+        if flight.replace {
+            self.held.clear();
+        }
+        for path in &flight.removed {
+            self.held.remove(path);
+        }
+        let mut news = Vec::new();
+        let mut still = BTreeMap::new();
+        for (path, reason) in skipped {
+            let Some((shared, sent)) = flight.assigned.remove_entry(&path) else {
+                continue;
+            };
+            // What the helper had under this path is not what was meant now.
+            if let Some(held) = self.held.get_mut(&shared) {
+                held.stale = true;
+            }
+            if sent.stale {
+                continue;
+            }
+            if self.skipped.get(&shared) != Some(&reason) {
+                news.push((path, reason.clone()));
+            }
+            still.insert(shared, reason);
+        }
+        for path in flight.assigned.keys() {
+            self.skipped.remove(path);
+        }
+        if flight.replace {
+            self.skipped.clear();
+        }
+        self.skipped.append(&mut still);
+        self.held.append(&mut flight.assigned);
+        news
+    }
+
+    /// The call under way was refused, and nothing has changed: what it said is still to be said.
+    pub fn refuse(&mut self) {
+        if let Some(flight) = self.flight.take() {
+            self.replace |= flight.replace;
+            self.dirty.extend(flight.assigned.into_keys());
+            self.dirty.extend(flight.removed);
+        }
+    }
+
+    /// Drops a refused replacement: the helper keeps what it has, and is brought in step with `tree`
+    /// from there.
+    pub fn keep_what_is_held(&mut self, tree: &Tree) {
+        self.refuse();
+        self.replace = false;
+        self.dirty.extend(self.held.keys().cloned());
+        self.dirty
+            .extend(tree.cover().map(|(path, _)| path.clone()));
+    }
+
+    /// What the helper does with a control group's packets.
+    #[must_use]
+    pub fn held_target(&self, path: &ControlGroupPath) -> Target {
+        let mut at = path.clone();
+        loop {
+            if let Some(held) = self.held.get(&at).filter(|h| !h.stale) {
+                return held.target.clone();
+            }
+            match at.parent() {
+                Some(parent) => at = parent,
+                None => return Target::Direct,
+            }
+        }
+    }
+
+    /// Why the helper passed over a control group, if it did.
+    #[must_use]
+    pub fn skipped(&self, path: &ControlGroupPath) -> Option<&SkipReason> {
+        self.skipped.get(path)
+    }
+}
+
+fn fresh(target: &Target) -> Held {
+    Held {
+        target: target.clone(),
+        stale: false,
+    }
+}
+
+/// How long an assignment of this path gets in a message, at most.
+fn encoded(path: &ControlGroupPath) -> usize {
+    let escaped = |b: &u8| !matches!(b, b' '..=b'~') || matches!(b, b'"' | b'\\' | b'%');
+    let bytes = path.as_bytes();
+    128 + bytes.len() + 5 * bytes.iter().filter(|b| escaped(b)).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::policy::{Pattern, Rule, Rules, Selector};
+
+    fn path(text: &str) -> ControlGroupPath {
+        ControlGroupPath::from_wire(text).unwrap()
+    }
+
+    /// Groups named `d…` are dropped, `x…` direct.
+    fn tree() -> Tree {
+        let rule = |pattern: &str, target| Rule {
+            selector: Selector::Match(Pattern::new(pattern).unwrap()),
+            target,
+        };
+        let rules = Rules {
+            exec_slices: None,
+            rules: vec![
+                rule("/d[^/]*$", Target::Drop),
+                rule("/x[^/]*$", Target::Direct),
+            ],
+        };
+        Tree::new(b"/u".to_vec(), Rc::new(rules))
+    }
+
+    fn add(tree: &mut Tree, ledger: &mut Ledger, text: &str) {
+        if let Some(path) = tree.add(path(text))
+            && tree.element(&path).is_some()
+        {
+            ledger.touch(&path);
+        }
+    }
+
+    fn remove(tree: &mut Tree, ledger: &mut Ledger, text: &str) {
+        for path in tree.remove(&path(text)) {
+            ledger.renew(&path);
+        }
+    }
+
+    fn shown(call: Option<Call>) -> String {
+        let assigned = |list: Vec<(Shared, Target)>| {
+            let list: Vec<_> = list
+                .iter()
+                .map(|(p, t)| format!("{}={t}", p.to_wire()))
+                .collect();
+            list.join(" ")
+        };
+        match call {
+            None => "-".into(),
+            Some(Call::Replace(list)) => format!("all {}", assigned(list)),
+            Some(Call::Update { assign, remove }) => {
+                let remove: Vec<_> = remove.iter().map(|p| format!("-{}", p.to_wire())).collect();
+                format!("{} {}", assigned(assign), remove.join(" "))
+            }
+        }
+    }
+
+    #[test]
+    fn merges_what_happens_during_a_call() {
+        let (mut tree, mut ledger) = (tree(), Ledger::default());
+        add(&mut tree, &mut ledger, "d1");
+        assert_eq!(shown(ledger.next(&tree)), "all d1=drop");
+        add(&mut tree, &mut ledger, "d2");
+        add(&mut tree, &mut ledger, "d3");
+        remove(&mut tree, &mut ledger, "d2");
+        assert_eq!(shown(ledger.next(&tree)), "-", "one call at a time");
+        ledger.acknowledge(Vec::new());
+        assert_eq!(shown(ledger.next(&tree)), "d3=drop ");
+        ledger.acknowledge(Vec::new());
+        assert!(ledger.is_settled());
+        assert_eq!(shown(ledger.next(&tree)), "-");
+    }
+
+    #[test]
+    fn a_path_that_another_control_group_got_is_assigned_again() {
+        let (mut tree, mut ledger) = (tree(), Ledger::default());
+        add(&mut tree, &mut ledger, "d");
+        ledger.next(&tree);
+        ledger.acknowledge(Vec::new());
+        remove(&mut tree, &mut ledger, "d");
+        add(&mut tree, &mut ledger, "d");
+        assert_eq!(ledger.held_target(&path("d")), Target::Direct);
+        assert_eq!(shown(ledger.next(&tree)), "d=drop ");
+        // And again while that is under way.
+        remove(&mut tree, &mut ledger, "d");
+        add(&mut tree, &mut ledger, "d");
+        ledger.acknowledge(Vec::new());
+        assert_eq!(shown(ledger.next(&tree)), "d=drop ");
+        remove(&mut tree, &mut ledger, "d");
+        ledger.acknowledge(Vec::new());
+        assert_eq!(shown(ledger.next(&tree)), " -d");
+        ledger.acknowledge(Vec::new());
+        assert_eq!(shown(ledger.next(&tree)), "-");
+    }
+
+    #[test]
+    fn what_was_skipped_is_tried_when_it_comes_back() {
+        let (mut tree, mut ledger) = (tree(), Ledger::default());
+        add(&mut tree, &mut ledger, "d");
+        ledger.next(&tree);
+        let skipped = vec![(path("d"), SkipReason::missing)];
+        assert_eq!(ledger.acknowledge(skipped).len(), 1);
+        assert_eq!(ledger.skipped(&path("d")), Some(&SkipReason::missing));
+        assert_eq!(shown(ledger.next(&tree)), "-");
+        remove(&mut tree, &mut ledger, "d");
+        assert_eq!(
+            shown(ledger.next(&tree)),
+            "-",
+            "the helper has nothing of it"
+        );
+        add(&mut tree, &mut ledger, "d");
+        assert_eq!(ledger.skipped(&path("d")), None);
+        assert_eq!(shown(ledger.next(&tree)), "d=drop ");
+        ledger.acknowledge(Vec::new());
+        assert_eq!(ledger.held_target(&path("d/e")), Target::Drop);
+    }
+
+    #[test]
+    fn no_call_gets_too_long() {
+        let (mut tree, mut ledger) = (tree(), Ledger::default());
+        ledger.limit = 300;
+        for name in ["d", "d/x", "d/x/d", "d/x/d/x", "d2"] {
+            add(&mut tree, &mut ledger, name);
+        }
+        assert_eq!(shown(ledger.next(&tree)), "all d=drop d/x=direct");
+        ledger.acknowledge(Vec::new());
+        assert!(!ledger.is_settled());
+        assert_eq!(shown(ledger.next(&tree)), "d/x/d=drop d/x/d/x=direct ");
+        ledger.acknowledge(Vec::new());
+        assert_eq!(shown(ledger.next(&tree)), "d2=drop ");
+        ledger.acknowledge(Vec::new());
+        assert!(ledger.is_settled());
+    }
+
+    /// A helper that holds control groups by identity, as the kernel does.
+    #[derive(Default)]
+    struct Helper {
+        session: bool,
+        /// Path to the identity it had, and the target.
+        held: BTreeMap<ControlGroupPath, (u64, Target)>,
+    }
+
+    /// The file system: path to identity.
+    type Disk = BTreeMap<ControlGroupPath, u64>;
+
+    impl Helper {
+        fn carry_out(&mut self, call: &Call, disk: &Disk) -> Vec<(ControlGroupPath, SkipReason)> {
+            let (assign, remove) = match call {
+                Call::Replace(assign) => {
+                    self.session = true;
+                    self.held.clear();
+                    (assign, &Vec::new())
+                }
+                Call::Update { assign, remove } => {
+                    assert!(self.session);
+                    (assign, remove)
+                }
+            };
+            for path in remove {
+                self.held.remove(&**path);
+            }
+            let mut skipped = Vec::new();
+            for (path, target) in assign {
+                match disk.get(&**path) {
+                    Some(id) => {
+                        self.held.insert((**path).clone(), (*id, target.clone()));
+                    }
+                    None => {
+                        self.held.remove(&**path);
+                        skipped.push(((**path).clone(), SkipReason::missing));
+                    }
+                }
+            }
+            skipped
+        }
+
+        fn target(&self, path: &ControlGroupPath, disk: &Disk) -> Target {
+            match (self.held.get(path), disk.get(path), path.parent()) {
+                (Some((held, target)), Some(id), _) if held == id => target.clone(),
+                (_, _, Some(parent)) => self.target(&parent, disk),
+                (_, _, None) => Target::Direct,
+            }
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Event {
+        /// On disk; the agent hears of it later.
+        Make(String),
+        Unmake(String),
+        /// The agent hears of the next so many events.
+        Hear(usize),
+        Send,
+        Receive,
+        Refuse,
+        Lose,
+    }
+
+    fn any_event() -> impl Strategy<Value = Event> {
+        let any_path = || proptest::collection::vec("[dxn][12]?", 1..4).prop_map(|n| n.join("/"));
+        prop_oneof![
+            6 => any_path().prop_map(Event::Make),
+            3 => any_path().prop_map(Event::Unmake),
+            6 => (1usize..5).prop_map(Event::Hear),
+            4 => Just(Event::Send),
+            4 => Just(Event::Receive),
+            1 => Just(Event::Refuse),
+            1 => Just(Event::Lose),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn the_helper_ends_up_with_the_cover(events in proptest::collection::vec(any_event(), 0..80), limit in 100usize..1000) {
+            let (mut tree, mut ledger, mut helper) = (tree(), Ledger::default(), Helper::default());
+            ledger.limit = limit;
+            let mut disk = Disk::from([(ControlGroupPath::root(), 0)]);
+            tree.add(ControlGroupPath::root());
+            let mut identity = 0;
+            let mut unheard: std::collections::VecDeque<(bool, String)> = Default::default();
+            let mut reply = None;
+            let settle = [Event::Receive, Event::Hear(1000), Event::Send, Event::Receive];
+            let rounds = std::iter::repeat_n(settle, 100).flatten();
+            for event in events.into_iter().chain(rounds) {
+                match event {
+                    Event::Make(text) => {
+                        let p = path(&text);
+                        if disk.contains_key(&p.parent().unwrap()) && !disk.contains_key(&p) {
+                            identity += 1;
+                            disk.insert(p, identity);
+                            unheard.push_back((true, text));
+                        }
+                    }
+                    Event::Unmake(text) => {
+                        let p = path(&text);
+                        let gone: Vec<_> = disk.keys().filter(|o| o.is_within(&p)).cloned().collect();
+                        for p in gone.into_iter().rev() {
+                            disk.remove(&p);
+                            unheard.push_back((false, p.to_wire()));
+                        }
+                    }
+                    Event::Hear(count) => {
+                        for _ in 0..count {
+                            match unheard.pop_front() {
+                                Some((true, text)) => add(&mut tree, &mut ledger, &text),
+                                Some((false, text)) => remove(&mut tree, &mut ledger, &text),
+                                None => {}
+                            }
+                        }
+                    }
+                    Event::Send => {
+                        if let Some(call) = ledger.next(&tree) {
+                            reply = Some(helper.carry_out(&call, &disk));
+                        }
+                    }
+                    Event::Receive => {
+                        if let Some(skipped) = reply.take() {
+                            ledger.acknowledge(skipped);
+                        }
+                    }
+                    Event::Refuse => {
+                        // Refused before anything was done.
+                        if reply.is_none() && ledger.next(&tree).is_some() {
+                            ledger.refuse();
+                        }
+                    }
+                    Event::Lose => {
+                        helper = Helper::default();
+                        reply = None;
+                        ledger.lost();
+                    }
+                }
+            }
+            prop_assert!(ledger.is_settled());
+            for path in disk.keys() {
+                let meant = tree.get(path).unwrap().target.clone();
+                prop_assert_eq!(helper.target(path, &disk), meant.clone(), "{:?}", path);
+                prop_assert_eq!(ledger.held_target(path), meant);
+            }
+            // Nothing is left of what is gone.
+            for path in helper.held.keys() {
+                prop_assert!(disk.contains_key(path), "{:?}", path);
+            }
+        }
+    }
+}

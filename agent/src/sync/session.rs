@@ -1,0 +1,488 @@
+//! The session with the helper: connects, says what there is to say, one call at a time, and starts
+//! over when the connection breaks.
+
+use std::io;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use cgtproxy_proto::client::{CallError, Client};
+use cgtproxy_proto::helper::{
+    Assignment, Proxy, RemovePolicy_Args, RemovePolicy_Reply, ReplacePolicy_Args,
+    ReplacePolicy_Reply, SkipReason, Skipped, UpdateAssignments_Args, UpdateAssignments_Reply,
+    Verdict,
+};
+use cgtproxy_proto::path::ControlGroupPath;
+use cgtproxy_proto::service::Fault;
+use inotify::{Inotify, WatchMask};
+use serde_json::Value;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::Call;
+use crate::config::Config;
+use crate::notify;
+use crate::policy::{Shared, Target};
+use crate::state::{Agent, Link, Source};
+use crate::text::{chain, printable};
+use crate::watch::Events;
+
+/// How long to wait before connecting again: doubled from one to the other.
+const RECONNECT: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(2));
+
+/// How long to wait before saying again what the helper refused: doubled from one to the other.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+
+/// How long a starting agent waits for another one to go. One that was killed a moment ago may not be
+/// gone for the helper yet.
+const SUCCESSION: Duration = Duration::from_secs(2);
+
+/// How long the helper may take to remove the policy of an agent that ends. If it takes longer, the
+/// end of the connection will do.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Why there can be no session.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Another agent has it.
+    #[error("another agent of this user is connected to the helper")]
+    SessionExists,
+}
+
+/// How a session ended.
+enum End {
+    /// As it was told to.
+    Stopped,
+    /// Another agent has it.
+    SessionExists,
+    /// The connection is no more.
+    Lost(String),
+}
+
+/// Keeps the helper in step until `stop` is cancelled; then removes the policy.
+///
+/// # Errors
+/// If another agent of the user has the session when this one starts. One that comes later, while
+/// the helper is away, is waited out.
+pub async fn run(agent: &Agent, socket: &Path, stop: &CancellationToken) -> Result<(), Error> {
+    let started = Instant::now();
+    let mut had_session = false;
+    let mut back_off = RECONNECT.0;
+    let mut arrival = None;
+    let mut said = String::new();
+    loop {
+        let end = tokio::select! {
+            connected = Client::connect(socket) => match connected {
+                Ok(client) => {
+                    let mut session = Session { agent, client, established: false };
+                    let end = session.run(stop).await;
+                    if session.established {
+                        had_session = true;
+                        back_off = RECONNECT.0;
+                        said.clear();
+                    }
+                    end
+                }
+                Err(error) => End::Lost(unreachable(socket, &error)),
+            },
+            () = stop.cancelled() => End::Stopped,
+        };
+        let why = match end {
+            End::Stopped => return Ok(()),
+            End::SessionExists if !had_session && started.elapsed() >= SUCCESSION => {
+                return Err(Error::SessionExists);
+            }
+            End::SessionExists => Error::SessionExists.to_string(),
+            End::Lost(why) => why,
+        };
+        // Once, not at every attempt.
+        if why != said {
+            tracing::warn!("{why}; trying again");
+            notify::status(&why);
+            said.clone_from(&why);
+        }
+        agent.state_mut().disconnected(why);
+        finish_reload(agent);
+        agent.tell();
+        let arrived = arrival.get_or_insert_with(|| Arrival::watch(socket));
+        tokio::select! {
+            () = sleep(back_off) => back_off = (back_off * 2).min(RECONNECT.1),
+            () = arrived.next() => back_off = RECONNECT.0,
+            () = stop.cancelled() => return Ok(()),
+        }
+    }
+}
+
+fn unreachable(socket: &Path, error: &io::Error) -> String {
+    let socket = printable(&socket.to_string_lossy());
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            format!("no helper listens on {socket}")
+        }
+        _ => format!("can't connect to the helper at {socket}: {}", chain(error)),
+    }
+}
+
+/// Tells when a socket appears, so that a helper that starts is found at once.
+struct Arrival(Option<Events>);
+
+impl Arrival {
+    fn watch(socket: &Path) -> Self {
+        let watch = || {
+            let inotify = Inotify::init().ok()?;
+            let mask = WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::ONLYDIR;
+            inotify.watches().add(socket.parent()?, mask).ok()?;
+            Events::new(inotify).ok()
+        };
+        Self(watch())
+    }
+
+    /// Waits for ever if there is nothing to watch: then there is the time.
+    async fn next(&mut self) {
+        if let Some(events) = &mut self.0
+            && events.next().await.is_ok()
+        {
+            return;
+        }
+        self.0 = None;
+        std::future::pending().await
+    }
+}
+
+/// One connection.
+struct Session<'a> {
+    agent: &'a Agent,
+    client: Client,
+    /// The helper has taken a policy.
+    established: bool,
+}
+
+impl Session<'_> {
+    async fn run(&mut self, stop: &CancellationToken) -> End {
+        let mut back_off = RETRY.0;
+        loop {
+            let (call, source) = {
+                let mut state = self.agent.state_mut();
+                let source = state.source().clone();
+                (state.next_call(), source)
+            };
+            let Some(call) = call else {
+                self.settled();
+                tokio::select! {
+                    () = self.agent.work() => continue,
+                    () = self.client.closed() => return lost(&CallError::Closed),
+                    () = stop.cancelled() => {
+                        self.remove_policy().await;
+                        return End::Stopped;
+                    }
+                }
+            };
+            let answer = tokio::select! {
+                answer = send(&mut self.client, &call, &source.config) => answer,
+                // The connection is of no use in the middle of a call. The helper ends the session
+                // with it, and does what it was asked before.
+                () = async { stop.cancelled().await; sleep(FAREWELL).await } => return End::Stopped,
+            };
+            match answer {
+                Ok(reply) => {
+                    back_off = RETRY.0;
+                    self.acknowledged(&call, reply, &source);
+                }
+                Err(CallError::Fault(fault)) => {
+                    if let Some(end) = self.refused(&call, &source, &fault) {
+                        return end;
+                    }
+                    if !self.agent.state().has_root() {
+                        continue;
+                    }
+                    tokio::select! {
+                        () = wait_for_news(self.agent, back_off, &source) => {}
+                        () = self.client.closed() => return lost(&CallError::Closed),
+                        () = stop.cancelled() => {
+                            self.remove_policy().await;
+                            return End::Stopped;
+                        }
+                    }
+                    back_off = (back_off * 2).min(RETRY.1);
+                }
+                Err(error) => return lost(&error),
+            }
+        }
+    }
+
+    fn acknowledged(&mut self, call: &Call, reply: Reply, source: &Rc<Source>) {
+        let skipped = reply
+            .skipped
+            .into_iter()
+            .filter_map(|s| Some((ControlGroupPath::from_wire(&s.controlGroup).ok()?, s.reason)))
+            .collect();
+        let news = {
+            let mut state = self.agent.state_mut();
+            state.problem = None;
+            state.acknowledged(call, reply.generation, skipped, source)
+        };
+        self.established = true;
+        for (path, reason) in news {
+            let name = printable(&self.agent.state().subtree.to_wire(&path));
+            let why = skip_reason(&reason);
+            match reason {
+                // It was gone before the helper looked, as short-lived ones are.
+                SkipReason::missing => tracing::debug!("the helper passed over '{name}': {why}"),
+                _ => tracing::warn!("the helper passed over '{name}': {why}"),
+            }
+        }
+        self.agent.tell();
+    }
+
+    /// Deals with a refusal; returns the session's end if it is one.
+    fn refused(&mut self, call: &Call, source: &Rc<Source>, fault: &Fault) -> Option<End> {
+        let short = fault
+            .name
+            .strip_prefix("org.cgtproxy.Helper.")
+            .unwrap_or(&fault.name);
+        let why = sentence(short, fault);
+        match short {
+            "SessionExists" => return Some(End::SessionExists),
+            "TooManyConnections" | "MessageTooLarge" => return Some(End::Lost(why)),
+            "NoSession" => {
+                // It has forgotten us, and takes everything anew.
+                let mut state = self.agent.state_mut();
+                state.refused(call, &why);
+                state.disconnected(why);
+                return None;
+            }
+            _ => {}
+        }
+        let (rolled_back, repeated) = {
+            let mut state = self.agent.state_mut();
+            let rolled_back = state.refused(call, &why);
+            let repeated = state.problem.as_ref() == Some(&why);
+            if !rolled_back {
+                if let Link::Broken(reason) = &mut state.link {
+                    reason.clone_from(&why);
+                }
+                state.problem = Some(why.clone());
+            }
+            (rolled_back, repeated)
+        };
+        if rolled_back {
+            let file = source.file.as_deref().map(|f| f.to_string_lossy());
+            let file = printable(&file.unwrap_or_default());
+            tracing::error!("can't put {file} into force: {why}; the old configuration stays");
+        } else if !repeated {
+            tracing::error!("{why}; trying again");
+            notify::status(&why);
+        }
+        finish_reload(self.agent);
+        self.agent.tell();
+        None
+    }
+
+    /// There is nothing to say.
+    fn settled(&self) {
+        let (settled, has_root) = {
+            let state = self.agent.state();
+            (state.is_settled(), state.has_root())
+        };
+        if settled {
+            announce(self.agent);
+        } else if !has_root {
+            let mut state = self.agent.state_mut();
+            let root = state.subtree.to_wire(&ControlGroupPath::root());
+            let waiting = format!("waiting for the control group {root}");
+            if state.link != Link::Broken(waiting.clone()) {
+                notify::status(&waiting);
+                tracing::info!("{waiting}");
+                state.link = Link::Broken(waiting);
+            }
+        }
+        finish_reload(self.agent);
+    }
+
+    async fn remove_policy(&mut self) {
+        if !self.established {
+            return;
+        }
+        let call = self.client.call::<_, RemovePolicy_Reply>(
+            "org.cgtproxy.Helper.RemovePolicy",
+            RemovePolicy_Args {},
+        );
+        match tokio::time::timeout(FAREWELL, call).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!("the helper did not remove the policy: {error}"),
+            Err(_) => tracing::warn!("the helper does not answer; it removes the policy later"),
+        }
+    }
+}
+
+/// Returns after a while, or when there is another configuration.
+async fn wait_for_news(agent: &Agent, back_off: Duration, source: &Rc<Source>) {
+    let time = sleep(back_off);
+    tokio::pin!(time);
+    loop {
+        tokio::select! {
+            () = &mut time => return,
+            () = agent.work() => {
+                if !Rc::ptr_eq(agent.state().source(), source) {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Says once that all is in force.
+fn announce(agent: &Agent) {
+    if agent.state().announced {
+        return;
+    }
+    let text = {
+        let mut state = agent.state_mut();
+        state.announced = true;
+        let mapped = state.tree().cover().count();
+        let count = state.tree().len();
+        format!("{count} control groups, {mapped} of them with a verdict of their own")
+    };
+    tracing::info!("the policy is in force: {text}");
+    notify::status(&format!("In force: {text}"));
+    notify::ready();
+}
+
+/// Ends a reload, if one is under way, as far as the service manager is concerned.
+fn finish_reload(agent: &Agent) {
+    if std::mem::take(&mut agent.state_mut().reloading) {
+        notify::ready();
+    }
+}
+
+fn lost(error: &CallError) -> End {
+    End::Lost(match error {
+        CallError::Closed => "the helper closed the connection".to_owned(),
+        error => format!("lost the helper: {}", chain(error)),
+    })
+}
+
+/// What both methods reply.
+struct Reply {
+    generation: i64,
+    skipped: Vec<Skipped>,
+}
+
+async fn send(client: &mut Client, call: &Call, config: &Config) -> Result<Reply, CallError> {
+    match call {
+        Call::Replace(assign) => {
+            let arguments = ReplacePolicy_Args {
+                proxies: config.proxies.iter().map(proxy).collect(),
+                bypass: config.bypass.iter().map(ToString::to_string).collect(),
+                assignments: assign.iter().map(assignment).collect(),
+            };
+            let reply: ReplacePolicy_Reply = client
+                .call("org.cgtproxy.Helper.ReplacePolicy", arguments)
+                .await?;
+            Ok(Reply {
+                generation: reply.generation,
+                skipped: reply.skipped,
+            })
+        }
+        Call::Update { assign, remove } => {
+            let arguments = UpdateAssignments_Args {
+                assign: assign.iter().map(assignment).collect(),
+                remove: remove.iter().map(|path| path.to_wire()).collect(),
+            };
+            let reply: UpdateAssignments_Reply = client
+                .call("org.cgtproxy.Helper.UpdateAssignments", arguments)
+                .await?;
+            Ok(Reply {
+                generation: reply.generation,
+                skipped: reply.skipped,
+            })
+        }
+    }
+}
+
+fn proxy(proxy: &crate::config::Proxy) -> Proxy {
+    Proxy {
+        name: proxy.name.to_string(),
+        port: proxy.port.get().into(),
+        noUdp: Some(proxy.no_udp),
+        noIpv6: Some(proxy.no_ipv6),
+    }
+}
+
+fn assignment((path, target): &(Shared, Target)) -> Assignment {
+    let (verdict, proxy) = match target {
+        Target::Direct => (Verdict::direct, None),
+        Target::Drop => (Verdict::drop, None),
+        Target::DropAll => (Verdict::dropAll, None),
+        Target::Proxy(name) => (Verdict::proxy, Some(name.to_string())),
+    };
+    Assignment {
+        controlGroup: path.to_wire(),
+        verdict,
+        proxy,
+    }
+}
+
+/// A reason for a person.
+fn skip_reason(reason: &SkipReason) -> &'static str {
+    match reason {
+        SkipReason::missing => "it was gone already",
+        SkipReason::notOwned => "it belongs to another user",
+        SkipReason::notControlGroup => "it is no control group of this user's",
+        SkipReason::unreadable => "the helper can't open it",
+        SkipReason::tooDeep => "it is nested deeper than nftables can match",
+    }
+}
+
+/// An error of the helper for a person.
+fn sentence(name: &str, fault: &Fault) -> String {
+    let number = |field: &str| {
+        let value = fault.parameters.get(field).and_then(Value::as_i64);
+        value.map_or_else(|| "so many".to_owned(), |n| n.to_string())
+    };
+    let text = |field: &str| {
+        let value = fault.parameters.get(field).and_then(Value::as_str);
+        printable(value.unwrap_or_default())
+    };
+    match name {
+        "NoUserManager" => format!(
+            "the helper finds no control group {}: is there a user manager, and is the control \
+             group root the same for both?",
+            text("controlGroup")
+        ),
+        "ProxyExists" => format!("two tproxies are named '{}'", text("name")),
+        "UnknownProxy" => format!("the helper knows no tproxy '{}'", text("name")),
+        "TooManyProxies" => format!(
+            "the administrator allows no more than {} tproxies per user",
+            number("limit")
+        ),
+        "TooManyBypassEntries" => format!(
+            "the administrator allows no more than {} bypass entries per user",
+            number("limit")
+        ),
+        "TooManyControlGroups" => format!(
+            "the administrator allows no more than {} control groups with a verdict of their own \
+             per user: let rules match slices rather than everything in them",
+            number("limit")
+        ),
+        "TooManyConnections" => format!(
+            "the administrator allows no more than {} connections per user",
+            number("limit")
+        ),
+        "MessageTooLarge" => format!(
+            "the helper takes no messages of more than {} bytes",
+            number("limit")
+        ),
+        "NoMarksLeft" => "all packet marks of the machine's range are in use".to_owned(),
+        "KernelRefused" => format!("the kernel refused the policy: {}", text("message")),
+        "NoSession" => "the helper has ended the session".to_owned(),
+        "org.varlink.service.PermissionDenied" => {
+            "the administrator does not allow this user to use the helper".to_owned()
+        }
+        _ => format!(
+            "the helper refused with {} {}",
+            printable(&fault.name),
+            printable(&fault.parameters.to_string())
+        ),
+    }
+}

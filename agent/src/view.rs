@@ -1,0 +1,80 @@
+//! What the agent knows, as its interface shows it.
+
+use cgtproxy_proto::agent::{ControlGroup, Target};
+use cgtproxy_proto::helper::SkipReason;
+use cgtproxy_proto::path::ControlGroupPath;
+
+use crate::config::Config;
+use crate::policy::{Choice, Origin};
+use crate::state::State;
+use crate::subtree::Subtree;
+
+/// A control group and its verdict; none if there is no such control group.
+#[must_use]
+pub fn control_group(state: &State, path: &ControlGroupPath) -> Option<ControlGroup> {
+    state.tree().get(path)?;
+    let given = state.tree().giver(path);
+    let given = given.as_ref().map(|(giver, choice)| (giver, *choice));
+    let mut group = judged(&state.subtree, path, given);
+    group.inForce = state.in_force(path);
+    group.skipped = skipped(state, path).map(str::to_owned);
+    Some(group)
+}
+
+/// A control group with the verdict that a choice at `giver`, itself or an ancestor, gives it. Not in
+/// force.
+#[must_use]
+pub fn judged(
+    subtree: &Subtree,
+    path: &ControlGroupPath,
+    given: Option<(&ControlGroupPath, &Choice)>,
+) -> ControlGroup {
+    let origin = given.map(|(_, choice)| choice.origin);
+    ControlGroup {
+        path: subtree.to_wire(path),
+        target: given.map_or("direct", |(_, c)| c.target.name()).to_owned(),
+        rule: match origin {
+            Some(Origin::Rule(number)) => Some(number.into()),
+            _ => None,
+        },
+        inheritedFrom: given
+            .filter(|(giver, _)| *giver != path)
+            .map(|(giver, _)| subtree.to_wire(giver)),
+        execSlice: origin == Some(Origin::ExecSlice),
+        inForce: false,
+        skipped: None,
+    }
+}
+
+/// Why the helper passed over a control group, if it did.
+#[must_use]
+pub fn skipped(state: &State, path: &ControlGroupPath) -> Option<&'static str> {
+    state.ledger().skipped(path).map(|reason| match reason {
+        SkipReason::missing => "missing",
+        SkipReason::notOwned => "notOwned",
+        SkipReason::notControlGroup => "notControlGroup",
+        SkipReason::unreadable => "unreadable",
+        SkipReason::tooDeep => "tooDeep",
+    })
+}
+
+/// The targets of a configuration, and how many of these control groups have each.
+#[must_use]
+pub fn targets(config: &Config, groups: &[ControlGroup]) -> Vec<Target> {
+    let count = |name: &str| groups.iter().filter(|g| g.target == name).count();
+    let built_in = |name: &str| Target {
+        name: name.to_owned(),
+        port: None,
+        controlGroups: count(name) as i64,
+    };
+    let mut targets = vec![built_in("direct"), built_in("drop")];
+    if count("drop-all") > 0 {
+        targets.push(built_in("drop-all"));
+    }
+    targets.extend(config.proxies.iter().map(|proxy| Target {
+        name: proxy.name.to_string(),
+        port: Some(proxy.port.get().into()),
+        controlGroups: count(proxy.name.as_str()) as i64,
+    }));
+    targets
+}
