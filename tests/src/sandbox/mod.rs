@@ -18,6 +18,7 @@ mod world;
 
 use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::process::ExitCode;
 use std::sync::Arc;
 
 pub use app::{App, Connection, Traffic};
@@ -47,15 +48,35 @@ pub fn sandbox(body: impl FnOnce(&Sandbox)) {
     if !reexec::is_inside() {
         return reexec::run_this_test_inside();
     }
+    body_inside(body);
+    reexec::say_finished();
+}
+
+/// Runs the body of a program, rather than of a test, in a sandbox of its own: what it prints goes
+/// where the program's output goes, and what it returns is the program's exit status.
+///
+/// Called by a program's `main` and as root, this starts the program once more, with the same
+/// arguments, as a process of a fresh sandbox. There, the call builds the network and runs the
+/// body. So `main` must come to this call in the same way both times.
+pub fn run_in_sandbox(body: impl FnOnce(&Sandbox) -> ExitCode) -> ExitCode {
+    if !reexec::is_inside() {
+        return reexec::run_this_program_inside();
+    }
+    body_inside(body)
+}
+
+/// Runs a body inside, and shows what there is to see if it panics.
+fn body_inside<T>(body: impl FnOnce(&Sandbox) -> T) -> T {
     let sandbox = Sandbox {
         world: Arc::new(World::create()),
     };
-    let result = catch_unwind(AssertUnwindSafe(|| body(&sandbox)));
-    if let Err(panic) = result {
-        sandbox.explain();
-        resume_unwind(panic);
+    match catch_unwind(AssertUnwindSafe(|| body(&sandbox))) {
+        Ok(value) => value,
+        Err(panic) => {
+            sandbox.explain();
+            resume_unwind(panic);
+        }
     }
-    reexec::say_finished();
 }
 
 /// The machine under test, with its uplink to a small internet.

@@ -1,10 +1,12 @@
-//! From the test on the host into the sandbox.
+//! From the test, or the program, on the host into the sandbox.
 
 use std::io::{Read, pipe};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::mpsc::channel;
 use std::time::Duration;
+
+use nix::sys::signal::{SigSet, Signal};
 
 use crate::host_cgroup::HostCgroup;
 
@@ -44,15 +46,16 @@ pub(crate) fn run_this_test_inside() {
         "these tests make namespaces and cgroups, so they must run as root"
     );
     let name = test_name();
-    let bin = bin_dir();
-    let testapp = bin.join("cgtproxy-testapp");
-    assert!(
-        testapp.exists(),
-        "{} is missing: run `cargo build -p cgtproxy-tests --bins`",
-        testapp.display()
-    );
     let cgroup = HostCgroup::create();
-    let (output, success) = run(&testapp, cgroup.path(), &bin, &name);
+    let mut command = inside(cgroup.path(), &name);
+    command.args([
+        "--exact",
+        &name,
+        "--nocapture",
+        "--include-ignored",
+        "--test-threads=1",
+    ]);
+    let (output, success) = run(command, cgroup.path());
     // The last words first: a failed test is read from its end.
     assert!(
         success,
@@ -64,6 +67,50 @@ pub(crate) fn run_this_test_inside() {
     );
     // For `--nocapture` and failures later in the same test.
     print!("{output}");
+}
+
+/// Starts this very program in a sandbox, with its arguments and its terminal, and returns its
+/// exit status.
+pub(crate) fn run_this_program_inside() -> ExitCode {
+    // An interrupt from the terminal reaches what is inside as well, and ends it. This process
+    // stays to clear up. (Children of the standard library's begin without blocked signals.)
+    let mut interrupts = SigSet::empty();
+    interrupts.add(Signal::SIGINT);
+    interrupts.add(Signal::SIGTERM);
+    interrupts.thread_block().expect("a valid set of signals");
+    let cgroup = HostCgroup::create();
+    let status = inside(cgroup.path(), "a program")
+        .args(std::env::args_os().skip(1))
+        .status()
+        .expect("the sandbox can be started");
+    drop(cgroup);
+    ExitCode::from(
+        status
+            .code()
+            .and_then(|code| code.try_into().ok())
+            .unwrap_or(1),
+    )
+}
+
+/// The command that runs this very executable in a sandbox, to be given its arguments.
+#[track_caller]
+fn inside(cgroup: &Path, name: &str) -> Command {
+    let bin = bin_dir();
+    let testapp = bin.join("cgtproxy-testapp");
+    assert!(
+        testapp.exists(),
+        "{} is missing: run `cargo build -p cgtproxy-tests --bins`",
+        testapp.display()
+    );
+    let mut command = Command::new(testapp);
+    command
+        .arg("sandbox")
+        .arg(cgroup)
+        .arg(bin)
+        .arg(std::env::current_exe().expect("the path of this executable"))
+        .env(INSIDE, name)
+        .stdin(Stdio::null());
+    command
 }
 
 /// libtest names the thread of a test after it.
@@ -78,27 +125,16 @@ fn test_name() -> String {
 }
 
 /// Returns what it printed, and whether it succeeded.
-fn run(testapp: &Path, cgroup: &Path, bin: &Path, name: &str) -> (String, bool) {
+fn run(mut command: Command, cgroup: &Path) -> (String, bool) {
     // One pipe for both, so that what belongs together stays together.
     let (mut reader, writer) = pipe().expect("a pipe");
-    let mut child = Command::new(testapp)
-        .arg("sandbox")
-        .arg(cgroup)
-        .arg(bin)
-        .arg(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            name,
-            "--nocapture",
-            "--include-ignored",
-            "--test-threads=1",
-        ])
-        .env(INSIDE, name)
-        .stdin(Stdio::null())
+    let mut child = command
         .stdout(writer.try_clone().expect("a pipe"))
         .stderr(writer)
         .spawn()
         .expect("the sandbox can be started");
+    // It holds the pipe open.
+    drop(command);
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
         let mut output = Vec::new();
