@@ -3,6 +3,7 @@
 //! A call travels one way: [`server`] accepts the connection and learns from the kernel whose it is
 //! ([`peer`]), [`session`] takes a message apart, [`cgroup`] opens what it names, [`registry`] turns it into a
 //! [`nft::Plan`], and [`nft`] commits that in one transaction. [`state`] holds these together.
+//! [`route`] brings marked packets back in, and [`monitor`] notices when somebody takes any of it away.
 
 #![deny(unsafe_code)]
 
@@ -10,6 +11,8 @@ pub mod bypass;
 pub mod cgroup;
 pub mod config;
 pub mod mark;
+pub mod monitor;
+mod netlink;
 pub mod nft;
 pub mod peer;
 pub mod registry;

@@ -12,6 +12,7 @@ use std::rc::Rc;
 
 use cgtproxy_helper::cgroup::{Root, RootError};
 use cgtproxy_helper::config::{self, Config};
+use cgtproxy_helper::monitor::Monitor;
 use cgtproxy_helper::nft::{self, Nftables};
 use cgtproxy_helper::route::{self, Family, Routing};
 use cgtproxy_helper::server::Server;
@@ -61,6 +62,8 @@ enum Error {
     Listen { path: PathBuf, source: io::Error },
     #[error("another helper listens on '{0}'")]
     InUse(PathBuf),
+    #[error("can't listen to the kernel's announcements")]
+    Monitor(#[source] io::Error),
     #[error("can't start")]
     Runtime(#[source] io::Error),
 }
@@ -134,11 +137,6 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     let marks = config.marks;
     let routing = Routing::open(marks, config.route_table, config.rule_priority)?;
     let (nftables, left) = Nftables::open(marks, &config.proxy_uids, config.own_table)?;
-    routing.ensure(Family::Ipv4)?;
-    let ipv6 = routing.ensure(Family::Ipv6)?;
-    if !ipv6 {
-        tracing::info!("the kernel has no IPv6: only IPv4 is diverted");
-    }
     if config.own_table && !nftables.owned() {
         tracing::info!(
             "the kernel can't protect the table 'inet cgtproxy' from other programs (Linux 6.9 can)"
@@ -155,11 +153,17 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         let shutdown = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate()).map_err(Error::Runtime)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Runtime)?;
-        let (state, graces) = State::new(config, root, ipv6, nftables, left);
+        let monitor = Monitor::open(config.route_table, nftables.port(), !nftables.owned())
+            .map_err(Error::Monitor)?;
+        let (state, graces) = State::new(config, root, routing, nftables, left)?;
+        if !state.ipv6() {
+            tracing::info!("the kernel has no IPv6: only IPv4 is diverted");
+        }
         let server = Server::new(Rc::new(RefCell::new(state)), shutdown.clone());
         for (uid, grace) in graces {
             server.await_grace(uid, grace);
         }
+        server.guard(monitor);
         notify(&[NotifyState::Ready]);
         tokio::join!(server.run(listener), async {
             tokio::select! {

@@ -347,6 +347,39 @@ impl Registry {
         }
     }
 
+    /// What an empty table needs to be as it was.
+    #[must_use]
+    pub fn rebuild(&self) -> Vec<Plan> {
+        let plan = |(&uid, entry): (&Uid, &Entry)| match entry {
+            Entry::Policy(user) => Some(Plan {
+                uid,
+                before: Before::Nothing,
+                after: Some(Rc::clone(&user.layout)),
+                delete: Vec::new(),
+                add: user.cgroups.values().cloned().collect(),
+            }),
+            // What an earlier helper had put there is known to the table alone.
+            Entry::LeftBehind(_) => None,
+        };
+        self.users.iter().filter_map(plan).collect()
+    }
+
+    /// The table is as [`Self::rebuild`] said, and has nothing else.
+    pub fn rebuilt(&mut self) {
+        let left: Vec<Uid> = self
+            .users
+            .iter()
+            .filter(|(_, entry)| matches!(entry, Entry::LeftBehind(_)))
+            .map(|(&uid, _)| uid)
+            .collect();
+        for uid in left {
+            for (_, mark) in marks_of(&self.before(uid)) {
+                self.marks.free(mark);
+            }
+            self.users.remove(&uid);
+        }
+    }
+
     /// What a user has: the layout, the number of control groups, and the generation.
     #[must_use]
     pub fn policy(&self, uid: Uid) -> Option<(&Layout, usize, u64)> {

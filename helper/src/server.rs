@@ -15,6 +15,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::monitor::{Loss, Monitor};
 use crate::peer::{Peer, Uid};
 use crate::session::{Session, too_many_connections};
 use crate::state::{ConnectionId, State};
@@ -92,6 +93,33 @@ impl Server {
         });
     }
 
+    /// Restores what somebody else takes away, at once and for as long as the server runs.
+    pub fn guard(&self, monitor: Monitor) {
+        let this = self.clone();
+        self.tasks.spawn_local(async move {
+            loop {
+                let loss = tokio::select! {
+                    loss = monitor.next() => loss,
+                    () = this.shutdown.cancelled() => return,
+                };
+                match loss {
+                    Ok(Loss::Routing) => {
+                        let restored = this.state.borrow().ensure_routing();
+                        report("the routing of diverted packets", restored.map(|_| ()));
+                    }
+                    Ok(Loss::Table) => {
+                        let restored = this.state.borrow_mut().rebuild_table();
+                        report("the table 'inet cgtproxy'", restored);
+                    }
+                    Err(error) => {
+                        tracing::error!("can't hear any more what others change: {error}");
+                        return;
+                    }
+                }
+            }
+        });
+    }
+
     fn accepted(&self, stream: UnixStream, id: ConnectionId) {
         let peer = match Peer::of(&stream) {
             Ok(peer) => peer,
@@ -144,6 +172,21 @@ impl Server {
             uid,
             connections: Rc::clone(&self.connections),
         })
+    }
+}
+
+fn report(what: &str, restored: Result<(), impl std::error::Error>) {
+    match restored {
+        Ok(()) => tracing::info!("{what} was changed by another program; restored it"),
+        Err(error) => {
+            let cause = error
+                .source()
+                .map(|cause| format!(": {cause}"))
+                .unwrap_or_default();
+            tracing::error!(
+                "{what} was changed by another program and can't be restored: {error}{cause}"
+            );
+        }
     }
 }
 

@@ -134,7 +134,7 @@ impl Session {
                 proxies.collect()
             }),
             controlGroups: number(policy.map_or(0, |(_, cgroups, _)| cgroups as u64)),
-            ipv6: state.ipv6,
+            ipv6: state.ipv6(),
             tableOwned: state.table_owned(),
             proxyUids: state
                 .config

@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::nft::{self, LeftBehind, Nftables};
 use crate::peer::Uid;
 use crate::registry::{PolicyRequest, Refused, Registry, Staged};
+use crate::route::{self, Family, Routing};
 
 /// Tells connections apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,8 +49,8 @@ pub struct State {
     pub config: Config,
     /// Where control groups are looked up.
     pub root: Root,
-    /// Whether IPv6 is diverted.
-    pub ipv6: bool,
+    ipv6: bool,
+    routing: Routing,
     nftables: Nftables,
     registry: Registry,
     holders: BTreeMap<Uid, Holder>,
@@ -60,15 +61,18 @@ pub struct State {
 pub type Skipped = (ControlGroupPath, Unavailable);
 
 impl State {
-    /// The state at the start, with what an earlier helper left. Their graces are to be awaited.
-    #[must_use]
+    /// The state at the start, with what an earlier helper left, whose graces are to be awaited.
+    /// Sets policy routing up.
+    ///
+    /// # Errors
+    /// If the kernel refuses that.
     pub fn new(
         config: Config,
         root: Root,
-        ipv6: bool,
+        routing: Routing,
         nftables: Nftables,
         left: BTreeMap<Uid, LeftBehind>,
-    ) -> (Self, Vec<(Uid, u64)>) {
+    ) -> Result<(Self, Vec<(Uid, u64)>), route::Error> {
         let mut registry = Registry::new(config.limits, config.marks);
         let uids: Vec<Uid> = left.keys().copied().collect();
         for (uid, left) in left {
@@ -78,17 +82,19 @@ impl State {
         let mut this = Self {
             config,
             root,
-            ipv6,
+            ipv6: true,
+            routing,
             nftables,
             registry,
             holders,
             graces: 0,
         };
+        this.ipv6 = this.ensure_routing()?;
         let graces = uids
             .into_iter()
             .map(|uid| (uid, this.begin_grace(uid)))
             .collect();
-        (this, graces)
+        Ok((this, graces))
     }
 
     /// Who holds a user's policy.
@@ -101,6 +107,31 @@ impl State {
     #[must_use]
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// Whether IPv6 is diverted: false if the kernel has none.
+    #[must_use]
+    pub fn ipv6(&self) -> bool {
+        self.ipv6
+    }
+
+    /// Sees to it that the rules and routes are there; returns whether IPv6's are.
+    ///
+    /// # Errors
+    /// If the kernel refuses them.
+    pub fn ensure_routing(&self) -> Result<bool, route::Error> {
+        self.routing.ensure(Family::Ipv4)?;
+        self.routing.ensure(Family::Ipv6)
+    }
+
+    /// Makes the table anew as it should be, in one transaction.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn rebuild_table(&mut self) -> Result<(), nft::Error> {
+        self.nftables.rebuild(&self.registry.rebuild())?;
+        self.registry.rebuilt();
+        Ok(())
     }
 
     /// Whether the kernel protects the table.

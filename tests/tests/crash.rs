@@ -3,6 +3,17 @@
 
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
+use std::num::NonZeroU16;
+use std::os::unix::net::UnixStream;
+
+use cgtproxy_helper::cgroup::Root;
+use cgtproxy_helper::config::Config;
+use cgtproxy_helper::nft::{Bypass, Nftables, Verdict};
+use cgtproxy_helper::peer::Peer;
+use cgtproxy_helper::registry::{PolicyRequest, ProxyRequest};
+use cgtproxy_helper::route::Routing;
+use cgtproxy_helper::state::{ConnectionId, State};
+use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_tests::sandbox::{Rule, Sandbox, User, direct, proxied, sandbox};
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
@@ -226,26 +237,73 @@ fn other_programs_leave_an_owned_table_alone() {
     });
 }
 
+/// The helper's state by itself, without the monitor that would mend what the test breaks.
 #[test]
 fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() {
     sandbox(|sb| {
-        let _helper = sb.helper().config("own-table: false").start();
-        let user = sb.user(1001);
-        user.cgroup(APP);
-        let mut session = Session::of(&user);
-        take(&mut session, &user);
-        let before = session.status();
-        // Somebody takes a chain away that every change of the bypass list must flush.
-        sb.nft("flush map inet cgtproxy users; flush chain inet cgtproxy user-1001; delete chain inet cgtproxy user-1001");
+        let config = "/run/helper.yaml";
+        std::fs::write(config, "own-table: false").expect("/run is ours");
+        let config = Config::load(Some(config.as_ref())).expect("a configuration");
+        let root = Root::open(None).expect("a control group root");
+        let user = sb.user(0);
+        user.cgroup("a");
+        let (_ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .expect("a runtime");
+        let _guard = runtime.enter();
+        theirs.set_nonblocking(true).expect("a socket");
+        let theirs = tokio::net::UnixStream::from_std(theirs).expect("a socket");
+        let peer = Peer::of(&theirs).expect("a peer");
+        let subtree = root.subtree(&peer).expect("a subtree");
+        let routing = Routing::open(config.marks, config.route_table, config.rule_priority)
+            .expect("a socket");
+        let (nftables, left) = Nftables::open(config.marks, &[0], false).expect("a table");
+        let (mut state, _) = State::new(config, root, routing, nftables, left).expect("routing");
+
+        let policy = |proxies: &[&str]| PolicyRequest {
+            subtree: subtree.cgroup(),
+            proxies: proxies
+                .iter()
+                .map(|name| ProxyRequest {
+                    name: name.parse().expect("a name"),
+                    port: NonZeroU16::MIN,
+                    no_udp: false,
+                    no_ipv6: false,
+                })
+                .collect(),
+            bypass_entries: 0,
+            bypass: Bypass::default(),
+        };
+        let assign = |proxy: &str| {
+            let path = ControlGroupPath::from_wire("a").expect("a path");
+            [(path, Verdict::Proxy(proxy.parse().expect("a name")))].into()
+        };
+        let uid = peer.uid();
+        let id = ConnectionId(1);
+        state
+            .replace(uid, id, &subtree, policy(&["old"]), assign("old"))
+            .expect("it is taken");
+        // Somebody takes a chain away that a change of levels has to flush.
+        sb.nft(
+            "flush map inet cgtproxy users; flush chain inet cgtproxy user-0;
+             delete chain inet cgtproxy user-0",
+        );
         let kernel = sb.run(&["nft", "list", "ruleset"]);
-        // A new proxy, a new level and a new element in one call, and the chain is not there.
-        let change = json!({
-            "proxies": [{ "name": "new", "port": 1 }],
-            "bypass": [],
-            "assignments": [to_proxy(APP, "new")],
-        });
-        assert_eq!(session.refusal("ReplacePolicy", change).0, "KernelRefused");
-        assert_eq!(session.status(), before);
+        let known = format!("{:?}", state.registry());
+        // A new proxy, which comes first in the transaction, then other levels.
+        let refused = state.replace(uid, id, &subtree, policy(&["new"]), [].into());
+        assert!(
+            matches!(refused, Err(cgtproxy_helper::state::Error::Kernel(_))),
+            "{refused:?}"
+        );
+        assert_eq!(format!("{:?}", state.registry()), known);
         assert_eq!(sb.run(&["nft", "list", "ruleset"]), kernel);
+        // And what the helper knows is enough to make it all again.
+        state.rebuild_table().expect("it is taken");
+        state
+            .replace(uid, id, &subtree, policy(&["new"]), assign("new"))
+            .expect("it is taken");
     });
 }

@@ -8,16 +8,26 @@
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
+use std::io;
 use std::ptr::NonNull;
 
+use netlink_sys::Socket;
 use nftnl::expr::{Expression, Register};
 use nftnl::nftnl_sys::{self as sys, libc};
 use nftnl::{MsgType, NlMsg, ProtoFamily, Rule, Table};
+use tokio::io::unix::AsyncFd;
 
 /// Turns libnftnl's null for "no memory" into an abort, as the standard library and the `nftnl`
 /// crate do: these allocations are a few dozen bytes.
 fn allocated<T>(pointer: *mut T) -> NonNull<T> {
     NonNull::new(pointer).unwrap_or_else(|| std::process::abort())
+}
+
+/// Lets the runtime wait for a netlink socket.
+pub(crate) fn watch(socket: Socket) -> io::Result<AsyncFd<Socket>> {
+    // SAFETY: the socket owns its descriptor, gives out the same number for as long as it lives, and
+    // closes it when it is dropped, which the returned value does only after it has deregistered it.
+    unsafe { AsyncFd::register(socket) }.map_err(Into::into)
 }
 
 /// Flags of `enum nft_table_flags` (linux/netfilter/nf_tables.h).

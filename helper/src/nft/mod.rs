@@ -13,18 +13,20 @@ use cgtproxy_proto::name::ProxyName;
 use nftnl::{ProtoFamily, Table};
 use rustix::io::Errno;
 
+pub(crate) use ffi::watch;
 pub use plan::{Before, Bypass, Layout, LeftBehind, Plan, Proxy, Verdict};
-pub use socket::Refusal;
 
 use crate::cgroup::ControlGroupId;
 use crate::mark::{Mark, MarkRange};
+pub use crate::netlink::Refusal;
+use crate::netlink::{attribute, attributes, string};
 use crate::peer::Uid;
 use ffi::table_flags::{OWNER, PERSIST};
 use ruleset::Transaction;
-use socket::{Dump, NetfilterSocket, attribute, attributes, string};
+use socket::{Dump, NetfilterSocket};
 
 /// The table's name; its family is `inet`.
-const TABLE: &CStr = c"cgtproxy";
+pub(crate) const TABLE: &CStr = c"cgtproxy";
 
 /// A table of this name is made and deleted in one transaction, to learn what the kernel can do.
 const PROBE: &CStr = c"cgtproxy-probe";
@@ -54,11 +56,16 @@ pub enum Error {
     Refused(#[source] Refusal),
 }
 
+/// The netlink port of the socket that changes the table: what it does is announced with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TablePort(pub(crate) u32);
+
 /// The table `inet cgtproxy`, for as long as this process changes it.
 pub struct Nftables {
     socket: NetfilterSocket,
     table: Table,
     marks: MarkRange,
+    proxy_uids: Vec<u32>,
     owned: bool,
 }
 
@@ -81,6 +88,7 @@ impl Nftables {
             socket,
             table,
             marks,
+            proxy_uids: proxy_uids.to_vec(),
             owned: false,
         };
         this.owned = this.kernel_keeps_owned_tables()? && own;
@@ -89,7 +97,7 @@ impl Nftables {
             this.recreate()?;
         }
         let mut base = this.transaction();
-        base.base(proxy_uids);
+        base.base(&this.proxy_uids);
         this.socket.transact(&base.finish()).map_err(Error::Base)?;
         let left = if adopted {
             this.left_behind()?
@@ -103,6 +111,32 @@ impl Nftables {
     #[must_use]
     pub fn owned(&self) -> bool {
         self.owned
+    }
+
+    /// Who announces our own changes.
+    #[must_use]
+    pub fn port(&self) -> TablePort {
+        TablePort(self.socket.port())
+    }
+
+    /// Makes the table anew, whatever is left of it, with what these plans add to an empty one: all
+    /// in one transaction.
+    ///
+    /// # Errors
+    /// If the kernel refuses; it holds what it held before.
+    pub fn rebuild(&mut self, plans: &[Plan]) -> Result<(), Error> {
+        let mut transaction = self.transaction();
+        // There must be a table to delete.
+        transaction.add_table(self.flags());
+        transaction.delete_table();
+        transaction.add_table(self.flags());
+        transaction.base(&self.proxy_uids);
+        for plan in plans {
+            transaction.plan(plan);
+        }
+        self.socket
+            .transact(&transaction.finish())
+            .map_err(Error::Refused)
     }
 
     /// Carries a plan out in one transaction, or nothing of it.
@@ -131,6 +165,7 @@ impl Nftables {
             socket,
             table,
             marks,
+            proxy_uids: Vec::new(),
             owned: false,
         };
         let mut transaction = this.transaction();

@@ -1,0 +1,167 @@
+//! Notices at once when somebody else takes away what the helper put into the kernel: another program's firewall reload,
+//! `nft flush ruleset`, `ip rule flush`, a network manager that removes foreign rules, lo down and up.
+
+use std::io;
+
+use netlink_sys::Socket;
+use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
+use tokio::io::unix::AsyncFd;
+
+use crate::netlink::{DONT_WAIT, MESSAGE, Message, Messages, attribute, string};
+use crate::nft::{TABLE, TablePort, watch};
+
+/// Groups of rtnetlink(7): RTNLGRP_LINK, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE,
+/// RTNLGRP_IPV6_ROUTE and RTNLGRP_IPV6_RULE (linux/rtnetlink.h).
+const ROUTE_GROUPS: [u32; 5] = [1, 7, 8, 11, 19];
+
+/// NFNLGRP_NFTABLES (linux/netfilter/nfnetlink.h).
+const NFTABLES_GROUP: u32 = 7;
+
+/// Types of messages (linux/rtnetlink.h).
+const RTM_NEWLINK: u16 = 16;
+const RTM_DELROUTE: u16 = 25;
+const RTM_DELRULE: u16 = 33;
+
+/// RTA_TABLE and FRA_TABLE (linux/rtnetlink.h, linux/fib_rules.h), both after a header of 12 bytes.
+const TABLE_NUMBER: u16 = 15;
+const ROUTE_HEADER: usize = 12;
+
+/// struct ifinfomsg (linux/rtnetlink.h): the interface's index and flags.
+const LINK_INDEX: std::ops::Range<usize> = 4..8;
+const LINK_FLAGS: std::ops::Range<usize> = 8..12;
+
+/// IFF_UP (linux/if.h) and LOOPBACK_IFINDEX (net/flow.h).
+const UP: u32 = 1;
+const LOOPBACK: u32 = 1;
+
+/// The name of the table that a message is about: the first attribute of each kind of object.
+const TABLE_NAME: u16 = 1;
+
+/// What somebody else changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss {
+    /// A rule or route of ours may be gone.
+    Routing,
+    /// Our nftables table is gone, or not as we made it.
+    Table,
+}
+
+/// Listens to the kernel's announcements.
+pub struct Monitor {
+    routing: AsyncFd<Socket>,
+    /// None where the kernel protects the table by itself.
+    table: Option<AsyncFd<Socket>>,
+    ours: TablePort,
+    table_number: u32,
+}
+
+impl Monitor {
+    /// Listens for losses of the rules and routes of this routing table, and of the nftables table
+    /// unless the kernel protects it. Changes by our own socket are no loss. To be called within a
+    /// runtime.
+    ///
+    /// # Errors
+    /// As socket(2).
+    pub fn open(table_number: u32, ours: TablePort, watch_table: bool) -> io::Result<Self> {
+        let routing = listen(NETLINK_ROUTE, &ROUTE_GROUPS)?;
+        let table = match watch_table {
+            true => Some(listen(NETLINK_NETFILTER, &[NFTABLES_GROUP])?),
+            false => None,
+        };
+        Ok(Self {
+            routing,
+            table,
+            ours,
+            table_number,
+        })
+    }
+
+    /// The next loss. Announcements that are there already are read first, so that a burst of them
+    /// is one loss.
+    ///
+    /// # Errors
+    /// If the kernel does not let a socket be read.
+    pub async fn next(&self) -> io::Result<Loss> {
+        let table = async {
+            match &self.table {
+                Some(socket) => announced(socket, |message| self.is_about_table(message)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            lost = table => lost.map(|()| Loss::Table),
+            lost = announced(&self.routing, |message| self.is_about_routing(message)) => {
+                lost.map(|()| Loss::Routing)
+            }
+        }
+    }
+
+    fn is_about_table(&self, message: &Message<'_>) -> bool {
+        // A struct nfgenmsg of four bytes comes first.
+        let attributes = message.payload.get(4..).unwrap_or_default();
+        message.port != self.ours.0
+            && attribute(attributes, TABLE_NAME).map(string).as_deref() == TABLE.to_str().ok()
+    }
+
+    fn is_about_routing(&self, message: &Message<'_>) -> bool {
+        let word = |bytes: Option<&[u8]>| {
+            bytes
+                .and_then(|bytes| bytes.try_into().ok())
+                .map(u32::from_ne_bytes)
+        };
+        match message.kind {
+            RTM_DELROUTE | RTM_DELRULE => {
+                let attributes = message.payload.get(ROUTE_HEADER..).unwrap_or_default();
+                word(attribute(attributes, TABLE_NUMBER)) == Some(self.table_number)
+            }
+            // With lo, IPv4 routes over it go unannounced (fib_disable_ip, net/ipv4/fib_frontend.c).
+            RTM_NEWLINK => {
+                word(message.payload.get(LINK_INDEX)) == Some(LOOPBACK)
+                    && word(message.payload.get(LINK_FLAGS)).is_some_and(|flags| flags & UP != 0)
+            }
+            _ => false,
+        }
+    }
+}
+
+fn listen(protocol: isize, groups: &[u32]) -> io::Result<AsyncFd<Socket>> {
+    let mut socket = Socket::new(protocol)?;
+    socket.bind_auto()?;
+    socket.set_non_blocking(true)?;
+    for &group in groups {
+        socket.add_membership(group)?;
+    }
+    watch(socket)
+}
+
+/// Waits until a message has come that is `wanted`, and there are no more to read.
+async fn announced(
+    socket: &AsyncFd<Socket>,
+    wanted: impl Fn(&Message<'_>) -> bool,
+) -> io::Result<()> {
+    let mut buffer: Vec<u8> = Vec::with_capacity(MESSAGE);
+    let mut found = false;
+    loop {
+        let mut ready = socket.readable().await?;
+        loop {
+            buffer.clear();
+            match socket.get_ref().recv(&mut buffer, DONT_WAIT) {
+                Ok(0) => break,
+                Ok(_) => found |= Messages(&buffer).any(|message| wanted(&message)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Announcements were lost (ENOBUFS), and ours may have been among them.
+                Err(error)
+                    if error.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) =>
+                {
+                    found = true;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        ready.clear_ready();
+        if found {
+            return Ok(());
+        }
+    }
+}

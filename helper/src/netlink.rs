@@ -1,0 +1,165 @@
+//! Netlink messages as bytes: what the kernel answers and what it announces. Parsing ends at the first byte that makes
+//! no sense, and never panics.
+
+use std::io;
+
+use netlink_packet_core::{NlaBuffer, NlasIterator};
+use rustix::io::Errno;
+
+/// Types and flags of netlink messages (linux/netlink.h).
+const NLMSG_ERROR: u16 = 2;
+pub(crate) const NLMSG_DONE: u16 = 3;
+const NLM_F_CAPPED: u16 = 0x100;
+const NLM_F_ACK_TLVS: u16 = 0x200;
+const NLMSGERR_ATTR_MSG: u16 = 1;
+pub(crate) const HEADER: usize = 16;
+
+/// `MSG_DONTWAIT` (linux/socket.h).
+pub(crate) const DONT_WAIT: i32 = 0x40;
+
+/// Room for the largest message that the kernel sends: a page of a dump.
+pub(crate) const MESSAGE: usize = 64 * 1024;
+
+/// Why the kernel did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{}{}", io::Error::from(*errno), text.as_deref().map(|t| format!(": {t}")).unwrap_or_default())]
+pub struct Refusal {
+    /// The error number of the first message that was refused.
+    pub errno: Errno,
+    /// What the kernel added to it (extended acknowledgement).
+    pub text: Option<String>,
+}
+
+impl From<io::Error> for Refusal {
+    fn from(error: io::Error) -> Self {
+        Self {
+            errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+            text: None,
+        }
+    }
+}
+
+/// One netlink message.
+pub(crate) struct Message<'a> {
+    /// Its type.
+    pub(crate) kind: u16,
+    /// The socket that it answers, or that caused what it announces.
+    pub(crate) port: u32,
+    /// What follows the header.
+    pub(crate) payload: &'a [u8],
+    flags: u16,
+}
+
+impl Message<'_> {
+    /// The error that this message reports, if it is one.
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
+        if self.kind != NLMSG_ERROR {
+            return None;
+        }
+        let error = i32::from_ne_bytes(self.payload.first_chunk().copied()?);
+        if error == 0 {
+            return None;
+        }
+        // Error numbers end at MAX_ERRNO (linux/err.h).
+        let errno = match error {
+            -4095..0 => Errno::from_raw_os_error(-error),
+            _ => Errno::IO,
+        };
+        let mut text = None;
+        if self.flags & NLM_F_ACK_TLVS != 0 && self.flags & NLM_F_CAPPED != 0 {
+            let attributes = self.payload.get(4 + HEADER..).unwrap_or_default();
+            text = attribute(attributes, NLMSGERR_ATTR_MSG).map(string);
+        }
+        Some(Refusal { errno, text })
+    }
+}
+
+/// Splits what one recvmsg(2) returned into messages; ends at the first that makes no sense.
+pub(crate) struct Messages<'a>(pub(crate) &'a [u8]);
+
+impl<'a> Iterator for Messages<'a> {
+    type Item = Message<'a>;
+
+    fn next(&mut self) -> Option<Message<'a>> {
+        let length = u32::from_ne_bytes(self.0.first_chunk().copied()?) as usize;
+        let message = self.0.get(..length)?;
+        let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
+        let flags = u16::from_ne_bytes(message.get(6..8)?.try_into().ok()?);
+        let port = u32::from_ne_bytes(message.get(12..16)?.try_into().ok()?);
+        let payload = message.get(HEADER..)?;
+        self.0 = self.0.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(Message {
+            kind,
+            port,
+            payload,
+            flags,
+        })
+    }
+}
+
+/// All attributes of a message or of a nested attribute; ends at the first that makes no sense.
+pub(crate) fn attributes(bytes: &[u8]) -> impl Iterator<Item = NlaBuffer<&[u8]>> {
+    NlasIterator::new(bytes).map_while(Result::ok)
+}
+
+/// The value of the first attribute of this kind.
+pub(crate) fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    let found = attributes(bytes).find(|a| a.kind() == kind)?;
+    let length = found.value_length();
+    // The value borrows from the buffer, not from `found`.
+    found.into_inner().get(4..4 + length)
+}
+
+/// A NUL-terminated string attribute.
+pub(crate) fn string(value: &[u8]) -> String {
+    let value = value.split(|&b| b == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(value).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn reads_an_extended_acknowledgement() {
+        let mut bytes = Vec::new();
+        bytes.extend_from_slice(&48u32.to_ne_bytes());
+        bytes.extend_from_slice(&NLMSG_ERROR.to_ne_bytes());
+        bytes.extend_from_slice(&(NLM_F_CAPPED | NLM_F_ACK_TLVS).to_ne_bytes());
+        bytes.extend_from_slice(&[0; 8]);
+        bytes.extend_from_slice(&(-16i32).to_ne_bytes());
+        bytes.extend_from_slice(&[0; 16]);
+        bytes.extend_from_slice(&8u16.to_ne_bytes());
+        bytes.extend_from_slice(&NLMSGERR_ATTR_MSG.to_ne_bytes());
+        bytes.extend_from_slice(b"no!\0");
+        bytes.extend_from_slice(&[0; 4]);
+        let refusal = Messages(&bytes).next().unwrap().refusal().unwrap();
+        assert_eq!(
+            (refusal.errno, refusal.text.as_deref()),
+            (Errno::BUSY, Some("no!"))
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            for message in Messages(&bytes) {
+                let _ = message.refusal();
+            }
+            for found in attributes(&bytes) {
+                let _ = (found.kind(), found.value());
+            }
+            let _ = attribute(&bytes, 1).map(string);
+        }
+
+        #[test]
+        fn no_error_message_panics(
+            error: i32, flags: u16, rest in proptest::collection::vec(any::<u8>(), 0..64)
+        ) {
+            let mut payload = error.to_ne_bytes().to_vec();
+            payload.extend(rest);
+            let _ = Message { kind: NLMSG_ERROR, port: 0, payload: &payload, flags }.refusal();
+        }
+    }
+}
