@@ -13,6 +13,7 @@ DATADIR ?= $(PREFIX)/share
 DOCDIR ?= $(DATADIR)/doc/cgtproxy
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 USERUNITDIR ?= $(PREFIX)/lib/systemd/user
+SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 
 # rustup puts cargo where a shell that was started before does not look.
 CARGO ?= $(shell command -v cargo || echo "$${CARGO_HOME:-$$HOME/.cargo}/bin/cargo")
@@ -53,6 +54,7 @@ UNITS = \
 	$(UNITDIR)/cgtproxy-helper.socket \
 	$(UNITDIR)/cgtproxy-helper.service \
 	$(USERUNITDIR)/cgtproxy-agent.service
+SYSUSERS = $(SYSUSERSDIR)/cgtproxy.conf
 SHELL_FUNCTIONS = \
 	$(DATADIR)/cgtproxy/cgtproxy-exec.sh \
 	$(DATADIR)/cgtproxy/cgtproxy-exec.fish
@@ -70,6 +72,7 @@ install:
 		$(SUBSTITUTE) "systemd/$${file##*/}" >"$(DESTDIR)$$file" && \
 		chmod 644 "$(DESTDIR)$$file" || exit 1; \
 	done
+	$(INSTALL) -D -m 644 systemd/cgtproxy.sysusers "$(DESTDIR)$(SYSUSERS)"
 	for file in $(SHELL_FUNCTIONS); do \
 		$(INSTALL) -d "$(DESTDIR)$${file%/*}" && \
 		$(SUBSTITUTE) "agent/shell/$${file##*/}" >"$(DESTDIR)$$file" && \
@@ -82,7 +85,9 @@ install:
 		$(INSTALL) -D -m 644 "$$file" "$(DESTDIR)$(DOCDIR)/examples/$${file##*/}" || exit 1; \
 	done
 ifeq ($(DESTDIR),)
-	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+	if [ -d /run/systemd/system ]; then \
+		systemd-sysusers "$(SYSUSERS)" && systemctl daemon-reload; \
+	fi
 endif
 
 # Stopping the socket also removes what the helper has in the kernel.
@@ -93,7 +98,8 @@ ifeq ($(DESTDIR),)
 		systemctl --global disable cgtproxy-agent.service; \
 	fi
 endif
-	rm -f $(addprefix $(DESTDIR),$(EXECUTABLES) $(UNITS) $(SHELL_FUNCTIONS) $(DOCUMENTS) $(EXAMPLES))
+	rm -f $(addprefix $(DESTDIR),$(EXECUTABLES) $(UNITS) $(SYSUSERS) $(SHELL_FUNCTIONS) \
+		$(DOCUMENTS) $(EXAMPLES))
 	for directory in $(DOCDIR)/examples $(DOCDIR) $(DATADIR)/cgtproxy; do \
 		rmdir "$(DESTDIR)$$directory" 2>/dev/null || :; \
 	done
