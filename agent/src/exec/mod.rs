@@ -31,6 +31,9 @@ use agent::Agent;
 use cli::Action;
 use scope::{Address, Scope};
 
+use crate::server::default_socket;
+use crate::text::chain;
+
 /// The exit status if something goes wrong before the command is run, as env(1) has it.
 const FAILED: u8 = 125;
 /// The exit status if the command can't be run.
@@ -95,21 +98,6 @@ impl Error {
     }
 }
 
-/// An error and what caused it, in one line.
-struct Chain<'a>(&'a dyn std::error::Error);
-
-impl fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut cause = self.0.source();
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
-    }
-}
-
 /// The program. Does not return if it becomes a command.
 pub fn main() -> ExitCode {
     let options = match Options::try_parse() {
@@ -123,7 +111,7 @@ pub fn main() -> ExitCode {
     match run(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say(Chain(&error));
+            say(chain(&error));
             ExitCode::from(error.exit_code())
         }
     }
@@ -169,8 +157,7 @@ fn run(options: Options) -> Result<(), Error> {
 
 /// Prints all targets.
 async fn list() -> Result<(), Error> {
-    let socket = runtime_directory().join("cgtproxy/agent.sock");
-    let (mut targets, _) = Agent::connect(socket).await?.targets().await?;
+    let (mut targets, _) = Agent::connect(default_socket()).await?.targets().await?;
     targets.push(String::new());
     let lines = targets.join("\n");
     io::stdout()
@@ -181,16 +168,14 @@ async fn list() -> Result<(), Error> {
 /// Moves process `pid`, called `name`, into the slice of `target`. With `wait`, returns when the
 /// kernel holds the verdict.
 async fn enter(target: &str, name: &str, pid: u32, wait: bool) -> Result<(), Error> {
-    let runtime = runtime_directory();
     let mut agent = None;
     if wait {
-        let socket = runtime.join("cgtproxy/agent.sock");
-        let agent = agent.insert(Agent::connect(socket).await?);
+        let agent = agent.insert(Agent::connect(default_socket()).await?);
         agent.check_target(target).await?;
     }
     check_name(target)?;
     let session_bus = std::env::var("DBUS_SESSION_BUS_ADDRESS").ok();
-    let addresses = Address::all(session_bus.as_deref(), &runtime);
+    let addresses = Address::all(session_bus.as_deref(), &runtime_directory());
     Scope::new(target, name, pid).enter(&addresses, pid).await?;
     if let Some(mut agent) = agent {
         let control_group =
