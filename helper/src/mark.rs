@@ -81,6 +81,12 @@ impl MarkRange {
         Mark(value)
     }
 
+    /// The conntrack mark of this proxy's hijacked DNS queries, which are not diverted.
+    #[must_use]
+    pub fn dns_value(self, mark: Mark) -> u32 {
+        mark.0 & !self.divert()
+    }
+
     /// Whether a mark is one of this range.
     #[must_use]
     pub fn has(self, mark: Mark) -> bool {

@@ -10,7 +10,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::config::Limits;
 use crate::mark::{Mark, MarkAllocator, MarkRange};
-use crate::nft::{Before, Bypass, Layout, LeftBehind, Plan, Proxy, Verdict};
+use crate::nft::{Before, Bypass, DnsHijack, Layout, LeftBehind, Plan, Proxy, Verdict};
 use crate::peer::Uid;
 
 /// Why a change can't be staged.
@@ -50,6 +50,8 @@ pub struct ProxyRequest {
     pub no_udp: bool,
     /// IPv6 goes direct.
     pub no_ipv6: bool,
+    /// Where DNS queries go.
+    pub dns_hijack: Option<DnsHijack>,
 }
 
 /// A policy's part that is not about single control groups.
@@ -443,6 +445,7 @@ impl Registry {
                 port,
                 no_udp,
                 no_ipv6,
+                dns_hijack,
             } = request;
             let mark = match kept.get(&name) {
                 Some(&mark) => mark,
@@ -456,6 +459,7 @@ impl Registry {
                         port,
                         no_udp,
                         no_ipv6,
+                        dns_hijack,
                     },
                 )
                 .is_some()
@@ -641,62 +645,63 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is called in whatever order, whatever vanishes or is made anew meanwhile, and
-        /// whatever the kernel refuses: what the registry knows is what the kernel has.
-        #[test]
-        fn knows_what_the_kernel_has(
-            calls in proptest::collection::vec((0usize..2, call(), any::<bool>(), any::<u64>()), 1..40)
-        ) {
-            let limits = Limits { connections: 1, proxies: 3, bypass: 1, control_groups: 5 };
-            let range = MarkRange::new(0x0000_0f00).unwrap();
-            let mut registry = Registry::new(limits, range);
-            let mut kernels: BTreeMap<Uid, Kernel> =
-                UIDS.into_iter().map(|uid| (Uid::for_test(uid), Kernel::default())).collect();
-            for (user, call, refused, seed) in calls {
-                let uid = Uid::for_test(UIDS[user]);
-                let subtree = OwnedControlGroup::for_test(u64::from(UIDS[user]) + seed % 2, 3);
-                // Some control groups are gone, some have a new id since the last call.
-                let open = |path: &ControlGroupPath| {
-                    let number = u64::from(path.as_bytes()[1] - b'0');
-                    let fate = seed >> (number * 2) & 3;
-                    (fate != 0).then(|| {
-                        let id = number * 4 + fate.min(2) + UIDS[user] as u64 * 1000;
-                        OwnedControlGroup::for_test(id, 3 + path.depth() as u32)
-                    })
-                };
-                let staged = match call {
-                    Call::Replace(proxies, cgroups) => {
-                        let proxies = proxies.into_iter().map(|number| ProxyRequest {
-                            name: name(number),
-                            port: NonZeroU16::MIN,
-                            no_udp: seed & 1 != 0,
-                            no_ipv6: false,
-                        });
-                        let policy = PolicyRequest {
-                            subtree,
-                            proxies: proxies.collect(),
-                            bypass_entries: 0,
-                            bypass: Bypass::default(),
-                        };
-                        registry.replace(uid, policy, verdicts(cgroups), open)
-                    }
-                    Call::Update(assign, remove) => {
-                        let remove = remove.into_iter().map(path).collect();
-                        registry.update(uid, subtree, verdicts(assign), remove, open)
-                    }
-                    Call::Remove => Ok(registry.remove(uid)),
-                };
-                // A kernel that refuses does nothing, and then nothing is applied either.
-                if let Ok(staged) = staged && !refused {
-                    if !staged.plan().is_empty() {
-                        carry_out(kernels.get_mut(&uid).unwrap(), staged.plan());
-                    }
-                    registry.apply(staged);
-                }
-                assert_consistent(&registry, &kernels);
-            }
-        }
-    }
+           /// Whatever is called in whatever order, whatever vanishes or is made anew meanwhile, and
+           /// whatever the kernel refuses: what the registry knows is what the kernel has.
+           #[test]
+           fn knows_what_the_kernel_has(
+               calls in proptest::collection::vec((0usize..2, call(), any::<bool>(), any::<u64>()), 1..40)
+           ) {
+               let limits = Limits { connections: 1, proxies: 3, bypass: 1, control_groups: 5 };
+               let range = MarkRange::new(0x0000_0f00).unwrap();
+               let mut registry = Registry::new(limits, range);
+               let mut kernels: BTreeMap<Uid, Kernel> =
+                   UIDS.into_iter().map(|uid| (Uid::for_test(uid), Kernel::default())).collect();
+               for (user, call, refused, seed) in calls {
+                   let uid = Uid::for_test(UIDS[user]);
+                   let subtree = OwnedControlGroup::for_test(u64::from(UIDS[user]) + seed % 2, 3);
+                   // Some control groups are gone, some have a new id since the last call.
+                   let open = |path: &ControlGroupPath| {
+                       let number = u64::from(path.as_bytes()[1] - b'0');
+                       let fate = seed >> (number * 2) & 3;
+                       (fate != 0).then(|| {
+                           let id = number * 4 + fate.min(2) + UIDS[user] as u64 * 1000;
+                           OwnedControlGroup::for_test(id, 3 + path.depth() as u32)
+                       })
+                   };
+                   let staged = match call {
+                       Call::Replace(proxies, cgroups) => {
+                           let proxies = proxies.into_iter().map(|number| ProxyRequest {
+                               name: name(number),
+                               port: NonZeroU16::MIN,
+                               no_udp: seed & 1 != 0,
+                               no_ipv6: false,
+    dns_hijack: None,
+                           });
+                           let policy = PolicyRequest {
+                               subtree,
+                               proxies: proxies.collect(),
+                               bypass_entries: 0,
+                               bypass: Bypass::default(),
+                           };
+                           registry.replace(uid, policy, verdicts(cgroups), open)
+                       }
+                       Call::Update(assign, remove) => {
+                           let remove = remove.into_iter().map(path).collect();
+                           registry.update(uid, subtree, verdicts(assign), remove, open)
+                       }
+                       Call::Remove => Ok(registry.remove(uid)),
+                   };
+                   // A kernel that refuses does nothing, and then nothing is applied either.
+                   if let Ok(staged) = staged && !refused {
+                       if !staged.plan().is_empty() {
+                           carry_out(kernels.get_mut(&uid).unwrap(), staged.plan());
+                       }
+                       registry.apply(staged);
+                   }
+                   assert_consistent(&registry, &kernels);
+               }
+           }
+       }
 
     #[test]
     fn what_was_left_behind_keeps_its_marks() {
@@ -718,6 +723,7 @@ mod tests {
             port: NonZeroU16::MIN,
             no_udp: false,
             no_ipv6: false,
+            dns_hijack: None,
         };
         let policy = PolicyRequest {
             subtree: OwnedControlGroup::for_test(1, 3),

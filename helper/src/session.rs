@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
 use std::rc::Rc;
 
@@ -19,7 +20,7 @@ use serde_json::{Value, json};
 
 use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
-use crate::nft::Verdict;
+use crate::nft::{DnsHijack, Verdict};
 use crate::peer::{Peer, Uid};
 use crate::registry::{PolicyRequest, ProxyRequest, Refused};
 use crate::state::{self, ConnectionId, Holder, Skipped, State};
@@ -64,6 +65,11 @@ impl Session {
                 port: port.ok_or_else(|| invalid("port"))?,
                 no_udp: proxy.noUdp.unwrap_or(false),
                 no_ipv6: proxy.noIpv6.unwrap_or(false),
+                dns_hijack: proxy
+                    .dnsHijack
+                    .map(dns_hijack)
+                    .transpose()
+                    .map_err(invalid)?,
             });
         }
         let bypass = bypass::parse(&arguments.bypass)
@@ -130,6 +136,7 @@ impl Session {
                     port: proxy.port.get().into(),
                     noUdp: Some(proxy.no_udp),
                     noIpv6: Some(proxy.no_ipv6),
+                    dnsHijack: proxy.dns_hijack.as_ref().map(dns_hijack_reply),
                 });
                 proxies.collect()
             }),
@@ -260,6 +267,44 @@ fn assignments(
         verdicts.insert(path, verdict);
     }
     Ok(verdicts)
+}
+
+/// The address must be of the right family; the field's name is what is wrong otherwise.
+fn dns_hijack(hijack: wire::DnsHijack) -> Result<DnsHijack, &'static str> {
+    let mut addresses = Vec::new();
+    if let Some(address) = hijack.ipv4 {
+        let address: Ipv4Addr = address.parse().map_err(|_| "dnsHijack.ipv4")?;
+        addresses.push(address.into());
+    }
+    if let Some(address) = hijack.ipv6 {
+        let address: Ipv6Addr = address.parse().map_err(|_| "dnsHijack.ipv6")?;
+        addresses.push(address.into());
+    }
+    let port = u16::try_from(hijack.port).ok().and_then(NonZeroU16::new);
+    Ok(DnsHijack {
+        addresses,
+        port: port.ok_or("dnsHijack.port")?,
+        tcp: hijack.tcp.unwrap_or(false),
+        loopback: hijack.loopback.unwrap_or(true),
+    })
+}
+
+/// The reverse, for a status.
+fn dns_hijack_reply(hijack: &DnsHijack) -> wire::DnsHijack {
+    let of = |ipv4| {
+        hijack
+            .addresses
+            .iter()
+            .find(|a| a.is_ipv4() == ipv4)
+            .map(IpAddr::to_string)
+    };
+    wire::DnsHijack {
+        ipv4: of(true),
+        ipv6: of(false),
+        port: hijack.port.get().into(),
+        tcp: Some(hijack.tcp),
+        loopback: Some(hijack.loopback),
+    }
 }
 
 fn skipped_reply(skipped: Vec<Skipped>) -> Vec<wire::Skipped> {

@@ -271,6 +271,7 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
                     port: NonZeroU16::MIN,
                     no_udp: false,
                     no_ipv6: false,
+                    dns_hijack: None,
                 })
                 .collect(),
             bypass_entries: 0,

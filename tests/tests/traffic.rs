@@ -3,7 +3,7 @@
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 
 use cgtproxy_tests::sandbox::{
     App, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, direct, local, proxied, sandbox,
@@ -448,5 +448,40 @@ fn without_a_listener_a_proxied_app_is_refused_at_once() {
             sb.assert_nothing_left_for(to.ip());
         }
         wrong.assert_idle();
+    });
+}
+
+#[test]
+fn a_neighbour_on_the_link_is_never_proxied() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup(APP).app();
+        let mut session = Session::of(&user);
+        session.replace(
+            json!([{ "name": "mihomo", "port": 7890 }]),
+            json!([]),
+            json!([to_proxy(APP, "mihomo")]),
+        );
+        // The uplink's own address of the kind is fe80::ff:fe00:1, the internet's fe80::ff:fe00:2.
+        let index = std::fs::read_to_string("/sys/class/net/uplink/ifindex").expect("an uplink");
+        let neighbour = "fe80::ff:fe00:2".parse().expect("an address");
+        let to = SocketAddrV6::new(neighbour, 80, 0, index.trim().parse().expect("a number"));
+        let lladdr = "02:00:00:00:00:02";
+        sb.run(&[
+            "ip",
+            "neighbour",
+            "add",
+            "fe80::ff:fe00:2",
+            "lladdr",
+            lladdr,
+            "dev",
+            "uplink",
+        ]);
+        for transport in TRANSPORTS {
+            // The internet of the sandbox takes every address for its own, and so answers itself.
+            assert_eq!(app.ask(transport, to.into()), Outcome::LeftUnanswered);
+        }
     });
 }

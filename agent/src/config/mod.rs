@@ -7,6 +7,7 @@ mod reader;
 mod yaml;
 
 use std::io::{self, Read};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -30,6 +31,23 @@ pub struct Proxy {
     pub no_udp: bool,
     /// IPv6 goes direct.
     pub no_ipv6: bool,
+    /// Where DNS queries go, before any of that.
+    pub dns_hijack: Option<DnsHijack>,
+}
+
+/// The DNS server that answers in place of the one that is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DnsHijack {
+    /// For queries over IPv4.
+    pub ipv4: Option<Ipv4Addr>,
+    /// For queries over IPv6.
+    pub ipv6: Option<Ipv6Addr>,
+    /// Its port.
+    pub port: NonZeroU16,
+    /// DNS over TCP too.
+    pub tcp: bool,
+    /// Queries to stubs on the loopback interface too.
+    pub loopback: bool,
 }
 
 /// What a configuration file means.

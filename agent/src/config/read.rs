@@ -1,7 +1,7 @@
 //! From what was typed to what it means. Nothing stops at the first mistake.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
 use std::path::Path;
 use std::rc::Rc;
@@ -11,7 +11,7 @@ use cgtproxy_proto::name::{InvalidProxyName, ProxyName};
 use super::finding::{Excerpt, Finding, Findings, Place, Severity};
 use super::reader::{Reader, list, nearest};
 use super::yaml::{self, Node, Value};
-use super::{Config, Network, Proxy};
+use super::{Config, DnsHijack, Network, Proxy};
 use crate::policy::{ExecSlices, Pattern, PatternError, Rule, Rules, Selector, Target};
 use crate::text::printable;
 
@@ -29,7 +29,7 @@ const KEYS: &[&str] = &[
     "route-table",
 ];
 const TPROXY_KEYS: &[&str] = &["port", "no-udp", "no-ipv6", "dns-hijack", "mark"];
-const DNS_HIJACK_KEYS: &[&str] = &["ip", "port", "tcp"];
+const DNS_HIJACK_KEYS: &[&str] = &["ip", "port", "tcp", "loopback"];
 const RULE_KEYS: &[&str] = &["match", "tproxy", "drop", "direct"];
 
 /// Reads the text of `file`: what it means, unless there are errors, and all that was found.
@@ -201,9 +201,9 @@ impl Reader<'_> {
         if let Some(mark) = entries.get("mark") {
             self.ignored(mark.place, "mark");
         }
-        if let Some(hijack) = entries.get("dns-hijack") {
-            self.dns_hijack(hijack);
-        }
+        let dns_hijack = entries
+            .get("dns-hijack")
+            .map(|hijack| self.dns_hijack(hijack));
         let mut switch = |key: &str| {
             entries
                 .get(key)
@@ -225,6 +225,8 @@ impl Reader<'_> {
             port: port?,
             no_udp,
             no_ipv6,
+            // One that is wrong has been reported: the file is refused.
+            dns_hijack: dns_hijack.flatten(),
         })
     }
 
@@ -240,31 +242,69 @@ impl Reader<'_> {
         None
     }
 
-    fn dns_hijack(&mut self, node: &Node) {
-        let Some(entries) = self.entries(node, "'dns-hijack'", DNS_HIJACK_KEYS) else {
-            return;
+    fn dns_hijack(&mut self, node: &Node) -> Option<DnsHijack> {
+        let entries = self.entries(node, "'dns-hijack'", DNS_HIJACK_KEYS)?;
+        let (mut ipv4, mut ipv6) = match entries.get("ip") {
+            Some(_) => (None, None),
+            None => (Some(Ipv4Addr::LOCALHOST), Some(Ipv6Addr::LOCALHOST)),
         };
-        if let Some(ip) = entries.get("ip")
-            && let Some(text) = self.text(ip, "'ip'")
-            && text.parse::<IpAddr>().is_err()
-        {
-            let message = format!("'{}' is no IPv4 or IPv6 address", printable(&text));
-            self.error(ip.place, message);
-        }
-        match entries.get("port") {
-            Some(port) => {
-                self.port(port);
+        let listed = match entries.get("ip") {
+            Some(Node {
+                value: Value::List(items),
+                ..
+            }) => items.as_slice(),
+            Some(ip) => std::slice::from_ref(ip),
+            None => &[],
+        };
+        for ip in listed {
+            let Some(text) = self.text(ip, "'ip'") else {
+                continue;
+            };
+            let second = match text.parse() {
+                Ok(IpAddr::V4(address)) => ipv4.replace(address).is_some(),
+                Ok(IpAddr::V6(address)) => ipv6.replace(address).is_some(),
+                Err(_) => {
+                    let message = format!("'{}' is no IPv4 or IPv6 address", printable(&text));
+                    self.error(ip.place, message);
+                    continue;
+                }
+            };
+            if second {
+                self.error(ip.place, "'ip' has two addresses of one family")
+                    .help = Some("one IPv4 and one IPv6 address answer queries over each".into());
             }
+        }
+        let port = match entries.get("port") {
+            Some(port) => self.port(port),
             None => {
                 self.error(node.place, "'dns-hijack' has no port").help =
                     Some("write the port that answers DNS queries, like 'port: 53'".into());
+                None
             }
+        };
+        let mut switch = |key: &str, default| {
+            entries
+                .get(key)
+                .and_then(|node| self.boolean(node, &format!("'{key}'")))
+                .unwrap_or(default)
+        };
+        let (tcp, loopback) = (switch("tcp", false), switch("loopback", true));
+        let remote = ipv4.is_some_and(|address| !address.is_loopback())
+            || ipv6.is_some_and(|address| !address.is_loopback());
+        if remote && loopback {
+            self.warning(node.place, "queries to a stub like 127.0.0.53 go to the stub").help =
+                Some(
+                    "they can't be sent to a server elsewhere; 'loopback: false' says that this is meant"
+                        .into(),
+                );
         }
-        if let Some(tcp) = entries.get("tcp") {
-            self.boolean(tcp, "'tcp'");
-        }
-        self.warning(node.place, "'dns-hijack' has no effect yet")
-            .help = Some("DNS queries go where the other packets of the application go".into());
+        Some(DnsHijack {
+            ipv4,
+            ipv6,
+            port: port?,
+            tcp,
+            loopback,
+        })
     }
 
     fn rules(&mut self, node: &Node, proxies: &Proxies, exec_slices: bool) -> Vec<Rule> {
@@ -526,6 +566,60 @@ rules:
     tproxy: clash-meta
 "#;
 
+    fn hijack(entries: &str) -> (Option<DnsHijack>, Vec<String>) {
+        let text = format!("version: 1\ntproxies:\n  p:\n    port: 1\n    dns-hijack: {entries}\n");
+        let proxies = read_text(&text).0.map(|config| config.proxies);
+        (
+            proxies.and_then(|proxies| proxies[0].dns_hijack.clone()),
+            found(&text),
+        )
+    }
+
+    #[test]
+    fn dns_goes_to_this_machine_unless_told_otherwise() {
+        let (both, _) = hijack("{port: 5353}");
+        let both = both.unwrap();
+        assert_eq!(both.ipv4, Some(Ipv4Addr::LOCALHOST));
+        assert_eq!(both.ipv6, Some(Ipv6Addr::LOCALHOST));
+        assert!(both.loopback && !both.tcp);
+        let (one, findings) = hijack("{ip: 127.0.0.1, port: 53, tcp: true}");
+        let one = one.unwrap();
+        assert_eq!(
+            (one.ipv4, one.ipv6, one.tcp),
+            (Some(Ipv4Addr::LOCALHOST), None, true)
+        );
+        assert!(findings.is_empty(), "{findings:?}");
+        let (two, findings) =
+            hijack("{ip: [192.0.2.1, \"2001:db8::1\"], port: 53, loopback: false}");
+        let two = two.unwrap();
+        assert!(two.ipv4.is_some() && two.ipv6.is_some() && !two.loopback);
+        assert!(findings.is_empty(), "{findings:?}");
+    }
+
+    #[test]
+    fn dns_mistakes_are_found() {
+        for (entries, part) in [
+            ("{ip: x, port: 53}", "'x' is no IPv4 or IPv6 address"),
+            (
+                "{ip: [1.1.1.1, 8.8.8.8], port: 53}",
+                "two addresses of one family",
+            ),
+            ("{ip: 1.1.1.1}", "has no port"),
+            ("{port: 0}", "'0' is no port"),
+            ("{port: 53, loopbak: false}", "did you mean 'loopback'?"),
+            (
+                "{ip: 192.0.2.1, port: 53}",
+                "queries to a stub like 127.0.0.53 go to the stub",
+            ),
+        ] {
+            let (_, findings) = hijack(entries);
+            assert!(
+                findings.iter().any(|finding| finding.contains(part)),
+                "{findings:?}"
+            );
+        }
+    }
+
     #[test]
     fn takes_a_file_of_the_original() {
         let (config, _) = read_text(ORIGINAL);
@@ -536,8 +630,6 @@ rules:
                 "warning 3:14: 'cgroup-root' is ignored; the helper sees to it now; the line can go",
                 "warning 4:14: 'route-table' is ignored; the helper sees to it now; the line can go",
                 "warning 11:11: 'mark' is ignored; the helper sees to it now; the line can go",
-                "warning 16:7: 'dns-hijack' has no effect yet; DNS queries go where the other packets \
-                 of the application go",
             ]
         );
         let bypass: Vec<_> = config.bypass.iter().map(Network::to_string).collect();

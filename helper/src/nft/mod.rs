@@ -1,10 +1,13 @@
 //! nftables: a [`Plan`] goes in, one transaction comes out.
 
 mod ffi;
+mod names;
 mod plan;
+mod proxy;
 mod rule;
 mod ruleset;
 mod socket;
+mod transaction;
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;
@@ -14,7 +17,7 @@ use nftnl::{ProtoFamily, Table};
 use rustix::io::Errno;
 
 pub(crate) use ffi::watch;
-pub use plan::{Before, Bypass, Layout, LeftBehind, Plan, Proxy, Verdict};
+pub use plan::{Before, Bypass, DnsHijack, Layout, LeftBehind, Plan, Proxy, Verdict};
 
 use crate::cgroup::ControlGroupId;
 use crate::mark::{Mark, MarkRange};
@@ -22,8 +25,8 @@ pub use crate::netlink::Refusal;
 use crate::netlink::{attribute, attributes, string};
 use crate::peer::Uid;
 use ffi::table_flags::{OWNER, PERSIST};
-use ruleset::Transaction;
 use socket::{Dump, NetfilterSocket};
+use transaction::Transaction;
 
 /// The table's name; its family is `inet`.
 pub(crate) const TABLE: &CStr = c"cgtproxy";
@@ -297,7 +300,7 @@ impl Nftables {
         let mut left: BTreeMap<Uid, LeftBehind> = BTreeMap::new();
         for chain in self.chains()? {
             if let Some(uid) = chain
-                .strip_prefix(ruleset::USER_PREFIX)
+                .strip_prefix(names::USER_PREFIX)
                 .and_then(Uid::from_name)
             {
                 left.entry(uid).or_default();
@@ -305,7 +308,7 @@ impl Nftables {
         }
         for (key, chain) in self.elements(ruleset::USERS)? {
             let uid = chain
-                .strip_prefix(ruleset::USER_PREFIX)
+                .strip_prefix(names::USER_PREFIX)
                 .and_then(Uid::from_name);
             if let (Some(left), Ok(id)) = (
                 uid.and_then(|uid| left.get_mut(&uid)),
@@ -315,8 +318,8 @@ impl Nftables {
             }
         }
         for (&uid, left) in &mut left {
-            let prefix = format!("{}{uid}-", ruleset::DIVERT_PREFIX);
-            for (key, chain) in self.elements(&ruleset::marks(uid))? {
+            let prefix = format!("{}{uid}-", names::DIVERT_PREFIX);
+            for (key, chain) in self.elements(&names::marks(uid))? {
                 let name = chain
                     .strip_prefix(&prefix)
                     .and_then(|n| n.parse::<ProxyName>().ok());

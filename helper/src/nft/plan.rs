@@ -1,7 +1,7 @@
 //! What a transaction is to bring about: the one thing that can be committed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
 use std::rc::Rc;
 
@@ -24,8 +24,21 @@ pub enum Verdict {
     Proxy(ProxyName),
 }
 
+/// Where DNS queries go instead of to the server that they ask.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DnsHijack {
+    /// At most one address of each family; queries of a family without one are packets as others.
+    pub addresses: Vec<IpAddr>,
+    /// The port there.
+    pub port: NonZeroU16,
+    /// DNS over TCP too.
+    pub tcp: bool,
+    /// Queries to servers on the loopback interface too, if the address is there as well.
+    pub loopback: bool,
+}
+
 /// A TPROXY server and the mark that leads to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proxy {
     /// In force as long as the proxy is in the user's policy.
     pub mark: Mark,
@@ -35,6 +48,8 @@ pub struct Proxy {
     pub no_udp: bool,
     /// IPv6 goes direct.
     pub no_ipv6: bool,
+    /// Before any of that.
+    pub dns_hijack: Option<DnsHijack>,
 }
 
 /// Destinations that neither a proxy nor a drop touches: ranges in ascending order that neither

@@ -1,14 +1,15 @@
 //! Rules as a chain of expressions, named as nft names them.
 
 use std::ffi::CStr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use nftnl::expr::ct::States;
 use nftnl::expr::{
     Bitwise, Cmp, CmpOp, Conntrack, ConntrackStatus, IcmpCode, Immediate, Ipv4HeaderField,
-    Ipv6HeaderField, Meta, NetworkHeaderField, Payload, Register, RejectionType, Socket, SocketKey,
-    Verdict,
+    Ipv6HeaderField, Meta, Nat, NatType, NetworkHeaderField, Payload, Register, RejectionType,
+    Socket, SocketKey, TcpHeaderField, TransportHeaderField, UdpHeaderField, Verdict,
 };
-use nftnl::{Chain, Rule};
+use nftnl::{Chain, ProtoFamily, Rule};
 
 use super::ffi::{ConntrackDirection, DestinationType, Lookup, Tproxy};
 
@@ -178,17 +179,88 @@ impl<'a> RuleBuilder<'a> {
             })
     }
 
+    /// `ip daddr ADDRESS` or `ip6 daddr ADDRESS`
+    pub(super) fn daddr(self, address: IpAddr) -> Self {
+        let (family, field) = match address {
+            IpAddr::V4(_) => (
+                Family::Ipv4,
+                NetworkHeaderField::Ipv4(Ipv4HeaderField::Daddr),
+            ),
+            IpAddr::V6(_) => (
+                Family::Ipv6,
+                NetworkHeaderField::Ipv6(Ipv6HeaderField::Daddr),
+            ),
+        };
+        self.nfproto(family)
+            .with(&Payload::Network(field))
+            .compare(CmpOp::Eq, address)
+    }
+
+    /// `ip daddr 127.0.0.0/8` or `ip6 daddr ::1`
+    pub(super) fn daddr_loopback(self, family: Family) -> Self {
+        match family {
+            Family::Ipv4 => self.daddr_network([127, 0, 0, 0], [255, 0, 0, 0]),
+            Family::Ipv6 => self.daddr(IpAddr::V6(Ipv6Addr::LOCALHOST)),
+        }
+    }
+
+    /// `tcp dport PORT` or `udp dport PORT`
+    pub(super) fn dport(self, protocol: Protocol, port: u16) -> Self {
+        let field = match protocol {
+            Protocol::Tcp => TransportHeaderField::Tcp(TcpHeaderField::Dport),
+            Protocol::Udp => TransportHeaderField::Udp(UdpHeaderField::Dport),
+        };
+        let port = port.to_be_bytes();
+        self.l4proto(protocol)
+            .with(&Payload::Transport(field))
+            .compare(CmpOp::Eq, &port[..])
+    }
+
+    /// `dnat ip to ADDRESS:PORT` or `dnat ip6 to [ADDRESS]:PORT`
+    pub(super) fn dnat(self, address: IpAddr, port: u16) -> Self {
+        let port = Immediate::new(port.to_be_bytes(), Register::Reg2);
+        let (rule, family) = match address {
+            IpAddr::V4(address) => {
+                let address = Immediate::new(address.octets(), Register::Reg1);
+                (self.nfproto(Family::Ipv4).with(&address), ProtoFamily::Ipv4)
+            }
+            IpAddr::V6(address) => {
+                let address = Immediate::new(address.octets(), Register::Reg1);
+                (self.nfproto(Family::Ipv6).with(&address), ProtoFamily::Ipv6)
+            }
+        };
+        rule.with(&port).with(&Nat {
+            nat_type: NatType::DNat,
+            family,
+            ip_register: Register::Reg1,
+            port_register: Some(Register::Reg2),
+        })
+    }
+
     /// `ip6 daddr fe80::/10`
     pub(super) fn daddr_link_local(self) -> Self {
-        // The destination's first two bytes.
-        let start = NetworkHeaderField::Raw {
-            offset_bits: 24 * 8,
-            length_bits: 2 * 8,
+        let network = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
+        let mask = Ipv6Addr::new(0xffc0, 0, 0, 0, 0, 0, 0, 0);
+        self.daddr_network(network.octets(), mask.octets())
+    }
+
+    /// `ip daddr NETWORK` or `ip6 daddr NETWORK`
+    fn daddr_network<const N: usize>(self, network: [u8; N], mask: [u8; N]) -> Self {
+        let (family, field) = if N == 4 {
+            (
+                Family::Ipv4,
+                NetworkHeaderField::Ipv4(Ipv4HeaderField::Daddr),
+            )
+        } else {
+            (
+                Family::Ipv6,
+                NetworkHeaderField::Ipv6(Ipv6HeaderField::Daddr),
+            )
         };
-        self.nfproto(Family::Ipv6)
-            .with(&Payload::Network(start))
-            .with(&Bitwise::new(&[0xff_u8, 0xc0][..], &[0_u8, 0][..]))
-            .compare(CmpOp::Eq, &[0xfe_u8, 0x80][..])
+        self.nfproto(family)
+            .with(&Payload::Network(field))
+            .with(&Bitwise::new(&mask[..], &[0_u8; N][..]))
+            .compare(CmpOp::Eq, &network[..])
     }
 
     /// `fib daddr type != unicast`

@@ -6,8 +6,10 @@
 //!   map users   { type cgroupsv2 : verdict }  # user@1000.service : goto user-1000
 //!   map deliver { type mark : verdict }       # a proxy's mark : goto deliver-1000-mihomo
 //!   map guard   { type mark : verdict }       # a proxy's mark : goto guard-1000
+//!   map resolve { type mark : verdict }       # a proxy's DNS mark : goto resolve-1000-mihomo
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
 //!   chain output     { type route hook output priority mangle; … }
+//!   chain output-nat { type nat hook output priority dstnat; … }
 //!   chain prerouting { type filter hook prerouting priority mangle; … }
 //!   chain input      { type filter hook input priority mangle; … }
 //!
@@ -17,203 +19,51 @@
 //!   set bypass6-1000 { type ipv6_addr; flags interval }
 //!   chain user-1000 { … }   chain open-1000 { … }   chain drop-1000 { … }   chain guard-1000 { … }
 //!   chain tproxy-1000-mihomo { … }   chain divert-1000-mihomo { … }   chain deliver-1000-mihomo { … }
+//!   chain dns-1000-mihomo { … }      chain resolve-1000-mihomo { … }
 //! }
 //! ```
 //!
 //! The mark of a proxy has the divert bit, by which the `ip rule` sends a packet back in over lo.
 //! The connection keeps it as its conntrack mark, so that it goes on as it began whatever becomes
-//! of the rules; only drops look at every packet.
+//! of the rules; only drops look at every packet. A hijacked DNS query carries the same mark
+//! without the divert bit, as its conntrack mark only: it is not diverted but translated.
 
 use std::collections::BTreeMap;
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 
 use cgtproxy_proto::name::ProxyName;
-use nftnl::{Batch, Chain, ChainType, FinalizedBatch, Hook, MsgType, Policy, Rule, Table};
+use nftnl::{ChainType, Hook, MsgType};
 
-use super::ffi::{Content, Element, FlaggedTable, FlushSet, KeyType, Set};
-use super::plan::{Before, Layout, Plan, Proxy, Verdict};
-use super::rule::{Family, Protocol, RuleBuilder};
+use super::ffi::{Content, Element, KeyType};
+use super::names::Names;
+use super::plan::{Before, Layout, Plan, Verdict};
+use super::rule::{Family, Protocol};
+use super::transaction::Transaction;
 use crate::cgroup::ControlGroupId;
-use crate::mark::{Mark, MarkRange};
-use crate::peer::Uid;
+use crate::mark::Mark;
 
 /// The chain that says how this table is laid out. A table without it is made anew.
 pub(super) const VERSION: &CStr = c"version-1";
 pub(super) const USERS: &CStr = c"users";
-const DELIVER: &CStr = c"deliver";
-const GUARD: &CStr = c"guard";
+pub(super) const DELIVER: &CStr = c"deliver";
+pub(super) const GUARD: &CStr = c"guard";
+pub(super) const RESOLVE: &CStr = c"resolve";
 const PROXY_UIDS: &CStr = c"proxy-uids";
 const OUTPUT: &CStr = c"output";
+const OUTPUT_NAT: &CStr = c"output-nat";
 const PREROUTING: &CStr = c"prerouting";
 const INPUT: &CStr = c"input";
 
 /// `mangle` of the inet family (linux/netfilter_ipv4.h, NF_IP_PRI_MANGLE).
 const PRIORITY_MANGLE: i32 = -150;
 
+/// `dstnat` in an output chain (NF_IP_PRI_NAT_DST).
+const PRIORITY_DSTNAT: i32 = -100;
+
 /// The level of user@UID.service: user.slice, user-UID.slice, user@UID.service.
 const USER_LEVEL: u32 = 3;
 
-/// The prefix of a chain that diverts to a proxy, as dumps are searched for it.
-pub(super) const DIVERT_PREFIX: &str = "divert-";
-/// The prefix of a user's first chain, as dumps are searched for it.
-pub(super) const USER_PREFIX: &str = "user-";
-
-/// A name made of our own prefixes, a number and a proxy's name, none of which has a NUL.
-fn name(text: String) -> CString {
-    CString::new(text).unwrap_or_default()
-}
-
-/// The names of a user's objects.
-struct Names {
-    uid: Uid,
-    user: CString,
-    open: CString,
-    drop: CString,
-    guard: CString,
-    cgroups: CString,
-    marks: CString,
-    bypass4: CString,
-    bypass6: CString,
-}
-
-impl Names {
-    fn of(uid: Uid) -> Self {
-        Self {
-            uid,
-            user: name(format!("{USER_PREFIX}{uid}")),
-            open: name(format!("open-{uid}")),
-            drop: name(format!("drop-{uid}")),
-            guard: name(format!("guard-{uid}")),
-            cgroups: name(format!("cgroups-{uid}")),
-            marks: marks(uid),
-            bypass4: name(format!("bypass4-{uid}")),
-            bypass6: name(format!("bypass6-{uid}")),
-        }
-    }
-
-    fn tproxy(&self, proxy: &ProxyName) -> CString {
-        name(format!("tproxy-{}-{proxy}", self.uid))
-    }
-
-    fn divert(&self, proxy: &ProxyName) -> CString {
-        name(format!("{DIVERT_PREFIX}{}-{proxy}", self.uid))
-    }
-
-    fn deliver(&self, proxy: &ProxyName) -> CString {
-        name(format!("deliver-{}-{proxy}", self.uid))
-    }
-}
-
-/// The name of a user's map of marks.
-pub(super) fn marks(uid: Uid) -> CString {
-    name(format!("marks-{uid}"))
-}
-
-/// A batch in the making, in the order in which the kernel will carry it out.
-pub(super) struct Transaction<'a> {
-    batch: Batch,
-    table: &'a Table,
-    marks: MarkRange,
-    next_set_id: u32,
-}
-
-impl<'a> Transaction<'a> {
-    pub(super) fn new(table: &'a Table, marks: MarkRange) -> Self {
-        Self {
-            batch: Batch::new(),
-            table,
-            marks,
-            next_set_id: 1,
-        }
-    }
-
-    pub(super) fn finish(self) -> FinalizedBatch {
-        self.batch.finalize()
-    }
-
-    /// `add table inet cgtproxy { flags … }`
-    pub(super) fn add_table(&mut self, flags: u32) {
-        self.batch.add(
-            &FlaggedTable {
-                table: self.table,
-                flags,
-            },
-            MsgType::Add,
-        );
-    }
-
-    /// `delete table inet cgtproxy`
-    pub(super) fn delete_table(&mut self) {
-        self.batch.add(self.table, MsgType::Del);
-    }
-
-    fn add_chain(&mut self, chain: &CStr) {
-        self.batch.add(&Chain::new(chain, self.table), MsgType::Add);
-    }
-
-    fn delete_chain(&mut self, chain: &CStr) {
-        self.batch.add(&Chain::new(chain, self.table), MsgType::Del);
-    }
-
-    /// A deletion that names no rule deletes all of a chain.
-    fn flush_chain(&mut self, chain: &CStr) {
-        let chain = Chain::new(chain, self.table);
-        self.batch.add(&Rule::new(&chain), MsgType::Del);
-    }
-
-    /// Adds rules to the end of a chain.
-    fn add_rules<const N: usize>(
-        &mut self,
-        chain: &CStr,
-        rules: [&dyn Fn(RuleBuilder<'_>) -> RuleBuilder<'_>; N],
-    ) {
-        let chain = Chain::new(chain, self.table);
-        for rule in rules {
-            self.batch
-                .add(&rule(RuleBuilder::new(&chain)).finish(), MsgType::Add);
-        }
-    }
-
-    fn set(&mut self, name: &CStr, key: KeyType, content: Content) -> Set<'a> {
-        let id = self.next_set_id;
-        self.next_set_id += 1;
-        Set::new(self.table, name, id, key, content)
-    }
-
-    fn add_set(&mut self, name: &CStr, key: KeyType, content: Content) {
-        let set = self.set(name, key, content);
-        self.batch.add(&set, MsgType::Add);
-    }
-
-    fn delete_set(&mut self, name: &CStr) {
-        let set = self.set(name, KeyType::Mark, Content::Keys);
-        self.batch.add(&set, MsgType::Del);
-    }
-
-    fn flush_set(&mut self, name: &CStr) {
-        let set = self.set(name, KeyType::Mark, Content::Keys);
-        self.batch.add(&FlushSet(&set), MsgType::Add);
-    }
-
-    fn write_elements(&mut self, set: &Set<'_>, message: MsgType) {
-        let mut messages = set.elements();
-        while let Some(elements) = messages.next() {
-            self.batch.add(&elements, message);
-        }
-    }
-
-    fn delete_element(&mut self, set: &CStr, key: KeyType, value: &[u8]) {
-        let mut set = self.set(set, key, Content::Keys);
-        set.push(value, Element::Key);
-        self.write_elements(&set, MsgType::Del);
-    }
-
-    fn map_to_chain(&mut self, map: &CStr, key: KeyType, value: &[u8], chain: &CStr) {
-        let mut map = self.set(map, key, Content::Verdicts);
-        map.push(value, Element::Goto(chain));
-        self.write_elements(&map, MsgType::Add);
-    }
-
+impl Transaction<'_> {
     /// Everything that no user owns. What is there already stays, its rules are written anew.
     pub(super) fn base(&mut self, proxy_uids: &[u32]) {
         let mask = self.marks.mask();
@@ -222,6 +72,7 @@ impl<'a> Transaction<'a> {
         self.add_set(USERS, KeyType::ControlGroup, Content::Verdicts);
         self.add_set(DELIVER, KeyType::Mark, Content::Verdicts);
         self.add_set(GUARD, KeyType::Mark, Content::Verdicts);
+        self.add_set(RESOLVE, KeyType::Mark, Content::Verdicts);
         self.add_set(PROXY_UIDS, KeyType::Uid, Content::Keys);
         self.flush_set(PROXY_UIDS);
         let mut uids = self.set(PROXY_UIDS, KeyType::Uid, Content::Keys);
@@ -230,18 +81,11 @@ impl<'a> Transaction<'a> {
         }
         self.write_elements(&uids, MsgType::Add);
 
-        for (chain, kind, hook) in [
-            (OUTPUT, ChainType::Route, Hook::Out),
-            (PREROUTING, ChainType::Filter, Hook::PreRouting),
-            (INPUT, ChainType::Filter, Hook::In),
-        ] {
-            let mut base = Chain::new(chain, self.table);
-            base.set_type(kind);
-            base.set_hook(hook, PRIORITY_MANGLE);
-            base.set_policy(Policy::Accept);
-            self.batch.add(&base, MsgType::Add);
-            self.flush_chain(chain);
-        }
+        let mangle = PRIORITY_MANGLE;
+        self.add_base_chain(OUTPUT, ChainType::Route, Hook::Out, mangle);
+        self.add_base_chain(OUTPUT_NAT, ChainType::Nat, Hook::Out, PRIORITY_DSTNAT);
+        self.add_base_chain(PREROUTING, ChainType::Filter, Hook::PreRouting, mangle);
+        self.add_base_chain(INPUT, ChainType::Filter, Hook::In, mangle);
         self.add_rules(
             OUTPUT,
             [
@@ -259,6 +103,13 @@ impl<'a> Transaction<'a> {
                 },
                 // ct mark & DIVERT != 0 reject
                 &|rule| rule.ct_mark_has(divert).reject(),
+            ],
+        );
+        self.add_rules(
+            OUTPUT_NAT,
+            [
+                // ct mark & MASK vmap @resolve
+                &|rule| rule.ct_mark_vmap(mask, RESOLVE),
             ],
         );
         self.add_rules(
@@ -340,16 +191,13 @@ impl<'a> Transaction<'a> {
             match before.proxies.get(name) {
                 Some(old) if old.mark == proxy.mark => {
                     if old != proxy {
-                        self.flush_chain(&names.tproxy(name));
-                        self.flush_chain(&names.deliver(name));
-                        self.tproxy_rules(names, name, proxy);
-                        self.deliver_rules(names, name, proxy);
+                        self.change_proxy(names, name, proxy);
                     }
                 }
                 Some(old) => {
-                    self.delete_proxy_keys(names, old.mark);
-                    self.flush_proxy(names, name);
-                    self.proxy_rules(names, name, proxy);
+                    self.delete_proxy_elements(names, old.mark);
+                    self.change_proxy(names, name, proxy);
+                    self.proxy_elements(names, name, proxy.mark);
                 }
                 None => self.create_proxy(names, name, proxy),
             }
@@ -366,7 +214,7 @@ impl<'a> Transaction<'a> {
         self.add_verdicts(names, plan);
         for (name, proxy) in &before.proxies {
             if !after.proxies.contains_key(name) {
-                self.delete_proxy_keys(names, proxy.mark);
+                self.delete_proxy_elements(names, proxy.mark);
                 self.flush_proxy(names, name);
                 self.delete_proxy_chains(names, name);
             }
@@ -392,7 +240,7 @@ impl<'a> Transaction<'a> {
         }
         self.flush_set(&names.cgroups);
         for &mark in proxies.values() {
-            self.delete_proxy_keys(names, mark);
+            self.delete_proxy_elements(names, mark);
         }
         for chain in [&names.user, &names.open, &names.drop, &names.guard] {
             self.flush_chain(chain);
@@ -408,52 +256,6 @@ impl<'a> Transaction<'a> {
         }
         for chain in [&names.user, &names.open, &names.drop, &names.guard] {
             self.delete_chain(chain);
-        }
-    }
-
-    fn create_proxy(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
-        for chain in [names.divert(name), names.tproxy(name), names.deliver(name)] {
-            self.add_chain(&chain);
-        }
-        self.proxy_rules(names, name, proxy);
-    }
-
-    /// The rules of a proxy's chains, which are empty, and the elements that lead to them.
-    fn proxy_rules(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
-        let divert = names.divert(name);
-        let (mask, value) = (self.marks.mask(), proxy.mark.value());
-        self.add_rules(
-            &divert,
-            [
-                // ct mark set ct mark & ~MASK | MARK
-                &|rule| rule.ct_mark_set(mask, value),
-                // meta mark set meta mark & ~MASK | MARK
-                &|rule| rule.meta_mark_set(mask, value),
-            ],
-        );
-        self.tproxy_rules(names, name, proxy);
-        self.deliver_rules(names, name, proxy);
-        let key = value.to_ne_bytes();
-        self.map_to_chain(&names.marks, KeyType::Mark, &key, &divert);
-        self.map_to_chain(DELIVER, KeyType::Mark, &key, &names.deliver(name));
-        self.map_to_chain(GUARD, KeyType::Mark, &key, &names.guard);
-    }
-
-    fn delete_proxy_keys(&mut self, names: &Names, mark: Mark) {
-        for map in [names.marks.as_c_str(), DELIVER, GUARD] {
-            self.delete_element(map, KeyType::Mark, &mark.value().to_ne_bytes());
-        }
-    }
-
-    fn flush_proxy(&mut self, names: &Names, name: &ProxyName) {
-        for chain in [names.tproxy(name), names.divert(name), names.deliver(name)] {
-            self.flush_chain(&chain);
-        }
-    }
-
-    fn delete_proxy_chains(&mut self, names: &Names, name: &ProxyName) {
-        for chain in [names.tproxy(name), names.divert(name), names.deliver(name)] {
-            self.delete_chain(&chain);
         }
     }
 
@@ -509,55 +311,6 @@ impl<'a> Transaction<'a> {
                 },
                 // drop
                 &|rule| rule.drop(),
-            ],
-        );
-    }
-
-    /// Whether a connection is diverted is decided at its first packet.
-    fn tproxy_rules(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
-        let chain = names.tproxy(name);
-        let divert = names.divert(name);
-        // ct status confirmed goto open-UID
-        self.add_rules(&chain, [&|rule| rule.ct_confirmed().goto(&names.open)]);
-        if proxy.no_ipv6 {
-            // meta nfproto ipv6 return
-            self.add_rules(&chain, [&|rule| rule.nfproto(Family::Ipv6).leave()]);
-        }
-        if proxy.no_udp {
-            // meta l4proto udp return
-            self.add_rules(&chain, [&|rule| rule.l4proto(Protocol::Udp).leave()]);
-        }
-        self.add_rules(
-            &chain,
-            [
-                // The machine itself, broadcast and multicast.
-                // fib daddr type != unicast return
-                &|rule| rule.daddr_not_unicast().leave(),
-                // No proxy could reach it: the address says nothing without an interface.
-                // ip6 daddr fe80::/10 return
-                &|rule| rule.daddr_link_local().leave(),
-                // ip daddr @bypass4-UID return
-                &|rule| rule.daddr_in(Family::Ipv4, &names.bypass4).leave(),
-                // ip6 daddr @bypass6-UID return
-                &|rule| rule.daddr_in(Family::Ipv6, &names.bypass6).leave(),
-                // meta l4proto tcp goto divert-UID-NAME
-                &|rule| rule.l4proto(Protocol::Tcp).goto(&divert),
-                // meta l4proto udp goto divert-UID-NAME
-                &|rule| rule.l4proto(Protocol::Udp).goto(&divert),
-            ],
-        );
-    }
-
-    /// Without a listener the packet goes on to the input chain, which refuses it.
-    fn deliver_rules(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
-        let port = proxy.port.get();
-        self.add_rules(
-            &names.deliver(name),
-            [
-                // meta l4proto tcp tproxy to :PORT accept
-                &|rule| rule.l4proto(Protocol::Tcp).tproxy_accept(port),
-                // meta l4proto udp tproxy to :PORT accept
-                &|rule| rule.l4proto(Protocol::Udp).tproxy_accept(port),
             ],
         );
     }

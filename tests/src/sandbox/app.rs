@@ -250,15 +250,12 @@ impl Connection {
     fn outcome(&self, report: AppReport) -> Outcome {
         match report {
             AppReport::Answered(answer) => match answer.kind {
-                ServerKind::Internet => {
-                    assert_eq!(
-                        answer.destination, self.to,
-                        "the internet was asked elsewhere"
-                    );
-                    Outcome::Direct {
-                        seen_as: answer.source.ip(),
-                    }
-                }
+                ServerKind::Internet if answer.destination != self.to => Outcome::Redirected {
+                    to: answer.destination,
+                },
+                ServerKind::Internet => Outcome::Direct {
+                    seen_as: answer.source.ip(),
+                },
                 ServerKind::Tproxy => Outcome::Proxied {
                     by: answer.by,
                     original_destination: answer.destination,

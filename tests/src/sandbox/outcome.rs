@@ -12,6 +12,11 @@ pub enum Outcome {
         /// The address the internet saw it come from.
         seen_as: IpAddr,
     },
+    /// The internet answered, at another address than the one that was asked.
+    Redirected {
+        /// Where it was asked.
+        to: SocketAddr,
+    },
     /// A TPROXY server answered.
     Proxied {
         /// The name of the server.

@@ -127,6 +127,7 @@ fn print_change(rule: &str, old: &str, new: &str) {
 fn shown((to, outcome, _): &Cell) -> String {
     match outcome {
         Outcome::Direct { .. } => "direct".to_owned(),
+        Outcome::Redirected { .. } => "redirected".to_owned(),
         Outcome::Proxied {
             by,
             original_destination,

@@ -1,0 +1,82 @@
+//! Names of objects in the table. Everything that is a user's carries the uid.
+
+use std::ffi::CString;
+
+use cgtproxy_proto::name::ProxyName;
+
+use crate::peer::Uid;
+
+/// The prefix of a chain that diverts to a proxy, as dumps are searched for it.
+pub(super) const DIVERT_PREFIX: &str = "divert-";
+/// The prefix of a user's first chain, as dumps are searched for it.
+pub(super) const USER_PREFIX: &str = "user-";
+
+/// A name made of our own prefixes, a number and a proxy's name, none of which has a NUL.
+fn name(text: String) -> CString {
+    CString::new(text).unwrap_or_default()
+}
+
+/// The names of a user's objects.
+pub(super) struct Names {
+    pub(super) uid: Uid,
+    pub(super) user: CString,
+    pub(super) open: CString,
+    pub(super) drop: CString,
+    pub(super) guard: CString,
+    pub(super) cgroups: CString,
+    pub(super) marks: CString,
+    pub(super) bypass4: CString,
+    pub(super) bypass6: CString,
+}
+
+impl Names {
+    pub(super) fn of(uid: Uid) -> Self {
+        Self {
+            uid,
+            user: name(format!("{USER_PREFIX}{uid}")),
+            open: name(format!("open-{uid}")),
+            drop: name(format!("drop-{uid}")),
+            guard: name(format!("guard-{uid}")),
+            cgroups: name(format!("cgroups-{uid}")),
+            marks: marks(uid),
+            bypass4: name(format!("bypass4-{uid}")),
+            bypass6: name(format!("bypass6-{uid}")),
+        }
+    }
+
+    pub(super) fn tproxy(&self, proxy: &ProxyName) -> CString {
+        name(format!("tproxy-{}-{proxy}", self.uid))
+    }
+
+    pub(super) fn divert(&self, proxy: &ProxyName) -> CString {
+        name(format!("{DIVERT_PREFIX}{}-{proxy}", self.uid))
+    }
+
+    pub(super) fn deliver(&self, proxy: &ProxyName) -> CString {
+        name(format!("deliver-{}-{proxy}", self.uid))
+    }
+
+    pub(super) fn dns(&self, proxy: &ProxyName) -> CString {
+        name(format!("dns-{}-{proxy}", self.uid))
+    }
+
+    pub(super) fn resolve(&self, proxy: &ProxyName) -> CString {
+        name(format!("resolve-{}-{proxy}", self.uid))
+    }
+
+    /// All chains of a proxy.
+    pub(super) fn of_proxy(&self, proxy: &ProxyName) -> [CString; 5] {
+        [
+            self.tproxy(proxy),
+            self.divert(proxy),
+            self.deliver(proxy),
+            self.dns(proxy),
+            self.resolve(proxy),
+        ]
+    }
+}
+
+/// The name of a user's map of marks.
+pub(super) fn marks(uid: Uid) -> CString {
+    name(format!("marks-{uid}"))
+}

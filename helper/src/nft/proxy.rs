@@ -1,0 +1,186 @@
+//! The chains of one proxy: which packets are diverted to it, how they are delivered, and where its DNS
+//! queries go.
+
+use std::ffi::CStr;
+use std::net::IpAddr;
+
+use cgtproxy_proto::name::ProxyName;
+
+use super::ffi::KeyType;
+use super::names::Names;
+use super::plan::{DnsHijack, Proxy};
+use super::rule::{Family, Protocol};
+use super::ruleset::{DELIVER, GUARD, RESOLVE};
+use super::transaction::Transaction;
+use crate::mark::Mark;
+
+/// The port of DNS (RFC 1035, 4.2).
+const DNS_PORT: u16 = 53;
+
+impl Transaction<'_> {
+    pub(super) fn create_proxy(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
+        for chain in names.of_proxy(name) {
+            self.add_chain(&chain);
+        }
+        self.proxy_rules(names, name, proxy);
+        self.proxy_elements(names, name, proxy.mark);
+    }
+
+    /// Another port, other exceptions, another DNS server: the mark stays.
+    pub(super) fn change_proxy(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
+        self.flush_proxy(names, name);
+        self.proxy_rules(names, name, proxy);
+    }
+
+    pub(super) fn flush_proxy(&mut self, names: &Names, name: &ProxyName) {
+        for chain in names.of_proxy(name) {
+            self.flush_chain(&chain);
+        }
+    }
+
+    pub(super) fn delete_proxy_chains(&mut self, names: &Names, name: &ProxyName) {
+        for chain in names.of_proxy(name) {
+            self.delete_chain(&chain);
+        }
+    }
+
+    /// The elements that lead from a proxy's mark to its chains.
+    pub(super) fn proxy_elements(&mut self, names: &Names, name: &ProxyName, mark: Mark) {
+        let key = mark.value().to_ne_bytes();
+        self.map_to_chain(&names.marks, KeyType::Mark, &key, &names.divert(name));
+        self.map_to_chain(DELIVER, KeyType::Mark, &key, &names.deliver(name));
+        self.map_to_chain(GUARD, KeyType::Mark, &key, &names.guard);
+        let dns = self.marks.dns_value(mark).to_ne_bytes();
+        self.map_to_chain(RESOLVE, KeyType::Mark, &dns, &names.resolve(name));
+    }
+
+    pub(super) fn delete_proxy_elements(&mut self, names: &Names, mark: Mark) {
+        for map in [names.marks.as_c_str(), DELIVER, GUARD] {
+            self.delete_element(map, KeyType::Mark, &mark.value().to_ne_bytes());
+        }
+        let dns = self.marks.dns_value(mark).to_ne_bytes();
+        self.delete_element(RESOLVE, KeyType::Mark, &dns);
+    }
+
+    /// The rules of a proxy's chains, which are empty.
+    pub(super) fn proxy_rules(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
+        self.tproxy_rules(names, name, proxy);
+        self.divert_rules(&names.divert(name), proxy.mark);
+        self.deliver_rules(&names.deliver(name), proxy.port.get());
+        if let Some(hijack) = &proxy.dns_hijack {
+            self.dns_rules(&names.dns(name), proxy.mark, hijack);
+            self.resolve_rules(&names.resolve(name), hijack);
+        }
+    }
+
+    /// Whether a connection is diverted is decided at its first packet.
+    fn tproxy_rules(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
+        let chain = names.tproxy(name);
+        let (divert, dns) = (names.divert(name), names.dns(name));
+        // ct status confirmed goto open-UID
+        self.add_rules(&chain, [&|rule| rule.ct_confirmed().goto(&names.open)]);
+        if let Some(hijack) = &proxy.dns_hijack {
+            for family in hijack.addresses.iter().map(family_of) {
+                let protocols = [(Protocol::Udp, true), (Protocol::Tcp, hijack.tcp)];
+                for (protocol, _) in protocols.into_iter().filter(|(_, wanted)| *wanted) {
+                    // meta nfproto FAMILY PROTOCOL dport 53 goto dns-UID-NAME
+                    self.add_rules(
+                        &chain,
+                        [&|rule| rule.nfproto(family).dport(protocol, DNS_PORT).goto(&dns)],
+                    );
+                }
+            }
+        }
+        if proxy.no_ipv6 {
+            // meta nfproto ipv6 return
+            self.add_rules(&chain, [&|rule| rule.nfproto(Family::Ipv6).leave()]);
+        }
+        if proxy.no_udp {
+            // meta l4proto udp return
+            self.add_rules(&chain, [&|rule| rule.l4proto(Protocol::Udp).leave()]);
+        }
+        self.add_rules(
+            &chain,
+            [
+                // The machine itself, broadcast and multicast.
+                // fib daddr type != unicast return
+                &|rule| rule.daddr_not_unicast().leave(),
+                // No proxy could reach it: the address says nothing without an interface.
+                // ip6 daddr fe80::/10 return
+                &|rule| rule.daddr_link_local().leave(),
+                // ip daddr @bypass4-UID return
+                &|rule| rule.daddr_in(Family::Ipv4, &names.bypass4).leave(),
+                // ip6 daddr @bypass6-UID return
+                &|rule| rule.daddr_in(Family::Ipv6, &names.bypass6).leave(),
+                // meta l4proto tcp goto divert-UID-NAME
+                &|rule| rule.l4proto(Protocol::Tcp).goto(&divert),
+                // meta l4proto udp goto divert-UID-NAME
+                &|rule| rule.l4proto(Protocol::Udp).goto(&divert),
+            ],
+        );
+    }
+
+    fn divert_rules(&mut self, chain: &CStr, mark: Mark) {
+        let (mask, value) = (self.marks.mask(), mark.value());
+        self.add_rules(
+            chain,
+            [
+                // ct mark set ct mark & ~MASK | MARK
+                &|rule| rule.ct_mark_set(mask, value),
+                // meta mark set meta mark & ~MASK | MARK
+                &|rule| rule.meta_mark_set(mask, value),
+            ],
+        );
+    }
+
+    /// Without a listener the packet goes on to the input chain, which refuses it.
+    fn deliver_rules(&mut self, chain: &CStr, port: u16) {
+        self.add_rules(
+            chain,
+            [
+                // meta l4proto tcp tproxy to :PORT accept
+                &|rule| rule.l4proto(Protocol::Tcp).tproxy_accept(port),
+                // meta l4proto udp tproxy to :PORT accept
+                &|rule| rule.l4proto(Protocol::Udp).tproxy_accept(port),
+            ],
+        );
+    }
+
+    /// The first packet of a DNS query: it is marked for translation, unless it goes to the
+    /// hijacker itself.
+    fn dns_rules(&mut self, chain: &CStr, mark: Mark, hijack: &DnsHijack) {
+        for address in &hijack.addresses {
+            if hijack.port.get() == DNS_PORT {
+                // ip daddr ADDRESS return, ip6 daddr ADDRESS return
+                self.add_rules(chain, [&|rule| rule.daddr(*address).leave()]);
+            }
+            // A query to a stub on the loopback interface has a loopback source address, with which
+            // nothing can leave the machine (__mkroute_output, net/ipv4/route.c).
+            if !hijack.loopback || !address.is_loopback() {
+                // ip daddr 127.0.0.0/8 return, ip6 daddr ::1 return
+                self.add_rules(
+                    chain,
+                    [&|rule| rule.daddr_loopback(family_of(address)).leave()],
+                );
+            }
+        }
+        let (mask, value) = (self.marks.mask(), self.marks.dns_value(mark));
+        // ct mark set ct mark & ~MASK | DNS-MARK
+        self.add_rules(chain, [&|rule| rule.ct_mark_set(mask, value)]);
+    }
+
+    fn resolve_rules(&mut self, chain: &CStr, hijack: &DnsHijack) {
+        for address in &hijack.addresses {
+            // dnat ip to ADDRESS:PORT, dnat ip6 to [ADDRESS]:PORT
+            self.add_rules(chain, [&|rule| rule.dnat(*address, hijack.port.get())]);
+        }
+    }
+}
+
+fn family_of(address: &IpAddr) -> Family {
+    if address.is_ipv4() {
+        Family::Ipv4
+    } else {
+        Family::Ipv6
+    }
+}

@@ -1,0 +1,133 @@
+//! A transaction in the making: what nft's commands are called, one method each.
+
+use std::ffi::CStr;
+
+use nftnl::{
+    Batch, Chain, ChainType, FinalizedBatch, Hook, MsgType, Policy, Priority, Rule, Table,
+};
+
+use super::ffi::{Content, Element, FlaggedTable, FlushSet, KeyType, Set};
+use super::rule::RuleBuilder;
+use crate::mark::MarkRange;
+
+/// A batch in the making, in the order in which the kernel will carry it out.
+pub(super) struct Transaction<'a> {
+    batch: Batch,
+    table: &'a Table,
+    pub(super) marks: MarkRange,
+    next_set_id: u32,
+}
+
+impl<'a> Transaction<'a> {
+    pub(super) fn new(table: &'a Table, marks: MarkRange) -> Self {
+        Self {
+            batch: Batch::new(),
+            table,
+            marks,
+            next_set_id: 1,
+        }
+    }
+
+    pub(super) fn finish(self) -> FinalizedBatch {
+        self.batch.finalize()
+    }
+
+    /// `add table inet cgtproxy { flags … }`
+    pub(super) fn add_table(&mut self, flags: u32) {
+        self.batch.add(
+            &FlaggedTable {
+                table: self.table,
+                flags,
+            },
+            MsgType::Add,
+        );
+    }
+
+    /// `delete table inet cgtproxy`
+    pub(super) fn delete_table(&mut self) {
+        self.batch.add(self.table, MsgType::Del);
+    }
+
+    pub(super) fn add_chain(&mut self, chain: &CStr) {
+        self.batch.add(&Chain::new(chain, self.table), MsgType::Add);
+    }
+
+    pub(super) fn delete_chain(&mut self, chain: &CStr) {
+        self.batch.add(&Chain::new(chain, self.table), MsgType::Del);
+    }
+
+    /// A deletion that names no rule deletes all of a chain.
+    pub(super) fn flush_chain(&mut self, chain: &CStr) {
+        let chain = Chain::new(chain, self.table);
+        self.batch.add(&Rule::new(&chain), MsgType::Del);
+    }
+
+    /// A base chain, which may be there already, without rules.
+    pub(super) fn add_base_chain(
+        &mut self,
+        name: &CStr,
+        kind: ChainType,
+        hook: Hook,
+        priority: Priority,
+    ) {
+        let mut base = Chain::new(name, self.table);
+        base.set_type(kind);
+        base.set_hook(hook, priority);
+        base.set_policy(Policy::Accept);
+        self.batch.add(&base, MsgType::Add);
+        self.flush_chain(name);
+    }
+
+    /// Adds rules to the end of a chain.
+    pub(super) fn add_rules<const N: usize>(
+        &mut self,
+        chain: &CStr,
+        rules: [&dyn Fn(RuleBuilder<'_>) -> RuleBuilder<'_>; N],
+    ) {
+        let chain = Chain::new(chain, self.table);
+        for rule in rules {
+            self.batch
+                .add(&rule(RuleBuilder::new(&chain)).finish(), MsgType::Add);
+        }
+    }
+
+    pub(super) fn set(&mut self, name: &CStr, key: KeyType, content: Content) -> Set<'a> {
+        let id = self.next_set_id;
+        self.next_set_id += 1;
+        Set::new(self.table, name, id, key, content)
+    }
+
+    pub(super) fn add_set(&mut self, name: &CStr, key: KeyType, content: Content) {
+        let set = self.set(name, key, content);
+        self.batch.add(&set, MsgType::Add);
+    }
+
+    pub(super) fn delete_set(&mut self, name: &CStr) {
+        let set = self.set(name, KeyType::Mark, Content::Keys);
+        self.batch.add(&set, MsgType::Del);
+    }
+
+    pub(super) fn flush_set(&mut self, name: &CStr) {
+        let set = self.set(name, KeyType::Mark, Content::Keys);
+        self.batch.add(&FlushSet(&set), MsgType::Add);
+    }
+
+    pub(super) fn write_elements(&mut self, set: &Set<'_>, message: MsgType) {
+        let mut messages = set.elements();
+        while let Some(elements) = messages.next() {
+            self.batch.add(&elements, message);
+        }
+    }
+
+    pub(super) fn delete_element(&mut self, set: &CStr, key: KeyType, value: &[u8]) {
+        let mut set = self.set(set, key, Content::Keys);
+        set.push(value, Element::Key);
+        self.write_elements(&set, MsgType::Del);
+    }
+
+    pub(super) fn map_to_chain(&mut self, map: &CStr, key: KeyType, value: &[u8], chain: &CStr) {
+        let mut map = self.set(map, key, Content::Verdicts);
+        map.push(value, Element::Goto(chain));
+        self.write_elements(&map, MsgType::Add);
+    }
+}

@@ -1,0 +1,148 @@
+//! DNS queries go where the proxy's `dns-hijack` says, by UDP and TCP, over IPv4 and IPv6.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use cgtproxy_tests::sandbox::{
+    App, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, Service, direct, local, proxied, sandbox,
+};
+use cgtproxy_tests::session::{Session, to_proxy};
+use cgtproxy_tests::wire::Transport::{Tcp, Udp};
+use serde_json::{Value, json};
+
+const APP: &str = "app.slice/app-a.scope";
+const LOCALHOST: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::LOCALHOST),
+    IpAddr::V6(Ipv6Addr::LOCALHOST),
+];
+
+fn at(address: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(address, port)
+}
+
+/// A policy whose proxy `mihomo` hijacks DNS like this, for one app.
+fn hijacking(sb: &Sandbox, hijack: &Value, bypass: &Value) -> (Service, Session, App) {
+    let helper = sb.helper().start();
+    let user = sb.user(1001);
+    let app = user.cgroup(APP).app();
+    let mut session = Session::of(&user);
+    session.replace(
+        json!([{ "name": "mihomo", "port": 7890, "dnsHijack": hijack }]),
+        bypass.clone(),
+        json!([to_proxy(APP, "mihomo")]),
+    );
+    (helper, session, app)
+}
+
+#[test]
+fn a_local_server_answers_for_every_other() {
+    sandbox(|sb| {
+        let dns = sb.service("dns").port(5353).start();
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let hijack = json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 5353, "tcp": true });
+        // Whatever the bypass list says (fault D3 of the original), and `no-udp` too.
+        for bypass in [
+            json!([]),
+            json!(["0.0.0.0/0", "::/0"]),
+            json!(["127.0.0.0/8", "::1"]),
+        ] {
+            let (mut helper, mut session, app) = hijacking(sb, &hijack, &bypass);
+            let [v4, v6] = sb.destinations();
+            // A foreign server, one of the LAN's, this machine itself, and the stubs of
+            // systemd-resolved.
+            for server in [
+                v4.ip(),
+                v6.ip(),
+                "192.0.2.53".parse().expect("an address"),
+                "2001:db8::53".parse().expect("an address"),
+                MACHINE_V4,
+                MACHINE_V6,
+                "127.0.0.53".parse().expect("an address"),
+                "127.0.0.54".parse().expect("an address"),
+                LOCALHOST[0],
+                LOCALHOST[1],
+            ] {
+                let answered = local("dns", at(LOCALHOST[usize::from(server.is_ipv6())], 5353));
+                assert_eq!(app.udp(at(server, 53)), answered, "{server} {bypass}");
+                assert_eq!(app.tcp(at(server, 53)), answered, "{server} {bypass}");
+            }
+            for to in [v4, v6] {
+                sb.assert_nothing_left_for(to.ip());
+            }
+            // The server itself can be asked.
+            for server in LOCALHOST {
+                assert_eq!(app.udp(at(server, 5353)), local("dns", at(server, 5353)));
+            }
+            session.call("RemovePolicy", json!({}));
+            helper.stop();
+        }
+        drop(dns);
+    });
+}
+
+#[test]
+fn a_remote_server_is_reached() {
+    sandbox(|sb| {
+        let [v4, v6] = sb.destinations();
+        let hijack = json!({ "ipv4": v4.ip(), "ipv6": v6.ip(), "port": 53 });
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let (_helper, _session, app) = hijacking(sb, &hijack, &json!([]));
+        for (to, server) in sb.destinations().into_iter().zip([v4, v6]) {
+            assert!(sb.deliveries(server.ip()).is_empty());
+            assert_eq!(
+                app.udp(at(to.ip(), 53)),
+                Outcome::Redirected {
+                    to: at(server.ip(), 53)
+                }
+            );
+            sb.assert_nothing_left_for(to.ip());
+            assert!(!sb.deliveries(server.ip()).is_empty());
+            // It does not loop.
+            assert_eq!(app.udp(at(server.ip(), 53)), direct(server));
+            // DNS over TCP is not asked for: a packet as others.
+            assert_eq!(app.tcp(at(to.ip(), 53)), proxied("mihomo", at(to.ip(), 53)));
+        }
+        // A stub's queries come from 127.0.0.1, with which nothing can leave.
+        let stub = sb
+            .service("stub")
+            .at("127.0.0.53:53".parse().expect("an address"))
+            .start();
+        let server = "127.0.0.53:53".parse().expect("an address");
+        assert_eq!(app.udp(server), local("stub", server));
+        drop(stub);
+    });
+}
+
+#[test]
+fn what_is_not_asked_for_is_left_alone() {
+    sandbox(|sb| {
+        let _dns = sb.service("dns").port(5353).start();
+        let _stub = sb
+            .service("stub")
+            .at("127.0.0.53:53".parse().expect("an address"))
+            .start();
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let hijack = json!({ "ipv4": "127.0.0.1", "port": 5353, "loopback": false });
+        let (_helper, mut session, app) = hijacking(sb, &hijack, &json!([]));
+        let [v4, v6] = sb.destinations().map(|to| at(to.ip(), 53));
+        let server = "127.0.0.53:53".parse().expect("an address");
+        assert_eq!(app.udp(server), local("stub", server), "loopback: false");
+        assert_eq!(app.udp(v4), local("dns", at(LOCALHOST[0], 5353)));
+        assert_eq!(app.udp(v6), proxied("mihomo", v6), "no server for IPv6");
+        assert_eq!(app.tcp(v4), proxied("mihomo", v4), "no TCP");
+        // An open flow stays with its server when the hijack ends.
+        let flow = app.open_udp(v4);
+        assert_eq!(flow.ask(), local("dns", at(LOCALHOST[0], 5353)));
+        session.replace(
+            json!([{ "name": "mihomo", "port": 7890 }]),
+            json!([]),
+            json!([to_proxy(APP, "mihomo")]),
+        );
+        assert_eq!(flow.ask(), local("dns", at(LOCALHOST[0], 5353)));
+        for transport in [Udp, Tcp] {
+            let to = at(sb.fresh_v4(), 53);
+            assert_eq!(app.ask(transport, to), proxied("mihomo", to));
+        }
+    });
+}
