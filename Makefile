@@ -23,13 +23,13 @@ BUILDDIR ?= $(or $(CARGO_TARGET_DIR),target)/release
 
 # The test beds make namespaces and control groups, for which they have to be root.
 SUDO ?= $(if $(filter-out 0,$(shell id -u)),sudo)
-AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = ["$(SUDO)", "-E"]')
+AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "$(SUDO) -E"')
 
 .DEFAULT_GOAL := build
 .PHONY: build test demo dependencies install uninstall clean
 
 build:
-	$(CARGO) build --release --locked
+	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent
 
 dependencies:
 	.ci/dependencies
@@ -39,7 +39,8 @@ test: dependencies
 	$(CARGO) build --workspace --locked
 	$(CARGO) $(AS_ROOT) test --workspace --locked
 
-demo: dependencies build
+demo: dependencies
+	$(CARGO) build --workspace --release --locked
 	$(SUDO) $(BUILDDIR)/cgtproxy-demo
 
 # The files name the directories of a distribution's package.
