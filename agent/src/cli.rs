@@ -46,7 +46,6 @@ pub enum Command {
     ///
     /// Prints all findings with their places in the file. The exit status is 1 if there are errors,
     /// and 0 if there are none or only warnings.
-    #[command(visible_alias = "check-config")]
     Check {
         /// The file; by default the one that the agent reads
         file: Option<PathBuf>,

@@ -46,6 +46,8 @@ pub fn init() {
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(io::stderr)
+        // It would panic where standard error is closed.
+        .log_internal_errors(false)
         .event_format(Lines(style))
         .finish();
     // It fails only if there is one already, which is as good.

@@ -59,7 +59,7 @@ impl Loader {
         Ok((loader, Source { config, file }))
     }
 
-    /// Loads the file again and puts it into force. Returns whether there was anything to load.
+    /// Loads the file again and puts it into force, if it has changed or `always`.
     fn reload(&mut self, agent: &Agent, always: bool) {
         let path = &self.file.path;
         let bytes = match config::read_file(path) {
@@ -69,7 +69,9 @@ impl Loader {
             Err(error) => {
                 // To go direct because an editor took the file away for a moment would be a leak.
                 self.last = None;
-                return refuse(agent, &chain(&error));
+                let why = chain(&error);
+                tracing::error!("{why}");
+                return refuse(agent, why);
             }
         };
         let loaded = config::parse(path, &bytes);
@@ -86,9 +88,13 @@ impl Loader {
             }
             Err(LoadError::Invalid(findings)) => {
                 log(&findings);
-                refuse(agent, &findings.errors_in_one_line());
+                refuse(agent, findings.errors_in_one_line());
             }
-            Err(error) => refuse(agent, &chain(&error)),
+            Err(error) => {
+                let why = chain(&error);
+                tracing::error!("{why}");
+                refuse(agent, why);
+            }
         }
     }
 }
@@ -103,9 +109,10 @@ pub fn log(findings: &Findings) {
     }
 }
 
-fn refuse(agent: &Agent, why: &str) {
-    tracing::error!("the old configuration stays in force: {why}");
-    agent.state_mut().config_error = Some(why.to_owned());
+/// Keeps the old configuration for a reason that has been logged.
+fn refuse(agent: &Agent, why: String) {
+    tracing::error!("the old configuration stays in force");
+    agent.state_mut().config_error = Some(why);
     agent.tell();
 }
 

@@ -119,8 +119,9 @@ impl State {
 
     /// The next call to the helper.
     pub fn next_call(&mut self) -> Option<Call> {
-        // Without a control group there is nothing to hold a policy for.
-        if !self.has_root() && self.ledger.is_replacing() {
+        // Without a control group there is nothing to hold a policy for; when it comes back everything
+        // is said anew.
+        if !self.has_root() {
             return None;
         }
         self.ledger.next(&self.tree)

@@ -254,6 +254,7 @@ impl Watcher {
     }
 
     fn hint(&mut self, event: &Event, observer: &mut dyn Observer) {
+        tracing::trace!("inotify: {event:?}");
         if event.mask.contains(EventMask::Q_OVERFLOW) {
             tracing::info!("more happened at once than inotify could tell: looking at everything");
             self.scan(observer);
@@ -334,6 +335,7 @@ impl Watcher {
 
     /// Watches a control group and reports it, or that it is gone.
     fn enter(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) -> Option<Shared> {
+        tracing::trace!("looking at {path:?}");
         let directory = self.subtree.directory(path);
         let watch = match self.watches.add(&directory, mask()) {
             Ok(watch) => {

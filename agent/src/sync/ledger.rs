@@ -111,12 +111,6 @@ impl Ledger {
         !self.replace && self.dirty.is_empty() && self.flight.is_none()
     }
 
-    /// Whether a replacement is outstanding.
-    #[must_use]
-    pub fn is_replacing(&self) -> bool {
-        self.replace || self.flight.as_ref().is_some_and(|f| f.replace)
-    }
-
     /// The next call, if there is something to say and no call is under way.
     pub fn next(&mut self, tree: &Tree) -> Option<Call> {
         if self.flight.is_some() {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::helper::{
-    Assignment, Proxy, RemovePolicy_Args, RemovePolicy_Reply, ReplacePolicy_Args,
+    Assignment, DnsHijack, Proxy, RemovePolicy_Args, RemovePolicy_Reply, ReplacePolicy_Args,
     ReplacePolicy_Reply, SkipReason, Skipped, UpdateAssignments_Args, UpdateAssignments_Reply,
     Verdict,
 };
@@ -177,6 +177,7 @@ impl Session<'_> {
                     }
                 }
             };
+            tracing::trace!("telling the helper: {call:?}");
             let answer = tokio::select! {
                 answer = send(&mut self.client, &call, &source.config) => answer,
                 // The connection is of no use in the middle of a call. The helper ends the session
@@ -285,6 +286,9 @@ impl Session<'_> {
             (state.is_settled(), state.has_root())
         };
         if settled {
+            if self.agent.state().reloading {
+                self.agent.state_mut().announced = false;
+            }
             announce(self.agent);
         } else if !has_root {
             let mut state = self.agent.state_mut();
@@ -406,6 +410,13 @@ fn proxy(proxy: &crate::config::Proxy) -> Proxy {
         port: proxy.port.get().into(),
         noUdp: Some(proxy.no_udp),
         noIpv6: Some(proxy.no_ipv6),
+        dnsHijack: proxy.dns_hijack.as_ref().map(|hijack| DnsHijack {
+            ipv4: hijack.ipv4.map(|address| address.to_string()),
+            ipv6: hijack.ipv6.map(|address| address.to_string()),
+            port: hijack.port.get().into(),
+            tcp: Some(hijack.tcp),
+            loopback: Some(hijack.loopback),
+        }),
     }
 }
 

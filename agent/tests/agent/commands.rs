@@ -1,0 +1,159 @@
+//! The other commands of the agent.
+
+use std::io::Read;
+use std::process::Stdio;
+
+use serde_json::Value;
+
+use crate::CONFIG;
+use crate::world::{World, agent_command, output};
+
+#[test]
+fn check_tells_by_its_exit_status() {
+    let world = World::new(CONFIG);
+    let file = world.config.display();
+    let check = |text: &str| {
+        std::fs::write(&world.config, text).unwrap();
+        let mut command = world.command();
+        command.arg("check");
+        output(command)
+    };
+    assert_eq!(
+        check(CONFIG),
+        (Some(0), format!("{file}: no errors\n"), String::new())
+    );
+    assert_eq!(
+        check("version: 1\nroute-table: 5\n"),
+        (
+            Some(0),
+            format!(
+                "{file}:2:14: warning: 'route-table' is ignored\n    help: the helper sees to it now; \
+                 the line can go\n{file}: 1 warning\n"
+            ),
+            String::new()
+        )
+    );
+    let (code, out, _) = check("version: 1\nrules:\n- match: a(b\n  tproxy: x\n");
+    assert_eq!(code, Some(1));
+    assert_eq!(
+        out,
+        format!(
+            "{file}:3:11: error: bad regular expression: unclosed group\n    a(b\n     ^\n\
+             {file}:4:11: error: there is no tproxy 'x'\n    help: there are none under 'tproxies'\n\
+             {file}: 2 errors\n"
+        )
+    );
+    let mut command = agent_command();
+    command.args(["check", "/nonexistent"]);
+    assert_eq!(output(command).0, Some(1));
+}
+
+#[test]
+fn status_and_explain_show_what_is_in_force() {
+    let mut world = World::new(CONFIG);
+    world.make(&["app.slice", "app.slice/a.scope"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.notified("READY=1");
+    let run = |arguments: &[&str]| {
+        let mut command = world.command();
+        command
+            .arg("--cgroup-root")
+            .arg(&world.cgroups)
+            .args(arguments);
+        output(command)
+    };
+    let (code, out, _) = run(&["status"]);
+    assert_eq!(code, Some(0));
+    assert!(out.contains("Helper:         connected\n"), "{out}");
+    assert!(
+        out.contains(&format!(
+            "p       rule 3              yes       {}/app.slice\n",
+            world.prefix
+        )),
+        "{out}"
+    );
+    let (_, out, _) = run(&["status", "--json"]);
+    let status: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(status["controlGroups"][2]["target"], "p");
+
+    let scope = format!("{}/app.slice/a.scope", world.prefix);
+    let on_disk = world.subtree.join("app.slice/a.scope");
+    let meant = format!(
+        "{scope}\n  goes through 'p'\n  No rule matches it; it inherits from {}/app.slice, which rule 3 \
+         matches.\n  The kernel holds this verdict.\n",
+        world.prefix
+    );
+    for name in [
+        "a.scope",
+        "app.slice/a.scope",
+        &scope,
+        on_disk.to_str().unwrap(),
+    ] {
+        assert_eq!(
+            run(&["explain", name]),
+            (Some(0), meant.clone(), String::new()),
+            "{name}"
+        );
+    }
+    let (_, out, _) = run(&["explain", "--json", "a.scope"]);
+    let explained: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(explained["agentRunning"], true);
+    assert_eq!(explained["controlGroup"]["rule"], 3);
+    for (name, said) in [
+        (
+            "nothing.scope",
+            "there is no control group or unit 'nothing.scope'",
+        ),
+        ("/user.slice", "your agent does not decide about it"),
+        ("4194999", "there is no process"),
+    ] {
+        let (code, _, err) = run(&["explain", name]);
+        assert_eq!(code, Some(1));
+        assert!(err.contains(said), "{err}");
+    }
+
+    agent.stop();
+    for name in ["a.scope", "app.slice/a.scope", &scope] {
+        let (_, out, _) = run(&["explain", name]);
+        let meant = meant.replace(
+            "The kernel holds this verdict.",
+            "cgtproxy-agent is not running: nothing of this is in force.",
+        );
+        assert_eq!(out, meant, "{name}");
+    }
+    let (code, _, err) = run(&["status"]);
+    assert_eq!(code, Some(1));
+    assert!(
+        err.contains("cgtproxy-agent is not running; start it with"),
+        "{err}"
+    );
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let mut world = World::new(CONFIG);
+    for n in 0..3000 {
+        world.make(&[&format!("group-with-a-long-name-{n}")]);
+    }
+    world.helper.start();
+    let _agent = world.agent();
+    world.notified("READY=1");
+    let mut command = world.command();
+    command
+        .arg("status")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    out.read_exact(&mut [0; 10]).unwrap();
+    drop(out);
+    let mut said = String::new();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut said)
+        .unwrap();
+    assert_eq!((child.wait().unwrap().code(), said.as_str()), (Some(0), ""));
+}

@@ -1,0 +1,180 @@
+//! Configurations that change.
+
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::CONFIG;
+use crate::fake::fault;
+use crate::world::World;
+
+const OTHER: &str = "version: 1\nrules: [{match: 'one$', drop: all}]\n";
+
+#[test]
+fn a_change_takes_effect_in_one_call() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1", "one", "two"]);
+    world.helper.start();
+    let agent = world.agent();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    let calls = world.helper.books().calls.len();
+    world.write(OTHER);
+    world.helper.wait_for(&[("one", "drop-all")]);
+    assert_eq!(world.helper.books().calls.len(), calls + 1);
+    // Written in place, too.
+    std::fs::write(&world.config, OTHER.replace("one", "two")).unwrap();
+    world.helper.wait_for(&[("two", "drop-all")]);
+    agent.in_force("two");
+    assert_eq!(agent.explain("two").rule, Some(1));
+}
+
+#[test]
+fn a_broken_one_is_refused_and_the_old_one_stays() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.notified("READY=1");
+    world.write("version: 1\nrules:\n  - match: '('\n    drop: true\n");
+    agent.says("config.yaml:3:13: bad regular expression: unclosed group");
+    agent.wait("the error", |s| {
+        s.configError
+            .as_deref()
+            .is_some_and(|e| e.contains("config.yaml:3:13"))
+    });
+    // It stays for what comes later.
+    world.make(&["drop-2"]);
+    world
+        .helper
+        .wait_for(&[("drop-1", "drop"), ("drop-2", "drop")]);
+    world.write(OTHER);
+    world.make(&["one"]);
+    world.helper.wait_for(&[("one", "drop-all")]);
+    assert_eq!(agent.status().configError, None);
+    // A file that vanishes takes nothing out of force.
+    std::fs::remove_file(&world.config).unwrap();
+    agent.says("there is no file");
+    agent.in_force("one");
+    world.write(CONFIG);
+    world
+        .helper
+        .wait_for(&[("drop-1", "drop"), ("drop-2", "drop")]);
+}
+
+#[test]
+fn one_that_the_helper_refuses_is_taken_back() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1", "one"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    let refusal = fault("TooManyProxies", json!({ "limit": 3 }));
+    world.helper.books().faults.push_back(refusal);
+    world.write(OTHER);
+    agent.says("no more than 3 tproxies per user; the old configuration stays");
+    world.make(&["drop-2"]);
+    world
+        .helper
+        .wait_for(&[("drop-1", "drop"), ("drop-2", "drop")]);
+    let status = agent.wait("all in force", |s| {
+        s.controlGroups.iter().all(|g| g.inForce)
+    });
+    assert!(
+        status
+            .configError
+            .unwrap()
+            .contains("no more than 3 tproxies")
+    );
+    assert!(status.connected && status.controlGroups.iter().all(|g| g.inForce));
+    // Told to try again, it does.
+    agent.signal(Signal::HUP);
+    world.helper.wait_for(&[("one", "drop-all")]);
+    assert_eq!(agent.status().configError, None);
+}
+
+#[test]
+fn a_signal_reloads_and_the_service_manager_hears_of_it() {
+    let mut world = World::new(CONFIG);
+    world.helper.start();
+    let agent = world.agent();
+    world.notified("READY=1");
+    agent.signal(Signal::HUP);
+    world.notified("RELOADING=1");
+    world.notified("READY=1");
+    assert_eq!(
+        world.helper.books().calls,
+        ["ReplacePolicy", "ReplacePolicy"]
+    );
+    // With a broken file and without a helper the reload ends as well.
+    world.write("version: 3");
+    agent.signal(Signal::HUP);
+    world.notified("RELOADING=1");
+    world.notified("READY=1");
+    world.helper.stop();
+    agent.wait("the loss", |s| !s.connected);
+    agent.signal(Signal::HUP);
+    world.notified("RELOADING=1");
+    world.notified("READY=1");
+}
+
+#[test]
+fn without_a_file_all_goes_direct_until_there_is_one() {
+    let mut world = World::new("");
+    world.make(&[
+        "drop-1",
+        "cgtproxy.slice",
+        "cgtproxy.slice/cgtproxy-drop.slice",
+    ]);
+    world.helper.start();
+    let mut agent = world.agent();
+    agent.says("everything goes direct");
+    world
+        .helper
+        .wait_for(&[("cgtproxy.slice/cgtproxy-drop.slice", "drop")]);
+    assert_eq!(agent.status().config, None);
+    world.write(CONFIG);
+    world.helper.wait_for(&[
+        ("drop-1", "drop"),
+        ("cgtproxy.slice/cgtproxy-drop.slice", "drop"),
+    ]);
+    assert_eq!(agent.status().config.as_deref(), world.config.to_str());
+    assert_eq!(agent.count("everything goes direct"), 1);
+}
+
+#[test]
+fn a_file_that_is_a_link_is_followed() {
+    let mut world = World::new("");
+    world.make(&["drop-1", "one"]);
+    let real = world.path().join("dotfiles");
+    std::fs::create_dir_all(&real).unwrap();
+    std::fs::write(real.join("a.yaml"), CONFIG).unwrap();
+    std::fs::create_dir_all(world.config.parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink(real.join("a.yaml"), &world.config).unwrap();
+    world.helper.start();
+    let _agent = world.agent();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    std::fs::write(real.join("a.yaml"), OTHER).unwrap();
+    world.helper.wait_for(&[("one", "drop-all")]);
+    std::fs::write(real.join("b.yaml"), CONFIG).unwrap();
+    std::fs::remove_file(&world.config).unwrap();
+    std::os::unix::fs::symlink(real.join("b.yaml"), &world.config).unwrap();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+}
+
+#[test]
+fn a_file_that_the_user_names_must_be_there_and_right() {
+    let world = World::new("");
+    let mut command = world.command();
+    command.args(["--config", "/nonexistent/c.yaml"]);
+    let (code, _, said) = crate::world::output(command);
+    assert_eq!(
+        (code, said.as_str()),
+        (Some(1), "<3>there is no file /nonexistent/c.yaml\n")
+    );
+    let world = World::new("version: 1\nrule: []\n");
+    let (code, _, said) = crate::world::output(world.command());
+    assert_eq!(code, Some(1));
+    assert!(
+        said.contains("config.yaml:2:1: unknown key 'rule'"),
+        "{said}"
+    );
+}
