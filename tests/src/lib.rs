@@ -9,6 +9,7 @@
     reason = "whatever goes wrong in a test bed is a failed test, and a panic is how one says so"
 )]
 
+pub mod agent;
 mod command;
 mod host_cgroup;
 pub mod sandbox;

@@ -7,6 +7,8 @@ use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+
 use super::app::App;
 use super::launch::Launch;
 use super::world::World;
@@ -32,9 +34,16 @@ impl Cgroup {
     pub(crate) fn create(world: &Arc<World>, path: &Path, uid: u32) -> Self {
         let mut directory = PathBuf::from(ROOT);
         for component in path.components() {
+            let parent = fs::metadata(&directory).expect("it was there a moment ago");
             directory.push(component);
-            match fs::create_dir(&directory) {
-                Ok(()) if uid != 0 => delegate(&directory, uid),
+            // In what is the user's own, the user makes it, so that it never belongs to root.
+            let result = if uid != 0 && parent.uid() == uid {
+                create_dir_as(uid, &directory)
+            } else {
+                fs::create_dir(&directory)
+            };
+            match result {
+                Ok(()) if uid != parent.uid() => delegate(&directory, uid),
                 Ok(()) => {}
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
                 Err(e) => panic!("cannot make the cgroup {}: {e}", directory.display()),
@@ -99,6 +108,15 @@ impl Cgroup {
             },
         );
     }
+}
+
+/// Makes a directory as somebody else would. This concerns the calling thread only.
+fn create_dir_as(uid: u32, directory: &Path) -> std::io::Result<()> {
+    let (own_gid, own_uid) = (setfsgid(Gid::from_raw(uid)), setfsuid(Uid::from_raw(uid)));
+    let result = fs::create_dir(directory);
+    setfsuid(own_uid);
+    setfsgid(own_gid);
+    result
 }
 
 /// Hands a cgroup over, as systemd does.

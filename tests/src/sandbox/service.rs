@@ -7,6 +7,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -112,6 +113,7 @@ pub struct AgentBuilder {
     world: Arc<World>,
     user: User,
     config: Option<String>,
+    in_session: bool,
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
 }
@@ -122,9 +124,16 @@ impl AgentBuilder {
             world: Arc::clone(world),
             user: user.clone(),
             config: Some(config.to_owned()),
+            in_session: false,
             arguments: Vec::new(),
             environment: Vec::new(),
         }
+    }
+
+    /// In a login session of the user's, not in the user's own subtree.
+    pub fn in_session(mut self) -> Self {
+        self.in_session = true;
+        self
     }
 
     /// Without a config file, and without being told of one.
@@ -160,7 +169,11 @@ impl AgentBuilder {
     /// Starts it without waiting for it to be ready.
     pub fn spawn(self) -> Service {
         let uid = self.user.uid();
-        let cgroup = self.user.cgroup("app.slice/cgtproxy-agent.service");
+        let cgroup = if self.in_session {
+            self.user.session()
+        } else {
+            self.user.cgroup("app.slice/cgtproxy-agent.service")
+        };
         let mut arguments: Vec<OsString> = vec!["run".into(), "--socket".into(), SOCKET.into()];
         let config = self.config.map(|text| {
             let mut path = self.user.home();
@@ -204,7 +217,9 @@ pub struct Service {
     spec: Spec,
     child: Child,
     log: PathBuf,
-    notify: UnixDatagram,
+    /// Lines to the service manager, as they come.
+    lines: Receiver<String>,
+    /// Those that nobody has waited for yet.
     notifications: Vec<String>,
     notify_path: PathBuf,
 }
@@ -220,7 +235,7 @@ impl Service {
             spec,
             child,
             log,
-            notify,
+            lines: read_lines(notify),
             notifications: Vec::new(),
             notify_path,
         }
@@ -252,7 +267,10 @@ impl Service {
                 self.notifications.drain(..=at);
                 return;
             }
-            self.receive_notification(Duration::from_millis(50));
+            if let Ok(line) = self.lines.recv_timeout(Duration::from_millis(50)) {
+                self.notifications.push(line);
+                continue;
+            }
             let ended = self.child.try_wait().expect("a child can be waited for");
             let problem = match ended {
                 Some(status) => format!("ended ({status})"),
@@ -267,23 +285,32 @@ impl Service {
         }
     }
 
+    /// Whether it has sent that line to the service manager by now.
+    pub fn has_notified(&mut self, line: &str) -> bool {
+        self.receive_notifications();
+        self.notifications.iter().any(|n| n == line)
+    }
+
     /// Forgets what it has told the service manager so far.
     pub fn forget_notifications(&mut self) {
-        while self.receive_notification(Duration::from_millis(1)) {}
+        self.receive_notifications();
         self.notifications.clear();
     }
 
-    fn receive_notification(&mut self, patience: Duration) -> bool {
-        self.notify
-            .set_read_timeout(Some(patience))
-            .expect("not zero");
-        let mut buffer = [0; 4096];
-        let Ok(count) = self.notify.recv(&mut buffer) else {
-            return false;
-        };
-        let text = String::from_utf8_lossy(&buffer[..count]);
-        self.notifications.extend(text.lines().map(str::to_owned));
-        true
+    /// Takes all that it has sent by now: all that was before a line of our own.
+    fn receive_notifications(&mut self) {
+        let end = "X_END_OF_LINES=1";
+        let to_self = UnixDatagram::unbound().expect("a socket");
+        to_self
+            .send_to(end.as_bytes(), &self.notify_path)
+            .expect("somebody reads it");
+        loop {
+            let line = self.lines.recv_timeout(DEADLINE).expect("at least that");
+            if line == end {
+                return;
+            }
+            self.notifications.push(line);
+        }
     }
 
     /// All it has written to stderr and stdout since it was first started.
@@ -379,6 +406,24 @@ impl Drop for Service {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Reads, as a service manager does, whether or not a test is waiting: a full socket would halt the
+/// daemon.
+fn read_lines(notify: UnixDatagram) -> Receiver<String> {
+    let (sender, lines) = channel();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(count) = notify.recv(&mut buffer) {
+            let text = String::from_utf8_lossy(&buffer[..count]);
+            for line in text.lines() {
+                if sender.send(line.to_owned()).is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    lines
 }
 
 fn start(spec: &Spec, log: &Path, notify: &Path) -> Child {

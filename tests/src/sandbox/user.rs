@@ -80,12 +80,38 @@ impl User {
         output
     }
 
+    /// Runs a shell script as the user that must succeed, outside of the user's own subtree, and
+    /// returns its stdout.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[track_caller]
+    pub fn shell(&self, script: &str) -> String {
+        let output = self
+            .launch_in(&self.session())
+            .command("/bin/sh")
+            .args(["-euc", script])
+            .stdin(Stdio::null())
+            .output()
+            .expect("there is a shell");
+        assert!(
+            output.status.success(),
+            "`{script}` failed ({}): {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
     /// A connection to a Varlink service whose peer is this user. The peer's process is in a login
     /// session, so that it does not keep the user's service from being removed.
     pub fn varlink(&self, socket: impl AsRef<Path>) -> Varlink {
+        Varlink::connect(&self.launch_in(&self.session()), socket.as_ref())
+    }
+
+    pub(crate) fn session(&self) -> Cgroup {
         let session = format!("user.slice/user-{}.slice/session-1.scope", self.uid);
-        let session = Cgroup::create(&self.world, Path::new(&session), 0);
-        Varlink::connect(&self.launch_in(&session), socket.as_ref())
+        Cgroup::create(&self.world, Path::new(&session), 0)
     }
 
     pub(crate) fn launch_in(&self, cgroup: &Cgroup) -> Launch {

@@ -14,16 +14,13 @@
 mod report;
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::process::ExitCode;
 
+use cgtproxy_tests::agent::Agent;
 use cgtproxy_tests::sandbox::{
     App, Outcome, Sandbox, Service, User, direct, proxied, run_in_sandbox,
 };
-use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{Tcp, Udp};
-use serde_json::json;
-
 use report::Report;
 
 const ALICE: u32 = 1001;
@@ -230,22 +227,9 @@ fn live_changes(
     for (target, yaml, old, new) in changes {
         let rule = format!("{{match: app-browser, {yaml}}}");
         agent.write_config(&config(bypassed, &format!("\n  - {rule}")));
-        wait_for_verdict(alice, "app-browser", target);
+        let browser = alice.cgroup("app.slice/app-browser.scope");
+        Agent::of(alice).wait_for_verdict(&browser, target);
         step(&rule, old, new);
     }
     println!("\n  A new rule is for new connections. Only drop is for those that are open, too.");
-}
-
-/// Asks the agent, as cgtproxy-exec does, until the kernel has that verdict.
-fn wait_for_verdict(user: &User, name: &str, target: &str) {
-    let socket = format!("/run/user/{}/cgtproxy/agent.sock", user.uid());
-    let mut agent = user.varlink(Path::new(&socket));
-    let cgroup = user.cgroup(format!("app.slice/{name}.scope"));
-    wait_until(&format!("{target} to be in force for {name}"), || {
-        let reply = agent.call(
-            "org.cgtproxy.Agent.AwaitTarget",
-            json!({ "controlGroup": cgroup.path(), "target": target }),
-        );
-        reply.get("error").is_none()
-    });
 }
