@@ -3,7 +3,7 @@
 #![deny(unsafe_code)]
 
 use std::cell::RefCell;
-use std::io::{self, IsTerminal};
+use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -92,7 +92,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// To a terminal with times; to the journal without, since it has its own.
+/// With times, but for the journal, which has its own.
 fn log_to_stderr() {
     let level = std::env::var("CGTPROXY_LOG")
         .ok()
@@ -102,7 +102,7 @@ fn log_to_stderr() {
         .with_writer(io::stderr)
         .with_max_level(level)
         .with_target(false)
-        .with_ansi(io::stderr().is_terminal());
+        .with_ansi(false);
     if std::env::var_os("JOURNAL_STREAM").is_some() {
         log.without_time().with_level(false).init();
     } else {
