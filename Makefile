@@ -26,20 +26,19 @@ SUDO ?= $(if $(filter-out 0,$(shell id -u)),sudo)
 AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "$(SUDO) -E"')
 
 .DEFAULT_GOAL := build
-.PHONY: build test demo dependencies install uninstall clean
+.PHONY: build test demo install uninstall clean
 
 build:
 	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent
 
-dependencies:
-	.ci/dependencies
-
 # Tests run programs of other packages, which cargo builds only when it is told to.
-test: dependencies
+test:
+	.ci/dependencies test
 	$(CARGO) build --workspace --locked
 	$(CARGO) $(AS_ROOT) test --workspace --locked
 
-demo: dependencies
+demo:
+	.ci/dependencies
 	$(CARGO) build --workspace --release --locked
 	$(SUDO) $(BUILDDIR)/cgtproxy-demo
 

@@ -1,0 +1,331 @@
+//! A systemd and an agent that only pretend, in a runtime directory of their own.
+
+use std::ffi::OsStr;
+use std::process::{Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use cgtproxy_proto::agent::{
+    AwaitTarget_Args, AwaitTarget_Reply, DESCRIPTION, GetStatus_Reply, INTERFACE, Target,
+};
+use cgtproxy_proto::message::MessageReader;
+use cgtproxy_proto::service::{Fault, Identity, Service, parameters, reply, serve};
+use futures_core::Stream;
+use serde_json::{Value, json};
+use zbus::message::Type;
+use zbus::{Message, MessageStream, OwnedObjectPath, OwnedVariant};
+
+/// What the program asked for.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Asked {
+    Status,
+    Start { slice: String, pid: u32 },
+    Await { target: String },
+}
+
+/// What the pretenders do.
+#[derive(Clone)]
+pub(crate) struct Behaviour {
+    /// There is an agent.
+    pub(crate) agent: bool,
+    /// It has a helper.
+    pub(crate) connected: bool,
+    /// How systemd's job ends.
+    pub(crate) job: &'static str,
+    /// How `AwaitTarget` ends: a fault, or success.
+    pub(crate) fault: Option<Fault>,
+    /// How often there is no such control group before that.
+    pub(crate) unseen: u32,
+    /// `AwaitTarget` never ends.
+    pub(crate) silent: bool,
+}
+
+impl Default for Behaviour {
+    fn default() -> Self {
+        Self {
+            agent: true,
+            connected: true,
+            job: "done",
+            fault: None,
+            unseen: 0,
+            silent: false,
+        }
+    }
+}
+
+/// A runtime directory with the sockets of an agent and a systemd in it.
+pub(crate) struct Session {
+    pub(crate) directory: tempfile::TempDir,
+    asked: Arc<Mutex<Vec<Asked>>>,
+    /// `AwaitTarget` ends once this says so.
+    pub(crate) release: Option<Sender<()>>,
+    /// Says that `AwaitTarget` was called.
+    pub(crate) awaited: Receiver<()>,
+}
+
+impl Session {
+    pub(crate) fn new(behaviour: Behaviour) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().to_owned();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (release, released) = channel();
+        let (say_awaited, awaited) = channel();
+        let (say_ready, ready) = channel();
+        let pretender = Pretender {
+            behaviour,
+            asked: Arc::clone(&asked),
+            released: Arc::new(Mutex::new(released)),
+            awaited: say_awaited,
+        };
+        thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                std::fs::create_dir(path.join("systemd")).unwrap();
+                std::fs::create_dir(path.join("cgtproxy")).unwrap();
+                let systemd = tokio::net::UnixListener::bind(path.join("systemd/private")).unwrap();
+                let agent = pretender
+                    .behaviour
+                    .agent
+                    .then(|| tokio::net::UnixListener::bind(path.join("cgtproxy/agent.sock")));
+                say_ready.send(()).unwrap();
+                if let Some(agent) = agent {
+                    tokio::spawn(pretender.clone().agent(agent.unwrap()));
+                }
+                pretender.systemd(systemd).await;
+            });
+        });
+        ready.recv().unwrap();
+        Self {
+            directory,
+            asked,
+            release: Some(release),
+            awaited,
+        }
+    }
+
+    /// The program, with the arguments given.
+    pub(crate) fn command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        self.wrapped("env", ["--"], args)
+    }
+
+    /// The program, run by another one.
+    pub(crate) fn wrapped<S: AsRef<OsStr>>(
+        &self,
+        wrapper: &str,
+        wrapper_args: impl IntoIterator<Item = &'static str>,
+        args: impl IntoIterator<Item = S>,
+    ) -> Command {
+        let mut command = Command::new(wrapper);
+        command
+            .args(wrapper_args)
+            .arg(env!("CARGO_BIN_EXE_cgtproxy-exec"))
+            .args(args)
+            .stdin(Stdio::null())
+            .env("XDG_RUNTIME_DIR", self.directory.path())
+            .env("DBUS_SESSION_BUS_ADDRESS", "unix:path=/nonexistent");
+        command
+    }
+
+    /// Runs the program, with nothing that keeps the agent from answering.
+    pub(crate) fn run<S: AsRef<OsStr>>(&mut self, args: impl IntoIterator<Item = S>) -> Output {
+        self.release = None;
+        self.command(args).output().unwrap()
+    }
+
+    pub(crate) fn asked(&self) -> Vec<Asked> {
+        std::mem::take(&mut self.asked.lock().unwrap())
+    }
+}
+
+#[derive(Clone)]
+struct Pretender {
+    behaviour: Behaviour,
+    asked: Arc<Mutex<Vec<Asked>>>,
+    released: Arc<Mutex<Receiver<()>>>,
+    awaited: Sender<()>,
+}
+
+impl Pretender {
+    fn note(&self, asked: Asked) {
+        self.asked.lock().unwrap().push(asked);
+    }
+
+    async fn agent(self, listener: tokio::net::UnixListener) {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut service = self.clone();
+            tokio::spawn(async move {
+                let (read, mut write) = stream.into_split();
+                let _ = serve(
+                    &mut MessageReader::new(read, 10_000),
+                    &mut write,
+                    &mut service,
+                )
+                .await;
+            });
+        }
+    }
+
+    async fn systemd(self, listener: tokio::net::UnixListener) {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(self.clone().manager(stream));
+        }
+    }
+
+    /// The part of systemd's D-Bus interface that the program needs.
+    async fn manager(self, stream: tokio::net::UnixStream) {
+        let connection = zbus::connection::Builder::unix_stream(stream.into_std().unwrap())
+            .server(zbus::Guid::generate())
+            .p2p()
+            .build()
+            .await
+            .unwrap();
+        let mut calls = MessageStream::from(&connection);
+        while let Some(Ok(call)) = next(&mut calls).await {
+            if call.message_type() != Type::MethodCall {
+                continue;
+            }
+            let method = call.header().member().unwrap().to_string();
+            match &*method {
+                "Subscribe" => connection.reply(&call.header(), &()).await.unwrap(),
+                "StartTransientUnit" => {
+                    let scope = self.start(&call);
+                    let job = |id: u32| -> OwnedObjectPath {
+                        let path = format!("/org/freedesktop/systemd1/job/{id}");
+                        path.try_into().unwrap()
+                    };
+                    connection.reply(&call.header(), &job(7)).await.unwrap();
+                    // The end of another job comes first, and is none of the program's business.
+                    for (id, result) in [(6, "failed"), (7, self.behaviour.job)] {
+                        connection
+                            .emit_signal(
+                                None::<&str>,
+                                "/org/freedesktop/systemd1",
+                                "org.freedesktop.systemd1.Manager",
+                                "JobRemoved",
+                                &(id, job(id), &*scope, result),
+                            )
+                            .await
+                            .unwrap();
+                    }
+                }
+                _ => panic!("{method}"),
+            }
+        }
+    }
+
+    /// Notes that a scope is to be started, and returns its name.
+    fn start(&self, call: &Message) -> String {
+        type Properties = Vec<(String, OwnedVariant)>;
+        let body = call.body();
+        let (scope, mode, properties, others): (
+            String,
+            String,
+            Properties,
+            Vec<(String, Properties)>,
+        ) = body.deserialize().unwrap();
+        assert_eq!((&*mode, others.len()), ("fail", 0));
+        assert!(scope.starts_with("cgtproxy-exec-"), "{scope}");
+        assert!(scope.ends_with(".scope"), "{scope}");
+        let property = |name| {
+            let mut all = properties.iter();
+            all.find(|(n, _)| n == name).unwrap().1.try_clone().unwrap()
+        };
+        assert_eq!(
+            String::try_from(property("CollectMode")).unwrap(),
+            "inactive-or-failed"
+        );
+        let pids = Vec::<u32>::try_from(property("PIDs")).unwrap();
+        assert_eq!(pids.len(), 1);
+        self.note(Asked::Start {
+            slice: property("Slice").try_into().unwrap(),
+            pid: pids[0],
+        });
+        scope
+    }
+}
+
+async fn next<S: Stream + Unpin>(stream: &mut S) -> Option<S::Item> {
+    std::future::poll_fn(|context| std::pin::Pin::new(&mut *stream).poll_next(context)).await
+}
+
+impl Service for Pretender {
+    const IDENTITY: Identity = Identity {
+        product: "pretender",
+        version: "0",
+        interface: INTERFACE,
+        description: DESCRIPTION,
+    };
+
+    async fn call(&mut self, method: &str, arguments: Value) -> Result<Value, Fault> {
+        let target = |name: &str, port| Target {
+            name: name.into(),
+            port,
+            controlGroups: 0,
+        };
+        match method {
+            "GetStatus" => {
+                self.note(Asked::Status);
+                reply(GetStatus_Reply {
+                    version: "0".into(),
+                    connected: self.behaviour.connected,
+                    problem: (!self.behaviour.connected).then(|| "no such socket".into()),
+                    generation: 1,
+                    config: None,
+                    configError: None,
+                    targets: vec![
+                        target("direct", None),
+                        target("drop", None),
+                        target("drop-all", None),
+                        target("mihomo", Some(7890)),
+                        target("my-proxy", Some(7891)),
+                    ],
+                    controlGroups: Vec::new(),
+                })
+            }
+            "AwaitTarget" => {
+                let AwaitTarget_Args {
+                    controlGroup,
+                    target,
+                } = parameters(arguments)?;
+                if self.behaviour.silent {
+                    std::future::pending::<()>().await;
+                }
+                if self.behaviour.unseen > 0 {
+                    self.behaviour.unseen -= 1;
+                    let parameters = json!({ "controlGroup": controlGroup });
+                    return Err(Fault::new(INTERFACE, "ControlGroupNotFound", parameters));
+                }
+                assert!(controlGroup.starts_with('/'), "{controlGroup}");
+                self.note(Asked::Await { target });
+                let _ = self.awaited.send(());
+                let released = Arc::clone(&self.released);
+                // Ends as well when the test lets go of its end.
+                let wait = move || released.lock().unwrap().recv().is_ok();
+                tokio::task::spawn_blocking(wait).await.unwrap();
+                match self.behaviour.fault.clone() {
+                    Some(fault) => Err(fault),
+                    None => reply(AwaitTarget_Reply {}),
+                }
+            }
+            _ => Err(Fault::method_not_found(method)),
+        }
+    }
+
+    fn message_too_large(_: usize) -> Fault {
+        Fault::permission_denied()
+    }
+}
+
+pub(crate) fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+pub(crate) fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
