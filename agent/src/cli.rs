@@ -39,7 +39,9 @@ pub enum Command {
     /// Run the agent (what happens without a command)
     ///
     /// SIGHUP loads the configuration again, as does a change of the file; one that is wrong is
-    /// refused and the old one stays in force. SIGTERM and SIGINT remove all rules.
+    /// refused and the old one stays in force. SIGTERM and SIGINT remove all rules;
+    /// SIGUSR1 leaves them for the few seconds in which another agent can take them over, as when
+    /// the service is restarted.
     Run,
 
     /// Find everything that is wrong with a configuration

@@ -52,7 +52,7 @@ pub enum Error {
     Start(#[source] io::Error),
 }
 
-/// Runs the agent until SIGTERM or SIGINT comes.
+/// Runs the agent until SIGTERM or SIGINT comes, or SIGUSR1, which leaves the policy to the next one.
 ///
 /// # Errors
 /// If it can't start, or can't go on.
@@ -68,6 +68,7 @@ async fn serve(options: Options) -> Result<(), Error> {
     // From here on no signal ends the program by itself.
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Start)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Start)?;
+    let mut hand_over = signal(SignalKind::user_defined1()).map_err(Error::Start)?;
     let hangup = signal(SignalKind::hangup()).map_err(Error::Start)?;
 
     let (loader, source) = Loader::start(options.config)?;
@@ -101,6 +102,12 @@ async fn serve(options: Options) -> Result<(), Error> {
         () = served => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        _ = hand_over.recv() => {
+            tracing::info!("stopping; the rules stay for the agent that comes next");
+            notify::stopping();
+            // The connection just ends, and the helper keeps the policy for its grace.
+            return Ok(());
+        }
     }
     tracing::info!("stopping");
     notify::stopping();

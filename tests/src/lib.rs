@@ -14,6 +14,7 @@ mod command;
 mod host_cgroup;
 pub mod sandbox;
 pub mod session;
+pub mod steady;
 pub mod system;
 pub mod wait;
 pub mod wire;

@@ -11,12 +11,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use cgtproxy_tests::agent::{Agent, wire_path};
-use cgtproxy_tests::sandbox::{
-    App, Cgroup, Outcome, Sandbox, Traffic, User, direct, proxied, sandbox,
-};
+use cgtproxy_tests::sandbox::{App, Cgroup, Outcome, Sandbox, User, direct, proxied, sandbox};
 use cgtproxy_tests::session::{Session, mapped_ids};
+use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{Tcp, Udp};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 /// Every application through the proxy, but for some.
@@ -78,45 +78,6 @@ fn agent(user: &User, arguments: &[&str]) -> (Option<i32>, String, String) {
         text(output.stdout),
         text(output.stderr),
     )
-}
-
-/// Traffic of an application of both families and protocols, none of which may leave by itself.
-struct Watched {
-    traffic: Vec<Traffic>,
-    destinations: [SocketAddr; 2],
-}
-
-impl Watched {
-    fn start(sb: &Sandbox, app: &App) -> Self {
-        let destinations = sb.destinations();
-        let pairs = destinations.map(|to| [Tcp, Udp].map(|transport| app.traffic(transport, to)));
-        Self {
-            traffic: pairs.into_iter().flatten().collect(),
-            destinations,
-        }
-    }
-
-    /// Insists that questions begun from now on go through the proxy.
-    #[track_caller]
-    fn assert_proxied(&self, proxy: &str) {
-        for traffic in &self.traffic {
-            let tally = traffic.next(5);
-            assert_eq!(tally.proxied.get(proxy), Some(&tally.total()), "{tally:?}");
-        }
-    }
-
-    /// Insists that every single question went through the proxy.
-    #[track_caller]
-    fn stop(self, sb: &Sandbox, proxy: &str) {
-        for traffic in self.traffic {
-            let tally = traffic.stop();
-            let through = tally.proxied.get(proxy).copied().unwrap_or(0);
-            assert_eq!(through, tally.total(), "{tally:?}");
-        }
-        for to in self.destinations {
-            sb.assert_nothing_left_for(to.ip());
-        }
-    }
 }
 
 #[test]
@@ -488,7 +449,7 @@ fn an_agent_that_is_killed_and_restarted_leaves_no_gap() {
         let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
         let mut service = alice.agent(CONFIG).start();
         let app = scope(&alice, "a").app();
-        let traffic = Watched::start(sb, &app);
+        let traffic = Steady::start(sb, &app);
         for round in 0..10 {
             service.kill();
             traffic.assert_proxied("mihomo");
@@ -501,7 +462,28 @@ fn an_agent_that_is_killed_and_restarted_leaves_no_gap() {
             Agent::of(&alice).wait_for_verdict(&tracker, "drop");
             expect(sb, &tracker.app(), dropped);
         }
-        traffic.stop(sb, "mihomo");
+        traffic.assert_none_strayed(sb, &["mihomo"]);
+    });
+}
+
+#[test]
+fn an_agent_that_makes_room_for_another_leaves_no_gap() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let mut service = alice.agent(CONFIG).start();
+        let app = scope(&alice, "a").app();
+        let traffic = Steady::start(sb, &app);
+        for _ in 0..5 {
+            service.signal(Signal::SIGUSR1);
+            assert_eq!(service.wait().code(), Some(0));
+            assert!(!Path::new("/run/user/1001/cgtproxy/agent.sock").exists());
+            traffic.assert_proxied("mihomo");
+            service.start_again();
+            traffic.assert_proxied("mihomo");
+        }
+        traffic.assert_none_strayed(sb, &["mihomo"]);
     });
 }
 
@@ -517,7 +499,7 @@ fn a_helper_that_is_killed_and_restarted_leaves_no_gap() {
         let tracker = scope(&alice, "tracker");
         agent.wait_for_verdict(&tracker, "drop");
         let tracker = tracker.app();
-        let traffic = Watched::start(sb, &app);
+        let traffic = Steady::start(sb, &app);
         for round in 0..10 {
             helper.kill();
             wait_until("the agent notices", || agent.status()["connected"] == false);
@@ -532,7 +514,7 @@ fn a_helper_that_is_killed_and_restarted_leaves_no_gap() {
             expect(sb, &tracker, dropped);
             traffic.assert_proxied("mihomo");
         }
-        traffic.stop(sb, "mihomo");
+        traffic.assert_none_strayed(sb, &["mihomo"]);
         assert!(
             service
                 .log()

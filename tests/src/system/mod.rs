@@ -53,6 +53,9 @@ impl SystemBuilder<'_> {
             "PREFIX=/usr",
             "BUILDDIR=/run/testbed/bin",
         ]);
+        // What a package does once its files are there.
+        let root = format!("--root={}", self.image.root().display());
+        run(&["systemd-sysusers", &root, "cgtproxy.conf"]);
         self
     }
 

@@ -1,0 +1,54 @@
+//! Traffic that must go through a proxy, whatever happens meanwhile.
+
+use std::net::SocketAddr;
+
+use crate::sandbox::{App, Sandbox, Traffic};
+use crate::wire::Transport::{Tcp, Udp};
+
+/// Traffic of an application, of both families, by TCP and UDP: a new socket for each question.
+pub struct Steady {
+    traffic: Vec<Traffic>,
+    destinations: [SocketAddr; 2],
+}
+
+impl Steady {
+    /// Starts it, for destinations of its own.
+    pub fn start(sandbox: &Sandbox, app: &App) -> Self {
+        let destinations = sandbox.destinations();
+        let pairs = destinations.map(|to| [Tcp, Udp].map(|transport| app.traffic(transport, to)));
+        Self {
+            traffic: pairs.into_iter().flatten().collect(),
+            destinations,
+        }
+    }
+
+    /// Insists that questions begun from now on go through that proxy.
+    ///
+    /// # Panics
+    /// When one does not.
+    #[track_caller]
+    pub fn assert_proxied(&self, proxy: &str) {
+        for traffic in &self.traffic {
+            let tally = traffic.next(5);
+            assert_eq!(tally.proxied.get(proxy), Some(&tally.total()), "{tally:?}");
+        }
+    }
+
+    /// Insists that every question since the last time has gone through one of those proxies, and
+    /// that not one packet has ever left by itself.
+    ///
+    /// # Panics
+    /// When that is not so.
+    #[track_caller]
+    pub fn assert_none_strayed(&self, sandbox: &Sandbox, proxies: &[&str]) {
+        for traffic in &self.traffic {
+            let tally = traffic.tally();
+            let of = |proxy: &&str| tally.proxied.get(*proxy).copied().unwrap_or(0);
+            let through: u64 = proxies.iter().map(of).sum();
+            assert_eq!(through, tally.total(), "{tally:?}");
+        }
+        for to in self.destinations {
+            sandbox.assert_nothing_left_for(to.ip());
+        }
+    }
+}

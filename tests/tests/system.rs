@@ -1,0 +1,470 @@
+//! The project installed in a whole system, set up as its README says and used as users use it.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::net::SocketAddr;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Output;
+
+use cgtproxy_tests::sandbox::{App, Outcome, Sandbox, direct, proxied, sandbox};
+use cgtproxy_tests::steady::Steady;
+use cgtproxy_tests::system::{System, SystemUser};
+use cgtproxy_tests::wait::wait_until;
+use cgtproxy_tests::wire::Transport::{Tcp, Udp};
+use serde_json::Value;
+
+const CONFIG: &str = r"
+version: 1
+tproxies:
+  mihomo: {port: 7890}
+  other: {port: 7891}
+rules:
+  - {match: app-game, direct: true}
+  - {match: app-tracker, drop: true}
+  - {match: '/app\.slice$', tproxy: mihomo}
+";
+const HELPER: &str = "cgtproxy-helper.service";
+const AGENT: &str = "cgtproxy-agent.service";
+/// What cgtproxy-exec returns when it does not run the command.
+const NOT_RUN: i32 = 125;
+
+/// As the README says: what the administrator does.
+fn boot(sb: &Sandbox) -> System {
+    let system = System::builder(sb).install_project().boot();
+    system.run(&["systemctl", "enable", "--now", "cgtproxy-helper.socket"]);
+    system
+}
+
+/// As the README says: what a user does.
+fn enable(system: &System, user: &SystemUser, config: &str) {
+    write_config(system, user, config);
+    system.run_as(
+        user,
+        &["systemctl", "--user", "enable", "--now", "cgtproxy-agent"],
+    );
+}
+
+fn write_config(system: &System, user: &SystemUser, config: &str) {
+    let script = "mkdir -p ~/.config/cgtproxy && cd ~/.config/cgtproxy &&
+                  printf %s \"$1\" > new && mv new config.yaml";
+    system.run_as(user, &["sh", "-c", script, "sh", config]);
+}
+
+/// An application as a desktop starts it.
+fn desktop_app(system: &System, user: &SystemUser, name: &str) -> App {
+    let unit = format!("--unit=app-{name}");
+    let by = [
+        "systemd-run",
+        "--user",
+        "--quiet",
+        "--collect",
+        "--pipe",
+        "--wait",
+    ];
+    system.app_as(user, &[&by[..], &["--slice=app.slice", &unit]].concat())
+}
+
+/// Asks fresh destinations of both families, by TCP and UDP.
+#[track_caller]
+fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
+    for to in sb.destinations() {
+        for transport in [Tcp, Udp] {
+            let (is, should) = (app.ask(transport, to), outcome(to));
+            let same = is == should || is.is_dropped() && should.is_dropped();
+            assert!(same, "{transport:?} {to}: {is:?} instead of {should:?}");
+        }
+    }
+}
+
+/// Insists that nothing of an application's gets out, whatever its protocol.
+#[track_caller]
+fn expect_dropped(sb: &Sandbox, app: &App) {
+    for to in sb.destinations() {
+        for transport in [Tcp, Udp] {
+            let outcome = app.ask(transport, to);
+            assert!(outcome.is_dropped(), "{transport:?} {to}: {outcome:?}");
+        }
+        assert!(app.ping(to.ip()).is_dropped());
+        sb.assert_nothing_left_for(to.ip());
+    }
+}
+
+fn by(proxy: &str) -> impl Fn(SocketAddr) -> Outcome {
+    move |to| proxied(proxy, to)
+}
+
+fn status(system: &System, user: &SystemUser) -> Value {
+    let json = system.run_as(user, &["cgtproxy-agent", "status", "--json"]);
+    serde_json::from_str(&json).expect("JSON")
+}
+
+/// Waits until the user's agent has the helper's word that everything is in the kernel.
+#[track_caller]
+fn wait_in_force(system: &System, user: &SystemUser) {
+    wait_until("everything is in force", || {
+        let output = system.output_as(user, &["cgtproxy-agent", "status", "--json"]);
+        // None yet, if the agent is about to start again.
+        let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let groups = status["controlGroups"].as_array();
+        status["connected"] == true
+            && groups.is_some_and(|all| all.iter().all(|group| group["inForce"] == true))
+    });
+}
+
+/// Waits until a control group of the user's, by its unit's name, has that target in the kernel.
+#[track_caller]
+fn wait_for_target(system: &System, user: &SystemUser, unit: &str, target: &str) {
+    wait_until(&format!("{target} for {unit}"), || {
+        let json = system.run_as(user, &["cgtproxy-agent", "explain", "--json", unit]);
+        let group = &serde_json::from_str::<Value>(&json).expect("JSON")["controlGroup"];
+        group["target"] == target && group["inForce"] == true
+    });
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Insists that a command was not run, with its file left as the proof.
+#[track_caller]
+fn assert_not_run(system: &System, output: &Output, why: &str) {
+    assert_eq!(output.status.code(), Some(NOT_RUN), "{output:?}");
+    let said = text(&output.stderr);
+    assert!(
+        said.starts_with("cgtproxy-exec: ") && said.contains(why),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(
+        !system
+            .output(&["test", "-e", "/tmp/was-run"])
+            .status
+            .success()
+    );
+}
+
+#[test]
+fn users_set_it_up_and_have_their_applications_and_commands_routed() {
+    sandbox(|sb| {
+        let system = boot(sb);
+        let (alice, bob) = (system.alice(), system.bob());
+        let mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        let _other = sb.tproxy("other").uid(alice.uid()).port(7891).start();
+        let bobs = sb.tproxy("bobs").uid(bob.uid()).port(7892).start();
+        enable(&system, alice, CONFIG);
+
+        // Applications of the desktop.
+        expect(sb, &desktop_app(&system, alice, "browser"), by("mihomo"));
+        let (game, tracker) = ["game", "tracker"]
+            .map(|name| desktop_app(&system, alice, name))
+            .into();
+        wait_in_force(&system, alice);
+        expect(sb, &game, direct);
+        expect_dropped(sb, &tracker);
+
+        // Commands under a target, from a shell in a login session. No waiting here: when the
+        // command runs, its target is in force.
+        let run = |target: &str| system.app_as(alice, &["cgtproxy-exec", target]);
+        expect(sb, &system.app_as(alice, &[]), direct);
+        expect(sb, &run("direct"), direct);
+        expect(sb, &run("mihomo"), by("mihomo"));
+        expect(sb, &run("other"), by("other"));
+        expect(sb, &run("proxy"), by("mihomo"));
+        expect_dropped(sb, &run("drop"));
+
+        commands_are_what_they_would_be_without(&system);
+
+        // Without an agent, nothing is run.
+        let touch = ["touch", "/tmp/was-run"];
+        let output = system.output_as(bob, &[&["cgtproxy-exec", "direct"], &touch[..]].concat());
+        assert_not_run(
+            &system,
+            &output,
+            "cgtproxy-agent is not running; start it with 'systemctl --user",
+        );
+        expect(sb, &desktop_app(&system, bob, "browser"), direct);
+
+        // Another user, with the same names and another proxy.
+        enable(&system, bob, &CONFIG.replace("7890", "7892"));
+        expect(sb, &desktop_app(&system, bob, "browser"), by("bobs"));
+        expect(
+            sb,
+            &system.app_as(bob, &["cgtproxy-exec", "proxy"]),
+            by("bobs"),
+        );
+        expect_dropped(sb, &system.app_as(bob, &["cgtproxy-exec", "drop"]));
+        let before = (mihomo.arrivals().len(), bobs.arrivals().len());
+        system.run_as(
+            bob,
+            &["systemctl", "--user", "disable", "--now", "cgtproxy-agent"],
+        );
+        expect(sb, &desktop_app(&system, bob, "browser"), direct);
+        assert_eq!((mihomo.arrivals().len(), bobs.arrivals().len()), before);
+        expect(sb, &run("proxy"), by("mihomo"));
+        expect_dropped(sb, &tracker);
+    });
+}
+
+/// What a shell sees of a command under a target.
+fn commands_are_what_they_would_be_without(system: &System) {
+    let alice = system.alice();
+    let output = |script: &str| system.output_as(alice, &["sh", "-c", script]);
+    let prints = |script: &str| {
+        let output = output(script);
+        assert!(output.status.success(), "{script}: {output:?}");
+        assert_eq!(text(&output.stderr), "", "{script}");
+        text(&output.stdout)
+    };
+    assert_eq!(
+        output("cgtproxy-exec direct sh -c 'exit 7'").status.code(),
+        Some(7)
+    );
+    let killed = output("exec cgtproxy-exec direct sh -c 'kill -KILL $$'");
+    assert_eq!(killed.status.signal(), Some(9), "{killed:?}");
+    assert_eq!(
+        prints("cgtproxy-exec proxy printf '[%s]' 'a b' '' '*' -- --help '$HOME'"),
+        "[a b][][*][--][--help][$HOME]"
+    );
+    assert_eq!(
+        prints("cd /usr/share && cgtproxy-exec drop pwd"),
+        "/usr/share\n"
+    );
+    assert_eq!(
+        prints("A='1 2' cgtproxy-exec drop sh -c 'echo \"$A\"'"),
+        "1 2\n"
+    );
+    assert_eq!(prints("echo in | cgtproxy-exec drop cat"), "in\n");
+    let cgroup = prints("cgtproxy-exec other grep ^0: /proc/self/cgroup");
+    let slice = format!(
+        "0::{}/cgtproxy.slice/cgtproxy-other.slice/",
+        alice.service()
+    );
+    assert!(cgroup.starts_with(&slice), "{cgroup}");
+    assert_eq!(
+        prints("cgtproxy-exec --list"),
+        "direct\ndrop\nproxy\nmihomo\nother\n"
+    );
+
+    let unknown = output("cgtproxy-exec nobody touch /tmp/was-run");
+    assert_not_run(
+        system,
+        &unknown,
+        "there is no target 'nobody'; known: direct, drop, proxy, mihomo, other",
+    );
+    let missing = output("cgtproxy-exec direct /no/such/command");
+    assert_eq!(missing.status.code(), Some(127));
+    assert!(
+        text(&missing.stderr).contains("/no/such/command"),
+        "{missing:?}"
+    );
+    let no_program = output("cgtproxy-exec direct /etc/passwd");
+    assert_eq!(no_program.status.code(), Some(126));
+}
+
+#[test]
+fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
+    sandbox(|sb| {
+        let system = boot(sb);
+        let alice = system.alice();
+        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        let _other = sb.tproxy("other").uid(alice.uid()).port(7891).start();
+        enable(&system, alice, CONFIG);
+        let browser = desktop_app(&system, alice, "browser");
+        let command = system.app_as(alice, &["cgtproxy-exec", "proxy"]);
+        let tracker = desktop_app(&system, alice, "tracker");
+        let dropped = system.app_as(alice, &["cgtproxy-exec", "drop"]);
+        wait_in_force(&system, alice);
+        let traffic = [&browser, &command].map(|app| Steady::start(sb, app));
+        let to = sb.destinations();
+        let open = to.map(|to| browser.open_tcp(to).expect("the proxy answers"));
+
+        let holds = |what: &str, proxy: &str| {
+            eprintln!("{what}");
+            for (open, to) in open.iter().zip(to) {
+                assert_eq!(open.ask(), proxied("mihomo", to), "{what}");
+            }
+            for traffic in &traffic {
+                traffic.assert_proxied(proxy);
+                traffic.assert_none_strayed(sb, &["mihomo", "other"]);
+            }
+            expect_dropped(sb, &tracker);
+            expect_dropped(sb, &dropped);
+        };
+        holds("at first", "mihomo");
+        let on_system = |command: &[&str]| system.run(command);
+        let by_alice = |command: &[&str]| system.run_as(alice, command);
+        let helper = || system.property(HELPER, "MainPID");
+        let agent = || system.user_property(alice, AGENT, "MainPID");
+        let disruptions: [(&str, &dyn Fn() -> String, &dyn Fn()); 4] = [
+            ("the helper restarted", &helper, &|| {
+                on_system(&["systemctl", "restart", HELPER]);
+            }),
+            ("the helper killed", &helper, &|| {
+                on_system(&["systemctl", "kill", "--signal=KILL", HELPER]);
+            }),
+            ("the agent restarted", &agent, &|| {
+                by_alice(&["systemctl", "--user", "restart", AGENT]);
+            }),
+            ("the agent killed", &agent, &|| {
+                by_alice(&["systemctl", "--user", "kill", "--signal=KILL", AGENT]);
+            }),
+        ];
+        for round in 1..=2 {
+            for (what, pid, disrupt) in disruptions {
+                let what = format!("{what}, round {round}");
+                let before = pid();
+                disrupt();
+                holds(&what, "mihomo");
+                wait_until("another process has taken its place", || {
+                    let now = pid();
+                    now != before && now != "0"
+                });
+                wait_in_force(&system, alice);
+                holds(&what, "mihomo");
+                // And it works on.
+                let new = system.app_as(alice, &["cgtproxy-exec", "drop"]);
+                expect_dropped(sb, &new);
+            }
+        }
+        // The file edited: what is open goes on, what is new follows. (From here on to new
+        // destinations, since a UDP socket may get a port that an earlier one had, and with it,
+        // for the kernel, that one's connection.)
+        let holds = |proxy: &str| {
+            expect(sb, &browser, by(proxy));
+            expect(sb, &command, by("mihomo"));
+            expect_dropped(sb, &tracker);
+            expect_dropped(sb, &dropped);
+            for (open, to) in open.iter().zip(to) {
+                assert_eq!(open.ask(), proxied("mihomo", to));
+            }
+            for traffic in &traffic {
+                traffic.assert_none_strayed(sb, &["mihomo", "other"]);
+            }
+        };
+        let other = CONFIG.replace("$', tproxy: mihomo", "$', tproxy: other");
+        write_config(&system, alice, &other);
+        wait_for_target(&system, alice, "app.slice", "other");
+        holds("other");
+        // The file broken: said in the journal, and nothing changes.
+        write_config(&system, alice, "version: 1\nrules: {}\n");
+        wait_until("the agent says so", || {
+            status(&system, alice)["configError"].is_string()
+        });
+        let journal = system.user_journal(alice, AGENT);
+        assert!(
+            journal.contains("/.config/cgtproxy/config.yaml:2:"),
+            "{journal}"
+        );
+        holds("other");
+        // And mended, by an explicit reload.
+        write_config(&system, alice, CONFIG);
+        by_alice(&["systemctl", "--user", "reload", AGENT]);
+        wait_for_target(&system, alice, "app.slice", "mihomo");
+        holds("mihomo");
+        assert_eq!(system.user_property(alice, AGENT, "ActiveState"), "active");
+    });
+}
+
+#[test]
+fn the_daemons_are_confined_and_clean_up_after_themselves() {
+    sandbox(|sb| {
+        let system = boot(sb);
+        let alice = system.alice();
+        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        assert!(
+            !sb.has_table(),
+            "a helper that nobody has asked for anything does not run"
+        );
+        enable(&system, alice, CONFIG);
+        let browser = desktop_app(&system, alice, "browser");
+        expect(sb, &browser, by("mihomo"));
+
+        let of = |pid: String| {
+            let status = system.run(&["cat", &format!("/proc/{pid}/status")]);
+            move |name: &str| {
+                let line = status
+                    .lines()
+                    .find_map(|l| l.strip_prefix(name)?.strip_prefix(":\t"));
+                line.unwrap_or_else(|| panic!("no {name}: {status}"))
+                    .to_owned()
+            }
+        };
+        let helper = of(system.property(HELPER, "MainPID"));
+        assert!(
+            helper("Uid").split('\t').all(|uid| uid != "0"),
+            "{}",
+            helper("Uid")
+        );
+        assert!(
+            helper("Gid").split('\t').all(|gid| gid != "0"),
+            "{}",
+            helper("Gid")
+        );
+        let net_admin = "0000000000001000";
+        for set in ["CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert_eq!(helper(set), net_admin, "{set}");
+        }
+        let agent = of(system.user_property(alice, AGENT, "MainPID"));
+        for set in ["CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(agent(set), "0000000000000000", "{set}");
+        }
+        assert_eq!(agent("Uid"), vec![alice.uid().to_string(); 4].join("\t"));
+        for daemon in [&helper as &dyn Fn(&str) -> String, &agent] {
+            assert_eq!(daemon("NoNewPrivs"), "1");
+            assert_eq!(daemon("Seccomp"), "2");
+        }
+        let analysis = system.run(&["systemd-analyze", "security", "--no-pager", HELPER]);
+        let verdict = analysis.lines().last().expect("a verdict");
+        let exposure = verdict
+            .split_whitespace()
+            .find_map(|word| word.parse::<f64>().ok());
+        assert!(
+            exposure.is_some_and(|exposure| exposure <= 1.5),
+            "{analysis}"
+        );
+        let mode = system.run(&["stat", "-c", "%a", "/run/cgtproxy/helper.sock"]);
+        assert_eq!(mode.trim(), "666");
+
+        for round in 0..2 {
+            assert!(sb.has_table());
+            assert_eq!(sb.mark_rules(4).len() + sb.mark_rules(6).len(), 2);
+            let table = sb.mark_rules(4)[0].table.clone();
+            assert!(!sb.routes(4, &table).is_empty() && !sb.routes(6, &table).is_empty());
+            system.run(&["systemctl", "stop", "cgtproxy-helper.socket"]);
+            assert!(!sb.has_table(), "round {round}");
+            for family in [4, 6] {
+                assert_eq!(sb.mark_rules(family), [], "round {round}");
+                assert_eq!(
+                    sb.routes(family, &table),
+                    Vec::<String>::new(),
+                    "round {round}"
+                );
+            }
+            assert!(
+                !system
+                    .output(&["test", "-e", "/run/cgtproxy/helper.sock"])
+                    .status
+                    .success()
+            );
+            expect(sb, &browser, direct);
+            let output =
+                system.output_as(alice, &["cgtproxy-exec", "proxy", "touch", "/tmp/was-run"]);
+            assert_not_run(
+                &system,
+                &output,
+                "cgtproxy-agent is not connected to cgtproxy-helper",
+            );
+            // The agent comes back by itself.
+            system.run(&["systemctl", "start", "cgtproxy-helper.socket"]);
+            wait_in_force(&system, alice);
+            expect(sb, &browser, by("mihomo"));
+        }
+        // Nothing of all this was worth an error.
+        assert_eq!(
+            system.run(&["systemctl", "--failed", "--plain", "--no-legend"]),
+            ""
+        );
+        let failed = ["systemctl", "--user", "--failed", "--plain", "--no-legend"];
+        assert_eq!(system.run_as(alice, &failed), "");
+    });
+}
