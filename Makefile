@@ -37,10 +37,11 @@ test:
 	$(CARGO) build --workspace --locked
 	$(CARGO) $(AS_ROOT) test --workspace --locked
 
+# Unoptimised: link-time optimisation takes minutes, and nothing here is about speed.
 demo:
 	.ci/dependencies
-	$(CARGO) build --workspace --release --locked
-	$(SUDO) $(BUILDDIR)/cgtproxy-demo
+	$(CARGO) build --workspace --locked
+	$(SUDO) $(or $(CARGO_TARGET_DIR),target)/debug/cgtproxy-demo
 
 # The files name the directories of a distribution's package.
 SUBSTITUTE = sed -e 's|/usr/libexec/|$(LIBEXECDIR)/|g' -e 's|/usr/bin/|$(BINDIR)/|g' \
