@@ -7,7 +7,7 @@ use crate::wire::Transport::{Tcp, Udp};
 
 /// Traffic of an application, of both families, by TCP and UDP: a new socket for each question.
 pub struct Steady {
-    traffic: Vec<Traffic>,
+    traffic: Vec<(String, Traffic)>,
     destinations: [SocketAddr; 2],
 }
 
@@ -15,7 +15,8 @@ impl Steady {
     /// Starts it, for destinations of its own.
     pub fn start(sandbox: &Sandbox, app: &App) -> Self {
         let destinations = sandbox.destinations();
-        let pairs = destinations.map(|to| [Tcp, Udp].map(|transport| app.traffic(transport, to)));
+        let start = |transport, to| (format!("{transport:?} {to}"), app.traffic(transport, to));
+        let pairs = destinations.map(|to| [Tcp, Udp].map(|transport| start(transport, to)));
         Self {
             traffic: pairs.into_iter().flatten().collect(),
             destinations,
@@ -28,9 +29,10 @@ impl Steady {
     /// When one does not.
     #[track_caller]
     pub fn assert_proxied(&self, proxy: &str) {
-        for traffic in &self.traffic {
+        for (name, traffic) in &self.traffic {
             let tally = traffic.next(5);
-            assert_eq!(tally.proxied.get(proxy), Some(&tally.total()), "{tally:?}");
+            let through = tally.proxied.get(proxy);
+            assert_eq!(through, Some(&tally.total()), "{name}: {tally:?}");
         }
     }
 
@@ -41,11 +43,11 @@ impl Steady {
     /// When that is not so.
     #[track_caller]
     pub fn assert_none_strayed(&self, sandbox: &Sandbox, proxies: &[&str]) {
-        for traffic in &self.traffic {
+        for (name, traffic) in &self.traffic {
             let tally = traffic.tally();
             let of = |proxy: &&str| tally.proxied.get(*proxy).copied().unwrap_or(0);
             let through: u64 = proxies.iter().map(of).sum();
-            assert_eq!(through, tally.total(), "{tally:?}");
+            assert_eq!(through, tally.total(), "{name}: {tally:?}");
         }
         for to in self.destinations {
             sandbox.assert_nothing_left_for(to.ip());

@@ -341,6 +341,34 @@ fn a_configuration_is_swapped_while_the_agent_runs() {
 }
 
 #[test]
+fn a_configuration_edited_over_and_over_loses_no_packet() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let _one = sb.tproxy("one").uid(1001).port(7891).start();
+        let _two = sb.tproxy("two").uid(1001).port(7892).start();
+        let config = |target: &str, proxies: &str| {
+            format!(
+                "version: 1\ntproxies: {{{proxies}}}\nrules: [{{match: /app.slice$, tproxy: {target}}}]"
+            )
+        };
+        let both = "one: {port: 7891}, two: {port: 7892}";
+        let service = alice.agent(&config("one", both)).start();
+        let slice = alice.cgroup("app.slice");
+        let app = scope(&alice, "a").app();
+        let traffic = Steady::start(sb, &app);
+        let mut agent = Agent::of(&alice);
+        for _ in 0..100 {
+            for target in ["two", "one"] {
+                service.write_config(&config(target, both));
+                agent.wait_for_verdict(&slice, target);
+            }
+            traffic.assert_none_strayed(sb, &["one", "two"]);
+        }
+    });
+}
+
+#[test]
 fn sighup_reloads_and_says_when_that_is_done() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
