@@ -9,6 +9,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::netlink::{DONT_WAIT, MESSAGE, Message, Messages, attribute, string};
 use crate::nft::{TABLE, TablePort, watch};
+use crate::route::LOOPBACK_INDEX;
 
 /// Groups of rtnetlink(7): RTNLGRP_LINK, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE,
 /// RTNLGRP_IPV6_ROUTE and RTNLGRP_IPV6_RULE (linux/rtnetlink.h).
@@ -30,9 +31,8 @@ const ROUTE_HEADER: usize = 12;
 const LINK_INDEX: std::ops::Range<usize> = 4..8;
 const LINK_FLAGS: std::ops::Range<usize> = 8..12;
 
-/// IFF_UP (linux/if.h) and LOOPBACK_IFINDEX (net/flow.h).
+/// IFF_UP (linux/if.h).
 const UP: u32 = 1;
-const LOOPBACK: u32 = 1;
 
 /// The name of the table that a message is about: the first attribute of each kind of object.
 const TABLE_NAME: u16 = 1;
@@ -116,7 +116,7 @@ impl Monitor {
             }
             // With lo, IPv4 routes over it go unannounced (fib_disable_ip, net/ipv4/fib_frontend.c).
             RTM_NEWLINK => {
-                word(message.payload.get(LINK_INDEX)) == Some(LOOPBACK)
+                word(message.payload.get(LINK_INDEX)) == Some(LOOPBACK_INDEX)
                     && word(message.payload.get(LINK_FLAGS)).is_some_and(|flags| flags & UP != 0)
             }
             _ => false,

@@ -31,8 +31,8 @@ use crate::mark::MarkRange;
 /// Our routing protocol number: one that /etc/iproute2/rt_protos gives to nobody.
 const PROTOCOL: u8 = 199;
 
-/// The index of lo: `LOOPBACK_IFINDEX` (net/flow.h).
-const LOOPBACK_INDEX: u32 = 1;
+/// The index of lo, the same in every network namespace: `LOOPBACK_IFINDEX` (net/flow.h).
+pub(crate) const LOOPBACK_INDEX: u32 = 1;
 
 /// The table number when it does not fit the message's byte: `RT_TABLE_UNSPEC` (linux/rtnetlink.h).
 const TABLE_UNSPEC: u8 = 0;

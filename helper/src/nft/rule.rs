@@ -11,6 +11,8 @@ use nftnl::expr::{
 };
 use nftnl::{Chain, ProtoFamily, Rule};
 
+use crate::route::LOOPBACK_INDEX;
+
 use super::ffi::{ConntrackDirection, DestinationType, Lookup, Tproxy};
 
 /// Protocol numbers of IPPROTO_TCP and IPPROTO_UDP (linux/in.h).
@@ -26,9 +28,6 @@ const REPLY: u8 = 1;
 
 /// `RTN_UNICAST` (linux/rtnetlink.h).
 const UNICAST: u32 = 1;
-
-/// The index of lo, the same in every network namespace: `LOOPBACK_IFINDEX` (net/flow.h).
-const LOOPBACK_INDEX: u32 = 1;
 
 /// A layer 4 protocol that a proxy can take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,0 +1,211 @@
+//! The registry against a model of the kernel.
+
+use std::num::NonZeroU16;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const UIDS: [u32; 2] = [1000, 1001];
+
+/// What the kernel would hold for one user.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Kernel {
+    layout: Option<Layout>,
+    elements: BTreeMap<ControlGroupId, Verdict>,
+}
+
+/// Carries out a plan as nf_tables does: what is deleted must be there, what is added must not.
+fn carry_out(kernel: &mut Kernel, plan: &Plan) {
+    match &plan.before {
+        Before::Nothing => assert_eq!(kernel.layout, None),
+        Before::Layout(layout) => assert_eq!(kernel.layout.as_ref(), Some(&**layout)),
+        Before::LeftBehind(_) => kernel.elements.clear(),
+    }
+    for id in &plan.delete {
+        assert!(
+            kernel.elements.remove(id).is_some(),
+            "deleted what is not there"
+        );
+    }
+    for (cgroup, verdict) in &plan.add {
+        let replaced = kernel.elements.insert(cgroup.id(), verdict.clone());
+        assert_eq!(replaced, None, "added what is there");
+    }
+    kernel.layout = plan.after.as_deref().cloned();
+    if kernel.layout.is_none() {
+        kernel.elements.clear();
+    }
+}
+
+fn assert_consistent(registry: &Registry, kernels: &BTreeMap<Uid, Kernel>) {
+    let mut marks = BTreeSet::new();
+    for (&uid, kernel) in kernels {
+        let Some(Entry::Policy(user)) = registry.users.get(&uid) else {
+            assert_eq!(kernel, &Kernel::default());
+            continue;
+        };
+        assert_eq!(kernel.layout.as_ref(), Some(&*user.layout));
+        let known: BTreeMap<_, _> = user
+            .cgroups
+            .values()
+            .map(|(c, verdict)| (c.id(), verdict.clone()))
+            .collect();
+        assert_eq!(kernel.elements, known);
+        let levels: BTreeSet<_> = user.cgroups.values().map(|(c, _)| c.level()).collect();
+        assert_eq!(
+            user.layout.levels, levels,
+            "a level is there while it is used"
+        );
+        assert!(user.cgroups.len() <= registry.limits.control_groups);
+        for verdict in known.values() {
+            assert_eq!(super::known(&user.layout.proxies, verdict), Ok(()));
+        }
+        for proxy in user.layout.proxies.values() {
+            assert!(marks.insert(proxy.mark), "two proxies have one mark");
+            assert!(registry.marks.is_used(proxy.mark));
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Call {
+    Replace(Vec<u8>, Vec<(u8, u8)>),
+    Update(Vec<(u8, u8)>, Vec<u8>),
+    Remove,
+}
+
+fn call() -> impl Strategy<Value = Call> {
+    let assignments = || proptest::collection::vec((0u8..8, 0u8..6), 0..8);
+    prop_oneof![
+        (proptest::collection::vec(0u8..4, 0..4), assignments())
+            .prop_map(|(proxies, cgroups)| Call::Replace(proxies, cgroups)),
+        (assignments(), proptest::collection::vec(0u8..8, 0..5))
+            .prop_map(|(assign, remove)| Call::Update(assign, remove)),
+        Just(Call::Remove),
+    ]
+}
+
+fn path(number: u8) -> ControlGroupPath {
+    let depth = usize::from(number % 3) + 1;
+    ControlGroupPath::from_wire(&vec![format!("c{number}"); depth].join("/")).unwrap()
+}
+
+fn name(number: u8) -> ProxyName {
+    format!("p{number}").parse().unwrap()
+}
+
+fn verdicts(cgroups: Vec<(u8, u8)>) -> BTreeMap<ControlGroupPath, Verdict> {
+    let verdict = |number| match number {
+        0 => Verdict::Direct,
+        1 => Verdict::Drop,
+        2 => Verdict::DropAll,
+        number => Verdict::Proxy(name(number - 3)),
+    };
+    cgroups
+        .into_iter()
+        .map(|(cgroup, number)| (path(cgroup), verdict(number)))
+        .collect()
+}
+
+proptest! {
+       /// Whatever is called in whatever order, whatever vanishes or is made anew meanwhile, and
+       /// whatever the kernel refuses: what the registry knows is what the kernel has.
+       #[test]
+       fn knows_what_the_kernel_has(
+           calls in proptest::collection::vec((0usize..2, call(), any::<bool>(), any::<u64>()), 1..40)
+       ) {
+           let limits = Limits { connections: 1, proxies: 3, bypass: 1, control_groups: 5 };
+           let range = MarkRange::new(0x0000_0f00).unwrap();
+           let mut registry = Registry::new(limits, range);
+           let mut kernels: BTreeMap<Uid, Kernel> =
+               UIDS.into_iter().map(|uid| (Uid::for_test(uid), Kernel::default())).collect();
+           for (user, call, refused, seed) in calls {
+               let uid = Uid::for_test(UIDS[user]);
+               let subtree = OwnedControlGroup::for_test(u64::from(UIDS[user]) + seed % 2, 3);
+               // Some control groups are gone, some have a new id since the last call.
+               let open = |path: &ControlGroupPath| {
+                   let number = u64::from(path.as_bytes()[1] - b'0');
+                   let fate = seed >> (number * 2) & 3;
+                   (fate != 0).then(|| {
+                       let id = number * 4 + fate.min(2) + UIDS[user] as u64 * 1000;
+                       OwnedControlGroup::for_test(id, 3 + path.depth() as u32)
+                   })
+               };
+               let staged = match call {
+                   Call::Replace(proxies, cgroups) => {
+                       let proxies = proxies.into_iter().map(|number| ProxyRequest {
+                           name: name(number),
+                           port: NonZeroU16::MIN,
+                           no_udp: seed & 1 != 0,
+                           no_ipv6: false,
+dns_hijack: None,
+                       });
+                       let policy = PolicyRequest {
+                           subtree,
+                           proxies: proxies.collect(),
+                           bypass_entries: 0,
+                           bypass: Bypass::default(),
+                       };
+                       registry.replace(uid, policy, verdicts(cgroups), open)
+                   }
+                   Call::Update(assign, remove) => {
+                       let remove = remove.into_iter().map(path).collect();
+                       registry.update(uid, subtree, verdicts(assign), remove, open)
+                   }
+                   Call::Remove => Ok(registry.remove(uid)),
+               };
+               // A kernel that refuses does nothing, and then nothing is applied either.
+               if let Ok(staged) = staged && !refused {
+                   if !staged.plan().is_empty() {
+                       carry_out(kernels.get_mut(&uid).unwrap(), staged.plan());
+                   }
+                   registry.apply(staged);
+               }
+               assert_consistent(&registry, &kernels);
+           }
+       }
+   }
+
+#[test]
+fn what_was_left_behind_keeps_its_marks() {
+    let range = MarkRange::new(0xff00_0000).unwrap();
+    let limits = Limits::default();
+    let mut registry = Registry::new(limits, range);
+    let uid = Uid::for_test(1000);
+    let left = LeftBehind {
+        subtree: None,
+        proxies: [
+            (name(1), Mark::adopted(0x8500_0000)),
+            (name(2), Mark::adopted(0x8100_0000)),
+        ]
+        .into(),
+    };
+    registry.adopt(uid, left);
+    let request = |number| ProxyRequest {
+        name: name(number),
+        port: NonZeroU16::MIN,
+        no_udp: false,
+        no_ipv6: false,
+        dns_hijack: None,
+    };
+    let policy = PolicyRequest {
+        subtree: OwnedControlGroup::for_test(1, 3),
+        proxies: vec![request(1), request(3)],
+        bypass_entries: 0,
+        bypass: Bypass::default(),
+    };
+    let staged = registry
+        .replace(uid, policy, BTreeMap::new(), |_| None)
+        .unwrap();
+    let marks: Vec<_> = staged
+        .plan()
+        .after
+        .as_ref()
+        .unwrap()
+        .proxies
+        .values()
+        .map(|proxy| proxy.mark.value())
+        .collect();
+    assert_eq!(marks, [0x8500_0000, 0x8100_0000]);
+}
