@@ -5,6 +5,9 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
+use cgtproxy_helper::cgroup::{Root, RootError, Unavailable};
+use cgtproxy_helper::peer::Peer;
+use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_tests::sandbox::{Outcome, direct, sandbox};
 use cgtproxy_tests::session::{SOCKET, Session, verdict};
 use serde_json::{Value, json};
@@ -319,5 +322,90 @@ fn rubbish_ends_its_own_connection_only() {
         session.replace(json!([]), json!([]), json!([]));
         half.finish();
         assert_eq!(half.receive(), None);
+    });
+}
+
+#[test]
+fn control_groups_are_found_on_pure_and_hybrid_machines_and_where_one_says() {
+    sandbox(|sb| {
+        let user = sb.user(0);
+        user.cgroup("a");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .expect("a runtime");
+        let _guard = runtime.enter();
+        let (_ours, theirs) = tokio::net::UnixStream::pair().expect("a socket pair");
+        let peer = Peer::of(&theirs).expect("a peer");
+        let path = ControlGroupPath::from_wire("a").expect("a path");
+        let open = |root: Result<Root, RootError>| {
+            let subtree = root?.subtree(&peer).expect("a subtree");
+            let cgroup = subtree.open(&path).expect("a control group");
+            assert_eq!(cgroup.level(), 4);
+            Ok::<_, RootError>(cgroup)
+        };
+        let pure = open(Root::open(None)).expect("cgroup v2");
+        // What systemd makes of a machine that still has v1 controllers.
+        sb.run(&[
+            "sh",
+            "-c",
+            "mount -t tmpfs v1 /sys/fs/cgroup; mkdir /sys/fs/cgroup/unified /run/cgroup
+             mount -t cgroup2 v2 /sys/fs/cgroup/unified; mount -t cgroup2 v2 /run/cgroup",
+        ]);
+        assert_eq!(open(Root::open(None)).expect("cgroup v2"), pure);
+        sb.run(&["umount", "/sys/fs/cgroup/unified"]);
+        assert!(matches!(open(Root::open(None)), Err(RootError::NotFound)));
+        let elsewhere = Root::open(Some("/run/cgroup".as_ref()));
+        assert_eq!(open(elsewhere).expect("cgroup v2"), pure);
+        let wrong = Root::open(Some("/run".as_ref()));
+        assert!(
+            matches!(wrong, Err(RootError::NotControlGroup { .. })),
+            "{wrong:?}"
+        );
+        let absent = Root::open(Some("/absent".as_ref()));
+        assert!(matches!(absent, Err(RootError::Open { .. })), "{absent:?}");
+    });
+}
+
+#[test]
+fn neither_symbolic_links_nor_mounts_lead_out() {
+    sandbox(|sb| {
+        let user = sb.user(0);
+        user.cgroup("a");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .expect("a runtime");
+        let _guard = runtime.enter();
+        let (_ours, theirs) = tokio::net::UnixStream::pair().expect("a socket pair");
+        let peer = Peer::of(&theirs).expect("a peer");
+        let root = Root::open(None).expect("a root");
+        let subtree = root.subtree(&peer).expect("a subtree");
+        let path = |text| ControlGroupPath::from_wire(text).expect("a path");
+        // cgroupfs has no symbolic links, so one comes with a file system mounted over a directory.
+        let a = user.cgroup("a").directory();
+        let a = a.to_str().expect("plain ASCII");
+        sb.run(&["mount", "-t", "tmpfs", "over", a]);
+        sb.run(&[
+            "ln",
+            "-s",
+            "/sys/fs/cgroup/user.slice",
+            &format!("{a}/link"),
+        ]);
+        assert_eq!(subtree.open(&path("a")), Err(Unavailable::NotControlGroup));
+        assert_eq!(
+            subtree.open(&path("a/link")),
+            Err(Unavailable::NotControlGroup)
+        );
+        sb.run(&["umount", a]);
+        // Another cgroup2 mount over it is the same control group, and still out of bounds.
+        sb.run(&["mount", "-t", "cgroup2", "over", a]);
+        assert_eq!(subtree.open(&path("a")), Err(Unavailable::NotControlGroup));
+        assert_eq!(
+            subtree.open(&path("a/user.slice")),
+            Err(Unavailable::NotControlGroup)
+        );
+        sb.run(&["umount", a]);
+        assert!(subtree.open(&path("a")).is_ok());
     });
 }
