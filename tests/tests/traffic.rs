@@ -3,13 +3,16 @@
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use cgtproxy_tests::sandbox::{
     App, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, direct, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
+use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{self, Tcp, Udp};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 
 const APP: &str = "app.slice/app-a.scope";
@@ -305,6 +308,57 @@ fn a_connection_whose_proxy_is_gone_never_goes_on_directly() {
 }
 
 #[test]
+fn a_proxy_that_closes_after_the_application_is_heard() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup(APP).app();
+        let mut session = Session::of(&user);
+        session.replace(
+            json!([{ "name": "mihomo", "port": 7890 }]),
+            json!([]),
+            json!([to_proxy(APP, "mihomo")]),
+        );
+        let signal = |signal| {
+            let pid = Pid::from_raw(proxy.pid().cast_signed());
+            kill(pid, signal).expect("it is running");
+        };
+        for to in sb.destinations() {
+            let in_state = |state| {
+                let to = format!("dst {to}");
+                sb.run(&[
+                    "ss",
+                    "--tcp",
+                    "--numeric",
+                    "--no-header",
+                    "state",
+                    state,
+                    &to,
+                ])
+            };
+            let connection = app.open_tcp(to).expect("it opens");
+            assert_eq!(connection.ask(), proxied("mihomo", to));
+            signal(Signal::SIGSTOP);
+            drop(connection);
+            wait_until("the application's half is closed", || {
+                !in_state("fin-wait-2").is_empty()
+            });
+            signal(Signal::SIGCONT);
+            // The last acknowledgement comes from the kernel: the application has no socket any
+            // more, and so no control group.
+            wait_until("the proxy's half is closed", || {
+                let from = format!("src {to}");
+                let all = ["ss", "--tcp", "--numeric", "--no-header", "--all", &from];
+                sb.run(&all).is_empty()
+            });
+            assert!(!in_state("time-wait").is_empty());
+            sb.assert_nothing_left_for(to.ip());
+        }
+    });
+}
+
+#[test]
 fn connections_from_outside_are_never_touched() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
@@ -466,7 +520,7 @@ fn a_neighbour_on_the_link_is_never_proxied() {
         );
         // The uplink's own address of the kind is fe80::ff:fe00:1, the internet's fe80::ff:fe00:2.
         let index = std::fs::read_to_string("/sys/class/net/uplink/ifindex").expect("an uplink");
-        let neighbour = "fe80::ff:fe00:2".parse().expect("an address");
+        let neighbour: Ipv6Addr = "fe80::ff:fe00:2".parse().expect("an address");
         let to = SocketAddrV6::new(neighbour, 80, 0, index.trim().parse().expect("a number"));
         let lladdr = "02:00:00:00:00:02";
         sb.run(&[
@@ -480,8 +534,16 @@ fn a_neighbour_on_the_link_is_never_proxied() {
             "uplink",
         ]);
         for transport in TRANSPORTS {
-            // The internet of the sandbox takes every address for its own, and so answers itself.
-            assert_eq!(app.ask(transport, to.into()), Outcome::LeftUnanswered);
+            let outcome = app.ask(transport, to.into());
+            assert!(!matches!(outcome, Outcome::Proxied { .. }), "{outcome:?}");
+            // Whether the internet of the sandbox answers, or takes the asker's address for its own
+            // too, is up to it.
+            let deliveries = sb.deliveries(neighbour.into());
+            let protocol = transport.protocol();
+            assert!(
+                deliveries.iter().any(|d| d.protocol == protocol),
+                "{deliveries:?}"
+            );
         }
     });
 }

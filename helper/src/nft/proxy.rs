@@ -10,7 +10,7 @@ use super::ffi::KeyType;
 use super::names::Names;
 use super::plan::{DnsHijack, Proxy};
 use super::rule::{Family, Protocol};
-use super::ruleset::{DELIVER, GUARD, RESOLVE};
+use super::ruleset::{DELIVER, DIVERT, GUARD, RESOLVE};
 use super::transaction::Transaction;
 use crate::mark::Mark;
 
@@ -48,6 +48,7 @@ impl Transaction<'_> {
     pub(super) fn proxy_elements(&mut self, names: &Names, name: &ProxyName, mark: Mark) {
         let key = mark.value().to_ne_bytes();
         self.map_to_chain(&names.marks, KeyType::Mark, &key, &names.divert(name));
+        self.map_to_chain(DIVERT, KeyType::Mark, &key, &names.divert(name));
         self.map_to_chain(DELIVER, KeyType::Mark, &key, &names.deliver(name));
         self.map_to_chain(GUARD, KeyType::Mark, &key, &names.guard);
         let dns = self.marks.dns_value(mark).to_ne_bytes();
@@ -55,7 +56,7 @@ impl Transaction<'_> {
     }
 
     pub(super) fn delete_proxy_elements(&mut self, names: &Names, mark: Mark) {
-        for map in [names.marks.as_c_str(), DELIVER, GUARD] {
+        for map in [names.marks.as_c_str(), DIVERT, DELIVER, GUARD] {
             self.delete_element(map, KeyType::Mark, &mark.value().to_ne_bytes());
         }
         let dns = self.marks.dns_value(mark).to_ne_bytes();

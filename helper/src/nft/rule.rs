@@ -272,6 +272,11 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Meta::SkUid).compare(CmpOp::Eq, uid)
     }
 
+    /// `meta skuid >= 0`: there is a socket, and somebody has it open.
+    pub(super) fn skuid_known(self) -> Self {
+        self.with(&Meta::SkUid).compare(CmpOp::Gte, 0u32)
+    }
+
     /// `meta skuid @SET`
     pub(super) fn skuid_in(self, set: &CStr) -> Self {
         self.with(&Meta::SkUid).with(&Lookup {

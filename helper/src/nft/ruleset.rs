@@ -5,6 +5,7 @@
 //!   chain version-1 { }                       # the format of this table
 //!   map users   { type cgroupsv2 : verdict }  # user@1000.service : goto user-1000
 //!   map deliver { type mark : verdict }       # a proxy's mark : goto deliver-1000-mihomo
+//!   map divert  { type mark : verdict }       # a proxy's mark : goto divert-1000-mihomo
 //!   map guard   { type mark : verdict }       # a proxy's mark : goto guard-1000
 //!   map resolve { type mark : verdict }       # a proxy's DNS mark : goto resolve-1000-mihomo
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
@@ -46,6 +47,7 @@ use crate::mark::Mark;
 pub(super) const VERSION: &CStr = c"version-1";
 pub(super) const USERS: &CStr = c"users";
 pub(super) const DELIVER: &CStr = c"deliver";
+pub(super) const DIVERT: &CStr = c"divert";
 pub(super) const GUARD: &CStr = c"guard";
 pub(super) const RESOLVE: &CStr = c"resolve";
 const PROXY_UIDS: &CStr = c"proxy-uids";
@@ -71,6 +73,7 @@ impl Transaction<'_> {
         self.add_chain(VERSION);
         self.add_set(USERS, KeyType::ControlGroup, Content::Verdicts);
         self.add_set(DELIVER, KeyType::Mark, Content::Verdicts);
+        self.add_set(DIVERT, KeyType::Mark, Content::Verdicts);
         self.add_set(GUARD, KeyType::Mark, Content::Verdicts);
         self.add_set(RESOLVE, KeyType::Mark, Content::Verdicts);
         self.add_set(PROXY_UIDS, KeyType::Uid, Content::Keys);
@@ -95,14 +98,22 @@ impl Transaction<'_> {
                 &|rule| rule.socket_cgroupv2_vmap(USER_LEVEL, USERS),
                 // A connection to a proxy whose user has no policy any more: it must not go on
                 // directly, in the middle of what it was saying.
-                // ct mark & DIVERT != 0 meta l4proto tcp reject with tcp reset
+                // meta skuid >= 0 ct mark & DIVERT != 0 meta l4proto tcp reject with tcp reset
                 &|rule| {
-                    rule.ct_mark_has(divert)
+                    rule.skuid_known()
+                        .ct_mark_has(divert)
                         .l4proto(Protocol::Tcp)
                         .reject_with_tcp_reset()
                 },
-                // ct mark & DIVERT != 0 reject
-                &|rule| rule.ct_mark_has(divert).reject(),
+                // meta skuid >= 0 ct mark & DIVERT != 0 reject
+                &|rule| rule.skuid_known().ct_mark_has(divert).reject(),
+                // What the kernel says by itself to a proxy, when the application's socket is
+                // gone: the last acknowledgement of a connection, or that there is none. The
+                // proxy would wait for it, and refuse the next connection from the same port.
+                // ct mark & MASK vmap @divert
+                &|rule| rule.ct_mark_vmap(mask, DIVERT),
+                // ct mark & DIVERT != 0 drop
+                &|rule| rule.ct_mark_has(divert).drop(),
             ],
         );
         self.add_rules(
