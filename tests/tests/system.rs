@@ -1,6 +1,10 @@
 //! The project installed in a whole system, set up as its README says and used as users use it.
 
-#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
 
 use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
@@ -12,6 +16,9 @@ use cgtproxy_tests::system::{System, SystemUser};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{Tcp, Udp};
 use serde_json::Value;
+
+/// What it is, the process id that it changes, and how to bring it about.
+type Disruption<'a> = (&'a str, &'a dyn Fn() -> String, &'a dyn Fn());
 
 const CONFIG: &str = r"
 version: 1
@@ -295,7 +302,7 @@ fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
         let by_alice = |command: &[&str]| system.run_as(alice, command);
         let helper = || system.property(HELPER, "MainPID");
         let agent = || system.user_property(alice, AGENT, "MainPID");
-        let disruptions: [(&str, &dyn Fn() -> String, &dyn Fn()); 4] = [
+        let disruptions: [Disruption<'_>; 4] = [
             ("the helper restarted", &helper, &|| {
                 on_system(&["systemctl", "restart", HELPER]);
             }),
@@ -309,22 +316,19 @@ fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
                 by_alice(&["systemctl", "--user", "kill", "--signal=KILL", AGENT]);
             }),
         ];
-        for round in 1..=2 {
-            for (what, pid, disrupt) in disruptions {
-                let what = format!("{what}, round {round}");
-                let before = pid();
-                disrupt();
-                holds(&what, "mihomo");
-                wait_until("another process has taken its place", || {
-                    let now = pid();
-                    now != before && now != "0"
-                });
-                wait_in_force(&system, alice);
-                holds(&what, "mihomo");
-                // And it works on.
-                let new = system.app_as(alice, &["cgtproxy-exec", "drop"]);
-                expect_dropped(sb, &new);
-            }
+        for (what, pid, disrupt) in disruptions {
+            let before = pid();
+            disrupt();
+            holds(what, "mihomo");
+            wait_until("another process has taken its place", || {
+                let now = pid();
+                now != before && now != "0"
+            });
+            wait_in_force(&system, alice);
+            holds(what, "mihomo");
+            // And it works on.
+            let new = system.app_as(alice, &["cgtproxy-exec", "drop"]);
+            expect_dropped(sb, &new);
         }
         // The file edited: what is open goes on, what is new follows. (From here on to new
         // destinations, since a UDP socket may get a port that an earlier one had, and with it,
