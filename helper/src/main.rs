@@ -45,6 +45,10 @@ struct Arguments {
     remove: bool,
 }
 
+/// The exit status for a wrong configuration (sysexits.h): starting again would not help, and the
+/// unit says so.
+const EX_CONFIG: u8 = 78;
+
 /// Why the helper can't run.
 #[derive(Debug, thiserror::Error)]
 enum Error {
@@ -87,7 +91,10 @@ fn main() -> ExitCode {
                 cause = error.source();
             }
             tracing::error!("{message}");
-            ExitCode::FAILURE
+            match error {
+                Error::Config(_) => ExitCode::from(EX_CONFIG),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

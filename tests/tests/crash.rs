@@ -222,6 +222,17 @@ fn a_second_helper_is_told_so() {
 }
 
 #[test]
+fn a_wrong_configuration_is_said_once_and_not_tried_again() {
+    sandbox(|sb| {
+        let mut helper = sb.helper().config("grace-second: 5").spawn();
+        // The status for which the unit has RestartPreventExitStatus=.
+        assert_eq!(helper.wait().code(), Some(78));
+        helper.wait_log("line 1");
+        assert!(!sb.has_table());
+    });
+}
+
+#[test]
 fn other_programs_leave_an_owned_table_alone() {
     sandbox(|sb| {
         let _helper = sb.helper().start();

@@ -522,6 +522,16 @@ fn a_neighbour_on_the_link_is_never_proxied() {
         let index = std::fs::read_to_string("/sys/class/net/uplink/ifindex").expect("an uplink");
         let neighbour: Ipv6Addr = "fe80::ff:fe00:2".parse().expect("an address");
         let to = SocketAddrV6::new(neighbour, 80, 0, index.trim().parse().expect("a number"));
+        // Until duplicate address detection is over the machine has no such address to send from.
+        wait_until("the machine has a link-local address", || {
+            let addresses = |more: &[&str]| {
+                let show = [
+                    "ip", "-6", "address", "show", "dev", "uplink", "scope", "link",
+                ];
+                sb.run(&[&show[..], more].concat())
+            };
+            !addresses(&[]).is_empty() && addresses(&["tentative"]).is_empty()
+        });
         let lladdr = "02:00:00:00:00:02";
         sb.run(&[
             "ip",
