@@ -168,9 +168,7 @@ impl Session {
             Error::Parameter(parameter) => Fault::invalid_parameter(parameter),
             Error::NoUserManager(path) => fault("NoUserManager", json!({ "controlGroup": path })),
             Error::State(state::Error::SessionExists) => fault("SessionExists", json!({})),
-            Error::State(state::Error::NoSession | state::Error::Refused(Refused::NoPolicy)) => {
-                fault("NoSession", json!({}))
-            }
+            Error::State(state::Error::NoSession) => fault("NoSession", json!({})),
             Error::State(state::Error::Refused(refused)) => match refused {
                 Refused::NoPolicy => fault("NoSession", json!({})),
                 Refused::ProxyExists(name) => {

@@ -325,18 +325,23 @@ fn rubbish_ends_its_own_connection_only() {
     });
 }
 
+/// This process, as the helper sees one that connects to it.
+fn own_peer() -> Peer {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .expect("a runtime");
+    let _guard = runtime.enter();
+    let (_ours, theirs) = tokio::net::UnixStream::pair().expect("a socket pair");
+    Peer::of(&theirs).expect("a peer")
+}
+
 #[test]
 fn control_groups_are_found_on_pure_and_hybrid_machines_and_where_one_says() {
     sandbox(|sb| {
         let user = sb.user(0);
         user.cgroup("a");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build()
-            .expect("a runtime");
-        let _guard = runtime.enter();
-        let (_ours, theirs) = tokio::net::UnixStream::pair().expect("a socket pair");
-        let peer = Peer::of(&theirs).expect("a peer");
+        let peer = own_peer();
         let path = ControlGroupPath::from_wire("a").expect("a path");
         let open = |root: Result<Root, RootError>| {
             let subtree = root?.subtree(&peer).expect("a subtree");
@@ -372,13 +377,7 @@ fn neither_symbolic_links_nor_mounts_lead_out() {
     sandbox(|sb| {
         let user = sb.user(0);
         user.cgroup("a");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build()
-            .expect("a runtime");
-        let _guard = runtime.enter();
-        let (_ours, theirs) = tokio::net::UnixStream::pair().expect("a socket pair");
-        let peer = Peer::of(&theirs).expect("a peer");
+        let peer = own_peer();
         let root = Root::open(None).expect("a root");
         let subtree = root.subtree(&peer).expect("a subtree");
         let path = |text| ControlGroupPath::from_wire(text).expect("a path");

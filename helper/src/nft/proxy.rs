@@ -2,7 +2,6 @@
 //! queries go.
 
 use std::ffi::CStr;
-use std::net::IpAddr;
 
 use cgtproxy_proto::name::ProxyName;
 
@@ -81,7 +80,7 @@ impl Transaction<'_> {
         // ct status confirmed goto open-UID
         self.add_rules(&chain, [&|rule| rule.ct_confirmed().goto(&names.open)]);
         if let Some(hijack) = &proxy.dns_hijack {
-            for family in hijack.addresses.iter().map(family_of) {
+            for family in hijack.addresses.iter().map(Family::of) {
                 let protocols = [(Protocol::Udp, true), (Protocol::Tcp, hijack.tcp)];
                 for (protocol, _) in protocols.into_iter().filter(|(_, wanted)| *wanted) {
                     // meta nfproto FAMILY PROTOCOL dport 53 goto dns-UID-NAME
@@ -161,7 +160,7 @@ impl Transaction<'_> {
                 // ip daddr 127.0.0.0/8 return, ip6 daddr ::1 return
                 self.add_rules(
                     chain,
-                    [&|rule| rule.daddr_loopback(family_of(address)).leave()],
+                    [&|rule| rule.daddr_loopback(Family::of(address)).leave()],
                 );
             }
         }
@@ -175,13 +174,5 @@ impl Transaction<'_> {
             // dnat ip to ADDRESS:PORT, dnat ip6 to [ADDRESS]:PORT
             self.add_rules(chain, [&|rule| rule.dnat(*address, hijack.port.get())]);
         }
-    }
-}
-
-fn family_of(address: &IpAddr) -> Family {
-    if address.is_ipv4() {
-        Family::Ipv4
-    } else {
-        Family::Ipv6
     }
 }

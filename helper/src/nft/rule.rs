@@ -43,6 +43,17 @@ pub(super) enum Family {
     Ipv6,
 }
 
+impl Family {
+    /// The family of an address.
+    pub(super) fn of(address: &IpAddr) -> Self {
+        if address.is_ipv4() {
+            Self::Ipv4
+        } else {
+            Self::Ipv6
+        }
+    }
+}
+
 /// A rule in the making. Matches come first, then what is done with packets that match them all.
 /// Register 1 carries each value from the expression that loads it to the one that looks at it.
 pub(super) struct RuleBuilder<'a>(Rule<'a>);
@@ -164,41 +175,33 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Meta::NfProto).compare(CmpOp::Eq, number)
     }
 
-    /// `ip daddr @SET` or `ip6 daddr @SET`
-    pub(super) fn daddr_in(self, family: Family, set: &CStr) -> Self {
-        let address = match family {
+    /// `ip daddr` or `ip6 daddr`: loads the destination of packets of this family.
+    fn load_daddr(self, family: Family) -> Self {
+        let field = match family {
             Family::Ipv4 => NetworkHeaderField::Ipv4(Ipv4HeaderField::Daddr),
             Family::Ipv6 => NetworkHeaderField::Ipv6(Ipv6HeaderField::Daddr),
         };
-        self.nfproto(family)
-            .with(&Payload::Network(address))
-            .with(&Lookup {
-                set,
-                verdict: false,
-            })
+        self.nfproto(family).with(&Payload::Network(field))
+    }
+
+    /// `ip daddr @SET` or `ip6 daddr @SET`
+    pub(super) fn daddr_in(self, family: Family, set: &CStr) -> Self {
+        self.load_daddr(family).with(&Lookup {
+            set,
+            verdict: false,
+        })
     }
 
     /// `ip daddr ADDRESS` or `ip6 daddr ADDRESS`
     pub(super) fn daddr(self, address: IpAddr) -> Self {
-        let (family, field) = match address {
-            IpAddr::V4(_) => (
-                Family::Ipv4,
-                NetworkHeaderField::Ipv4(Ipv4HeaderField::Daddr),
-            ),
-            IpAddr::V6(_) => (
-                Family::Ipv6,
-                NetworkHeaderField::Ipv6(Ipv6HeaderField::Daddr),
-            ),
-        };
-        self.nfproto(family)
-            .with(&Payload::Network(field))
+        self.load_daddr(Family::of(&address))
             .compare(CmpOp::Eq, address)
     }
 
     /// `ip daddr 127.0.0.0/8` or `ip6 daddr ::1`
     pub(super) fn daddr_loopback(self, family: Family) -> Self {
         match family {
-            Family::Ipv4 => self.daddr_network([127, 0, 0, 0], [255, 0, 0, 0]),
+            Family::Ipv4 => self.daddr_network(family, [127, 0, 0, 0], [255, 0, 0, 0]),
             Family::Ipv6 => self.daddr(IpAddr::V6(Ipv6Addr::LOCALHOST)),
         }
     }
@@ -240,24 +243,17 @@ impl<'a> RuleBuilder<'a> {
     pub(super) fn daddr_link_local(self) -> Self {
         let network = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
         let mask = Ipv6Addr::new(0xffc0, 0, 0, 0, 0, 0, 0, 0);
-        self.daddr_network(network.octets(), mask.octets())
+        self.daddr_network(Family::Ipv6, network.octets(), mask.octets())
     }
 
     /// `ip daddr NETWORK` or `ip6 daddr NETWORK`
-    fn daddr_network<const N: usize>(self, network: [u8; N], mask: [u8; N]) -> Self {
-        let (family, field) = if N == 4 {
-            (
-                Family::Ipv4,
-                NetworkHeaderField::Ipv4(Ipv4HeaderField::Daddr),
-            )
-        } else {
-            (
-                Family::Ipv6,
-                NetworkHeaderField::Ipv6(Ipv6HeaderField::Daddr),
-            )
-        };
-        self.nfproto(family)
-            .with(&Payload::Network(field))
+    fn daddr_network<const N: usize>(
+        self,
+        family: Family,
+        network: [u8; N],
+        mask: [u8; N],
+    ) -> Self {
+        self.load_daddr(family)
             .with(&Bitwise::new(&mask[..], &[0_u8; N][..]))
             .compare(CmpOp::Eq, &network[..])
     }
