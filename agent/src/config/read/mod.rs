@@ -1,0 +1,154 @@
+//! From what was typed to what it means. Nothing stops at the first mistake.
+
+mod rule;
+mod selector;
+#[cfg(test)]
+mod tests;
+mod tproxy;
+
+use std::path::Path;
+use std::rc::Rc;
+
+use super::finding::{Finding, Findings, Place, Severity};
+use super::reader::Reader;
+use super::yaml::{self, Node, Value};
+use super::{Config, Network};
+use crate::policy::{ExecSlices, Rules};
+use crate::text::printable;
+use tproxy::Proxies;
+
+/// The version of the format.
+const VERSION: i128 = 1;
+
+/// All keys of the file.
+const KEYS: &[&str] = &[
+    "version",
+    "bypass",
+    "tproxies",
+    "rules",
+    "exec-slices",
+    "cgroup-root",
+    "route-table",
+];
+
+/// Reads the text of `file`: what it means, unless there are errors, and all that was found.
+#[must_use]
+pub fn read(file: &Path, bytes: &[u8]) -> (Option<Config>, Findings) {
+    let mut findings = Findings::new(file);
+    let text = match std::str::from_utf8(bytes) {
+        Ok(text) => text.strip_prefix('\u{feff}').unwrap_or(text),
+        Err(error) => {
+            let (valid, _) = bytes.split_at(error.valid_up_to());
+            let line = valid.split(|&b| b == b'\n').count() as u64;
+            let column = String::from_utf8_lossy(valid)
+                .rsplit('\n')
+                .next()
+                .map_or(0, |last| last.chars().count()) as u64
+                + 1;
+            let place = Place { line, column };
+            let message = "this byte is not UTF-8";
+            findings
+                .list
+                .push(Finding::new(Severity::Error, place, message));
+            return (None, findings);
+        }
+    };
+    let root = match yaml::parse(text) {
+        Ok(root) => root,
+        Err(error) => {
+            findings.list.push(Finding {
+                severity: Severity::Error,
+                place: error.place,
+                message: printable(&error.message),
+                help: None,
+                excerpt: None,
+            });
+            return (None, findings);
+        }
+    };
+    let mut reader = Reader::new(text, findings);
+    let config = reader.config(&root);
+    let findings = reader.finish();
+    (config.filter(|_| !findings.has_errors()), findings)
+}
+
+impl Reader<'_> {
+    fn config(&mut self, root: &Node) -> Option<Config> {
+        if matches!(root.value, Value::Null) {
+            self.error(root.place, "the file is empty").help =
+                Some("it says at least 'version: 1'".into());
+            return None;
+        }
+        let top = self.entries(root, "the file", KEYS)?;
+        match top.get("version") {
+            None => {
+                self.error(root.place, "there is no key 'version'").help =
+                    Some("write 'version: 1'".into());
+            }
+            Some(node) if !matches!(node.value, Value::Integer(VERSION)) => {
+                let version = printable(&self.written(node));
+                self.error(node.place, format!("version '{version}' is unknown"))
+                    .help = Some("write 'version: 1'".into());
+            }
+            Some(_) => {}
+        }
+        for key in ["cgroup-root", "route-table"] {
+            if let Some(node) = top.get(key) {
+                self.ignored(node.place, key);
+            }
+        }
+        let exec_slices = top
+            .get("exec-slices")
+            .and_then(|node| self.boolean(node, "'exec-slices'"))
+            .unwrap_or(true);
+        let bypass = top.get("bypass").map_or_else(Vec::new, |n| self.bypass(n));
+        let proxies = top
+            .get("tproxies")
+            .map_or_else(Proxies::default, |n| self.tproxies(n));
+        let rules = top
+            .get("rules")
+            .map_or_else(Vec::new, |n| self.rules(n, &proxies, exec_slices));
+        let exec_slices =
+            exec_slices.then(|| ExecSlices::new(proxies.list.iter().map(|p| &p.name)));
+        Some(Config {
+            proxies: proxies.list,
+            bypass,
+            rules: Rc::new(Rules { exec_slices, rules }),
+        })
+    }
+
+    fn ignored(&mut self, place: Place, key: &str) {
+        self.warning(place, format!("'{key}' is ignored")).help =
+            Some("the helper sees to it now; the line can go".into());
+    }
+
+    fn bypass(&mut self, node: &Node) -> Vec<Network> {
+        let Value::List(items) = &node.value else {
+            self.wrong_kind(node, "'bypass'", "a list of addresses and networks");
+            return Vec::new();
+        };
+        let mut networks = Vec::new();
+        for item in items {
+            let Some(text) = self.text(item, "an entry of 'bypass'") else {
+                continue;
+            };
+            match text.parse::<Network>() {
+                Err(why) => {
+                    let message = format!("'{}' can't be bypassed: {why}", printable(&text));
+                    self.error(item.place, message).help =
+                        Some("write an address like '192.0.2.1' or a network like '10.0.0.0/8' or 'fe80::/10'".into());
+                }
+                Ok(named) => {
+                    let network = named.network();
+                    if network != named {
+                        let message = format!("'{text}' is not the first address of its network");
+                        self.warning(item.place, message).help =
+                            Some(format!("it is taken as '{network}'"));
+                    }
+                    networks.push(network);
+                }
+            }
+        }
+        networks
+    }
+}

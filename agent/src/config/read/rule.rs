@@ -1,0 +1,157 @@
+//! The rules, and which of them nothing ever reaches.
+
+use crate::config::finding::Place;
+use crate::config::reader::{Reader, list, nearest};
+use crate::config::yaml::{Node, Value};
+use crate::policy::{Rule, Selector, Target};
+use crate::text::printable;
+
+use super::tproxy::Proxies;
+
+const RULE_KEYS: &[&str] = &["match", "tproxy", "drop", "direct"];
+
+impl Reader<'_> {
+    pub(super) fn rules(&mut self, node: &Node, proxies: &Proxies, exec_slices: bool) -> Vec<Rule> {
+        let Value::List(items) = &node.value else {
+            self.wrong_kind(node, "'rules'", "a list of rules");
+            return Vec::new();
+        };
+        let mut rules: Vec<Rule> = Vec::new();
+        let mut reached: Vec<(Place, usize, Rule)> = Vec::new();
+        let mut used: Vec<String> = Vec::new();
+        for (item, number) in items.iter().zip(1usize..) {
+            let Some(rule) = self.rule(item, proxies, &mut used) else {
+                continue;
+            };
+            self.warn_if_unreachable(item.place, &rule, &reached);
+            reached.push((item.place, number, rule.clone()));
+            rules.push(rule);
+        }
+        if !exec_slices {
+            for proxy in &proxies.list {
+                let name = proxy.name.as_str();
+                if !used.iter().any(|used| used == name)
+                    && let Some(place) = proxies.places.get(name)
+                {
+                    self.warning(*place, format!("no rule uses tproxy '{name}'"));
+                }
+            }
+        }
+        rules
+    }
+
+    fn warn_if_unreachable(&mut self, place: Place, rule: &Rule, earlier: &[(Place, usize, Rule)]) {
+        let hider = earlier.iter().find_map(|(place, number, other)| {
+            if other.selector.is_catch_all() {
+                Some((place.line, number, "matches everything"))
+            } else if other.selector.is_same_as(&rule.selector) {
+                Some((place.line, number, "matches the same"))
+            } else {
+                None
+            }
+        });
+        if let Some((line, number, why)) = hider {
+            self.warning(place, "this rule is never reached").help = Some(format!(
+                "rule {number} in line {line} comes first and {why}"
+            ));
+        }
+    }
+
+    fn rule(&mut self, node: &Node, proxies: &Proxies, used: &mut Vec<String>) -> Option<Rule> {
+        let entries = self.entries(node, "a rule", RULE_KEYS)?;
+        let selector = match entries.get("match") {
+            None => {
+                self.error(node.place, "this rule has no 'match'").help = Some(
+                    "write a regular expression; an empty one in quotes matches everything".into(),
+                );
+                None
+            }
+            Some(pattern) => self.pattern(pattern).map(Selector::Match),
+        };
+        let mut targets: Vec<(&str, Option<Target>)> = Vec::new();
+        if let Some(tproxy) = entries.get("tproxy") {
+            let target = self.reference(tproxy, proxies, used);
+            targets.push(("tproxy", target));
+        }
+        if let Some(drop) = entries.get("drop") {
+            let all = matches!(&drop.value, Value::Text(text) if text == "all");
+            let target = match all {
+                true => Some(Some(Target::DropAll)),
+                false => self
+                    .switch(
+                        drop,
+                        "'drop'",
+                        "'true', or 'all' to drop bypassed destinations too",
+                    )
+                    .map(|drop| drop.then_some(Target::Drop)),
+            };
+            push_target(&mut targets, "drop", target);
+        }
+        if let Some(direct) = entries.get("direct") {
+            let target = self
+                .boolean(direct, "'direct'")
+                .map(|direct| direct.then_some(Target::Direct));
+            push_target(&mut targets, "direct", target);
+        }
+        let names: Vec<&str> = targets.iter().map(|(name, _)| *name).collect();
+        match targets.as_slice() {
+            [(_, target)] => Some(Rule {
+                selector: selector?,
+                target: target.clone()?,
+            }),
+            [] => {
+                self.error(node.place, "this rule has no target").help =
+                    Some("write one of 'tproxy: NAME', 'drop: true', 'direct: true'".into());
+                None
+            }
+            _ => {
+                let message = format!("this rule has {} targets: {}", names.len(), list(&names));
+                self.error(node.place, message).help = Some("keep one of them".into());
+                None
+            }
+        }
+    }
+
+    /// The proxy that a rule names.
+    fn reference(
+        &mut self,
+        node: &Node,
+        proxies: &Proxies,
+        used: &mut Vec<String>,
+    ) -> Option<Target> {
+        let name = self.text(node, "'tproxy'")?;
+        if proxies.places.contains_key(&name) {
+            used.push(name.clone());
+            // Known, but wrong itself: that has been said where it stands.
+            let proxy = proxies.list.iter().find(|p| p.name.as_str() == name)?;
+            return Some(Target::Proxy(proxy.name.clone()));
+        }
+        let mut names: Vec<&str> = proxies.places.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        let help = match name.as_str() {
+            "direct" => "write 'direct: true'".to_owned(),
+            "drop" | "drop-all" => "write 'drop: true' or 'drop: all'".to_owned(),
+            _ => match nearest(&name, names.iter().copied()) {
+                Some(near) => format!("did you mean '{near}'?"),
+                None if names.is_empty() => "there are none under 'tproxies'".to_owned(),
+                None => format!("known are {}", list(&names)),
+            },
+        };
+        let message = format!("there is no tproxy '{}'", printable(&name));
+        self.error(node.place, message).help = Some(help);
+        None
+    }
+}
+
+/// Counts a target that is there: wrong ones count, switched off ones do not.
+fn push_target<'a>(
+    targets: &mut Vec<(&'a str, Option<Target>)>,
+    key: &'a str,
+    target: Option<Option<Target>>,
+) {
+    match target {
+        None => targets.push((key, None)),
+        Some(Some(target)) => targets.push((key, Some(target))),
+        Some(None) => {}
+    }
+}

@@ -1,0 +1,227 @@
+//! Whole files.
+
+use std::path::Path;
+
+use proptest::prelude::*;
+
+use super::read;
+use crate::config::{Config, Findings, Network};
+
+pub(super) fn read_text(text: &str) -> (Option<Config>, Findings) {
+    read(Path::new("c.yaml"), text.as_bytes())
+}
+
+/// Findings as `line:column: severity: message; help`.
+pub(super) fn found(text: &str) -> Vec<String> {
+    let (config, findings) = read_text(text);
+    assert_eq!(config.is_none(), findings.has_errors());
+    findings
+        .lines()
+        .map(|(severity, line)| {
+            let line = line.strip_prefix("c.yaml").unwrap();
+            let line = line.strip_prefix(':').unwrap_or(line);
+            format!("{} {line}", severity.name())
+        })
+        .collect()
+}
+
+/// The example of the original's documentation, shortened.
+const ORIGINAL: &str = r#"
+version: 1
+cgroup-root: AUTO
+route-table: 300
+bypass:
+  - 127.0.0.0/8
+  - 192.168.0.0/16
+  - ::1
+tproxies:
+  clash-meta:
+    mark: 0x100
+    port: 7893
+    no-udp: false
+    no-ipv6: yes
+    dns-hijack:
+      ip: 127.0.0.1
+      port: 53
+      tcp: true
+rules:
+  - match: \/user\.slice\/user-\d+\.slice\/user@\d+\.service\/app\.slice\/app-clash\.service
+    direct: true
+  - match: "\\/user\\.slice\\/.*\\/app-game\\.scope"
+    drop: true
+  - match: |
+      \/user\.slice
+    drop: all
+  - match: .*
+    tproxy: clash-meta
+"#;
+#[test]
+fn takes_a_file_of_the_original() {
+    let (config, _) = read_text(ORIGINAL);
+    let config = config.unwrap();
+    assert_eq!(
+        found(ORIGINAL),
+        [
+            "warning 3:14: 'cgroup-root' is ignored; the helper sees to it now; the line can go",
+            "warning 4:14: 'route-table' is ignored; the helper sees to it now; the line can go",
+            "warning 11:11: 'mark' is ignored; the helper sees to it now; the line can go",
+        ]
+    );
+    let bypass: Vec<_> = config.bypass.iter().map(Network::to_string).collect();
+    assert_eq!(bypass, ["127.0.0.0/8", "192.168.0.0/16", "::1"]);
+    let proxy = &config.proxies[0];
+    assert_eq!(
+        (
+            proxy.name.as_str(),
+            proxy.port.get(),
+            proxy.no_udp,
+            proxy.no_ipv6
+        ),
+        ("clash-meta", 7893, false, true)
+    );
+    let targets: Vec<_> = config.rules.rules.iter().map(|r| r.target.name()).collect();
+    assert_eq!(targets, ["direct", "drop", "drop-all", "clash-meta"]);
+    assert!(config.rules.exec_slices.is_some());
+    let path = b"/user.slice/user-7.slice/user@7.service/app.slice/app-clash.service";
+    assert!(config.rules.rules[0].selector.matches(path));
+}
+
+#[test]
+fn finds_everything_at_once() {
+    let text = r"version: 2
+bypas: []
+bypass: [10.0.0.0/33, 10.1.2.3/8, localhost]
+tproxies:
+  a: {port: 0}
+  drop: {port: 1}
+  a b: {port: 70000, no_udp: true}
+  a: {port: 5}
+  c-: {no-ipv6: perhaps}
+rules:
+  - match: foo(bar
+    tproxy: a
+  - tproxy: aa
+  - match: x
+  - match: x
+    drop: true
+    direct: yes
+  - match: 'a[z-b]'
+    drop: some
+  - match: x
+    direct: false
+";
+    assert_eq!(
+        found(text),
+        [
+            "error 1:10: version '2' is unknown; write 'version: 1'",
+            "error 2:1: unknown key 'bypas' in the file; did you mean 'bypass'?",
+            "error 3:10: '10.0.0.0/33' can't be bypassed: after the '/' stands a number from 0 to \
+             32; write an address like '192.0.2.1' or a network like '10.0.0.0/8' or 'fe80::/10'",
+            "warning 3:23: '10.1.2.3/8' is not the first address of its network; it is taken as \
+             '10.0.0.0/8'",
+            "error 3:35: 'localhost' can't be bypassed: it is no IPv4 or IPv6 address; write an \
+             address like '192.0.2.1' or a network like '10.0.0.0/8' or 'fe80::/10'",
+            "error 5:13: '0' is no port; a port is a number from 1 to 65535",
+            "error 6:3: no tproxy can be named 'drop'; 'direct', 'drop' and 'drop-all' are targets \
+             already",
+            "error 7:3: no tproxy can be named 'a b'; a proxy's name is a letter or digit, then \
+             letters, digits, '.', '_' and '-'",
+            "error 7:15: '70000' is no port; a port is a number from 1 to 65535",
+            "error 7:22: unknown key 'no_udp' in tproxy 'a b'; did you mean 'no-udp'?",
+            "error 8:3: tproxy 'a' is there twice, first in line 5; keep one of them",
+            "warning 9:3: cgtproxy-exec can't use 'c-'; systemd has no slices with such names; use \
+             single '-' between other characters",
+            "error 9:7: tproxy 'c-' has no port; write the port that the proxy listens on, like \
+             'port: 7893'",
+            "error 9:17: 'no-ipv6' is 'perhaps'; write 'true' or 'false'",
+            "error 11:15: bad regular expression: unclosed group",
+            "error 13:5: this rule has no 'match'; write a regular expression; an empty one in \
+             quotes matches everything",
+            "error 13:13: there is no tproxy 'aa'; did you mean 'a'?",
+            "error 14:5: this rule has no target; write one of 'tproxy: NAME', 'drop: true', \
+             'direct: true'",
+            "error 15:5: this rule has 2 targets: 'drop', 'direct'; keep one of them",
+            "error 18:15: bad regular expression: invalid character class range, the start must be \
+             <= the end",
+            "error 19:11: 'drop' is 'some'; write 'true', or 'all' to drop bypassed destinations too",
+            "error 20:5: this rule has no target; write one of 'tproxy: NAME', 'drop: true', \
+             'direct: true'",
+        ]
+    );
+}
+
+#[test]
+fn warns_of_rules_that_are_never_reached() {
+    let text = "version: 1\nexec-slices: off\ntproxies: {a: {port: 1}}\nrules:\n\
+                - {match: x, drop: true}\n- {match: x, direct: true}\n\
+                - {match: .*, direct: true}\n- {match: y, drop: true}\n";
+    assert_eq!(
+        found(text),
+        [
+            "warning 3:12: no rule uses tproxy 'a'",
+            "warning 6:3: this rule is never reached; rule 1 in line 5 comes first and matches the \
+             same",
+            "warning 8:3: this rule is never reached; rule 3 in line 7 comes first and matches \
+             everything",
+        ]
+    );
+    assert!(read_text(text).0.unwrap().rules.exec_slices.is_none());
+}
+
+#[test]
+fn an_empty_or_cut_off_file_is_not_a_configuration() {
+    for text in [
+        "",
+        "# nothing\n",
+        "[]",
+        "version: 1\nrules: {",
+        "x",
+        "version:",
+        "rules: []",
+    ] {
+        assert!(read_text(text).1.has_errors(), "{text}");
+    }
+    assert!(read_text("version: 1").1.list.is_empty());
+    let (config, findings) = read(Path::new("c.yaml"), b"version: 1\n# \xff");
+    assert!(config.is_none());
+    assert_eq!(
+        findings.to_string(),
+        "c.yaml:2:3: error: this byte is not UTF-8\n"
+    );
+}
+
+#[test]
+fn points_into_the_pattern() {
+    let (_, findings) = read_text("version: 1\nrules:\n  - match: \"foo(bar\"\n    drop: true\n");
+    assert_eq!(
+        findings.to_string(),
+        "c.yaml:3:16: error: bad regular expression: unclosed group\n    foo(bar\n       ^\n"
+    );
+}
+
+#[test]
+fn numbers_and_words_may_be_names() {
+    let text = "version: 1\ntproxies: {007: {port: 1}, on: {port: 2}, 1e3: {port: 3}}\n\
+                rules: [{match: a, tproxy: 007}, {match: b, tproxy: on}, {match: 1e3, tproxy: 1e3}]\n";
+    let (config, findings) = read_text(text);
+    assert_eq!(findings.to_string(), "");
+    let names: Vec<_> = config
+        .unwrap()
+        .proxies
+        .iter()
+        .map(|p| p.name.to_string())
+        .collect();
+    assert_eq!(names, ["007", "on", "1e3"]);
+}
+
+proptest! {
+    #[test]
+    fn no_text_breaks_it(text in "(version: 1\n|rules:\n|tproxies:\n|  - |match: |drop: |\\PC{0,8}|[\\[\\]{}:,&*!?|>\"'%@`# \n-]{0,6}){0,20}") {
+        let _ = found(&text);
+    }
+
+    #[test]
+    fn no_bytes_break_it(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+        let _ = read(Path::new("c.yaml"), &bytes);
+    }
+}
