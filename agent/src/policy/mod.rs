@@ -5,8 +5,11 @@
 //! 2. Without one it inherits its parent's verdict.
 //! 3. Without one at the subtree's root: direct.
 
+mod application;
 mod exec_slices;
+mod names;
 mod selector;
+mod subject;
 mod tree;
 
 use std::fmt;
@@ -15,8 +18,11 @@ use std::rc::Rc;
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::path::ControlGroupPath;
 
+pub use application::{application_ids, unescape};
 pub use exec_slices::{DEFAULT_PROXY, ExecSlices};
+pub use names::Names;
 pub use selector::{Pattern, PatternError, Selector};
+pub use subject::Subject;
 pub use tree::{Shared, Tree, View};
 
 /// What happens to a control group's packets.
@@ -99,7 +105,7 @@ impl Rules {
         if self.rules.is_empty() {
             return None;
         }
-        let subject = absolute(prefix, path);
+        let subject = Subject::new(prefix, path);
         self.rules
             .iter()
             .zip(1..)
@@ -124,33 +130,5 @@ impl Rules {
             }
             at = at.parent()?;
         }
-    }
-}
-
-/// The path from the control group root, as rules see it: it begins with a slash.
-#[must_use]
-pub fn absolute(prefix: &[u8], path: &ControlGroupPath) -> Vec<u8> {
-    let mut whole = Vec::with_capacity(prefix.len() + 1 + path.as_bytes().len());
-    whole.extend_from_slice(prefix);
-    // Only the control group root itself, which has no name, ends in a slash.
-    if !path.as_bytes().is_empty() || prefix.is_empty() {
-        whole.push(b'/');
-    }
-    whole.extend_from_slice(path.as_bytes());
-    whole
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn paths_begin_with_one_slash() {
-        let path = ControlGroupPath::from_bytes(b"a/b").unwrap();
-        let root = ControlGroupPath::root();
-        assert_eq!(absolute(b"", &path), b"/a/b");
-        assert_eq!(absolute(b"", &root), b"/");
-        assert_eq!(absolute(b"/x", &path), b"/x/a/b");
-        assert_eq!(absolute(b"/x", &root), b"/x");
     }
 }

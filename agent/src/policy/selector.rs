@@ -7,19 +7,43 @@ use std::ops::Range;
 use regex::bytes::{Regex, RegexBuilder};
 use regex_syntax::hir::Hir;
 
+use super::{Names, Subject};
+
 /// Which control groups a rule is about.
 #[derive(Debug, Clone)]
 pub enum Selector {
     /// Those whose path from the control group root this regular expression matches.
     Match(Pattern),
+    /// Those of applications with these ids.
+    App(Names),
+    /// Those of units with these names.
+    Unit(Names),
+    /// Those of slices with these names.
+    Slice(Names),
 }
 
 impl Selector {
-    /// Whether it selects the control group at `path`, seen from the control group root.
+    /// Whether it selects a control group.
     #[must_use]
-    pub fn matches(&self, path: &[u8]) -> bool {
+    pub fn matches(&self, group: &Subject) -> bool {
         match self {
-            Self::Match(pattern) => pattern.matches(path),
+            Self::Match(pattern) => pattern.matches(group.path()),
+            Self::App(names) => group
+                .applications()
+                .iter()
+                .any(|id| names.matches(id.as_bytes())),
+            Self::Unit(names) | Self::Slice(names) => group.units().any(|unit| names.matches(unit)),
+        }
+    }
+
+    /// Whether it may select a control group below this one. Says yes when in doubt.
+    #[must_use]
+    pub fn could_match_below(&self, group: &Subject) -> bool {
+        match self {
+            Self::Match(_) => true,
+            Self::App(_) | Self::Unit(_) | Self::Slice(_) => {
+                group.may_get_units() || self.matches(group)
+            }
         }
     }
 
@@ -28,14 +52,33 @@ impl Selector {
     pub fn is_catch_all(&self) -> bool {
         match self {
             Self::Match(pattern) => pattern.catch_all,
+            // The root of the subtree is in no unit below it.
+            Self::App(_) | Self::Unit(_) | Self::Slice(_) => false,
         }
     }
 
-    /// Whether it surely selects the same control groups as another one.
+    /// Whether it surely selects all control groups that another one does.
     #[must_use]
-    pub fn is_same_as(&self, other: &Self) -> bool {
+    pub fn covers(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Match(a), Self::Match(b)) => a.regex.as_str() == b.regex.as_str(),
+            (Self::App(a), Self::App(b))
+            | (Self::Unit(a), Self::Unit(b))
+            | (Self::Unit(a), Self::Slice(b))
+            | (Self::Slice(a), Self::Slice(b)) => a.covers(b),
+            _ => false,
+        }
+    }
+}
+
+/// As in a configuration, on one line.
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Match(pattern) => write!(f, "match: {pattern}"),
+            Self::App(names) => write!(f, "app: {names}"),
+            Self::Unit(names) => write!(f, "unit: {names}"),
+            Self::Slice(names) => write!(f, "slice: {names}"),
         }
     }
 }
@@ -179,6 +222,8 @@ fn expand_quotes(pattern: &str) -> Cow<'_, str> {
 
 #[cfg(test)]
 mod tests {
+    use cgtproxy_proto::path::ControlGroupPath;
+
     use super::*;
 
     fn matches(pattern: &str, path: &[u8]) -> bool {
@@ -228,6 +273,54 @@ mod tests {
         }
         for pattern in ["^$", "^/$", "/$", "a", "/a", "^a?$", "x*$", r"\b", "^/a?b"] {
             assert!(!is_all(pattern), "{pattern}");
+        }
+    }
+
+    #[test]
+    fn names_select_what_is_in_a_unit() {
+        let names = |list: &[&str]| Names::new(list.iter().map(|&n| n.to_owned()).collect());
+        let prefix = b"/user.slice/user-1.slice/user@1.service";
+        let group = |path: &str| Subject::new(prefix, &ControlGroupPath::from_wire(path).unwrap());
+        let app = Selector::App(names(&["org.telegram.desktop", "google-*"]));
+        let unit = Selector::Unit(names(&["foo.service", "run-*.scope"]));
+        let slice = Selector::Slice(names(&["background.slice"]));
+        for (path, selected) in [
+            ("", ""),
+            ("app.slice", ""),
+            ("app.slice/app-flatpak-org.telegram.desktop-7.scope", "a"),
+            ("app.slice/app-flatpak-org.telegram.desktop-7.scope/x", "a"),
+            (r"app.slice/app-google\x2dchrome@1.service", "a"),
+            (
+                "app.slice/snap.google-x.google-x-8d3f1834-c397-4085-b29d-3b2538c9ff4e.scope",
+                "a",
+            ),
+            ("app.slice/foo.service", "u"),
+            ("app.slice/foo.service/app-google-x-1.scope", "u"),
+            ("run-7.scope", "u"),
+            ("background.slice/foo.service", "us"),
+            ("background.slice", "s"),
+            ("app.slice/background.slice.service", ""),
+        ] {
+            let by = |selector: &Selector, letter| match selector.matches(&group(path)) {
+                true => letter,
+                false => "",
+            };
+            let found = [by(&app, "a"), by(&unit, "u"), by(&slice, "s")].concat();
+            assert_eq!(found, selected, "{path}");
+        }
+        for (path, could) in [
+            ("", "aus"),
+            ("app.slice", "aus"),
+            ("app.slice/bar.service", ""),
+            ("app.slice/foo.service", "u"),
+            ("app.slice/foo.service/x.slice", "u"),
+        ] {
+            let by = |selector: &Selector, letter| match selector.could_match_below(&group(path)) {
+                true => letter,
+                false => "",
+            };
+            let found = [by(&app, "a"), by(&unit, "u"), by(&slice, "s")].concat();
+            assert_eq!(found, could, "{path}");
         }
     }
 

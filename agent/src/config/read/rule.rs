@@ -3,12 +3,12 @@
 use crate::config::finding::Place;
 use crate::config::reader::{Reader, list, nearest};
 use crate::config::yaml::{Node, Value};
-use crate::policy::{Rule, Selector, Target};
+use crate::policy::{Rule, Target};
 use crate::text::printable;
 
 use super::tproxy::Proxies;
 
-const RULE_KEYS: &[&str] = &["match", "tproxy", "drop", "direct"];
+const RULE_KEYS: &[&str] = &["app", "unit", "slice", "match", "tproxy", "drop", "direct"];
 
 impl Reader<'_> {
     pub(super) fn rules(&mut self, node: &Node, proxies: &Proxies, exec_slices: bool) -> Vec<Rule> {
@@ -44,7 +44,7 @@ impl Reader<'_> {
         let hider = earlier.iter().find_map(|(place, number, other)| {
             if other.selector.is_catch_all() {
                 Some((place.line, number, "matches everything"))
-            } else if other.selector.is_same_as(&rule.selector) {
+            } else if other.selector.covers(&rule.selector) {
                 Some((place.line, number, "matches the same"))
             } else {
                 None
@@ -59,15 +59,7 @@ impl Reader<'_> {
 
     fn rule(&mut self, node: &Node, proxies: &Proxies, used: &mut Vec<String>) -> Option<Rule> {
         let entries = self.entries(node, "a rule", RULE_KEYS)?;
-        let selector = match entries.get("match") {
-            None => {
-                self.error(node.place, "this rule has no 'match'").help = Some(
-                    "write a regular expression; an empty one in quotes matches everything".into(),
-                );
-                None
-            }
-            Some(pattern) => self.pattern(pattern).map(Selector::Match),
-        };
+        let selector = self.selector(node, &entries);
         let mut targets: Vec<(&str, Option<Target>)> = Vec::new();
         if let Some(tproxy) = entries.get("tproxy") {
             let target = self.reference(tproxy, proxies, used);

@@ -1,13 +1,138 @@
 //! What says which control groups a rule is about.
 
 use crate::config::finding::{Excerpt, Place};
-use crate::config::reader::Reader;
-use crate::config::yaml::Node;
-use crate::policy::{Pattern, PatternError};
+use crate::config::reader::{Entries, Reader, list};
+use crate::config::yaml::{Node, Value};
+use crate::policy::{Names, Pattern, PatternError, Selector, application_ids, unescape};
 use crate::text::printable;
 
+/// The keys that say which control groups a rule is about.
+const SELECTORS: [&str; 4] = ["app", "unit", "slice", "match"];
+
+/// What the names of units end in, if they can have a control group.
+const UNIT_SUFFIXES: [&str; 6] = [".service", ".scope", ".slice", ".socket", ".mount", ".swap"];
+
 impl Reader<'_> {
-    pub(super) fn pattern(&mut self, node: &Node) -> Option<Pattern> {
+    /// What a rule says it is about. `entries` are those of `node`.
+    pub(super) fn selector(&mut self, node: &Node, entries: &Entries<'_>) -> Option<Selector> {
+        let given: Vec<(&str, &Node)> = SELECTORS
+            .iter()
+            .filter_map(|key| Some((*key, entries.get(key)?)))
+            .collect();
+        // All of them are looked at, so that everything is found at once.
+        let mut read: Vec<Option<Selector>> = given
+            .iter()
+            .map(|(key, node)| match *key {
+                "app" => self.names(node, key, Self::app).map(Selector::App),
+                "unit" => self.names(node, key, Self::unit).map(Selector::Unit),
+                "slice" => self.names(node, key, Self::slice).map(Selector::Slice),
+                _ => self.pattern(node).map(Selector::Match),
+            })
+            .collect();
+        match given.as_slice() {
+            [_] => read.pop().flatten(),
+            [] => {
+                self.error(node.place, "this rule does not say what it is about")
+                    .help = Some(
+                    "write one of 'app: ID', 'unit: NAME', 'slice: NAME', 'match: REGEX'; 'match: \"\"' \
+                     is everything"
+                        .into(),
+                );
+                None
+            }
+            several => {
+                let names: Vec<&str> = several.iter().map(|(key, _)| *key).collect();
+                let count = names.len();
+                let message = format!("this rule has {count} selectors: {}", list(&names));
+                self.error(node.place, message).help =
+                    Some("keep one of them, or write a rule for each".into());
+                None
+            }
+        }
+    }
+
+    /// A name or a list of names, each of which `read` checks and completes.
+    fn names(
+        &mut self,
+        node: &Node,
+        key: &str,
+        read: fn(&mut Self, &Node, String) -> Option<String>,
+    ) -> Option<Names> {
+        let items = match &node.value {
+            Value::List(items) => items.as_slice(),
+            _ => std::slice::from_ref(node),
+        };
+        if items.is_empty() {
+            self.error(node.place, format!("'{key}' is an empty list"))
+                .help = Some("write at least one name".into());
+            return None;
+        }
+        let mut names = Vec::new();
+        for item in items {
+            let Some(text) = self.text(item, &format!("'{key}'")) else {
+                continue;
+            };
+            let trouble = match text.as_str() {
+                "" => Some("is empty".to_owned()),
+                text if text.contains('/') => {
+                    Some(format!("is a path, '{}', not a name", printable(text)))
+                }
+                _ => None,
+            };
+            match trouble {
+                Some(trouble) => {
+                    self.error(item.place, format!("'{key}' {trouble}")).help = Some(
+                        "write a name, in which '*' stands for any text; 'match' takes paths"
+                            .into(),
+                    );
+                }
+                None => names.extend(read(self, item, text)),
+            }
+        }
+        (names.len() == items.len()).then(|| Names::new(names))
+    }
+
+    fn app(&mut self, node: &Node, name: String) -> Option<String> {
+        if !UNIT_SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) {
+            return Some(unescape(&name));
+        }
+        let id = application_ids(name.as_bytes()).into_iter().next();
+        let name = printable(&name);
+        let message = format!("'{name}' is the name of a unit, not of an application");
+        self.error(node.place, message).help = Some(match id {
+            Some(id) => format!("write 'app: {}' or 'unit: {name}'", printable(&id)),
+            None => format!("write 'unit: {name}'"),
+        });
+        None
+    }
+
+    fn unit(&mut self, node: &Node, name: String) -> Option<String> {
+        if let Some((template, instance)) = name.split_once('@')
+            && (instance.is_empty() || instance.starts_with('.'))
+        {
+            let message = format!("'{}' is a template, and no unit", printable(&name));
+            let all = printable(&format!("{template}@*{instance}"));
+            self.error(node.place, message).help = Some(format!("write '{all}' for all its units"));
+            return None;
+        }
+        let complete =
+            name.ends_with('*') || UNIT_SUFFIXES.iter().any(|suffix| name.ends_with(suffix));
+        Some(match complete {
+            true => name,
+            // As systemctl(1) has it.
+            false => format!("{name}.service"),
+        })
+    }
+
+    #[allow(clippy::unnecessary_wraps, reason = "one of several that may refuse")]
+    fn slice(&mut self, _: &Node, name: String) -> Option<String> {
+        Some(match name.ends_with(".slice") {
+            true => name,
+            false => format!("{name}.slice"),
+        })
+    }
+
+    fn pattern(&mut self, node: &Node) -> Option<Pattern> {
         let text = self.text(node, "'match'")?;
         match Pattern::new(&text) {
             Ok(pattern) => Some(pattern),

@@ -4,8 +4,11 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
+use cgtproxy_proto::path::ControlGroupPath;
+
 use super::read;
 use crate::config::{Config, Findings, Network};
+use crate::policy::Subject;
 
 pub(super) fn read_text(text: &str) -> (Option<Config>, Findings) {
     read(Path::new("c.yaml"), text.as_bytes())
@@ -82,8 +85,9 @@ fn takes_a_file_of_the_original() {
     let targets: Vec<_> = config.rules.rules.iter().map(|r| r.target.name()).collect();
     assert_eq!(targets, ["direct", "drop", "drop-all", "clash-meta"]);
     assert!(config.rules.exec_slices.is_some());
-    let path = b"/user.slice/user-7.slice/user@7.service/app.slice/app-clash.service";
-    assert!(config.rules.rules[0].selector.matches(path));
+    let path = ControlGroupPath::from_bytes(b"app.slice/app-clash.service").unwrap();
+    let group = Subject::new(b"/user.slice/user-7.slice/user@7.service", &path);
+    assert!(config.rules.rules[0].selector.matches(&group));
 }
 
 #[test]
@@ -135,8 +139,8 @@ rules:
              'port: 7893'",
             "error 9:17: 'no-ipv6' is 'perhaps'; write 'true' or 'false'",
             "error 11:15: bad regular expression: unclosed group",
-            "error 13:5: this rule has no 'match'; write a regular expression; an empty one in \
-             quotes matches everything",
+            "error 13:5: this rule does not say what it is about; write one of 'app: ID', 'unit: NAME', \
+             'slice: NAME', 'match: REGEX'; 'match: \"\"' is everything",
             "error 13:13: there is no tproxy 'aa'; did you mean 'a'?",
             "error 14:5: this rule has no target; write one of 'tproxy: NAME', 'drop: true', \
              'direct: true'",
@@ -146,6 +150,69 @@ rules:
             "error 19:11: 'drop' is 'some'; write 'true', or 'all' to drop bypassed destinations too",
             "error 20:5: this rule has no target; write one of 'tproxy: NAME', 'drop: true', \
              'direct: true'",
+        ]
+    );
+}
+
+#[test]
+fn reads_selectors() {
+    let text = r"version: 1
+rules:
+  - {app: org.telegram.desktop, direct: true}
+  - {app: [firefox, 'google\x2d*'], direct: true}
+  - {unit: [mihomo, 'ssh@*.service', run-*, x.scope], direct: true}
+  - {slice: background, direct: true}
+  - {slice: [a-*, b.slice], drop: true}
+";
+    let (config, findings) = read_text(text);
+    assert_eq!(findings.to_string(), "");
+    let rules = &config.unwrap().rules.rules;
+    let shown: Vec<_> = rules.iter().map(|r| r.selector.to_string()).collect();
+    assert_eq!(
+        shown,
+        [
+            "app: org.telegram.desktop",
+            "app: firefox, google-*",
+            "unit: mihomo.service, ssh@*.service, run-*, x.scope",
+            "slice: background.slice",
+            "slice: a-*.slice, b.slice",
+        ]
+    );
+}
+
+#[test]
+fn finds_what_is_wrong_with_selectors() {
+    let text = r"version: 1
+rules:
+  - {app: x, match: y, direct: true}
+  - {app: app-gnome-firefox-1234.scope, direct: true}
+  - {app: firefox.service, direct: true}
+  - {unit: ssh@.service, direct: true}
+  - {unit: [a, ''], direct: true}
+  - {slice: /a/b, direct: true}
+  - {slice: [], direct: true}
+  - {aps: x, direct: true}
+  - {app: {id: x}, direct: true}
+  - {app: [[x]], direct: true}
+";
+    assert_eq!(
+        found(text),
+        [
+            "error 3:5: this rule has 2 selectors: 'app', 'match'; keep one of them, or write a rule for each",
+            "error 4:11: 'app-gnome-firefox-1234.scope' is the name of a unit, not of an application; write \
+             'app: firefox' or 'unit: app-gnome-firefox-1234.scope'",
+            "error 5:11: 'firefox.service' is the name of a unit, not of an application; write 'unit: \
+             firefox.service'",
+            "error 6:12: 'ssh@.service' is a template, and no unit; write 'ssh@*.service' for all its units",
+            "error 7:16: 'unit' is empty; write a name, in which '*' stands for any text; 'match' takes paths",
+            "error 8:13: 'slice' is a path, '/a/b', not a name; write a name, in which '*' stands for any \
+             text; 'match' takes paths",
+            "error 9:13: 'slice' is an empty list; write at least one name",
+            "error 10:5: this rule does not say what it is about; write one of 'app: ID', 'unit: NAME', \
+             'slice: NAME', 'match: REGEX'; 'match: \"\"' is everything",
+            "error 10:6: unknown key 'aps' in a rule; did you mean 'app'?",
+            "error 11:11: 'app' is a map, not a string",
+            "error 12:12: 'app' is a list, not a string",
         ]
     );
 }
@@ -216,7 +283,7 @@ fn numbers_and_words_may_be_names() {
 
 proptest! {
     #[test]
-    fn no_text_breaks_it(text in "(version: 1\n|rules:\n|tproxies:\n|  - |match: |drop: |\\PC{0,8}|[\\[\\]{}:,&*!?|>\"'%@`# \n-]{0,6}){0,20}") {
+    fn no_text_breaks_it(text in "(version: 1\n|rules:\n|tproxies:\n|  - |match: |app: |unit: |slice: |drop: |\\PC{0,8}|[\\[\\]{}:,&*!?|>\"'%@`# \n-]{0,6}){0,20}") {
         let _ = found(&text);
     }
 

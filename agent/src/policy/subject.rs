@@ -1,0 +1,134 @@
+//! A control group as rules see it.
+
+use std::cell::OnceCell;
+
+use cgtproxy_proto::path::ControlGroupPath;
+
+use super::application::application_ids;
+
+/// A control group's path from the control group root, and the units that it is in.
+#[derive(Debug)]
+pub struct Subject {
+    path: Vec<u8>,
+    /// Where the part below the subtree's root begins.
+    below: usize,
+    /// Taken apart once, whatever the number of rules.
+    applications: OnceCell<Vec<String>>,
+}
+
+impl Subject {
+    /// The control group at `path` below a subtree whose root has the path `prefix`, with a slash before
+    /// each component, from the control group root.
+    #[must_use]
+    pub fn new(prefix: &[u8], path: &ControlGroupPath) -> Self {
+        Self {
+            path: absolute(prefix, path),
+            below: prefix.len(),
+            applications: OnceCell::new(),
+        }
+    }
+
+    /// The path from the control group root; it begins with a slash.
+    #[must_use]
+    pub fn path(&self) -> &[u8] {
+        &self.path
+    }
+
+    /// The units below the subtree's root that it is in, from the outermost: slices, and in the innermost
+    /// of them one that is none. What a unit makes below itself is no unit, whatever its name; but for
+    /// the units of the service managers of users.
+    pub fn units(&self) -> impl Iterator<Item = &[u8]> {
+        let below = self.path.get(self.below..).unwrap_or_default();
+        let names = below.split(|&b| b == b'/').filter(|name| !name.is_empty());
+        names.scan(true, |inside, name| {
+            let this = *inside;
+            *inside &= holds_units(name);
+            this.then_some(name)
+        })
+    }
+
+    /// Whether units may be made below it that are not there yet.
+    #[must_use]
+    pub fn may_get_units(&self) -> bool {
+        let below = self.path.get(self.below..).unwrap_or_default();
+        let mut names = below.split(|&b| b == b'/').filter(|name| !name.is_empty());
+        names.all(holds_units)
+    }
+
+    /// All ids of the applications whose units it is in.
+    #[must_use]
+    pub fn applications(&self) -> &[String] {
+        self.applications
+            .get_or_init(|| self.units().flat_map(application_ids).collect())
+    }
+}
+
+/// Whether systemd puts other units into the control group of this one.
+fn holds_units(unit: &[u8]) -> bool {
+    unit.ends_with(b".slice") || unit.starts_with(b"user@") && unit.ends_with(b".service")
+}
+
+/// The path from the control group root, as rules see it: it begins with a slash.
+fn absolute(prefix: &[u8], path: &ControlGroupPath) -> Vec<u8> {
+    let mut whole = Vec::with_capacity(prefix.len() + 1 + path.as_bytes().len());
+    whole.extend_from_slice(prefix);
+    // Only the control group root itself, which has no name, ends in a slash.
+    if !path.as_bytes().is_empty() || prefix.is_empty() {
+        whole.push(b'/');
+    }
+    whole.extend_from_slice(path.as_bytes());
+    whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn subject(prefix: &str, path: &str) -> Subject {
+        let path = ControlGroupPath::from_wire(path).unwrap();
+        Subject::new(prefix.as_bytes(), &path)
+    }
+
+    #[test]
+    fn paths_begin_with_one_slash() {
+        for (prefix, path, whole) in [
+            ("", "a/b", "/a/b"),
+            ("", "", "/"),
+            ("/x", "a/b", "/x/a/b"),
+            ("/x", "", "/x"),
+        ] {
+            assert_eq!(subject(prefix, path).path(), whole.as_bytes());
+        }
+    }
+
+    #[test]
+    fn units_end_at_the_first_that_is_no_slice() {
+        for (prefix, path, units, more) in [
+            ("/user.slice/user-1.slice/user@1.service", "", "", true),
+            ("/x/user@1.service", "app.slice", "app.slice", true),
+            (
+                "/x/user@1.service",
+                "app.slice/app-a-1.scope/tab(4).scope",
+                "app.slice app-a-1.scope",
+                false,
+            ),
+            (
+                "",
+                "user.slice/user@1.service/app.slice/b.service/c.slice/d.scope",
+                "user.slice user@1.service app.slice b.service",
+                false,
+            ),
+            (
+                "",
+                "machine.slice/vm.scope",
+                "machine.slice vm.scope",
+                false,
+            ),
+        ] {
+            let subject = subject(prefix, path);
+            let found: Vec<_> = subject.units().map(String::from_utf8_lossy).collect();
+            assert_eq!(found.join(" "), units, "{prefix} {path}");
+            assert_eq!(subject.may_get_units(), more, "{prefix} {path}");
+        }
+    }
+}
