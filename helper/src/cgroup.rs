@@ -19,7 +19,7 @@ const CGROUP2_SUPER_MAGIC: u32 = 0x6367_7270;
 const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
 /// The deepest level that nftables can match (nft_socket_init, net/netfilter/nft_socket.c).
-const DEEPEST_LEVEL: u32 = 255;
+pub(crate) const DEEPEST_LEVEL: u32 = 255;
 
 /// openat2(2) gives up with EAGAIN when something is renamed or mounted meanwhile.
 const OPEN_ATTEMPTS: usize = 16;

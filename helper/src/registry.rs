@@ -7,11 +7,15 @@ use std::rc::Rc;
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use crate::cgroup::{ControlGroupId, OwnedControlGroup};
+use crate::cgroup::OwnedControlGroup;
 use crate::config::Limits;
 use crate::mark::{Mark, MarkAllocator, MarkRange};
-use crate::nft::{Before, Bypass, DnsHijack, Layout, LeftBehind, Plan, Proxy, Verdict};
+use crate::nft::{Before, Bypass, DnsHijack, Element, Layout, LeftBehind, Plan, Proxy, Verdict};
 use crate::peer::Uid;
+
+mod change;
+
+use change::{Census, Changes};
 
 /// Why a change can't be staged.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -71,9 +75,8 @@ pub struct PolicyRequest {
 #[derive(Debug, Clone)]
 struct User {
     layout: Rc<Layout>,
-    cgroups: BTreeMap<ControlGroupPath, (OwnedControlGroup, Verdict)>,
-    /// How many control groups each level has.
-    levels: BTreeMap<u32, usize>,
+    cgroups: BTreeMap<ControlGroupPath, (OwnedControlGroup, Element)>,
+    census: Census,
     generation: u64,
 }
 
@@ -97,8 +100,8 @@ enum Effect {
     Replace(User),
     Change {
         layout: Rc<Layout>,
-        levels: BTreeMap<u32, usize>,
-        cgroups: Vec<(ControlGroupPath, Option<(OwnedControlGroup, Verdict)>)>,
+        census: Census,
+        cgroups: Vec<(ControlGroupPath, Option<(OwnedControlGroup, Element)>)>,
     },
     Remove,
 }
@@ -147,7 +150,7 @@ impl Registry {
         &self,
         uid: Uid,
         policy: PolicyRequest,
-        assignments: BTreeMap<ControlGroupPath, Verdict>,
+        assignments: BTreeMap<ControlGroupPath, Element>,
         mut open: impl FnMut(&ControlGroupPath) -> Option<OwnedControlGroup>,
     ) -> Result<Staged, Refused> {
         self.admit(
@@ -157,33 +160,34 @@ impl Registry {
         )?;
         let before = self.before(uid);
         let (proxies, marks) = self.assign_marks(&before, policy.proxies)?;
-        for verdict in assignments.values() {
-            known(&proxies, verdict)?;
+        for element in assignments.values() {
+            known(&proxies, &element.verdict)?;
         }
         let mut cgroups = BTreeMap::new();
-        let mut levels: BTreeMap<u32, usize> = BTreeMap::new();
-        for (path, verdict) in assignments {
+        let mut census = Census::default();
+        for (path, element) in assignments {
             if let Some(cgroup) = open(&path) {
-                *levels.entry(cgroup.level()).or_default() += 1;
-                cgroups.insert(path, (cgroup, verdict));
+                census.add(cgroup, &element);
+                cgroups.insert(path, (cgroup, element));
             }
         }
         let layout = Rc::new(Layout {
             subtree: policy.subtree,
             proxies,
             bypass: policy.bypass,
-            levels: levels.keys().copied().collect(),
+            levels: census.levels(),
+            holds: census.holds(),
         });
         let old = match self.users.get(&uid) {
             Some(Entry::Policy(user)) => Some(user),
             _ => None,
         };
         let mut changes = Changes::default();
-        for (cgroup, verdict) in old.iter().flat_map(|user| user.cgroups.values()) {
-            changes.had(*cgroup, verdict);
+        for (cgroup, element) in old.iter().flat_map(|user| user.cgroups.values()) {
+            changes.had(*cgroup, element);
         }
-        for (cgroup, verdict) in cgroups.values() {
-            changes.has(*cgroup, verdict);
+        for (cgroup, element) in cgroups.values() {
+            changes.has(*cgroup, element);
         }
         let (delete, add) = changes.finish();
         let generation = old.map_or(0, |user| user.generation);
@@ -199,7 +203,7 @@ impl Registry {
             effect: Effect::Replace(User {
                 layout,
                 cgroups,
-                levels,
+                census,
                 generation,
             }),
         })
@@ -213,7 +217,7 @@ impl Registry {
         &self,
         uid: Uid,
         subtree: OwnedControlGroup,
-        assign: BTreeMap<ControlGroupPath, Verdict>,
+        assign: BTreeMap<ControlGroupPath, Element>,
         remove: BTreeSet<ControlGroupPath>,
         mut open: impl FnMut(&ControlGroupPath) -> Option<OwnedControlGroup>,
     ) -> Result<Staged, Refused> {
@@ -229,8 +233,8 @@ impl Registry {
             .filter(|path| user.cgroups.contains_key(path) && !assign.contains_key(path))
             .count();
         self.admit(0, 0, user.cgroups.len() + added - removed)?;
-        for verdict in assign.values() {
-            known(&user.layout.proxies, verdict)?;
+        for element in assign.values() {
+            known(&user.layout.proxies, &element.verdict)?;
         }
 
         let mut cgroups = Vec::with_capacity(assign.len() + remove.len());
@@ -239,35 +243,33 @@ impl Registry {
                 cgroups.push((path, None));
             }
         }
-        for (path, verdict) in assign {
-            let opened = open(&path).map(|cgroup| (cgroup, verdict));
+        for (path, element) in assign {
+            let opened = open(&path).map(|cgroup| (cgroup, element));
             // One that is gone takes the verdict with it that its predecessor of this name had.
             if opened.is_some() || user.cgroups.contains_key(&path) {
                 cgroups.push((path, opened));
             }
         }
-        let mut levels = user.levels.clone();
+        let mut census = user.census.clone();
         let mut changes = Changes::default();
         for (path, new) in &cgroups {
-            if let Some((cgroup, verdict)) = user.cgroups.get(path) {
-                changes.had(*cgroup, verdict);
-                if let Some(count) = levels.get_mut(&cgroup.level()) {
-                    *count -= 1;
-                }
+            if let Some((cgroup, element)) = user.cgroups.get(path) {
+                changes.had(*cgroup, element);
+                census.remove(*cgroup, element);
             }
-            if let Some((cgroup, verdict)) = new {
-                changes.has(*cgroup, verdict);
-                *levels.entry(cgroup.level()).or_default() += 1;
+            if let Some((cgroup, element)) = new {
+                changes.has(*cgroup, element);
+                census.add(*cgroup, element);
             }
         }
-        levels.retain(|_, count| *count > 0);
-        let same_levels = levels.keys().eq(&user.layout.levels);
-        let layout = if same_levels && subtree == user.layout.subtree {
+        let same = census.is_of(&user.layout) && subtree == user.layout.subtree;
+        let layout = if same {
             Rc::clone(&user.layout)
         } else {
             Rc::new(Layout {
                 subtree,
-                levels: levels.keys().copied().collect(),
+                levels: census.levels(),
+                holds: census.holds(),
                 ..Layout::clone(&user.layout)
             })
         };
@@ -283,7 +285,7 @@ impl Registry {
             marks: None,
             effect: Effect::Change {
                 layout,
-                levels,
+                census,
                 cgroups,
             },
         })
@@ -325,14 +327,14 @@ impl Registry {
             }
             Effect::Change {
                 layout,
-                levels,
+                census,
                 cgroups,
             } => {
                 let Some(Entry::Policy(user)) = self.users.get_mut(&uid) else {
                     return 0;
                 };
                 user.layout = layout;
-                user.levels = levels;
+                user.census = census;
                 for (path, cgroup) in cgroups {
                     match cgroup {
                         Some(cgroup) => user.cgroups.insert(path, cgroup),
@@ -494,43 +496,6 @@ fn known(proxies: &BTreeMap<ProxyName, Proxy>, verdict: &Verdict) -> Result<(), 
             Err(Refused::UnknownProxy(name.clone()))
         }
         _ => Ok(()),
-    }
-}
-
-/// An element before and after a change.
-type Difference<'a> = (
-    Option<&'a Verdict>,
-    Option<(OwnedControlGroup, &'a Verdict)>,
-);
-
-/// Which elements the kernel has to delete and to add.
-#[derive(Debug, Default)]
-struct Changes<'a>(BTreeMap<ControlGroupId, Difference<'a>>);
-
-impl<'a> Changes<'a> {
-    fn had(&mut self, cgroup: OwnedControlGroup, verdict: &'a Verdict) {
-        self.0.entry(cgroup.id()).or_default().0 = Some(verdict);
-    }
-
-    fn has(&mut self, cgroup: OwnedControlGroup, verdict: &'a Verdict) {
-        self.0.entry(cgroup.id()).or_default().1 = Some((cgroup, verdict));
-    }
-
-    fn finish(self) -> (Vec<ControlGroupId>, Vec<(OwnedControlGroup, Verdict)>) {
-        let mut delete = Vec::new();
-        let mut add = Vec::new();
-        for (id, (before, after)) in self.0 {
-            if before == after.map(|(_, verdict)| verdict) {
-                continue;
-            }
-            if before.is_some() {
-                delete.push(id);
-            }
-            if let Some((cgroup, verdict)) = after {
-                add.push((cgroup, verdict.clone()));
-            }
-        }
-        (delete, add)
     }
 }
 

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
-use crate::nft::{DnsHijack, Verdict};
+use crate::nft::{DnsHijack, Element, Verdict};
 use crate::peer::{Peer, Uid};
 use crate::registry::{PolicyRequest, ProxyRequest, Refused};
 use crate::state::{self, ConnectionId, Holder, Skipped, State};
@@ -248,8 +248,8 @@ pub fn too_many_connections(limit: usize) -> Fault {
 fn assignments(
     parameter: &str,
     assignments: Vec<Assignment>,
-) -> Result<BTreeMap<ControlGroupPath, Verdict>, Error> {
-    let mut verdicts = BTreeMap::new();
+) -> Result<BTreeMap<ControlGroupPath, Element>, Error> {
+    let mut elements = BTreeMap::new();
     for (index, assignment) in assignments.into_iter().enumerate() {
         let invalid = |field: &str| Error::Parameter(format!("{parameter}[{index}].{field}"));
         let path = ControlGroupPath::from_wire(&assignment.controlGroup)
@@ -262,9 +262,10 @@ fn assignments(
             (wire::Verdict::proxy, Some(Ok(name))) => Verdict::Proxy(name),
             _ => return Err(invalid("proxy")),
         };
-        verdicts.insert(path, verdict);
+        let hold = assignment.hold.unwrap_or(false);
+        elements.insert(path, Element { verdict, hold });
     }
-    Ok(verdicts)
+    Ok(elements)
 }
 
 /// The address must be of the right family; the field's name is what is wrong otherwise.

@@ -150,7 +150,7 @@ impl State {
         connection: ConnectionId,
         subtree: &Subtree,
         policy: PolicyRequest,
-        assignments: BTreeMap<ControlGroupPath, nft::Verdict>,
+        assignments: BTreeMap<ControlGroupPath, nft::Element>,
     ) -> Result<(u64, Vec<Skipped>), Error> {
         match self.holder(uid) {
             Holder::Connection(holder) if holder != connection => return Err(Error::SessionExists),
@@ -173,7 +173,7 @@ impl State {
         uid: Uid,
         connection: ConnectionId,
         subtree: &Subtree,
-        assign: BTreeMap<ControlGroupPath, nft::Verdict>,
+        assign: BTreeMap<ControlGroupPath, nft::Element>,
         remove: std::collections::BTreeSet<ControlGroupPath>,
     ) -> Result<(u64, Vec<Skipped>), Error> {
         if self.holder(uid) != Holder::Connection(connection) {

@@ -290,7 +290,7 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
         };
         let assign = |proxy: &str| {
             let path = ControlGroupPath::from_wire("a").expect("a path");
-            [(path, Verdict::Proxy(proxy.parse().expect("a name")))].into()
+            [(path, Verdict::Proxy(proxy.parse().expect("a name")).into())].into()
         };
         let uid = peer.uid();
         let id = ConnectionId(1);

@@ -431,6 +431,7 @@ fn assignment((path, target): &(Shared, Target)) -> Assignment {
         controlGroup: path.to_wire(),
         verdict,
         proxy,
+        hold: None,
     }
 }
 

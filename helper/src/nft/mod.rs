@@ -17,7 +17,9 @@ use nftnl::{ProtoFamily, Table};
 use rustix::io::Errno;
 
 pub(crate) use ffi::watch;
-pub use plan::{Before, Bypass, DnsHijack, Layout, LeftBehind, Plan, Proxy, Verdict};
+pub use plan::{
+    Before, Bypass, DnsHijack, Element, Hold, Layout, LeftBehind, Plan, Proxy, Verdict,
+};
 
 use crate::cgroup::ControlGroupId;
 use crate::mark::{Mark, MarkRange};
@@ -298,7 +300,8 @@ impl Nftables {
     /// user's objects, so the first chain stands for the rest.
     fn left_behind(&self) -> Result<BTreeMap<Uid, LeftBehind>, Error> {
         let mut left: BTreeMap<Uid, LeftBehind> = BTreeMap::new();
-        for chain in self.chains()? {
+        let chains = self.chains()?;
+        for chain in &chains {
             if let Some(uid) = chain
                 .strip_prefix(names::USER_PREFIX)
                 .and_then(Uid::from_name)
@@ -318,6 +321,10 @@ impl Nftables {
             }
         }
         for (&uid, left) in &mut left {
+            left.holds = chains
+                .iter()
+                .filter_map(|chain| names::parse_hold(uid, chain))
+                .collect();
             let prefix = format!("{}{uid}-", names::DIVERT_PREFIX);
             for (key, chain) in self.elements(&names::marks(uid))? {
                 let name = chain

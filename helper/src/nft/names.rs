@@ -4,12 +4,17 @@ use std::ffi::CString;
 
 use cgtproxy_proto::name::ProxyName;
 
+use super::plan::{Hold, Verdict};
 use crate::peer::Uid;
 
 /// The prefix of a chain that diverts to a proxy, as dumps are searched for it.
 pub(super) const DIVERT_PREFIX: &str = "divert-";
 /// The prefix of a user's first chain, as dumps are searched for it.
 pub(super) const USER_PREFIX: &str = "user-";
+
+const DIRECT: &str = "direct";
+const DROP: &str = "drop";
+const DROP_ALL: &str = "drop-all";
 
 /// A name made of our own prefixes, a number and a proxy's name, none of which has a NUL.
 fn name(text: String) -> CString {
@@ -42,6 +47,18 @@ impl Names {
             bypass4: name(format!("bypass4-{uid}")),
             bypass6: name(format!("bypass6-{uid}")),
         }
+    }
+
+    /// No proxy can be named as another target is.
+    pub(super) fn hold(&self, hold: &Hold) -> CString {
+        let verdict = match &hold.verdict {
+            Verdict::Direct => DIRECT,
+            Verdict::Drop => DROP,
+            Verdict::DropAll => DROP_ALL,
+            Verdict::Proxy(proxy) => proxy.as_str(),
+        };
+        let (prefix, level) = (hold_prefix(self.uid), hold.level);
+        name(format!("{prefix}{level}-{verdict}"))
     }
 
     pub(super) fn tproxy(&self, proxy: &ProxyName) -> CString {
@@ -79,4 +96,24 @@ impl Names {
 /// The name of a user's map of marks.
 pub(super) fn marks(uid: Uid) -> CString {
     name(format!("marks-{uid}"))
+}
+
+/// What the names of a user's chains begin with that hold what is below a control group.
+fn hold_prefix(uid: Uid) -> String {
+    format!("hold-{uid}-")
+}
+
+/// Which chain of that kind has this name, if one has.
+pub(super) fn parse_hold(uid: Uid, chain: &str) -> Option<Hold> {
+    let (level, verdict) = chain.strip_prefix(&hold_prefix(uid))?.split_once('-')?;
+    let verdict = match verdict {
+        DIRECT => Verdict::Direct,
+        DROP => Verdict::Drop,
+        DROP_ALL => Verdict::DropAll,
+        proxy => Verdict::Proxy(proxy.parse().ok()?),
+    };
+    Some(Hold {
+        level: level.parse().ok()?,
+        verdict,
+    })
 }

@@ -7,12 +7,12 @@ use std::rc::Rc;
 
 use cgtproxy_proto::name::ProxyName;
 
-use crate::cgroup::{ControlGroupId, OwnedControlGroup};
+use crate::cgroup::{ControlGroupId, DEEPEST_LEVEL, OwnedControlGroup};
 use crate::mark::Mark;
 use crate::peer::Uid;
 
 /// What happens to packets of a control group's sockets.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
     /// They leave as if cgtproxy were not there.
     Direct,
@@ -22,6 +22,48 @@ pub enum Verdict {
     DropAll,
     /// TCP and UDP go to this proxy, which the layout has.
     Proxy(ProxyName),
+}
+
+/// What is said about a control group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Element {
+    /// What happens to packets of its own sockets, and of those below it unless they are held.
+    pub verdict: Verdict,
+    /// Sockets in control groups below it that nothing is said about send nothing.
+    pub hold: bool,
+}
+
+impl From<Verdict> for Element {
+    /// Nothing below it is held.
+    fn from(verdict: Verdict) -> Self {
+        Self {
+            verdict,
+            hold: false,
+        }
+    }
+}
+
+/// A chain for control groups whose sockets have a verdict and below which everything is held. It is
+/// for all of them that are at one level and have one verdict.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Hold {
+    /// The level of what is held: the one below these control groups.
+    pub level: u32,
+    /// What happens to packets of these control groups' own sockets.
+    pub verdict: Verdict,
+}
+
+impl Hold {
+    /// The chain that an element at `level` needs, if it needs one: where nothing leaves anyway there
+    /// is nothing to hold, and what is too deep for nftables is never told apart from its parent.
+    #[must_use]
+    pub fn of(level: u32, element: &Element) -> Option<Self> {
+        let wanted = element.hold && element.verdict != Verdict::DropAll && level < DEEPEST_LEVEL;
+        wanted.then(|| Self {
+            level: level + 1,
+            verdict: element.verdict.clone(),
+        })
+    }
 }
 
 /// Where DNS queries go instead of to the server that they ask.
@@ -73,6 +115,8 @@ pub struct Layout {
     pub bypass: Bypass,
     /// At which depths below the control group root a control group has a verdict of its own.
     pub levels: BTreeSet<u32>,
+    /// The chains for control groups below which everything is held.
+    pub holds: BTreeSet<Hold>,
 }
 
 /// A user's objects that a helper before this one left in the kernel.
@@ -82,6 +126,8 @@ pub struct LeftBehind {
     pub subtree: Option<ControlGroupId>,
     /// The proxies that have chains, with their marks.
     pub proxies: BTreeMap<ProxyName, Mark>,
+    /// The chains for control groups below which everything is held.
+    pub holds: BTreeSet<Hold>,
 }
 
 /// What the kernel holds for a user before a transaction.
@@ -106,7 +152,7 @@ pub struct Plan {
     /// Elements to delete, all of which the kernel has.
     pub(crate) delete: Vec<ControlGroupId>,
     /// Elements to add, none of which the kernel has once `delete` is done.
-    pub(crate) add: Vec<(OwnedControlGroup, Verdict)>,
+    pub(crate) add: Vec<(OwnedControlGroup, Element)>,
 }
 
 impl Plan {

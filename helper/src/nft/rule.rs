@@ -103,6 +103,13 @@ impl<'a> RuleBuilder<'a> {
             .vmap(map)
     }
 
+    /// `socket cgroupv2 level LEVEL != 0`: the socket's control group is that deep, or deeper. No
+    /// control group has the id 0.
+    pub(super) fn socket_as_deep_as(self, level: u32) -> Self {
+        self.with(&Socket::new(SocketKey::CgroupV2, level))
+            .compare(CmpOp::Neq, &[0_u8; 8][..])
+    }
+
     /// `ct mark & MASK vmap @MAP`
     pub(super) fn ct_mark_vmap(self, mask: u32, map: &CStr) -> Self {
         self.with(&Conntrack::Mark { set: false })

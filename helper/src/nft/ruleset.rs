@@ -21,6 +21,7 @@
 //!   chain user-1000 { … }   chain open-1000 { … }   chain drop-1000 { … }   chain guard-1000 { … }
 //!   chain tproxy-1000-mihomo { … }   chain divert-1000-mihomo { … }   chain deliver-1000-mihomo { … }
 //!   chain dns-1000-mihomo { … }      chain resolve-1000-mihomo { … }
+//!   chain hold-1000-5-mihomo { … }            # control groups at level 4, below which all is held
 //! }
 //! ```
 //!
@@ -29,15 +30,15 @@
 //! of the rules; only drops look at every packet. A hijacked DNS query carries the same mark
 //! without the divert bit, as its conntrack mark only: it is not diverted but translated.
 
-use std::collections::BTreeMap;
-use std::ffi::CStr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{CStr, CString};
 
 use cgtproxy_proto::name::ProxyName;
 use nftnl::{ChainType, Hook, MsgType};
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{Before, Layout, Plan, Verdict};
+use super::plan::{Before, Hold, Layout, Plan, Verdict};
 use super::rule::{Family, Protocol};
 use super::transaction::Transaction;
 use crate::cgroup::ControlGroupId;
@@ -154,11 +155,11 @@ impl Transaction<'_> {
                     .proxies
                     .iter()
                     .map(|(name, proxy)| (name, proxy.mark));
-                self.delete_user(&names, Some(before.subtree.id()), proxies);
+                self.delete_user(&names, Some(before.subtree.id()), proxies, &before.holds);
             }
             (Before::LeftBehind(left), after) => {
                 let proxies = left.proxies.iter().map(|(name, mark)| (name, *mark));
-                self.delete_user(&names, left.subtree, proxies);
+                self.delete_user(&names, left.subtree, proxies, &left.holds);
                 if let Some(after) = after {
                     self.create_user(&names, after, plan);
                 }
@@ -179,6 +180,9 @@ impl Transaction<'_> {
         self.guard_rules(names);
         for (name, proxy) in &layout.proxies {
             self.create_proxy(names, name, proxy);
+        }
+        for hold in &layout.holds {
+            self.create_hold(names, hold);
         }
         self.bypass_elements(names, layout);
         self.user_rules(names, layout);
@@ -222,7 +226,15 @@ impl Transaction<'_> {
             self.flush_chain(&names.user);
             self.user_rules(names, after);
         }
+        for hold in after.holds.difference(&before.holds) {
+            self.create_hold(names, hold);
+        }
         self.add_verdicts(names, plan);
+        for hold in before.holds.difference(&after.holds) {
+            let chain = names.hold(hold);
+            self.flush_chain(&chain);
+            self.delete_chain(&chain);
+        }
         for (name, proxy) in &before.proxies {
             if !after.proxies.contains_key(name) {
                 self.delete_proxy_elements(names, proxy.mark);
@@ -244,6 +256,7 @@ impl Transaction<'_> {
         names: &Names,
         subtree: Option<ControlGroupId>,
         proxies: impl Iterator<Item = (&'p ProxyName, Mark)>,
+        holds: &BTreeSet<Hold>,
     ) {
         let proxies: BTreeMap<&ProxyName, Mark> = proxies.collect();
         if let Some(subtree) = subtree {
@@ -253,7 +266,9 @@ impl Transaction<'_> {
         for &mark in proxies.values() {
             self.delete_proxy_elements(names, mark);
         }
-        for chain in [&names.user, &names.open, &names.drop, &names.guard] {
+        let holds: Vec<_> = holds.iter().map(|hold| names.hold(hold)).collect();
+        let shared = [&names.user, &names.open, &names.drop, &names.guard];
+        for chain in shared.into_iter().chain(&holds) {
             self.flush_chain(chain);
         }
         for proxy in proxies.keys() {
@@ -265,7 +280,7 @@ impl Transaction<'_> {
         for proxy in proxies.keys() {
             self.delete_proxy_chains(names, proxy);
         }
-        for chain in [&names.user, &names.open, &names.drop, &names.guard] {
+        for chain in shared.into_iter().chain(&holds) {
             self.delete_chain(chain);
         }
     }
@@ -370,15 +385,45 @@ impl Transaction<'_> {
         self.write_elements(&ipv6, MsgType::Add);
     }
 
+    /// The control groups' own sockets have their verdict. A socket that is deeper comes here only if
+    /// nothing nearer to it is in the map: what it may do is not decided yet.
+    ///
+    /// It is dropped before anything is looked at that could let it through. Connections that came
+    /// from outside have been let go at the beginning of the output chain.
+    fn create_hold(&mut self, names: &Names, hold: &Hold) {
+        let chain = names.hold(hold);
+        self.add_chain(&chain);
+        // socket cgroupv2 level LEVEL != 0 drop
+        self.add_rules(&chain, [&|rule| rule.socket_as_deep_as(hold.level).drop()]);
+        match self.chain_of(names, &hold.verdict) {
+            // goto CHAIN
+            Some(decided) => self.add_rules(&chain, [&|rule| rule.goto(&decided)]),
+            // drop
+            None => self.add_rules(&chain, [&|rule| rule.drop()]),
+        }
+    }
+
+    /// The chain for packets with this verdict; none if it is to drop them all.
+    fn chain_of(&self, names: &Names, verdict: &Verdict) -> Option<CString> {
+        match verdict {
+            Verdict::Direct => Some(names.open.clone()),
+            Verdict::Drop => Some(names.drop.clone()),
+            Verdict::DropAll => None,
+            Verdict::Proxy(proxy) => Some(names.tproxy(proxy)),
+        }
+    }
+
     fn add_verdicts(&mut self, names: &Names, plan: &Plan) {
         let mut map = self.set(&names.cgroups, KeyType::ControlGroup, Content::Verdicts);
-        for (cgroup, verdict) in &plan.add {
+        for (cgroup, element) in &plan.add {
             let key = cgroup.id().to_bytes();
-            match verdict {
-                Verdict::Direct => map.push(&key, Element::Goto(&names.open)),
-                Verdict::Drop => map.push(&key, Element::Goto(&names.drop)),
-                Verdict::DropAll => map.push(&key, Element::Drop),
-                Verdict::Proxy(proxy) => map.push(&key, Element::Goto(&names.tproxy(proxy))),
+            let chain = match Hold::of(cgroup.level(), element) {
+                Some(hold) => Some(names.hold(&hold)),
+                None => self.chain_of(names, &element.verdict),
+            };
+            match &chain {
+                Some(chain) => map.push(&key, Element::Goto(chain)),
+                None => map.push(&key, Element::Drop),
             }
         }
         self.write_elements(&map, MsgType::Add);

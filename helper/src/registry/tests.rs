@@ -5,6 +5,8 @@ use std::num::NonZeroU16;
 use proptest::prelude::*;
 
 use super::*;
+use crate::cgroup::ControlGroupId;
+use crate::nft::Hold;
 
 const UIDS: [u32; 2] = [1000, 1001];
 
@@ -12,7 +14,7 @@ const UIDS: [u32; 2] = [1000, 1001];
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Kernel {
     layout: Option<Layout>,
-    elements: BTreeMap<ControlGroupId, Verdict>,
+    elements: BTreeMap<ControlGroupId, Element>,
 }
 
 /// Carries out a plan as nf_tables does: what is deleted must be there, what is added must not.
@@ -28,9 +30,16 @@ fn carry_out(kernel: &mut Kernel, plan: &Plan) {
             "deleted what is not there"
         );
     }
-    for (cgroup, verdict) in &plan.add {
-        let replaced = kernel.elements.insert(cgroup.id(), verdict.clone());
+    for (cgroup, element) in &plan.add {
+        let replaced = kernel.elements.insert(cgroup.id(), element.clone());
         assert_eq!(replaced, None, "added what is there");
+        if let Some(hold) = Hold::of(cgroup.level(), element) {
+            let layout = plan.after.as_ref().expect("there is a user to add it to");
+            assert!(
+                layout.holds.contains(&hold),
+                "it leads to a chain that is not there"
+            );
+        }
     }
     kernel.layout = plan.after.as_deref().cloned();
     if kernel.layout.is_none() {
@@ -49,7 +58,7 @@ fn assert_consistent(registry: &Registry, kernels: &BTreeMap<Uid, Kernel>) {
         let known: BTreeMap<_, _> = user
             .cgroups
             .values()
-            .map(|(c, verdict)| (c.id(), verdict.clone()))
+            .map(|(c, element)| (c.id(), element.clone()))
             .collect();
         assert_eq!(kernel.elements, known);
         let levels: BTreeSet<_> = user.cgroups.values().map(|(c, _)| c.level()).collect();
@@ -57,9 +66,19 @@ fn assert_consistent(registry: &Registry, kernels: &BTreeMap<Uid, Kernel>) {
             user.layout.levels, levels,
             "a level is there while it is used"
         );
+        let holds: BTreeSet<_> = user
+            .cgroups
+            .values()
+            .filter_map(|(c, element)| Hold::of(c.level(), element))
+            .collect();
+        assert_eq!(
+            user.layout.holds, holds,
+            "a chain is there while it is used"
+        );
         assert!(user.cgroups.len() <= registry.limits.control_groups);
-        for verdict in known.values() {
-            assert_eq!(super::known(&user.layout.proxies, verdict), Ok(()));
+        for element in known.values() {
+            let proxies = &user.layout.proxies;
+            assert_eq!(super::known(proxies, &element.verdict), Ok(()));
         }
         for proxy in user.layout.proxies.values() {
             assert!(marks.insert(proxy.mark), "two proxies have one mark");
@@ -70,13 +89,13 @@ fn assert_consistent(registry: &Registry, kernels: &BTreeMap<Uid, Kernel>) {
 
 #[derive(Debug, Clone)]
 enum Call {
-    Replace(Vec<u8>, Vec<(u8, u8)>),
-    Update(Vec<(u8, u8)>, Vec<u8>),
+    Replace(Vec<u8>, Vec<(u8, u8, bool)>),
+    Update(Vec<(u8, u8, bool)>, Vec<u8>),
     Remove,
 }
 
 fn call() -> impl Strategy<Value = Call> {
-    let assignments = || proptest::collection::vec((0u8..8, 0u8..6), 0..8);
+    let assignments = || proptest::collection::vec((0u8..8, 0u8..6, any::<bool>()), 0..8);
     prop_oneof![
         (proptest::collection::vec(0u8..4, 0..4), assignments())
             .prop_map(|(proxies, cgroups)| Call::Replace(proxies, cgroups)),
@@ -95,7 +114,7 @@ fn name(number: u8) -> ProxyName {
     format!("p{number}").parse().unwrap()
 }
 
-fn verdicts(cgroups: Vec<(u8, u8)>) -> BTreeMap<ControlGroupPath, Verdict> {
+fn elements(cgroups: Vec<(u8, u8, bool)>) -> BTreeMap<ControlGroupPath, Element> {
     let verdict = |number| match number {
         0 => Verdict::Direct,
         1 => Verdict::Drop,
@@ -104,7 +123,10 @@ fn verdicts(cgroups: Vec<(u8, u8)>) -> BTreeMap<ControlGroupPath, Verdict> {
     };
     cgroups
         .into_iter()
-        .map(|(cgroup, number)| (path(cgroup), verdict(number)))
+        .map(|(cgroup, number, hold)| {
+            let verdict = verdict(number);
+            (path(cgroup), Element { verdict, hold })
+        })
         .collect()
 }
 
@@ -147,11 +169,11 @@ dns_hijack: None,
                            bypass_entries: 0,
                            bypass: Bypass::default(),
                        };
-                       registry.replace(uid, policy, verdicts(cgroups), open)
+                       registry.replace(uid, policy, elements(cgroups), open)
                    }
                    Call::Update(assign, remove) => {
                        let remove = remove.into_iter().map(path).collect();
-                       registry.update(uid, subtree, verdicts(assign), remove, open)
+                       registry.update(uid, subtree, elements(assign), remove, open)
                    }
                    Call::Remove => Ok(registry.remove(uid)),
                };
@@ -180,6 +202,7 @@ fn what_was_left_behind_keeps_its_marks() {
             (name(2), Mark::adopted(0x8100_0000)),
         ]
         .into(),
+        holds: BTreeSet::new(),
     };
     registry.adopt(uid, left);
     let request = |number| ProxyRequest {

@@ -1,0 +1,88 @@
+//! From what is to be to what the kernel has to do.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::cgroup::{ControlGroupId, OwnedControlGroup};
+use crate::nft::{Element, Hold, Layout};
+
+/// How many control groups need each part of a layout: a part is there while one does.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Census {
+    levels: BTreeMap<u32, usize>,
+    holds: BTreeMap<Hold, usize>,
+}
+
+impl Census {
+    pub(super) fn add(&mut self, cgroup: OwnedControlGroup, element: &Element) {
+        *self.levels.entry(cgroup.level()).or_default() += 1;
+        if let Some(hold) = Hold::of(cgroup.level(), element) {
+            *self.holds.entry(hold).or_default() += 1;
+        }
+    }
+
+    pub(super) fn remove(&mut self, cgroup: OwnedControlGroup, element: &Element) {
+        decrement(&mut self.levels, &cgroup.level());
+        if let Some(hold) = Hold::of(cgroup.level(), element) {
+            decrement(&mut self.holds, &hold);
+        }
+    }
+
+    pub(super) fn levels(&self) -> BTreeSet<u32> {
+        self.levels.keys().copied().collect()
+    }
+
+    pub(super) fn holds(&self) -> BTreeSet<Hold> {
+        self.holds.keys().cloned().collect()
+    }
+
+    /// Whether a layout has just the parts that are needed.
+    pub(super) fn is_of(&self, layout: &Layout) -> bool {
+        self.levels.keys().eq(&layout.levels) && self.holds.keys().eq(&layout.holds)
+    }
+}
+
+fn decrement<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
+
+/// An element before and after a change.
+type Difference<'a> = (
+    Option<&'a Element>,
+    Option<(OwnedControlGroup, &'a Element)>,
+);
+
+/// Which elements the kernel has to delete and to add.
+#[derive(Debug, Default)]
+pub(super) struct Changes<'a>(BTreeMap<ControlGroupId, Difference<'a>>);
+
+impl<'a> Changes<'a> {
+    pub(super) fn had(&mut self, cgroup: OwnedControlGroup, element: &'a Element) {
+        self.0.entry(cgroup.id()).or_default().0 = Some(element);
+    }
+
+    pub(super) fn has(&mut self, cgroup: OwnedControlGroup, element: &'a Element) {
+        self.0.entry(cgroup.id()).or_default().1 = Some((cgroup, element));
+    }
+
+    pub(super) fn finish(self) -> (Vec<ControlGroupId>, Vec<(OwnedControlGroup, Element)>) {
+        let mut delete = Vec::new();
+        let mut add = Vec::new();
+        for (id, (before, after)) in self.0 {
+            if before == after.map(|(_, element)| element) {
+                continue;
+            }
+            if before.is_some() {
+                delete.push(id);
+            }
+            if let Some((cgroup, element)) = after {
+                add.push((cgroup, element.clone()));
+            }
+        }
+        (delete, add)
+    }
+}

@@ -1,0 +1,179 @@
+//! What the helper makes of `hold`: nothing leaves from control groups that nothing is said about.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use cgtproxy_tests::sandbox::{
+    App, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, direct, local, proxied, sandbox,
+};
+use cgtproxy_tests::session::{SOCKET, Session};
+use cgtproxy_tests::wire::Transport;
+use serde_json::{Value, json};
+
+const SLICE: &str = "app.slice";
+const SCOPE: &str = "app.slice/app-a.scope";
+
+fn held(path: &str, verdict: &str, proxy: Option<&str>) -> Value {
+    json!({ "controlGroup": path, "verdict": verdict, "proxy": proxy, "hold": true })
+}
+
+fn plain(path: &str, verdict: &str) -> Value {
+    json!({ "controlGroup": path, "verdict": verdict })
+}
+
+fn mihomo() -> Value {
+    json!([{ "name": "mihomo", "port": 7890 }])
+}
+
+/// Whatever it sends, and wherever: not even to bypassed destinations, nor to this machine.
+#[track_caller]
+fn assert_held(sb: &Sandbox, app: &App) {
+    for to in sb.destinations() {
+        assert!(app.tcp(to).is_dropped());
+        assert!(app.udp(to).is_dropped());
+        assert!(app.ping(to.ip()).is_dropped());
+    }
+    assert!(app.udp(bypassed()).is_dropped());
+    let own = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 9000);
+    assert!(app.udp(own).is_dropped());
+    assert!(app.tcp(own).is_dropped());
+}
+
+fn bypassed() -> SocketAddr {
+    SocketAddr::new(IpAddr::from([203, 0, 113, 77]), 80)
+}
+
+#[test]
+fn what_is_below_is_held_and_what_is_in_it_is_not() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _local = sb.service("local").port(9000).start();
+        let user = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let inner = user.cgroup(SLICE).app();
+        let child = user.cgroup(SCOPE).app();
+        let deep = user.cgroup("app.slice/app-a.scope/x/y").app();
+        let beside = user.cgroup("session.slice/s.service").app();
+        let mut session = Session::of(&user);
+        let bypass = json!(["203.0.113.77"]);
+        // Each verdict that the slice itself may have, and what its own sockets see of it.
+        for (verdict, proxy) in [("direct", None), ("proxy", Some("mihomo")), ("drop", None)] {
+            session.replace(
+                mihomo(),
+                bypass.clone(),
+                json!([held(SLICE, verdict, proxy)]),
+            );
+            assert_held(sb, &child);
+            assert_held(sb, &deep);
+            for to in sb.destinations() {
+                match verdict {
+                    "direct" => assert_eq!(inner.tcp(to), direct(to)),
+                    "proxy" => assert_eq!(inner.tcp(to), proxied("mihomo", to)),
+                    _ => assert!(inner.tcp(to).is_dropped()),
+                }
+                assert_eq!(beside.udp(to), direct(to));
+            }
+            assert_eq!(inner.udp(bypassed()), direct(bypassed()));
+        }
+        session.replace(
+            mihomo(),
+            bypass.clone(),
+            json!([held(SLICE, "dropAll", None)]),
+        );
+        assert_held(sb, &inner);
+        assert_held(sb, &child);
+        // Released by a verdict of its own, that of the slice is no other; what is below it inherits.
+        session.replace(mihomo(), bypass, json!([held(SLICE, "direct", None)]));
+        let sent_early = deep.open_udp(sb.destinations()[0]);
+        assert_eq!(sent_early.ask(), Outcome::Forbidden);
+        session.assign(json!([plain(SCOPE, "direct")]));
+        for to in sb.destinations() {
+            assert_eq!(child.tcp(to), direct(to));
+            assert_eq!(deep.udp(to), direct(to));
+        }
+        assert!(matches!(sent_early.ask(), Outcome::Direct { .. }));
+        // Held itself in turn: its own sockets are free, those below are not.
+        session.assign(json!([held(SCOPE, "proxy", Some("mihomo"))]));
+        for to in sb.destinations() {
+            assert_eq!(child.udp(to), proxied("mihomo", to));
+        }
+        assert_held(sb, &deep);
+        // And the slice's hold goes, which the scope's does not.
+        session.assign(json!([plain(SLICE, "direct")]));
+        assert_held(sb, &deep);
+        let other = user.cgroup("app.slice/app-b.scope").app();
+        let [to, _] = sb.destinations();
+        assert_eq!(other.udp(to), direct(to));
+        session.call(
+            "UpdateAssignments",
+            json!({ "assign": [], "remove": [SCOPE] }),
+        );
+        assert_eq!(deep.udp(to), direct(to));
+        let chains = sb.chains();
+        assert!(
+            !chains.iter().any(|chain| chain.starts_with("hold-")),
+            "{chains:?}"
+        );
+    });
+}
+
+#[test]
+fn one_who_is_held_answers_connections_from_outside() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let service = user.cgroup(SCOPE);
+        let _service = sb
+            .service("service")
+            .uid(1001)
+            .cgroup(&service)
+            .port(8000)
+            .start();
+        let mut session = Session::of(&user);
+        session.replace(json!([]), json!([]), json!([held("", "direct", None)]));
+        assert_held(sb, &service.app());
+        let outside = sb.internet_app();
+        for address in [MACHINE_V4, MACHINE_V6] {
+            let at = SocketAddr::new(address, 8000);
+            for transport in [Transport::Tcp, Transport::Udp] {
+                assert_eq!(outside.ask(transport, at), local("service", at));
+            }
+        }
+    });
+}
+
+#[test]
+fn a_hold_outlives_the_agent_and_the_helper() {
+    sandbox(|sb| {
+        let mut helper = sb.helper().start();
+        let user = sb.user(1001);
+        let inner = user.cgroup(SLICE).app();
+        let mut session = Session::of(&user);
+        let policy = || {
+            json!([
+                held("", "direct", None),
+                held(SLICE, "proxy", Some("mihomo"))
+            ])
+        };
+        session.replace(mihomo(), json!([]), policy());
+        helper.kill();
+        drop(session);
+        let late = user.cgroup(SCOPE).app();
+        assert_held(sb, &late);
+        helper.start_again();
+        assert_held(sb, &late);
+        // The next agent takes over what was left, chains for what is held included.
+        let mut session = Session::of(&user);
+        session.replace(mihomo(), json!([]), policy());
+        assert_held(sb, &late);
+        let [to, _] = sb.destinations();
+        session.replace(json!([]), json!([]), json!([plain("", "direct")]));
+        for app in [&inner, &late] {
+            assert_eq!(app.udp(to), direct(to));
+        }
+        session.call("RemovePolicy", json!({}));
+        let mut anybody = Session(user.varlink(SOCKET));
+        assert_eq!(anybody.status()["session"], "none");
+    });
+}
