@@ -4,9 +4,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::unistd::User;
+use cgtproxy_proto::limits::MESSAGE_BYTES;
+use nix::unistd::{Group, User};
 use serde::Deserialize;
 
+use crate::access::{Access, Accounts};
 use crate::mark::{MarkRange, MaskTooSmall};
 
 /// Where the configuration is unless `--config` says otherwise. It may be absent.
@@ -21,7 +23,9 @@ struct File {
     rule_priority: u32,
     grace_seconds: u32,
     own_table: bool,
-    proxy_users: Vec<UserReference>,
+    proxy_users: Vec<Reference>,
+    allow: Option<References>,
+    deny: References,
     limits: Limits,
 }
 
@@ -34,17 +38,77 @@ impl Default for File {
             grace_seconds: 5,
             own_table: true,
             proxy_users: Vec::new(),
+            allow: None,
+            deny: References::default(),
             limits: Limits::default(),
         }
     }
 }
 
-/// A user by number or name.
+/// A user or group by number or name.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum UserReference {
-    Uid(u32),
+enum Reference {
+    Number(u32),
     Name(String),
+}
+
+impl Reference {
+    /// The user's number; its name if there is no such user.
+    fn user(self) -> Result<u32, String> {
+        match self {
+            Self::Number(uid) => Ok(uid),
+            Self::Name(name) => match User::from_name(&name) {
+                Ok(Some(user)) => Ok(user.uid.as_raw()),
+                _ => Err(name),
+            },
+        }
+    }
+
+    /// The group's number; its name if there is no such group.
+    fn group(self) -> Result<u32, String> {
+        match self {
+            Self::Number(gid) => Ok(gid),
+            Self::Name(name) => match Group::from_name(&name) {
+                Ok(Some(group)) => Ok(group.gid.as_raw()),
+                _ => Err(name),
+            },
+        }
+    }
+}
+
+/// Users and groups.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct References {
+    users: Vec<Reference>,
+    groups: Vec<Reference>,
+}
+
+impl References {
+    fn resolve(self, path: &Path, keys: [&'static str; 2]) -> Result<Accounts, Error> {
+        let unknown = |key, what| {
+            move |name| Error::Unknown {
+                path: path.to_owned(),
+                key,
+                what,
+                name,
+            }
+        };
+        let [users, groups] = keys;
+        Ok(Accounts {
+            uids: self
+                .users
+                .into_iter()
+                .map(|user| user.user().map_err(unknown(users, "user")))
+                .collect::<Result<_, _>>()?,
+            gids: self
+                .groups
+                .into_iter()
+                .map(|group| group.group().map_err(unknown(groups, "group")))
+                .collect::<Result<_, _>>()?,
+        })
+    }
 }
 
 /// How much one user may have.
@@ -53,6 +117,10 @@ enum UserReference {
 pub struct Limits {
     /// Connections that are open at the same time.
     pub connections: usize,
+    /// Bytes of unfinished messages on all of them. One whole message must fit.
+    pub message_bytes: usize,
+    /// Calls in a second, in the long run.
+    pub calls_per_second: usize,
     /// Proxies in a policy.
     pub proxies: usize,
     /// Bypass entries in a policy.
@@ -65,6 +133,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 16,
+            message_bytes: 2 * MESSAGE_BYTES,
+            calls_per_second: 100,
             proxies: 16,
             bypass: 1024,
             control_groups: 16384,
@@ -87,6 +157,8 @@ pub struct Config {
     pub own_table: bool,
     /// Uids besides the user's own whose proxies may receive diverted packets; root is one of them.
     pub proxy_uids: Vec<u32>,
+    /// Who may use the helper.
+    pub access: Access,
     /// How much one user may have.
     pub limits: Limits,
 }
@@ -132,11 +204,15 @@ pub enum Error {
         /// What would be right.
         allowed: &'static str,
     },
-    /// A user in `proxy-users` does not exist.
-    #[error("proxy-users in '{path}' has '{name}', and there is no such user")]
-    UnknownUser {
+    /// A user or group that is named does not exist.
+    #[error("{key} in '{path}' has '{name}', and there is no such {what}")]
+    Unknown {
         /// The file.
         path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// `user` or `group`.
+        what: &'static str,
         /// The name.
         name: String,
     },
@@ -205,16 +281,32 @@ impl Config {
                 allowed,
             });
         }
+        let limits = file.limits;
+        let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        if !(1..=1_000_000).contains(&limits.calls_per_second) {
+            return Err(Error::Range {
+                path,
+                key: "limits.calls-per-second",
+                value: number(limits.calls_per_second),
+                allowed: "1 to 1000000",
+            });
+        }
+        if limits.message_bytes < MESSAGE_BYTES + 64 * 1024 {
+            return Err(Error::Range {
+                path,
+                key: "limits.message-bytes",
+                value: number(limits.message_bytes),
+                allowed: "one message of the longest length needs 4259840",
+            });
+        }
         let mut proxy_uids = vec![0];
         for user in file.proxy_users {
-            let uid = match user {
-                UserReference::Uid(uid) => uid,
-                UserReference::Name(name) => match User::from_name(&name) {
-                    Ok(Some(user)) => user.uid.as_raw(),
-                    _ => return Err(Error::UnknownUser { path, name }),
-                },
-            };
-            proxy_uids.push(uid);
+            proxy_uids.push(user.user().map_err(|name| Error::Unknown {
+                path: path.clone(),
+                key: "proxy-users",
+                what: "user",
+                name,
+            })?);
         }
         proxy_uids.sort_unstable();
         proxy_uids.dedup();
@@ -225,6 +317,13 @@ impl Config {
             grace: Duration::from_secs(file.grace_seconds.into()),
             own_table: file.own_table,
             proxy_uids,
+            access: Access {
+                allow: file
+                    .allow
+                    .map(|allow| allow.resolve(&path, ["allow.users", "allow.groups"]))
+                    .transpose()?,
+                deny: file.deny.resolve(&path, ["deny.users", "deny.groups"])?,
+            },
             limits: file.limits,
         })
     }
@@ -252,7 +351,8 @@ mod tests {
     fn takes_every_key() {
         let config = parse(
             "mark-mask: 0x00f00000\nroute-table: 4000\nrule-priority: 900\ngrace-seconds: 1\n\
-             own-table: false\nproxy-users: [daemon, 990, root]\nlimits: {proxies: 3, control-groups: 10}\n",
+             own-table: false\nproxy-users: [daemon, 990, root]\nallow: {users: [daemon, 7], groups: [daemon]}\n\
+             deny: {groups: [8]}\nlimits: {proxies: 3, control-groups: 10}\n",
         )
         .unwrap();
         assert_eq!(config.marks.mask(), 0x00f0_0000);
@@ -260,6 +360,9 @@ mod tests {
         assert_eq!(config.grace, Duration::from_secs(1));
         assert!(!config.own_table);
         assert_eq!(config.proxy_uids, [0, 1, 990]);
+        let allow = config.access.allow.unwrap();
+        assert!(allow.uids.contains(&1) && allow.uids.contains(&7) && allow.gids.contains(&1));
+        assert!(config.access.deny.gids.contains(&8));
         assert_eq!(config.limits.proxies, 3);
         assert_eq!(config.limits.bypass, Limits::default().bypass);
     }
@@ -271,6 +374,11 @@ mod tests {
             ("route-table: 254", "system's own"),
             ("rule-priority: 0", "1 to 32765"),
             ("proxy-users: [no-such-user-here]", "no such user"),
+            ("allow: {groups: [no-such-group-here]}", "allow.groups"),
+            ("deny: {users: [no-such-user-here]}", "deny.users"),
+            ("deny: [daemon]", "line 1"),
+            ("limits: {calls-per-second: 0}", "calls-per-second"),
+            ("limits: {message-bytes: 100}", "message-bytes"),
             ("\ngrace: 5", "line 2"),
             ("limits: {proxys: 5}", "proxys"),
             ("[", "line 1"),

@@ -7,6 +7,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod access;
 pub mod bypass;
 pub mod cgroup;
 pub mod config;
@@ -15,6 +16,7 @@ pub mod monitor;
 mod netlink;
 pub mod nft;
 pub mod peer;
+pub mod quota;
 pub mod registry;
 pub mod route;
 pub mod server;

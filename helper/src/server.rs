@@ -1,14 +1,13 @@
 //! The listening socket and the connections that come from it.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::message::MessageReader;
-use cgtproxy_proto::service::{ServeError, serve};
+use cgtproxy_proto::service::{Fault, ServeError, serve};
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
@@ -17,6 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::monitor::{Loss, Monitor};
 use crate::peer::{Peer, Uid};
+use crate::quota::{Connection, Quotas};
 use crate::session::{Session, too_many_connections};
 use crate::state::{ConnectionId, State};
 
@@ -27,7 +27,7 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from
 #[derive(Clone)]
 pub struct Server {
     state: Rc<RefCell<State>>,
-    connections: Rc<RefCell<BTreeMap<Uid, usize>>>,
+    quotas: Quotas,
     tasks: TaskTracker,
     shutdown: CancellationToken,
 }
@@ -36,9 +36,10 @@ impl Server {
     /// A server over this state. It is to be run within a `LocalSet`.
     #[must_use]
     pub fn new(state: Rc<RefCell<State>>, shutdown: CancellationToken) -> Self {
+        let quotas = Quotas::new(state.borrow().config.limits);
         Self {
             state,
-            connections: Rc::default(),
+            quotas,
             tasks: TaskTracker::new(),
             shutdown,
         }
@@ -129,16 +130,21 @@ impl Server {
             }
         };
         let uid = peer.uid();
-        let Some(slot) = self.take_slot(uid) else {
+        if !self.state.borrow().config.access.allows(uid) {
+            self.tasks
+                .spawn_local(refuse(stream, Fault::permission_denied()));
+            return;
+        }
+        let Some(connection) = self.quotas.connect(uid) else {
             let limit = self.state.borrow().config.limits.connections;
-            self.tasks.spawn_local(refuse(stream, limit));
+            self.tasks
+                .spawn_local(refuse(stream, too_many_connections(limit)));
             return;
         };
         let this = self.clone();
         self.tasks.spawn_local(async move {
-            let _slot = slot;
             tokio::select! {
-                () = this.converse(stream, peer, id) => {}
+                () = this.converse(stream, peer, connection, id) => {}
                 () = this.shutdown.cancelled() => return,
             }
             let grace = this.state.borrow_mut().disconnected(uid, id);
@@ -148,30 +154,21 @@ impl Server {
         });
     }
 
-    async fn converse(&self, stream: UnixStream, peer: Peer, id: ConnectionId) {
+    async fn converse(
+        &self,
+        stream: UnixStream,
+        peer: Peer,
+        connection: Connection,
+        id: ConnectionId,
+    ) {
         let uid = peer.uid();
-        let mut session = Session::new(peer, id, Rc::clone(&self.state));
         let (read, mut write) = stream.into_split();
-        let mut messages = MessageReader::new(read, MESSAGE_BYTES);
+        let mut messages = MessageReader::with_budget(read, MESSAGE_BYTES, connection.budget());
+        let mut session = Session::new(peer, connection, id, Rc::clone(&self.state));
         match serve(&mut messages, &mut write, &mut session).await {
             Ok(()) | Err(ServeError::Write(_)) => {}
             Err(error) => tracing::debug!(uid = uid.value(), "ended a connection: {error}"),
         }
-    }
-
-    /// Counts a connection for as long as the returned value lives; none if the user has too many.
-    fn take_slot(&self, uid: Uid) -> Option<Slot> {
-        let limit = self.state.borrow().config.limits.connections;
-        let mut connections = self.connections.borrow_mut();
-        let count = connections.entry(uid).or_default();
-        if *count >= limit {
-            return None;
-        }
-        *count += 1;
-        Some(Slot {
-            uid,
-            connections: Rc::clone(&self.connections),
-        })
     }
 }
 
@@ -190,27 +187,8 @@ fn report(what: &str, restored: Result<(), impl std::error::Error>) {
     }
 }
 
-/// One of the connections that a user may have.
-struct Slot {
-    uid: Uid,
-    connections: Rc<RefCell<BTreeMap<Uid, usize>>>,
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        let mut connections = self.connections.borrow_mut();
-        if let Some(count) = connections.get_mut(&self.uid) {
-            *count -= 1;
-            if *count == 0 {
-                connections.remove(&self.uid);
-            }
-        }
-    }
-}
-
 /// Says why, and closes. The socket's buffer is empty, so that nobody can make this wait.
-async fn refuse(mut stream: UnixStream, limit: usize) {
-    let fault = too_many_connections(limit);
+async fn refuse(mut stream: UnixStream, fault: Fault) {
     let mut reply = json!({ "error": fault.name, "parameters": fault.parameters }).to_string();
     reply.push('\0');
     let written: io::Result<()> = stream.write_all(reply.as_bytes()).await;

@@ -22,6 +22,7 @@ use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
 use crate::nft::{DnsHijack, Element, Verdict};
 use crate::peer::{Peer, Uid};
+use crate::quota::Connection;
 use crate::registry::{PolicyRequest, ProxyRequest, Refused};
 use crate::state::{self, ConnectionId, Holder, Skipped, State};
 
@@ -42,6 +43,7 @@ enum Error {
 /// One connection's side of the interface.
 pub struct Session {
     peer: Peer,
+    connection: Connection,
     id: ConnectionId,
     state: Rc<RefCell<State>>,
 }
@@ -49,8 +51,18 @@ pub struct Session {
 impl Session {
     /// Serves `peer`, whose connection is `id`.
     #[must_use]
-    pub fn new(peer: Peer, id: ConnectionId, state: Rc<RefCell<State>>) -> Self {
-        Self { peer, id, state }
+    pub fn new(
+        peer: Peer,
+        connection: Connection,
+        id: ConnectionId,
+        state: Rc<RefCell<State>>,
+    ) -> Self {
+        Self {
+            peer,
+            connection,
+            id,
+            state,
+        }
     }
 
     fn replace_policy(&self, arguments: ReplacePolicy_Args) -> Result<ReplacePolicy_Reply, Error> {
@@ -232,6 +244,19 @@ impl Service for Session {
             "MessageTooLarge",
             json!({ "limit": limit }),
         )
+    }
+
+    fn over_budget(&self) -> Option<Fault> {
+        let limit = self.state.borrow().config.limits.message_bytes;
+        Some(Fault::new(
+            wire::INTERFACE,
+            "TooManyBytes",
+            json!({ "limit": limit }),
+        ))
+    }
+
+    async fn admit(&mut self, bytes: usize) {
+        self.connection.admit(bytes).await;
     }
 }
 

@@ -109,7 +109,9 @@ impl Client {
             Ok(Some(message)) => message,
             Ok(None) => return Err(CallError::Closed),
             Err(ReadError::Io(error)) => return Err(CallError::Io(error)),
-            Err(ReadError::TooLarge(_)) => return Err(CallError::Protocol),
+            Err(ReadError::TooLarge(_) | ReadError::OverBudget) => {
+                return Err(CallError::Protocol);
+            }
         };
         call.handle_input(&message)
             .map_err(|_| CallError::Protocol)?;

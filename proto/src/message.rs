@@ -7,6 +7,22 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 /// How much is asked of the kernel at once; also what an idle connection keeps.
 const CHUNK: usize = 16 * 1024;
 
+/// A bound that the buffers of several connections share.
+pub trait Budget {
+    /// A buffer is about to have `to` bytes in place of `from`. False: it may not, and has `from` still.
+    fn resize(&self, from: usize, to: usize) -> bool;
+}
+
+/// A buffer of a connection that shares nothing with others.
+#[derive(Debug)]
+pub struct Unshared;
+
+impl Budget for Unshared {
+    fn resize(&self, _from: usize, _to: usize) -> bool {
+        true
+    }
+}
+
 /// Why no message could be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
@@ -16,27 +32,54 @@ pub enum ReadError {
     /// The message is longer than the limit, in bytes. What follows cannot be read any more.
     #[error("a message is longer than {0} bytes")]
     TooLarge(usize),
+    /// The buffers that share the budget hold as much as they may.
+    #[error("unfinished messages hold as many bytes as they may")]
+    OverBudget,
 }
 
 /// Reads messages from a stream and holds no more of it than one message of the allowed length.
 #[derive(Debug)]
-pub struct MessageReader<R> {
+pub struct MessageReader<R, B: Budget = Unshared> {
     stream: R,
     buffer: Vec<u8>,
     /// How much of `buffer` is known to have no NUL.
     scanned: usize,
     limit: usize,
+    budget: B,
+    /// What the budget knows of.
+    accounted: usize,
 }
 
 impl<R: AsyncRead + Unpin> MessageReader<R> {
     /// Messages of `stream` of at most `limit` bytes each, their NULs not counted.
     pub fn new(stream: R, limit: usize) -> Self {
+        Self::with_budget(stream, limit, Unshared)
+    }
+}
+
+impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
+    /// As [`Self::new`], with a buffer that counts against a budget, from which
+    /// [`ReadError::OverBudget`] comes. What an idle connection keeps is not counted, nor is a message
+    /// that has been handed out.
+    pub fn with_budget(stream: R, limit: usize, budget: B) -> Self {
         Self {
             stream,
             buffer: Vec::new(),
             scanned: 0,
             limit,
+            budget,
+            accounted: 0,
         }
+    }
+
+    fn account(&mut self, bytes: usize) -> Result<(), ReadError> {
+        // The first chunk is what every connection has.
+        let bytes = if bytes <= CHUNK { 0 } else { bytes };
+        if !self.budget.resize(self.accounted, bytes) {
+            return Err(ReadError::OverBudget);
+        }
+        self.accounted = bytes;
+        Ok(())
     }
 
     /// The next message, its NUL included; none at the end of the stream. Cancel safe: what has
@@ -54,13 +97,24 @@ impl<R: AsyncRead + Unpin> MessageReader<R> {
                 }
                 let rest = self.buffer.split_off(end + 1);
                 self.scanned = 0;
-                return Ok(Some(std::mem::replace(&mut self.buffer, rest)));
+                let message = std::mem::replace(&mut self.buffer, rest);
+                self.account(self.buffer.capacity())?;
+                return Ok(Some(message));
             }
             self.scanned = self.buffer.len();
             if self.scanned > self.limit {
                 return Err(ReadError::TooLarge(self.limit));
             }
-            self.buffer.reserve(CHUNK);
+            let (length, capacity) = (self.buffer.len(), self.buffer.capacity());
+            let needed = length + CHUNK;
+            if needed > capacity {
+                // Doubled, so that a long message is not copied for each chunk, but not beyond what the
+                // longest one needs.
+                let doubled = (2 * capacity).min(self.limit.saturating_add(CHUNK));
+                let wanted = needed.max(doubled);
+                self.account(wanted)?;
+                self.buffer.reserve_exact(wanted - length);
+            }
             if self.stream.read_buf(&mut self.buffer).await? == 0 {
                 return if self.buffer.is_empty() {
                     Ok(None)
@@ -69,6 +123,12 @@ impl<R: AsyncRead + Unpin> MessageReader<R> {
                 };
             }
         }
+    }
+}
+
+impl<R, B: Budget> Drop for MessageReader<R, B> {
+    fn drop(&mut self) {
+        self.budget.resize(self.accounted, 0);
     }
 }
 
@@ -95,6 +155,46 @@ mod tests {
     fn half_a_message_is_an_error() {
         let mut reader = MessageReader::new(&b"{"[..], 10);
         assert!(matches!(block_on(reader.next()), Err(ReadError::Io(_))));
+    }
+
+    #[derive(Debug, Clone)]
+    struct Shared(std::rc::Rc<std::cell::Cell<usize>>, usize);
+
+    impl Budget for Shared {
+        fn resize(&self, from: usize, to: usize) -> bool {
+            let new = self.0.get() - from + to;
+            if to > from && new > self.1 {
+                return false;
+            }
+            self.0.set(new);
+            true
+        }
+    }
+
+    #[test]
+    fn two_readers_share_a_budget() {
+        let used = Shared(std::rc::Rc::default(), 5 * CHUNK);
+        let half = vec![b'x'; 3 * CHUNK];
+        let whole = [&half[..], b"\0"].concat();
+        let reader = |bytes| MessageReader::with_budget(bytes, 100 * CHUNK, used.clone());
+        // One waits in the middle of a message, and what it holds is not there for the other.
+        let mut first = reader(&half[..]);
+        assert!(matches!(block_on(first.next()), Err(ReadError::Io(_))));
+        assert!(used.0.get() >= half.len());
+        let mut second = reader(&whole[..]);
+        assert!(matches!(
+            block_on(second.next()),
+            Err(ReadError::OverBudget)
+        ));
+        drop((first, second));
+        assert_eq!(used.0.get(), 0);
+        let mut third = reader(&whole[..]);
+        assert_eq!(block_on(third.next()).unwrap().unwrap(), whole);
+        assert_eq!(used.0.get(), 0);
+        // Short messages cost nothing.
+        let nothing = Shared(std::rc::Rc::default(), 0);
+        let mut fourth = MessageReader::with_budget(&b"{}\0"[..], 10, nothing);
+        assert_eq!(block_on(fourth.next()).unwrap().unwrap(), b"{}\0");
     }
 
     #[test]

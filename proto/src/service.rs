@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use varlink::sansio::{Server, ServerEvent};
 use varlink::{GetInterfaceDescriptionReply, Reply, Request, ServiceInfo};
 
-use crate::message::{MessageReader, ReadError};
+use crate::message::{Budget, MessageReader, ReadError};
 
 /// A declared error, as it is sent to the caller.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,6 +86,18 @@ pub trait Service {
 
     /// What a caller is told whose message is longer than `limit` bytes.
     fn message_too_large(limit: usize) -> Fault;
+
+    /// What a caller is told whose connections hold more of unfinished messages than they may; see
+    /// [`MessageReader::with_budget`].
+    fn over_budget(&self) -> Option<Fault> {
+        None
+    }
+
+    /// Returns when a message of this many bytes, which is here but has not been looked at, may be
+    /// dealt with. Nothing more is read from the connection meanwhile.
+    fn admit(&mut self, _bytes: usize) -> impl Future<Output = ()> {
+        std::future::ready(())
+    }
 }
 
 /// Takes a method's parameters apart. A method without parameters may be called without any.
@@ -138,13 +150,14 @@ pub enum ServeError {
 /// # Errors
 /// If the peer breaks the protocol or a limit, or the connection fails. The connection is of no
 /// use after that.
-pub async fn serve<R, W, S>(
-    messages: &mut MessageReader<R>,
+pub async fn serve<R, B, W, S>(
+    messages: &mut MessageReader<R, B>,
     stream: &mut W,
     service: &mut S,
 ) -> Result<(), ServeError>
 where
     R: AsyncRead + Unpin,
+    B: Budget,
     W: AsyncWrite + Unpin,
     S: Service,
 {
@@ -154,8 +167,12 @@ where
             Ok(Some(message)) => message,
             Ok(None) => return Ok(()),
             Err(error) => {
-                if let ReadError::TooLarge(limit) = error {
-                    let fault = S::message_too_large(limit);
+                let fault = match error {
+                    ReadError::TooLarge(limit) => Some(S::message_too_large(limit)),
+                    ReadError::OverBudget => service.over_budget(),
+                    ReadError::Io(_) => None,
+                };
+                if let Some(fault) = fault {
                     let refusal = Reply::error(fault.name, Some(fault.parameters));
                     if server.send_reply(refusal).is_ok() {
                         flush(&mut server, stream).await?;
@@ -164,6 +181,7 @@ where
                 return Err(error.into());
             }
         };
+        service.admit(message.len()).await;
         server
             .handle_input(&message)
             .map_err(|_| ServeError::Protocol)?;

@@ -140,3 +140,25 @@ fn of_marks() {
         assert_eq!(marks.len(), 3);
     });
 }
+
+#[test]
+fn of_who_may_use_it() {
+    sandbox(|sb| {
+        let config = "allow: {users: [1001, 1002]}\ndeny: {users: [1002]}";
+        let _helper = sb.helper().config(config).start();
+        Session::of(&sb.user(1001)).status();
+        for uid in [1002, 1003] {
+            let mut refused = sb.user(uid).varlink(SOCKET);
+            assert_eq!(
+                refused.receive(),
+                Some(json!({
+                    "error": "org.varlink.service.PermissionDenied", "parameters": {},
+                })),
+            );
+            assert_eq!(refused.receive(), None);
+        }
+        // An agent says so, and goes on trying: the administrator may think better of it.
+        let agent = sb.user(1003).agent("version: 1").spawn();
+        agent.wait_log("the administrator does not allow this user to use the helper");
+    });
+}

@@ -244,7 +244,11 @@ impl Session<'_> {
         let why = sentence(short, fault);
         match short {
             "SessionExists" => return Some(End::SessionExists),
-            "TooManyConnections" | "MessageTooLarge" => return Some(End::Lost(why)),
+            // The helper closes the connection after these.
+            "TooManyConnections"
+            | "TooManyBytes"
+            | "MessageTooLarge"
+            | "org.varlink.service.PermissionDenied" => return Some(End::Lost(why)),
             "NoSession" => {
                 // It has forgotten us, and takes everything anew.
                 let mut state = self.agent.state_mut();
@@ -483,6 +487,10 @@ fn sentence(name: &str, fault: &Fault) -> String {
         ),
         "MessageTooLarge" => format!(
             "the helper takes no messages of more than {} bytes",
+            number("limit")
+        ),
+        "TooManyBytes" => format!(
+            "the helper holds no more than {} bytes of unfinished messages per user",
             number("limit")
         ),
         "NoMarksLeft" => "all packet marks of the machine's range are in use".to_owned(),

@@ -137,7 +137,7 @@ proptest! {
        fn knows_what_the_kernel_has(
            calls in proptest::collection::vec((0usize..2, call(), any::<bool>(), any::<u64>()), 1..40)
        ) {
-           let limits = Limits { connections: 1, proxies: 3, bypass: 1, control_groups: 5 };
+           let limits = Limits { proxies: 3, bypass: 1, control_groups: 5, ..Limits::default() };
            let range = MarkRange::new(0x0000_0f00).unwrap();
            let mut registry = Registry::new(limits, range);
            let mut kernels: BTreeMap<Uid, Kernel> =

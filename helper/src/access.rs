@@ -1,0 +1,102 @@
+//! Who may use the helper at all, as the administrator says.
+
+use std::collections::BTreeSet;
+
+use nix::unistd::{Gid, User, getgrouplist};
+
+use crate::peer::Uid;
+
+/// Users and groups, by number.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Accounts {
+    /// These users.
+    pub uids: BTreeSet<u32>,
+    /// Users that are members of one of these groups, by the user and group databases.
+    pub gids: BTreeSet<u32>,
+}
+
+/// `allow` and `deny` of the configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Access {
+    /// Nobody else may; none: everybody may.
+    pub allow: Option<Accounts>,
+    /// They may not, whatever `allow` says.
+    pub deny: Accounts,
+}
+
+impl Access {
+    /// Whether a user may connect. Root always may, who could change the configuration as well.
+    #[must_use]
+    pub fn allows(&self, uid: Uid) -> bool {
+        if uid.value() == 0 {
+            return true;
+        }
+        let wants_groups = !self.deny.gids.is_empty()
+            || self
+                .allow
+                .as_ref()
+                .is_some_and(|allow| !allow.gids.is_empty());
+        // Only asked for where it matters: the databases may be on another machine.
+        let groups = if wants_groups {
+            groups_of(uid)
+        } else {
+            Some(BTreeSet::new())
+        };
+        let Some(groups) = groups else {
+            // Who can't be told to be in no denied group is not let in.
+            return false;
+        };
+        let has = |accounts: &Accounts| {
+            accounts.uids.contains(&uid.value()) || !accounts.gids.is_disjoint(&groups)
+        };
+        !has(&self.deny) && self.allow.as_ref().is_none_or(has)
+    }
+}
+
+/// A user's groups, the primary one included; none if the databases can't be asked.
+fn groups_of(uid: Uid) -> Option<BTreeSet<u32>> {
+    let user = User::from_uid(uid.value().into()).ok()?;
+    let Some(user) = user else {
+        // A uid without an account is in no group.
+        return Some(BTreeSet::new());
+    };
+    let name = std::ffi::CString::new(user.name).ok()?;
+    let groups = getgrouplist(&name, user.gid).ok()?;
+    Some(groups.into_iter().map(Gid::as_raw).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn accounts(uids: &[u32], gids: &[u32]) -> Accounts {
+        Accounts {
+            uids: uids.iter().copied().collect(),
+            gids: gids.iter().copied().collect(),
+        }
+    }
+
+    // Debian's static accounts: daemon is user 1 in group 1, games user 5 with the primary group 60.
+    #[test]
+    fn deny_comes_before_allow_and_nothing_means_everybody() {
+        let (daemon, games, nobody_there) =
+            (Uid::for_test(1), Uid::for_test(5), Uid::for_test(987_654));
+        let everybody = Access::default();
+        assert!(everybody.allows(daemon) && everybody.allows(nobody_there));
+        let some = Access {
+            allow: Some(accounts(&[987_654], &[60])),
+            deny: Accounts::default(),
+        };
+        assert!(some.allows(games) && some.allows(nobody_there) && !some.allows(daemon));
+        let but = Access {
+            allow: Some(accounts(&[1, 5], &[])),
+            deny: accounts(&[], &[60]),
+        };
+        assert!(but.allows(daemon) && !but.allows(games));
+        let none = Access {
+            allow: Some(Accounts::default()),
+            deny: accounts(&[0], &[]),
+        };
+        assert!(!none.allows(daemon) && none.allows(Uid::for_test(0)));
+    }
+}

@@ -1,0 +1,213 @@
+//! What one user may use of the helper at a time: connections, bytes of unfinished messages, and calls.
+//! What a user may *have* is the registry's business.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use cgtproxy_proto::message::Budget;
+use tokio::time::{Instant, sleep_until};
+
+use crate::config::Limits;
+use crate::peer::Uid;
+
+/// So many bytes of a message count as a call of their own: a long message costs more to take apart
+/// than a short one, about as much for so many bytes as a short one does at all.
+const BYTES_PER_CALL: usize = 16 * 1024;
+
+/// For how long the calls of a user who was quiet have been saved up.
+const BURST: Duration = Duration::from_secs(20);
+
+/// All users' use of the helper.
+#[derive(Debug, Clone)]
+pub struct Quotas {
+    limits: Limits,
+    users: Rc<RefCell<BTreeMap<Uid, Usage>>>,
+}
+
+/// One user's.
+#[derive(Debug)]
+struct Usage {
+    connections: usize,
+    bytes: usize,
+    /// When all calls up to now are paid for: the theoretical arrival time of the generic cell rate
+    /// algorithm (ITU-T I.371). One that lies in the past is as good as now.
+    paid: Instant,
+}
+
+impl Quotas {
+    /// Nobody uses anything.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            users: Rc::default(),
+        }
+    }
+
+    /// Counts a connection for as long as the returned value lives; none if the user has too many.
+    #[must_use]
+    pub fn connect(&self, uid: Uid) -> Option<Connection> {
+        let mut users = self.users.borrow_mut();
+        let now = Instant::now();
+        // Who is gone and owes nothing is forgotten.
+        users.retain(|_, usage| usage.connections > 0 || usage.paid > now);
+        let usage = users.entry(uid).or_insert(Usage {
+            connections: 0,
+            bytes: 0,
+            paid: now,
+        });
+        if usage.connections >= self.limits.connections {
+            return None;
+        }
+        usage.connections += 1;
+        Some(Connection {
+            uid,
+            quotas: self.clone(),
+        })
+    }
+
+    /// Counts a message of this length. Returns when it may be dealt with.
+    fn charge(&self, uid: Uid, bytes: usize) -> Instant {
+        let now = Instant::now();
+        let mut users = self.users.borrow_mut();
+        let Some(usage) = users.get_mut(&uid) else {
+            return now;
+        };
+        let calls = u32::try_from(1 + bytes / BYTES_PER_CALL).unwrap_or(u32::MAX);
+        let rate = u32::try_from(self.limits.calls_per_second).unwrap_or(u32::MAX);
+        let price = Duration::from_secs(1).saturating_mul(calls) / rate.max(1);
+        usage.paid = usage.paid.max(now) + price;
+        usage.paid.checked_sub(BURST).map_or(now, |at| at.max(now))
+    }
+}
+
+/// One of the connections that a user may have.
+#[derive(Debug)]
+pub struct Connection {
+    uid: Uid,
+    quotas: Quotas,
+}
+
+impl Connection {
+    /// What the buffer of this connection counts against.
+    #[must_use]
+    pub fn budget(&self) -> impl Budget + use<> {
+        Bytes {
+            uid: self.uid,
+            quotas: self.quotas.clone(),
+        }
+    }
+
+    /// Waits until a message of this length may be dealt with. Others get their turn in any case.
+    pub async fn admit(&self, bytes: usize) {
+        let at = self.quotas.charge(self.uid, bytes);
+        if at > Instant::now() {
+            sleep_until(at).await;
+        } else {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Some(usage) = self.quotas.users.borrow_mut().get_mut(&self.uid) {
+            usage.connections -= 1;
+        }
+    }
+}
+
+/// The bytes that a user's connections hold of unfinished messages.
+#[derive(Debug)]
+struct Bytes {
+    uid: Uid,
+    quotas: Quotas,
+}
+
+impl Budget for Bytes {
+    fn resize(&self, from: usize, to: usize) -> bool {
+        let mut users = self.quotas.users.borrow_mut();
+        let Some(usage) = users.get_mut(&self.uid) else {
+            return true;
+        };
+        let others = usage.bytes.saturating_sub(from);
+        if to > from && others.saturating_add(to) > self.quotas.limits.message_bytes {
+            return false;
+        }
+        usage.bytes = others + to;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn quotas(limits: Limits) -> Quotas {
+        Quotas::new(limits)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn calls_beyond_the_rate_wait_and_no_others() {
+        let quotas = quotas(Limits {
+            calls_per_second: 10,
+            ..Limits::default()
+        });
+        let (one, two) = (Uid::for_test(1), Uid::for_test(2));
+        let first = quotas.connect(one).unwrap();
+        let start = Instant::now();
+        // What twenty seconds have saved up.
+        for _ in 0..200 {
+            first.admit(100).await;
+        }
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        first.admit(100).await;
+        assert_eq!(start.elapsed().as_millis(), 100);
+        // Another connection, even after the first is gone, is the same user.
+        drop(first);
+        let again = quotas.connect(one).unwrap();
+        again.admit(100).await;
+        assert_eq!(start.elapsed().as_millis(), 200);
+        // Length counts too.
+        again.admit(9 * BYTES_PER_CALL).await;
+        assert_eq!(start.elapsed().as_millis(), 1200);
+        let other = quotas.connect(two).unwrap();
+        other.admit(100).await;
+        assert_eq!(start.elapsed().as_millis(), 1200);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_owes_nothing_is_forgotten() {
+        let quotas = quotas(Limits::default());
+        for uid in 0..100 {
+            let connection = quotas.connect(Uid::for_test(uid)).unwrap();
+            connection.admit(1).await;
+        }
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let last = quotas.connect(Uid::for_test(100)).unwrap();
+        assert_eq!(quotas.users.borrow().len(), 1);
+        drop(last);
+    }
+
+    #[tokio::test]
+    async fn bytes_and_connections_at_n_and_one_more() {
+        let quotas = quotas(Limits {
+            connections: 2,
+            message_bytes: 1000,
+            ..Limits::default()
+        });
+        let uid = Uid::for_test(1);
+        let (first, second) = (quotas.connect(uid).unwrap(), quotas.connect(uid).unwrap());
+        assert!(quotas.connect(uid).is_none());
+        let (a, b) = (first.budget(), second.budget());
+        assert!(a.resize(0, 600));
+        assert!(!b.resize(0, 401));
+        assert!(b.resize(0, 400));
+        assert!(a.resize(600, 0));
+        assert!(b.resize(400, 1000));
+        drop(second);
+        assert!(quotas.connect(uid).is_some());
+    }
+}

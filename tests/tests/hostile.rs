@@ -1,0 +1,256 @@
+//! A user who wants to harm: whatever they send, everybody else keeps what is theirs, and the helper its
+//! bounds.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+
+use cgtproxy_tests::sandbox::{Sandbox, direct, proxied, sandbox};
+use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, to_proxy, verdict};
+use serde_json::json;
+
+/// How many connections one user may have unless the administrator says otherwise.
+const CONNECTIONS: usize = 16;
+
+/// How often the quiet user changes something while the other one is loud.
+const ROUNDS: usize = 8;
+
+const LOUD: u32 = 1001;
+const QUIET: u32 = 1002;
+
+/// The resident memory of a process, in KiB.
+fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let number = line.and_then(|line| line.split_whitespace().next());
+    number.and_then(|kib| kib.parse().ok()).expect("a number")
+}
+
+/// The quiet user goes about their business: a new verdict, and a packet that shows it.
+fn one_change(sb: &Sandbox, session: &mut Session, round: usize) {
+    let user = sb.user(QUIET);
+    let name = format!("app.slice/app-{round}.scope");
+    let app = user.cgroup(&name).app();
+    session.assign(json!([to_proxy(&name, "quiet")]));
+    for to in sb.destinations() {
+        assert_eq!(app.tcp(to), proxied("quiet", to));
+    }
+}
+
+fn quiet_session(sb: &Sandbox) -> Session {
+    let mut session = Session::of(&sb.user(QUIET));
+    session.replace(
+        json!([{ "name": "quiet", "port": 7000 }]),
+        json!([]),
+        json!([]),
+    );
+    session
+}
+
+#[test]
+fn a_flood_of_calls_takes_no_turn_from_others() {
+    sandbox(|sb| {
+        const FLOOD: usize = 6_000;
+        let _helper = sb.helper().start();
+        let _proxy = sb.tproxy("quiet").uid(QUIET).port(7000).start();
+        let mut quiet = quiet_session(sb);
+        let (answered, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let loud = sb.user(LOUD);
+        thread::scope(|scope| {
+            for _ in 0..CONNECTIONS {
+                let mut session = Session::of(&loud);
+                let (answered, over) = (&answered, &over);
+                scope.spawn(move || {
+                    let call = b"{\"method\":\"org.cgtproxy.Helper.GetStatus\"}\0";
+                    let flood = call.repeat(FLOOD / CONNECTIONS);
+                    session.0.send_bytes(&flood);
+                    while !over.load(Ordering::Relaxed) {
+                        if session.0.receive().is_some() {
+                            answered.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                });
+            }
+            for round in 0..ROUNDS {
+                one_change(sb, &mut quiet, round);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        // The flood was not over when the quiet user was done.
+        let answered = answered.into_inner();
+        assert!(answered < FLOOD, "{answered}");
+    });
+}
+
+#[test]
+fn half_messages_hold_no_more_than_a_user_may_have() {
+    sandbox(|sb| {
+        let helper = sb.helper().start();
+        let _proxy = sb.tproxy("quiet").uid(QUIET).port(7000).start();
+        let mut quiet = quiet_session(sb);
+        let loud = sb.user(LOUD);
+        let half = vec![b'['; 3 * 1024 * 1024];
+        let mut held = Vec::new();
+        let mut refused = 0;
+        for _ in 0..CONNECTIONS {
+            let mut session = loud.varlink(SOCKET);
+            session.send_bytes(&half);
+            // The next connection tells that this one has been read as far as it is.
+            Session::of(&sb.user(QUIET)).status();
+            held.push(session);
+        }
+        for session in &mut held {
+            session.finish();
+            if let Some(reply) = session.receive() {
+                assert_eq!(
+                    reply,
+                    json!({
+                        "error": "org.cgtproxy.Helper.TooManyBytes",
+                        "parameters": { "limit": 8 * 1024 * 1024 },
+                    })
+                );
+                refused += 1;
+            }
+        }
+        assert!(refused >= CONNECTIONS - 3, "{refused} were refused");
+        one_change(sb, &mut quiet, 0);
+        let kib = resident(helper.pid());
+        assert!(kib < 64 * 1024, "the helper holds {kib} KiB");
+    });
+}
+
+#[test]
+fn long_rubbish_costs_its_own_connection_and_no_memory() {
+    sandbox(|sb| {
+        let helper = sb.helper().start();
+        let _proxy = sb.tproxy("quiet").uid(QUIET).port(7000).start();
+        let mut quiet = quiet_session(sb);
+        let loud = sb.user(LOUD);
+        let mut brackets = vec![b'['; 1024 * 1024];
+        brackets.push(0);
+        let nested = format!(
+            "{{\"method\":\"org.cgtproxy.Helper.ReplacePolicy\",\"parameters\":{}}}\0",
+            "{\"proxies\":".repeat(100_000)
+        );
+        for rubbish in [&brackets[..], nested.as_bytes(), &[0; 4096]] {
+            let mut session = loud.varlink(SOCKET);
+            session.send_bytes(rubbish);
+            assert_eq!(session.receive(), None);
+        }
+        // A million of something that is well-formed, and a million that is too many bytes.
+        for (item, error) in [
+            ("0", "org.varlink.service.InvalidParameter"),
+            (
+                "{\"controlGroup\":\"a\",\"verdict\":\"drop\"}",
+                "org.cgtproxy.Helper.MessageTooLarge",
+            ),
+        ] {
+            let items = format!("{item},").repeat(1_000_000);
+            let call = format!(
+                "{{\"method\":\"org.cgtproxy.Helper.UpdateAssignments\",\"parameters\":\
+                 {{\"assign\":[{items}{item}],\"remove\":[]}}}}\0"
+            );
+            let mut session = loud.varlink(SOCKET);
+            session.send_bytes(call.as_bytes());
+            let reply = session.receive().expect("a reply");
+            assert_eq!(reply["error"], error);
+        }
+        one_change(sb, &mut quiet, 0);
+        let kib = resident(helper.pid());
+        assert!(kib < 128 * 1024, "the helper holds {kib} KiB");
+    });
+}
+
+#[test]
+fn agents_in_a_loop_leave_nothing_and_disturb_nobody() {
+    sandbox(|sb| {
+        let _helper = sb.helper().config("grace-seconds: 0").start();
+        let _proxy = sb.tproxy("quiet").uid(QUIET).port(7000).start();
+        let mut quiet = quiet_session(sb);
+        let loud = sb.user(LOUD);
+        let victim = loud.cgroup("app.slice/app-x.scope");
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        let mut session = Session::of(&loud);
+                        let policy = json!({
+                            "proxies": [{ "name": "loud", "port": 7001 }], "bypass": [],
+                            "assignments": [to_proxy("app.slice/app-x.scope", "loud")],
+                        });
+                        // Whether another of the four has the session does not matter.
+                        session.0.call("org.cgtproxy.Helper.ReplacePolicy", policy);
+                    }
+                });
+            }
+            for round in 0..ROUNDS {
+                one_change(sb, &mut quiet, round);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        let app = victim.app();
+        cgtproxy_tests::wait::wait_until("the loud user's rules are gone", || {
+            !sb.maps().iter().any(|map| map == "cgroups-1001")
+        });
+        for to in sb.destinations() {
+            assert_eq!(app.tcp(to), direct(to));
+        }
+        assert_eq!(mapped_ids(sb, "cgroups-1002").len(), ROUNDS);
+    });
+}
+
+#[test]
+fn a_control_group_that_is_replaced_all_the_time_is_nobody_elses() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _proxy = sb.tproxy("quiet").uid(QUIET).port(7000).start();
+        let mut quiet = quiet_session(sb);
+        let loud = sb.user(LOUD);
+        let mut session = Session::of(&loud);
+        session.replace(json!([]), json!([]), json!([]));
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    loud.cgroup("race.scope").remove();
+                }
+            });
+            // 'session' moves in: it has a thread of its own.
+            let over = &over;
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    let assign = json!([verdict("race.scope", "drop")]);
+                    session.call(
+                        "UpdateAssignments",
+                        json!({ "assign": assign, "remove": [] }),
+                    );
+                    session.call(
+                        "UpdateAssignments",
+                        json!({ "assign": [], "remove": ["race.scope"] }),
+                    );
+                }
+            });
+            for round in 0..ROUNDS {
+                one_change(sb, &mut quiet, round);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        let of_quiet = mapped_ids(sb, "cgroups-1002");
+        let own: Vec<u64> = {
+            let cgroups = (0..ROUNDS).map(|n| {
+                sb.user(QUIET)
+                    .cgroup(format!("app.slice/app-{n}.scope"))
+                    .id()
+            });
+            let mut own: Vec<u64> = cgroups.collect();
+            own.sort_unstable();
+            own
+        };
+        assert_eq!(of_quiet, own);
+        for id in mapped_ids(sb, "cgroups-1001") {
+            assert!(!own.contains(&id));
+        }
+    });
+}
