@@ -11,6 +11,7 @@ pub mod access;
 pub mod bypass;
 pub mod cgroup;
 pub mod config;
+mod conntrack;
 pub mod mark;
 pub mod monitor;
 mod netlink;

@@ -10,7 +10,9 @@ use cgtproxy_proto::path::ControlGroupPath;
 use crate::cgroup::OwnedControlGroup;
 use crate::config::Limits;
 use crate::mark::{Mark, MarkAllocator, MarkRange};
-use crate::nft::{Before, Bypass, DnsHijack, Element, Layout, LeftBehind, Plan, Proxy, Verdict};
+use crate::nft::{
+    Before, Bypass, Delivery, DnsHijack, Element, Layout, LeftBehind, Plan, Proxy, Verdict,
+};
 use crate::peer::Uid;
 
 mod change;
@@ -48,10 +50,12 @@ pub enum Refused {
 pub struct ProxyRequest {
     /// Its name.
     pub name: ProxyName,
-    /// Its port.
-    pub port: std::num::NonZeroU16,
+    /// Where it listens.
+    pub delivery: Delivery,
     /// UDP goes direct.
     pub no_udp: bool,
+    /// UDP is refused.
+    pub reject_udp: bool,
     /// IPv6 goes direct.
     pub no_ipv6: bool,
     /// Where DNS queries go.
@@ -444,8 +448,9 @@ impl Registry {
         for request in requests {
             let ProxyRequest {
                 name,
-                port,
+                delivery,
                 no_udp,
+                reject_udp,
                 no_ipv6,
                 dns_hijack,
             } = request;
@@ -458,8 +463,9 @@ impl Registry {
                     name.clone(),
                     Proxy {
                         mark,
-                        port,
+                        delivery,
                         no_udp,
+                        reject_udp,
                         no_ipv6,
                         dns_hijack,
                     },

@@ -5,13 +5,14 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
 use std::rc::Rc;
 
 use cgtproxy_proto::helper::{
-    self as wire, Assignment, GetStatus_Reply, GetStatus_Reply_session, ReplacePolicy_Args,
-    ReplacePolicy_Reply, SkipReason, UpdateAssignments_Args, UpdateAssignments_Reply,
+    self as wire, Assignment, FindRedirected_Args, FindRedirected_Reply, GetStatus_Reply,
+    GetStatus_Reply_session, ReplacePolicy_Args, ReplacePolicy_Reply, SkipReason,
+    UpdateAssignments_Args, UpdateAssignments_Reply,
 };
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::path::ControlGroupPath;
@@ -20,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
-use crate::nft::{DnsHijack, Element, Verdict};
+use crate::nft::{Delivery, DnsHijack, Element, Verdict};
 use crate::peer::{Peer, Uid};
 use crate::quota::Connection;
 use crate::registry::{PolicyRequest, ProxyRequest, Refused};
@@ -71,11 +72,17 @@ impl Session {
         let mut proxies = Vec::new();
         for (index, proxy) in arguments.proxies.into_iter().enumerate() {
             let invalid = |field| Error::Parameter(format!("proxies[{index}].{field}"));
-            let port = u16::try_from(proxy.port).ok().and_then(NonZeroU16::new);
+            let port = u16::try_from(proxy.port).map_err(|_| invalid("port"))?;
+            let port = NonZeroU16::new(port);
             proxies.push(ProxyRequest {
                 name: proxy.name.parse().map_err(|_| invalid("name"))?,
-                port: port.ok_or_else(|| invalid("port"))?,
+                delivery: match (proxy.redirect.unwrap_or(false), port) {
+                    (true, port) => Delivery::Redirect(port),
+                    (false, Some(port)) => Delivery::Tproxy(port),
+                    (false, None) => return Err(invalid("port")),
+                },
                 no_udp: proxy.noUdp.unwrap_or(false),
+                reject_udp: proxy.rejectUdp.unwrap_or(false),
                 no_ipv6: proxy.noIpv6.unwrap_or(false),
                 dns_hijack: proxy
                     .dnsHijack
@@ -125,6 +132,24 @@ impl Session {
         })
     }
 
+    fn find_redirected(
+        &self,
+        arguments: &FindRedirected_Args,
+    ) -> Result<FindRedirected_Reply, Error> {
+        let address = |name: &str, text: &str| {
+            let address = text.parse::<SocketAddr>();
+            address.map_err(|_| Error::Parameter(name.to_owned()))
+        };
+        let listener = address("listener", &arguments.listener)?;
+        let client = address("client", &arguments.client)?;
+        let mut state = self.state.borrow_mut();
+        let (source, destination) = state.find_redirected(self.peer.uid(), listener, client)?;
+        Ok(FindRedirected_Reply {
+            source: source.to_string(),
+            destination: destination.to_string(),
+        })
+    }
+
     fn remove_policy(&self) -> Result<Value, Error> {
         self.state.borrow_mut().remove(self.peer.uid(), self.id)?;
         Ok(json!({}))
@@ -145,8 +170,10 @@ impl Session {
             proxies: policy.map_or_else(Vec::new, |(layout, _, _)| {
                 let proxies = layout.proxies.iter().map(|(name, proxy)| wire::Proxy {
                     name: name.to_string(),
-                    port: proxy.port.get().into(),
+                    port: proxy.delivery.port().into(),
+                    redirect: Some(matches!(proxy.delivery, Delivery::Redirect(_))),
                     noUdp: Some(proxy.no_udp),
+                    rejectUdp: Some(proxy.reject_udp),
                     noIpv6: Some(proxy.no_ipv6),
                     dnsHijack: proxy.dns_hijack.as_ref().map(dns_hijack_reply),
                 });
@@ -181,6 +208,11 @@ impl Session {
             Error::NoUserManager(path) => fault("NoUserManager", json!({ "controlGroup": path })),
             Error::State(state::Error::SessionExists) => fault("SessionExists", json!({})),
             Error::State(state::Error::NoSession) => fault("NoSession", json!({})),
+            Error::State(state::Error::NotRedirected) => fault("NotRedirected", json!({})),
+            Error::State(state::Error::Conntrack(refusal)) => {
+                tracing::warn!("can't look connections up: {refusal}");
+                fault("KernelRefused", json!({ "message": refusal.to_string() }))
+            }
             Error::State(state::Error::Refused(refused)) => match refused {
                 Refused::NoPolicy => fault("NoSession", json!({})),
                 Refused::ProxyExists(name) => {
@@ -210,6 +242,10 @@ impl Session {
             ),
             "UpdateAssignments" => reply(
                 self.update_assignments(parameters(arguments)?)
+                    .map_err(refused)?,
+            ),
+            "FindRedirected" => reply(
+                self.find_redirected(&parameters(arguments)?)
                     .map_err(refused)?,
             ),
             "RemovePolicy" => self.remove_policy().map_err(refused),
@@ -310,6 +346,7 @@ fn dns_hijack(hijack: wire::DnsHijack) -> Result<DnsHijack, &'static str> {
         port: port.ok_or("dnsHijack.port")?,
         tcp: hijack.tcp.unwrap_or(false),
         loopback: hijack.loopback.unwrap_or(true),
+        own: hijack.own.unwrap_or(false),
     })
 }
 
@@ -328,6 +365,7 @@ fn dns_hijack_reply(hijack: &DnsHijack) -> wire::DnsHijack {
         port: hijack.port.get().into(),
         tcp: Some(hijack.tcp),
         loopback: Some(hijack.loopback),
+        own: Some(hijack.own),
     }
 }
 

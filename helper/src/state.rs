@@ -1,12 +1,16 @@
 //! The helper's state, and the one way in which it changes: stage, commit, apply.
 
 use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
 
 use cgtproxy_proto::path::ControlGroupPath;
 
 use crate::cgroup::{OwnedControlGroup, Root, Subtree, Unavailable};
 use crate::config::Config;
-use crate::nft::{self, LeftBehind, Nftables};
+use crate::conntrack::{Conntrack, Entry};
+use crate::nft::{self, Delivery, LeftBehind, Nftables};
 use crate::peer::Uid;
 use crate::registry::{PolicyRequest, Refused, Registry, Staged};
 use crate::route::{self, Family, Routing};
@@ -41,6 +45,12 @@ pub enum Error {
     /// The kernel refused it.
     #[error(transparent)]
     Kernel(#[from] nft::Error),
+    /// No proxy of the user's receives such a connection.
+    #[error("no such connection was redirected")]
+    NotRedirected,
+    /// The kernel can't tell.
+    #[error("can't look connections up")]
+    Conntrack(#[source] nft::Refusal),
 }
 
 /// Everything that the helper knows, shared by all connections of the one thread.
@@ -53,6 +63,8 @@ pub struct State {
     routing: Routing,
     nftables: Nftables,
     registry: Registry,
+    /// Open once it has been of use.
+    conntrack: Option<Conntrack>,
     holders: BTreeMap<Uid, Holder>,
     graces: u64,
 }
@@ -86,6 +98,7 @@ impl State {
             routing,
             nftables,
             registry,
+            conntrack: None,
             holders,
             graces: 0,
         };
@@ -198,6 +211,54 @@ impl State {
         }
         self.remove_policy(uid)?;
         Ok(())
+    }
+
+    /// Who sends, and where to, when a proxy of this user's that UDP is redirected to sees that it comes
+    /// from `client`.
+    ///
+    /// # Errors
+    /// If the user has no such proxy, or it was not sent such packets.
+    pub fn find_redirected(
+        &mut self,
+        uid: Uid,
+        listener: SocketAddr,
+        client: SocketAddr,
+    ) -> Result<(SocketAddr, SocketAddr), Error> {
+        const ADDRESSES: [IpAddr; 2] = [
+            IpAddr::V4(Ipv4Addr::LOCALHOST),
+            IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ];
+        let port = NonZeroU16::new(listener.port()).ok_or(Error::NotRedirected)?;
+        let marks: Vec<_> = match self.registry.policy(uid) {
+            Some((layout, _, _)) if ADDRESSES.contains(&listener.ip()) => layout
+                .proxies
+                .values()
+                .filter(|proxy| proxy.delivery == Delivery::Redirect(Some(port)))
+                .map(|proxy| proxy.mark)
+                .collect(),
+            _ => Vec::new(),
+        };
+        if marks.is_empty() {
+            return Err(Error::NotRedirected);
+        }
+        let refused = |error: io::Error| Error::Conntrack(error.into());
+        let conntrack = match self.conntrack.take() {
+            Some(conntrack) => conntrack,
+            None => Conntrack::open().map_err(refused)?,
+        };
+        let found = conntrack.find_udp(listener, client);
+        self.conntrack = Some(conntrack);
+        let range = self.config.marks;
+        match found.map_err(Error::Conntrack)? {
+            // What others send to the port by themselves has no mark, and what is another user's
+            // another one.
+            Some(Entry {
+                source,
+                destination,
+                mark,
+            }) if marks.iter().any(|&own| range.leads_to(mark, own)) => Ok((source, destination)),
+            _ => Err(Error::NotRedirected),
+        }
     }
 
     /// A connection has ended. If it held a policy, returns the grace period that begins now.

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 
 use cgtproxy_helper::cgroup::Root;
 use cgtproxy_helper::config::Config;
-use cgtproxy_helper::nft::{Bypass, Nftables, Verdict};
+use cgtproxy_helper::nft::{Bypass, Delivery, Nftables, Verdict};
 use cgtproxy_helper::peer::Peer;
 use cgtproxy_helper::registry::{PolicyRequest, ProxyRequest};
 use cgtproxy_helper::route::Routing;
@@ -279,8 +279,9 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
                 .iter()
                 .map(|name| ProxyRequest {
                     name: name.parse().expect("a name"),
-                    port: NonZeroU16::MIN,
+                    delivery: Delivery::Tproxy(NonZeroU16::MIN),
                     no_udp: false,
+                    reject_udp: false,
                     no_ipv6: false,
                     dns_hijack: None,
                 })

@@ -412,6 +412,8 @@ fn proxy(proxy: &crate::config::Proxy) -> Proxy {
     Proxy {
         name: proxy.name.to_string(),
         port: proxy.port.get().into(),
+        redirect: None,
+        rejectUdp: None,
         noUdp: Some(proxy.no_udp),
         noIpv6: Some(proxy.no_ipv6),
         dnsHijack: proxy.dns_hijack.as_ref().map(|hijack| DnsHijack {
@@ -420,6 +422,7 @@ fn proxy(proxy: &crate::config::Proxy) -> Proxy {
             port: hijack.port.get().into(),
             tcp: Some(hijack.tcp),
             loopback: Some(hijack.loopback),
+            own: None,
         }),
     }
 }

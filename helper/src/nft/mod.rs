@@ -18,7 +18,7 @@ use rustix::io::Errno;
 
 pub(crate) use ffi::watch;
 pub use plan::{
-    Before, Bypass, DnsHijack, Element, Hold, Layout, LeftBehind, Plan, Proxy, Verdict,
+    Before, Bypass, Delivery, DnsHijack, Element, Hold, Layout, LeftBehind, Plan, Proxy, Verdict,
 };
 
 use crate::cgroup::ControlGroupId;

@@ -28,6 +28,7 @@ pub(super) struct Names {
     pub(super) open: CString,
     pub(super) drop: CString,
     pub(super) guard: CString,
+    pub(super) owner: CString,
     pub(super) cgroups: CString,
     pub(super) marks: CString,
     pub(super) bypass4: CString,
@@ -42,6 +43,7 @@ impl Names {
             open: name(format!("open-{uid}")),
             drop: name(format!("drop-{uid}")),
             guard: name(format!("guard-{uid}")),
+            owner: name(format!("owner-{uid}")),
             cgroups: name(format!("cgroups-{uid}")),
             marks: marks(uid),
             bypass4: name(format!("bypass4-{uid}")),
@@ -81,14 +83,29 @@ impl Names {
         name(format!("resolve-{}-{proxy}", self.uid))
     }
 
+    pub(super) fn redirect(&self, proxy: &ProxyName) -> CString {
+        name(format!("redirect-{}-{proxy}", self.uid))
+    }
+
+    pub(super) fn receive(&self, proxy: &ProxyName) -> CString {
+        name(format!("receive-{}-{proxy}", self.uid))
+    }
+
+    /// All chains of a user that are not a proxy's.
+    pub(super) fn chains(&self) -> [&CString; 5] {
+        [&self.user, &self.open, &self.drop, &self.guard, &self.owner]
+    }
+
     /// All chains of a proxy.
-    pub(super) fn of_proxy(&self, proxy: &ProxyName) -> [CString; 5] {
+    pub(super) fn of_proxy(&self, proxy: &ProxyName) -> [CString; 7] {
         [
             self.tproxy(proxy),
             self.divert(proxy),
             self.deliver(proxy),
             self.dns(proxy),
             self.resolve(proxy),
+            self.redirect(proxy),
+            self.receive(proxy),
         ]
     }
 }

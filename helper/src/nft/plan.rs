@@ -77,17 +77,42 @@ pub struct DnsHijack {
     pub tcp: bool,
     /// Queries to servers on the loopback interface too, if the address is there as well.
     pub loopback: bool,
+    /// Only a socket below the user's own subtree answers.
+    pub own: bool,
 }
 
-/// A TPROXY server and the mark that leads to it.
+/// How packets get to a proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// It is a TPROXY server on this TCP and UDP port: packets keep their destination.
+    Tproxy(NonZeroU16),
+    /// It listens on this TCP and UDP port of 127.0.0.1 and ::1, and packets are sent there; without a
+    /// port nobody listens yet.
+    Redirect(Option<NonZeroU16>),
+}
+
+impl Delivery {
+    /// The port; 0 if nobody listens yet.
+    #[must_use]
+    pub fn port(self) -> u16 {
+        match self {
+            Self::Tproxy(port) => port.get(),
+            Self::Redirect(port) => port.map_or(0, NonZeroU16::get),
+        }
+    }
+}
+
+/// A proxy and the mark that leads to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proxy {
     /// In force as long as the proxy is in the user's policy.
     pub mark: Mark,
-    /// Its TCP and UDP port.
-    pub port: NonZeroU16,
+    /// Where it listens.
+    pub delivery: Delivery,
     /// UDP goes direct.
     pub no_udp: bool,
+    /// UDP that does not go direct is refused.
+    pub reject_udp: bool,
     /// IPv6 goes direct.
     pub no_ipv6: bool,
     /// Before any of that.

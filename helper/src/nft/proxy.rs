@@ -2,14 +2,15 @@
 //! queries go.
 
 use std::ffi::CStr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use cgtproxy_proto::name::ProxyName;
 
 use super::ffi::KeyType;
 use super::names::Names;
-use super::plan::{DnsHijack, Proxy};
+use super::plan::{Delivery, DnsHijack, Proxy};
 use super::rule::{Family, Protocol};
-use super::ruleset::{DELIVER, DIVERT, GUARD, RESOLVE};
+use super::ruleset::{DELIVER, DIVERT, GUARD, RECEIVE, RESOLVE};
 use super::transaction::Transaction;
 use crate::mark::Mark;
 
@@ -52,21 +53,39 @@ impl Transaction<'_> {
         self.map_to_chain(GUARD, KeyType::Mark, &key, &names.guard);
         let dns = self.marks.dns_value(mark).to_ne_bytes();
         self.map_to_chain(RESOLVE, KeyType::Mark, &dns, &names.resolve(name));
+        self.map_to_chain(RESOLVE, KeyType::Mark, &key, &names.redirect(name));
+        for key in [&key, &dns] {
+            self.map_to_chain(RECEIVE, KeyType::Mark, key, &names.receive(name));
+        }
     }
 
     pub(super) fn delete_proxy_elements(&mut self, names: &Names, mark: Mark) {
         for map in [names.marks.as_c_str(), DIVERT, DELIVER, GUARD] {
             self.delete_element(map, KeyType::Mark, &mark.value().to_ne_bytes());
         }
-        let dns = self.marks.dns_value(mark).to_ne_bytes();
-        self.delete_element(RESOLVE, KeyType::Mark, &dns);
+        for mark in [mark.value(), self.marks.dns_value(mark)] {
+            for map in [RESOLVE, RECEIVE] {
+                self.delete_element(map, KeyType::Mark, &mark.to_ne_bytes());
+            }
+        }
     }
 
     /// The rules of a proxy's chains, which are empty.
     pub(super) fn proxy_rules(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
         self.tproxy_rules(names, name, proxy);
-        self.divert_rules(&names.divert(name), proxy.mark);
-        self.deliver_rules(&names.deliver(name), proxy.port.get());
+        let divert = names.divert(name);
+        match proxy.delivery {
+            Delivery::Tproxy(port) => {
+                self.divert_rules(&divert, proxy.mark);
+                self.deliver_rules(&names.deliver(name), port.get());
+            }
+            Delivery::Redirect(Some(port)) => {
+                self.translate_rules(&divert, proxy.mark);
+                self.redirect_rules(&names.redirect(name), port.get());
+            }
+            Delivery::Redirect(None) => self.refuse_rules(&divert),
+        }
+        self.receive_rules(names, name, proxy);
         if let Some(hijack) = &proxy.dns_hijack {
             self.dns_rules(&names.dns(name), proxy.mark, hijack);
             self.resolve_rules(&names.resolve(name), hijack);
@@ -99,6 +118,7 @@ impl Transaction<'_> {
             // meta l4proto udp return
             self.add_rules(&chain, [&|rule| rule.l4proto(Protocol::Udp).leave()]);
         }
+        let reject_udp = proxy.reject_udp;
         self.add_rules(
             &chain,
             [
@@ -114,8 +134,11 @@ impl Transaction<'_> {
                 &|rule| rule.daddr_in(Family::Ipv6, &names.bypass6).leave(),
                 // meta l4proto tcp goto divert-UID-NAME
                 &|rule| rule.l4proto(Protocol::Tcp).goto(&divert),
-                // meta l4proto udp goto divert-UID-NAME
-                &|rule| rule.l4proto(Protocol::Udp).goto(&divert),
+                // meta l4proto udp goto divert-UID-NAME, or reject
+                &|rule| match rule.l4proto(Protocol::Udp) {
+                    rule if reject_udp => rule.reject(),
+                    rule => rule.goto(&divert),
+                },
             ],
         );
     }
@@ -131,6 +154,66 @@ impl Transaction<'_> {
                 &|rule| rule.meta_mark_set(mask, value),
             ],
         );
+    }
+
+    /// The packet stays as it is until the nat chain has its turn, which sees the first packet of a
+    /// connection only.
+    fn translate_rules(&mut self, chain: &CStr, mark: Mark) {
+        let (mask, value) = (self.marks.mask(), mark.value());
+        self.add_rules(
+            chain,
+            [
+                // A connection that was open before this proxy was what it is now: its packets
+                // would leave as they are.
+                // meta l4proto tcp ct status & (confirmed | dnat) == confirmed reject with tcp reset
+                &|rule| {
+                    rule.l4proto(Protocol::Tcp)
+                        .ct_not_redirected()
+                        .reject_with_tcp_reset()
+                },
+                // ct status & (confirmed | dnat) == confirmed reject
+                &|rule| rule.ct_not_redirected().reject(),
+                // ct mark set ct mark & ~MASK | MARK
+                &|rule| rule.ct_mark_set(mask, value),
+            ],
+        );
+    }
+
+    /// Nobody listens yet.
+    fn refuse_rules(&mut self, chain: &CStr) {
+        self.add_rules(
+            chain,
+            [
+                // meta l4proto tcp reject with tcp reset
+                &|rule| rule.l4proto(Protocol::Tcp).reject_with_tcp_reset(),
+                // reject
+                &|rule| rule.reject(),
+            ],
+        );
+    }
+
+    fn redirect_rules(&mut self, chain: &CStr, port: u16) {
+        for address in [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()] {
+            // dnat ip to 127.0.0.1:PORT, dnat ip6 to [::1]:PORT
+            self.add_rules(chain, [&|rule| rule.dnat(address, port)]);
+        }
+    }
+
+    /// Who may receive what was translated: a DNS server that the user named, wherever it is, and
+    /// nobody but the user otherwise.
+    fn receive_rules(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
+        let chain = names.receive(name);
+        let divert = self.marks.divert();
+        if matches!(proxy.delivery, Delivery::Tproxy(_)) {
+            // ct mark & DIVERT != 0 return
+            self.add_rules(&chain, [&|rule| rule.ct_mark_has(divert).leave()]);
+        }
+        if !proxy.dns_hijack.as_ref().is_some_and(|hijack| hijack.own) {
+            // ct mark & DIVERT == 0 return
+            self.add_rules(&chain, [&|rule| rule.ct_mark_lacks(divert).leave()]);
+        }
+        // goto owner-UID
+        self.add_rules(&chain, [&|rule| rule.goto(&names.owner)]);
     }
 
     /// Without a listener the packet goes on to the input chain, which refuses it.

@@ -26,6 +26,9 @@ const IPV6: u8 = 10;
 /// `IP_CT_DIR_REPLY` (linux/netfilter/nf_conntrack_tuple_common.h).
 const REPLY: u8 = 1;
 
+/// `IP_CT_DIR_ORIGINAL` (linux/netfilter/nf_conntrack_tuple_common.h).
+const ORIGINAL: u8 = 0;
+
 /// `RTN_UNICAST` (linux/rtnetlink.h).
 const UNICAST: u32 = 1;
 
@@ -90,11 +93,44 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Neq, 0u32)
     }
 
+    /// `ct status & (confirmed | dnat) == confirmed`: the connection is known, and its destination was
+    /// not changed.
+    pub(super) fn ct_not_redirected(self) -> Self {
+        let confirmed = ConntrackStatus::CONFIRMED.bits();
+        let mask = confirmed | ConntrackStatus::DST_NAT.bits();
+        self.with(&Conntrack::Status)
+            .with(&Bitwise::new(mask, 0u32))
+            .compare(CmpOp::Eq, confirmed)
+    }
+
     /// `ct state != new`
     pub(super) fn ct_state_not_new(self) -> Self {
         self.with(&Conntrack::State)
             .with(&Bitwise::new(States::NEW.bits(), 0u32))
             .compare(CmpOp::Eq, 0u32)
+    }
+
+    /// `ct direction original`
+    pub(super) fn ct_direction_original(self) -> Self {
+        self.with(&ConntrackDirection).compare(CmpOp::Eq, ORIGINAL)
+    }
+
+    /// `socket cgroupv2 level LEVEL ID`: on the way in, of the socket that the packet would reach.
+    pub(super) fn socket_cgroupv2(self, level: u32, id: &[u8]) -> Self {
+        self.with(&Socket::new(SocketKey::CgroupV2, level))
+            .compare(CmpOp::Eq, id)
+    }
+
+    /// `socket wildcard { 0, 1 }`: there is a socket, which is not the rest of a closed connection.
+    pub(super) fn socket_is_full(self) -> Self {
+        self.with(&Socket::new(SocketKey::Wildcard, 0))
+            .compare(CmpOp::Lte, 1u8)
+    }
+
+    /// `socket transparent { 0, 1 }`: there is a socket of whatever kind.
+    pub(super) fn socket_exists(self) -> Self {
+        self.with(&Socket::new(SocketKey::Transparent, 0))
+            .compare(CmpOp::Lte, 1u8)
     }
 
     /// `socket cgroupv2 level LEVEL vmap @MAP`
@@ -136,6 +172,13 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Conntrack::Mark { set: false })
             .with(&Bitwise::new(bits, 0u32))
             .compare(CmpOp::Neq, 0u32)
+    }
+
+    /// `ct mark & BITS == 0`
+    pub(super) fn ct_mark_lacks(self, bits: u32) -> Self {
+        self.with(&Conntrack::Mark { set: false })
+            .with(&Bitwise::new(bits, 0u32))
+            .compare(CmpOp::Eq, 0u32)
     }
 
     /// `meta mark & BITS != 0`

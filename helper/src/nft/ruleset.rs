@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-1 { }                       # the format of this table
+//!   chain version-2 { }                       # the format of this table
 //!   map users   { type cgroupsv2 : verdict }  # user@1000.service : goto user-1000
 //!   map deliver { type mark : verdict }       # a proxy's mark : goto deliver-1000-mihomo
 //!   map divert  { type mark : verdict }       # a proxy's mark : goto divert-1000-mihomo
 //!   map guard   { type mark : verdict }       # a proxy's mark : goto guard-1000
 //!   map resolve { type mark : verdict }       # a proxy's DNS mark : goto resolve-1000-mihomo
+//!                                             # a proxy's mark : goto redirect-1000-mihomo
+//!   map receive { type mark : verdict }       # both : goto receive-1000-mihomo
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
 //!   chain output     { type route hook output priority mangle; … }
 //!   chain output-nat { type nat hook output priority dstnat; … }
@@ -19,8 +21,10 @@
 //!   set bypass4-1000 { type ipv4_addr; flags interval }
 //!   set bypass6-1000 { type ipv6_addr; flags interval }
 //!   chain user-1000 { … }   chain open-1000 { … }   chain drop-1000 { … }   chain guard-1000 { … }
+//!   chain owner-1000 { … }
 //!   chain tproxy-1000-mihomo { … }   chain divert-1000-mihomo { … }   chain deliver-1000-mihomo { … }
 //!   chain dns-1000-mihomo { … }      chain resolve-1000-mihomo { … }
+//!   chain redirect-1000-mihomo { … }  chain receive-1000-mihomo { … }
 //!   chain hold-1000-5-mihomo { … }            # control groups at level 4, below which all is held
 //! }
 //! ```
@@ -28,7 +32,8 @@
 //! The mark of a proxy has the divert bit, by which the `ip rule` sends a packet back in over lo.
 //! The connection keeps it as its conntrack mark, so that it goes on as it began whatever becomes
 //! of the rules; only drops look at every packet. A hijacked DNS query carries the same mark
-//! without the divert bit, as its conntrack mark only: it is not diverted but translated.
+//! without the divert bit, as its conntrack mark only: it is not diverted but translated. So is what goes
+//! to a proxy that is no TPROXY server; its conntrack mark has the divert bit.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CStr, CString};
@@ -45,12 +50,13 @@ use crate::cgroup::ControlGroupId;
 use crate::mark::Mark;
 
 /// The chain that says how this table is laid out. A table without it is made anew.
-pub(super) const VERSION: &CStr = c"version-1";
+pub(super) const VERSION: &CStr = c"version-2";
 pub(super) const USERS: &CStr = c"users";
 pub(super) const DELIVER: &CStr = c"deliver";
 pub(super) const DIVERT: &CStr = c"divert";
 pub(super) const GUARD: &CStr = c"guard";
 pub(super) const RESOLVE: &CStr = c"resolve";
+pub(super) const RECEIVE: &CStr = c"receive";
 const PROXY_UIDS: &CStr = c"proxy-uids";
 const OUTPUT: &CStr = c"output";
 const OUTPUT_NAT: &CStr = c"output-nat";
@@ -77,6 +83,7 @@ impl Transaction<'_> {
         self.add_set(DIVERT, KeyType::Mark, Content::Verdicts);
         self.add_set(GUARD, KeyType::Mark, Content::Verdicts);
         self.add_set(RESOLVE, KeyType::Mark, Content::Verdicts);
+        self.add_set(RECEIVE, KeyType::Mark, Content::Verdicts);
         self.add_set(PROXY_UIDS, KeyType::Uid, Content::Keys);
         self.flush_set(PROXY_UIDS);
         let mut uids = self.set(PROXY_UIDS, KeyType::Uid, Content::Keys);
@@ -139,6 +146,20 @@ impl Transaction<'_> {
                 // What is diverted to nobody reaches nobody.
                 // iif lo meta mark & DIVERT != 0 drop
                 &|rule| rule.iif_lo().meta_mark_has(divert).drop(),
+                // What was translated, which nothing but its connection tells.
+                // iif lo ct direction original ct mark & MASK vmap @receive
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_direction_original()
+                        .ct_mark_vmap(mask, RECEIVE)
+                },
+                // iif lo ct direction original ct mark & DIVERT != 0 drop
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_direction_original()
+                        .ct_mark_has(divert)
+                        .drop()
+                },
             ],
         );
     }
@@ -172,12 +193,13 @@ impl Transaction<'_> {
         self.add_set(&names.marks, KeyType::Mark, Content::Verdicts);
         self.add_set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
         self.add_set(&names.bypass6, KeyType::Ipv6, Content::Intervals);
-        for chain in [&names.user, &names.open, &names.drop, &names.guard] {
+        for chain in names.chains() {
             self.add_chain(chain);
         }
         self.open_rules(names);
         self.drop_rules(names);
         self.guard_rules(names);
+        self.owner_rules(names, layout);
         for (name, proxy) in &layout.proxies {
             self.create_proxy(names, name, proxy);
         }
@@ -247,6 +269,8 @@ impl Transaction<'_> {
             self.delete_element(USERS, KeyType::ControlGroup, &old);
             let new = after.subtree.id().to_bytes();
             self.map_to_chain(USERS, KeyType::ControlGroup, &new, &names.user);
+            self.flush_chain(&names.owner);
+            self.owner_rules(names, after);
         }
     }
 
@@ -267,8 +291,7 @@ impl Transaction<'_> {
             self.delete_proxy_elements(names, mark);
         }
         let holds: Vec<_> = holds.iter().map(|hold| names.hold(hold)).collect();
-        let shared = [&names.user, &names.open, &names.drop, &names.guard];
-        for chain in shared.into_iter().chain(&holds) {
+        for chain in names.chains().into_iter().chain(&holds) {
             self.flush_chain(chain);
         }
         for proxy in proxies.keys() {
@@ -280,7 +303,7 @@ impl Transaction<'_> {
         for proxy in proxies.keys() {
             self.delete_proxy_chains(names, proxy);
         }
-        for chain in shared.into_iter().chain(&holds) {
+        for chain in names.chains().into_iter().chain(&holds) {
             self.delete_chain(chain);
         }
     }
@@ -357,6 +380,38 @@ impl Transaction<'_> {
                 &|rule| rule.skuid(uid).leave(),
                 // meta skuid @proxy-uids return
                 &|rule| rule.skuid_in(PROXY_UIDS).leave(),
+                // meta l4proto tcp reject with tcp reset
+                &|rule| rule.l4proto(Protocol::Tcp).reject_with_tcp_reset(),
+                // reject
+                &|rule| rule.reject(),
+            ],
+        );
+    }
+
+    /// A translated packet reaches only a socket that was made below the user's own subtree.
+    ///
+    /// Unlike one that `tproxy` delivers, it does not have its socket yet, so `skuid` knows nothing;
+    /// `socket` looks for it, and knows its control group.
+    fn owner_rules(&mut self, names: &Names, layout: &Layout) {
+        let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
+        self.add_rules(
+            &names.owner,
+            [
+                // meta l4proto tcp ct state != new return
+                &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
+                // socket cgroupv2 level LEVEL SUBTREE return
+                &|rule| rule.socket_cgroupv2(level, &id).leave(),
+                // Whoever else has the port.
+                // meta l4proto tcp socket wildcard { 0, 1 } reject with tcp reset
+                &|rule| {
+                    rule.l4proto(Protocol::Tcp)
+                        .socket_is_full()
+                        .reject_with_tcp_reset()
+                },
+                // The rest of an earlier connection from the same port, which was let in, and whose
+                // listener takes this one too.
+                // meta l4proto tcp socket transparent { 0, 1 } return
+                &|rule| rule.l4proto(Protocol::Tcp).socket_exists().leave(),
                 // meta l4proto tcp reject with tcp reset
                 &|rule| rule.l4proto(Protocol::Tcp).reject_with_tcp_reset(),
                 // reject

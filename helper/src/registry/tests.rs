@@ -158,8 +158,13 @@ proptest! {
                    Call::Replace(proxies, cgroups) => {
                        let proxies = proxies.into_iter().map(|number| ProxyRequest {
                            name: name(number),
-                           port: NonZeroU16::MIN,
+                           delivery: match seed >> 8 & 3 {
+                               0 => Delivery::Redirect(None),
+                               1 => Delivery::Redirect(Some(NonZeroU16::MIN)),
+                               _ => Delivery::Tproxy(NonZeroU16::MIN),
+                           },
                            no_udp: seed & 1 != 0,
+                           reject_udp: seed & 2 != 0,
                            no_ipv6: false,
 dns_hijack: None,
                        });
@@ -207,8 +212,9 @@ fn what_was_left_behind_keeps_its_marks() {
     registry.adopt(uid, left);
     let request = |number| ProxyRequest {
         name: name(number),
-        port: NonZeroU16::MIN,
+        delivery: Delivery::Tproxy(NonZeroU16::MIN),
         no_udp: false,
+        reject_udp: false,
         no_ipv6: false,
         dns_hijack: None,
     };

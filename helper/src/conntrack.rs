@@ -1,0 +1,208 @@
+//! The kernel's record of connections (conntrack): where a translated one was going.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use rustix::io::Errno;
+
+use crate::netlink::{DONT_WAIT, HEADER, MESSAGE, Messages, Refusal, attribute};
+
+/// `NFNL_SUBSYS_CTNETLINK` (linux/netfilter/nfnetlink.h), the upper byte of a message's type.
+const SUBSYSTEM: u16 = 1;
+/// `IPCTNL_MSG_CT_GET` (linux/netfilter/nfnetlink_conntrack.h).
+const GET: u16 = 1;
+/// `NLM_F_REQUEST` (linux/netlink.h).
+const REQUEST: u16 = 0x1;
+/// `NLA_F_NESTED` (linux/netlink.h).
+const NESTED: u16 = 0x8000;
+
+/// enum ctattr_type (linux/netfilter/nfnetlink_conntrack.h).
+const TUPLE_ORIGINAL: u16 = 1;
+const TUPLE_REPLY: u16 = 2;
+const MARK: u16 = 8;
+/// enum ctattr_tuple.
+const TUPLE_ADDRESSES: u16 = 1;
+const TUPLE_PROTOCOL: u16 = 2;
+/// enum ctattr_ip: source and destination of each family.
+const IPV4: (u16, u16) = (1, 2);
+const IPV6: (u16, u16) = (3, 4);
+/// enum ctattr_l4proto.
+const PROTOCOL_NUMBER: u16 = 1;
+const PROTOCOL_PORTS: (u16, u16) = (2, 3);
+
+/// IPPROTO_UDP (linux/in.h).
+const UDP: u8 = 17;
+/// AF_INET and AF_INET6 (linux/socket.h).
+const FAMILY_IPV4: u8 = 2;
+const FAMILY_IPV6: u8 = 10;
+
+/// What is known of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// Who began it.
+    pub(crate) source: SocketAddr,
+    /// Where it was going before its destination was changed.
+    pub(crate) destination: SocketAddr,
+    /// Its mark.
+    pub(crate) mark: u32,
+}
+
+/// A socket to ctnetlink.
+#[derive(Debug)]
+pub(crate) struct Conntrack {
+    socket: Socket,
+}
+
+impl Conntrack {
+    /// Opens the socket. That the kernel has ctnetlink is known at the first look-up.
+    pub(crate) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.bind_auto()?;
+        Ok(Self { socket })
+    }
+
+    /// The UDP connection whose answers go from one address to another; none if there is none.
+    pub(crate) fn find_udp(
+        &self,
+        answers_from: SocketAddr,
+        answers_to: SocketAddr,
+    ) -> Result<Option<Entry>, Refusal> {
+        let Some(request) = request(answers_from, answers_to) else {
+            return Ok(None);
+        };
+        self.socket.send(&request, 0)?;
+        // The kernel queues its answer before sendmsg(2) returns.
+        let mut buffer: Vec<u8> = Vec::with_capacity(MESSAGE);
+        loop {
+            match self.socket.recv(&mut buffer, DONT_WAIT) {
+                Ok(_) => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        for message in Messages(&buffer) {
+            match message.refusal() {
+                Some(refusal) if refusal.errno == Errno::NOENT => return Ok(None),
+                Some(refusal) => return Err(refusal),
+                None if message.kind >> 8 == SUBSYSTEM => {
+                    // After struct nfgenmsg.
+                    return Ok(entry(message.payload.get(4..).unwrap_or_default()));
+                }
+                None => {}
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// A request for the entry with this reply tuple; none if the addresses are of different families.
+fn request(from: SocketAddr, to: SocketAddr) -> Option<Vec<u8>> {
+    let mut addresses = Vec::new();
+    let family = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            put(&mut addresses, IPV4.0, &from.octets());
+            put(&mut addresses, IPV4.1, &to.octets());
+            FAMILY_IPV4
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            put(&mut addresses, IPV6.0, &from.octets());
+            put(&mut addresses, IPV6.1, &to.octets());
+            FAMILY_IPV6
+        }
+        _ => return None,
+    };
+    let mut protocol = Vec::new();
+    put(&mut protocol, PROTOCOL_NUMBER, &[UDP]);
+    put(&mut protocol, PROTOCOL_PORTS.0, &from.port().to_be_bytes());
+    put(&mut protocol, PROTOCOL_PORTS.1, &to.port().to_be_bytes());
+    let mut tuple = Vec::new();
+    put(&mut tuple, TUPLE_ADDRESSES | NESTED, &addresses);
+    put(&mut tuple, TUPLE_PROTOCOL | NESTED, &protocol);
+    // struct nfgenmsg: family, version 0, resource 0
+    let mut body = vec![family, 0, 0, 0];
+    put(&mut body, TUPLE_REPLY | NESTED, &tuple);
+
+    let mut request = Vec::with_capacity(HEADER + body.len());
+    request.extend_from_slice(&((HEADER + body.len()) as u32).to_ne_bytes());
+    request.extend_from_slice(&((SUBSYSTEM << 8) | GET).to_ne_bytes());
+    request.extend_from_slice(&REQUEST.to_ne_bytes());
+    request.extend_from_slice(&[0; 8]);
+    request.extend_from_slice(&body);
+    Some(request)
+}
+
+/// Adds an attribute.
+fn put(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    bytes.extend_from_slice(&((4 + value.len()) as u16).to_ne_bytes());
+    bytes.extend_from_slice(&kind.to_ne_bytes());
+    bytes.extend_from_slice(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
+fn entry(attributes: &[u8]) -> Option<Entry> {
+    let tuple = attribute(attributes, TUPLE_ORIGINAL)?;
+    let addresses = attribute(tuple, TUPLE_ADDRESSES)?;
+    let protocol = attribute(tuple, TUPLE_PROTOCOL)?;
+    let port = |kind| {
+        let bytes = attribute(protocol, kind)?;
+        Some(u16::from_be_bytes(bytes.try_into().ok()?))
+    };
+    let (source, destination) = match address(addresses, IPV4.0) {
+        Some(source) => (source, address(addresses, IPV4.1)?),
+        None => (address(addresses, IPV6.0)?, address(addresses, IPV6.1)?),
+    };
+    let mark = attribute(attributes, MARK)
+        .and_then(|mark| mark.try_into().ok())
+        .map_or(0, u32::from_be_bytes);
+    Some(Entry {
+        source: SocketAddr::new(source, port(PROTOCOL_PORTS.0)?),
+        destination: SocketAddr::new(destination, port(PROTOCOL_PORTS.1)?),
+        mark,
+    })
+}
+
+fn address(addresses: &[u8], kind: u16) -> Option<IpAddr> {
+    let bytes = attribute(addresses, kind)?;
+    if let Ok(octets) = <[u8; 4]>::try_from(bytes) {
+        return Some(Ipv4Addr::from(octets).into());
+    }
+    Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn reads_the_tuple_it_writes() {
+        for (from, to) in [
+            ("127.0.0.1:1080", "192.0.2.1:5000"),
+            ("[::1]:1080", "[2001:db8::1]:5000"),
+        ] {
+            let (from, to) = (from.parse().unwrap(), to.parse().unwrap());
+            let request = request(from, to).unwrap();
+            let mut attributes = request[HEADER + 4..].to_vec();
+            // The same tuple, said to be the original one.
+            attributes[2] = TUPLE_ORIGINAL as u8;
+            put(&mut attributes, MARK, &0x8100_0000_u32.to_be_bytes());
+            let expected = Entry {
+                source: from,
+                destination: to,
+                mark: 0x8100_0000,
+            };
+            assert_eq!(entry(&attributes), Some(expected));
+        }
+        let v4 = "127.0.0.1:1".parse().unwrap();
+        assert_eq!(request(v4, "[::1]:1".parse().unwrap()), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = entry(&bytes);
+        }
+    }
+}
