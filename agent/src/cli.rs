@@ -63,6 +63,36 @@ pub enum Command {
         json: bool,
     },
 
+    /// List the applications that run, with their ids and verdicts
+    ///
+    /// The id is what a rule's 'app' takes. Says too which programs have no control group of their own, so
+    /// that no rule can be about them alone, and what to do about that. When no agent runs, says what the
+    /// configuration means for them.
+    Apps {
+        /// Show units of no application too, as services of the desktop: a rule's 'unit' takes them
+        #[arg(short, long)]
+        all: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Turn a configuration of cgproxy or of the original cgtproxy into one for this agent
+    ///
+    /// Takes cgproxy's config.json, and a cgtproxy configuration with regular expressions that spell out
+    /// what 'app', 'unit' and 'slice' say. Prints the new one, and on standard error a line for each thing
+    /// that could not be carried over, with what to do instead.
+    Migrate {
+        /// The old configuration
+        file: PathBuf,
+        /// Write to this file instead of standard output
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// Replace the file that --output names
+        #[arg(short, long, requires = "output")]
+        force: bool,
+    },
+
     /// Say which rule gives a control group its verdict
     ///
     /// And from which other one it inherits, and whether the verdict is in the kernel. When no agent

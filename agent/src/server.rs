@@ -193,6 +193,7 @@ impl Connection {
             configError: state.config_error.clone(),
             targets: view::targets(&source.config, &groups),
             controlGroups: groups,
+            rules: Some(view::rules(&source.config)),
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the agent knows, as its interface shows it.
 
-use cgtproxy_proto::agent::{ControlGroup, Target};
+use cgtproxy_proto::agent::{ControlGroup, Rule, Target};
 use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::path::ControlGroupPath;
 
@@ -77,4 +77,16 @@ pub fn targets(config: &Config, groups: &[ControlGroup]) -> Vec<Target> {
         controlGroups: count(proxy.name.as_str()) as i64,
     }));
     targets
+}
+
+/// The rules of a configuration, in their order.
+#[must_use]
+pub fn rules(config: &Config) -> Vec<Rule> {
+    let rules = config.rules.rules.iter();
+    rules
+        .map(|rule| Rule {
+            selector: rule.selector.to_string(),
+            target: rule.target.name().to_owned(),
+        })
+        .collect()
 }

@@ -1,19 +1,18 @@
-//! A connection to the user's running agent.
+//! The user's running agent, for programs that do one thing after another.
 
-use std::io;
-
-use cgtproxy_proto::client::{CallError, Client};
+use cgtproxy_proto::client::CallError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 
 use super::Error;
+use crate::connection::{ConnectError, Connection};
 use crate::server;
 
-/// The agent, for programs that do one thing after another.
+/// A connection, and what waits for it.
 pub(super) struct Agent {
     runtime: Runtime,
-    client: Client,
+    connection: Connection,
 }
 
 impl Agent {
@@ -23,18 +22,16 @@ impl Agent {
             .enable_io()
             .build()
             .map_err(Error::Start)?;
-        let path = server::default_socket();
-        match runtime.block_on(Client::connect(&path)) {
-            Ok(client) => Ok(Self { runtime, client }),
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-                ) =>
-            {
-                Err(Error::NotRunning)
-            }
-            Err(source) => Err(Error::Connect { path, source }),
+        match runtime.block_on(Connection::open(server::default_socket())) {
+            Ok(connection) => Ok(Self {
+                runtime,
+                connection,
+            }),
+            Err(ConnectError::NotRunning) => Err(Error::NotRunning),
+            Err(ConnectError::Failed { socket, source }) => Err(Error::Connect {
+                path: socket,
+                source,
+            }),
         }
     }
 
@@ -44,7 +41,7 @@ impl Agent {
         method: &str,
         arguments: A,
     ) -> Result<R, CallError> {
-        let method = format!("{}.{method}", cgtproxy_proto::agent::INTERFACE);
-        self.runtime.block_on(self.client.call(&method, arguments))
+        self.runtime
+            .block_on(self.connection.call(method, arguments))
     }
 }

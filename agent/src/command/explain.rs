@@ -14,7 +14,6 @@ use serde_json::json;
 use super::Error;
 use super::client::Agent;
 use crate::cli::Arguments;
-use crate::config::{self, Config, LoadError};
 use crate::subtree::Subtree;
 use crate::text::printable;
 use crate::view;
@@ -124,12 +123,7 @@ fn compute(
     subtree: &Subtree,
     subject: &Subject,
 ) -> Result<ControlGroup, Error> {
-    let file = super::config_file(arguments)?;
-    let config = match config::load(&file.path) {
-        Ok(loaded) => loaded.config,
-        Err(LoadError::Missing(_)) if !file.explicit => Config::without_file(),
-        Err(error) => return Err(error.into()),
-    };
+    let config = super::config(arguments)?;
     let path = match subject {
         Subject::Absolute(path) => relative(subtree, path)?,
         Subject::Name(name) => find(subtree, name)?,

@@ -1,9 +1,12 @@
 //! The commands besides running the agent.
 
+mod apps;
 mod check;
 mod client;
 mod explain;
+mod migrate;
 mod status;
+mod table;
 
 use std::io;
 use std::path::PathBuf;
@@ -13,7 +16,7 @@ use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::path::InvalidPath;
 
 use crate::cli::{Arguments, Command};
-use crate::config::LoadError;
+use crate::config::{self, Config, LoadError};
 use crate::reload::ConfigFile;
 use crate::run::{self, Options};
 use crate::server;
@@ -57,6 +60,17 @@ pub enum Error {
     /// There is no such control group, process or unit.
     #[error("{0}")]
     NotFound(String),
+    /// A file is not to be overwritten.
+    #[error("{} is there already; --force replaces it", .0.display())]
+    Exists(PathBuf),
+    /// A file can't be written.
+    #[error("can't write {}", .file.display())]
+    Write {
+        /// The file.
+        file: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// Output failed.
     #[error("can't write the output")]
     Output(#[from] io::Error),
@@ -83,6 +97,12 @@ pub fn run(arguments: Arguments) -> Result<ExitCode, Error> {
             check::run(&file)
         }
         Some(Command::Status { json }) => status::run(*json),
+        Some(Command::Apps { all, json }) => apps::run(&arguments, *all, *json),
+        Some(Command::Migrate {
+            file,
+            output,
+            force,
+        }) => migrate::run(file, output.as_deref(), *force),
         Some(Command::Explain { what, json }) => explain::run(&arguments, what, *json),
     };
     match result {
@@ -126,4 +146,14 @@ fn config_file(arguments: &Arguments) -> Result<ConfigFile, Error> {
         path: directories.config_dir().join("cgtproxy/config.yaml"),
         explicit: false,
     })
+}
+
+/// What the configuration file means; without one at the usual place, what holds then.
+fn config(arguments: &Arguments) -> Result<Config, Error> {
+    let file = config_file(arguments)?;
+    match config::load(&file.path) {
+        Ok(loaded) => Ok(loaded.config),
+        Err(LoadError::Missing(_)) if !file.explicit => Ok(Config::without_file()),
+        Err(error) => Err(error.into()),
+    }
 }

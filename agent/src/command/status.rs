@@ -7,6 +7,7 @@ use cgtproxy_proto::agent::{ControlGroup, GetStatus_Args, GetStatus_Reply};
 
 use super::Error;
 use super::client::Agent;
+use super::table::{dash, table};
 use crate::text::printable;
 
 /// Asks the agent and prints what it says.
@@ -70,10 +71,6 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
     )
 }
 
-fn dash() -> String {
-    "-".to_owned()
-}
-
 /// What gives a control group its verdict, in a word.
 fn by(group: &ControlGroup) -> String {
     let what = match (group.execSlice, group.rule) {
@@ -93,32 +90,6 @@ fn in_force(group: &ControlGroup) -> String {
         (None, true) => "yes".to_owned(),
         (None, false) => "no".to_owned(),
     }
-}
-
-/// Writes rows in columns. The last one is as wide as it is.
-fn table<const N: usize>(
-    out: &mut impl Write,
-    head: &[&str; N],
-    rows: impl Iterator<Item = [String; N]>,
-) -> io::Result<()> {
-    let rows: Vec<[String; N]> = std::iter::once(head.map(str::to_owned))
-        .chain(rows)
-        .collect();
-    let mut widths = [0; N];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    for row in &rows {
-        let mut line = String::new();
-        for (cell, width) in row.iter().zip(widths) {
-            line.push_str(cell);
-            line.extend(std::iter::repeat_n(' ', width + 2 - cell.chars().count()));
-        }
-        writeln!(out, "{}", line.trim_end())?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -154,6 +125,7 @@ mod tests {
                 group("/a\x1b[2J", Some(1), None),
                 group("/a/b", Some(1), Some("/a")),
             ],
+            rules: None,
         };
         let mut out = Vec::new();
         print(&mut out, &status).unwrap();

@@ -1,6 +1,7 @@
 //! The user's configuration file: what it means, once what was typed has been found right.
 
 mod finding;
+mod migrate;
 mod network;
 mod read;
 mod reader;
@@ -17,6 +18,7 @@ use cgtproxy_proto::name::ProxyName;
 use crate::policy::{DEFAULT_PROXY, ExecSlices, Rules, Target};
 
 pub use finding::{Excerpt, Finding, Findings, Place, Severity};
+pub use migrate::migrate;
 pub use network::Network;
 pub use read::read;
 

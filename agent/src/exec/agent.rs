@@ -7,8 +7,10 @@ use std::time::Duration;
 use cgtproxy_proto::agent::{
     AwaitTarget_Args, AwaitTarget_Reply, GetStatus_Args, GetStatus_Reply, UnknownTarget_Args,
 };
-use cgtproxy_proto::client::{CallError, Client};
+use cgtproxy_proto::client::CallError;
 use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::connection::{ConnectError, Connection};
 
 /// How long the agent may take to answer, and to get a verdict into the kernel.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -73,34 +75,28 @@ pub enum Error {
     Call(#[source] CallError),
 }
 
-/// A connection to the user's agent.
-#[derive(Debug)]
-pub(crate) struct Agent {
-    client: Client,
+impl From<ConnectError> for Error {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::NotRunning => Self::NotRunning,
+            ConnectError::Failed { socket, source } => Self::Connect { socket, source },
+        }
+    }
 }
+
+/// What is asked of the user's agent.
+#[derive(Debug)]
+pub(crate) struct Agent(Connection);
 
 impl Agent {
     /// Connects to the agent at `socket`.
     pub(crate) async fn connect(socket: PathBuf) -> Result<Self, Error> {
-        match Client::connect(&socket).await {
-            Ok(client) => Ok(Self { client }),
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-                ) =>
-            {
-                Err(Error::NotRunning)
-            }
-            Err(source) => Err(Error::Connect { socket, source }),
-        }
+        Ok(Self(Connection::open(socket).await?))
     }
 
     /// All names of targets, and why they are not in force if they are not.
     pub(crate) async fn targets(&mut self) -> Result<(Vec<String>, Option<String>), Error> {
-        let call = self
-            .client
-            .call("org.cgtproxy.Agent.GetStatus", GetStatus_Args {});
+        let call = self.0.call("GetStatus", GetStatus_Args {});
         let status: GetStatus_Reply = timeout_at(Instant::now() + PATIENCE, call)
             .await
             .map_err(|_| Error::Timeout)?
@@ -134,8 +130,8 @@ impl Agent {
     ) -> Result<(), Error> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let call = self.client.call::<_, AwaitTarget_Reply>(
-                "org.cgtproxy.Agent.AwaitTarget",
+            let call = self.0.call::<_, AwaitTarget_Reply>(
+                "AwaitTarget",
                 AwaitTarget_Args {
                     controlGroup: control_group.to_owned(),
                     target: target.to_owned(),

@@ -157,3 +157,51 @@ fn a_reader_that_has_seen_enough_is_no_error() {
         .unwrap();
     assert_eq!((child.wait().unwrap().code(), said.as_str()), (Some(0), ""));
 }
+
+#[test]
+fn migrate_overwrites_only_what_it_is_told_to() {
+    let world = World::new(CONFIG);
+    let old = world.path().join("config.json");
+    std::fs::write(&old, r#"{"port": 7893, "cgroup_proxy": ["/"]}"#).unwrap();
+    let migrate = |arguments: &[&str]| {
+        let mut command = world.command();
+        command.arg("migrate").arg(&old).args(arguments);
+        output(command)
+    };
+    let (code, new, said) = migrate(&[]);
+    assert_eq!(code, Some(0));
+    assert!(new.ends_with("rules:\n  # cgroup_proxy\n  - match: ''\n    tproxy: proxy\n"));
+    let line = format!(
+        "warning: {}:1:1: the commands 'cgproxy' and 'cgnoproxy' are not there any more; use \
+         'cgtproxy-exec proxy' and 'cgtproxy-exec direct'\n",
+        old.display()
+    );
+    assert_eq!(said, line);
+
+    let file = world.config.to_str().unwrap();
+    let (code, out, said) = migrate(&["-o", file]);
+    assert_eq!((code, out.as_str()), (Some(1), ""));
+    assert!(
+        said.contains("is there already; --force replaces it"),
+        "{said}"
+    );
+    assert_eq!(std::fs::read_to_string(file).unwrap(), CONFIG);
+    assert_eq!(migrate(&["-o", file, "--force"]).0, Some(0));
+    assert_eq!(std::fs::read_to_string(file).unwrap(), new);
+    let other = format!("{file}.other");
+    assert_eq!(migrate(&["-o", &other]).0, Some(0));
+    assert_eq!(std::fs::read_to_string(&other).unwrap(), new);
+    // Nothing else is left behind.
+    let files = std::fs::read_dir(world.config.parent().unwrap()).unwrap();
+    assert_eq!(files.count(), 2);
+    let mut check = world.command();
+    check.arg("check");
+    assert_eq!(output(check).0, Some(0));
+
+    std::fs::write(&old, r#"{"port": 0}"#).unwrap();
+    let (code, out, said) = migrate(&[]);
+    assert_eq!((code, out.as_str()), (Some(1), ""));
+    assert!(
+        said.ends_with("config.json:1:10: '0' is no port; a port is a number from 1 to 65535\n")
+    );
+}

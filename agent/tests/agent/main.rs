@@ -9,9 +9,11 @@
     clippy::indexing_slicing
 )]
 
+mod apps;
 mod commands;
 mod configuration;
 mod control_groups;
+mod documents;
 mod fake;
 mod session;
 mod target;

@@ -286,6 +286,7 @@ impl Service for Pretender {
                         target("my-proxy", Some(7891)),
                     ],
                     controlGroups: Vec::new(),
+                    rules: None,
                 })
             }
             "AwaitTarget" => {

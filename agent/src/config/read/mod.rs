@@ -21,7 +21,7 @@ use tproxy::Proxies;
 const VERSION: i128 = 1;
 
 /// All keys of the file.
-const KEYS: &[&str] = &[
+pub(super) const KEYS: &[&str] = &[
     "version",
     "bypass",
     "tproxies",
@@ -34,7 +34,29 @@ const KEYS: &[&str] = &[
 /// Reads the text of `file`: what it means, unless there are errors, and all that was found.
 #[must_use]
 pub fn read(file: &Path, bytes: &[u8]) -> (Option<Config>, Findings) {
-    let mut findings = Findings::new(file);
+    let (text, root) = match document(file, bytes) {
+        Ok(document) => document,
+        Err(findings) => return (None, findings),
+    };
+    let mut reader = Reader::new(text, Findings::new(file));
+    let config = reader.config(&root);
+    let findings = reader.finish();
+    (config.filter(|_| !findings.has_errors()), findings)
+}
+
+/// The text of a file, and the YAML that it is.
+pub(super) fn document<'b>(file: &Path, bytes: &'b [u8]) -> Result<(&'b str, Node), Findings> {
+    let refuse = |place, message: String| {
+        let mut findings = Findings::new(file);
+        findings.list.push(Finding {
+            severity: Severity::Error,
+            place,
+            message,
+            help: None,
+            excerpt: None,
+        });
+        findings
+    };
     let text = match std::str::from_utf8(bytes) {
         Ok(text) => text.strip_prefix('\u{feff}').unwrap_or(text),
         Err(error) => {
@@ -46,30 +68,11 @@ pub fn read(file: &Path, bytes: &[u8]) -> (Option<Config>, Findings) {
                 .map_or(0, |last| last.chars().count()) as u64
                 + 1;
             let place = Place { line, column };
-            let message = "this byte is not UTF-8";
-            findings
-                .list
-                .push(Finding::new(Severity::Error, place, message));
-            return (None, findings);
+            return Err(refuse(Some(place), "this byte is not UTF-8".into()));
         }
     };
-    let root = match yaml::parse(text) {
-        Ok(root) => root,
-        Err(error) => {
-            findings.list.push(Finding {
-                severity: Severity::Error,
-                place: error.place,
-                message: printable(&error.message),
-                help: None,
-                excerpt: None,
-            });
-            return (None, findings);
-        }
-    };
-    let mut reader = Reader::new(text, findings);
-    let config = reader.config(&root);
-    let findings = reader.finish();
-    (config.filter(|_| !findings.has_errors()), findings)
+    let root = yaml::parse(text).map_err(|error| refuse(error.place, printable(&error.message)))?;
+    Ok((text, root))
 }
 
 impl Reader<'_> {

@@ -1,0 +1,340 @@
+//! `cgtproxy-agent apps`
+
+mod processes;
+mod shared;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::process::ExitCode;
+
+use cgtproxy_proto::agent::{ControlGroup, GetStatus_Args, GetStatus_Reply};
+use cgtproxy_proto::path::ControlGroupPath;
+use serde_json::{Value, json};
+
+use super::Error;
+use super::client::Agent;
+use super::table::{dash, table};
+use crate::cli::Arguments;
+use crate::policy::{Subject, application_ids};
+use crate::subtree::Subtree;
+use crate::text::printable;
+use crate::view;
+use shared::Shared;
+
+/// How much of a selector fits into a column, in characters.
+const SELECTOR_CHARACTERS: usize = 40;
+
+/// The verdicts, whoever gave them.
+#[derive(Debug)]
+struct Verdicts {
+    /// From an agent that runs, not from the configuration alone.
+    running: bool,
+    groups: Vec<(ControlGroupPath, ControlGroup)>,
+    /// The selectors of the rules, in their order.
+    selectors: Vec<String>,
+}
+
+/// Something that runs.
+#[derive(Debug)]
+struct Running {
+    /// The ids by which rules can mean it, the likeliest first.
+    ids: Vec<String>,
+    /// The path of its unit, or of a control group in that unit with a verdict of its own, below the
+    /// subtree's root.
+    path: ControlGroupPath,
+    group: ControlGroup,
+    selector: Option<String>,
+    executables: BTreeSet<String>,
+}
+
+/// Lists what runs.
+pub(super) fn run(arguments: &Arguments, all: bool, json: bool) -> Result<ExitCode, Error> {
+    let subtree = super::own_subtree(arguments)?;
+    let verdicts = match Agent::connect() {
+        Ok(mut agent) => ask(&mut agent, &subtree)?,
+        Err(Error::NotRunning) => compute(arguments, &subtree)?,
+        Err(error) => return Err(error),
+    };
+    let running = running(&subtree, &verdicts);
+    let shared = shared::find(&subtree, &running);
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    if json {
+        let value = to_json(&verdicts, &running, &shared, all);
+        serde_json::to_writer_pretty(&mut out, &value).map_err(io::Error::from)?;
+        writeln!(out)?;
+    } else {
+        print(&mut out, &verdicts, &running, &shared, all)?;
+    }
+    out.flush()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the running agent says.
+fn ask(agent: &mut Agent, subtree: &Subtree) -> Result<Verdicts, Error> {
+    let status: GetStatus_Reply = agent
+        .call("GetStatus", GetStatus_Args {})
+        .map_err(Error::Call)?;
+    let groups = status.controlGroups.into_iter();
+    let rules = status.rules.unwrap_or_default();
+    Ok(Verdicts {
+        running: true,
+        groups: groups
+            .filter_map(|group| Some((subtree.from_wire(&group.path)?, group)))
+            .collect(),
+        selectors: rules.into_iter().map(|rule| rule.selector).collect(),
+    })
+}
+
+/// What the configuration means for the control groups that there are.
+fn compute(arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> {
+    let config = super::config(arguments)?;
+    let mut groups = Vec::new();
+    let mut stack = vec![ControlGroupPath::root()];
+    while let Some(path) = stack.pop() {
+        let Ok(entries) = std::fs::read_dir(subtree.directory(&path)) else {
+            continue;
+        };
+        let directories = entries
+            .flatten()
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        stack.extend(directories.filter_map(|d| path.join(d.file_name().as_bytes()).ok()));
+        let given = config.rules.explain(&subtree.prefix(), &path);
+        let given = given.as_ref().map(|(choice, giver)| (giver, choice));
+        let group = view::judged(subtree, &path, given);
+        groups.push((path, group));
+    }
+    groups.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let rules = config.rules.rules.iter();
+    Ok(Verdicts {
+        running: false,
+        groups,
+        selectors: rules.map(|rule| rule.selector.to_string()).collect(),
+    })
+}
+
+/// The units that have processes, and control groups in them that have another verdict.
+fn running(subtree: &Subtree, verdicts: &Verdicts) -> Vec<Running> {
+    let targets: BTreeMap<&ControlGroupPath, &str> = verdicts
+        .groups
+        .iter()
+        .map(|(path, group)| (path, group.target.as_str()))
+        .collect();
+    let mut found: BTreeMap<ControlGroupPath, Running> = BTreeMap::new();
+    let groups: BTreeMap<&ControlGroupPath, &ControlGroup> =
+        verdicts.groups.iter().map(|(p, g)| (p, g)).collect();
+    for (path, group) in &verdicts.groups {
+        let executables = processes::executables(&subtree.directory(path));
+        if executables.is_empty() {
+            continue;
+        }
+        let subject = Subject::new(&subtree.prefix(), path);
+        let mut unit = path.clone();
+        for _ in subject.units().count()..path.depth() {
+            unit = unit.parent().unwrap_or_default();
+        }
+        let (shown, group) = match groups.get(&unit) {
+            Some(of_unit) if targets.get(&unit) == Some(&group.target.as_str()) => (unit, *of_unit),
+            _ => (path.clone(), group),
+        };
+        let entry = found.entry(shown.clone()).or_insert_with(|| Running {
+            ids: ids(&subject),
+            path: shown,
+            group: group.clone(),
+            selector: selector(verdicts, group),
+            executables: BTreeSet::new(),
+        });
+        entry.executables.extend(executables);
+    }
+    let mut found: Vec<Running> = found.into_values().collect();
+    // Those without an id last.
+    found.sort_by(|a, b| (a.ids.is_empty(), a.ids.first()).cmp(&(b.ids.is_empty(), b.ids.first())));
+    found
+}
+
+/// The ids of the innermost unit that has any.
+fn ids(subject: &Subject) -> Vec<String> {
+    let of_units = subject.units().map(application_ids);
+    of_units
+        .filter(|ids| !ids.is_empty())
+        .last()
+        .unwrap_or_default()
+}
+
+fn selector(verdicts: &Verdicts, group: &ControlGroup) -> Option<String> {
+    let index = usize::try_from(group.rule?).ok()?.checked_sub(1)?;
+    verdicts.selectors.get(index).cloned()
+}
+
+fn to_json(verdicts: &Verdicts, running: &[Running], shared: &[Shared], all: bool) -> Value {
+    let shown = running.iter().filter(|r| all || !r.ids.is_empty());
+    json!({
+        "agentRunning": verdicts.running,
+        "applications": shown.map(|r| json!({
+            "id": r.ids.first(),
+            "otherIds": r.ids.get(1..).unwrap_or_default(),
+            "unit": unit(r),
+            "selector": r.selector,
+            "executables": r.executables,
+            "controlGroup": r.group,
+        })).collect::<Vec<_>>(),
+        "shared": shared.iter().map(|s| json!({
+            "unit": s.unit,
+            "inReach": s.in_reach,
+            "executables": s.executables,
+        })).collect::<Vec<_>>(),
+    })
+}
+
+/// The unit's name, and what follows it if it is a control group in that unit.
+fn unit(running: &Running) -> String {
+    let subject = Subject::new(b"/", &running.path);
+    let names: Vec<_> = running.path.components().collect();
+    let above = subject.units().count().saturating_sub(1);
+    let rest = names.get(above..).unwrap_or_default().join(&b'/');
+    String::from_utf8_lossy(&rest).into_owned()
+}
+
+fn print(
+    out: &mut impl Write,
+    verdicts: &Verdicts,
+    running: &[Running],
+    shared: &[Shared],
+    all: bool,
+) -> io::Result<()> {
+    let shown: Vec<&Running> = running
+        .iter()
+        .filter(|r| all || !r.ids.is_empty())
+        .collect();
+    if shown.is_empty() {
+        writeln!(out, "No application runs in a unit of its own.")?;
+    } else {
+        let rows = shown.iter().map(|r| {
+            [
+                r.ids.first().map_or_else(dash, |id| printable(id)),
+                printable(&r.group.target),
+                by(r),
+                printable(&unit(r)),
+            ]
+        });
+        table(out, &["APP", "TARGET", "BY", "UNIT"], rows)?;
+    }
+    if !verdicts.running {
+        writeln!(
+            out,
+            "\ncgtproxy-agent is not running: nothing of this is in force."
+        )?;
+    } else if shown.iter().any(|r| !r.group.inForce) {
+        writeln!(
+            out,
+            "\nNot all of this is in force; see 'cgtproxy-agent status'."
+        )?;
+    }
+    let others = running.len() - shown.len();
+    if others > 0 {
+        let units = if others == 1 { "unit" } else { "units" };
+        writeln!(
+            out,
+            "\n{others} other {units}, of no application: 'cgtproxy-agent apps --all' shows them."
+        )?;
+    }
+    shared::print(out, shared)
+}
+
+/// What gives the verdict.
+fn by(running: &Running) -> String {
+    let group = &running.group;
+    let what = match (group.execSlice, group.rule) {
+        (true, _) => "cgtproxy-exec".to_owned(),
+        (false, None) => return dash(),
+        (false, Some(number)) => match &running.selector {
+            None => format!("rule {number}"),
+            Some(selector) => format!("rule {number} ({})", shortened(&printable(selector))),
+        },
+    };
+    match group.inheritedFrom {
+        Some(_) => format!("{what}, inherited"),
+        None => what,
+    }
+}
+
+fn shortened(text: &str) -> String {
+    match text.chars().count() > SELECTOR_CHARACTERS {
+        true => text
+            .chars()
+            .take(SELECTOR_CHARACTERS - 1)
+            .chain(['…'])
+            .collect(),
+        false => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn running(path: &str, rule: Option<i64>, selector: Option<&str>) -> Running {
+        let path = ControlGroupPath::from_wire(path).unwrap();
+        let subject = Subject::new(b"/x", &path);
+        Running {
+            ids: ids(&subject),
+            group: ControlGroup {
+                path: path.to_wire(),
+                target: "mihomo".into(),
+                rule,
+                inheritedFrom: None,
+                execSlice: false,
+                inForce: true,
+                skipped: None,
+            },
+            path,
+            selector: selector.map(str::to_owned),
+            executables: BTreeSet::new(),
+        }
+    }
+
+    #[test]
+    fn shows_ids_to_copy_and_names_of_others_harmlessly() {
+        let long = "match: ".to_owned() + &"x".repeat(50);
+        let list = [
+            running(
+                "app.slice/app-flatpak-org.telegram.desktop-7.scope",
+                Some(1),
+                Some("app: org.telegram.desktop"),
+            ),
+            running("app.slice/app-a\x1b[2J-1.scope/b", Some(2), Some(&long)),
+            running("app.slice/pipewire.service", None, None),
+        ];
+        let shared = [Shared {
+            unit: "session-2.scope".into(),
+            in_reach: false,
+            executables: ["fire\x1bfox", "xterm"].map(str::to_owned).into(),
+        }];
+        let verdicts = Verdicts {
+            running: true,
+            groups: Vec::new(),
+            selectors: Vec::new(),
+        };
+        let mut out = Vec::new();
+        print(&mut out, &verdicts, &list, &shared, false).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        let (table, rest) = text.split_once("\n\n").unwrap();
+        assert_eq!(
+            table,
+            "APP                   TARGET  BY                                                 UNIT\n\
+             org.telegram.desktop  mihomo  rule 1 (app: org.telegram.desktop)                 \
+             app-flatpak-org.telegram.desktop-7.scope\n\
+             a\\u{1b}[2J            mihomo  rule 2 (match: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx…)  \
+             app-a\\u{1b}[2J-1.scope/b"
+        );
+        assert!(
+            rest.starts_with("1 other unit, of no application"),
+            "{rest}"
+        );
+        assert!(
+            rest.contains("session-2.scope: fire\\u{1b}fox, xterm\n"),
+            "{rest}"
+        );
+        assert!(rest.contains("cgtproxy-exec"), "{rest}");
+    }
+}

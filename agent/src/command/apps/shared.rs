@@ -1,0 +1,270 @@
+//! Applications that have no control group of their own, because whoever started them did not make one.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, Write};
+
+use super::{Running, processes, unit};
+use crate::policy::Names;
+use crate::subtree::Subtree;
+use crate::text::printable;
+
+/// Units of desktops and window managers. What runs in them besides the desktop was started by it as a
+/// plain child.
+const DESKTOPS: &[&str] = &[
+    "org.gnome.Shell@*.service",
+    "gnome-shell*.service",
+    "gnome-session*.service",
+    "gnome-flashback*.service",
+    "plasma-*.service",
+    "wayland-wm@*.service",
+    "dde-*.service",
+    "org.dde.*.service",
+    "cosmic-*.service",
+    "xfce4-*.service",
+    "niri.service",
+    "sway*.service",
+    "hyprland*.service",
+    "i3*.service",
+    "labwc*.service",
+    "river*.service",
+    "wayfire*.service",
+];
+
+/// What belongs to a desktop or to a login: executables of which nobody means the traffic.
+const PARTS: &[&str] = &[
+    // Desktops and window managers.
+    "gnome-shell*",
+    "gnome-session*",
+    "gnome-keyring*",
+    "gsd-*",
+    "mutter*",
+    "gjs*",
+    "ibus-*",
+    "gvfs*",
+    "plasma*",
+    "plasmashell",
+    "kwin*",
+    "ksmserver*",
+    "krunner*",
+    "kded*",
+    "kactivitymanagerd*",
+    "startplasma*",
+    "kwalletd*",
+    "xembedsniproxy",
+    "gmenudbusmenuproxy",
+    "org_kde_*",
+    "dde-*",
+    "deepin-*",
+    "startdde",
+    "treeland*",
+    "cosmic-*",
+    "xfce4-*",
+    "xfwm4",
+    "xfdesktop",
+    "xfsettingsd",
+    "xfconfd",
+    "mate-*",
+    "marco",
+    "cinnamon*",
+    "nemo-desktop",
+    "lxqt-*",
+    "lxsession",
+    "openbox",
+    "fluxbox",
+    "icewm*",
+    "awesome",
+    "bspwm",
+    "sxhkd",
+    "dwm",
+    "qtile",
+    "xmonad*",
+    "i3*",
+    "sway*",
+    "Hyprland",
+    "hypr*",
+    "niri*",
+    "river*",
+    "labwc",
+    "wayfire",
+    "waybar",
+    "polybar",
+    "picom",
+    "dunst",
+    "mako",
+    "uwsm*",
+    // What a display needs.
+    "Xorg",
+    "X",
+    "Xwayland*",
+    "xinit",
+    "startx",
+    "xwayland-satellite",
+    "xdg-*",
+    "at-spi*",
+    "dconf-service",
+    // Logins, and what one types into.
+    "login",
+    "sshd*",
+    "systemd*",
+    "(sd-*",
+    "gdm*",
+    "sddm*",
+    "lightdm*",
+    "greetd*",
+    "tuigreet",
+    "agetty",
+    "ly",
+    "dbus-*",
+    "ssh-agent",
+    "gpg-agent",
+    "pam*",
+    "su",
+    "sudo*",
+    "setpriv",
+    "bash",
+    "zsh",
+    "fish",
+    "sh",
+    "dash",
+    "nu",
+    "tmux*",
+    "screen*",
+    "script",
+    "cgtproxy-agent",
+    "cgtproxy-exec",
+];
+
+/// Programs that share a control group.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) unit: String,
+    /// Whether rules can be about it at all.
+    pub(super) in_reach: bool,
+    pub(super) executables: BTreeSet<String>,
+}
+
+/// Finds them in the units of desktops, and in the login sessions beside the user's service manager.
+pub(super) fn find(subtree: &Subtree, running: &[Running]) -> Vec<Shared> {
+    let (desktops, parts) = (names(DESKTOPS), names(PARTS));
+    let foreign = |executables: BTreeSet<String>| -> BTreeSet<String> {
+        let mut executables = executables;
+        executables.retain(|name| !parts.matches(name.as_bytes()));
+        executables
+    };
+    let in_desktops = running.iter().filter_map(|r| {
+        let unit = unit(r);
+        let is_shared = is_session(&unit) || desktops.matches(unit.as_bytes());
+        is_shared.then(|| Shared {
+            unit,
+            in_reach: true,
+            executables: foreign(r.executables.clone()),
+        })
+    });
+    let sessions = beside(subtree)
+        .into_iter()
+        .map(|(unit, executables)| Shared {
+            unit,
+            in_reach: false,
+            executables: foreign(executables),
+        });
+    sessions
+        .chain(in_desktops)
+        .filter(|shared| !shared.executables.is_empty())
+        .collect()
+}
+
+/// The login sessions of the user whose service manager has this subtree.
+fn beside(subtree: &Subtree) -> Vec<(String, BTreeSet<String>)> {
+    let Some(slice) = subtree.path().parent() else {
+        return Vec::new();
+    };
+    let directory = subtree.root().join(slice.as_path());
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut sessions: Vec<_> = entries
+        .filter_map(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let executables = processes::executables(&entry.path());
+            is_session(&name).then_some((name, executables))
+        })
+        .collect();
+    sessions.sort();
+    sessions
+}
+
+/// Whether a unit is a session of logind's.
+fn is_session(unit: &str) -> bool {
+    unit.starts_with("session-") && unit.ends_with(".scope")
+}
+
+fn names(list: &[&str]) -> Names {
+    Names::new(list.iter().map(|&name| name.to_owned()).collect())
+}
+
+/// Says what shares a control group, and what to do.
+pub(super) fn print(out: &mut impl Write, shared: &[Shared]) -> io::Result<()> {
+    if shared.is_empty() {
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "\nWithout a control group of their own, so that no rule can tell them apart:"
+    )?;
+    for shared in shared {
+        let names: Vec<_> = shared.executables.iter().map(|n| printable(n)).collect();
+        writeln!(out, "  {}: {}", printable(&shared.unit), names.join(", "))?;
+    }
+    if shared.iter().any(|shared| !shared.in_reach) {
+        writeln!(
+            out,
+            "A login session (session-*.scope) is out of reach of your rules altogether: it goes direct."
+        )?;
+    }
+    writeln!(
+        out,
+        "Start such programs so that each gets one:\n  \
+         cgtproxy-exec TARGET COMMAND           under a target, whatever the rules say\n  \
+         uwsm app -- COMMAND, app2unit COMMAND  as an application, from a launcher or a key binding\n  \
+         systemd-run --user --scope --unit=app-ID-$$.scope COMMAND\n                                         \
+         as the application ID, with nothing but systemd"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tells_a_desktop_from_what_it_has_started() {
+        let parts = names(PARTS);
+        for name in [
+            "gnome-shell",
+            "i3",
+            "i3bar",
+            "Xorg",
+            "bash",
+            "sshd-session",
+            "(sd-pam)",
+            "Hyprland",
+        ] {
+            assert!(parts.matches(name.as_bytes()), "{name}");
+        }
+        for name in [
+            "firefox",
+            "telegram-desktop",
+            "curl",
+            "xterm",
+            "steam",
+            "mihomo",
+            "chrome",
+        ] {
+            assert!(!parts.matches(name.as_bytes()), "{name}");
+        }
+    }
+
+    #[test]
+    fn knows_login_sessions() {
+        assert!(is_session("session-c2.scope"));
+        assert!(!is_session("session.slice"));
+    }
+}

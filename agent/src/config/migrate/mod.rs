@@ -1,0 +1,79 @@
+//! Configurations of other programs, as ours.
+
+mod cgproxy;
+mod original;
+mod pattern;
+mod write;
+
+use std::path::Path;
+
+use super::finding::{Findings, Severity};
+use super::read;
+use super::reader::Reader;
+use super::yaml::{Node, Value};
+
+/// Makes a configuration of ours from one of cgproxy's, or from one of the original cgtproxy's: its text, and
+/// what could not be carried over, as warnings about the old file.
+///
+/// # Errors
+/// All that is wrong with the old file, if anything is.
+pub fn migrate(file: &Path, bytes: &[u8]) -> Result<(String, Findings), Findings> {
+    let (text, root) = read::document(file, bytes)?;
+    let mut reader = Reader::new(text, Findings::new(file));
+    let migrated = match kind(&reader, &root) {
+        Some(Kind::Cgproxy) => cgproxy::migrate(&mut reader, &root),
+        Some(Kind::Cgtproxy) => {
+            let (config, findings) = read::read(file, bytes);
+            if config.is_none() {
+                return Err(findings);
+            }
+            Some(original::migrate(&mut reader, text, &root))
+        }
+        None => {
+            let finding = reader.error(
+                root.place,
+                "this is a configuration neither of cgproxy nor of cgtproxy",
+            );
+            finding.help = Some(
+                "cgproxy's is a JSON object with keys like 'port' and 'cgroup_proxy'; cgtproxy's has \
+                 'version' and 'rules'"
+                    .into(),
+            );
+            None
+        }
+    };
+    let mut findings = reader.finish();
+    match migrated {
+        Some(text) if !findings.has_errors() => Ok((text, findings)),
+        _ => {
+            // Nothing is carried over: there is no use in saying what is not.
+            findings.list.retain(|f| f.severity == Severity::Error);
+            Err(findings)
+        }
+    }
+}
+
+enum Kind {
+    Cgproxy,
+    Cgtproxy,
+}
+
+/// Whose configuration it is: that of which the first known key is.
+fn kind(reader: &Reader<'_>, root: &Node) -> Option<Kind> {
+    let Value::Map(entries) = &root.value else {
+        return None;
+    };
+    entries.iter().find_map(|(key, _)| {
+        let key = reader.written(key);
+        if cgproxy::KEYS.contains(&key.as_str()) {
+            Some(Kind::Cgproxy)
+        } else if read::KEYS.contains(&key.as_str()) {
+            Some(Kind::Cgtproxy)
+        } else {
+            None
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,246 @@
+//! Whole files, of both projects.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// `config.json` as cgproxy installs it.
+const CGPROXY: &str = r#"{
+    "comment":"For usage, see https://github.com/springzfx/cgproxy",
+
+    "port": 12345,
+    "program_noproxy": ["v2ray", "qv2ray"],
+    "program_proxy": [],
+    "cgroup_noproxy": ["/system.slice/v2ray.service"],
+    "cgroup_proxy": [],
+    "enable_gateway": false,
+    "enable_dns": true,
+    "enable_udp": true,
+    "enable_tcp": true,
+    "enable_ipv4": true,
+    "enable_ipv6": true,
+    "table": 10007,
+    "fwmark": 39283
+}
+"#;
+
+/// `misc/config/example.yaml` of the original, with fewer comments.
+const ORIGINAL: &str = r"# This file is my daily use configuration,
+version: 1
+cgroup-root: AUTO # path to cgroupfs v2 mount point
+route-table: 300
+
+bypass:
+  - 127.0.0.0/8
+  - ::1
+
+tproxies:
+  clash-meta:
+    mark: 3000
+    port: 7893
+    # Do not proxy UDP traffic.
+    # no-udp: false
+    dns-hijack:
+      ip: 127.0.0.1
+      port: 53
+
+rules:
+  - # AUR packages
+    match: |-
+      \/system\.slice\/(?:one\.metacubex\.)?clash-meta\.service
+    direct: true
+
+  - match: |-
+      \/user\.slice\/user-\d+\.slice/user@\d+\.service\/cgtproxy\.slice\/cgtproxy-direct\.slice\/.*
+    direct: true
+  # `parsec` should always connect to network directly.
+  - match: |-
+      \/user\.slice\/user-\d+\.slice\/user@\d+\.service\/app\.slice\/app(?:-(?:gnome|DDE|flatpak))?-(?:parsecd|com\.parsecgaming\.parsec)(?:-.+\.scope|(?:@.+)?\.service)
+    direct: true
+  - {match: '\/app\.slice\/app(?:-(?:gnome|DDE|flatpak))?-steam(?:-.+\.scope|(?:@.+)?\.service)', tproxy: clash-meta} # games
+
+  # For any cgroup else, TPROXY to clash-meta.
+  - match: |-
+      \/.*
+    tproxy: clash-meta
+";
+
+/// The new text and what was said, after `check` found nothing wrong with it.
+fn migrated(text: &str) -> (String, Vec<String>) {
+    let (new, findings) = migrate(Path::new("old"), text.as_bytes()).unwrap();
+    let (config, found) = read::read(Path::new("new"), new.as_bytes());
+    assert!(config.is_some() && found.list.is_empty(), "{found}\n{new}");
+    (new, findings.lines().map(|(_, line)| line).collect())
+}
+
+#[test]
+fn takes_the_file_that_cgproxy_installs() {
+    let (new, said) = migrated(CGPROXY);
+    assert_eq!(
+        new,
+        "# Made from a configuration of cgproxy by 'cgtproxy-agent migrate'.
+version: 1
+
+tproxies:
+  proxy:
+    port: 12345
+
+rules:
+  # program_noproxy
+  - app: [v2ray, '*.v2ray', qv2ray, '*.qv2ray']
+    direct: true
+  - unit: [v2ray.service, 'v2ray@*.service', qv2ray.service, 'qv2ray@*.service']
+    direct: true
+"
+    );
+    assert_eq!(said.len(), 4, "{said:#?}");
+    assert!(said[0].starts_with("old:1:1: the commands 'cgproxy'"));
+    assert!(said[1].starts_with("old:5:25: 'v2ray' is a program: taken as"));
+    assert!(said[3].starts_with("old:7:24: '/system.slice/v2ray.service' is not below a user's"));
+}
+
+#[test]
+fn takes_all_that_cgproxy_has() {
+    let (new, said) = migrated(
+        r#"{"port": 7893, "program_proxy": ["/usr/bin/firefox"],
+            "cgroup_noproxy": "/user.slice/user-1000.slice/user@1000.service/app.slice/clash.service",
+            "cgroup_proxy": ["/", "/proxy.slice", "/user.slice/user-1000.slice", "/a.b/c"],
+            "enable_udp": false, "enable_ipv6": false, "enable_gateway": true, "fwmark": 1}"#,
+    );
+    assert_eq!(
+        new,
+        "# Made from a configuration of cgproxy by 'cgtproxy-agent migrate'.
+version: 1
+
+tproxies:
+  proxy:
+    port: 7893
+    no-udp: true
+    no-ipv6: true
+
+rules:
+  # program_proxy
+  - app: [firefox, '*.firefox']
+    tproxy: proxy
+  - unit: [firefox.service, 'firefox@*.service']
+    tproxy: proxy
+  # cgroup_noproxy
+  - unit: clash.service
+    direct: true
+  # cgroup_proxy
+  - slice: proxy
+    tproxy: proxy
+  - match: '^/user\\.slice/user\\-1000\\.slice(?:/|$)'
+    tproxy: proxy
+  - match: '^/a\\.b/c(?:/|$)'
+    tproxy: proxy
+  - match: ''
+    tproxy: proxy
+"
+    );
+    for part in [
+        "enable_dns",
+        "enable_gateway",
+        "'fwmark' is left out",
+        "cgtproxy-exec proxy",
+    ] {
+        assert!(said.iter().any(|line| line.contains(part)), "{said:#?}");
+    }
+}
+
+#[test]
+fn takes_the_originals_example_with_its_comments() {
+    let (new, said) = migrated(ORIGINAL);
+    let expected = ORIGINAL
+        .replace("cgroup-root: AUTO # path to cgroupfs v2 mount point\nroute-table: 300\n", "")
+        .replace("    mark: 3000\n", "")
+        .replace(
+            "match: |-\n      \\/user\\.slice\\/user-\\d+\\.slice/user@\\d+\\.service\\/cgtproxy\\.slice\\/cgtproxy-direct\\.slice\\/.*",
+            "slice: cgtproxy-direct",
+        );
+    let parsec = expected.find("match: |-\n      \\/user").unwrap();
+    let end = expected[parsec..].find("    direct").unwrap() + parsec - 1;
+    let expected = expected.replace(
+        &expected[parsec..end],
+        "app: [parsecd, com.parsecgaming.parsec]",
+    );
+    let steam = expected.find("match: '").unwrap();
+    let end = expected[steam..].find("', tproxy").unwrap() + steam + 1;
+    let expected = expected.replace(&expected[steam..end], "app: steam");
+    assert_eq!(new, expected);
+    assert_eq!(said.len(), 3, "{said:#?}");
+    assert!(said[0].starts_with("old:4:1: 'route-table' is left out"));
+    assert!(said[1].starts_with("old:12:5: 'mark' is left out"));
+    assert!(said[2].starts_with("old:22:5: this rule is about the machine's own services"));
+    // What is ours already stays as it is.
+    assert_eq!(migrated(&new).0, new);
+}
+
+#[test]
+fn says_what_is_wrong_with_a_file() {
+    for (text, message) in [
+        (
+            "",
+            "old:1:1: error: this is a configuration neither of cgproxy nor of cgtproxy",
+        ),
+        ("[]", "old:1:1: error: this is a configuration neither"),
+        ("a: 1", "old:1:1: error: this is a configuration neither"),
+        ("{\"port\": 0}", "old:1:10: error: '0' is no port"),
+        (
+            "{\"port\": 1, \"prot\": 1}",
+            "old:1:13: error: unknown key 'prot' in the file",
+        ),
+        (
+            "{\"port\": 1, \"enable_udp\": 7}",
+            "old:1:27: error: 'enable_udp' is a number",
+        ),
+        (
+            "{\"cgroup_proxy\": [\"x\"]}",
+            "old:1:19: error: 'x' is no path of a control group",
+        ),
+        (
+            "{\"cgroup_proxy\": [[]]}",
+            "old:1:19: error: an entry of 'cgroup_proxy' is a list",
+        ),
+        ("{\"port\": 1,", "old:1:"),
+        (
+            "version: 1\nrules: [{match: a(b, drop: true}]",
+            "old:2:18: error: bad regular",
+        ),
+    ] {
+        let findings = migrate(Path::new("old"), text.as_bytes()).unwrap_err();
+        assert!(
+            findings.to_string().starts_with(message),
+            "{text}: {findings}"
+        );
+    }
+}
+
+#[test]
+fn takes_json_indented_by_tabs() {
+    migrated("{\n\t\"port\": 1,\n\t\"cgroup_proxy\": [\n\t\t\"/\"\n\t]\n}\n");
+}
+
+proptest! {
+    #[test]
+    fn what_it_writes_can_be_read(
+        lists in proptest::collection::vec(proptest::collection::vec("(/usr/bin/)?[a-z*.'@/ :#-]{0,8}|/([a-z@-]{1,3}(\\.slice|\\.service)?/?){0,3}", 0..4), 4),
+        port in 1u16.., udp: bool,
+    ) {
+        let old = serde_json::json!({
+            "port": port, "enable_udp": udp,
+            "program_noproxy": lists[0], "program_proxy": lists[1],
+            "cgroup_noproxy": lists[2], "cgroup_proxy": lists[3],
+        });
+        let old = serde_json::to_string_pretty(&old).unwrap();
+        if let Ok((new, _)) = migrate(Path::new("old"), old.as_bytes()) {
+            let (config, findings) = read::read(Path::new("new"), new.as_bytes());
+            prop_assert!(config.is_some(), "{findings}\n{new}");
+        }
+    }
+
+    #[test]
+    fn no_text_breaks_it(text in "(version: 1\n|rules:\n|  - |match: |\\|-\n|    |app\\\\\\.slice/|app-x-.\\+\\\\.scope|cgroup-root: |drop: true|\\PC{0,4}|[\\[\\]{}:,&*!?|>\"'%@`# \n-]{0,4}){0,20}") {
+        let _ = migrate(Path::new("old"), text.as_bytes());
+    }
+}

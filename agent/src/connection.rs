@@ -1,0 +1,60 @@
+//! A connection to the user's running agent, for that user's other programs.
+
+use std::io;
+use std::path::PathBuf;
+
+use cgtproxy_proto::client::{CallError, Client};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Why there is no connection.
+#[derive(Debug)]
+pub enum ConnectError {
+    /// Nobody listens.
+    NotRunning,
+    /// The socket is there, but of no use.
+    Failed {
+        /// The socket.
+        socket: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A connection to an agent.
+#[derive(Debug)]
+pub struct Connection(Client);
+
+impl Connection {
+    /// Connects to the agent at `socket`.
+    ///
+    /// # Errors
+    /// If there is none, or it can't be reached.
+    pub async fn open(socket: PathBuf) -> Result<Self, ConnectError> {
+        match Client::connect(&socket).await {
+            Ok(client) => Ok(Self(client)),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                Err(ConnectError::NotRunning)
+            }
+            Err(source) => Err(ConnectError::Failed { socket, source }),
+        }
+    }
+
+    /// Calls a method of `org.cgtproxy.Agent`. Not cancel safe.
+    ///
+    /// # Errors
+    /// If the agent refuses, or the connection fails.
+    pub async fn call<A: Serialize, R: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        arguments: A,
+    ) -> Result<R, CallError> {
+        let method = format!("{}.{method}", cgtproxy_proto::agent::INTERFACE);
+        self.0.call(&method, arguments).await
+    }
+}
