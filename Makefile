@@ -1,5 +1,6 @@
 # make              build the programs
 # make test         install what is missing, build, run every test
+# make bench        install what is missing, build, measure: BENCH='--quick latency …' for some of it
 # make demo         install what is missing, build, show the programs at work in a sandbox
 # make install      install what was built: DESTDIR=, PREFIX=/usr/local
 # make uninstall    remove it again
@@ -26,7 +27,7 @@ SUDO ?= $(if $(filter-out 0,$(shell id -u)),sudo)
 AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "$(SUDO) -E"')
 
 .DEFAULT_GOAL := build
-.PHONY: build test demo install uninstall clean
+.PHONY: build test bench demo install uninstall clean
 
 build:
 	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent
@@ -36,6 +37,18 @@ test:
 	.ci/dependencies test
 	$(CARGO) build --workspace --locked
 	$(CARGO) $(AS_ROOT) test --workspace --locked
+
+# The daemons as they are installed, beside programs that measure them, which take less time to link.
+BENCHDIR = $(or $(CARGO_TARGET_DIR),target)/bench
+BENCH ?=
+bench:
+	.ci/dependencies
+	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent
+	$(CARGO) build --profile tools --locked -p cgtproxy-bench -p cgtproxy-tests
+	$(INSTALL) -D -t $(BENCHDIR) \
+		$(addprefix $(BENCHDIR)/../release/,cgtproxy-helper cgtproxy-agent) \
+		$(addprefix $(BENCHDIR)/../tools/,cgtproxy-bench cgtproxy-testapp)
+	$(SUDO) $(BENCHDIR)/cgtproxy-bench --out $(BENCHDIR)/results $(BENCH)
 
 # Unoptimised: link-time optimisation takes minutes, and nothing here is about speed.
 demo:

@@ -26,6 +26,7 @@ pub use cgroup::{Cgroup, ROOT as CGROUP_ROOT};
 pub use kernel::{Element, Rule};
 pub use network::{Delivery, INTERNET_V4, INTERNET_V6, MACHINE_V4, MACHINE_V6, PORTS, UPLINK};
 pub use outcome::{Outcome, direct, local, proxied};
+pub use reexec::Inside;
 pub use server::{Server, ServerBuilder};
 pub use service::{AgentBuilder, HelperBuilder, Service};
 pub use user::User;

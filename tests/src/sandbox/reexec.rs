@@ -2,7 +2,7 @@
 
 use std::io::{Read, pipe};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -90,6 +90,40 @@ pub(crate) fn run_this_program_inside() -> ExitCode {
             .and_then(|code| code.try_into().ok())
             .unwrap_or(1),
     )
+}
+
+/// This very program in a sandbox of its own, spoken to through its standard input and output. Dropped,
+/// it is killed.
+pub struct Inside {
+    /// Its process, whose standard input and output are pipes.
+    pub child: Child,
+    // Dropped after the child: it kills whatever is left.
+    _cgroup: HostCgroup,
+}
+
+impl Inside {
+    /// Starts this program once more, with these arguments, in a sandbox. There, it comes to
+    /// [`super::run_in_sandbox`].
+    pub fn start(arguments: &[&str]) -> Self {
+        let cgroup = HostCgroup::create();
+        let child = inside(cgroup.path(), "a program")
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the sandbox can be started");
+        Self {
+            child,
+            _cgroup: cgroup,
+        }
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// The command that runs this very executable in a sandbox, to be given its arguments.

@@ -1,0 +1,50 @@
+//! What happens inside a sandbox: orders come in on the standard input, measurements go out.
+
+mod arrivals;
+mod burst;
+mod daemons;
+mod packets;
+mod relay;
+mod site;
+mod start;
+mod users;
+
+use std::process::ExitCode;
+
+use cgtproxy_tests::sandbox::Sandbox;
+use serde::Serialize;
+
+use crate::order::{Kind, Order};
+pub(crate) use packets::send_packets;
+pub(crate) use relay::{bulk_client, request_client, serve as serve_relay};
+use site::Site;
+
+/// Measures until nobody asks for more.
+pub(crate) fn measure(sandbox: &Sandbox, kind: Kind) -> ExitCode {
+    let mut site = Site::set_up(sandbox, kind);
+    say(&"ready");
+    for line in std::io::stdin().lines() {
+        let line = line.expect("a line");
+        let order = serde_json::from_str(&line).expect("an order");
+        match order {
+            Order::Map { groups } => say(&site.map(groups)),
+            Order::Latency { count } => say(&site.latency(count)),
+            Order::FirstSend { count, nursery } => say(&site.first_sends(count, nursery)),
+            Order::Burst { groups, nested } => say(&site.burst(groups, nested)),
+            Order::Start => say(&site.start()),
+            Order::Packets { place, blocks } => say(&site.packets(place, blocks)),
+            Order::Bulk { way, bytes } => say(&site.bulk(way, bytes)),
+            Order::Requests { way, count } => say(&site.requests(way, count)),
+            Order::Idle { milliseconds } => say(&site.idle(milliseconds)),
+            Order::Users { users, groups } => say(&site.add_users(users, groups)),
+            Order::Updates { count } => say(&site.updates(count)),
+            Order::Flood { on } => say(&site.flood(on)),
+            Order::Use => say(&site.idle(0)),
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn say(what: &impl Serialize) {
+    println!("{}", serde_json::to_string(what).expect("it is JSON"));
+}

@@ -1,0 +1,162 @@
+//! What the bench and the processes that measure, each in a sandbox of its own, say to each other: one JSON value a
+//! line.
+
+use serde::{Deserialize, Serialize};
+
+/// What runs in a sandbox, or does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) enum Kind {
+    /// No ruleset and no daemon.
+    None,
+    /// A ruleset that does nothing but have the kernel track connections, as any firewall does.
+    Conntrack,
+    /// The least that a program in user space can do.
+    Floor,
+    /// The ruleset of the original cgtproxy, written by hand.
+    Layout,
+    /// The original cgtproxy itself.
+    Original,
+    /// cgtproxy.
+    Ours,
+}
+
+impl Kind {
+    /// What it is called in tables.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Conntrack => "conntrack alone",
+            Self::Floor => "floor",
+            Self::Layout => "the original's layout",
+            Self::Original => "the original",
+            Self::Ours => "cgtproxy",
+        }
+    }
+}
+
+/// Where an application is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Place {
+    /// In a control group that a rule makes direct, in a slice that is proxied; at level 5.
+    Direct,
+    /// The same, at level 12.
+    DirectDeep,
+    /// In a user's session, and no rule is about it.
+    Unmatched,
+    /// In no user's session.
+    NoSession,
+    /// In a slice that is proxied.
+    Proxied,
+}
+
+/// How an application gets to the relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Way {
+    /// It is diverted there.
+    Diverted,
+    /// It connects to it.
+    Straight,
+}
+
+/// Into which control groups processes are born that send at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Nursery {
+    /// A new one each time, for which there is a rule.
+    Matched,
+    /// A new one each time, in a slice that has the verdict already.
+    Inherits,
+}
+
+/// What is to be measured.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Order {
+    /// Make control groups with a verdict of their own until there are so many.
+    Map { groups: usize },
+    /// Have a process born in a new control group and look when its traffic obeys: [`Sample`]s.
+    Latency { count: usize },
+    /// Have a static program executed in a new control group whose first act is a send: [`Starts`].
+    FirstSend { count: usize, nursery: Nursery },
+    /// Make and remove many control groups as quickly as possible: [`Burst`].
+    Burst { groups: usize, nested: bool },
+    /// Start the agent: [`Start`].
+    Start,
+    /// Send datagrams over the loopback interface: nanoseconds for each block's packets.
+    Packets { place: Place, blocks: usize },
+    /// Receive so many bytes through the relay: MB/s.
+    Bulk { way: Way, bytes: u64 },
+    /// Connect, ask and receive through the relay: microseconds each.
+    Requests { way: Way, count: usize },
+    /// Let the daemons idle: [`Idle`]s.
+    Idle { milliseconds: u64 },
+    /// Simulate so many users' agents in all, each with so many control groups.
+    Users { users: u32, groups: usize },
+    /// Change a verdict of one simulated user's, over and over: microseconds each.
+    Updates { count: usize },
+    /// Have another user flood the helper, or stop doing so.
+    Flood { on: bool },
+    /// What the daemons use.
+    Use,
+}
+
+/// Nanoseconds from before mkdir(2).
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Sample {
+    /// To the first send of the process that was born there.
+    pub(crate) first: u64,
+    /// To the first packet that was dropped.
+    pub(crate) in_force: Option<u64>,
+    /// How many packets left before.
+    pub(crate) left: u64,
+}
+
+/// What became of the first packets of programs.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Starts {
+    pub(crate) left: usize,
+    pub(crate) dropped: usize,
+}
+
+/// A burst of control groups. Times are nanoseconds.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Burst {
+    /// What making the directories took.
+    pub(crate) mkdir: u64,
+    /// From the first mkdir(2) until all were in force, or until it was given up.
+    pub(crate) in_force: u64,
+    /// How many never got a verdict.
+    pub(crate) missing: usize,
+    /// What the daemons computed meanwhile.
+    pub(crate) cpu: u64,
+    /// What removing the directories took.
+    pub(crate) rmdir: u64,
+    /// From the first rmdir(2) until their elements were gone.
+    pub(crate) gone: u64,
+    /// How many elements stayed.
+    pub(crate) stale: usize,
+    /// What the daemons computed while they were removed.
+    pub(crate) cpu_removal: u64,
+}
+
+/// A start of an agent, in nanoseconds from before fork(2).
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Start {
+    /// Until the traffic of the last control group obeyed.
+    pub(crate) in_force: u64,
+    /// Until `READY=1`.
+    pub(crate) ready: u64,
+}
+
+/// What a daemon uses.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Idle {
+    pub(crate) name: String,
+    /// Resident, in bytes.
+    pub(crate) resident: u64,
+    /// Resident and shared with no file, in bytes.
+    pub(crate) anonymous: u64,
+    pub(crate) threads: u64,
+    /// How often it was given a processor meanwhile.
+    pub(crate) wakeups: u64,
+    /// Nanoseconds that it computed meanwhile.
+    pub(crate) cpu: u64,
+}

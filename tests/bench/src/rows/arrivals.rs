@@ -1,0 +1,179 @@
+//! A control group comes: when does its traffic obey, and what leaves before?
+
+use crate::cli::Options;
+use crate::order::{Kind, Nursery, Order, Sample, Starts};
+use crate::report::Report;
+use crate::yard::Yard;
+
+/// What was published of the original on this kernel, measured with another harness; microseconds.
+const ORIGINAL: (f64, f64) = (665.0, 4600.0);
+const LATENCY: &str = "latency";
+const FIRST_SEND: &str = "first-send";
+
+pub(super) fn latency(options: &Options, report: &mut Report) {
+    let kinds = [Kind::None, Kind::Floor, Kind::Ours];
+    let mut yards: Vec<Yard> = kinds
+        .into_iter()
+        .chain(super::original())
+        .map(Yard::start)
+        .collect();
+    let (rounds, count) = options.number((25, 40), (2, 5));
+    let others = options.number(2000, 100);
+    let mut medians = Vec::new();
+    for (groups, among) in [(0, "alone".to_owned()), (others, format!("among {others}"))] {
+        for yard in &mut yards {
+            yard.order::<()>(&Order::Map { groups });
+        }
+        let mut samples = vec![Vec::new(); yards.len()];
+        for _ in 0..rounds {
+            for (yard, samples) in yards.iter_mut().zip(&mut samples) {
+                samples.extend(yard.order::<Vec<Sample>>(&Order::Latency { count }));
+            }
+        }
+        let mut of = |kind: Kind| {
+            let position = yards
+                .iter()
+                .position(|y| y.kind == kind)
+                .expect("it is there");
+            let samples = &samples[position];
+            let micros = |of: fn(&Sample) -> u64| -> Vec<f64> {
+                samples.iter().map(|s| of(s) as f64 / 1000.0).collect()
+            };
+            if kind == Kind::None {
+                let what = format!("mkdir to first send, {among}");
+                return report.add(LATENCY, what, kind.name(), " µs", &micros(|s| s.first));
+            }
+            let lost = samples.iter().filter(|s| s.in_force.is_none()).count();
+            assert_eq!(
+                lost,
+                0,
+                "{}: {lost} control groups never got a verdict",
+                kind.name()
+            );
+            let what = format!("mkdir to verdict in force, {among}");
+            report.add(
+                LATENCY,
+                what,
+                kind.name(),
+                " µs",
+                &micros(|s| s.in_force.unwrap_or(0)),
+            )
+        };
+        for kind in kinds.into_iter().chain(super::original()) {
+            let summary = of(kind);
+            if matches!(kind, Kind::Floor | Kind::Ours) {
+                medians.push(summary);
+            }
+        }
+    }
+    let [floor, ours, floor_among, ours_among] = medians[..] else {
+        return;
+    };
+    report.at_most(
+        LATENCY,
+        "median, a third of the original's (published)",
+        ours.median,
+        ORIGINAL.0 / 3.0,
+        " µs",
+    );
+    report.at_most(
+        LATENCY,
+        "p99, a quarter of the original's (published)",
+        ours.p99,
+        ORIGINAL.1 / 4.0,
+        " µs",
+    );
+    report.at_most(
+        LATENCY,
+        "median against the floor's (to aim for)",
+        ours.median / floor.median,
+        1.5,
+        "×",
+    );
+    report.at_most(
+        LATENCY,
+        format!("median among {others} against alone"),
+        ours_among.median / ours.median,
+        1.1,
+        "×",
+    );
+    report.at_most(
+        LATENCY,
+        format!("p99 among {others} against alone"),
+        ours_among.p99 / ours.p99,
+        1.1,
+        "×",
+    );
+    report.at_most(
+        LATENCY,
+        format!("the floor's median among {others} against alone"),
+        floor_among.median / floor.median,
+        1.1,
+        "×",
+    );
+}
+
+pub(super) fn first_send(options: &Options, report: &mut Report) {
+    let mut yards = [Yard::start(Kind::Floor), Yard::start(Kind::Ours)];
+    let (rounds, count) = options.number((20, 100), (1, 20));
+    let others = options.number(2000, 100);
+    for (groups, among) in [(0, "alone".to_owned()), (others, format!("among {others}"))] {
+        let mut sums = [Starts::default(); 2];
+        for yard in &mut yards {
+            yard.order::<()>(&Order::Map { groups });
+        }
+        for _ in 0..rounds {
+            for (yard, sum) in yards.iter_mut().zip(&mut sums) {
+                let nursery = Nursery::Matched;
+                add(sum, yard.order(&Order::FirstSend { count, nursery }));
+            }
+        }
+        for (yard, sum) in yards.iter().zip(sums) {
+            let share = share(report, &format!("start: open, {among}"), yard.kind, sum);
+            if yard.kind == Kind::Ours {
+                report.at_most(
+                    FIRST_SEND,
+                    format!("leaks, start: open, {among}"),
+                    share,
+                    0.1,
+                    " %",
+                );
+            }
+        }
+    }
+    // Without a pause: nothing has to be told to the kernel.
+    let (rounds, count) = options.number((100, 100), (2, 50));
+    let mut sum = Starts::default();
+    for _ in 0..rounds {
+        let nursery = Nursery::Inherits;
+        add(
+            &mut sum,
+            yards[1].order(&Order::FirstSend { count, nursery }),
+        );
+    }
+    let share = share(report, "in a slice that has the verdict", Kind::Ours, sum);
+    report.at_most(
+        FIRST_SEND,
+        "leaks in a slice that has the verdict",
+        share,
+        0.0,
+        " %",
+    );
+}
+
+fn add(sum: &mut Starts, more: Starts) {
+    sum.left += more.left;
+    sum.dropped += more.dropped;
+}
+
+/// Per cent of the first packets that left.
+fn share(report: &mut Report, what: &str, kind: Kind, starts: Starts) -> f64 {
+    let all = starts.left + starts.dropped;
+    let share = 100.0 * starts.left as f64 / all as f64;
+    let samples: Vec<f64> = (0..all)
+        .map(|n| if n < starts.left { 100.0 } else { 0.0 })
+        .collect();
+    let row = format!("leaks, {what}: {share:.2} % of {all}");
+    report.add(FIRST_SEND, row, kind.name(), " %", &samples);
+    share
+}

@@ -1,0 +1,65 @@
+//! TCP through a TPROXY server.
+
+use crate::cli::Options;
+use crate::order::{Kind, Order, Way};
+use crate::report::Report;
+use crate::stats::median;
+use crate::yard::Yard;
+
+const RELAY: &str = "relay";
+
+pub(super) fn run(options: &Options, report: &mut Report) {
+    let (rounds, bytes, count) = options.number((15, 256 << 20, 300), (1, 8 << 20, 20));
+    let mut yards = [
+        (Yard::start(Kind::None), Way::Straight),
+        (Yard::start(Kind::Layout), Way::Diverted),
+        (Yard::start(Kind::Ours), Way::Diverted),
+    ];
+    let mut bulk = vec![Vec::new(); yards.len()];
+    let mut requests = vec![Vec::new(); yards.len()];
+    for _ in 0..rounds {
+        for (n, (yard, way)) in yards.iter_mut().enumerate() {
+            let way = *way;
+            bulk[n].push(yard.order::<f64>(&Order::Bulk { way, bytes }));
+            requests[n].extend(yard.order::<Vec<f64>>(&Order::Requests { way, count }));
+        }
+    }
+    for (n, (yard, way)) in yards.iter().enumerate() {
+        let name = match way {
+            Way::Straight => "connected to the relay",
+            Way::Diverted => yard.kind.name(),
+        };
+        report.add(RELAY, "bulk", name, " MB/s", &bulk[n]);
+        report.add(RELAY, "connect, ask, answer", name, " µs", &requests[n]);
+    }
+    let [straight, theirs, ours] = [0, 1, 2].map(|n| median(&bulk[n]));
+    report.at_least(
+        RELAY,
+        "bulk, against the original's layout",
+        ours / theirs,
+        1.0,
+        "×",
+    );
+    report.at_least(
+        RELAY,
+        "bulk, against a connection to the relay",
+        ours / straight,
+        0.85,
+        "×",
+    );
+    let [straight, theirs, ours] = [0, 1, 2].map(|n| 1.0 / median(&requests[n]));
+    report.at_least(
+        RELAY,
+        "requests, against the original's layout",
+        ours / theirs,
+        1.0,
+        "×",
+    );
+    report.at_least(
+        RELAY,
+        "requests, against connections to the relay",
+        ours / straight,
+        0.85,
+        "×",
+    );
+}
