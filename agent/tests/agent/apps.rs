@@ -46,11 +46,12 @@ fn apps_lists_what_runs_with_and_without_an_agent() {
     let editor = r"app.slice/app-gnome-code\x2doss-8.scope";
     world.make(&["app.slice", "session.slice"]);
     world.make(&[telegram, shell, editor, "app.slice/pipewire.service"]);
-    world.make(&["app.slice/app-empty-1.scope"]);
+    let tab = "app.slice/vte-spawn-1.scope";
+    world.make(&[tab, "app.slice/app-empty-1.scope"]);
     let session = world.subtree.parent().unwrap().join("session-9.scope");
     std::fs::create_dir(&session).unwrap();
     let pid = format!("{}\n", process.0.id());
-    for group in [telegram, shell, editor, "app.slice/pipewire.service"] {
+    for group in [telegram, shell, editor, tab, "app.slice/pipewire.service"] {
         std::fs::write(world.subtree.join(group).join("cgroup.procs"), &pid).unwrap();
     }
     std::fs::write(session.join("cgroup.procs"), &pid).unwrap();
@@ -67,10 +68,10 @@ fn apps_lists_what_runs_with_and_without_an_agent() {
                  code-oss              direct  -                                   app-gnome-code\\x2doss-8.scope\n\
                  org.telegram.desktop  p       rule 1 (app: org.telegram.desktop)  \
                  app-flatpak-org.telegram.desktop-7.scope\n";
-    let others = "2 other units, of no application: 'cgtproxy-agent apps --all' shows them.\n";
+    let others = "3 other units, of no application: 'cgtproxy-agent apps --all' shows them.\n";
     let shared = format!(
         "Without a control group of their own, so that no rule can tell them apart:\n  \
-         session-9.scope: {name}\n  org.gnome.Shell@wayland.service: {name}\n\
+         session-9.scope: {name}\n  vte-spawn-1.scope: {name}\n  org.gnome.Shell@wayland.service: {name}\n\
          A login session (session-*.scope) is out of reach of your rules altogether: it goes direct.\n\
          Start such programs so that each gets one:\n"
     );

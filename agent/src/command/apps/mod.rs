@@ -48,6 +48,13 @@ struct Running {
     executables: BTreeSet<String>,
 }
 
+impl Running {
+    /// Whether somebody has started it for its own sake, as far as can be told.
+    fn is_of_interest(&self) -> bool {
+        !self.ids.is_empty() || self.group.execSlice
+    }
+}
+
 /// Lists what runs.
 pub(super) fn run(arguments: &Arguments, all: bool, json: bool) -> Result<ExitCode, Error> {
     let subtree = super::own_subtree(arguments)?;
@@ -167,7 +174,7 @@ fn selector(verdicts: &Verdicts, group: &ControlGroup) -> Option<String> {
 }
 
 fn to_json(verdicts: &Verdicts, running: &[Running], shared: &[Shared], all: bool) -> Value {
-    let shown = running.iter().filter(|r| all || !r.ids.is_empty());
+    let shown = running.iter().filter(|r| all || r.is_of_interest());
     json!({
         "agentRunning": verdicts.running,
         "applications": shown.map(|r| json!({
@@ -204,7 +211,7 @@ fn print(
 ) -> io::Result<()> {
     let shown: Vec<&Running> = running
         .iter()
-        .filter(|r| all || !r.ids.is_empty())
+        .filter(|r| all || r.is_of_interest())
         .collect();
     if shown.is_empty() {
         writeln!(out, "No application runs in a unit of its own.")?;

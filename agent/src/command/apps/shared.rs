@@ -9,131 +9,35 @@ use crate::policy::Names;
 use crate::subtree::Subtree;
 use crate::text::printable;
 
-/// Units of desktops and window managers. What runs in them besides the desktop was started by it as a
-/// plain child.
-const DESKTOPS: &[&str] = &[
-    "org.gnome.Shell@*.service",
-    "gnome-shell*.service",
-    "gnome-session*.service",
-    "gnome-flashback*.service",
-    "plasma-*.service",
-    "wayland-wm@*.service",
-    "dde-*.service",
-    "org.dde.*.service",
-    "cosmic-*.service",
-    "xfce4-*.service",
-    "niri.service",
-    "sway*.service",
-    "hyprland*.service",
-    "i3*.service",
-    "labwc*.service",
-    "river*.service",
-    "wayfire*.service",
-];
+/// Units of desktops and window managers, and those that terminals make for what is typed into them. What
+/// runs in them besides was started as a plain child.
+const SHARING: &str = "
+    org.gnome.Shell@*.service gnome-shell*.service gnome-session*.service gnome-flashback*.service
+    plasma-*.service dde-*.service org.dde.*.service cosmic-*.service xfce4-*.service
+    wayland-wm@*.service niri.service sway*.service hyprland*.service i3*.service labwc*.service
+    river*.service wayfire*.service
+    vte-spawn-*.scope ptyxis-spawn-*.scope
+";
+
+/// Executables of terminals, whose units are shared too.
+const TERMINALS: &str = "
+    konsole yakuake gnome-terminal* kgx ptyxis* xterm uxterm urxvt* rxvt* alacritty kitty foot wezterm*
+    ghostty xfce4-terminal tilix lxterminal qterminal st deepin-terminal cosmic-term
+";
 
 /// What belongs to a desktop or to a login: executables of which nobody means the traffic.
-const PARTS: &[&str] = &[
-    // Desktops and window managers.
-    "gnome-shell*",
-    "gnome-session*",
-    "gnome-keyring*",
-    "gsd-*",
-    "mutter*",
-    "gjs*",
-    "ibus-*",
-    "gvfs*",
-    "plasma*",
-    "plasmashell",
-    "kwin*",
-    "ksmserver*",
-    "krunner*",
-    "kded*",
-    "kactivitymanagerd*",
-    "startplasma*",
-    "kwalletd*",
-    "xembedsniproxy",
-    "gmenudbusmenuproxy",
-    "org_kde_*",
-    "dde-*",
-    "deepin-*",
-    "startdde",
-    "treeland*",
-    "cosmic-*",
-    "xfce4-*",
-    "xfwm4",
-    "xfdesktop",
-    "xfsettingsd",
-    "xfconfd",
-    "mate-*",
-    "marco",
-    "cinnamon*",
-    "nemo-desktop",
-    "lxqt-*",
-    "lxsession",
-    "openbox",
-    "fluxbox",
-    "icewm*",
-    "awesome",
-    "bspwm",
-    "sxhkd",
-    "dwm",
-    "qtile",
-    "xmonad*",
-    "i3*",
-    "sway*",
-    "Hyprland",
-    "hypr*",
-    "niri*",
-    "river*",
-    "labwc",
-    "wayfire",
-    "waybar",
-    "polybar",
-    "picom",
-    "dunst",
-    "mako",
-    "uwsm*",
-    // What a display needs.
-    "Xorg",
-    "X",
-    "Xwayland*",
-    "xinit",
-    "startx",
-    "xwayland-satellite",
-    "xdg-*",
-    "at-spi*",
-    "dconf-service",
-    // Logins, and what one types into.
-    "login",
-    "sshd*",
-    "systemd*",
-    "(sd-*",
-    "gdm*",
-    "sddm*",
-    "lightdm*",
-    "greetd*",
-    "tuigreet",
-    "agetty",
-    "ly",
-    "dbus-*",
-    "ssh-agent",
-    "gpg-agent",
-    "pam*",
-    "su",
-    "sudo*",
-    "setpriv",
-    "bash",
-    "zsh",
-    "fish",
-    "sh",
-    "dash",
-    "nu",
-    "tmux*",
-    "screen*",
-    "script",
-    "cgtproxy-agent",
-    "cgtproxy-exec",
-];
+const PARTS: &str = "
+    gnome-shell* gnome-session* gnome-keyring* gsd-* mutter* gjs* ibus-* gvfs*
+    plasma* kwin* ksmserver* krunner* kded* kactivitymanagerd* startplasma* kwalletd* xembedsniproxy
+    gmenudbusmenuproxy org_kde_* dde-* deepin-* startdde treeland* cosmic-*
+    xfce4-* xfwm4 xfdesktop xfsettingsd xfconfd mate-* marco cinnamon* nemo-desktop lxqt-* lxsession
+    openbox fluxbox icewm* awesome bspwm sxhkd dwm qtile xmonad* i3* sway* Hyprland hypr* niri* river*
+    labwc wayfire waybar polybar picom dunst mako uwsm*
+    Xorg X Xwayland* xinit startx xwayland-satellite xdg-* at-spi* dconf-service
+    login sshd* systemd* (sd-* gdm* sddm* lightdm* greetd* tuigreet agetty ly pam*
+    dbus-* ssh-agent gpg-agent su sudo* setpriv
+    bash zsh fish sh dash nu tmux* screen* script cgtproxy-agent cgtproxy-exec
+";
 
 /// Programs that share a control group.
 #[derive(Debug)]
@@ -144,21 +48,25 @@ pub(super) struct Shared {
     pub(super) executables: BTreeSet<String>,
 }
 
-/// Finds them in the units of desktops, and in the login sessions beside the user's service manager.
+/// Finds them in the units of desktops and terminals, and in the login sessions beside the user's service manager.
 pub(super) fn find(subtree: &Subtree, running: &[Running]) -> Vec<Shared> {
-    let (desktops, parts) = (names(DESKTOPS), names(PARTS));
-    let foreign = |executables: BTreeSet<String>| -> BTreeSet<String> {
-        let mut executables = executables;
+    let (sharing, terminals, parts) = (names(SHARING), names(TERMINALS), names(PARTS));
+    let is_terminal = |name: &String| terminals.matches(name.as_bytes());
+    let foreign = |mut executables: BTreeSet<String>| -> BTreeSet<String> {
         executables.retain(|name| !parts.matches(name.as_bytes()));
         executables
     };
-    let in_desktops = running.iter().filter_map(|r| {
+    let in_reach = running.iter().filter_map(|r| {
         let unit = unit(r);
-        let is_shared = is_session(&unit) || desktops.matches(unit.as_bytes());
-        is_shared.then(|| Shared {
+        let mut executables = foreign(r.executables.clone());
+        let is_shared = is_session(&unit)
+            || sharing.matches(unit.as_bytes())
+            || r.executables.iter().any(is_terminal);
+        executables.retain(|name| !is_terminal(name));
+        is_shared.then_some(Shared {
             unit,
             in_reach: true,
-            executables: foreign(r.executables.clone()),
+            executables,
         })
     });
     let sessions = beside(subtree)
@@ -169,7 +77,7 @@ pub(super) fn find(subtree: &Subtree, running: &[Running]) -> Vec<Shared> {
             executables: foreign(executables),
         });
     sessions
-        .chain(in_desktops)
+        .chain(in_reach)
         .filter(|shared| !shared.executables.is_empty())
         .collect()
 }
@@ -197,8 +105,9 @@ fn is_session(unit: &str) -> bool {
     unit.starts_with("session-") && unit.ends_with(".scope")
 }
 
-fn names(list: &[&str]) -> Names {
-    Names::new(list.iter().map(|&name| name.to_owned()).collect())
+/// Names between white space.
+fn names(list: &str) -> Names {
+    Names::new(list.split_whitespace().map(str::to_owned).collect())
 }
 
 /// Says what shares a control group, and what to do.
@@ -253,7 +162,6 @@ mod tests {
             "firefox",
             "telegram-desktop",
             "curl",
-            "xterm",
             "steam",
             "mihomo",
             "chrome",

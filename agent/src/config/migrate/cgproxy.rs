@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::config::finding::Place;
+use crate::config::read::TPROXY_KEYS;
 use crate::config::reader::{Entries, Reader};
 use crate::config::yaml::{Node, Value};
 use crate::text::printable;
@@ -149,8 +150,18 @@ fn switches(reader: &mut Reader<'_>, old: &Entries<'_>) -> Vec<&'static str> {
         (ipv4, "no-ipv4"),
         (ipv6, "no-ipv6"),
     ] {
-        if off(switch).is_some() {
+        let Some((_, place)) = off(switch) else {
+            continue;
+        };
+        if TPROXY_KEYS.contains(&line) {
             lines.push(line);
+        } else {
+            reader
+                .warning(
+                    place,
+                    format!("there is no '{line}': it goes through the proxy too"),
+                )
+                .help = Some("list addresses that are to go direct in 'bypass'".into());
         }
     }
     // It sends queries over UDP to the proxy's port even when other UDP goes direct.

@@ -149,6 +149,19 @@ rules:
 }
 
 #[test]
+fn what_is_switched_off_is_carried_over_or_said_to_be_lost() {
+    for key in ["tcp", "udp", "ipv4", "ipv6"] {
+        let (new, said) = migrated(&format!(r#"{{"port": 1, "enable_{key}": false}}"#));
+        let line = format!("no-{key}");
+        let lost = said.iter().any(|said| said.contains(&line));
+        assert!(
+            new.contains(&format!("    {line}: true\n")) != lost,
+            "{new}{said:#?}"
+        );
+    }
+}
+
+#[test]
 fn takes_the_originals_example_with_its_comments() {
     let (new, said) = migrated(ORIGINAL);
     let expected = ORIGINAL

@@ -17,6 +17,8 @@ use crate::policy::{ExecSlices, Rules};
 use crate::text::printable;
 use tproxy::Proxies;
 
+pub(super) use tproxy::TPROXY_KEYS;
+
 /// The version of the format.
 const VERSION: i128 = 1;
 

@@ -13,7 +13,9 @@ use crate::config::yaml::{Node, Value};
 use crate::config::{DnsHijack, Proxy};
 use crate::text::printable;
 
-const TPROXY_KEYS: &[&str] = &["port", "no-udp", "no-ipv6", "dns-hijack", "mark"];
+/// All keys of a proxy.
+pub(in crate::config) const TPROXY_KEYS: &[&str] =
+    &["port", "no-udp", "no-ipv6", "dns-hijack", "mark"];
 const DNS_HIJACK_KEYS: &[&str] = &["ip", "port", "tcp", "loopback"];
 
 /// The tproxies of a file.
