@@ -42,7 +42,8 @@ impl ControlGroupId {
     }
 }
 
-/// A control group that belonged to a user when it was opened on that user's behalf.
+/// A control group that belonged to a user when it was opened on that user's behalf. Everything belongs
+/// to root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OwnedControlGroup {
     id: ControlGroupId,
@@ -152,7 +153,7 @@ impl Root {
         Ok(Self(root))
     }
 
-    /// Opens the peer's user@UID.service.
+    /// Opens the peer's user@UID.service, or for root the control group root itself.
     ///
     /// # Errors
     /// If there is none, as for a user without a user manager.
@@ -168,13 +169,16 @@ impl Root {
     }
 }
 
-/// Where systemd puts a user's manager, from the control group root.
+/// Where systemd puts a user's manager, from the control group root. Root's subtree is the whole machine.
 #[must_use]
 pub fn subtree_path(uid: Uid) -> String {
+    if uid == Uid::ROOT {
+        return String::new();
+    }
     format!("user.slice/user-{uid}.slice/user@{uid}.service")
 }
 
-/// A user's user@UID.service as it is now. Opened anew for every call: when the user's manager is
+/// A user's user@UID.service, or for root the control group root, as it is now. Opened anew for every call: when the user's manager is
 /// started again, it is another control group of the same name.
 #[derive(Debug)]
 pub struct Subtree {
@@ -184,7 +188,7 @@ pub struct Subtree {
 }
 
 impl Subtree {
-    /// The control group of user@UID.service itself.
+    /// The control group where it begins.
     #[must_use]
     pub fn cgroup(&self) -> OwnedControlGroup {
         self.cgroup
@@ -221,7 +225,7 @@ fn open_owned(
         return Err(Unavailable::NotControlGroup);
     }
     let stat = fstat(&opened).map_err(|_| Unavailable::Unreadable)?;
-    if stat.st_uid != uid.value() {
+    if uid != Uid::ROOT && stat.st_uid != uid.value() {
         return Err(Unavailable::NotOwned);
     }
     Ok((

@@ -10,6 +10,9 @@ use tokio::net::UnixStream;
 pub struct Uid(u32);
 
 impl Uid {
+    /// Root, whose policy is the machine's.
+    pub const ROOT: Self = Self(0);
+
     /// The number.
     #[must_use]
     pub fn value(self) -> u32 {

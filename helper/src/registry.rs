@@ -11,7 +11,8 @@ use crate::cgroup::OwnedControlGroup;
 use crate::config::Limits;
 use crate::mark::{Mark, MarkAllocator, MarkRange};
 use crate::nft::{
-    Before, Bypass, Delivery, DnsHijack, Element, Layout, LeftBehind, Plan, Proxy, Verdict,
+    Before, Bypass, Delivery, DnsHijack, Element, Exceptions, Gateway, Layout, LeftBehind, Plan,
+    Proxy, Verdict,
 };
 use crate::peer::Uid;
 
@@ -52,12 +53,10 @@ pub struct ProxyRequest {
     pub name: ProxyName,
     /// Where it listens.
     pub delivery: Delivery,
-    /// UDP goes direct.
-    pub no_udp: bool,
+    /// What goes direct.
+    pub exceptions: Exceptions,
     /// UDP is refused.
     pub reject_udp: bool,
-    /// IPv6 goes direct.
-    pub no_ipv6: bool,
     /// Where DNS queries go.
     pub dns_hijack: Option<DnsHijack>,
 }
@@ -65,7 +64,7 @@ pub struct ProxyRequest {
 /// A policy's part that is not about single control groups.
 #[derive(Debug)]
 pub struct PolicyRequest {
-    /// The user's user@UID.service.
+    /// The user's user@UID.service; the control group root for the system's policy.
     pub subtree: OwnedControlGroup,
     /// All proxies.
     pub proxies: Vec<ProxyRequest>,
@@ -73,6 +72,8 @@ pub struct PolicyRequest {
     pub bypass_entries: usize,
     /// What they come to.
     pub bypass: Bypass,
+    /// What is forwarded.
+    pub gateway: Option<Gateway>,
 }
 
 /// What a user has in the kernel.
@@ -167,6 +168,9 @@ impl Registry {
         for element in assignments.values() {
             known(&proxies, &element.verdict)?;
         }
+        if let Some(gateway) = &policy.gateway {
+            known(&proxies, &Verdict::Proxy(gateway.proxy.clone()))?;
+        }
         let mut cgroups = BTreeMap::new();
         let mut census = Census::default();
         for (path, element) in assignments {
@@ -181,6 +185,8 @@ impl Registry {
             bypass: policy.bypass,
             levels: census.levels(),
             holds: census.holds(),
+            enforced: census.enforced(),
+            gateway: policy.gateway,
         });
         let old = match self.users.get(&uid) {
             Some(Entry::Policy(user)) => Some(user),
@@ -274,6 +280,7 @@ impl Registry {
                 subtree,
                 levels: census.levels(),
                 holds: census.holds(),
+                enforced: census.enforced(),
                 ..Layout::clone(&user.layout)
             })
         };
@@ -449,9 +456,8 @@ impl Registry {
             let ProxyRequest {
                 name,
                 delivery,
-                no_udp,
+                exceptions,
                 reject_udp,
-                no_ipv6,
                 dns_hijack,
             } = request;
             let mark = match kept.get(&name) {
@@ -464,9 +470,8 @@ impl Registry {
                     Proxy {
                         mark,
                         delivery,
-                        no_udp,
+                        exceptions,
                         reject_udp,
-                        no_ipv6,
                         dns_hijack,
                     },
                 )

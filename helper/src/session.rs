@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
-use crate::nft::{Delivery, DnsHijack, Element, Verdict};
+use crate::nft::{Delivery, DnsHijack, Element, Exceptions, Gateway, Verdict};
 use crate::peer::{Peer, Uid};
 use crate::quota::Connection;
 use crate::registry::{PolicyRequest, ProxyRequest, Refused};
@@ -68,7 +68,11 @@ impl Session {
 
     fn replace_policy(&self, arguments: ReplacePolicy_Args) -> Result<ReplacePolicy_Reply, Error> {
         let mut state = self.state.borrow_mut();
-        let assignments = assignments("assignments", arguments.assignments)?;
+        let assignments = assignments(self.peer.uid(), "assignments", arguments.assignments)?;
+        let gateway = arguments
+            .gateway
+            .map(|gateway| self.gateway(gateway))
+            .transpose()?;
         let mut proxies = Vec::new();
         for (index, proxy) in arguments.proxies.into_iter().enumerate() {
             let invalid = |field| Error::Parameter(format!("proxies[{index}].{field}"));
@@ -77,13 +81,19 @@ impl Session {
             proxies.push(ProxyRequest {
                 name: proxy.name.parse().map_err(|_| invalid("name"))?,
                 delivery: match (proxy.redirect.unwrap_or(false), port) {
+                    // What is translated reaches only the caller's own sockets, and all are root's.
+                    (true, _) if self.peer.uid() == Uid::ROOT => return Err(invalid("redirect")),
                     (true, port) => Delivery::Redirect(port),
                     (false, Some(port)) => Delivery::Tproxy(port),
                     (false, None) => return Err(invalid("port")),
                 },
-                no_udp: proxy.noUdp.unwrap_or(false),
+                exceptions: Exceptions {
+                    no_tcp: proxy.noTcp.unwrap_or(false),
+                    no_udp: proxy.noUdp.unwrap_or(false),
+                    no_ipv4: proxy.noIpv4.unwrap_or(false),
+                    no_ipv6: proxy.noIpv6.unwrap_or(false),
+                },
                 reject_udp: proxy.rejectUdp.unwrap_or(false),
-                no_ipv6: proxy.noIpv6.unwrap_or(false),
                 dns_hijack: proxy
                     .dnsHijack
                     .map(dns_hijack)
@@ -99,6 +109,7 @@ impl Session {
             proxies,
             bypass_entries: arguments.bypass.len(),
             bypass,
+            gateway,
         };
         let (generation, skipped) =
             state.replace(self.peer.uid(), self.id, &subtree, policy, assignments)?;
@@ -113,7 +124,7 @@ impl Session {
         arguments: UpdateAssignments_Args,
     ) -> Result<UpdateAssignments_Reply, Error> {
         let mut state = self.state.borrow_mut();
-        let assign = assignments("assign", arguments.assign)?;
+        let assign = assignments(self.peer.uid(), "assign", arguments.assign)?;
         let mut remove = BTreeSet::new();
         for (index, path) in arguments.remove.iter().enumerate() {
             let path = ControlGroupPath::from_wire(path)
@@ -172,9 +183,11 @@ impl Session {
                     name: name.to_string(),
                     port: proxy.delivery.port().into(),
                     redirect: Some(matches!(proxy.delivery, Delivery::Redirect(_))),
-                    noUdp: Some(proxy.no_udp),
+                    noTcp: Some(proxy.exceptions.no_tcp),
+                    noUdp: Some(proxy.exceptions.no_udp),
                     rejectUdp: Some(proxy.reject_udp),
-                    noIpv6: Some(proxy.no_ipv6),
+                    noIpv4: Some(proxy.exceptions.no_ipv4),
+                    noIpv6: Some(proxy.exceptions.no_ipv6),
                     dnsHijack: proxy.dns_hijack.as_ref().map(dns_hijack_reply),
                 });
                 proxies.collect()
@@ -189,7 +202,26 @@ impl Session {
                 .filter(|&&proxy| proxy != 0 && proxy != uid.value())
                 .map(|&proxy| proxy.into())
                 .collect(),
+            systemPolicy: Some(state.registry().has(Uid::ROOT)),
         }
+    }
+
+    fn gateway(&self, gateway: wire::Gateway) -> Result<Gateway, Error> {
+        if self.peer.uid() != Uid::ROOT {
+            return Err(Error::Parameter("gateway".to_owned()));
+        }
+        let mut interfaces = BTreeSet::new();
+        for (index, name) in gateway.interfaces.iter().enumerate() {
+            let name = name
+                .parse()
+                .map_err(|_| Error::Parameter(format!("gateway.interfaces[{index}]")))?;
+            interfaces.insert(name);
+        }
+        let proxy = gateway.proxy.parse();
+        Ok(Gateway {
+            interfaces,
+            proxy: proxy.map_err(|_| Error::Parameter("gateway.proxy".to_owned()))?,
+        })
     }
 
     fn subtree(&self, state: &State) -> Result<Subtree, Error> {
@@ -307,6 +339,7 @@ pub fn too_many_connections(limit: usize) -> Fault {
 }
 
 fn assignments(
+    uid: Uid,
     parameter: &str,
     assignments: Vec<Assignment>,
 ) -> Result<BTreeMap<ControlGroupPath, Element>, Error> {
@@ -323,8 +356,16 @@ fn assignments(
             (wire::Verdict::proxy, Some(Ok(name))) => Verdict::Proxy(name),
             _ => return Err(invalid("proxy")),
         };
-        let hold = assignment.hold.unwrap_or(false);
-        elements.insert(path, Element { verdict, hold });
+        let enforced = assignment.enforce.unwrap_or(false);
+        if enforced && uid != Uid::ROOT {
+            return Err(invalid("enforce"));
+        }
+        let element = Element {
+            verdict,
+            hold: assignment.hold.unwrap_or(false),
+            enforced,
+        };
+        elements.insert(path, element);
     }
     Ok(elements)
 }

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod interface;
 pub mod limits;
 pub mod message;
 pub mod name;

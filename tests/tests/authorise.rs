@@ -339,14 +339,13 @@ fn own_peer() -> Peer {
 #[test]
 fn control_groups_are_found_on_pure_and_hybrid_machines_and_where_one_says() {
     sandbox(|sb| {
-        let user = sb.user(0);
-        user.cgroup("a");
+        sb.cgroup("a");
         let peer = own_peer();
         let path = ControlGroupPath::from_wire("a").expect("a path");
         let open = |root: Result<Root, RootError>| {
             let subtree = root?.subtree(&peer).expect("a subtree");
             let cgroup = subtree.open(&path).expect("a control group");
-            assert_eq!(cgroup.level(), 4);
+            assert_eq!(cgroup.level(), 1);
             Ok::<_, RootError>(cgroup)
         };
         let pure = open(Root::open(None)).expect("cgroup v2");
@@ -375,14 +374,13 @@ fn control_groups_are_found_on_pure_and_hybrid_machines_and_where_one_says() {
 #[test]
 fn neither_symbolic_links_nor_mounts_lead_out() {
     sandbox(|sb| {
-        let user = sb.user(0);
-        user.cgroup("a");
+        let a = sb.cgroup("a");
         let peer = own_peer();
         let root = Root::open(None).expect("a root");
         let subtree = root.subtree(&peer).expect("a subtree");
         let path = |text| ControlGroupPath::from_wire(text).expect("a path");
         // cgroupfs has no symbolic links, so one comes with a file system mounted over a directory.
-        let a = user.cgroup("a").directory();
+        let a = a.directory();
         let a = a.to_str().expect("plain ASCII");
         sb.run(&["mount", "-t", "tmpfs", "over", a]);
         sb.run(&[

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 
 use cgtproxy_helper::cgroup::Root;
 use cgtproxy_helper::config::Config;
-use cgtproxy_helper::nft::{Bypass, Delivery, Nftables, Verdict};
+use cgtproxy_helper::nft::{Bypass, Delivery, Exceptions, Nftables, Verdict};
 use cgtproxy_helper::peer::Peer;
 use cgtproxy_helper::registry::{PolicyRequest, ProxyRequest};
 use cgtproxy_helper::route::Routing;
@@ -256,8 +256,7 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
         std::fs::write(config, "own-table: false").expect("/run is ours");
         let config = Config::load(Some(config.as_ref())).expect("a configuration");
         let root = Root::open(None).expect("a control group root");
-        let user = sb.user(0);
-        user.cgroup("a");
+        sb.cgroup("a");
         let (_ours, theirs) = UnixStream::pair().expect("a socket pair");
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
@@ -280,14 +279,14 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
                 .map(|name| ProxyRequest {
                     name: name.parse().expect("a name"),
                     delivery: Delivery::Tproxy(NonZeroU16::MIN),
-                    no_udp: false,
+                    exceptions: Exceptions::default(),
                     reject_udp: false,
-                    no_ipv6: false,
                     dns_hijack: None,
                 })
                 .collect(),
             bypass_entries: 0,
             bypass: Bypass::default(),
+            gateway: None,
         };
         let assign = |proxy: &str| {
             let path = ControlGroupPath::from_wire("a").expect("a path");
@@ -298,14 +297,11 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
         state
             .replace(uid, id, &subtree, policy(&["old"]), assign("old"))
             .expect("it is taken");
-        // Somebody takes a chain away that a change of levels has to flush.
-        sb.nft(
-            "flush map inet cgtproxy users; flush chain inet cgtproxy user-0;
-             delete chain inet cgtproxy user-0",
-        );
+        // Somebody takes a chain away that goes with the old proxy.
+        sb.nft("flush map inet cgtproxy resolve; delete chain inet cgtproxy resolve-0-old");
         let kernel = sb.run(&["nft", "list", "ruleset"]);
         let known = format!("{:?}", state.registry());
-        // A new proxy, which comes first in the transaction, then other levels.
+        // A new proxy, which comes first in the transaction, then the end of the old one.
         let refused = state.replace(uid, id, &subtree, policy(&["new"]), [].into());
         assert!(
             matches!(refused, Err(cgtproxy_helper::state::Error::Kernel(_))),

@@ -383,6 +383,7 @@ async fn send(client: &mut Client, call: &Call, config: &Config) -> Result<Reply
                 proxies: config.proxies.iter().map(proxy).collect(),
                 bypass: config.bypass.iter().map(ToString::to_string).collect(),
                 assignments: assign.iter().map(assignment).collect(),
+                gateway: None,
             };
             let reply: ReplacePolicy_Reply = client
                 .call("org.cgtproxy.Helper.ReplacePolicy", arguments)
@@ -414,7 +415,9 @@ fn proxy(proxy: &crate::config::Proxy) -> Proxy {
         port: proxy.port.get().into(),
         redirect: None,
         rejectUdp: None,
+        noTcp: None,
         noUdp: Some(proxy.no_udp),
+        noIpv4: None,
         noIpv6: Some(proxy.no_ipv6),
         dnsHijack: proxy.dns_hijack.as_ref().map(|hijack| DnsHijack {
             ipv4: hijack.ipv4.map(|address| address.to_string()),
@@ -439,6 +442,7 @@ fn assignment((path, target): &(Shared, Target)) -> Assignment {
         verdict,
         proxy,
         hold: None,
+        enforce: None,
     }
 }
 

@@ -84,6 +84,8 @@ pub(super) enum KeyType {
     Mark,
     /// `uid`
     Uid,
+    /// `ifname`: padded with NULs
+    Interface,
     /// `cgroupsv2`: the 64-bit id of a control group
     ControlGroup,
 }
@@ -95,6 +97,7 @@ impl KeyType {
             Self::Ipv6 => 8,
             Self::Mark => 19,
             Self::Uid => 24,
+            Self::Interface => 41,
             Self::ControlGroup => 46,
         }
     }
@@ -104,7 +107,7 @@ impl KeyType {
         match self {
             Self::Ipv4 | Self::Mark | Self::Uid => 4,
             Self::ControlGroup => 8,
-            Self::Ipv6 => 16,
+            Self::Ipv6 | Self::Interface => 16,
         }
     }
 
@@ -112,7 +115,7 @@ impl KeyType {
     /// (`NFTNL_UDATA_SET_KEYBYTEORDER`), length 4, then 1 for the host's order or 2 for the network's.
     fn byte_order(self) -> [u8; 6] {
         let order: u32 = match self {
-            Self::Mark | Self::Uid | Self::ControlGroup => 1,
+            Self::Mark | Self::Uid | Self::Interface | Self::ControlGroup => 1,
             Self::Ipv4 | Self::Ipv6 => 2,
         };
         let [a, b, c, d] = order.to_ne_bytes();
@@ -426,6 +429,29 @@ impl Expression for DestinationType {
                 (sys::NFTNL_EXPR_FIB_DREG, Register::Reg1.to_raw()),
                 (sys::NFTNL_EXPR_FIB_RESULT, FIB_RESULT_ADDRTYPE),
                 (sys::NFTNL_EXPR_FIB_FLAGS, FIB_F_DADDR),
+            ],
+        )
+    }
+}
+
+/// Turns the word in register 1 from the host's byte order into the network's, in which the bytes of a number
+/// compare as the number does.
+pub(super) struct NetworkByteOrder;
+
+impl Expression for NetworkByteOrder {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        let word = size_of::<u32>() as u32;
+        expression(
+            c"byteorder",
+            &[
+                (sys::NFTNL_EXPR_BYTEORDER_SREG, Register::Reg1.to_raw()),
+                (sys::NFTNL_EXPR_BYTEORDER_DREG, Register::Reg1.to_raw()),
+                (
+                    sys::NFTNL_EXPR_BYTEORDER_OP,
+                    libc::NFT_BYTEORDER_HTON as u32,
+                ),
+                (sys::NFTNL_EXPR_BYTEORDER_LEN, word),
+                (sys::NFTNL_EXPR_BYTEORDER_SIZE, word),
             ],
         )
     }

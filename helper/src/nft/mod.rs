@@ -1,6 +1,7 @@
 //! nftables: a [`Plan`] goes in, one transaction comes out.
 
 mod ffi;
+mod gateway;
 mod names;
 mod plan;
 mod proxy;
@@ -18,7 +19,8 @@ use rustix::io::Errno;
 
 pub(crate) use ffi::watch;
 pub use plan::{
-    Before, Bypass, Delivery, DnsHijack, Element, Hold, Layout, LeftBehind, Plan, Proxy, Verdict,
+    Before, Bypass, Delivery, DnsHijack, Element, Exceptions, Gateway, Hold, Layout, LeftBehind,
+    Plan, Proxy, Verdict,
 };
 
 use crate::cgroup::ControlGroupId;
@@ -102,7 +104,7 @@ impl Nftables {
             this.recreate()?;
         }
         let mut base = this.transaction();
-        base.base(&this.proxy_uids);
+        base.base(&this.proxy_uids, !adopted);
         this.socket.transact(&base.finish()).map_err(Error::Base)?;
         let left = if adopted {
             this.left_behind()?
@@ -135,7 +137,7 @@ impl Nftables {
         transaction.add_table(self.flags());
         transaction.delete_table();
         transaction.add_table(self.flags());
-        transaction.base(&self.proxy_uids);
+        transaction.base(&self.proxy_uids, true);
         for plan in plans {
             transaction.plan(plan);
         }
@@ -297,13 +299,13 @@ impl Nftables {
     }
 
     /// The users whose objects an earlier helper left. A transaction makes or deletes all of a
-    /// user's objects, so the first chain stands for the rest.
+    /// user's objects, so one chain stands for the rest.
     fn left_behind(&self) -> Result<BTreeMap<Uid, LeftBehind>, Error> {
         let mut left: BTreeMap<Uid, LeftBehind> = BTreeMap::new();
         let chains = self.chains()?;
         for chain in &chains {
             if let Some(uid) = chain
-                .strip_prefix(names::USER_PREFIX)
+                .strip_prefix(names::DROP_PREFIX)
                 .and_then(Uid::from_name)
             {
                 left.entry(uid).or_default();

@@ -1,16 +1,19 @@
 //! Names of objects in the table. Everything that is a user's carries the uid.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 
 use cgtproxy_proto::name::ProxyName;
 
 use super::plan::{Hold, Verdict};
+use super::ruleset::{ENFORCED, MARKS, OPEN, SYSTEM};
 use crate::peer::Uid;
 
 /// The prefix of a chain that diverts to a proxy, as dumps are searched for it.
 pub(super) const DIVERT_PREFIX: &str = "divert-";
 /// The prefix of a user's first chain, as dumps are searched for it.
 pub(super) const USER_PREFIX: &str = "user-";
+/// The prefix of a chain that everybody with a policy has, as dumps are searched for it.
+pub(super) const DROP_PREFIX: &str = "drop-";
 
 const DIRECT: &str = "direct";
 const DROP: &str = "drop";
@@ -21,7 +24,8 @@ fn name(text: String) -> CString {
     CString::new(text).unwrap_or_default()
 }
 
-/// The names of a user's objects.
+/// The names of a user's objects. For root they are those of the system's policy, some of which the table
+/// has in any case.
 pub(super) struct Names {
     pub(super) uid: Uid,
     pub(super) user: CString,
@@ -39,9 +43,15 @@ impl Names {
     pub(super) fn of(uid: Uid) -> Self {
         Self {
             uid,
-            user: name(format!("{USER_PREFIX}{uid}")),
-            open: name(format!("open-{uid}")),
-            drop: name(format!("drop-{uid}")),
+            user: match uid {
+                Uid::ROOT => SYSTEM.to_owned(),
+                uid => name(format!("{USER_PREFIX}{uid}")),
+            },
+            open: match uid {
+                Uid::ROOT => OPEN.to_owned(),
+                uid => name(format!("open-{uid}")),
+            },
+            drop: name(format!("{DROP_PREFIX}{uid}")),
             guard: name(format!("guard-{uid}")),
             owner: name(format!("owner-{uid}")),
             cgroups: name(format!("cgroups-{uid}")),
@@ -61,6 +71,39 @@ impl Names {
         };
         let (prefix, level) = (hold_prefix(self.uid), hold.level);
         name(format!("{prefix}{level}-{verdict}"))
+    }
+
+    /// Whether these are those of the system's policy.
+    pub(super) fn is_system(&self) -> bool {
+        self.uid == Uid::ROOT
+    }
+
+    /// The chains that come and go with the policy, but for those of its proxies.
+    pub(super) fn own_chains(&self) -> Vec<&CString> {
+        let mut chains = vec![&self.drop, &self.guard, &self.owner];
+        if !self.is_system() {
+            chains.extend([&self.user, &self.open]);
+        }
+        chains
+    }
+
+    /// The sets and maps that come and go with the policy.
+    pub(super) fn own_sets(&self) -> [&CStr; 4] {
+        let other: &CStr = if self.is_system() {
+            ENFORCED
+        } else {
+            &self.marks
+        };
+        [&self.cgroups, other, &self.bypass4, &self.bypass6]
+    }
+
+    /// The maps that have every control group of the policy as a key.
+    pub(super) fn verdict_maps(&self) -> Vec<&CStr> {
+        let mut maps = vec![self.cgroups.as_c_str()];
+        if self.is_system() {
+            maps.push(ENFORCED);
+        }
+        maps
     }
 
     pub(super) fn tproxy(&self, proxy: &ProxyName) -> CString {
@@ -91,11 +134,6 @@ impl Names {
         name(format!("receive-{}-{proxy}", self.uid))
     }
 
-    /// All chains of a user that are not a proxy's.
-    pub(super) fn chains(&self) -> [&CString; 5] {
-        [&self.user, &self.open, &self.drop, &self.guard, &self.owner]
-    }
-
     /// All chains of a proxy.
     pub(super) fn of_proxy(&self, proxy: &ProxyName) -> [CString; 7] {
         [
@@ -112,7 +150,10 @@ impl Names {
 
 /// The name of a user's map of marks.
 pub(super) fn marks(uid: Uid) -> CString {
-    name(format!("marks-{uid}"))
+    match uid {
+        Uid::ROOT => MARKS.to_owned(),
+        uid => name(format!("marks-{uid}")),
+    }
 }
 
 /// What the names of a user's chains begin with that hold what is below a control group.

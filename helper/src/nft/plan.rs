@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
 use std::rc::Rc;
 
+use cgtproxy_proto::interface::InterfaceName;
 use cgtproxy_proto::name::ProxyName;
 
 use crate::cgroup::{ControlGroupId, DEEPEST_LEVEL, OwnedControlGroup};
@@ -31,14 +32,17 @@ pub struct Element {
     pub verdict: Verdict,
     /// Sockets in control groups below it that nothing is said about send nothing.
     pub hold: bool,
+    /// Users' own policies don't change it. In the system's policy only.
+    pub enforced: bool,
 }
 
 impl From<Verdict> for Element {
-    /// Nothing below it is held.
+    /// Nothing below it is held, and nothing enforced.
     fn from(verdict: Verdict) -> Self {
         Self {
             verdict,
             hold: false,
+            enforced: false,
         }
     }
 }
@@ -102,6 +106,28 @@ impl Delivery {
     }
 }
 
+/// What a proxy does not take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Exceptions {
+    /// TCP goes direct.
+    pub no_tcp: bool,
+    /// UDP goes direct.
+    pub no_udp: bool,
+    /// IPv4 goes direct.
+    pub no_ipv4: bool,
+    /// IPv6 goes direct.
+    pub no_ipv6: bool,
+}
+
+/// What is forwarded from these interfaces goes to a proxy too. In the system's policy only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gateway {
+    /// Where it comes in.
+    pub interfaces: BTreeSet<InterfaceName>,
+    /// Where it goes, which the layout has.
+    pub proxy: ProxyName,
+}
+
 /// A proxy and the mark that leads to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proxy {
@@ -109,12 +135,10 @@ pub struct Proxy {
     pub mark: Mark,
     /// Where it listens.
     pub delivery: Delivery,
-    /// UDP goes direct.
-    pub no_udp: bool,
+    /// What goes direct.
+    pub exceptions: Exceptions,
     /// UDP that does not go direct is refused.
     pub reject_udp: bool,
-    /// IPv6 goes direct.
-    pub no_ipv6: bool,
     /// Before any of that.
     pub dns_hijack: Option<DnsHijack>,
 }
@@ -132,7 +156,8 @@ pub struct Bypass {
 /// A user's chains and sets, but for the verdicts of single control groups.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
-    /// The user's user@UID.service, below which everything else is.
+    /// The control group below which everything else is: the user's user@UID.service, or for the system's
+    /// policy the root.
     pub subtree: OwnedControlGroup,
     /// The policy's proxies.
     pub proxies: BTreeMap<ProxyName, Proxy>,
@@ -142,6 +167,10 @@ pub struct Layout {
     pub levels: BTreeSet<u32>,
     /// The chains for control groups below which everything is held.
     pub holds: BTreeSet<Hold>,
+    /// Whether any of those verdicts is enforced.
+    pub enforced: bool,
+    /// What is forwarded.
+    pub gateway: Option<Gateway>,
 }
 
 /// A user's objects that a helper before this one left in the kernel.

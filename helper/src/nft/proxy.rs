@@ -2,13 +2,13 @@
 //! queries go.
 
 use std::ffi::CStr;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use cgtproxy_proto::name::ProxyName;
 
 use super::ffi::KeyType;
 use super::names::Names;
-use super::plan::{Delivery, DnsHijack, Proxy};
+use super::plan::{Delivery, DnsHijack, Exceptions, Proxy};
 use super::rule::{Family, Protocol};
 use super::ruleset::{DELIVER, DIVERT, GUARD, RECEIVE, RESOLVE};
 use super::transaction::Transaction;
@@ -99,25 +99,11 @@ impl Transaction<'_> {
         // ct status confirmed goto open-UID
         self.add_rules(&chain, [&|rule| rule.ct_confirmed().goto(&names.open)]);
         if let Some(hijack) = &proxy.dns_hijack {
-            for family in hijack.addresses.iter().map(Family::of) {
-                let protocols = [(Protocol::Udp, true), (Protocol::Tcp, hijack.tcp)];
-                for (protocol, _) in protocols.into_iter().filter(|(_, wanted)| *wanted) {
-                    // meta nfproto FAMILY PROTOCOL dport 53 goto dns-UID-NAME
-                    self.add_rules(
-                        &chain,
-                        [&|rule| rule.nfproto(family).dport(protocol, DNS_PORT).goto(&dns)],
-                    );
-                }
+            for address in &hijack.addresses {
+                self.query_rules(&chain, address, hijack.tcp, &dns);
             }
         }
-        if proxy.no_ipv6 {
-            // meta nfproto ipv6 return
-            self.add_rules(&chain, [&|rule| rule.nfproto(Family::Ipv6).leave()]);
-        }
-        if proxy.no_udp {
-            // meta l4proto udp return
-            self.add_rules(&chain, [&|rule| rule.l4proto(Protocol::Udp).leave()]);
-        }
+        self.exception_rules(&chain, proxy.exceptions);
         let reject_udp = proxy.reject_udp;
         self.add_rules(
             &chain,
@@ -141,6 +127,39 @@ impl Transaction<'_> {
                 },
             ],
         );
+    }
+
+    /// Queries of the family of this address go to the chain for DNS.
+    pub(super) fn query_rules(&mut self, chain: &CStr, address: &IpAddr, tcp: bool, dns: &CStr) {
+        let family = Family::of(address);
+        let protocols = [(Protocol::Udp, true), (Protocol::Tcp, tcp)];
+        for (protocol, _) in protocols.into_iter().filter(|(_, wanted)| *wanted) {
+            // meta nfproto FAMILY PROTOCOL dport 53 goto dns-UID-NAME
+            self.add_rules(
+                chain,
+                [&|rule| rule.nfproto(family).dport(protocol, DNS_PORT).goto(dns)],
+            );
+        }
+    }
+
+    /// What the proxy does not take leaves the chain.
+    pub(super) fn exception_rules(&mut self, chain: &CStr, exceptions: Exceptions) {
+        let families = [
+            (exceptions.no_ipv4, Family::Ipv4),
+            (exceptions.no_ipv6, Family::Ipv6),
+        ];
+        for (_, family) in families.into_iter().filter(|(left_out, _)| *left_out) {
+            // meta nfproto FAMILY return
+            self.add_rules(chain, [&|rule| rule.nfproto(family).leave()]);
+        }
+        let protocols = [
+            (exceptions.no_tcp, Protocol::Tcp),
+            (exceptions.no_udp, Protocol::Udp),
+        ];
+        for (_, protocol) in protocols.into_iter().filter(|(left_out, _)| *left_out) {
+            // meta l4proto PROTOCOL return
+            self.add_rules(chain, [&|rule| rule.l4proto(protocol).leave()]);
+        }
     }
 
     fn divert_rules(&mut self, chain: &CStr, mark: Mark) {

@@ -13,7 +13,7 @@ use nftnl::{Chain, ProtoFamily, Rule};
 
 use crate::route::LOOPBACK_INDEX;
 
-use super::ffi::{ConntrackDirection, DestinationType, Lookup, Tproxy};
+use super::ffi::{ConntrackDirection, DestinationType, Lookup, NetworkByteOrder, Tproxy};
 
 /// Protocol numbers of IPPROTO_TCP and IPPROTO_UDP (linux/in.h).
 const TCP: u8 = 6;
@@ -167,14 +167,15 @@ impl<'a> RuleBuilder<'a> {
         })
     }
 
-    /// `ct mark & BITS != 0`
+    /// `ct mark & BITS != 0`. There is no mark where nothing is tracked: neither this matches then nor its
+    /// opposite.
     pub(super) fn ct_mark_has(self, bits: u32) -> Self {
         self.with(&Conntrack::Mark { set: false })
             .with(&Bitwise::new(bits, 0u32))
             .compare(CmpOp::Neq, 0u32)
     }
 
-    /// `ct mark & BITS == 0`
+    /// `ct mark & BITS == 0`. What is not tracked has no mark: neither this matches then nor its opposite.
     pub(super) fn ct_mark_lacks(self, bits: u32) -> Self {
         self.with(&Conntrack::Mark { set: false })
             .with(&Bitwise::new(bits, 0u32))
@@ -205,6 +206,14 @@ impl<'a> RuleBuilder<'a> {
     /// `iif lo`
     pub(super) fn iif_lo(self) -> Self {
         self.with(&Meta::Iif).compare(CmpOp::Eq, LOOPBACK_INDEX)
+    }
+
+    /// `iifname @SET`
+    pub(super) fn iifname_in(self, set: &CStr) -> Self {
+        self.with(&Meta::IifName).with(&Lookup {
+            set,
+            verdict: false,
+        })
     }
 
     /// `meta l4proto PROTOCOL`
@@ -323,6 +332,14 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Meta::SkUid).compare(CmpOp::Gte, 0u32)
     }
 
+    /// `meta skuid FIRST-LAST`. Numbers are compared byte by byte, the first byte first.
+    pub(super) fn skuid_from_to(self, first: u32, last: u32) -> Self {
+        self.with(&Meta::SkUid)
+            .with(&NetworkByteOrder)
+            .compare(CmpOp::Gte, &first.to_be_bytes()[..])
+            .compare(CmpOp::Lte, &last.to_be_bytes()[..])
+    }
+
     /// `meta skuid @SET`
     pub(super) fn skuid_in(self, set: &CStr) -> Self {
         self.with(&Meta::SkUid).with(&Lookup {
@@ -336,6 +353,13 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Immediate::new(port.to_be_bytes(), Register::Reg1))
             .with(&Tproxy)
             .with(&Verdict::Accept)
+    }
+
+    /// `jump CHAIN`
+    pub(super) fn jump(self, chain: &CStr) -> Self {
+        self.with(&Verdict::Jump {
+            chain: chain.to_owned(),
+        })
     }
 
     /// `goto CHAIN`

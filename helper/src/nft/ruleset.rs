@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-2 { }                       # the format of this table
+//!   chain version-3 { }                       # the format of this table
 //!   map users   { type cgroupsv2 : verdict }  # user@1000.service : goto user-1000
+//!   map opens   { type cgroupsv2 : verdict }  # user@1000.service : goto open-1000
+//!   map marks   { type mark : verdict }       # a mark of a proxy of the system's : goto divert-0-mihomo
 //!   map deliver { type mark : verdict }       # a proxy's mark : goto deliver-1000-mihomo
 //!   map divert  { type mark : verdict }       # a proxy's mark : goto divert-1000-mihomo
 //!   map guard   { type mark : verdict }       # a proxy's mark : goto guard-1000
@@ -11,10 +13,18 @@
 //!                                             # a proxy's mark : goto redirect-1000-mihomo
 //!   map receive { type mark : verdict }       # both : goto receive-1000-mihomo
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
-//!   chain output     { type route hook output priority mangle; … }
-//!   chain output-nat { type nat hook output priority dstnat; … }
-//!   chain prerouting { type filter hook prerouting priority mangle; … }
-//!   chain input      { type filter hook input priority mangle; … }
+//!   set interfaces { type ifname }            # from where forwarded traffic is diverted
+//!   chain output         { type route hook output priority mangle; … goto enforced }
+//!   chain output-nat     { type nat hook output priority dstnat; … }
+//!   chain prerouting     { type filter hook prerouting priority mangle; … goto gateway }
+//!   chain prerouting-nat { type nat hook prerouting priority dstnat; … }
+//!   chain input          { type filter hook input priority mangle; … }
+//!   chain forward        { type filter hook forward priority mangle; … }
+//!   chain enforced { … goto sessions }        # what the system's policy enforces
+//!   chain sessions { … goto system }          # users' own verdicts
+//!   chain system   { … goto open }            # what the system's policy says besides
+//!   chain open     { … }                      # nobody's verdict: open connections go on
+//!   chain gateway { … }   chain forwarded { … }   # what the system's policy says of forwarded packets
 //!
 //!   map cgroups-1000 { type cgroupsv2 : verdict }
 //!   map marks-1000   { type mark : verdict }  # a proxy's mark : goto divert-1000-mihomo
@@ -29,6 +39,10 @@
 //! }
 //! ```
 //!
+//! The system's policy is that of root: its objects have the number 0, but for the chains and maps above
+//! that stand in for those with a user's number. They are there without a policy too, so that nothing else
+//! depends on whether there is one.
+//!
 //! The mark of a proxy has the divert bit, by which the `ip rule` sends a packet back in over lo.
 //! The connection keeps it as its conntrack mark, so that it goes on as it began whatever becomes
 //! of the rules; only drops look at every packet. A hijacked DNS query carries the same mark
@@ -41,17 +55,27 @@ use std::ffi::{CStr, CString};
 use cgtproxy_proto::name::ProxyName;
 use nftnl::{ChainType, Hook, MsgType};
 
-use super::ffi::{Content, Element, KeyType};
+use super::ffi::{Content, Element, KeyType, Set};
 use super::names::Names;
-use super::plan::{Before, Hold, Layout, Plan, Verdict};
+use super::plan::{self, Before, Hold, Layout, Plan, Verdict};
 use super::rule::{Family, Protocol};
 use super::transaction::Transaction;
-use crate::cgroup::ControlGroupId;
+use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::mark::Mark;
 
 /// The chain that says how this table is laid out. A table without it is made anew.
-pub(super) const VERSION: &CStr = c"version-2";
+pub(super) const VERSION: &CStr = c"version-3";
 pub(super) const USERS: &CStr = c"users";
+const OPENS: &CStr = c"opens";
+pub(super) const MARKS: &CStr = c"marks";
+pub(super) const INTERFACES: &CStr = c"interfaces";
+/// The map of the chain of this name: every control group of the system's policy.
+pub(super) const ENFORCED: &CStr = c"enforced";
+const SESSIONS: &CStr = c"sessions";
+pub(super) const SYSTEM: &CStr = c"system";
+pub(super) const OPEN: &CStr = c"open";
+pub(super) const GATEWAY: &CStr = c"gateway";
+pub(super) const FORWARDED: &CStr = c"forwarded";
 pub(super) const DELIVER: &CStr = c"deliver";
 pub(super) const DIVERT: &CStr = c"divert";
 pub(super) const GUARD: &CStr = c"guard";
@@ -61,29 +85,33 @@ const PROXY_UIDS: &CStr = c"proxy-uids";
 const OUTPUT: &CStr = c"output";
 const OUTPUT_NAT: &CStr = c"output-nat";
 const PREROUTING: &CStr = c"prerouting";
+const PREROUTING_NAT: &CStr = c"prerouting-nat";
 const INPUT: &CStr = c"input";
+const FORWARD: &CStr = c"forward";
 
 /// `mangle` of the inet family (linux/netfilter_ipv4.h, NF_IP_PRI_MANGLE).
 const PRIORITY_MANGLE: i32 = -150;
 
-/// `dstnat` in an output chain (NF_IP_PRI_NAT_DST).
+/// `dstnat` (NF_IP_PRI_NAT_DST).
 const PRIORITY_DSTNAT: i32 = -100;
 
 /// The level of user@UID.service: user.slice, user-UID.slice, user@UID.service.
 const USER_LEVEL: u32 = 3;
 
+/// The uids of system users: systemd's uids-gids document.
+const SYSTEM_UIDS: [(u32, u32); 2] = [(1, 999), (61184, 65519)];
+
 impl Transaction<'_> {
-    /// Everything that no user owns. What is there already stays, its rules are written anew.
-    pub(super) fn base(&mut self, proxy_uids: &[u32]) {
-        let mask = self.marks.mask();
-        let divert = self.marks.divert();
+    /// Everything that no user owns. What is there already stays, its rules are written anew, but for those
+    /// of the system's policy, unless the table is `fresh`.
+    pub(super) fn base(&mut self, proxy_uids: &[u32], fresh: bool) {
         self.add_chain(VERSION);
         self.add_set(USERS, KeyType::ControlGroup, Content::Verdicts);
-        self.add_set(DELIVER, KeyType::Mark, Content::Verdicts);
-        self.add_set(DIVERT, KeyType::Mark, Content::Verdicts);
-        self.add_set(GUARD, KeyType::Mark, Content::Verdicts);
-        self.add_set(RESOLVE, KeyType::Mark, Content::Verdicts);
-        self.add_set(RECEIVE, KeyType::Mark, Content::Verdicts);
+        self.add_set(OPENS, KeyType::ControlGroup, Content::Verdicts);
+        for map in [MARKS, DELIVER, DIVERT, GUARD, RESOLVE, RECEIVE] {
+            self.add_set(map, KeyType::Mark, Content::Verdicts);
+        }
+        self.add_set(INTERFACES, KeyType::Interface, Content::Keys);
         self.add_set(PROXY_UIDS, KeyType::Uid, Content::Keys);
         self.flush_set(PROXY_UIDS);
         let mut uids = self.set(PROXY_UIDS, KeyType::Uid, Content::Keys);
@@ -91,19 +119,55 @@ impl Transaction<'_> {
             uids.push(&uid.to_ne_bytes(), Element::Key);
         }
         self.write_elements(&uids, MsgType::Add);
-
-        let mangle = PRIORITY_MANGLE;
+        for chain in [ENFORCED, SESSIONS, SYSTEM, OPEN, GATEWAY, FORWARDED] {
+            self.add_chain(chain);
+        }
+        let (mangle, dstnat) = (PRIORITY_MANGLE, PRIORITY_DSTNAT);
         self.add_base_chain(OUTPUT, ChainType::Route, Hook::Out, mangle);
-        self.add_base_chain(OUTPUT_NAT, ChainType::Nat, Hook::Out, PRIORITY_DSTNAT);
+        self.add_base_chain(OUTPUT_NAT, ChainType::Nat, Hook::Out, dstnat);
         self.add_base_chain(PREROUTING, ChainType::Filter, Hook::PreRouting, mangle);
+        self.add_base_chain(PREROUTING_NAT, ChainType::Nat, Hook::PreRouting, dstnat);
         self.add_base_chain(INPUT, ChainType::Filter, Hook::In, mangle);
+        self.add_base_chain(FORWARD, ChainType::Filter, Hook::Forward, mangle);
+        self.outgoing_rules();
+        self.incoming_rules();
+        if fresh {
+            self.no_system_rules();
+        }
+    }
+
+    fn outgoing_rules(&mut self) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
         self.add_rules(
             OUTPUT,
             [
                 // ct direction reply return
                 &|rule| rule.ct_direction_reply().leave(),
+                // goto enforced
+                &|rule| rule.goto(ENFORCED),
+            ],
+        );
+        self.flush_chain(SESSIONS);
+        self.add_rules(
+            SESSIONS,
+            [
                 // socket cgroupv2 level 3 vmap @users
                 &|rule| rule.socket_cgroupv2_vmap(USER_LEVEL, USERS),
+                // goto system
+                &|rule| rule.goto(SYSTEM),
+            ],
+        );
+        self.flush_chain(OPEN);
+        self.add_rules(
+            OPEN,
+            [
+                // ct mark & DIVERT == 0 return
+                &|rule| rule.ct_mark_lacks(divert).leave(),
+                // ct mark & MASK vmap @marks
+                &|rule| rule.ct_mark_vmap(mask, MARKS),
+                // A user's own proxy has it, whatever the system says of new connections.
+                // socket cgroupv2 level 3 vmap @opens
+                &|rule| rule.socket_cgroupv2_vmap(USER_LEVEL, OPENS),
                 // A connection to a proxy whose user has no policy any more: it must not go on
                 // directly, in the middle of what it was saying.
                 // meta skuid >= 0 ct mark & DIVERT != 0 meta l4proto tcp reject with tcp reset
@@ -131,11 +195,24 @@ impl Transaction<'_> {
                 &|rule| rule.ct_mark_vmap(mask, RESOLVE),
             ],
         );
+    }
+
+    fn incoming_rules(&mut self) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
         self.add_rules(
             PREROUTING,
             [
                 // iif lo meta mark & MASK vmap @deliver
                 &|rule| rule.iif_lo().meta_mark_vmap(mask, DELIVER),
+                // goto gateway
+                &|rule| rule.goto(GATEWAY),
+            ],
+        );
+        self.add_rules(
+            PREROUTING_NAT,
+            [
+                // ct mark & MASK vmap @resolve
+                &|rule| rule.ct_mark_vmap(mask, RESOLVE),
             ],
         );
         self.add_rules(
@@ -146,6 +223,14 @@ impl Transaction<'_> {
                 // What is diverted to nobody reaches nobody.
                 // iif lo meta mark & DIVERT != 0 drop
                 &|rule| rule.iif_lo().meta_mark_has(divert).drop(),
+                // meta mark & DIVERT != 0 iifname @interfaces meta mark & MASK vmap @guard
+                &|rule| {
+                    rule.meta_mark_has(divert)
+                        .iifname_in(INTERFACES)
+                        .meta_mark_vmap(mask, GUARD)
+                },
+                // meta mark & DIVERT != 0 iifname @interfaces drop
+                &|rule| rule.meta_mark_has(divert).iifname_in(INTERFACES).drop(),
                 // What was translated, which nothing but its connection tells.
                 // iif lo ct direction original ct mark & MASK vmap @receive
                 &|rule| {
@@ -162,6 +247,31 @@ impl Transaction<'_> {
                 },
             ],
         );
+        self.add_rules(
+            FORWARD,
+            [
+                // ct mark & DIVERT == 0 return
+                &|rule| rule.ct_mark_lacks(divert).leave(),
+                // The proxy of a forwarded connection is not there any more.
+                // ct mark & DIVERT != 0 meta l4proto tcp reject with tcp reset
+                &|rule| {
+                    rule.ct_mark_has(divert)
+                        .l4proto(Protocol::Tcp)
+                        .reject_with_tcp_reset()
+                },
+                // ct mark & DIVERT != 0 reject
+                &|rule| rule.ct_mark_has(divert).reject(),
+            ],
+        );
+    }
+
+    /// The chains of the system's policy when there is none.
+    fn no_system_rules(&mut self) {
+        self.flush_chain(ENFORCED);
+        self.add_rules(ENFORCED, [&|rule| rule.goto(SESSIONS)]);
+        self.flush_chain(SYSTEM);
+        self.add_rules(SYSTEM, [&|rule| rule.goto(OPEN)]);
+        self.no_gateway();
     }
 
     /// One user's change.
@@ -176,7 +286,8 @@ impl Transaction<'_> {
                     .proxies
                     .iter()
                     .map(|(name, proxy)| (name, proxy.mark));
-                self.delete_user(&names, Some(before.subtree.id()), proxies, &before.holds);
+                let subtree = Some(before.subtree.id()).filter(|_| !names.is_system());
+                self.delete_user(&names, subtree, proxies, &before.holds);
             }
             (Before::LeftBehind(left), after) => {
                 let proxies = left.proxies.iter().map(|(name, mark)| (name, *mark));
@@ -190,13 +301,19 @@ impl Transaction<'_> {
 
     fn create_user(&mut self, names: &Names, layout: &Layout, plan: &Plan) {
         self.add_set(&names.cgroups, KeyType::ControlGroup, Content::Verdicts);
-        self.add_set(&names.marks, KeyType::Mark, Content::Verdicts);
         self.add_set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
         self.add_set(&names.bypass6, KeyType::Ipv6, Content::Intervals);
-        for chain in names.chains() {
+        if names.is_system() {
+            self.add_set(ENFORCED, KeyType::ControlGroup, Content::Verdicts);
+        } else {
+            self.add_set(&names.marks, KeyType::Mark, Content::Verdicts);
+        }
+        for chain in names.own_chains() {
             self.add_chain(chain);
         }
-        self.open_rules(names);
+        if !names.is_system() {
+            self.open_rules(names);
+        }
         self.drop_rules(names);
         self.guard_rules(names);
         self.owner_rules(names, layout);
@@ -207,22 +324,36 @@ impl Transaction<'_> {
             self.create_hold(names, hold);
         }
         self.bypass_elements(names, layout);
-        self.user_rules(names, layout);
+        self.level_rules(names, layout);
         self.add_verdicts(names, plan);
-        self.map_to_chain(
-            USERS,
-            KeyType::ControlGroup,
-            &layout.subtree.id().to_bytes(),
-            &names.user,
-        );
+        if names.is_system() {
+            self.gateway(names, layout);
+        } else {
+            self.lead_to_user(names, layout.subtree.id());
+        }
+    }
+
+    /// The elements that lead from a user's control group to that user's chains.
+    fn lead_to_user(&mut self, names: &Names, subtree: ControlGroupId) {
+        for (map, chain) in [(USERS, &names.user), (OPENS, &names.open)] {
+            self.map_to_chain(map, KeyType::ControlGroup, &subtree.to_bytes(), chain);
+        }
+    }
+
+    fn lead_nowhere(&mut self, subtree: ControlGroupId) {
+        for map in [USERS, OPENS] {
+            self.delete_element(map, KeyType::ControlGroup, &subtree.to_bytes());
+        }
     }
 
     fn change_user(&mut self, names: &Names, before: &Layout, after: &Layout, plan: &Plan) {
-        let mut deleted = self.set(&names.cgroups, KeyType::ControlGroup, Content::Verdicts);
-        for id in &plan.delete {
-            deleted.push(&id.to_bytes(), Element::Key);
+        for map in names.verdict_maps() {
+            let mut deleted = self.set(map, KeyType::ControlGroup, Content::Verdicts);
+            for id in &plan.delete {
+                deleted.push(&id.to_bytes(), Element::Key);
+            }
+            self.write_elements(&deleted, MsgType::Del);
         }
-        self.write_elements(&deleted, MsgType::Del);
 
         for (name, proxy) in &after.proxies {
             match before.proxies.get(name) {
@@ -244,9 +375,8 @@ impl Transaction<'_> {
             self.flush_set(&names.bypass6);
             self.bypass_elements(names, after);
         }
-        if before.levels != after.levels {
-            self.flush_chain(&names.user);
-            self.user_rules(names, after);
+        if before.levels != after.levels || before.enforced != after.enforced {
+            self.level_rules(names, after);
         }
         for hold in after.holds.difference(&before.holds) {
             self.create_hold(names, hold);
@@ -257,6 +387,11 @@ impl Transaction<'_> {
             self.flush_chain(&chain);
             self.delete_chain(&chain);
         }
+        if before.gateway != after.gateway
+            || (after.gateway.is_some() && before.proxies != after.proxies)
+        {
+            self.gateway(names, after);
+        }
         for (name, proxy) in &before.proxies {
             if !after.proxies.contains_key(name) {
                 self.delete_proxy_elements(names, proxy.mark);
@@ -265,10 +400,10 @@ impl Transaction<'_> {
             }
         }
         if before.subtree != after.subtree {
-            let old = before.subtree.id().to_bytes();
-            self.delete_element(USERS, KeyType::ControlGroup, &old);
-            let new = after.subtree.id().to_bytes();
-            self.map_to_chain(USERS, KeyType::ControlGroup, &new, &names.user);
+            if !names.is_system() {
+                self.lead_nowhere(before.subtree.id());
+                self.lead_to_user(names, after.subtree.id());
+            }
             self.flush_chain(&names.owner);
             self.owner_rules(names, after);
         }
@@ -284,51 +419,84 @@ impl Transaction<'_> {
     ) {
         let proxies: BTreeMap<&ProxyName, Mark> = proxies.collect();
         if let Some(subtree) = subtree {
-            self.delete_element(USERS, KeyType::ControlGroup, &subtree.to_bytes());
+            self.lead_nowhere(subtree);
         }
-        self.flush_set(&names.cgroups);
+        if names.is_system() {
+            self.no_system_rules();
+        }
+        for map in names.verdict_maps() {
+            self.flush_set(map);
+        }
         for &mark in proxies.values() {
             self.delete_proxy_elements(names, mark);
         }
         let holds: Vec<_> = holds.iter().map(|hold| names.hold(hold)).collect();
-        for chain in names.chains().into_iter().chain(&holds) {
+        for chain in names.own_chains().into_iter().chain(&holds) {
             self.flush_chain(chain);
         }
         for proxy in proxies.keys() {
             self.flush_proxy(names, proxy);
         }
-        for set in [&names.cgroups, &names.marks, &names.bypass4, &names.bypass6] {
+        for set in names.own_sets() {
             self.delete_set(set);
         }
         for proxy in proxies.keys() {
             self.delete_proxy_chains(names, proxy);
         }
-        for chain in names.chains().into_iter().chain(&holds) {
+        for chain in names.own_chains().into_iter().chain(&holds) {
             self.delete_chain(chain);
         }
     }
 
     /// Deepest level first: the nearest control group with a verdict of its own decides.
-    fn user_rules(&mut self, names: &Names, layout: &Layout) {
-        for &level in layout.levels.iter().rev() {
-            // socket cgroupv2 level LEVEL vmap @cgroups-UID
-            self.add_rules(
-                &names.user,
-                [&|rule| rule.socket_cgroupv2_vmap(level, &names.cgroups)],
-            );
+    fn level_rules(&mut self, names: &Names, layout: &Layout) {
+        self.flush_chain(&names.user);
+        self.vmap_rules(&names.user, &names.cgroups, &layout.levels);
+        if names.is_system() {
+            // goto open
+            self.add_rules(SYSTEM, [&|rule| rule.goto(OPEN)]);
+            self.flush_chain(ENFORCED);
+            if layout.enforced {
+                self.vmap_rules(ENFORCED, ENFORCED, &layout.levels);
+            }
+            // goto sessions
+            self.add_rules(ENFORCED, [&|rule| rule.goto(SESSIONS)]);
+        } else {
+            // goto system
+            self.add_rules(&names.user, [&|rule| rule.goto(SYSTEM)]);
         }
-        // goto open-UID
-        self.add_rules(&names.user, [&|rule| rule.goto(&names.open)]);
     }
 
-    /// Connections that are open go on as they began, and everything else goes direct.
+    fn vmap_rules(&mut self, chain: &CStr, map: &CStr, levels: &BTreeSet<u32>) {
+        for &level in levels.iter().rev() {
+            if level == 0 {
+                // At the root are the kernel's own sockets too, which nobody has open: what they say
+                // (neighbour discovery, ICMP errors, resets) is about everybody's connections.
+                // meta skuid >= 0 socket cgroupv2 level 0 vmap @cgroups-0
+                self.add_rules(
+                    chain,
+                    [&|rule| rule.skuid_known().socket_cgroupv2_vmap(level, map)],
+                );
+            } else {
+                // socket cgroupv2 level LEVEL vmap @cgroups-UID
+                self.add_rules(chain, [&|rule| rule.socket_cgroupv2_vmap(level, map)]);
+            }
+        }
+    }
+
+    /// Connections that are open go on as they began, whether a user's verdict or the system's was the
+    /// reason, and everything else goes direct.
     fn open_rules(&mut self, names: &Names) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
         self.add_rules(
             &names.open,
             [
+                // ct mark & DIVERT == 0 return
+                &|rule| rule.ct_mark_lacks(divert).leave(),
                 // ct mark & MASK vmap @marks-UID
                 &|rule| rule.ct_mark_vmap(mask, &names.marks),
+                // ct mark & MASK vmap @marks
+                &|rule| rule.ct_mark_vmap(mask, MARKS),
                 // The connection's proxy is not in the policy any more, or is another user's by
                 // now: the connection ends, and never goes on directly.
                 // ct mark & DIVERT != 0 meta l4proto tcp reject with tcp reset
@@ -369,6 +537,8 @@ impl Transaction<'_> {
     /// TCP is looked at when a connection opens: after that its packets belong to a socket that
     /// was let in, and while that waits to be accepted it has no owner that `skuid` could see
     /// (nft_meta_get_eval_skugid wants a file). UDP is looked at packet by packet.
+    ///
+    /// Services have users of their own: the system's policy takes proxies of every system user.
     fn guard_rules(&mut self, names: &Names) {
         let uid = names.uid.value();
         self.add_rules(
@@ -380,6 +550,20 @@ impl Transaction<'_> {
                 &|rule| rule.skuid(uid).leave(),
                 // meta skuid @proxy-uids return
                 &|rule| rule.skuid_in(PROXY_UIDS).leave(),
+            ],
+        );
+        if names.is_system() {
+            for (first, last) in SYSTEM_UIDS {
+                // meta skuid FIRST-LAST return
+                self.add_rules(
+                    &names.guard,
+                    [&|rule| rule.skuid_from_to(first, last).leave()],
+                );
+            }
+        }
+        self.add_rules(
+            &names.guard,
+            [
                 // meta l4proto tcp reject with tcp reset
                 &|rule| rule.l4proto(Protocol::Tcp).reject_with_tcp_reset(),
                 // reject
@@ -471,16 +655,38 @@ impl Transaction<'_> {
     fn add_verdicts(&mut self, names: &Names, plan: &Plan) {
         let mut map = self.set(&names.cgroups, KeyType::ControlGroup, Content::Verdicts);
         for (cgroup, element) in &plan.add {
-            let key = cgroup.id().to_bytes();
-            let chain = match Hold::of(cgroup.level(), element) {
-                Some(hold) => Some(names.hold(&hold)),
-                None => self.chain_of(names, &element.verdict),
-            };
-            match &chain {
-                Some(chain) => map.push(&key, Element::Goto(chain)),
-                None => map.push(&key, Element::Drop),
-            }
+            self.push_verdict(&mut map, names, *cgroup, element);
         }
         self.write_elements(&map, MsgType::Add);
+        if names.is_system() {
+            let mut map = self.set(ENFORCED, KeyType::ControlGroup, Content::Verdicts);
+            for (cgroup, element) in &plan.add {
+                if element.enforced {
+                    self.push_verdict(&mut map, names, *cgroup, element);
+                } else {
+                    // It may be in one whose verdict is enforced.
+                    map.push(&cgroup.id().to_bytes(), Element::Goto(SESSIONS));
+                }
+            }
+            self.write_elements(&map, MsgType::Add);
+        }
+    }
+
+    fn push_verdict(
+        &self,
+        map: &mut Set<'_>,
+        names: &Names,
+        cgroup: OwnedControlGroup,
+        element: &plan::Element,
+    ) {
+        let chain = match Hold::of(cgroup.level(), element) {
+            Some(hold) => Some(names.hold(&hold)),
+            None => self.chain_of(names, &element.verdict),
+        };
+        let key = cgroup.id().to_bytes();
+        match &chain {
+            Some(chain) => map.push(&key, Element::Goto(chain)),
+            None => map.push(&key, Element::Drop),
+        }
     }
 }

@@ -10,6 +10,7 @@ use crate::nft::{Element, Hold, Layout};
 pub(super) struct Census {
     levels: BTreeMap<u32, usize>,
     holds: BTreeMap<Hold, usize>,
+    enforced: usize,
 }
 
 impl Census {
@@ -18,6 +19,7 @@ impl Census {
         if let Some(hold) = Hold::of(cgroup.level(), element) {
             *self.holds.entry(hold).or_default() += 1;
         }
+        self.enforced += usize::from(element.enforced);
     }
 
     pub(super) fn remove(&mut self, cgroup: OwnedControlGroup, element: &Element) {
@@ -25,6 +27,7 @@ impl Census {
         if let Some(hold) = Hold::of(cgroup.level(), element) {
             decrement(&mut self.holds, &hold);
         }
+        self.enforced -= usize::from(element.enforced);
     }
 
     pub(super) fn levels(&self) -> BTreeSet<u32> {
@@ -35,9 +38,15 @@ impl Census {
         self.holds.keys().cloned().collect()
     }
 
+    pub(super) fn enforced(&self) -> bool {
+        self.enforced > 0
+    }
+
     /// Whether a layout has just the parts that are needed.
     pub(super) fn is_of(&self, layout: &Layout) -> bool {
-        self.levels.keys().eq(&layout.levels) && self.holds.keys().eq(&layout.holds)
+        self.levels.keys().eq(&layout.levels)
+            && self.holds.keys().eq(&layout.holds)
+            && self.enforced() == layout.enforced
     }
 }
 

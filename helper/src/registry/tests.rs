@@ -8,7 +8,8 @@ use super::*;
 use crate::cgroup::ControlGroupId;
 use crate::nft::Hold;
 
-const UIDS: [u32; 2] = [1000, 1001];
+/// Root's policy is the system's.
+const UIDS: [u32; 3] = [1000, 1001, 0];
 
 /// What the kernel would hold for one user.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -80,6 +81,14 @@ fn assert_consistent(registry: &Registry, kernels: &BTreeMap<Uid, Kernel>) {
             let proxies = &user.layout.proxies;
             assert_eq!(super::known(proxies, &element.verdict), Ok(()));
         }
+        assert_eq!(
+            user.layout.enforced,
+            known.values().any(|element| element.enforced),
+            "the enforced verdicts are looked up while there are any"
+        );
+        if let Some(gateway) = &user.layout.gateway {
+            assert!(user.layout.proxies.contains_key(&gateway.proxy));
+        }
         for proxy in user.layout.proxies.values() {
             assert!(marks.insert(proxy.mark), "two proxies have one mark");
             assert!(registry.marks.is_used(proxy.mark));
@@ -89,16 +98,20 @@ fn assert_consistent(registry: &Registry, kernels: &BTreeMap<Uid, Kernel>) {
 
 #[derive(Debug, Clone)]
 enum Call {
-    Replace(Vec<u8>, Vec<(u8, u8, bool)>),
-    Update(Vec<(u8, u8, bool)>, Vec<u8>),
+    Replace(Vec<u8>, Vec<(u8, u8, u8)>, Option<u8>),
+    Update(Vec<(u8, u8, u8)>, Vec<u8>),
     Remove,
 }
 
 fn call() -> impl Strategy<Value = Call> {
-    let assignments = || proptest::collection::vec((0u8..8, 0u8..6, any::<bool>()), 0..8);
+    let assignments = || proptest::collection::vec((0u8..8, 0u8..6, 0u8..4), 0..8);
     prop_oneof![
-        (proptest::collection::vec(0u8..4, 0..4), assignments())
-            .prop_map(|(proxies, cgroups)| Call::Replace(proxies, cgroups)),
+        (
+            proptest::collection::vec(0u8..4, 0..4),
+            assignments(),
+            proptest::option::of(0u8..4)
+        )
+            .prop_map(|(proxies, cgroups, gateway)| Call::Replace(proxies, cgroups, gateway)),
         (assignments(), proptest::collection::vec(0u8..8, 0..5))
             .prop_map(|(assign, remove)| Call::Update(assign, remove)),
         Just(Call::Remove),
@@ -114,7 +127,7 @@ fn name(number: u8) -> ProxyName {
     format!("p{number}").parse().unwrap()
 }
 
-fn elements(cgroups: Vec<(u8, u8, bool)>) -> BTreeMap<ControlGroupPath, Element> {
+fn elements(cgroups: Vec<(u8, u8, u8)>) -> BTreeMap<ControlGroupPath, Element> {
     let verdict = |number| match number {
         0 => Verdict::Direct,
         1 => Verdict::Drop,
@@ -123,76 +136,83 @@ fn elements(cgroups: Vec<(u8, u8, bool)>) -> BTreeMap<ControlGroupPath, Element>
     };
     cgroups
         .into_iter()
-        .map(|(cgroup, number, hold)| {
-            let verdict = verdict(number);
-            (path(cgroup), Element { verdict, hold })
+        .map(|(cgroup, number, flags)| {
+            let element = Element {
+                verdict: verdict(number),
+                hold: flags & 1 != 0,
+                enforced: flags & 2 != 0,
+            };
+            (path(cgroup), element)
         })
         .collect()
 }
 
 proptest! {
-       /// Whatever is called in whatever order, whatever vanishes or is made anew meanwhile, and
-       /// whatever the kernel refuses: what the registry knows is what the kernel has.
-       #[test]
-       fn knows_what_the_kernel_has(
-           calls in proptest::collection::vec((0usize..2, call(), any::<bool>(), any::<u64>()), 1..40)
-       ) {
-           let limits = Limits { proxies: 3, bypass: 1, control_groups: 5, ..Limits::default() };
-           let range = MarkRange::new(0x0000_0f00).unwrap();
-           let mut registry = Registry::new(limits, range);
-           let mut kernels: BTreeMap<Uid, Kernel> =
-               UIDS.into_iter().map(|uid| (Uid::for_test(uid), Kernel::default())).collect();
-           for (user, call, refused, seed) in calls {
-               let uid = Uid::for_test(UIDS[user]);
-               let subtree = OwnedControlGroup::for_test(u64::from(UIDS[user]) + seed % 2, 3);
-               // Some control groups are gone, some have a new id since the last call.
-               let open = |path: &ControlGroupPath| {
-                   let number = u64::from(path.as_bytes()[1] - b'0');
-                   let fate = seed >> (number * 2) & 3;
-                   (fate != 0).then(|| {
-                       let id = number * 4 + fate.min(2) + UIDS[user] as u64 * 1000;
-                       OwnedControlGroup::for_test(id, 3 + path.depth() as u32)
-                   })
-               };
-               let staged = match call {
-                   Call::Replace(proxies, cgroups) => {
-                       let proxies = proxies.into_iter().map(|number| ProxyRequest {
-                           name: name(number),
-                           delivery: match seed >> 8 & 3 {
-                               0 => Delivery::Redirect(None),
-                               1 => Delivery::Redirect(Some(NonZeroU16::MIN)),
-                               _ => Delivery::Tproxy(NonZeroU16::MIN),
-                           },
-                           no_udp: seed & 1 != 0,
-                           reject_udp: seed & 2 != 0,
-                           no_ipv6: false,
-dns_hijack: None,
-                       });
-                       let policy = PolicyRequest {
-                           subtree,
-                           proxies: proxies.collect(),
-                           bypass_entries: 0,
-                           bypass: Bypass::default(),
-                       };
-                       registry.replace(uid, policy, elements(cgroups), open)
-                   }
-                   Call::Update(assign, remove) => {
-                       let remove = remove.into_iter().map(path).collect();
-                       registry.update(uid, subtree, elements(assign), remove, open)
-                   }
-                   Call::Remove => Ok(registry.remove(uid)),
-               };
-               // A kernel that refuses does nothing, and then nothing is applied either.
-               if let Ok(staged) = staged && !refused {
-                   if !staged.plan().is_empty() {
-                       carry_out(kernels.get_mut(&uid).unwrap(), staged.plan());
-                   }
-                   registry.apply(staged);
-               }
-               assert_consistent(&registry, &kernels);
-           }
-       }
-   }
+    /// Whatever is called in whatever order, whatever vanishes or is made anew meanwhile, and
+    /// whatever the kernel refuses: what the registry knows is what the kernel has.
+    #[test]
+    fn knows_what_the_kernel_has(
+        calls in proptest::collection::vec((0usize..3, call(), any::<bool>(), any::<u64>()), 1..40)
+    ) {
+        let limits = Limits { proxies: 3, bypass: 1, control_groups: 5, ..Limits::default() };
+        let range = MarkRange::new(0x0000_0f00).unwrap();
+        let mut registry = Registry::new(limits, range);
+        let mut kernels: BTreeMap<Uid, Kernel> =
+            UIDS.into_iter().map(|uid| (Uid::for_test(uid), Kernel::default())).collect();
+        for (user, call, refused, seed) in calls {
+            let uid = Uid::for_test(UIDS[user]);
+            let subtree = OwnedControlGroup::for_test(u64::from(UIDS[user]) + seed % 2, 3);
+            // Some control groups are gone, some have a new id since the last call.
+            let open = |path: &ControlGroupPath| {
+                let number = u64::from(path.as_bytes()[1] - b'0');
+                let fate = seed >> (number * 2) & 3;
+                (fate != 0).then(|| {
+                    let id = number * 4 + fate.min(2) + UIDS[user] as u64 * 1000;
+                    OwnedControlGroup::for_test(id, 3 + path.depth() as u32)
+                })
+            };
+            let staged = match call {
+                Call::Replace(proxies, cgroups, gateway) => {
+                    let proxies = proxies.into_iter().map(|number| ProxyRequest {
+                        name: name(number),
+                        delivery: match seed >> 8 & 3 {
+                            0 => Delivery::Redirect(None),
+                            1 => Delivery::Redirect(Some(NonZeroU16::MIN)),
+                            _ => Delivery::Tproxy(NonZeroU16::MIN),
+                        },
+                        reject_udp: seed & 2 != 0,
+                        exceptions: Exceptions { no_udp: seed & 1 != 0, ..Exceptions::default() },
+                        dns_hijack: None,
+                    });
+                    let policy = PolicyRequest {
+                        subtree,
+                        proxies: proxies.collect(),
+                        bypass_entries: 0,
+                        bypass: Bypass::default(),
+                        gateway: gateway.map(|number| Gateway {
+                            interfaces: [format!("br{number}").parse().unwrap()].into(),
+                            proxy: name(number),
+                        }),
+                    };
+                    registry.replace(uid, policy, elements(cgroups), open)
+                }
+                Call::Update(assign, remove) => {
+                    let remove = remove.into_iter().map(path).collect();
+                    registry.update(uid, subtree, elements(assign), remove, open)
+                }
+                Call::Remove => Ok(registry.remove(uid)),
+            };
+            // A kernel that refuses does nothing, and then nothing is applied either.
+            if let Ok(staged) = staged && !refused {
+                if !staged.plan().is_empty() {
+                    carry_out(kernels.get_mut(&uid).unwrap(), staged.plan());
+                }
+                registry.apply(staged);
+            }
+            assert_consistent(&registry, &kernels);
+        }
+    }
+}
 
 #[test]
 fn what_was_left_behind_keeps_its_marks() {
@@ -213,9 +233,8 @@ fn what_was_left_behind_keeps_its_marks() {
     let request = |number| ProxyRequest {
         name: name(number),
         delivery: Delivery::Tproxy(NonZeroU16::MIN),
-        no_udp: false,
+        exceptions: Exceptions::default(),
         reject_udp: false,
-        no_ipv6: false,
         dns_hijack: None,
     };
     let policy = PolicyRequest {
@@ -223,6 +242,7 @@ fn what_was_left_behind_keeps_its_marks() {
         proxies: vec![request(1), request(3)],
         bypass_entries: 0,
         bypass: Bypass::default(),
+        gateway: None,
     };
     let staged = registry
         .replace(uid, policy, BTreeMap::new(), |_| None)

@@ -1,0 +1,101 @@
+//! What is forwarded: packets from networks behind the machine that its policy diverts.
+//!
+//! They need no detour over lo: they are where TPROXY takes them already, before they are routed.
+
+use cgtproxy_proto::interface::InterfaceName;
+use nftnl::MsgType;
+
+use super::ffi::{Content, Element, KeyType};
+use super::names::Names;
+use super::plan::Layout;
+use super::rule::{Family, Protocol};
+use super::ruleset::{DELIVER, FORWARDED, GATEWAY, INTERFACES, MARKS};
+use super::transaction::Transaction;
+
+/// `IFNAMSIZ` (linux/if.h): nftables' keys are that long.
+const NAME_BYTES: usize = 16;
+
+impl Transaction<'_> {
+    /// Nothing is diverted that the machine forwards.
+    pub(super) fn no_gateway(&mut self) {
+        self.flush_chain(GATEWAY);
+        self.flush_chain(FORWARDED);
+        self.flush_set(INTERFACES);
+    }
+
+    /// What the layout says of forwarded packets, in place of what was said before.
+    pub(super) fn gateway(&mut self, names: &Names, layout: &Layout) {
+        self.no_gateway();
+        let Some(gateway) = &layout.gateway else {
+            return;
+        };
+        let Some(proxy) = layout.proxies.get(&gateway.proxy) else {
+            return;
+        };
+        let mut interfaces = self.set(INTERFACES, KeyType::Interface, Content::Keys);
+        for interface in &gateway.interfaces {
+            interfaces.push(&key(interface), Element::Key);
+        }
+        self.write_elements(&interfaces, MsgType::Add);
+
+        let mask = self.marks.mask();
+        self.add_rules(
+            GATEWAY,
+            [
+                // iifname @interfaces jump forwarded
+                &|rule| rule.iifname_in(INTERFACES).jump(FORWARDED),
+                // iifname @interfaces meta mark & MASK vmap @deliver
+                &|rule| rule.iifname_in(INTERFACES).meta_mark_vmap(mask, DELIVER),
+            ],
+        );
+        self.add_rules(
+            FORWARDED,
+            [
+                // Answers of a service behind the machine.
+                // ct direction reply return
+                &|rule| rule.ct_direction_reply().leave(),
+                // Open connections go on as they began. One whose proxy is not there any more ends
+                // in the forward chain.
+                // ct mark & MASK vmap @marks
+                &|rule| rule.ct_mark_vmap(mask, MARKS),
+                // ct status confirmed return
+                &|rule| rule.ct_confirmed().leave(),
+                // fib daddr type != unicast return
+                &|rule| rule.daddr_not_unicast().leave(),
+                // ip6 daddr fe80::/10 return
+                &|rule| rule.daddr_link_local().leave(),
+            ],
+        );
+        if let Some(hijack) = &proxy.dns_hijack {
+            let dns = names.dns(&gateway.proxy);
+            // Nothing from elsewhere may go to a loopback address.
+            for address in hijack.addresses.iter().filter(|a| !a.is_loopback()) {
+                self.query_rules(FORWARDED, address, hijack.tcp, &dns);
+            }
+        }
+        self.exception_rules(FORWARDED, proxy.exceptions);
+        let divert = names.divert(&gateway.proxy);
+        self.add_rules(
+            FORWARDED,
+            [
+                // ip daddr @bypass4-0 return
+                &|rule| rule.daddr_in(Family::Ipv4, &names.bypass4).leave(),
+                // ip6 daddr @bypass6-0 return
+                &|rule| rule.daddr_in(Family::Ipv6, &names.bypass6).leave(),
+                // meta l4proto tcp goto divert-0-NAME
+                &|rule| rule.l4proto(Protocol::Tcp).goto(&divert),
+                // meta l4proto udp goto divert-0-NAME
+                &|rule| rule.l4proto(Protocol::Udp).goto(&divert),
+            ],
+        );
+    }
+}
+
+/// A name as nftables has it. No name is longer than a key.
+fn key(interface: &InterfaceName) -> [u8; NAME_BYTES] {
+    let mut key = [0; NAME_BYTES];
+    for (to, from) in key.iter_mut().zip(interface.as_str().bytes()) {
+        *to = from;
+    }
+    key
+}
