@@ -1,36 +1,48 @@
-# make              build the programs
+# make              build the programs, their manual pages and the shells' completions
 # make test         install what is missing, build, run every test
 # make bench        install what is missing, build, measure: BENCH='--quick latency …' for some of it
 # make demo         install what is missing, build, show the programs at work in a sandbox
 # make install      install what was built: DESTDIR=, PREFIX=/usr/local
 # make uninstall    remove it again
+# make deb          build a package for Debian and Ubuntu: OUTDIR=target/packages
+# make rpm          build a package for Fedora, openSUSE and others
+# make tarball      build an archive to install from without a compiler
 # make clean        remove what was built
 
 PREFIX ?= /usr/local
 DESTDIR ?=
-BINDIR ?= $(PREFIX)/bin
-LIBEXECDIR ?= $(PREFIX)/libexec
-DATADIR ?= $(PREFIX)/share
-DOCDIR ?= $(DATADIR)/doc/cgtproxy
-UNITDIR ?= $(PREFIX)/lib/systemd/system
-USERUNITDIR ?= $(PREFIX)/lib/systemd/user
-SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
+
+TARGETDIR ?= $(or $(CARGO_TARGET_DIR),target)
+# Where the programs to install are, and what is made for them. Packages are made of what is there if it is given.
+BUILDDIR ?= $(TARGETDIR)/release
+PAPERSDIR ?= $(BUILDDIR)/papers
+OUTDIR ?= $(TARGETDIR)/packages
+# Where they go. packaging/install has the defaults, which hang together with PREFIX.
+INSTALLATION = PREFIX DESTDIR BINDIR LIBEXECDIR DATADIR MANDIR DOCDIR ZSHDIR UNITDIR USERUNITDIR SYSUSERSDIR
+export $(INSTALLATION) BUILDDIR PAPERSDIR OUTDIR
+
+# The date of everything that is made, so that it is the same whenever it is made.
+SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),$(shell stat -c %Y CHANGELOG.md))
+export SOURCE_DATE_EPOCH
 
 # rustup puts cargo where a shell that was started before does not look.
 CARGO ?= $(shell command -v cargo || echo "$${CARGO_HOME:-$$HOME/.cargo}/bin/cargo")
-INSTALL ?= install
-# Where the programs to install are.
-BUILDDIR ?= $(or $(CARGO_TARGET_DIR),target)/release
 
 # The test beds make namespaces and control groups, for which they have to be root.
 SUDO ?= $(if $(filter-out 0,$(shell id -u)),sudo)
 AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "$(SUDO) -E"')
 
 .DEFAULT_GOAL := build
-.PHONY: build test bench demo install uninstall clean
+.PHONY: build papers test bench demo install uninstall deb rpm tarball clean
 
 build:
 	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent
+	$(MAKE) papers
+
+# What writes them runs once, here: it is not optimised, and not installed.
+papers:
+	$(CARGO) run --quiet --locked -p cgtproxy-papers -- \
+		--date "$$(date -u -d "@$$SOURCE_DATE_EPOCH" +%F)" "$(PAPERSDIR)"
 
 # Tests run programs of other packages, which cargo builds only when it is told to.
 test:
@@ -56,70 +68,30 @@ demo:
 	$(CARGO) build --workspace --locked
 	$(SUDO) $(or $(CARGO_TARGET_DIR),target)/debug/cgtproxy-demo
 
-# The files name the directories of a distribution's package.
-SUBSTITUTE = sed -e 's|/usr/libexec/|$(LIBEXECDIR)/|g' -e 's|/usr/bin/|$(BINDIR)/|g' \
-	-e 's|/usr/share/|$(DATADIR)/|g'
-
-EXECUTABLES = \
-	$(LIBEXECDIR)/cgtproxy-helper \
-	$(BINDIR)/cgtproxy-agent \
-	$(BINDIR)/cgtproxy-exec
-UNITS = \
-	$(UNITDIR)/cgtproxy-helper.socket \
-	$(UNITDIR)/cgtproxy-helper.service \
-	$(USERUNITDIR)/cgtproxy-agent.service
-SYSUSERS = $(SYSUSERSDIR)/cgtproxy.conf
-SHELL_FUNCTIONS = \
-	$(DATADIR)/cgtproxy/cgtproxy-exec.sh \
-	$(DATADIR)/cgtproxy/cgtproxy-exec.fish
-DOCUMENTS = $(addprefix $(DOCDIR)/,$(notdir README.md CHANGELOG.md LICENSE $(wildcard docs/*.md)))
-EXAMPLES = $(addprefix $(DOCDIR)/examples/,$(notdir $(wildcard docs/examples/*.yaml)))
-
 install:
-	@test -x $(BUILDDIR)/cgtproxy-helper || { \
-		echo "There is nothing to install in $(BUILDDIR) yet: run 'make' first." >&2; exit 1; }
-	for file in $(EXECUTABLES); do \
-		$(INSTALL) -D -m 755 "$(BUILDDIR)/$${file##*/}" "$(DESTDIR)$$file" || exit 1; \
-	done
-	for file in $(UNITS); do \
-		$(INSTALL) -d "$(DESTDIR)$${file%/*}" && \
-		$(SUBSTITUTE) "systemd/$${file##*/}" >"$(DESTDIR)$$file" && \
-		chmod 644 "$(DESTDIR)$$file" || exit 1; \
-	done
-	$(INSTALL) -D -m 644 systemd/cgtproxy.sysusers "$(DESTDIR)$(SYSUSERS)"
-	for file in $(SHELL_FUNCTIONS); do \
-		$(INSTALL) -d "$(DESTDIR)$${file%/*}" && \
-		$(SUBSTITUTE) "agent/shell/$${file##*/}" >"$(DESTDIR)$$file" && \
-		chmod 644 "$(DESTDIR)$$file" || exit 1; \
-	done
-	for file in README.md CHANGELOG.md LICENSE docs/*.md; do \
-		$(INSTALL) -D -m 644 "$$file" "$(DESTDIR)$(DOCDIR)/$${file##*/}" || exit 1; \
-	done
-	for file in docs/examples/*.yaml; do \
-		$(INSTALL) -D -m 644 "$$file" "$(DESTDIR)$(DOCDIR)/examples/$${file##*/}" || exit 1; \
-	done
+	packaging/install install
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
-		systemd-sysusers "$(SYSUSERS)" && systemctl daemon-reload; \
+		systemd-sysusers "$$(packaging/install list | grep '/sysusers\.d/')" && systemctl daemon-reload; \
 	fi
 endif
 
 # Stopping the socket also removes what the helper has in the kernel.
 uninstall:
 ifeq ($(DESTDIR),)
-	if [ -d /run/systemd/system ] && [ -e "$(UNITDIR)/cgtproxy-helper.socket" ]; then \
+	if [ -d /run/systemd/system ] && systemctl cat cgtproxy-helper.socket >/dev/null 2>&1; then \
 		systemctl disable --now cgtproxy-helper.socket cgtproxy-helper.service; \
 		systemctl --global disable cgtproxy-agent.service; \
 	fi
 endif
-	rm -f $(addprefix $(DESTDIR),$(EXECUTABLES) $(UNITS) $(SYSUSERS) $(SHELL_FUNCTIONS) \
-		$(DOCUMENTS) $(EXAMPLES))
-	for directory in $(DOCDIR)/examples $(DOCDIR) $(DATADIR)/cgtproxy; do \
-		rmdir "$(DESTDIR)$$directory" 2>/dev/null || :; \
-	done
+	packaging/install uninstall
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 endif
+
+# With BUILDDIR= on the command line, of programs and papers that are there.
+deb rpm tarball: $(if $(filter command line environment,$(origin BUILDDIR)),,build)
+	packaging/$@
 
 clean:
 	$(CARGO) clean

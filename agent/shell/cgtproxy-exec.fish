@@ -32,17 +32,3 @@ function cgtproxy-exec --description 'Run a command under a target of cgtproxy'
     end
     command cgtproxy-exec $argv
 end
-
-function __cgtproxy_exec_needs_target
-    set -l words (commandline -opc)
-    set -e words[1]
-    test "$words[1]" = --no-wait; and set -e words[1]
-    test (count $words) -eq 0
-end
-
-complete -c cgtproxy-exec -n __cgtproxy_exec_needs_target -f \
-    -a '(command cgtproxy-exec --list 2>/dev/null)' -d Target
-complete -c cgtproxy-exec -n __cgtproxy_exec_needs_target -f -a --no-wait \
-    -d 'Go ahead even if nobody can say that the target is in force'
-complete -c cgtproxy-exec -n 'not __cgtproxy_exec_needs_target' -x \
-    -a '(__fish_complete_subcommand --fcs-skip=2)'

@@ -12,8 +12,6 @@
 #
 # These run in a subshell, which is moved to the target first: what they change in the shell itself
 # (variables, the working directory) is gone when they end. All else goes to the program as it is.
-#
-# Names of targets are completed where the shell's completion is loaded before this file.
 
 # shellcheck shell=bash
 # shellcheck disable=SC2154,SC2034 # zsh's own variables
@@ -69,39 +67,3 @@ cgtproxy-exec() {
         eval "$_cgtproxy_line"
     )
 }
-
-if [ -n "${ZSH_VERSION-}" ]; then
-    if whence -w compdef >/dev/null; then
-        _cgtproxy_exec() {
-            while [ "$CURRENT" -gt 2 ] && [ "${words[2]}" = --no-wait ]; do
-                shift words
-                CURRENT=$((CURRENT - 1))
-            done
-            if [ "$CURRENT" -eq 2 ]; then
-                # shellcheck disable=SC2046 # one word for each target
-                compadd -- --no-wait $(command cgtproxy-exec --list 2>/dev/null)
-            else
-                shift 2 words
-                CURRENT=$((CURRENT - 2))
-                _normal
-            fi
-        }
-        compdef _cgtproxy_exec cgtproxy-exec
-    fi
-elif [ -n "${BASH_VERSION-}" ]; then
-    _cgtproxy_exec() {
-        local target=1 names
-        if [ "${COMP_WORDS[1]}" = --no-wait ]; then
-            target=2
-        fi
-        if [ "$COMP_CWORD" -le "$target" ]; then
-            names=$(command cgtproxy-exec --list 2>/dev/null)
-            mapfile -t COMPREPLY < <(compgen -W "--no-wait $names" -- "${COMP_WORDS[COMP_CWORD]}")
-        elif declare -F _command_offset >/dev/null; then
-            _command_offset $((target + 1))
-        elif [ "$COMP_CWORD" -eq $((target + 1)) ]; then
-            mapfile -t COMPREPLY < <(compgen -c -- "${COMP_WORDS[COMP_CWORD]}")
-        fi
-    }
-    complete -o default -F _cgtproxy_exec cgtproxy-exec
-fi

@@ -10,6 +10,7 @@
 pub mod access;
 pub mod bypass;
 pub mod cgroup;
+pub mod cli;
 pub mod config;
 mod conntrack;
 pub mod mark;

@@ -11,39 +11,18 @@ use std::process::ExitCode;
 use std::rc::Rc;
 
 use cgtproxy_helper::cgroup::{Root, RootError};
+use cgtproxy_helper::cli::Arguments;
 use cgtproxy_helper::config::{self, Config};
 use cgtproxy_helper::monitor::Monitor;
 use cgtproxy_helper::nft::{self, Nftables};
 use cgtproxy_helper::route::{self, Family, Routing};
 use cgtproxy_helper::server::Server;
 use cgtproxy_helper::state::State;
-use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
 use clap::Parser;
 use listenfd::ListenFd;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-
-/// Owns cgtproxy's nftables table on behalf of users' agents. Needs CAP_NET_ADMIN and nothing else.
-#[derive(Debug, Parser)]
-#[command(version)]
-struct Arguments {
-    /// Listen on this socket, unless systemd hands one over
-    #[arg(long, value_name = "PATH", env = HELPER_SOCKET_VARIABLE, default_value = HELPER_SOCKET)]
-    socket: PathBuf,
-
-    /// Read the configuration from this file instead of /etc/cgtproxy/helper.yaml
-    #[arg(long, value_name = "PATH")]
-    config: Option<PathBuf>,
-
-    /// Where cgroup v2 is mounted, if not at /sys/fs/cgroup or /sys/fs/cgroup/unified
-    #[arg(long, value_name = "DIR")]
-    cgroup_root: Option<PathBuf>,
-
-    /// Remove the table, the rules and the routes that a helper left, and exit
-    #[arg(long)]
-    remove: bool,
-}
 
 /// The exit status for a wrong configuration (sysexits.h): starting again would not help, and the
 /// unit says so.

@@ -12,6 +12,7 @@
 pub mod agent;
 mod command;
 mod host_cgroup;
+pub mod package;
 pub mod sandbox;
 pub mod session;
 pub mod steady;

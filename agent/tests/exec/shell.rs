@@ -148,23 +148,3 @@ fn fish_runs_functions_and_builtins_in_a_new_fish() {
         format!("{SHOWN}7\nA B\n9\ndirect\ndrop\nproxy\nmihomo\nmy-proxy\n")
     );
 }
-
-#[test]
-fn targets_are_completed() {
-    let complete = |words: &str, at: usize| {
-        format!(
-            "COMP_WORDS=({words}); COMP_CWORD={at}; _cgtproxy_exec; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-        )
-    };
-    let mut session = Session::new(Behaviour::default());
-    let script = complete("cgtproxy-exec m", 1);
-    let output = run(&mut session, "bash", "cgtproxy-exec.sh", &script);
-    assert_eq!(stdout(&output), "mihomo\nmy-proxy\n");
-    let script = complete("cgtproxy-exec --no-wait d", 2);
-    let output = run(&mut session, "bash", "cgtproxy-exec.sh", &script);
-    assert_eq!(stdout(&output), "direct\ndrop\n");
-
-    let script = "complete -C 'cgtproxy-exec --no-wait mi'";
-    let output = run(&mut session, "fish", "cgtproxy-exec.fish", script);
-    assert_eq!(stdout(&output), "mihomo\tTarget\n");
-}

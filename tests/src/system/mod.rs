@@ -14,6 +14,7 @@ use std::sync::Arc;
 pub use user::SystemUser;
 
 use crate::command::{output_with_input, run};
+use crate::package;
 use crate::sandbox::{App, Sandbox, World};
 
 /// The whole subtree of cgroups that the system has for its own, as the sandbox sees it.
@@ -41,18 +42,8 @@ impl SystemBuilder<'_> {
     /// When that fails.
     #[track_caller]
     pub fn install_project(self) -> Self {
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let destination = format!("DESTDIR={}", self.image.root().display());
-        let workspace = workspace.to_str().expect("a path in UTF-8");
-        run(&[
-            "make",
-            "-C",
-            workspace,
-            "install",
-            &destination,
-            "PREFIX=/usr",
-            "BUILDDIR=/run/testbed/bin",
-        ]);
+        package::make("install", &[&destination, "PREFIX=/usr"]);
         // What a package does once its files are there.
         let root = format!("--root={}", self.image.root().display());
         run(&["systemd-sysusers", &root, "cgtproxy.conf"]);

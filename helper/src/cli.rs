@@ -1,0 +1,40 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
+use clap::Parser;
+
+/// Owns cgtproxy's nftables table on behalf of users' agents
+///
+/// One runs on a machine, as cgtproxy-helper.service, and is started by the first call to its socket.
+/// Each user's cgtproxy-agent tells it by Varlink what is to happen to packets of that user's control
+/// groups; it keeps the nftables table 'inet cgtproxy', the routing rules and the packet marks
+/// accordingly, and puts back what other programs take away. Who a caller is it learns from the
+/// kernel alone. It needs CAP_NET_ADMIN and nothing else.
+///
+/// Messages go to standard error. CGTPROXY_LOG says how many: error, warn, info, debug or trace.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cgtproxy-helper",
+    version,
+    after_help = "Exit status: 0 if it was told to stop, 2 if the command line is wrong, 78 if the \
+                  configuration is, 1 if anything else is."
+)]
+pub struct Arguments {
+    /// Listen on this socket, unless systemd hands one over
+    #[arg(long, value_name = "PATH", env = HELPER_SOCKET_VARIABLE, default_value = HELPER_SOCKET)]
+    pub socket: PathBuf,
+
+    /// Read the configuration from this file instead of /etc/cgtproxy/helper.yaml
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Where cgroup v2 is mounted, if not at /sys/fs/cgroup or /sys/fs/cgroup/unified
+    #[arg(long, value_name = "DIR")]
+    pub cgroup_root: Option<PathBuf>,
+
+    /// Remove the table, the rules and the routes that a helper left, and exit
+    #[arg(long)]
+    pub remove: bool,
+}

@@ -1,0 +1,330 @@
+//! The papers are clean, complete, and say what the programs do.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use cgtproxy_papers::Paper;
+use clap::CommandFactory;
+
+fn papers() -> Vec<Paper> {
+    cgtproxy_papers::all("2026-01-02").expect("the documentation has all sections")
+}
+
+/// The papers in a directory, and that directory.
+fn written() -> (Vec<Paper>, tempfile::TempDir) {
+    let directory = tempfile::tempdir().unwrap();
+    let papers = papers();
+    cgtproxy_papers::write(&papers, directory.path()).unwrap();
+    (papers, directory)
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// All files below a directory with this extension.
+fn files(directory: &Path, extension: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path, extension));
+        } else if path.extension().is_some_and(|e| e == extension) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+fn run(command: &mut Command) -> Output {
+    command.output().unwrap_or_else(|error| {
+        panic!(
+            "can't run {}: {error}",
+            command.get_program().to_string_lossy()
+        )
+    })
+}
+
+/// A page as a reader sees it.
+fn page(path: &str) -> String {
+    let (_, directory) = written();
+    let output = run(Command::new("mandoc")
+        .args(["-T", "utf8", "-O", "width=1000"])
+        .arg(directory.path().join(path)));
+    assert!(output.status.success(), "{output:?}");
+    // Bold and underlined by overstriking.
+    let mut text = String::new();
+    let page = String::from_utf8(output.stdout).unwrap();
+    let mut characters = page.chars().peekable();
+    while let Some(character) = characters.next() {
+        if characters.peek() == Some(&'\u{8}') {
+            characters.next();
+        } else {
+            text.push(character);
+        }
+    }
+    text
+}
+
+#[test]
+fn no_manual_page_is_worth_a_remark() {
+    let (papers, directory) = written();
+    let pages: Vec<_> = papers
+        .iter()
+        .filter(|p| p.path.starts_with("man"))
+        .collect();
+    assert_eq!(pages.len(), 7);
+    for paper in pages {
+        let output = run(Command::new("mandoc")
+            .args(["-T", "lint", "-W", "style"])
+            .arg(directory.path().join(&paper.path)));
+        let remarks = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(remarks, "", "{}", paper.path);
+        assert!(output.status.success(), "{}: {output:?}", paper.path);
+        for mention in ["SEE ALSO", ".SH NAME", "2026-01-02"] {
+            assert!(paper.text.contains(mention), "{}: {mention}", paper.path);
+        }
+    }
+}
+
+#[test]
+fn every_paper_is_installed() {
+    let (papers, directory) = written();
+    let output = run(Command::new(workspace().join("packaging/install"))
+        .arg("sources")
+        .env("PAPERSDIR", directory.path()));
+    assert!(output.status.success(), "{output:?}");
+    let sources = String::from_utf8(output.stdout).unwrap();
+    for paper in papers {
+        let path = directory.path().join(paper.path);
+        assert!(
+            sources.lines().any(|line| Path::new(line) == path),
+            "{path:?}"
+        );
+    }
+}
+
+/// "Every CLI flag is in help and manual page."
+#[test]
+fn every_option_and_command_is_in_the_programs_page() {
+    for (path, command) in [
+        (
+            "man8/cgtproxy-helper.8",
+            cgtproxy_helper::cli::Arguments::command(),
+        ),
+        (
+            "man1/cgtproxy-agent.1",
+            cgtproxy_agent::cli::Arguments::command(),
+        ),
+        (
+            "man1/cgtproxy-exec.1",
+            cgtproxy_agent::exec::Options::command(),
+        ),
+    ] {
+        let page = page(path);
+        let words = page.split_whitespace().collect::<Vec<_>>().join(" ");
+        let of_commands = command.get_subcommands().flat_map(|sub| {
+            let heading = format!("\n   {}\n", sub.get_name());
+            assert!(page.contains(&heading), "{path}: {heading}");
+            sub.get_arguments()
+        });
+        for argument in command.get_arguments().chain(of_commands) {
+            if let Some(long) = argument.get_long() {
+                assert!(words.contains(&format!("--{long}")), "{path}: --{long}");
+            }
+            let help = argument.get_help().expect("every argument has help");
+            let help = help.to_string();
+            let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(words.contains(&help), "{path}: {help}");
+        }
+    }
+}
+
+/// Whether a page has the key as a term or a heading of its own.
+fn describes(page: &str, key: &str) -> bool {
+    page.lines().any(|line| {
+        let line = line.trim_start().split(" (").next().unwrap();
+        let line = line.split("  ").next().unwrap();
+        line.split(", ")
+            .any(|term| term.split('.').any(|part| part == key))
+    })
+}
+
+#[test]
+fn every_key_of_the_users_file_is_in_its_page() {
+    // The reader's lists of keys are constants.
+    let mut keys = Vec::new();
+    for path in files(&workspace().join("agent/src/config/read"), "rs") {
+        let source = std::fs::read_to_string(path).unwrap();
+        for list in source.split("KEYS: &[&str] = &[").skip(1) {
+            let list = list.split(']').next().unwrap();
+            keys.extend(list.split('"').skip(1).step_by(2).map(str::to_owned));
+        }
+    }
+    for known in ["version", "no-udp", "loopback", "match"] {
+        assert!(keys.iter().any(|key| key == known), "{keys:?}");
+    }
+    let page = page("man5/cgtproxy.yaml.5");
+    for key in keys {
+        assert!(describes(&page, &key), "{key}");
+    }
+    assert!(!describes(&page, "no-such-key"));
+}
+
+#[test]
+fn every_key_of_the_administrators_file_is_in_its_page() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let mut found = 0;
+    let page = page("man5/cgtproxy-helper.yaml.5");
+    for text in ["no-such-key: 1\n", "limits: {no-such-key: 1}\n"] {
+        std::fs::write(&file, text).unwrap();
+        let error = cgtproxy_helper::config::Config::load(Some(file.path())).unwrap_err();
+        let message = error.to_string();
+        let (_, known) = message
+            .split_once("expected one of ")
+            .unwrap_or_else(|| panic!("{message}"));
+        let known = known.lines().next().unwrap();
+        for key in known.split(", ") {
+            assert!(describes(&page, key), "{key}");
+            found += 1;
+        }
+    }
+    assert!(found >= 11, "{found}");
+}
+
+#[test]
+fn every_member_of_an_interface_is_in_its_page() {
+    for (name, description) in [
+        ("Helper", cgtproxy_proto::helper::DESCRIPTION),
+        ("Agent", cgtproxy_proto::agent::DESCRIPTION),
+    ] {
+        let page = page(&format!("man7/org.cgtproxy.{name}.7"));
+        let mut members = 0;
+        for line in description.lines().filter(|line| {
+            ["method ", "error ", "type "]
+                .iter()
+                .any(|kind| line.starts_with(kind))
+        }) {
+            assert!(page.contains(line.trim_end()), "{name}: {line}");
+            members += 1;
+        }
+        assert!(members > 6, "{name}");
+    }
+}
+
+/// Asks a shell, which finds the papers and a cgtproxy-exec that knows two targets.
+fn shell(shell: &str, script: &str) -> Vec<String> {
+    let (_, directory) = written();
+    let program = directory.path().join("cgtproxy-exec");
+    std::fs::write(
+        &program,
+        "#!/bin/sh\nprintf 'direct\\nmihomo\\nmy-proxy\\n'\n",
+    )
+    .unwrap();
+    run(Command::new("chmod").arg("755").arg(&program));
+    let path = format!(
+        "{}:{}",
+        directory.path().display(),
+        std::env::var("PATH").unwrap()
+    );
+    let output = run(Command::new(shell)
+        .args(["-c", script])
+        .current_dir(directory.path())
+        .env("HOME", directory.path())
+        .env("PATH", path));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{script}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn bash_completes_targets_options_processes_and_commands() {
+    let complete = |words: &str, at: usize| {
+        shell(
+            "bash",
+            &format!(
+                ". bash-completion/completions/cgtproxy-exec\n\
+                 COMP_WORDS=({words}); COMP_CWORD={at}; _cgtproxy_exec\n\
+                 printf '%s\\n' \"${{COMPREPLY[@]}}\""
+            ),
+        )
+    };
+    assert_eq!(complete("cgtproxy-exec m", 1), ["mihomo", "my-proxy"]);
+    assert_eq!(complete("cgtproxy-exec --no-wait d", 2), ["direct"]);
+    assert_eq!(complete("cgtproxy-exec --pid 1 d", 3), ["direct"]);
+    assert_eq!(complete("cgtproxy-exec --pid = 1 my", 4), ["my-proxy"]);
+    assert_eq!(complete("cgtproxy-exec --no", 1), ["--no-wait"]);
+    // Once for each directory of the PATH that has it.
+    let commands = complete("cgtproxy-exec direct setpri", 2);
+    assert!(commands.iter().all(|c| c == "setpriv"), "{commands:?}");
+    assert_eq!(complete("cgtproxy-exec --pid 1 direct setpri", 4), [""]);
+    let own = std::process::id().to_string();
+    assert!(complete("cgtproxy-exec --pid ''", 2).contains(&own));
+}
+
+#[test]
+fn fish_completes_targets_options_and_commands() {
+    let complete = |line: &str| {
+        shell(
+            "fish",
+            &format!(
+                "source fish/vendor_completions.d/cgtproxy-exec.fish\n\
+                 source fish/vendor_completions.d/cgtproxy-agent.fish\n\
+                 complete -C '{line}'"
+            ),
+        )
+    };
+    assert_eq!(complete("cgtproxy-exec mi"), ["mihomo\tTarget"]);
+    assert_eq!(complete("cgtproxy-exec --no-wait mi"), ["mihomo\tTarget"]);
+    assert_eq!(complete("cgtproxy-exec --pid 1 mi"), ["mihomo\tTarget"]);
+    let option = complete("cgtproxy-exec --no");
+    assert!(option[0].starts_with("--no-wait\tGo ahead"), "{option:?}");
+    for line in [
+        "cgtproxy-exec direct setpri",
+        "cgtproxy-exec --no-wait direct setpri",
+    ] {
+        let command = complete(line);
+        assert!(command[0].starts_with("setpriv"), "{line}: {command:?}");
+    }
+    assert_eq!(complete("cgtproxy-exec --pid 1 direct setpri"), [""; 0]);
+    let check = complete("cgtproxy-agent chec");
+    assert!(check[0].starts_with("check\tFind"), "{check:?}");
+}
+
+#[test]
+fn zsh_completes_targets_options_and_commands() {
+    // zsh completes only at a terminal: one of its own.
+    let complete = |line: &str| {
+        let answer = shell(
+            "zsh",
+            &format!(
+                r#"zmodload zsh/zpty
+                zpty shell zsh -f -i
+                zpty -w shell 'PS1=; TERM=dumb; fpath=($PWD/zsh/site-functions $fpath)'
+                zpty -w shell 'autoload -Uz compinit; compinit -u -D'
+                zpty -w shell 'compadd() {{ builtin compadd -O found "$@"; builtin compadd "$@"; all+=($found) }}'
+                zpty -w shell 'list() {{ all=(); _main_complete; print -r -- "<<${{(j: :)all}}>>"; exit }}'
+                zpty -w shell 'zle -C list complete-word list; bindkey "^I" list; print ready-now'
+                zpty -r -m shell text $'*\nready-now*'
+                zpty -w -n shell {line:?}$'\t'
+                zpty -r -m shell text '*<<*>>*'
+                text=${{text##*<<}}
+                print -r -- "${{text%%>>*}}""#
+            ),
+        );
+        answer.join("\n")
+    };
+    assert_eq!(complete("cgtproxy-exec mi"), "mihomo");
+    assert_eq!(complete("cgtproxy-exec --no-wait my"), "my-proxy");
+    assert!(complete("cgtproxy-exec --no-w").contains("--no-wait"));
+    assert!(complete("cgtproxy-exec direct setpri").contains("setpriv"));
+    assert!(complete("cgtproxy-agent chec").contains("check"));
+}

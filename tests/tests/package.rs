@@ -1,0 +1,401 @@
+//! Packages: what is in them, and what they do to a system.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+
+use cgtproxy_tests::package::{build, list, workspace};
+use cgtproxy_tests::sandbox::{Sandbox, proxied, sandbox};
+use cgtproxy_tests::system::{System, SystemUser};
+use cgtproxy_tests::wait::wait_until;
+
+const CONFIG: &str = r"
+version: 1
+tproxies:
+  mihomo: {port: 7890}
+rules:
+  - {match: '/app\.slice$', tproxy: mihomo}
+";
+const SOCKET: &str = "cgtproxy-helper.socket";
+const OUT: &str = "/run/testbed/packages";
+
+/// Runs a command of the host's inside the sandbox.
+#[track_caller]
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| {
+        panic!(
+            "can't run {}: {error}",
+            command.get_program().to_string_lossy()
+        )
+    });
+    assert!(
+        output.status.success(),
+        "{command:?}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+fn lines(text: &str) -> BTreeSet<String> {
+    text.lines().map(str::to_owned).collect()
+}
+
+/// All files below a directory, as absolute paths in it.
+fn files(directory: &str) -> BTreeSet<String> {
+    lines(&run(Command::new("find")
+        .arg(directory)
+        .args(["-not", "-type", "d", "-printf", "/%P\n"])))
+}
+
+/// The manifest's files as packages have them whose manual pages are compressed.
+fn compressed() -> BTreeSet<String> {
+    let list = list().into_iter();
+    list.map(|path| {
+        if path.contains("/man/") {
+            format!("{path}.gz")
+        } else {
+            path
+        }
+    })
+    .collect()
+}
+
+/// Builds it twice, in circumstances that should make no difference.
+fn twice(kind: &str) -> String {
+    let first = build(kind, &format!("{OUT}/1"), &["TZ=Asia/Shanghai"]);
+    let second = build(
+        kind,
+        &format!("{OUT}/2"),
+        &["TZ=America/New_York", "LC_ALL=C.UTF-8", "TMPDIR=/run"],
+    );
+    let [one, two] = [&first, &second].map(|path| std::fs::read(path).unwrap());
+    assert!(one == two, "two builds of {} differ", first.display());
+    first.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn the_debian_package_is_clean_and_the_same_each_time() {
+    sandbox(|_| {
+        let package = twice("deb");
+        let root = format!("{OUT}/deb");
+        run(Command::new("dpkg-deb").args(["--extract", &package, &root]));
+        // What Debian wants to have elsewhere, or otherwise.
+        let doc = "/usr/share/doc/cgtproxy";
+        let mut expected = compressed();
+        for path in [format!("{doc}/CHANGELOG.md"), format!("{doc}/LICENSE")] {
+            assert!(expected.remove(&path), "{path}");
+        }
+        expected = expected
+            .into_iter()
+            .map(|path| path.replace("/zsh/site-functions/", "/zsh/vendor-completions/"))
+            .collect();
+        for name in ["changelog.gz", "changelog.Debian.gz", "copyright"] {
+            expected.insert(format!("{doc}/{name}"));
+        }
+        expected.insert("/usr/share/lintian/overrides/cgtproxy".to_owned());
+        assert_eq!(files(&root), expected);
+
+        let field = |name: &str| run(Command::new("dpkg-deb").args(["--field", &package, name]));
+        assert!(
+            field("Depends").contains("libnftnl11 (>="),
+            "{}",
+            field("Depends")
+        );
+        let lintian = [
+            "--fail-on",
+            "error",
+            "--tag-display-limit",
+            "0",
+            "--allow-root",
+        ];
+        run(Command::new("lintian").args(lintian).arg(&package));
+    });
+}
+
+#[test]
+fn the_rpm_package_has_the_same_files_and_is_the_same_each_time() {
+    sandbox(|_| {
+        let package = twice("rpm");
+        let query = |what: &[&str]| run(Command::new("rpm").arg("-qp").args(what).arg(&package));
+        let packaged = lines(&query(&[
+            "--queryformat",
+            "[%{FILEMODES:perms} %{FILENAMES}\n]",
+        ]));
+        let is_file = |line: &str| line.starts_with('-').then(|| line[11..].to_owned());
+        let packaged: BTreeSet<_> = packaged.iter().filter_map(|line| is_file(line)).collect();
+        assert_eq!(packaged, compressed());
+        let documents = query(&["--docfiles"]);
+        assert!(
+            documents.contains("/usr/share/doc/cgtproxy/README.md"),
+            "{documents}"
+        );
+        assert_eq!(
+            query(&["--licensefiles"]),
+            "/usr/share/doc/cgtproxy/LICENSE\n"
+        );
+        let needed = query(&["--requires"]);
+        assert!(needed.contains("libnftnl.so.11"), "{needed}");
+    });
+}
+
+#[test]
+fn the_package_for_arch_has_the_same_files() {
+    sandbox(|_| {
+        let arch = workspace().join("packaging/arch");
+        for script in ["PKGBUILD", "cgtproxy.install"] {
+            run(Command::new("bash").arg("-n").arg(arch.join(script)));
+        }
+        // What makepkg does with it once everything is built, with 'make' as the program that installs.
+        std::fs::create_dir_all(OUT).unwrap();
+        build("tarball", OUT, &[]);
+        let script = r#"
+            set -eu
+            . "$1/packaging/arch/PKGBUILD"
+            version=$(sed -n '/^\[workspace\.package\]/,/^$/s/^version = "\(.*\)"$/\1/p' "$1/Cargo.toml")
+            [ "$pkgver" = "$version" ]
+            [ -e "$1/packaging/arch/$install" ]
+            cd "$2"
+            ln -s "$1" "$pkgname-$pkgver"
+            pkgdir=$2/pkg
+            make() {
+                command make -s BUILDDIR=/run/testbed/stripped PAPERSDIR=/run/testbed/papers "$@"
+            }
+            package
+        "#;
+        let workspace = workspace();
+        run(Command::new("bash")
+            .args(["-c", script, "bash"])
+            .args([workspace.as_os_str(), OUT.as_ref()]));
+        let mut expected: BTreeSet<_> = list().into_iter().collect();
+        expected.insert("/usr/share/licenses/cgtproxy/LICENSE".to_owned());
+        assert_eq!(files(&format!("{OUT}/pkg")), expected);
+    });
+}
+
+#[test]
+fn the_tarball_installs_and_uninstalls_and_is_the_same_each_time() {
+    sandbox(|_| {
+        let archive = twice("tarball");
+        run(Command::new("tar").args(["-C", OUT, "-xf", &archive]));
+        let unpacked = Path::new(&archive).file_name().unwrap().to_str().unwrap();
+        let unpacked = format!("{OUT}/{}", unpacked.strip_suffix(".tar.gz").unwrap());
+        let root = format!("{OUT}/root");
+        let install = |what: &str| {
+            // Nothing of the repository's, wherever one is.
+            run(Command::new(format!("{unpacked}/packaging/install"))
+                .arg(what)
+                .env_clear()
+                .env("PATH", std::env::var_os("PATH").unwrap())
+                .env("PREFIX", "/usr")
+                .env("DESTDIR", &root)
+                .current_dir("/"));
+        };
+        install("install");
+        assert_eq!(files(&root), list().into_iter().collect());
+        let version = run(Command::new(format!("{root}/usr/bin/cgtproxy-agent")).arg("--version"));
+        let instructions = std::fs::read_to_string(format!("{unpacked}/INSTALL")).unwrap();
+        let version = version.trim().replace("cgtproxy-agent", "cgtproxy");
+        assert!(
+            instructions.starts_with(&version),
+            "{version}: {instructions}"
+        );
+        assert!(instructions.contains("libnftnl.so.11"), "{instructions}");
+        assert!(!instructions.contains('@'), "{instructions}");
+        install("uninstall");
+        assert_eq!(files(&root), BTreeSet::new());
+    });
+}
+
+#[test]
+fn installing_puts_directories_where_files_name_them() {
+    sandbox(|_| {
+        let root = format!("{OUT}/root");
+        let directories = [
+            &format!("DESTDIR={root}"),
+            "PREFIX=/opt/x",
+            "BINDIR=/opt/y/bin",
+        ];
+        cgtproxy_tests::package::make("install", &directories);
+        let read = |path: &str| std::fs::read_to_string(format!("{root}{path}")).unwrap();
+        let unit = read("/opt/x/lib/systemd/system/cgtproxy-helper.service");
+        assert!(
+            unit.contains("\nExecStart=/opt/x/libexec/cgtproxy-helper\n"),
+            "{unit}"
+        );
+        let unit = read("/opt/x/lib/systemd/user/cgtproxy-agent.service");
+        assert!(
+            unit.contains("\nExecStart=/opt/y/bin/cgtproxy-agent\n"),
+            "{unit}"
+        );
+        let functions = read("/opt/x/share/cgtproxy/cgtproxy-exec.sh");
+        assert!(functions.contains(" /opt/x/share/cgtproxy/"), "{functions}");
+        cgtproxy_tests::package::make("uninstall", &directories);
+        assert_eq!(files(&root), BTreeSet::new());
+    });
+}
+
+/// A system in which a package can be installed as on somebody's machine.
+fn boot(sb: &Sandbox, package: &Path) -> System {
+    let builder = System::builder(sb).install(|root| {
+        std::fs::copy(package, root.join("var/tmp/package")).unwrap();
+        // Containers' images have services not started by packages.
+        let _ = std::fs::remove_file(root.join("usr/sbin/policy-rc.d"));
+    });
+    builder.boot()
+}
+
+/// What there is that a package may leave behind.
+fn snapshot(system: &System) -> BTreeSet<String> {
+    let found = system.run(&[
+        "find", "/etc", "/usr", "/var", "/run", "/opt", "/srv", "-xdev",
+    ]);
+    let mut found = lines(&found);
+    // The package managers' and systemd's own books, and copies of /etc/passwd and the like, in which the
+    // helper's user stays.
+    let books = [
+        "/var/lib/dpkg",
+        "/var/lib/rpm",
+        "/var/cache",
+        "/var/log",
+        "/run/log",
+        "/run/systemd",
+    ];
+    found.retain(|path| !books.iter().any(|book| path.starts_with(book)));
+    found.retain(|path| {
+        !path.starts_with("/etc/") || !(path.ends_with('-') || path.ends_with(".lock"))
+    });
+    found
+}
+
+/// What users and the kernel see of an installed package.
+fn expect_working(sb: &Sandbox, system: &System, alice: &SystemUser) {
+    assert_eq!(system.property(SOCKET, "ActiveState"), "active");
+    assert_eq!(
+        system.run(&["systemctl", "is-enabled", SOCKET]).trim(),
+        "enabled"
+    );
+    let mode = system.run(&["stat", "-c", "%a", "/run/cgtproxy/helper.sock"]);
+    assert_eq!(mode.trim(), "666");
+    let script = "mkdir -p ~/.config/cgtproxy && printf %s \"$1\" >~/.config/cgtproxy/config.yaml";
+    system.run_as(alice, &["sh", "-c", script, "sh", CONFIG]);
+    system.run_as(alice, &["systemctl", "--user", "daemon-reload"]);
+    system.run_as(
+        alice,
+        &["systemctl", "--user", "enable", "--now", "cgtproxy-agent"],
+    );
+    let app = system.app_as(alice, &["cgtproxy-exec", "proxy"]);
+    let dropped = system.app_as(alice, &["cgtproxy-exec", "drop"]);
+    for to in sb.destinations() {
+        assert_eq!(app.tcp(to), proxied("mihomo", to));
+        assert!(dropped.udp(to).is_dropped());
+    }
+    assert!(sb.has_table());
+}
+
+fn expect_nothing_in_the_kernel(sb: &Sandbox) {
+    assert!(!sb.has_table());
+    for family in [4, 6] {
+        assert_eq!(sb.mark_rules(family), []);
+    }
+}
+
+#[test]
+fn the_debian_package_installs_enabled_upgrades_and_leaves_nothing_when_purged() {
+    sandbox(|sb| {
+        let package = build("deb", OUT, &[]);
+        let system = boot(sb, &package);
+        let alice = system.alice();
+        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        let before = snapshot(&system);
+        system.run(&["dpkg", "--install", "/var/tmp/package"]);
+        expect_working(sb, &system, alice);
+        let installed = system.run(&["dpkg", "--listfiles", "cgtproxy"]);
+        for path in lines(&installed) {
+            system.run(&["test", "-e", &path]);
+        }
+        let configured =
+            "mkdir -p /etc/cgtproxy && echo 'grace-seconds: 4' >/etc/cgtproxy/helper.yaml";
+        system.run(&["sh", "-c", configured]);
+
+        // An upgrade, to the same version: another helper takes over, and a choice stays one.
+        let helper = || system.property("cgtproxy-helper.service", "MainPID");
+        let old = helper();
+        let open: Vec<_> = {
+            let app = system.app_as(alice, &["cgtproxy-exec", "proxy"]);
+            system.run(&["dpkg", "--install", "/var/tmp/package"]);
+            sb.destinations()
+                .map(|to| (app.tcp(to), proxied("mihomo", to)))
+                .into()
+        };
+        for (is, should) in open {
+            assert_eq!(is, should);
+        }
+        wait_until("another helper runs", || helper() != old && helper() != "0");
+        system.run(&["systemctl", "disable", SOCKET]);
+        system.run(&["dpkg", "--install", "/var/tmp/package"]);
+        let enabled = system.output(&["systemctl", "is-enabled", SOCKET]);
+        assert_eq!(String::from_utf8_lossy(&enabled.stdout).trim(), "disabled");
+        system.run(&["systemctl", "enable", SOCKET]);
+
+        system.run(&["dpkg", "--remove", "cgtproxy"]);
+        expect_nothing_in_the_kernel(sb);
+        assert_eq!(system.property(SOCKET, "ActiveState"), "inactive");
+        let agent = system.user_property(alice, "cgtproxy-agent.service", "ActiveState");
+        assert_eq!(agent, "inactive");
+        system.run(&["test", "-e", "/etc/cgtproxy/helper.yaml"]);
+        for program in ["/usr/bin/cgtproxy-agent", "/usr/libexec/cgtproxy-helper"] {
+            system.run(&["test", "!", "-e", program]);
+        }
+
+        system.run(&["dpkg", "--purge", "cgtproxy"]);
+        let after = snapshot(&system);
+        let left: Vec<_> = after.difference(&before).collect();
+        assert_eq!(left, Vec::<&String>::new());
+        let lost: Vec<_> = before.difference(&after).collect();
+        assert_eq!(lost, Vec::<&String>::new());
+        assert_eq!(
+            system.run(&["systemctl", "--failed", "--plain", "--no-legend"]),
+            ""
+        );
+        // The one thing that stays.
+        let user = system.run(&["getent", "passwd", "cgtproxy-helper"]);
+        assert!(user.contains("nologin"), "{user}");
+    });
+}
+
+#[test]
+fn the_rpm_package_installs_works_and_leaves_nothing_when_removed() {
+    sandbox(|sb| {
+        let package = build("rpm", OUT, &[]);
+        let system = boot(sb, &package);
+        let alice = system.alice();
+        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        let before = snapshot(&system);
+        // What it needs is installed by another package manager here.
+        system.run(&["rpm", "--install", "--nodeps", "/var/tmp/package"]);
+        system.run(&["systemctl", "enable", "--now", SOCKET]);
+        expect_working(sb, &system, alice);
+        system.run_as(
+            alice,
+            &["systemctl", "--user", "disable", "--now", "cgtproxy-agent"],
+        );
+        system.run(&["rpm", "--erase", "cgtproxy"]);
+        expect_nothing_in_the_kernel(sb);
+        let after = snapshot(&system);
+        let left: Vec<_> = after.difference(&before).collect();
+        assert_eq!(left, Vec::<&String>::new());
+        assert_eq!(
+            system.run(&["systemctl", "--failed", "--plain", "--no-legend"]),
+            ""
+        );
+    });
+}
