@@ -72,7 +72,7 @@ install:
 	packaging/install install
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
-		systemd-sysusers "$$(packaging/install list | grep '/sysusers\.d/')" && systemctl daemon-reload; \
+		systemd-sysusers "$$(packaging/install list | grep '/cgtproxy\.conf$$')" && systemctl daemon-reload; \
 	fi
 endif
 
