@@ -114,7 +114,9 @@ impl State {
             .accepted
             .as_ref()
             .is_some_and(|a| Rc::ptr_eq(a, &self.source));
-        self.link == Link::Connected && current && self.ledger.held_target(path) == *view.target
+        self.link == Link::Connected
+            && current
+            && self.ledger.held_target(path).as_ref() == Some(view.target)
     }
 
     /// The next call to the helper.

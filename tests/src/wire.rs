@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -261,4 +262,30 @@ impl Tally {
             *self.failed.entry(*errno).or_default() += count;
         }
     }
+}
+
+/// Programs to be started one after another, each in a control group of its own.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Starts {
+    /// The directory in which control groups are made.
+    pub parent: PathBuf,
+    /// What their names begin with.
+    pub name: String,
+    /// How many.
+    pub count: u32,
+    /// How many other control groups there are meanwhile, one of which goes and one comes for each start.
+    pub others: u32,
+    /// Where each of them begins a TCP connection and sends a datagram.
+    pub to: Vec<SocketAddr>,
+    /// No connection, and a datagram again and again until the kernel takes it.
+    pub insist: bool,
+}
+
+/// What became of them.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct StartsReport {
+    /// How many datagrams the kernel refused to send; of those that insist, how many had to wait.
+    pub refused: u64,
+    /// How long each took from the making of its control group to its end.
+    pub microseconds: Vec<u64>,
 }

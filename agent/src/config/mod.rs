@@ -15,7 +15,7 @@ use std::rc::Rc;
 
 use cgtproxy_proto::name::ProxyName;
 
-use crate::policy::{DEFAULT_PROXY, ExecSlices, Rules, Target};
+use crate::policy::{DEFAULT_PROXY, ExecSlices, Rules, Start, Target};
 
 pub use finding::{Excerpt, Finding, Findings, Place, Severity};
 pub use migrate::migrate;
@@ -73,6 +73,7 @@ impl Config {
             rules: Rc::new(Rules {
                 exec_slices: Some(ExecSlices::new([])),
                 rules: Vec::new(),
+                start: Start::Open,
             }),
         }
     }

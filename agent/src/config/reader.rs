@@ -144,6 +144,26 @@ impl<'t> Reader<'t> {
         }
     }
 
+    /// One of a few words.
+    pub(crate) fn one_of<T: Copy>(
+        &mut self,
+        node: &Node,
+        what: &str,
+        known: &[(&str, T)],
+    ) -> Option<T> {
+        let word = self.text(node, what)?;
+        if let Some((_, value)) = known.iter().find(|(name, _)| *name == word) {
+            return Some(*value);
+        }
+        let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+        let message = format!("{what} is '{}'", printable(&word));
+        self.error(node.place, message).help = Some(match nearest(&word, names.iter().copied()) {
+            Some(near) => format!("did you mean '{near}'?"),
+            None => format!("write one of {}", list(&names)),
+        });
+        None
+    }
+
     /// A boolean, in all the ways YAML has had to write one.
     pub(crate) fn boolean(&mut self, node: &Node, what: &str) -> Option<bool> {
         self.switch(node, what, "'true' or 'false'")

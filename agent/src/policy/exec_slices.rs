@@ -43,11 +43,87 @@ impl ExecSlices {
     /// The verdict for a path: systemd nests `a-b.slice` in `a.slice`, so the deepest one is meant.
     #[must_use]
     pub fn find(&self, path: &ControlGroupPath) -> Option<Target> {
-        path.components()
-            .rev()
-            .filter(|c| c.starts_with(b"cgtproxy-"))
-            .find_map(|c| self.0.get(c))
-            .cloned()
+        let Place::In { slices, .. } = Place::of(path) else {
+            return None;
+        };
+        let found = slices.iter().rev().find_map(|name| self.0.get(*name));
+        found.cloned()
+    }
+
+    /// Whether a control group below this one may be in a slice of these with another verdict.
+    #[must_use]
+    pub fn may_differ_below(&self, path: &ControlGroupPath, target: &Target) -> bool {
+        let mut others = self.0.iter().filter(|(_, other)| *other != target);
+        match Place::of(path) {
+            Place::Above => others.next().is_some(),
+            Place::Beside => false,
+            Place::In { inside: true, .. } => false,
+            Place::In { slices, .. } => {
+                let outer = slices.last().copied().unwrap_or(ALL);
+                others.any(|(name, _)| is_slice_in(outer, name))
+            }
+        }
+    }
+}
+
+/// The slice that systemd puts all of them in, for their names begin with its name.
+const ALL: &[u8] = b"cgtproxy.slice";
+const SUFFIX: &[u8] = b".slice";
+
+/// Whether systemd puts a slice of this name into the other one, or into one that it puts there.
+fn is_slice_in(outer: &[u8], name: &[u8]) -> bool {
+    let stem = outer.strip_suffix(SUFFIX).unwrap_or(outer);
+    let rest = name.strip_prefix(stem);
+    rest.is_some_and(|rest| rest.starts_with(b"-") && rest.ends_with(SUFFIX))
+}
+
+/// Where a control group is, seen from the slices. Only systemd makes slices, and it puts these where their
+/// names say: what an application calls its own control groups does not count.
+enum Place<'p> {
+    /// They may be below it.
+    Above,
+    /// Neither is in the other.
+    Beside,
+    /// In `cgtproxy.slice`.
+    In {
+        /// The slices in it that this one is in, from the outermost.
+        slices: Vec<&'p [u8]>,
+        /// It is in the last of them, and is none itself.
+        inside: bool,
+    },
+}
+
+impl<'p> Place<'p> {
+    fn of(path: &'p ControlGroupPath) -> Self {
+        let mut components = path.components().peekable();
+        // A user's service manager, seen from the root of the machine.
+        let manager: [fn(&[u8]) -> bool; 3] = [
+            |name| name == b"user.slice",
+            |name| name.starts_with(b"user-") && name.ends_with(b".slice"),
+            |name| name.starts_with(b"user@") && name.ends_with(b".service"),
+        ];
+        if components.peek().is_some_and(|name| *name == b"user.slice") {
+            for is_part in manager {
+                match components.next() {
+                    None => return Self::Above,
+                    Some(name) if !is_part(name) => return Self::Beside,
+                    Some(_) => {}
+                }
+            }
+        }
+        match components.next() {
+            None => return Self::Above,
+            Some(name) if name != ALL => return Self::Beside,
+            Some(_) => {}
+        }
+        let mut slices = Vec::new();
+        let mut outer = ALL;
+        while let Some(name) = components.next_if(|name| is_slice_in(outer, name)) {
+            slices.push(name);
+            outer = name;
+        }
+        let inside = components.next().is_some();
+        Self::In { slices, inside }
     }
 }
 
@@ -82,11 +158,53 @@ mod tests {
             ),
             ("cgtproxy.slice/cgtproxy-clash.slice/x", Some("clash")),
             ("cgtproxy.slice/cgtproxy-other.slice", None),
-            ("cgtproxy-clash.slice.d", None),
-            ("xcgtproxy-clash.slice", None),
+            ("cgtproxy.slice/cgtproxy-clash.slice.d", None),
+            ("cgtproxy.slice/xcgtproxy-clash.slice", None),
+            ("cgtproxy.slice/x/cgtproxy-clash.slice", None),
+            (
+                "cgtproxy.slice/cgtproxy-drop.slice/cgtproxy-clash.slice",
+                Some("drop"),
+            ),
+            ("app.slice/app-x.scope/cgtproxy-direct.slice", None),
+            (
+                "user.slice/user-1.slice/user@1.service/cgtproxy.slice/cgtproxy-drop.slice",
+                Some("drop"),
+            ),
         ];
         for (path, target) in cases {
             assert_eq!(find(&names, path).as_deref(), target, "{path}");
+        }
+    }
+
+    #[test]
+    fn what_may_come_below() {
+        let slices = |proxies: &[&str]| {
+            let proxies: Vec<_> = proxies
+                .iter()
+                .map(|n| Rc::new(n.parse().unwrap()))
+                .collect();
+            ExecSlices::new(&proxies)
+        };
+        let one = slices(&["clash"]);
+        let nested = slices(&["clash", "clash-meta"]);
+        for (path, differs) in [
+            ("", [true, true]),
+            ("app.slice", [false, false]),
+            ("user.slice/user-1.slice", [true, true]),
+            ("user.slice/x.scope", [false, false]),
+            ("cgtproxy.slice", [true, true]),
+            ("cgtproxy.slice/cgtproxy-drop.slice", [false, false]),
+            ("cgtproxy.slice/cgtproxy-clash.slice", [false, true]),
+            (
+                "cgtproxy.slice/cgtproxy-clash.slice/run-1.scope",
+                [false, false],
+            ),
+            ("cgtproxy.slice/run-1.scope", [false, false]),
+        ] {
+            let path = ControlGroupPath::from_wire(path).unwrap();
+            let target = one.find(&path).unwrap_or(Target::Direct);
+            let found = [&one, &nested].map(|slices| slices.may_differ_below(&path, &target));
+            assert_eq!(found, differs, "{path:?}");
         }
     }
 

@@ -6,6 +6,7 @@
 //! 3. Without one at the subtree's root: direct.
 
 mod application;
+mod below;
 mod exec_slices;
 mod names;
 mod selector;
@@ -19,6 +20,7 @@ use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::path::ControlGroupPath;
 
 pub use application::{application_ids, unescape};
+pub use below::Below;
 pub use exec_slices::{DEFAULT_PROXY, ExecSlices};
 pub use names::Names;
 pub use selector::{Pattern, PatternError, Selector};
@@ -75,6 +77,32 @@ pub struct Choice {
     pub origin: Origin,
 }
 
+/// What the kernel is told about a control group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Element {
+    /// The verdict of its own sockets, and of those below it if nothing is held.
+    pub target: Target,
+    /// Below it, what nothing is said about sends nothing: it could be decided otherwise.
+    pub hold: bool,
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let hold = if self.hold { "+hold" } else { "" };
+        write!(f, "{}{hold}", self.target)
+    }
+}
+
+/// What a new control group may do before its verdict is in the kernel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Start {
+    /// What its parent may do.
+    #[default]
+    Open,
+    /// Nothing, unless no rule can give it another verdict than its parent's.
+    Closed,
+}
+
 /// One rule of a configuration.
 #[derive(Debug, Clone)]
 pub struct Rule {
@@ -91,6 +119,8 @@ pub struct Rules {
     pub exec_slices: Option<ExecSlices>,
     /// In the order of the file; the first that matches decides.
     pub rules: Vec<Rule>,
+    /// What control groups may do about which nothing is known yet.
+    pub start: Start,
 }
 
 impl Rules {
@@ -114,6 +144,37 @@ impl Rules {
                 target: rule.target.clone(),
                 origin: Origin::Rule(number),
             })
+    }
+
+    /// Whether a control group below this one, whose effective verdict is `target`, may have another one.
+    /// Says yes when in doubt.
+    #[must_use]
+    pub fn may_differ_below(
+        &self,
+        prefix: &[u8],
+        path: &ControlGroupPath,
+        target: &Target,
+    ) -> bool {
+        if let Some(slices) = &self.exec_slices {
+            if slices.may_differ_below(path, target) {
+                return true;
+            }
+            if slices.find(path).is_some() {
+                return false;
+            }
+        }
+        let subject = Subject::new(prefix, path);
+        for rule in &self.rules {
+            match (rule.selector.below(&subject), rule.target == *target) {
+                (Below::Nothing, _) => {}
+                // Nothing gets past it.
+                (Below::Everything, same) => return !same,
+                (Below::Something, true) => {}
+                (Below::Something, false) => return true,
+            }
+        }
+        // What no rule matches inherits.
+        false
     }
 
     /// Verdict of a control group, and whose own verdict it is, without any [`Tree`].

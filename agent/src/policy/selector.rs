@@ -7,7 +7,8 @@ use std::ops::Range;
 use regex::bytes::{Regex, RegexBuilder};
 use regex_syntax::hir::Hir;
 
-use super::{Names, Subject};
+use super::below::Outlook;
+use super::{Below, Names, Subject};
 
 /// Which control groups a rule is about.
 #[derive(Debug, Clone)]
@@ -36,13 +37,18 @@ impl Selector {
         }
     }
 
-    /// Whether it may select a control group below this one. Says yes when in doubt.
+    /// Which control groups below this one it selects.
     #[must_use]
-    pub fn could_match_below(&self, group: &Subject) -> bool {
+    pub fn below(&self, group: &Subject) -> Below {
         match self {
-            Self::Match(_) => true,
+            Self::Match(pattern) => pattern.below(group.path()),
+            // What is in a unit has whatever is below it in that unit too.
             Self::App(_) | Self::Unit(_) | Self::Slice(_) => {
-                group.may_get_units() || self.matches(group)
+                match (self.matches(group), group.may_get_units()) {
+                    (true, _) => Below::Everything,
+                    (false, true) => Below::Something,
+                    (false, false) => Below::Nothing,
+                }
             }
         }
     }
@@ -85,13 +91,14 @@ impl fmt::Display for Selector {
 
 /// How large one compiled expression may get, in bytes; also what its lazily built automaton may use.
 /// The largest that people write for applications take a tenth of it.
-const REGEX_BYTES: usize = 1 << 20;
+pub(super) const REGEX_BYTES: usize = 1 << 20;
 
 /// An unanchored regular expression in RE2's syntax.
 #[derive(Debug, Clone)]
 pub struct Pattern {
     regex: Regex,
     catch_all: bool,
+    outlook: Outlook,
 }
 
 /// Why a pattern is not a regular expression.
@@ -133,7 +140,17 @@ impl Pattern {
         Ok(Self {
             regex,
             catch_all: is_catch_all(pattern, &hir),
+            outlook: Outlook::new(&hir),
         })
+    }
+
+    /// Which paths it matches that begin with `path` and a slash.
+    #[must_use]
+    pub fn below(&self, path: &[u8]) -> Below {
+        match self.catch_all {
+            true => Below::Everything,
+            false => self.outlook.below(path, |path| self.matches(path)),
+        }
     }
 
     /// Whether it matches somewhere in `path`.
@@ -171,7 +188,7 @@ fn syntax_error(error: &regex_syntax::Error, located: bool) -> PatternError {
 }
 
 /// Whether an expression surely matches every path; a path begins with a slash and is more than
-/// that. Says no when in doubt: it only serves a warning.
+/// that. Says no when in doubt.
 fn is_catch_all(pattern: &str, hir: &Hir) -> bool {
     let properties = hir.properties();
     if properties.minimum_len() == Some(0) && properties.look_set().is_empty() {
@@ -308,19 +325,20 @@ mod tests {
             let found = [by(&app, "a"), by(&unit, "u"), by(&slice, "s")].concat();
             assert_eq!(found, selected, "{path}");
         }
-        for (path, could) in [
-            ("", "aus"),
-            ("app.slice", "aus"),
-            ("app.slice/bar.service", ""),
-            ("app.slice/foo.service", "u"),
-            ("app.slice/foo.service/x.slice", "u"),
+        use Below::{Everything, Nothing, Something};
+        for (path, below) in [
+            ("", [Something, Something, Something]),
+            ("app.slice", [Something, Something, Something]),
+            ("background.slice", [Something, Something, Everything]),
+            ("app.slice/bar.service", [Nothing, Nothing, Nothing]),
+            ("app.slice/foo.service", [Nothing, Everything, Nothing]),
+            (
+                "app.slice/foo.service/x.slice",
+                [Nothing, Everything, Nothing],
+            ),
         ] {
-            let by = |selector: &Selector, letter| match selector.could_match_below(&group(path)) {
-                true => letter,
-                false => "",
-            };
-            let found = [by(&app, "a"), by(&unit, "u"), by(&slice, "s")].concat();
-            assert_eq!(found, could, "{path}");
+            let found = [&app, &unit, &slice].map(|selector| selector.below(&group(path)));
+            assert_eq!(found, below, "{path}");
         }
     }
 

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use cgtproxy_proto::path::ControlGroupPath;
 
-use super::{Choice, Rules, Target};
+use super::{Choice, Element, Rules, Start, Target};
 
 /// A path that several tables hold.
 pub type Shared = Rc<ControlGroupPath>;
@@ -16,10 +16,10 @@ pub type Shared = Rc<ControlGroupPath>;
 #[derive(Debug, Clone)]
 struct Group {
     own: Option<Choice>,
-    /// The effective verdict.
-    target: Target,
-    /// Whether the effective verdict differs from what the parent would hand down.
-    element: bool,
+    /// The effective verdict, and what becomes of what is below.
+    decided: Element,
+    /// Whether it must be in the kernel: the parent hands down something else, or nothing at all.
+    mapped: bool,
 }
 
 /// The control groups of one subtree.
@@ -47,8 +47,8 @@ impl Group {
     fn view(&self) -> View<'_> {
         View {
             own: self.own.as_ref(),
-            target: &self.target,
-            element: self.element,
+            target: &self.decided.target,
+            element: self.mapped,
         }
     }
 }
@@ -107,19 +107,19 @@ impl Tree {
 
     /// What the kernel must hold for this very control group; none if it inherits what is right.
     #[must_use]
-    pub fn element(&self, path: &ControlGroupPath) -> Option<&Target> {
+    pub fn element(&self, path: &ControlGroupPath) -> Option<&Element> {
         self.groups
             .get(path)
-            .filter(|g| g.element)
-            .map(|g| &g.target)
+            .filter(|g| g.mapped)
+            .map(|g| &g.decided)
     }
 
     /// The minimal cover, parents before children.
-    pub fn cover(&self) -> impl Iterator<Item = (&Shared, &Target)> {
+    pub fn cover(&self) -> impl Iterator<Item = (&Shared, &Element)> {
         self.groups
             .iter()
-            .filter(|(_, group)| group.element)
-            .map(|(path, group)| (path, &group.target))
+            .filter(|(_, group)| group.mapped)
+            .map(|(path, group)| (path, &group.decided))
     }
 
     /// The control group whose own verdict `path` has: itself or an ancestor; none if none of them
@@ -141,16 +141,15 @@ impl Tree {
         if self.groups.contains_key(&path) {
             return None;
         }
-        let inherited = match path.parent() {
-            None => Target::Direct,
-            Some(parent) => {
-                if !self.groups.contains_key(&parent) {
-                    self.add(parent.clone());
-                }
-                self.inherited(&parent)
-            }
-        };
-        let group = judge(&self.rules, &self.prefix, &path, inherited);
+        let parent = path.parent();
+        if let Some(parent) = &parent
+            && !self.groups.contains_key(parent)
+        {
+            self.add(parent.clone());
+        }
+        let above = parent.and_then(|parent| self.groups.get(&parent));
+        let above = above.map(|group| &group.decided);
+        let group = judge(&self.rules, &self.prefix, &path, above);
         let path = Shared::new(path);
         self.groups.insert(path.clone(), group);
         Some(path)
@@ -190,35 +189,34 @@ impl Tree {
     /// Judges every control group anew.
     pub fn replace_rules(&mut self, rules: Rc<Rules>) {
         self.rules = rules;
-        // The ancestors of the control group at hand, and their verdicts.
-        let mut line: Vec<(Shared, Target)> = Vec::new();
-        for (path, group) in &mut self.groups {
-            while line.last().is_some_and(|(above, _)| !path.is_within(above)) {
-                line.pop();
-            }
-            let inherited = line.last().map_or(Target::Direct, |(_, t)| t.clone());
-            *group = judge(&self.rules, &self.prefix, path, inherited);
-            line.push((path.clone(), group.target.clone()));
+        for (path, _) in std::mem::take(&mut self.groups) {
+            let parent = path.parent().and_then(|parent| self.groups.get(&parent));
+            let above = parent.map(|group| &group.decided);
+            let group = judge(&self.rules, &self.prefix, &path, above);
+            self.groups.insert(path, group);
         }
-    }
-
-    fn inherited(&self, parent: &ControlGroupPath) -> Target {
-        self.groups
-            .get(parent)
-            .map_or(Target::Direct, |g| g.target.clone())
     }
 }
 
-fn judge(rules: &Rules, prefix: &[u8], path: &ControlGroupPath, inherited: Target) -> Group {
+/// `above` is what was decided about the parent; none for the root.
+fn judge(rules: &Rules, prefix: &[u8], path: &ControlGroupPath, above: Option<&Element>) -> Group {
     let own = rules.choose(prefix, path);
-    let target = own
-        .as_ref()
-        .map_or_else(|| inherited.clone(), |c| c.target.clone());
-    let element = target != inherited;
+    let inherited = above.map_or(&Target::Direct, |above| &above.target);
+    let target = own.as_ref().map_or(inherited, |choice| &choice.target);
+    let held = above.is_some_and(|above| above.hold);
+    // Where nothing can differ from the parent, nothing can differ from its child.
+    let hold = rules.start == Start::Closed
+        && (held || above.is_none())
+        && rules.may_differ_below(prefix, path, target);
+    let mapped = held || hold || target != inherited;
+    let decided = Element {
+        target: target.clone(),
+        hold,
+    };
     Group {
         own,
-        target,
-        element,
+        decided,
+        mapped,
     }
 }
 
@@ -239,6 +237,7 @@ mod tests {
 
     fn rules(list: &[(&str, Target)]) -> Rc<Rules> {
         Rc::new(Rules {
+            start: Start::Open,
             exec_slices: None,
             rules: list
                 .iter()
@@ -252,7 +251,7 @@ mod tests {
 
     fn cover(tree: &Tree) -> Vec<(String, String)> {
         tree.cover()
-            .map(|(p, t)| (p.to_wire(), t.name().to_owned()))
+            .map(|(p, e)| (p.to_wire(), e.to_string()))
             .collect()
     }
 
@@ -292,6 +291,16 @@ mod tests {
     }
 
     #[test]
+    fn other_rules_are_inherited_past_siblings_that_come_between() {
+        let mut tree = Tree::new(PREFIX.into(), Rc::default());
+        for p in ["a", "a-b", "a/x"] {
+            tree.add(path(p));
+        }
+        tree.replace_rules(rules(&[("/a$", Target::Drop)]));
+        assert_eq!(cover(&tree), [("a".to_owned(), "drop".to_owned())]);
+    }
+
+    #[test]
     fn removes_what_is_below_and_nothing_beside() {
         let mut tree = Tree::new(PREFIX.into(), Rc::default());
         for p in ["a", "a-b", "a-b/x", "a/x", "a/x/y", "a0", "b"] {
@@ -320,9 +329,11 @@ mod tests {
         fn any_rules()(
             patterns in proptest::collection::vec(("[ab/.^$-]{0,4}|cgtproxy|slice\\$|\\.\\*", 0u8..5), 0..6),
             exec in any::<bool>(),
+            closed in any::<bool>(),
         ) -> Rc<Rules> {
             let proxies = [Rc::new("a".parse().unwrap()), Rc::new("b".parse().unwrap())];
             Rc::new(Rules {
+                start: if closed { Start::Closed } else { Start::Open },
                 exec_slices: exec.then(|| ExecSlices::new(&proxies)),
                 rules: patterns
                     .into_iter()
@@ -366,12 +377,21 @@ mod tests {
         }
     }
 
-    /// What the kernel does with a cover: the deepest element decides.
-    fn kernel(cover: &BTreeMap<ControlGroupPath, Target>, path: &ControlGroupPath) -> Target {
-        match (cover.get(path), path.parent()) {
-            (Some(target), _) => target.clone(),
-            (None, Some(parent)) => kernel(cover, &parent),
-            (None, None) => Target::Direct,
+    /// What the kernel does with a cover: the deepest element decides. None if it holds the packets.
+    fn kernel(
+        cover: &BTreeMap<ControlGroupPath, Element>,
+        path: &ControlGroupPath,
+    ) -> Option<Target> {
+        let mut at = path.clone();
+        loop {
+            if let Some(element) = cover.get(&at) {
+                let free = !element.hold || at == *path;
+                return free.then(|| element.target.clone());
+            }
+            match at.parent() {
+                Some(parent) => at = parent,
+                None => return Some(Target::Direct),
+            }
         }
     }
 
@@ -380,6 +400,7 @@ mod tests {
         fn the_cover_says_what_the_rules_say(
             first in any_rules(),
             events in proptest::collection::vec(any_event(), 0..60),
+            more in proptest::collection::vec(any_path(), 0..8),
         ) {
             let mut rules = first.clone();
             let mut tree = Tree::new(PREFIX.into(), first);
@@ -411,13 +432,26 @@ mod tests {
             let cover: BTreeMap<_, _> = tree.cover().map(|(p, t)| ((**p).clone(), t.clone())).collect();
             for p in &exist {
                 let meant = plain_reading(&rules, p);
-                prop_assert_eq!(&kernel(&cover, p), &meant, "{:?}", p);
+                prop_assert_eq!(kernel(&cover, p), Some(meant.clone()), "{:?}", p);
                 prop_assert_eq!(tree.get(p).unwrap().target, &meant);
                 let given = tree.giver(p).map_or(Target::Direct, |(_, c)| c.target.clone());
                 prop_assert_eq!(given, meant);
                 // Minimal: what the parent hands down is never said again.
-                let above = p.parent().map_or(Target::Direct, |up| kernel(&cover, &up));
-                prop_assert!(cover.get(p) != Some(&above));
+                let above = p.parent().map_or(Some(Target::Direct), |up| kernel(&cover, &up));
+                if rules.start == Start::Open && let Some(element) = cover.get(p) {
+                    prop_assert!(Some(&element.target) != above.as_ref() && !element.hold);
+                }
+                // What is not there yet has the right verdict already, or none at all.
+                for more in &more {
+                    let whole = [p.as_bytes(), more.as_bytes()].join(&b'/');
+                    let Ok(new) = ControlGroupPath::from_bytes(whole.trim_ascii_start()) else { continue };
+                    if rules.start == Start::Closed
+                        && !exist.contains(&new)
+                        && let Some(target) = kernel(&cover, &new)
+                    {
+                        prop_assert_eq!(target, plain_reading(&rules, &new), "{:?}", new);
+                    }
+                }
             }
         }
     }

@@ -10,7 +10,7 @@ use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use crate::policy::{Shared, Target, Tree};
+use crate::policy::{Element, Shared, Target, Tree};
 
 /// How long the control groups of one call may get, in bytes; proxies and bypass entries come on top.
 const CALL_BYTES: usize = MESSAGE_BYTES / 2;
@@ -18,7 +18,7 @@ const CALL_BYTES: usize = MESSAGE_BYTES / 2;
 /// What the helper has under a path.
 #[derive(Debug, Clone)]
 struct Held {
-    target: Target,
+    element: Element,
     /// The control group that it is about is gone; another one may have its path.
     stale: bool,
 }
@@ -36,11 +36,11 @@ struct Flight {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Call {
     /// Replace everything by this.
-    Replace(Vec<(Shared, Target)>),
+    Replace(Vec<(Shared, Element)>),
     /// Change this.
     Update {
         /// These get a verdict.
-        assign: Vec<(Shared, Target)>,
+        assign: Vec<(Shared, Element)>,
         /// These have none of their own any more.
         remove: Vec<Shared>,
     },
@@ -56,7 +56,7 @@ pub struct Ledger {
     flight: Option<Flight>,
     skipped: BTreeMap<Shared, SkipReason>,
     /// How long the control groups of one call may get, in bytes.
-    limit: usize,
+    pub(super) limit: usize,
 }
 
 impl Default for Ledger {
@@ -126,7 +126,7 @@ impl Ledger {
             let wanted = tree.element(&path);
             match (wanted, self.held.get(&path)) {
                 (None, None) => continue,
-                (Some(target), Some(held)) if !held.stale && held.target == *target => continue,
+                (Some(wanted), Some(held)) if !held.stale && held.element == *wanted => continue,
                 _ => {}
             }
             bytes += encoded(&path);
@@ -135,9 +135,9 @@ impl Ledger {
                 break;
             }
             match wanted {
-                Some(target) => {
-                    assign.push((path.clone(), target.clone()));
-                    flight.assigned.insert(path, fresh(target));
+                Some(element) => {
+                    assign.push((path.clone(), element.clone()));
+                    flight.assigned.insert(path, fresh(element));
                 }
                 None => flight.removed.push(path),
             }
@@ -159,14 +159,14 @@ impl Ledger {
         };
         let mut assign = Vec::new();
         let mut bytes = 0;
-        for (path, target) in tree.cover() {
+        for (path, element) in tree.cover() {
             bytes += encoded(path);
             if bytes > self.limit {
-                // Parents go first, so what comes later only narrows down what was said.
+                // Parents go first, so what comes later only narrows down what was said, or releases it.
                 self.dirty.insert(path.clone());
             } else {
-                assign.push((path.clone(), target.clone()));
-                flight.assigned.insert(path.clone(), fresh(target));
+                assign.push((path.clone(), element.clone()));
+                flight.assigned.insert(path.clone(), fresh(element));
             }
         }
         self.flight = Some(flight);
@@ -236,17 +236,18 @@ impl Ledger {
             .extend(tree.cover().map(|(path, _)| path.clone()));
     }
 
-    /// What the helper does with a control group's packets.
+    /// What the helper does with a control group's packets; none if it holds them.
     #[must_use]
-    pub fn held_target(&self, path: &ControlGroupPath) -> Target {
+    pub fn held_target(&self, path: &ControlGroupPath) -> Option<Target> {
         let mut at = path.clone();
         loop {
             if let Some(held) = self.held.get(&at).filter(|h| !h.stale) {
-                return held.target.clone();
+                let free = !held.element.hold || at == *path;
+                return free.then(|| held.element.target.clone());
             }
             match at.parent() {
                 Some(parent) => at = parent,
-                None => return Target::Direct,
+                None => return Some(Target::Direct),
             }
         }
     }
@@ -258,9 +259,9 @@ impl Ledger {
     }
 }
 
-fn fresh(target: &Target) -> Held {
+fn fresh(element: &Element) -> Held {
     Held {
-        target: target.clone(),
+        element: element.clone(),
         stale: false,
     }
 }
@@ -279,7 +280,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::policy::{Pattern, Rule, Rules, Selector};
+    use crate::policy::{Pattern, Rule, Rules, Selector, Start};
 
     fn path(text: &str) -> ControlGroupPath {
         ControlGroupPath::from_wire(text).unwrap()
@@ -292,6 +293,7 @@ mod tests {
             target,
         };
         let rules = Rules {
+            start: Start::Open,
             exec_slices: None,
             rules: vec![
                 rule("/d[^/]*$", Target::Drop),
@@ -316,7 +318,7 @@ mod tests {
     }
 
     fn shown(call: Option<Call>) -> String {
-        let assigned = |list: Vec<(Shared, Target)>| {
+        let assigned = |list: Vec<(Shared, Element)>| {
             let list: Vec<_> = list
                 .iter()
                 .map(|(p, t)| format!("{}={t}", p.to_wire()))
@@ -357,7 +359,7 @@ mod tests {
         ledger.acknowledge(Vec::new());
         remove(&mut tree, &mut ledger, "d");
         add(&mut tree, &mut ledger, "d");
-        assert_eq!(ledger.held_target(&path("d")), Target::Direct);
+        assert_eq!(ledger.held_target(&path("d")), Some(Target::Direct));
         assert_eq!(shown(ledger.next(&tree)), "d=drop ");
         // And again while that is under way.
         remove(&mut tree, &mut ledger, "d");
@@ -390,7 +392,7 @@ mod tests {
         assert_eq!(ledger.skipped(&path("d")), None);
         assert_eq!(shown(ledger.next(&tree)), "d=drop ");
         ledger.acknowledge(Vec::new());
-        assert_eq!(ledger.held_target(&path("d/e")), Target::Drop);
+        assert_eq!(ledger.held_target(&path("d/e")), Some(Target::Drop));
     }
 
     #[test]
@@ -415,7 +417,7 @@ mod tests {
     struct Helper {
         session: bool,
         /// Path to the identity it had, and the target.
-        held: BTreeMap<ControlGroupPath, (u64, Target)>,
+        held: BTreeMap<ControlGroupPath, (u64, Element)>,
     }
 
     /// The file system: path to identity.
@@ -454,7 +456,7 @@ mod tests {
 
         fn target(&self, path: &ControlGroupPath, disk: &Disk) -> Target {
             match (self.held.get(path), disk.get(path), path.parent()) {
-                (Some((held, target)), Some(id), _) if held == id => target.clone(),
+                (Some((held, element)), Some(id), _) if held == id => element.target.clone(),
                 (_, _, Some(parent)) => self.target(&parent, disk),
                 (_, _, None) => Target::Direct,
             }
@@ -553,7 +555,7 @@ mod tests {
             for path in disk.keys() {
                 let meant = tree.get(path).unwrap().target.clone();
                 prop_assert_eq!(helper.target(path, &disk), meant.clone(), "{:?}", path);
-                prop_assert_eq!(ledger.held_target(path), meant);
+                prop_assert_eq!(ledger.held_target(path), Some(meant));
             }
             // Nothing is left of what is gone.
             for path in helper.held.keys() {

@@ -1,5 +1,7 @@
 //! Keeps the helper in step with the control groups.
 
+#[cfg(test)]
+mod closed;
 mod ledger;
 mod session;
 

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::Call;
 use crate::config::Config;
 use crate::notify;
-use crate::policy::{Shared, Target};
+use crate::policy::{Element, Shared, Start, Target};
 use crate::state::{Agent, Link, Source};
 use crate::text::{chain, printable};
 use crate::watch::Events;
@@ -241,7 +241,8 @@ impl Session<'_> {
             .name
             .strip_prefix("org.cgtproxy.Helper.")
             .unwrap_or(&fault.name);
-        let why = sentence(short, fault);
+        let closed = source.config.rules.start == Start::Closed;
+        let why = sentence(short, fault, closed);
         match short {
             "SessionExists" => return Some(End::SessionExists),
             // The helper closes the connection after these.
@@ -430,8 +431,8 @@ fn proxy(proxy: &crate::config::Proxy) -> Proxy {
     }
 }
 
-fn assignment((path, target): &(Shared, Target)) -> Assignment {
-    let (verdict, proxy) = match target {
+fn assignment((path, element): &(Shared, Element)) -> Assignment {
+    let (verdict, proxy) = match &element.target {
         Target::Direct => (Verdict::direct, None),
         Target::Drop => (Verdict::drop, None),
         Target::DropAll => (Verdict::dropAll, None),
@@ -441,7 +442,7 @@ fn assignment((path, target): &(Shared, Target)) -> Assignment {
         controlGroup: path.to_wire(),
         verdict,
         proxy,
-        hold: None,
+        hold: element.hold.then_some(true),
         enforce: None,
     }
 }
@@ -458,7 +459,7 @@ fn skip_reason(reason: &SkipReason) -> &'static str {
 }
 
 /// An error of the helper for a person.
-fn sentence(name: &str, fault: &Fault) -> String {
+fn sentence(name: &str, fault: &Fault, closed: bool) -> String {
     let number = |field: &str| {
         let value = fault.parameters.get(field).and_then(Value::as_i64);
         value.map_or_else(|| "so many".to_owned(), |n| n.to_string())
@@ -481,6 +482,13 @@ fn sentence(name: &str, fault: &Fault) -> String {
         ),
         "TooManyBypassEntries" => format!(
             "the administrator allows no more than {} bypass entries per user",
+            number("limit")
+        ),
+        "TooManyControlGroups" if closed => format!(
+            "the administrator allows no more than {} control groups with a verdict of their own \
+             per user, and with 'start: closed' each has one that rules could decide otherwise \
+             than its slice: those that are too many stay without network; tie rules to slices \
+             with '^', or let packets leave at once with 'start: open'",
             number("limit")
         ),
         "TooManyControlGroups" => format!(

@@ -13,7 +13,7 @@ use super::finding::{Finding, Findings, Place, Severity};
 use super::reader::Reader;
 use super::yaml::{self, Node, Value};
 use super::{Config, Network};
-use crate::policy::{ExecSlices, Rules};
+use crate::policy::{ExecSlices, Rules, Start};
 use crate::text::printable;
 use tproxy::Proxies;
 
@@ -29,6 +29,7 @@ pub(super) const KEYS: &[&str] = &[
     "tproxies",
     "rules",
     "exec-slices",
+    "start",
     "cgroup-root",
     "route-table",
 ];
@@ -106,6 +107,11 @@ impl Reader<'_> {
             .get("exec-slices")
             .and_then(|node| self.boolean(node, "'exec-slices'"))
             .unwrap_or(true);
+        let starts = [("open", Start::Open), ("closed", Start::Closed)];
+        let start = top
+            .get("start")
+            .and_then(|node| self.one_of(node, "'start'", &starts))
+            .unwrap_or_default();
         let bypass = top.get("bypass").map_or_else(Vec::new, |n| self.bypass(n));
         let proxies = top
             .get("tproxies")
@@ -118,7 +124,11 @@ impl Reader<'_> {
         Some(Config {
             proxies: proxies.list,
             bypass,
-            rules: Rc::new(Rules { exec_slices, rules }),
+            rules: Rc::new(Rules {
+                exec_slices,
+                rules,
+                start,
+            }),
         })
     }
 

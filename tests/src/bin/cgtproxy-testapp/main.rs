@@ -16,13 +16,14 @@ mod launch;
 mod lines;
 mod pipe;
 mod server;
+mod starts;
 mod traffic;
 
 use std::ffi::OsString;
 
 const USAGE: &str = "usage: cgtproxy-testapp sandbox CGROUP BIN-DIR CMD… | init BIN-DIR CMD… \
                      | launch CGROUP CMD… | boot CGROUP ROOT NOTIFY-SOCKET | boot-init ROOT NOTIFY-SOCKET \
-                     | serve JSON | app | pipe SOCKET";
+                     | serve JSON | app | starts JSON | pipe SOCKET";
 
 fn main() {
     let mut arguments = std::env::args_os().skip(1);
@@ -36,6 +37,7 @@ fn main() {
         (Some("boot-init"), [root, notify]) => boot::boot_init(root, notify),
         (Some("serve"), [spec]) => server::serve(spec.to_str().expect("JSON is UTF-8")),
         (Some("app"), []) => app::run(),
+        (Some("starts"), [spec]) => starts::run(spec.to_str().expect("JSON is UTF-8")),
         (Some("pipe"), [socket]) => pipe::run(socket),
         _ => panic!("{USAGE}"),
     }

@@ -1,0 +1,297 @@
+//! The closed start against a model of the helper and the kernel: in no order of events is there a moment in
+//! which a control group's packets could leave that are not meant to.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+
+use cgtproxy_proto::helper::SkipReason;
+use cgtproxy_proto::path::ControlGroupPath;
+use proptest::prelude::*;
+
+use super::{Call, Ledger};
+use crate::policy::{
+    Element, ExecSlices, Names, Pattern, Rule, Rules, Selector, Start, Target, Tree,
+};
+
+const PREFIX: &[u8] = b"/u";
+
+/// Path to identity: another one each time it is made.
+type Disk = BTreeMap<ControlGroupPath, u64>;
+
+/// What is in the kernel, by the identities that control groups had when the helper opened them.
+#[derive(Default)]
+struct Kernel(BTreeMap<ControlGroupPath, (u64, Element)>);
+
+impl Kernel {
+    fn carry_out(&mut self, call: &Call, disk: &Disk) -> Vec<(ControlGroupPath, SkipReason)> {
+        let (assign, remove) = match call {
+            Call::Replace(assign) => {
+                self.0.clear();
+                (assign, &Vec::new())
+            }
+            Call::Update { assign, remove } => (assign, remove),
+        };
+        for path in remove {
+            self.0.remove(&**path);
+        }
+        let mut skipped = Vec::new();
+        for (path, element) in assign {
+            match disk.get(&**path) {
+                Some(id) => {
+                    self.0.insert((**path).clone(), (*id, element.clone()));
+                }
+                None => {
+                    self.0.remove(&**path);
+                    skipped.push(((**path).clone(), SkipReason::missing));
+                }
+            }
+        }
+        skipped
+    }
+
+    /// The verdict of a socket in a control group, by its nearest ancestor that is in the map; none if it
+    /// is held.
+    fn verdict(&self, path: &ControlGroupPath, disk: &Disk) -> Option<Target> {
+        let mut at = path.clone();
+        loop {
+            if let Some((id, element)) = self.0.get(&at)
+                && disk.get(&at) == Some(id)
+            {
+                let free = !element.hold || at == *path;
+                return free.then(|| element.target.clone());
+            }
+            match at.parent() {
+                Some(parent) => at = parent,
+                None => return Some(Target::Direct),
+            }
+        }
+    }
+}
+
+/// The rules as a person would read them.
+fn meant(rules: &Rules, path: &ControlGroupPath) -> Target {
+    match (rules.choose(PREFIX, path), path.parent()) {
+        (Some(choice), _) => choice.target,
+        (None, Some(parent)) => meant(rules, &parent),
+        (None, None) => Target::Direct,
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Event {
+    /// On disk; the agent hears of it later.
+    Make(ControlGroupPath),
+    Unmake(ControlGroupPath),
+    /// The agent hears of the next so many events.
+    Hear(usize),
+    /// The agent says what there is to say, and the helper carries it out.
+    Send,
+    /// The agent hears the answer.
+    Receive,
+    /// The helper carries nothing out, and says so.
+    Refuse,
+    /// The connection is lost, or the agent starts anew; the kernel goes on.
+    Lose,
+    /// Events were lost.
+    Rescan,
+    /// Another configuration.
+    Replace(Rc<Rules>),
+}
+
+fn any_rules() -> impl Strategy<Value = Rc<Rules>> {
+    let target = || {
+        (0u8..4).prop_map(|number| match number {
+            0 => Target::Direct,
+            1 => Target::Drop,
+            2 => Target::DropAll,
+            _ => Target::Proxy(Rc::new("p".parse().unwrap())),
+        })
+    };
+    let pattern = "(\\^/u)?(/|a|b|x|\\.s|\\.\\*|[ab]\\+|\\.slice){0,3}(/|\\$|\\.\\*\\$)?";
+    let names = |kind: fn(Names) -> Selector| {
+        "(a|b|x)?\\*?(\\.slice)?".prop_map(move |name| kind(Names::new(vec![name])))
+    };
+    let selector = prop_oneof![
+        4 => pattern.prop_filter_map("no expression", |pattern| {
+            Some(Selector::Match(Pattern::new(&pattern).ok()?))
+        }),
+        1 => names(Selector::Unit),
+        1 => names(Selector::Slice),
+        1 => names(Selector::App),
+    ];
+    let rules = proptest::collection::vec(
+        (selector, target()).prop_map(|(selector, target)| Rule { selector, target }),
+        0..4,
+    );
+    (rules, any::<bool>()).prop_map(|(rules, exec)| {
+        let proxies = ["p", "p-a"].map(|name| Rc::new(name.parse().unwrap()));
+        Rc::new(Rules {
+            exec_slices: exec.then(|| ExecSlices::new(&proxies)),
+            rules,
+            start: Start::Closed,
+        })
+    })
+}
+
+fn any_path() -> impl Strategy<Value = ControlGroupPath> {
+    let name = "[abx](\\.slice)?|app-a-1\\.scope";
+    let plain = proptest::collection::vec(name, 1..4).prop_map(|names| names.join("/"));
+    let exec = "cgtproxy\\.slice(/cgtproxy-(drop|p)\\.slice(/cgtproxy-p-a\\.slice)?(/[ab])?)?";
+    prop_oneof![4 => plain, 1 => exec].prop_map(|path| ControlGroupPath::from_wire(&path).unwrap())
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        8 => any_path().prop_map(Event::Make),
+        3 => any_path().prop_map(Event::Unmake),
+        6 => (1usize..6).prop_map(Event::Hear),
+        5 => Just(Event::Send),
+        5 => Just(Event::Receive),
+        1 => Just(Event::Refuse),
+        1 => Just(Event::Lose),
+        1 => Just(Event::Rescan),
+        1 => any_rules().prop_map(Event::Replace),
+    ]
+}
+
+/// The agent, as [`crate::state::State`] puts it together.
+struct Agent {
+    tree: Tree,
+    ledger: Ledger,
+}
+
+impl Agent {
+    fn added(&mut self, path: ControlGroupPath) {
+        if let Some(parent) = path.parent()
+            && !self.tree.contains(&parent)
+        {
+            self.added(parent);
+        }
+        if let Some(path) = self.tree.add(path)
+            && self.tree.element(&path).is_some()
+        {
+            self.ledger.touch(&path);
+        }
+    }
+
+    fn removed(&mut self, path: &ControlGroupPath) {
+        for path in self.tree.remove(path) {
+            self.ledger.renew(&path);
+        }
+    }
+
+    /// Looks at everything.
+    fn scan(&mut self, disk: &Disk) {
+        let gone: Vec<_> = self
+            .tree
+            .iter()
+            .filter(|(path, _)| !disk.contains_key(path))
+            .map(|(path, _)| (**path).clone())
+            .collect();
+        for path in gone {
+            self.removed(&path);
+        }
+        for path in disk.keys() {
+            self.added(path.clone());
+        }
+        self.ledger.replace_all();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+    #[test]
+    fn nothing_leaves_before_its_verdict(
+        first in any_rules(),
+        events in proptest::collection::vec(any_event(), 0..80),
+        limit in 150usize..2000,
+    ) {
+        let root = ControlGroupPath::root();
+        let mut agent = Agent { tree: Tree::new(PREFIX.to_vec(), first.clone()), ledger: Ledger::default() };
+        agent.ledger.limit = limit;
+        let mut disk = Disk::from([(root.clone(), 0)]);
+        let mut kernel = Kernel::default();
+        // What the kernel's elements were made of; none before the agent has said anything.
+        let mut in_force: Option<Rc<Rules>> = None;
+        let mut identity = 0;
+        let mut unheard: VecDeque<(bool, ControlGroupPath)> = VecDeque::new();
+        let mut reply = None;
+        agent.added(root);
+        let settle = [Event::Receive, Event::Hear(1000), Event::Send, Event::Receive];
+        let rounds = std::iter::repeat_n(settle, 60).flatten();
+        for event in events.into_iter().chain(rounds) {
+            match event {
+                Event::Make(path) => {
+                    let mut missing: Vec<_> = std::iter::successors(Some(path), |path| path.parent())
+                        .take_while(|path| !disk.contains_key(path))
+                        .collect();
+                    while let Some(path) = missing.pop() {
+                        identity += 1;
+                        disk.insert(path.clone(), identity);
+                        unheard.push_back((true, path));
+                    }
+                }
+                Event::Unmake(path) => {
+                    let gone: Vec<_> = disk.keys().filter(|other| other.is_within(&path)).cloned().collect();
+                    for path in gone.into_iter().rev() {
+                        disk.remove(&path);
+                        unheard.push_back((false, path));
+                    }
+                }
+                Event::Hear(count) => {
+                    for _ in 0..count {
+                        match unheard.pop_front() {
+                            Some((true, path)) => agent.added(path),
+                            Some((false, path)) => agent.removed(&path),
+                            None => {}
+                        }
+                    }
+                }
+                Event::Send => {
+                    if let Some(call) = agent.ledger.next(&agent.tree) {
+                        if matches!(call, Call::Replace(_)) {
+                            in_force = Some(agent.tree.rules().clone());
+                        }
+                        reply = Some(kernel.carry_out(&call, &disk));
+                    }
+                }
+                Event::Receive => {
+                    if let Some(skipped) = reply.take() {
+                        agent.ledger.acknowledge(skipped);
+                    }
+                }
+                Event::Refuse => {
+                    if reply.is_none() && agent.ledger.next(&agent.tree).is_some() {
+                        agent.ledger.refuse();
+                    }
+                }
+                Event::Lose => {
+                    reply = None;
+                    agent.ledger.lost();
+                }
+                Event::Rescan => {
+                    unheard.clear();
+                    agent.scan(&disk);
+                }
+                Event::Replace(rules) => {
+                    agent.tree.replace_rules(rules);
+                    agent.ledger.replace_all();
+                }
+            }
+            if let Some(rules) = &in_force {
+                for path in disk.keys() {
+                    if let Some(verdict) = kernel.verdict(path, &disk) {
+                        prop_assert_eq!(verdict, meant(rules, path), "{:?} of {:?}", path, kernel.0);
+                    }
+                }
+            }
+        }
+        // And in the end nobody is held.
+        prop_assert!(agent.ledger.is_settled());
+        for path in disk.keys() {
+            let meant = meant(agent.tree.rules(), path);
+            prop_assert_eq!(kernel.verdict(path, &disk), Some(meant.clone()), "{:?}", path);
+            prop_assert_eq!(agent.ledger.held_target(path), Some(meant));
+        }
+    }
+}
