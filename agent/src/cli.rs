@@ -33,6 +33,23 @@ pub struct Arguments {
     pub command: Option<Command>,
 }
 
+/// What to check.
+#[derive(Debug, Subcommand)]
+pub enum Check {
+    /// Find everything that is wrong with a configuration
+    Config {
+        /// The file; by default the one that the agent reads
+        file: Option<PathBuf>,
+    },
+
+    /// The same as 'cgtproxy-agent doctor'
+    Permission {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -48,9 +65,25 @@ pub enum Command {
     ///
     /// Prints all findings with their places in the file. The exit status is 1 if there are errors,
     /// and 0 if there are none or only warnings.
+    #[command(args_conflicts_with_subcommands = true)]
     Check {
         /// The file; by default the one that the agent reads
         file: Option<PathBuf>,
+        /// What to check; without it, the configuration
+        #[command(subcommand)]
+        what: Option<Check>,
+    },
+
+    /// Find what is in the way
+    ///
+    /// Looks at everything that diverted packets need: the helper, the agent, control groups, the
+    /// kernel, routing, packet marks, the proxies' sockets and name resolution. Needs no privilege and
+    /// changes nothing. Each finding says what is wrong, what it does to you, and how to mend it.
+    /// The exit status is 1 if there are errors, and 0 if there are none or only warnings and notes.
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
 
     /// Show what the running agent does

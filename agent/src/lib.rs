@@ -6,6 +6,7 @@ pub mod cli;
 pub mod command;
 pub mod config;
 pub mod connection;
+pub mod doctor;
 pub mod exec;
 pub mod log;
 pub mod notify;

@@ -11,15 +11,16 @@ use crate::netlink::{DONT_WAIT, MESSAGE, Message, Messages, attribute, string};
 use crate::nft::{TABLE, TablePort, watch};
 use crate::route::LOOPBACK_INDEX;
 
-/// Groups of rtnetlink(7): RTNLGRP_LINK, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE,
+/// Groups of rtnetlink(7): RTNLGRP_LINK, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE, RTNLGRP_IPV6_IFADDR,
 /// RTNLGRP_IPV6_ROUTE and RTNLGRP_IPV6_RULE (linux/rtnetlink.h).
-const ROUTE_GROUPS: [u32; 5] = [1, 7, 8, 11, 19];
+const ROUTE_GROUPS: [u32; 6] = [1, 7, 8, 9, 11, 19];
 
 /// NFNLGRP_NFTABLES (linux/netfilter/nfnetlink.h).
 const NFTABLES_GROUP: u32 = 7;
 
 /// Types of messages (linux/rtnetlink.h).
 const RTM_NEWLINK: u16 = 16;
+const RTM_NEWADDR: u16 = 20;
 const RTM_DELROUTE: u16 = 25;
 const RTM_DELRULE: u16 = 33;
 
@@ -30,6 +31,9 @@ const ROUTE_HEADER: usize = 12;
 /// struct ifinfomsg (linux/rtnetlink.h): the interface's index and flags.
 const LINK_INDEX: std::ops::Range<usize> = 4..8;
 const LINK_FLAGS: std::ops::Range<usize> = 8..12;
+
+/// struct ifaddrmsg (linux/if_addr.h): the interface's index.
+const ADDRESS_LINK: std::ops::Range<usize> = 4..8;
 
 /// IFF_UP (linux/if.h).
 const UP: u32 = 1;
@@ -119,6 +123,8 @@ impl Monitor {
                 word(message.payload.get(LINK_INDEX)) == Some(LOOPBACK_INDEX)
                     && word(message.payload.get(LINK_FLAGS)).is_some_and(|flags| flags & UP != 0)
             }
+            // Switched off on lo, IPv6 takes its routes along; switched on again, it brings ::1 only.
+            RTM_NEWADDR => word(message.payload.get(ADDRESS_LINK)) == Some(LOOPBACK_INDEX),
             _ => false,
         }
     }

@@ -11,6 +11,7 @@ const NLMSG_ERROR: u16 = 2;
 pub(crate) const NLMSG_DONE: u16 = 3;
 const NLM_F_CAPPED: u16 = 0x100;
 const NLM_F_ACK_TLVS: u16 = 0x200;
+const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLMSGERR_ATTR_MSG: u16 = 1;
 pub(crate) const HEADER: usize = 16;
 
@@ -51,6 +52,11 @@ pub(crate) struct Message<'a> {
 }
 
 impl Message<'_> {
+    /// Whether this is part of a dump that others changed while it was made.
+    pub(crate) fn is_interrupted(&self) -> bool {
+        self.kind != NLMSG_ERROR && self.flags & NLM_F_DUMP_INTR != 0
+    }
+
     /// The error that this message reports, if it is one.
     pub(crate) fn refusal(&self) -> Option<Refusal> {
         if self.kind != NLMSG_ERROR {

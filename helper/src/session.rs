@@ -10,8 +10,8 @@ use std::num::NonZeroU16;
 use std::rc::Rc;
 
 use cgtproxy_proto::helper::{
-    self as wire, Assignment, FindRedirected_Args, FindRedirected_Reply, GetStatus_Reply,
-    GetStatus_Reply_session, ReplacePolicy_Args, ReplacePolicy_Reply, SkipReason,
+    self as wire, Assignment, Diagnose_Reply, FindRedirected_Args, FindRedirected_Reply,
+    GetStatus_Reply, GetStatus_Reply_session, ReplacePolicy_Args, ReplacePolicy_Reply, SkipReason,
     UpdateAssignments_Args, UpdateAssignments_Reply,
 };
 use cgtproxy_proto::name::ProxyName;
@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
-use crate::nft::{Delivery, DnsHijack, Element, Exceptions, Gateway, Verdict};
+use crate::nft::{Delivery, DnsHijack, Element, Exceptions, Gateway, MarkWriter, Verdict};
 use crate::peer::{Peer, Uid};
 use crate::quota::Connection;
 use crate::registry::{PolicyRequest, ProxyRequest, Refused};
@@ -224,6 +224,30 @@ impl Session {
         })
     }
 
+    fn diagnose(&self) -> Diagnose_Reply {
+        let mut state = self.state.borrow_mut();
+        let diagnosis = state.diagnose();
+        let config = &state.config;
+        Diagnose_Reply {
+            markMask: config.marks.mask().into(),
+            divertBit: config.marks.divert().into(),
+            routeTable: config.route_table.into(),
+            rulePriority: config.rule_priority.into(),
+            missingFeatures: diagnosis
+                .missing_features
+                .iter()
+                .map(|feature| (*feature).to_owned())
+                .collect(),
+            markWriters: diagnosis.mark_writers.map(|writers| {
+                let writer = |writer: MarkWriter| wire::MarkWriter {
+                    table: writer.table,
+                    bits: writer.bits.into(),
+                };
+                writers.into_iter().map(writer).collect()
+            }),
+        }
+    }
+
     fn subtree(&self, state: &State) -> Result<Subtree, Error> {
         state
             .root
@@ -282,6 +306,7 @@ impl Session {
             ),
             "RemovePolicy" => self.remove_policy().map_err(refused),
             "GetStatus" => reply(self.get_status()),
+            "Diagnose" => reply(self.diagnose()),
             _ => Err(Fault::method_not_found(&format!(
                 "{}.{method}",
                 wire::INTERFACE

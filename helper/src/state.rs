@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
+use std::time::{Duration, Instant};
 
 use cgtproxy_proto::path::ControlGroupPath;
 
 use crate::cgroup::{OwnedControlGroup, Root, Subtree, Unavailable};
 use crate::config::Config;
 use crate::conntrack::{Conntrack, Entry};
-use crate::nft::{self, Delivery, LeftBehind, Nftables};
+use crate::nft::{self, Delivery, LeftBehind, MarkWriter, Nftables};
 use crate::peer::Uid;
 use crate::registry::{PolicyRequest, Refused, Registry, Staged};
 use crate::route::{self, Family, Routing};
@@ -53,6 +54,19 @@ pub enum Error {
     Conntrack(#[source] nft::Refusal),
 }
 
+/// How long what was found about the machine holds. Whoever asks, and however often, others wait for
+/// the one look a second and no more.
+const DIAGNOSIS_HOLDS: Duration = Duration::from_secs(1);
+
+/// What of the machine may be in the way.
+#[derive(Debug, Clone)]
+pub struct Diagnosis {
+    /// What the kernel can't do, in nft's words.
+    pub missing_features: Vec<&'static str>,
+    /// The tables of others that change our bits of marks; none if they can't be read.
+    pub mark_writers: Option<Vec<MarkWriter>>,
+}
+
 /// Everything that the helper knows, shared by all connections of the one thread.
 pub struct State {
     /// What the administrator wants.
@@ -67,6 +81,7 @@ pub struct State {
     conntrack: Option<Conntrack>,
     holders: BTreeMap<Uid, Holder>,
     graces: u64,
+    diagnosis: Option<(Instant, Diagnosis)>,
 }
 
 /// A control group that was asked for and can't be had.
@@ -101,6 +116,7 @@ impl State {
             conntrack: None,
             holders,
             graces: 0,
+            diagnosis: None,
         };
         this.ipv6 = this.ensure_routing()?;
         let graces = uids
@@ -145,6 +161,25 @@ impl State {
         self.nftables.rebuild(&self.registry.rebuild())?;
         self.registry.rebuilt();
         Ok(())
+    }
+
+    /// Looks at the machine, unless that was done a moment ago.
+    pub fn diagnose(&mut self) -> Diagnosis {
+        if let Some((when, diagnosis)) = &self.diagnosis
+            && when.elapsed() < DIAGNOSIS_HOLDS
+        {
+            return diagnosis.clone();
+        }
+        let mark_writers = self.nftables.mark_writers();
+        if let Err(error) = &mark_writers {
+            tracing::warn!("can't look at other programs' nftables rules: {error}");
+        }
+        let diagnosis = Diagnosis {
+            missing_features: self.nftables.missing_features(),
+            mark_writers: mark_writers.ok(),
+        };
+        self.diagnosis = Some((Instant::now(), diagnosis.clone()));
+        diagnosis
     }
 
     /// Whether the kernel protects the table.

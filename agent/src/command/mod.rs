@@ -3,6 +3,7 @@
 mod apps;
 mod check;
 mod client;
+mod doctor;
 mod explain;
 mod migrate;
 mod status;
@@ -15,7 +16,7 @@ use std::process::ExitCode;
 use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::path::InvalidPath;
 
-use crate::cli::{Arguments, Command};
+use crate::cli::{Arguments, Check, Command};
 use crate::config::{self, Config, LoadError};
 use crate::reload::ConfigFile;
 use crate::run::{self, Options};
@@ -89,13 +90,14 @@ pub fn run(arguments: Arguments) -> Result<ExitCode, Error> {
             run::run(options(&arguments)?)?;
             Ok(ExitCode::SUCCESS)
         }
-        Some(Command::Check { file }) => {
-            let file = match file {
-                Some(file) => file.clone(),
-                None => config_file(&arguments)?.path,
-            };
-            check::run(&file)
-        }
+        Some(Command::Check { file, what: None }) => check_config(&arguments, file.as_ref()),
+        Some(Command::Check {
+            what: Some(what), ..
+        }) => match what {
+            Check::Config { file } => check_config(&arguments, file.as_ref()),
+            Check::Permission { json } => doctor::run(&arguments, *json),
+        },
+        Some(Command::Doctor { json }) => doctor::run(&arguments, *json),
         Some(Command::Status { json }) => status::run(*json),
         Some(Command::Apps { all, json }) => apps::run(&arguments, *all, *json),
         Some(Command::Migrate {
@@ -114,6 +116,13 @@ pub fn run(arguments: Arguments) -> Result<ExitCode, Error> {
     }
 }
 
+fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCode, Error> {
+    match file {
+        Some(file) => check::run(file),
+        None => check::run(&config_file(arguments)?.path),
+    }
+}
+
 fn options(arguments: &Arguments) -> Result<Options, Error> {
     Ok(Options {
         subtree: own_subtree(arguments)?,
@@ -129,6 +138,11 @@ fn own_subtree(arguments: &Arguments) -> Result<Subtree, Error> {
         Some(root) => root.clone(),
         None => subtree::find_root()?,
     };
+    subtree_at(root)
+}
+
+/// The same, below this control group root.
+fn subtree_at(root: PathBuf) -> Result<Subtree, Error> {
     let uid = rustix::process::getuid().as_raw();
     Ok(Subtree::of_user(root, uid)?)
 }

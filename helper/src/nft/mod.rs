@@ -1,9 +1,11 @@
 //! nftables: a [`Plan`] goes in, one transaction comes out.
 
 mod ffi;
+mod foreign;
 mod gateway;
 mod names;
 mod plan;
+mod probe;
 mod proxy;
 mod rule;
 mod ruleset;
@@ -18,6 +20,7 @@ use nftnl::{ProtoFamily, Table};
 use rustix::io::Errno;
 
 pub(crate) use ffi::watch;
+pub use foreign::MarkWriter;
 pub use plan::{
     Before, Bypass, Delivery, DnsHijack, Element, Exceptions, Gateway, Hold, Layout, LeftBehind,
     Plan, Proxy, Verdict,

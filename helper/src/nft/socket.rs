@@ -25,7 +25,8 @@ const NLM_F_DUMP: u16 = 0x300;
 /// `NFNL_SUBSYS_NFTABLES` (linux/netfilter/nfnetlink.h), the upper byte of a message's type.
 const SUBSYSTEM: u16 = 10;
 
-/// `NFPROTO_INET` (linux/netfilter.h).
+/// `NFPROTO_UNSPEC` and `NFPROTO_INET` (linux/netfilter.h).
+const UNSPECIFIED: u8 = 0;
 const INET: u8 = 1;
 
 /// What can be dumped (enum nf_tables_msg_types).
@@ -35,6 +36,8 @@ pub(super) enum Dump {
     Chains,
     /// The elements of the set that the attributes name.
     Elements,
+    /// All rules of all families.
+    Rules,
 }
 
 /// A socket to nf_tables. A table with the flag `owner` belongs to the socket that made it.
@@ -77,9 +80,22 @@ impl NetfilterSocket {
 
     /// Asks for a dump; returns the attributes of each object.
     pub(super) fn dump(&self, what: Dump, attributes: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
-        let kind: u16 = match what {
-            Dump::Chains => 4,
-            Dump::Elements => 13,
+        let mut objects = Vec::new();
+        self.dump_each(what, attributes, |_, object| objects.push(object.to_vec()))?;
+        Ok(objects)
+    }
+
+    /// Asks for a dump; hands the family and the attributes of each object to `each`.
+    pub(super) fn dump_each(
+        &self,
+        what: Dump,
+        attributes: &[u8],
+        mut each: impl FnMut(u8, &[u8]),
+    ) -> Result<(), Refusal> {
+        let (kind, family): (u16, u8) = match what {
+            Dump::Chains => (4, INET),
+            Dump::Elements => (13, INET),
+            Dump::Rules => (7, UNSPECIFIED),
         };
         let length = (HEADER + 4 + attributes.len()) as u32;
         let mut request = Vec::with_capacity(length as usize);
@@ -88,20 +104,23 @@ impl NetfilterSocket {
         request.extend_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
         request.extend_from_slice(&[0; 8]);
         // struct nfgenmsg: family, version 0, resource 0
-        request.extend_from_slice(&[INET, 0, 0, 0]);
+        request.extend_from_slice(&[family, 0, 0, 0]);
         request.extend_from_slice(attributes);
         self.socket.send(&request, 0)?;
-        let mut objects = Vec::new();
         let mut refused = None;
         self.receive(|message| {
             if let Some(refusal) = message.refusal() {
                 refused.get_or_insert(refusal);
-            } else if message.kind >> 8 == SUBSYSTEM {
-                objects.push(message.payload.get(4..).unwrap_or_default().to_vec());
+            } else if message.is_interrupted() {
+                refused.get_or_insert(Refusal::from(io::Error::from(io::ErrorKind::Interrupted)));
+            } else if message.kind >> 8 == SUBSYSTEM
+                && let Some((&[family, ..], object)) = message.payload.split_first_chunk::<4>()
+            {
+                each(family, object);
             }
             message.kind == NLMSG_DONE
         })?;
-        refused.map_or(Ok(objects), Err)
+        refused.map_or(Ok(()), Err)
     }
 
     /// Hands every message that is queued to `each`, until there is none or it returns true.

@@ -1,0 +1,77 @@
+//! `cgtproxy-agent doctor`, which is `check permission` too.
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+
+use super::Error;
+use crate::cli::Arguments;
+use crate::doctor::facts::{self, Facts};
+use crate::doctor::{Severity, check, report};
+use crate::server;
+
+/// Looks at everything and prints what was found.
+pub(super) fn run(arguments: &Arguments, json: bool) -> Result<ExitCode, Error> {
+    let facts = gather(arguments)?;
+    let groups = check::all(&facts);
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    if json {
+        let value = report::json(&groups, facts.version);
+        serde_json::to_writer_pretty(&mut out, &value).map_err(io::Error::from)?;
+        writeln!(out)?;
+    } else {
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ = report::render(&mut text, &groups, colours());
+        out.write_all(text.as_bytes())?;
+    }
+    out.flush()?;
+    Ok(match report::count(&groups, Severity::Error) {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
+}
+
+fn gather(arguments: &Arguments) -> Result<Facts, Error> {
+    // Without control groups of version 2 there is no subtree, and that is what is to be said then.
+    let hierarchy = facts::hierarchy(arguments.cgroup_root.as_deref());
+    let subtree = match super::own_subtree(arguments) {
+        Err(Error::NoRoot(_)) => super::subtree_at("/sys/fs/cgroup".into())?,
+        subtree => subtree?,
+    };
+    let config = super::config_file(arguments)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::Start)?;
+    let agent_socket = server::default_socket();
+    let (helper, agent) = runtime.block_on(async {
+        tokio::join!(
+            facts::ask_helper(&arguments.socket),
+            facts::ask_agent(&agent_socket)
+        )
+    });
+    let uid = rustix::process::getuid().as_raw();
+    Ok(Facts {
+        uid,
+        version: env!("CARGO_PKG_VERSION"),
+        helper_socket: arguments.socket.clone(),
+        helper,
+        agent,
+        config: facts::read_config(&config),
+        config_file: config.path,
+        hierarchy,
+        manager: facts::manager(&subtree),
+        session: facts::session(subtree.root(), uid),
+        inotify: facts::inotify(),
+        listeners: facts::listeners(),
+        rules: facts::rules(),
+        routing_tables: facts::routing_tables(),
+        network: facts::network(),
+        system: facts::system(subtree.root()),
+    })
+}
+
+/// Whether standard output is a terminal whose user likes colours (no-color.org).
+fn colours() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+}

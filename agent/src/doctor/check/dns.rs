@@ -1,0 +1,103 @@
+//! Do hijacked queries find a server, and does anything ask past the hijack?
+
+use std::net::IpAddr;
+
+use super::proxies::{takes, way};
+use crate::doctor::facts::{Dns, Facts, Family, Listener, Proxy, Transport};
+use crate::doctor::{Finding, Group};
+
+pub(super) fn check(facts: &Facts) -> Group {
+    let mut group = Group::new("dns");
+    let proxies = facts.proxies();
+    let hijacks: Vec<(&Proxy, &Dns)> = proxies
+        .iter()
+        .filter_map(|proxy| Some((proxy, proxy.dns.as_ref()?)))
+        .collect();
+    if hijacks.is_empty() {
+        group.summary = "no dns-hijack in the configuration".to_owned();
+        return group;
+    }
+    group.summary = "hijacked queries are answered".to_owned();
+    if let Some(listeners) = group.see("who listens where", &facts.listeners) {
+        for (proxy, dns) in &hijacks {
+            group.found(silent(facts, proxy, dns, listeners));
+        }
+    }
+    if let Some(text) = group.see("/etc/nsswitch.conf", &facts.system.nsswitch) {
+        group.found(nss_resolve(text, facts.system.resolved));
+    }
+    group.found(facts.system.nscd.then(|| {
+        Finding::warning("nscd", "nscd answers queries for names of all programs")
+            .effect("Names that it looks up are asked for by itself, past dns-hijack and your rules.")
+            .command("sudo nscd --invalidate=hosts")
+            .advice("have it leave names alone: 'enable-cache hosts no' in /etc/nscd.conf, and restart it")
+            .command("sudo systemctl restart nscd")
+    }));
+    group
+}
+
+fn silent(facts: &Facts, proxy: &Proxy, dns: &Dns, listeners: &[Listener]) -> Option<Finding> {
+    let has_ipv6 = facts.network.ipv6 && facts.network.ipv6_off != Ok(true);
+    let servers = [
+        (Family::Ipv4, dns.ipv4.map(IpAddr::from)),
+        (
+            Family::Ipv6,
+            dns.ipv6.map(IpAddr::from).filter(|_| has_ipv6),
+        ),
+    ];
+    let mut missing = Vec::new();
+    for (family, server) in servers {
+        let Some(server) = server.filter(IpAddr::is_loopback) else {
+            continue;
+        };
+        for (transport, wanted) in [(Transport::Udp, true), (Transport::Tcp, dns.tcp)] {
+            let answered = listeners.iter().any(|listener| {
+                listener.transport == transport
+                    && listener.port == dns.port
+                    && takes(listener, family, server)
+            });
+            if wanted && !answered {
+                missing.push(format!("{} at {server}", way(transport, family)));
+            }
+        }
+    }
+    (!missing.is_empty()).then(|| {
+        Finding::error(
+            "dns-not-listening",
+            format!(
+                "nobody answers the hijacked queries of '{}' on port {}: {}",
+                proxy.name,
+                dns.port,
+                missing.join(", ")
+            ),
+        )
+        .effect("Applications that ask that way find no names.")
+        .advice(
+            "have the proxy's DNS server listen there, or name in dns-hijack only the 'ip' that it has",
+        )
+        .command(format!("ss -lntu 'sport = :{}'", dns.port))
+    })
+}
+
+/// Whether names are looked up by nss-resolve, which speaks to systemd-resolved over a socket of its own
+/// and not by DNS.
+fn nss_resolve(text: &str, resolved: bool) -> Option<Finding> {
+    let hosts = text
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("hosts:"))?;
+    let hosts = hosts.split('#').next().unwrap_or_default();
+    let asks = hosts
+        .split_ascii_whitespace()
+        .any(|service| service == "resolve");
+    (asks && resolved).then(|| {
+        Finding::warning(
+            "nss-resolve",
+            "names are looked up by systemd-resolved (resolve in the line hosts: of /etc/nsswitch.conf)",
+        )
+        .effect(
+            "It asks the servers itself, from a control group of the system: past dns-hijack and your rules.",
+        )
+        .advice("without it, names are asked for by DNS, which dns-hijack catches")
+        .command(r"sudo sed -i -E '/^ *hosts:/s/\<resolve\>( *\[[^]]*\])?//' /etc/nsswitch.conf")
+    })
+}

@@ -1,0 +1,85 @@
+//! Is there a helper, and does it serve this user?
+
+use crate::doctor::facts::{Facts, Helper};
+use crate::doctor::{Finding, Group};
+
+const NOTHING_IN_FORCE: &str = "No rule of yours can be put into force: everything goes direct.";
+const START: &str = "sudo systemctl enable --now cgtproxy-helper.socket";
+
+pub(super) fn check(facts: &Facts) -> Group {
+    let mut group = Group::new("helper");
+    let socket = facts.helper_socket.display();
+    let found = match &facts.helper {
+        Helper::Missing => Some(
+            Finding::error(
+                "helper-missing",
+                format!("there is no socket {socket}: cgtproxy-helper is not installed or not started"),
+            )
+            .command(START),
+        ),
+        Helper::Dead => Some(
+            Finding::error(
+                "helper-dead",
+                format!("nobody listens on the socket {socket}: cgtproxy-helper was stopped or has failed"),
+            )
+            .advice("'journalctl -u cgtproxy-helper' says why")
+            .command("sudo systemctl restart cgtproxy-helper.socket"),
+        ),
+        Helper::Forbidden => Some(
+            Finding::error(
+                "helper-forbidden",
+                format!("you may not open the socket {socket}; everybody may, as it is installed"),
+            )
+            .command("sudo systemctl restart cgtproxy-helper.socket"),
+        ),
+        Helper::Unreachable(why) => Some(
+            Finding::error(
+                "helper-unreachable",
+                format!("the helper at {socket} can't be asked: {why}"),
+            )
+            .advice("'journalctl -u cgtproxy-helper' may say more")
+            .command("sudo systemctl restart cgtproxy-helper.service"),
+        ),
+        Helper::Refuses(name, text) => Some(refused(name, text)),
+        Helper::Answers(status, _) => {
+            group.summary = format!("answers, version {}", status.version);
+            (status.version != facts.version).then(|| {
+                Finding::warning(
+                    "helper-version",
+                    format!(
+                        "the helper that runs has version {}, this program {}",
+                        status.version, facts.version
+                    ),
+                )
+                .effect("What one of them knows the other may not.")
+                .command("sudo systemctl try-restart cgtproxy-helper.service")
+            })
+        }
+    };
+    group.found(found);
+    for finding in &mut group.findings {
+        if finding.effect.is_empty() {
+            finding.effect = NOTHING_IN_FORCE.to_owned();
+        }
+    }
+    group
+}
+
+/// The helper is there and does not want this user.
+fn refused(name: &str, text: &str) -> Finding {
+    let finding = Finding::error(
+        "helper-refuses",
+        format!("the helper does not serve you: {text}"),
+    );
+    match name.rsplit('.').next() {
+        Some("TooManyConnections") => finding
+            .advice(
+                "end programs of yours that are connected to it, or have the administrator raise \
+                 limits.connections in /etc/cgtproxy/helper.yaml and restart the helper",
+            )
+            .command("sudo systemctl restart cgtproxy-helper.service"),
+        _ => finding.advice(
+            "the administrator says in /etc/cgtproxy/helper.yaml who may use it and how much",
+        ),
+    }
+}

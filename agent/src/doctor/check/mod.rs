@@ -1,0 +1,45 @@
+//! The checks: from facts to findings.
+
+mod agent;
+mod control_groups;
+mod dns;
+mod helper;
+mod kernel;
+mod marks;
+mod proxies;
+mod routing;
+
+#[cfg(test)]
+mod tests;
+
+use super::Group;
+use super::facts::Facts;
+
+/// A kind of checks.
+type Check = fn(&Facts) -> Group;
+
+/// All of them, in the order in which one thing rests on another.
+const CHECKS: [Check; 8] = [
+    helper::check,
+    agent::check,
+    control_groups::check,
+    kernel::check,
+    routing::check,
+    marks::check,
+    proxies::check,
+    dns::check,
+];
+
+/// Looks at everything.
+#[must_use]
+pub fn all(facts: &Facts) -> Vec<Group> {
+    CHECKS.iter().map(|check| check(facts)).collect()
+}
+
+/// `1 thing`, `2 things`.
+fn count(number: usize, what: &str) -> String {
+    match number {
+        1 => format!("1 {what}"),
+        number => format!("{number} {what}s"),
+    }
+}

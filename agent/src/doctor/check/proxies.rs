@@ -1,0 +1,230 @@
+//! Is each proxy where diverted packets are delivered, and may it have them?
+
+use std::net::IpAddr;
+
+use super::count;
+use crate::doctor::facts::{Agent, Facts, Family, Listener, Proxy, Transport};
+use crate::doctor::{Finding, Group};
+
+pub(super) fn check(facts: &Facts) -> Group {
+    let mut group = Group::new("proxies");
+    let proxies = facts.proxies();
+    if let Some(listeners) = group.see("who listens where", &facts.listeners) {
+        group.summary = match proxies.len() {
+            0 => "none in the configuration".to_owned(),
+            number => format!(
+                "{} ready",
+                count(number, "proxy").replace("proxys", "proxies")
+            ),
+        };
+        for proxy in &proxies {
+            group.found(one(facts, proxy, listeners));
+        }
+    }
+    group
+}
+
+/// Whether a diverted packet finds this socket: it is delivered to 127.0.0.1 or ::1.
+pub(super) fn takes(listener: &Listener, family: Family, at: IpAddr) -> bool {
+    match (listener.address, family) {
+        (IpAddr::V4(address), Family::Ipv4) => address.is_unspecified() || at == address,
+        (IpAddr::V6(address), Family::Ipv6) => address.is_unspecified() || at == address,
+        (IpAddr::V6(address), Family::Ipv4) => address.is_unspecified() && !listener.only_v6,
+        (IpAddr::V4(_), Family::Ipv6) => false,
+    }
+}
+
+fn loopback(family: Family) -> IpAddr {
+    match family {
+        Family::Ipv4 => std::net::Ipv4Addr::LOCALHOST.into(),
+        Family::Ipv6 => std::net::Ipv6Addr::LOCALHOST.into(),
+    }
+}
+
+/// `TCP over IPv4`
+pub(super) fn way(transport: Transport, family: Family) -> &'static str {
+    match (transport, family) {
+        (Transport::Tcp, Family::Ipv4) => "TCP over IPv4",
+        (Transport::Tcp, Family::Ipv6) => "TCP over IPv6",
+        (Transport::Udp, Family::Ipv4) => "UDP over IPv4",
+        (Transport::Udp, Family::Ipv6) => "UDP over IPv6",
+    }
+}
+
+fn one(facts: &Facts, proxy: &Proxy, listeners: &[Listener]) -> Vec<Finding> {
+    let has_ipv6 = facts.network.ipv6 && facts.network.ipv6_off != Ok(true);
+    let wanted = [
+        (Transport::Tcp, Family::Ipv4, proxy.tcp && proxy.ipv4),
+        (
+            Transport::Tcp,
+            Family::Ipv6,
+            proxy.tcp && proxy.ipv6 && has_ipv6,
+        ),
+        (Transport::Udp, Family::Ipv4, proxy.udp && proxy.ipv4),
+        (
+            Transport::Udp,
+            Family::Ipv6,
+            proxy.udp && proxy.ipv6 && has_ipv6,
+        ),
+    ];
+    let on_port: Vec<_> = listeners
+        .iter()
+        .filter(|listener| listener.port == proxy.port)
+        .collect();
+    let mut missing = Vec::new();
+    let mut found: Vec<&Listener> = Vec::new();
+    for (transport, family, wanted) in wanted {
+        if !wanted {
+            continue;
+        }
+        let takers = on_port.iter().filter(|listener| {
+            listener.transport == transport && takes(listener, family, loopback(family))
+        });
+        let before = found.len();
+        for taker in takers {
+            found.push(taker);
+        }
+        if found.len() == before {
+            missing.push((transport, family));
+        }
+    }
+    let mut findings = Vec::new();
+    findings.extend(not_listening(proxy, &on_port, &found, &missing));
+    found.dedup();
+    findings.extend(wrong_uid(facts, proxy, &found));
+    findings.extend(not_transparent(proxy, &found));
+    findings.extend(loops(facts, proxy, &found));
+    findings
+}
+
+fn not_listening(
+    proxy: &Proxy,
+    on_port: &[&Listener],
+    found: &[&Listener],
+    missing: &[(Transport, Family)],
+) -> Option<Finding> {
+    if missing.is_empty() {
+        return None;
+    }
+    let (name, port) = (&proxy.name, proxy.port);
+    let ways: Vec<_> = missing.iter().map(|(t, f)| way(*t, *f)).collect();
+    let ways = ways.join(", ");
+    if !found.is_empty() {
+        return Some(
+            Finding::error(
+                "proxy-incomplete",
+                format!("the proxy '{name}' does not take {ways} on port {port}"),
+            )
+            .effect("What applications send that way is refused.")
+            .advice(
+                "have it listen on all addresses of both families, TCP and UDP; or say no-udp: true or \
+                 no-ipv6: true in the configuration, and that goes direct",
+            )
+            .command(format!("ss -lntu 'sport = :{port}'")),
+        );
+    }
+    if let Some(other) = on_port.first() {
+        return Some(
+            Finding::error(
+                "proxy-address",
+                format!(
+                    "port {port} of the proxy '{name}' is open on {} only; diverted packets come to \
+                     127.0.0.1 and ::1",
+                    other.address
+                ),
+            )
+            .effect("Applications that go through it have no network.")
+            .advice("have it listen on 127.0.0.1 and ::1, or on all addresses")
+            .command(format!("ss -lntu 'sport = :{port}'")),
+        );
+    }
+    Some(
+        Finding::error(
+            "proxy-not-listening",
+            format!("nobody listens on port {port}, which is the proxy '{name}'"),
+        )
+        .effect("Applications that go through it have no network.")
+        .advice("start the proxy, or correct the port in the configuration")
+        .command(format!("ss -lntu 'sport = :{port}'")),
+    )
+}
+
+/// The delivery guard lets packets reach sockets of the user, of root and of `proxy-users`.
+fn wrong_uid(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
+    let allowed = facts.helper_status().map(|status| &status.proxyUids);
+    let stranger = found.iter().find(|listener| {
+        let uid = listener.uid;
+        uid != facts.uid
+            && uid != 0
+            && !allowed.is_some_and(|allowed| allowed.contains(&i64::from(uid)))
+    })?;
+    let uid = stranger.uid;
+    Some(
+        Finding::error(
+            "proxy-user",
+            format!(
+                "the proxy '{}' on port {} runs as uid {uid}, which may not have your packets",
+                proxy.name, proxy.port
+            ),
+        )
+        .effect("The delivery guard refuses every connection that is diverted to it.")
+        .advice(format!(
+            "run it as yourself, or have the administrator add {uid} to proxy-users in \
+             /etc/cgtproxy/helper.yaml and restart the helper"
+        ))
+        .command("sudo systemctl restart cgtproxy-helper.service"),
+    )
+}
+
+fn not_transparent(proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
+    let plain = found
+        .iter()
+        .find(|listener| listener.transparent == Some(false))?;
+    let transport = match plain.transport {
+        Transport::Tcp => "TCP",
+        Transport::Udp => "UDP",
+    };
+    Some(
+        Finding::error(
+            "proxy-not-transparent",
+            format!(
+                "the {transport} socket of the proxy '{}' on port {} is not transparent (IP_TRANSPARENT)",
+                proxy.name, proxy.port
+            ),
+        )
+        .effect("The kernel delivers no diverted packet to it.")
+        .advice(
+            "choose the proxy's tproxy kind of listener: tproxy-port in mihomo, an inbound of type tproxy \
+             in sing-box, sockopt.tproxy in xray; it needs CAP_NET_ADMIN for that",
+        ),
+    )
+}
+
+/// A proxy whose own control group goes through itself.
+fn loops(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
+    let Agent::Answers(status) = &facts.agent else {
+        return None;
+    };
+    let groups = facts.manager.groups.as_ref().ok()?;
+    let ids = found.iter().filter_map(|listener| listener.control_group);
+    let mut paths = ids.filter_map(|id| groups.iter().find(|(group, _)| *group == id));
+    let path = paths.find_map(|(_, path)| {
+        let verdict = status.controlGroups.iter().find(|g| g.path == *path)?;
+        (verdict.target == proxy.name).then_some(path)
+    })?;
+    Some(
+        Finding::error(
+            "proxy-loop",
+            format!(
+                "the proxy '{}' is sent through itself: it runs in {path}",
+                proxy.name
+            ),
+        )
+        .effect("What it sends to the internet comes back to it, again and again.")
+        .advice("write a rule with direct: true for its unit, before the rule that catches it")
+        .command(format!(
+            "cgtproxy-agent explain {}",
+            path.rsplit('/').next().unwrap_or(path)
+        )),
+    )
+}

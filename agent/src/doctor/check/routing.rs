@@ -1,0 +1,257 @@
+//! Do diverted packets get to the proxy, and is there a way for the others?
+
+use crate::doctor::facts::{Facts, Family, Rule};
+use crate::doctor::{Finding, Group};
+
+/// Rule 0 looks the machine's own addresses up, and is there before all others.
+const LOCAL: u32 = 255;
+
+pub(super) fn check(facts: &Facts) -> Group {
+    let mut group = Group::new("routing");
+    let rules = group.see("routing rules", &facts.rules);
+    let tables = group.see("routing tables", &facts.routing_tables);
+    match facts.diagnosis() {
+        Ok(ours) => {
+            let ours = Ours {
+                divert: u32::try_from(ours.divertBit).unwrap_or_default(),
+                table: u32::try_from(ours.routeTable).unwrap_or_default(),
+                priority: u32::try_from(ours.rulePriority).unwrap_or_default(),
+            };
+            group.summary = format!("priority {}, table {}", ours.priority, ours.table);
+            for family in families(facts) {
+                if let Some(rules) = rules {
+                    group.found(missing_rule(rules, family, &ours));
+                    group.found(earlier(rules, family, &ours));
+                }
+                if let Some(tables) = tables {
+                    group.found(missing_route(tables, family, &ours));
+                }
+            }
+        }
+        Err(why) => group
+            .unseen
+            .push(format!("whether diverted packets find their way: {why}")),
+    }
+    group.found(ipv6(facts));
+    for (what, fact) in [
+        (
+            "the way to the internet over IPv4",
+            &facts.network.ipv4_route,
+        ),
+        (
+            "the way to the internet over IPv6",
+            &facts.network.ipv6_route,
+        ),
+    ] {
+        group.see(what, fact);
+    }
+    group.found(no_route(facts, Family::Ipv4));
+    group.found(no_route(facts, Family::Ipv6));
+    group.see("systemd-networkd", &facts.system.networkd);
+    group.see("networkd.conf", &facts.system.networkd_removes_rules);
+    group.found(networkd(facts));
+    group.found(bridge(facts));
+    group
+}
+
+/// What the helper has in the kernel.
+struct Ours {
+    divert: u32,
+    table: u32,
+    priority: u32,
+}
+
+/// The families that are diverted.
+fn families(facts: &Facts) -> Vec<Family> {
+    let ipv6 = facts.helper_status().is_some_and(|status| status.ipv6);
+    match ipv6 {
+        true => vec![Family::Ipv4, Family::Ipv6],
+        false => vec![Family::Ipv4],
+    }
+}
+
+fn ip(family: Family) -> &'static str {
+    match family {
+        Family::Ipv4 => "ip",
+        Family::Ipv6 => "ip -6",
+    }
+}
+
+fn name(family: Family) -> &'static str {
+    match family {
+        Family::Ipv4 => "IPv4",
+        Family::Ipv6 => "IPv6",
+    }
+}
+
+fn missing_rule(rules: &[Rule], family: Family, ours: &Ours) -> Option<Finding> {
+    let is_ours = |rule: &Rule| {
+        rule.ipv6 == (family == Family::Ipv6)
+            && rule.priority == ours.priority
+            && rule.table == Some(ours.table)
+            && rule.mark == Some((ours.divert, ours.divert))
+    };
+    (!rules.iter().any(is_ours)).then(|| {
+        Finding::error(
+            "rule-missing",
+            format!(
+                "the routing rule for diverted packets is not there ({}, priority {})",
+                name(family),
+                ours.priority
+            ),
+        )
+        .effect(format!(
+            "What should go through a proxy over {} leaves directly.",
+            name(family)
+        ))
+        .advice("the helper puts it back when another program removes it, and logs if it can't")
+        .command("sudo systemctl restart cgtproxy-helper.service")
+    })
+}
+
+fn missing_route(tables: &[(Family, u32)], family: Family, ours: &Ours) -> Option<Finding> {
+    (!tables.contains(&(family, ours.table))).then(|| {
+        Finding::error(
+            "route-missing",
+            format!(
+                "the routing table {} has no {} route that delivers to this machine",
+                ours.table,
+                name(family)
+            ),
+        )
+        .effect(format!(
+            "What should go through a proxy over {} leaves directly.",
+            name(family)
+        ))
+        .advice("the helper puts it back when another program removes it, and logs if it can't")
+        .command("sudo systemctl restart cgtproxy-helper.service")
+    })
+}
+
+/// Rules that get to see diverted packets before ours does, and would take them.
+fn earlier(rules: &[Rule], family: Family, ours: &Ours) -> Vec<Finding> {
+    let takes = |rule: &&Rule| {
+        let matches = match rule.mark {
+            // Whatever its value: a diverted packet may have any bits but ours.
+            Some((value, mask)) => mask & ours.divert == 0 || value & ours.divert != 0,
+            None => true,
+        };
+        rule.ipv6 == (family == Family::Ipv6)
+            && rule.priority < ours.priority
+            && rule.table.is_some_and(|table| table != LOCAL)
+            && !rule.narrower
+            && !rule.suppressed
+            && matches != rule.inverted
+    };
+    let finding = |rule: &Rule| {
+        let table = rule.table.unwrap_or_default();
+        let mark = match rule.mark {
+            Some((value, mask)) => format!(" for marks {value:#x}/{mask:#x}"),
+            None => String::new(),
+        };
+        let finding = Finding::error(
+            "rule-before",
+            format!(
+                "the {} routing rule {}{mark} comes before the one for diverted packets, {}",
+                name(family),
+                rule.priority,
+                ours.priority
+            ),
+        )
+        .effect(format!(
+            "Where table {table} has a route, packets leave by that instead of going to the proxy."
+        ));
+        finding
+            .advice(format!(
+                "give it a priority above {}, or set rule-priority in /etc/cgtproxy/helper.yaml to one \
+                 below {}",
+                ours.priority, rule.priority
+            ))
+            .command(format!("sudo {} rule del priority {}", ip(family), rule.priority))
+    };
+    rules.iter().filter(takes).map(finding).collect()
+}
+
+/// Whether a proxy is to take IPv6.
+fn wants_ipv6(facts: &Facts) -> bool {
+    facts.proxies().iter().any(|proxy| proxy.ipv6)
+}
+
+fn ipv6(facts: &Facts) -> Option<Finding> {
+    let network = &facts.network;
+    if !network.ipv6 || !wants_ipv6(facts) {
+        return None;
+    }
+    match (&network.ipv6_off, &network.ipv6_off_on_lo) {
+        (Ok(false), Ok(true)) => Some(
+            Finding::error(
+                "ipv6-off-on-lo",
+                "IPv6 is switched off on lo and nowhere else",
+            )
+            .effect("Diverted packets come in over lo: over IPv6, they reach no proxy.")
+            .command("sudo sysctl -w net.ipv6.conf.lo.disable_ipv6=0"),
+        ),
+        (Ok(true), _) => Some(
+            Finding::note(
+                "ipv6-off",
+                "IPv6 is switched off (net.ipv6.conf.all.disable_ipv6)",
+            )
+            .effect("Applications use IPv4 only."),
+        ),
+        _ => None,
+    }
+}
+
+fn no_route(facts: &Facts, family: Family) -> Option<Finding> {
+    let network = &facts.network;
+    let (route, matters) = match family {
+        Family::Ipv4 => (&network.ipv4_route, true),
+        Family::Ipv6 => {
+            let off = network.ipv6_off == Ok(true) || !network.ipv6;
+            (&network.ipv6_route, wants_ipv6(facts) && !off)
+        }
+    };
+    (matters && *route == Ok(false)).then(|| {
+        Finding::note(
+            "no-route",
+            format!("the machine has no way to the internet over {}", name(family)),
+        )
+        .effect(
+            "Applications are told so before their packets could be diverted, whatever the proxy can \
+             reach.",
+        )
+    })
+}
+
+fn networkd(facts: &Facts) -> Option<Finding> {
+    let system = &facts.system;
+    (system.networkd == Ok(true) && system.networkd_removes_rules == Ok(true)).then(|| {
+        Finding::warning(
+            "networkd-rules",
+            "systemd-networkd removes routing rules that it did not make, whenever it configures an interface",
+        )
+        .effect(
+            "The helper puts its own back at once, but what is sent in that moment leaves directly.",
+        )
+        .command(
+            "sudo sh -c 'mkdir -p /etc/systemd/networkd.conf.d && printf \
+             \"[Network]\\nManageForeignRoutingPolicyRules=no\\n\" > \
+             /etc/systemd/networkd.conf.d/cgtproxy.conf'",
+        )
+        .command("sudo systemctl restart systemd-networkd")
+    })
+}
+
+fn bridge(facts: &Facts) -> Option<Finding> {
+    facts.network.bridge_filter.then(|| {
+        Finding::note(
+            "bridge-filter",
+            "br_netfilter has packets that a bridge carries pass the rules for routed packets \
+             (net.bridge.bridge-nf-call-iptables), as Docker and Kubernetes want it",
+        )
+        .effect(
+            "Your own applications are not affected: what is diverted comes in over lo. Containers and \
+             virtual machines behind a bridge are no applications of yours.",
+        )
+    })
+}

@@ -1,0 +1,599 @@
+//! Every check, with facts of a machine on which nothing is wrong and with each thing that can be.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use cgtproxy_proto::agent::{ControlGroup, GetStatus_Reply as AgentStatus};
+use cgtproxy_proto::helper::{
+    Diagnose_Reply, GetStatus_Reply as HelperStatus, GetStatus_Reply_session, MarkWriter,
+};
+
+use super::all;
+use crate::doctor::facts::*;
+use crate::doctor::{Severity, report};
+
+const MANAGER: &str = "/user.slice/user-1000.slice/user@1000.service";
+
+fn helper_status() -> HelperStatus {
+    HelperStatus {
+        version: "1".into(),
+        session: GetStatus_Reply_session::active,
+        generation: 1,
+        proxies: Vec::new(),
+        controlGroups: 1,
+        ipv6: true,
+        tableOwned: true,
+        proxyUids: vec![990],
+        systemPolicy: Default::default(),
+    }
+}
+
+fn diagnosis() -> Diagnose_Reply {
+    Diagnose_Reply {
+        markMask: 0xff00_0000,
+        divertBit: 0x8000_0000,
+        routeTable: 25447,
+        rulePriority: 800,
+        missingFeatures: Vec::new(),
+        markWriters: Some(Vec::new()),
+    }
+}
+
+fn agent_status() -> AgentStatus {
+    AgentStatus {
+        version: "1".into(),
+        connected: true,
+        problem: None,
+        generation: 1,
+        config: Some("/c".into()),
+        configError: None,
+        targets: Vec::new(),
+        controlGroups: Vec::new(),
+        rules: None,
+    }
+}
+
+fn proxy() -> Proxy {
+    Proxy {
+        name: "mihomo".into(),
+        port: 7890,
+        tcp: true,
+        udp: true,
+        ipv4: true,
+        ipv6: true,
+        dns: Some(Dns {
+            ipv4: Some(Ipv4Addr::LOCALHOST),
+            ipv6: None,
+            port: 1053,
+            tcp: false,
+        }),
+    }
+}
+
+fn listener(transport: Transport, address: impl Into<IpAddr>, port: u16) -> Listener {
+    Listener {
+        transport,
+        address: address.into(),
+        port,
+        uid: 1000,
+        only_v6: false,
+        transparent: Some(true),
+        control_group: Some(7),
+    }
+}
+
+fn our_rule(ipv6: bool) -> Rule {
+    Rule {
+        ipv6,
+        priority: 800,
+        mark: Some((0x8000_0000, 0x8000_0000)),
+        table: Some(25447),
+        protocol: 199,
+        ..Rule::default()
+    }
+}
+
+/// A desktop on which everything is as it should be.
+fn fine() -> Facts {
+    let system_rules = [(0, 255), (32766, 254)].map(|(priority, table)| Rule {
+        priority,
+        table: Some(table),
+        protocol: 2,
+        ..Rule::default()
+    });
+    let mut rules = vec![our_rule(false), our_rule(true)];
+    rules.extend(system_rules);
+    Facts {
+        uid: 1000,
+        version: "1",
+        helper_socket: "/run/cgtproxy/helper.sock".into(),
+        helper: Helper::Answers(Box::new(helper_status()), Ok(diagnosis())),
+        agent: Agent::Answers(Box::new(agent_status())),
+        config_file: "/home/a/.config/cgtproxy/config.yaml".into(),
+        config: ConfigFile::Read(vec![proxy()]),
+        hierarchy: Hierarchy::Unified,
+        manager: Manager {
+            path: MANAGER.into(),
+            owner: Ok(Some(1000)),
+            groups: Ok(vec![
+                (1, MANAGER.into()),
+                (7, format!("{MANAGER}/app.slice/mihomo.service")),
+                (8, format!("{MANAGER}/app.slice/app-firefox-1.scope")),
+            ]),
+        },
+        session: Session {
+            desktop: Some("GNOME".into()),
+            graphical: 2,
+        },
+        inotify: Ok(Inotify {
+            watches: 65536,
+            instances: 128,
+        }),
+        listeners: Ok(vec![
+            listener(Transport::Tcp, Ipv6Addr::UNSPECIFIED, 7890),
+            listener(Transport::Udp, Ipv6Addr::UNSPECIFIED, 7890),
+            listener(Transport::Udp, Ipv4Addr::LOCALHOST, 1053),
+        ]),
+        rules: Ok(rules),
+        routing_tables: Ok(vec![(Family::Ipv4, 25447), (Family::Ipv6, 25447)]),
+        network: Network {
+            ipv4_route: Ok(true),
+            ipv6: true,
+            ipv6_route: Ok(true),
+            ipv6_off_on_lo: Ok(false),
+            ipv6_off: Ok(false),
+            bridge_filter: false,
+        },
+        system: System {
+            linux: Ok((6, 12)),
+            v1_network_controllers: Ok(Vec::new()),
+            nsswitch: Ok("passwd: files\nhosts: files myhostname dns\n".into()),
+            resolved: true,
+            nscd: false,
+            networkd: Ok(true),
+            networkd_removes_rules: Ok(false),
+        },
+    }
+}
+
+/// Changes one thing about the machine.
+type Break = fn(&mut Facts);
+
+fn helper(facts: &mut Facts) -> (&mut HelperStatus, &mut Diagnose_Reply) {
+    match &mut facts.helper {
+        Helper::Answers(status, Ok(diagnosis)) => (status, diagnosis),
+        _ => panic!("it answers"),
+    }
+}
+
+fn agent(facts: &mut Facts) -> &mut AgentStatus {
+    match &mut facts.agent {
+        Agent::Answers(status) => status,
+        _ => panic!("it answers"),
+    }
+}
+
+fn listeners(facts: &mut Facts) -> &mut Vec<Listener> {
+    facts.listeners.as_mut().unwrap()
+}
+
+fn add_rule(facts: &mut Facts, rule: Rule) {
+    facts.rules.as_mut().unwrap().push(rule);
+}
+
+/// What can be wrong, by the finding that says so.
+const BROKEN: &[(&str, Severity, Break)] = {
+    use Severity::{Error, Note, Warning};
+    &[
+        ("helper-missing", Error, |f| f.helper = Helper::Missing),
+        ("helper-dead", Error, |f| f.helper = Helper::Dead),
+        ("helper-forbidden", Error, |f| f.helper = Helper::Forbidden),
+        ("helper-unreachable", Error, |f| {
+            f.helper = Helper::Unreachable("no".into());
+        }),
+        ("helper-refuses", Error, |f| {
+            f.helper = Helper::Refuses("org.cgtproxy.Helper.TooManyConnections".into(), "x".into());
+        }),
+        ("helper-refuses", Error, |f| {
+            f.helper = Helper::Refuses("org.varlink.service.PermissionDenied".into(), "x".into());
+        }),
+        ("helper-version", Warning, |f| {
+            helper(f).0.version = "2".into()
+        }),
+        ("agent-not-running", Error, |f| f.agent = Agent::NotRunning),
+        ("agent-unreachable", Error, |f| {
+            f.agent = Agent::Unreachable("no".into());
+        }),
+        ("agent-version", Warning, |f| agent(f).version = "2".into()),
+        ("agent-disconnected", Error, |f| agent(f).connected = false),
+        ("agent-refused", Error, |f| {
+            agent(f).problem = Some("TooManyProxies".into())
+        }),
+        ("config-not-in-force", Error, |f| {
+            agent(f).configError = Some("c:1:1: what is this".into());
+        }),
+        ("config-wrong", Error, |f| {
+            f.config = ConfigFile::Wrong("c:1:1".into())
+        }),
+        ("config-missing", Note, |f| f.config = ConfigFile::Missing),
+        ("cgroup-hybrid", Note, |f| f.hierarchy = Hierarchy::Hybrid),
+        ("cgroup-missing", Error, |f| f.hierarchy = Hierarchy::None),
+        ("manager-missing", Error, |f| f.manager.owner = Ok(None)),
+        ("manager-not-yours", Error, |f| {
+            f.manager.owner = Ok(Some(0))
+        }),
+        ("no-app-scopes", Warning, |f| {
+            f.manager.groups = Ok(vec![(1, MANAGER.into())]);
+        }),
+        ("inotify-watches", Warning, |f| {
+            f.inotify.as_mut().unwrap().watches = 60
+        }),
+        ("inotify-instances", Warning, |f| {
+            f.inotify.as_mut().unwrap().instances = 2;
+        }),
+        ("kernel-feature", Error, |f| {
+            helper(f).1.missingFeatures = vec!["tproxy".into(), "fib".into(), "dnat".into()];
+        }),
+        ("net-cls", Warning, |f| {
+            f.system.linux = Ok((5, 14));
+            f.system.v1_network_controllers = Ok(vec!["net_cls".into()]);
+        }),
+        ("table-not-protected", Note, |f| {
+            helper(f).0.tableOwned = false
+        }),
+        ("kernel-no-ipv6", Note, |f| {
+            helper(f).0.ipv6 = false;
+            f.network.ipv6 = false;
+        }),
+        ("rule-missing", Error, |f| {
+            f.rules = Ok(vec![our_rule(true)])
+        }),
+        ("rule-missing", Error, |f| {
+            f.rules = Ok(vec![our_rule(false)])
+        }),
+        ("route-missing", Error, |f| {
+            f.routing_tables = Ok(vec![(Family::Ipv4, 25447), (Family::Ipv6, 254)]);
+        }),
+        ("rule-before", Error, |f| {
+            add_rule(
+                f,
+                Rule {
+                    priority: 100,
+                    table: Some(51820),
+                    ..Rule::default()
+                },
+            );
+        }),
+        ("rule-before", Error, |f| {
+            // WireGuard's, but earlier than it puts it.
+            let mark = Some((0xca6c, u32::MAX));
+            let rule = Rule {
+                priority: 100,
+                inverted: true,
+                mark,
+                table: Some(51820),
+                ..Rule::default()
+            };
+            add_rule(f, rule);
+        }),
+        ("ipv6-off-on-lo", Error, |f| {
+            f.network.ipv6_off_on_lo = Ok(true)
+        }),
+        ("ipv6-off", Note, |f| f.network.ipv6_off = Ok(true)),
+        ("no-route", Note, |f| f.network.ipv6_route = Ok(false)),
+        ("no-route", Note, |f| f.network.ipv4_route = Ok(false)),
+        ("networkd-rules", Warning, |f| {
+            f.system.networkd_removes_rules = Ok(true)
+        }),
+        ("bridge-filter", Note, |f| f.network.bridge_filter = true),
+        ("marks-changed", Warning, |f| {
+            let writer = MarkWriter {
+                table: "ip mangle".into(),
+                bits: 0xff00_0000,
+            };
+            helper(f).1.markWriters = Some(vec![writer]);
+        }),
+        ("marks-in-rule", Warning, |f| {
+            let mark = Some((0x8000_0000, 0xff00_0000));
+            add_rule(
+                f,
+                Rule {
+                    priority: 5000,
+                    mark,
+                    table: Some(100),
+                    ..Rule::default()
+                },
+            );
+        }),
+        ("proxy-not-listening", Error, |f| {
+            listeners(f).retain(|l| l.port != 7890)
+        }),
+        ("proxy-incomplete", Error, |f| {
+            listeners(f)[1].address = Ipv4Addr::UNSPECIFIED.into()
+        }),
+        ("proxy-incomplete", Error, |f| {
+            listeners(f)[0].only_v6 = true
+        }),
+        ("proxy-address", Error, |f| {
+            let address: IpAddr = "192.168.1.2".parse().unwrap();
+            listeners(f)[0].address = address;
+            listeners(f)[1].address = address;
+        }),
+        ("proxy-user", Error, |f| listeners(f)[0].uid = 991),
+        ("proxy-not-transparent", Error, |f| {
+            listeners(f)[1].transparent = Some(false)
+        }),
+        ("proxy-loop", Error, |f| {
+            agent(f).controlGroups = vec![ControlGroup {
+                path: format!("{MANAGER}/app.slice/mihomo.service"),
+                target: "mihomo".into(),
+                rule: Some(1),
+                inheritedFrom: None,
+                execSlice: false,
+                inForce: true,
+                skipped: None,
+            }];
+        }),
+        ("dns-not-listening", Error, |f| {
+            listeners(f).retain(|l| l.port != 1053)
+        }),
+        ("nss-resolve", Warning, |f| {
+            f.system.nsswitch = Ok("hosts: mymachines resolve [!UNAVAIL=return] files dns".into());
+        }),
+        ("nscd", Warning, |f| f.system.nscd = true),
+    ]
+};
+
+/// What does no harm, though it looks as if it could.
+const HARMLESS: &[(&str, Break)] = &[
+    ("a proxy of root's", |f| listeners(f)[0].uid = 0),
+    ("a proxy that the administrator allows", |f| {
+        listeners(f)[0].uid = 990
+    }),
+    ("a kernel that does not say what is transparent", |f| {
+        listeners(f)[0].transparent = None
+    }),
+    ("nss-resolve without resolved", |f| {
+        f.system.nsswitch = Ok("hosts: resolve dns".into());
+        f.system.resolved = false;
+    }),
+    ("resolve in a comment", |f| {
+        f.system.nsswitch = Ok("hosts: dns # resolve".into())
+    }),
+    ("net_cls on a new kernel", |f| {
+        f.system.v1_network_controllers = Ok(vec!["net_cls".into()]);
+    }),
+    ("networkd that does not run", |f| {
+        f.system.networkd = Ok(false);
+        f.system.networkd_removes_rules = Ok(true);
+    }),
+    ("no desktop", |f| {
+        f.session.desktop = None;
+        f.manager.groups = Ok(vec![(1, MANAGER.into())]);
+    }),
+    ("WireGuard's rules", |f| {
+        let mark = Some((0xca6c, u32::MAX));
+        let rule = Rule {
+            priority: 32764,
+            inverted: true,
+            mark,
+            table: Some(51820),
+            ..Rule::default()
+        };
+        add_rule(f, rule);
+        let main = Rule {
+            priority: 100,
+            suppressed: true,
+            table: Some(254),
+            ..Rule::default()
+        };
+        add_rule(f, main);
+    }),
+    ("tailscale's rules", |f| {
+        let mark = Some((0x8_0000, 0xff_0000));
+        add_rule(
+            f,
+            Rule {
+                priority: 5210,
+                mark,
+                table: Some(254),
+                ..Rule::default()
+            },
+        );
+    }),
+    ("a rule for one network", |f| {
+        add_rule(
+            f,
+            Rule {
+                priority: 5,
+                narrower: true,
+                table: Some(9),
+                ..Rule::default()
+            },
+        );
+    }),
+    (
+        "an earlier rule for a mark that no diverted packet has",
+        |f| {
+            let mark = Some((0xca6c, u32::MAX));
+            add_rule(
+                f,
+                Rule {
+                    priority: 5,
+                    mark,
+                    table: Some(9),
+                    ..Rule::default()
+                },
+            );
+        },
+    ),
+    ("a proxy without IPv6 where there is none", |f| {
+        f.config = ConfigFile::Read(vec![Proxy {
+            ipv6: false,
+            ..proxy()
+        }]);
+        for listener in listeners(f) {
+            listener.address = Ipv4Addr::UNSPECIFIED.into();
+        }
+        f.network.ipv6_route = Ok(false);
+        f.network.ipv6_off_on_lo = Ok(true);
+    }),
+    ("a DNS server elsewhere", |f| {
+        let dns = Some(Dns {
+            ipv4: Some(Ipv4Addr::new(192, 168, 1, 1)),
+            ipv6: None,
+            port: 5353,
+            tcp: true,
+        });
+        f.config = ConfigFile::Read(vec![Proxy { dns, ..proxy() }]);
+    }),
+];
+
+fn ids(facts: &Facts) -> Vec<&'static str> {
+    let groups = all(facts);
+    groups
+        .iter()
+        .flat_map(|g| &g.findings)
+        .map(|f| f.id)
+        .collect()
+}
+
+#[test]
+fn nothing_is_wrong_with_a_machine_that_is_fine() {
+    let groups = all(&fine());
+    for group in &groups {
+        assert_eq!(group.findings, [], "{}", group.name);
+        assert_eq!(group.unseen, Vec::<String>::new(), "{}", group.name);
+    }
+    let mut text = String::new();
+    report::render(&mut text, &groups, false).unwrap();
+    assert!(text.ends_with("\nnothing is wrong\n"), "{text}");
+}
+
+#[test]
+fn what_is_wrong_is_found_and_said() {
+    for (id, severity, wreck) in BROKEN {
+        let mut facts = fine();
+        wreck(&mut facts);
+        let groups = all(&facts);
+        let found = groups
+            .iter()
+            .flat_map(|g| &g.findings)
+            .find(|f| f.id == *id);
+        let found = found.unwrap_or_else(|| panic!("{id}: {:?}", ids(&facts)));
+        assert_eq!(found.severity, *severity, "{id}");
+        assert!(
+            !found.problem.is_empty() && !found.effect.is_empty(),
+            "{id}"
+        );
+        // Whoever is told of something that does not work is told how to mend it.
+        if *severity != Severity::Note {
+            assert!(found.advice.is_some() || !found.commands.is_empty(), "{id}");
+        }
+        let mut text = String::new();
+        report::render(&mut text, &groups, false).unwrap();
+        assert!(text.contains(&format!("[{id}]")), "{text}");
+        assert!(!text.contains("nothing is wrong"), "{text}");
+    }
+}
+
+#[test]
+fn what_does_no_harm_is_not_found() {
+    for (what, change) in HARMLESS {
+        let mut facts = fine();
+        change(&mut facts);
+        assert_eq!(ids(&facts), Vec::<&str>::new(), "{what}");
+    }
+}
+
+#[test]
+fn what_could_not_be_looked_at_does_not_pass_for_good() {
+    let mut facts = fine();
+    facts.rules = Err("no rights".into());
+    facts.listeners = Err("no rights".into());
+    facts.system.nsswitch = Err("no rights".into());
+    facts.helper = Helper::Answers(Box::new(helper_status()), Err("too old".into()));
+    let groups = all(&facts);
+    let mut text = String::new();
+    report::render(&mut text, &groups, false).unwrap();
+    for name in ["kernel", "routing", "marks", "proxies", "dns"] {
+        let group = groups.iter().find(|group| group.name == name).unwrap();
+        assert!(!group.unseen.is_empty(), "{name}");
+        assert!(text.contains(&format!("unknown  {name}\n")), "{text}");
+    }
+    assert!(text.contains("could not be looked at: "), "{text}");
+    assert!(
+        text.ends_with("nothing is wrong with what could be looked at\n"),
+        "{text}"
+    );
+    assert_eq!(report::count(&groups, Severity::Error), 0);
+}
+
+#[test]
+fn without_the_configuration_the_policy_in_force_counts() {
+    let mut facts = fine();
+    facts.config = ConfigFile::Missing;
+    helper(&mut facts).0.proxies = vec![cgtproxy_proto::helper::Proxy {
+        name: "other".into(),
+        port: 1,
+        redirect: None,
+        noTcp: None,
+        noUdp: None,
+        rejectUdp: None,
+        noIpv4: None,
+        noIpv6: None,
+        dnsHijack: None,
+    }];
+    assert_eq!(ids(&facts), ["config-missing", "proxy-not-listening"]);
+}
+
+#[test]
+fn names_of_others_reach_the_terminal_harmlessly() {
+    let mut facts = fine();
+    let writer = MarkWriter {
+        table: "ip \x1b[2J\u{202e}".into(),
+        bits: 1,
+    };
+    helper(&mut facts).1.markWriters = Some(vec![writer]);
+    let mut text = String::new();
+    report::render(&mut text, &all(&facts), false).unwrap();
+    assert!(text.contains("ip \\u{1b}[2J\\u{202e}"), "{text}");
+    assert!(!text.contains('\x1b') && !text.contains('\u{202e}'));
+}
+
+/// Every id that a check can give, as its source has it.
+fn ids_in_source() -> BTreeSet<String> {
+    let sources = [
+        include_str!("agent.rs"),
+        include_str!("control_groups.rs"),
+        include_str!("dns.rs"),
+        include_str!("helper.rs"),
+        include_str!("kernel.rs"),
+        include_str!("marks.rs"),
+        include_str!("proxies.rs"),
+        include_str!("routing.rs"),
+    ];
+    let mut ids = BTreeSet::new();
+    for source in sources {
+        for severity in ["Finding::error(", "Finding::warning(", "Finding::note("] {
+            for rest in source.split(severity).skip(1) {
+                let id = rest.trim_start().strip_prefix('"').unwrap();
+                ids.insert(id.split('"').next().unwrap().to_owned());
+            }
+        }
+    }
+    ids
+}
+
+#[test]
+fn every_finding_is_tested_and_in_the_documentation() {
+    let documentation = include_str!("../../../../docs/troubleshooting.md");
+    let tested: BTreeSet<String> = BROKEN.iter().map(|(id, ..)| (*id).to_owned()).collect();
+    assert_eq!(ids_in_source(), tested);
+    for id in tested {
+        assert!(
+            documentation.contains(&format!("`{id}`")),
+            "{id} is not in docs/troubleshooting.md"
+        );
+    }
+}

@@ -1,0 +1,164 @@
+//! What the helper, the agent and the configuration file say.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use cgtproxy_proto::agent::{GetStatus_Args as AgentArgs, GetStatus_Reply as AgentStatus};
+use cgtproxy_proto::client::{CallError, Client};
+use cgtproxy_proto::helper::{
+    self as wire, Diagnose_Args, Diagnose_Reply, GetStatus_Args, GetStatus_Reply,
+};
+use serde::de::DeserializeOwned;
+
+use super::{Agent, ConfigFile, Dns, Helper, Proxy};
+use crate::config::{self, LoadError};
+use crate::doctor::Look;
+use crate::reload::ConfigFile as Source;
+use crate::text::chain;
+
+/// A daemon that has not answered by then does not.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What came of connecting and calling.
+enum Answer<T> {
+    Io(io::Error),
+    Failed(CallError),
+    Timeout,
+    Reply(T),
+}
+
+async fn call<T: DeserializeOwned>(
+    client: &mut Client,
+    method: String,
+    arguments: impl serde::Serialize,
+) -> Answer<T> {
+    match tokio::time::timeout(PATIENCE, client.call(&method, arguments)).await {
+        Err(_) => Answer::Timeout,
+        Ok(Err(error)) => Answer::Failed(error),
+        Ok(Ok(answer)) => Answer::Reply(answer),
+    }
+}
+
+async fn connect(path: &Path) -> Result<Client, Answer<()>> {
+    match tokio::time::timeout(PATIENCE, Client::connect(path)).await {
+        Err(_) => Err(Answer::Timeout),
+        Ok(Err(error)) => Err(Answer::Io(error)),
+        Ok(Ok(client)) => Ok(client),
+    }
+}
+
+/// Asks the helper for its state, and for what it sees of the machine.
+pub async fn ask_helper(socket: &Path) -> Helper {
+    let mut client = match connect(socket).await {
+        Ok(client) => client,
+        Err(Answer::Io(error)) => {
+            return match error.kind() {
+                io::ErrorKind::NotFound => Helper::Missing,
+                io::ErrorKind::ConnectionRefused => Helper::Dead,
+                io::ErrorKind::PermissionDenied => Helper::Forbidden,
+                _ => Helper::Unreachable(chain(&error)),
+            };
+        }
+        Err(_) => return Helper::Unreachable(no_answer()),
+    };
+    let method = |name: &str| format!("{}.{name}", wire::INTERFACE);
+    let status = call(&mut client, method("GetStatus"), GetStatus_Args {}).await;
+    let status: GetStatus_Reply = match status {
+        Answer::Reply(status) => status,
+        Answer::Failed(CallError::Fault(fault)) => {
+            let text = chain(&CallError::Fault(fault.clone()));
+            return Helper::Refuses(fault.name.into_owned(), text);
+        }
+        Answer::Failed(error) => return Helper::Unreachable(chain(&error)),
+        Answer::Io(error) => return Helper::Unreachable(chain(&error)),
+        Answer::Timeout => return Helper::Unreachable(no_answer()),
+    };
+    let diagnosis = call(&mut client, method("Diagnose"), Diagnose_Args {}).await;
+    let diagnosis: Look<Diagnose_Reply> = match diagnosis {
+        Answer::Reply(diagnosis) => Ok(diagnosis),
+        Answer::Failed(error) => Err(chain(&error)),
+        Answer::Io(error) => Err(chain(&error)),
+        Answer::Timeout => Err(no_answer()),
+    };
+    Helper::Answers(Box::new(status), diagnosis)
+}
+
+/// Asks the agent for its state.
+pub async fn ask_agent(socket: &Path) -> Agent {
+    let mut client = match connect(socket).await {
+        Ok(client) => client,
+        Err(Answer::Io(error))
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            return Agent::NotRunning;
+        }
+        Err(Answer::Io(error)) => return Agent::Unreachable(chain(&error)),
+        Err(_) => return Agent::Unreachable(no_answer()),
+    };
+    let method = format!("{}.GetStatus", cgtproxy_proto::agent::INTERFACE);
+    match call::<AgentStatus>(&mut client, method, AgentArgs {}).await {
+        Answer::Reply(status) => Agent::Answers(Box::new(status)),
+        Answer::Failed(error) => Agent::Unreachable(chain(&error)),
+        Answer::Io(error) => Agent::Unreachable(chain(&error)),
+        Answer::Timeout => Agent::Unreachable(no_answer()),
+    }
+}
+
+fn no_answer() -> String {
+    format!("no answer within {} seconds", PATIENCE.as_secs())
+}
+
+/// Reads the configuration file.
+#[must_use]
+pub fn read_config(file: &Source) -> ConfigFile {
+    match config::load(&file.path) {
+        Ok(loaded) => ConfigFile::Read(loaded.config.proxies.iter().map(configured).collect()),
+        Err(LoadError::Missing(_)) if !file.explicit => ConfigFile::Missing,
+        Err(error) => ConfigFile::Wrong(chain(&error)),
+    }
+}
+
+fn configured(proxy: &config::Proxy) -> Proxy {
+    Proxy {
+        name: proxy.name.as_str().to_owned(),
+        port: proxy.port.get(),
+        tcp: true,
+        udp: !proxy.no_udp,
+        ipv4: true,
+        ipv6: !proxy.no_ipv6,
+        dns: proxy.dns_hijack.as_ref().map(|dns| Dns {
+            ipv4: dns.ipv4,
+            ipv6: dns.ipv6,
+            port: dns.port.get(),
+            tcp: dns.tcp,
+        }),
+    }
+}
+
+/// A TPROXY server of the policy that the helper holds; none if the agent itself is the server.
+pub(super) fn in_force(proxy: &wire::Proxy) -> Option<Proxy> {
+    if proxy.redirect == Some(true) {
+        return None;
+    }
+    let dns = proxy.dnsHijack.as_ref().and_then(|dns| {
+        Some(Dns {
+            ipv4: dns.ipv4.as_deref().and_then(|ip| ip.parse().ok()),
+            ipv6: dns.ipv6.as_deref().and_then(|ip| ip.parse().ok()),
+            port: dns.port.try_into().ok()?,
+            tcp: dns.tcp.unwrap_or(false),
+        })
+    });
+    Some(Proxy {
+        name: proxy.name.clone(),
+        port: proxy.port.try_into().ok()?,
+        tcp: !proxy.noTcp.unwrap_or(false),
+        udp: !proxy.noUdp.unwrap_or(false),
+        ipv4: !proxy.noIpv4.unwrap_or(false),
+        ipv6: !proxy.noIpv6.unwrap_or(false),
+        dns,
+    })
+}

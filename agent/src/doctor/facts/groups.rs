@@ -1,0 +1,109 @@
+//! Control groups and who is in them.
+
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::path::Path;
+
+use cgtproxy_proto::path::ControlGroupPath;
+
+use super::{Hierarchy, Manager, Session};
+use crate::doctor::Look;
+use crate::subtree::{Subtree, find_root};
+
+/// More control groups than any user has.
+const MOST_GROUPS: usize = 100_000;
+
+/// How control groups are mounted, with the root as it was given or found.
+#[must_use]
+pub fn hierarchy(root: Option<&Path>) -> Hierarchy {
+    let found = match root {
+        Some(root) => Some(root.to_owned()),
+        None => find_root().ok(),
+    };
+    match found {
+        None => Hierarchy::None,
+        Some(root) if root.ends_with("unified") => Hierarchy::Hybrid,
+        Some(root) if root.join("cgroup.controllers").exists() => Hierarchy::Unified,
+        Some(_) => Hierarchy::None,
+    }
+}
+
+/// Looks through the control groups of a user's service manager.
+#[must_use]
+pub fn manager(subtree: &Subtree) -> Manager {
+    let root = ControlGroupPath::root();
+    let owner = match fs::metadata(subtree.directory(&root)) {
+        Ok(found) => Ok(Some(found.uid())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error.to_string()),
+    };
+    Manager {
+        path: subtree.to_wire(&root),
+        groups: groups(subtree).map_err(|error| error.to_string()),
+        owner,
+    }
+}
+
+fn groups(subtree: &Subtree) -> io::Result<Vec<(u64, String)>> {
+    let root = ControlGroupPath::root();
+    let id = fs::metadata(subtree.directory(&root))?.ino();
+    let mut found = vec![(id, subtree.to_wire(&root))];
+    let mut stack = vec![root];
+    while let Some(path) = stack.pop() {
+        let entries = match fs::read_dir(subtree.directory(&path)) {
+            Ok(entries) => entries,
+            // It has gone meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        for entry in entries.flatten() {
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) || found.len() >= MOST_GROUPS {
+                continue;
+            }
+            if let Ok(path) = path.join(entry.file_name().as_bytes()) {
+                found.push((entry.ino(), subtree.to_wire(&path)));
+                stack.push(path);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Looks for processes with a display in a user's login sessions.
+#[must_use]
+pub fn session(root: &Path, uid: u32) -> Session {
+    let slice = root.join(format!("user.slice/user-{uid}.slice"));
+    let scopes = fs::read_dir(slice).into_iter().flatten().flatten();
+    let scopes = scopes.filter(|entry| {
+        let name = entry.file_name();
+        name.as_bytes().starts_with(b"session-") && name.as_bytes().ends_with(b".scope")
+    });
+    let processes = scopes
+        .filter_map(|scope| fs::read_to_string(scope.path().join("cgroup.procs")).ok())
+        .flat_map(|list| list.lines().map(str::to_owned).collect::<Vec<_>>());
+    Session {
+        desktop: std::env::var("XDG_CURRENT_DESKTOP")
+            .ok()
+            .filter(|name| !name.is_empty()),
+        graphical: processes.filter(|pid| has_display(pid)).count(),
+    }
+}
+
+fn has_display(pid: &str) -> bool {
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|&byte| byte == 0).any(|variable| {
+        variable.starts_with(b"WAYLAND_DISPLAY=") || variable.starts_with(b"DISPLAY=")
+    })
+}
+
+/// Whether a unit of the system has processes.
+pub(super) fn unit_runs(root: &Path, unit: &str) -> Look<bool> {
+    let file = root.join("system.slice").join(unit).join("cgroup.events");
+    match fs::read_to_string(file) {
+        Ok(events) => Ok(events.lines().any(|line| line == "populated 1")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error.to_string()),
+    }
+}

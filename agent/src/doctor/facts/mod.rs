@@ -1,0 +1,295 @@
+//! What is there, whether or not it is as it should be.
+
+mod ask;
+mod groups;
+mod netlink;
+mod system;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+
+use cgtproxy_proto::agent::GetStatus_Reply as AgentStatus;
+use cgtproxy_proto::helper::{Diagnose_Reply, GetStatus_Reply as HelperStatus};
+
+use super::Look;
+
+pub use ask::{ask_agent, ask_helper, read_config};
+pub use groups::{hierarchy, manager, session};
+pub use netlink::{listeners, routing_tables, rules};
+pub use system::{inotify, network, system};
+
+/// Everything that checks look at.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// Whose doctor this is.
+    pub uid: u32,
+    /// The version of this program.
+    pub version: &'static str,
+    /// Where the helper is looked for.
+    pub helper_socket: PathBuf,
+    /// The helper.
+    pub helper: Helper,
+    /// The agent.
+    pub agent: Agent,
+    /// Where the configuration is looked for.
+    pub config_file: PathBuf,
+    /// What is there.
+    pub config: ConfigFile,
+    /// Where control groups are.
+    pub hierarchy: Hierarchy,
+    /// The control groups of the user's service manager.
+    pub manager: Manager,
+    /// The user's login sessions.
+    pub session: Session,
+    /// Limits of inotify.
+    pub inotify: Look<Inotify>,
+    /// Who listens on TCP ports, and who takes datagrams from everybody.
+    pub listeners: Look<Vec<Listener>>,
+    /// Routing rules of both families.
+    pub rules: Look<Vec<Rule>>,
+    /// Numbers of the routing tables that have a route, with their families.
+    pub routing_tables: Look<Vec<(Family, u32)>>,
+    /// The network.
+    pub network: Network,
+    /// The rest of the machine.
+    pub system: System,
+}
+
+/// What came of asking the helper.
+#[derive(Debug, Clone)]
+pub enum Helper {
+    /// There is no socket.
+    Missing,
+    /// Nobody listens on it.
+    Dead,
+    /// The socket's or its directory's mode does not let this user in.
+    Forbidden,
+    /// Something else is wrong.
+    Unreachable(String),
+    /// It answered with a declared error: its name and all of it.
+    Refuses(String, String),
+    /// It answered.
+    Answers(Box<HelperStatus>, Look<Diagnose_Reply>),
+}
+
+/// What came of asking the agent.
+#[derive(Debug, Clone)]
+pub enum Agent {
+    /// It is not running.
+    NotRunning,
+    /// It can't be asked.
+    Unreachable(String),
+    /// It answered.
+    Answers(Box<AgentStatus>),
+}
+
+/// What the configuration file is.
+#[derive(Debug, Clone)]
+pub enum ConfigFile {
+    /// There is none, and none was asked for.
+    Missing,
+    /// It is of no use.
+    Wrong(String),
+    /// It has these proxies.
+    Read(Vec<Proxy>),
+}
+
+/// What a proxy is to take, wherever that is known from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Proxy {
+    /// Its name.
+    pub name: String,
+    /// Its port.
+    pub port: u16,
+    /// TCP goes there.
+    pub tcp: bool,
+    /// UDP goes there.
+    pub udp: bool,
+    /// IPv4 goes there.
+    pub ipv4: bool,
+    /// IPv6 goes there.
+    pub ipv6: bool,
+    /// Where DNS queries go.
+    pub dns: Option<Dns>,
+}
+
+/// A server for hijacked queries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dns {
+    /// For queries over IPv4.
+    pub ipv4: Option<Ipv4Addr>,
+    /// For queries over IPv6.
+    pub ipv6: Option<Ipv6Addr>,
+    /// Its port.
+    pub port: u16,
+    /// Over TCP too.
+    pub tcp: bool,
+}
+
+/// How control groups are mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hierarchy {
+    /// Version 2 alone.
+    Unified,
+    /// Version 2 beside version 1.
+    Hybrid,
+    /// Version 1 alone, or nothing.
+    None,
+}
+
+/// A user's service manager.
+#[derive(Debug, Clone)]
+pub struct Manager {
+    /// The path of its control group, from the root.
+    pub path: String,
+    /// Whose its control group is; none if it is not there.
+    pub owner: Look<Option<u32>>,
+    /// The control groups in it, itself included: ids and paths as messages have them.
+    pub groups: Look<Vec<(u64, String)>>,
+}
+
+/// A user's login sessions.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Session {
+    /// The desktop, as it calls itself.
+    pub desktop: Option<String>,
+    /// How many processes with a display are in sessions, outside of the service manager.
+    pub graphical: usize,
+}
+
+/// Limits of inotify for each user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Inotify {
+    /// Watches.
+    pub watches: u64,
+    /// Descriptors.
+    pub instances: u64,
+}
+
+/// TCP or UDP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Family {
+    /// IPv4.
+    Ipv4,
+    /// IPv6.
+    Ipv6,
+}
+
+/// A socket that takes connections or datagrams from everybody.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listener {
+    /// TCP or UDP.
+    pub transport: Transport,
+    /// Where.
+    pub address: IpAddr,
+    /// On which port.
+    pub port: u16,
+    /// Whose it is.
+    pub uid: u32,
+    /// It takes IPv6 alone, if it is of IPv6.
+    pub only_v6: bool,
+    /// Whether it is transparent; none before Linux 5.10.
+    pub transparent: Option<bool>,
+    /// The id of its control group; none before Linux 5.9.
+    pub control_group: Option<u64>,
+}
+
+/// A routing rule (`ip rule`).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rule {
+    /// It is of IPv6.
+    pub ipv6: bool,
+    /// Lower is earlier.
+    pub priority: u32,
+    /// `not`
+    pub inverted: bool,
+    /// `fwmark VALUE/MASK`
+    pub mark: Option<(u32, u32)>,
+    /// It looks at something else too: addresses, interfaces, ports, users.
+    pub narrower: bool,
+    /// `suppress_prefixlength`: some of the table's routes do not count.
+    pub suppressed: bool,
+    /// The table that it looks up; none if it does something else.
+    pub table: Option<u32>,
+    /// Who made it: rtnetlink(7)'s protocol.
+    pub protocol: u8,
+}
+
+/// The network of the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Network {
+    /// There is a way to the internet over IPv4.
+    pub ipv4_route: Look<bool>,
+    /// The kernel has IPv6.
+    pub ipv6: bool,
+    /// There is a way to the internet over IPv6.
+    pub ipv6_route: Look<bool>,
+    /// IPv6 is switched off on lo.
+    pub ipv6_off_on_lo: Look<bool>,
+    /// IPv6 is switched off on all interfaces.
+    pub ipv6_off: Look<bool>,
+    /// There is a bridge, and what it carries meets the rules for routed packets (br_netfilter).
+    pub bridge_filter: bool,
+}
+
+/// The rest of the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct System {
+    /// Linux's version and patch level.
+    pub linux: Look<(u32, u32)>,
+    /// Those of net_cls and net_prio that a hierarchy of version 1 has.
+    pub v1_network_controllers: Look<Vec<String>>,
+    /// What /etc/nsswitch.conf says.
+    pub nsswitch: Look<String>,
+    /// systemd-resolved answers to nss-resolve.
+    pub resolved: bool,
+    /// nscd runs.
+    pub nscd: bool,
+    /// systemd-networkd runs.
+    pub networkd: Look<bool>,
+    /// It removes rules of others.
+    pub networkd_removes_rules: Look<bool>,
+}
+
+impl Facts {
+    /// The proxies that matter: those of the file, or those in force if the file is of no use.
+    #[must_use]
+    pub fn proxies(&self) -> Vec<Proxy> {
+        match (&self.config, &self.helper) {
+            (ConfigFile::Read(proxies), _) => proxies.clone(),
+            (_, Helper::Answers(status, _)) => {
+                status.proxies.iter().filter_map(ask::in_force).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// What the helper has to say about the machine.
+    ///
+    /// # Errors
+    /// Why it says nothing.
+    pub fn diagnosis(&self) -> Look<&Diagnose_Reply> {
+        match &self.helper {
+            Helper::Answers(_, diagnosis) => diagnosis.as_ref().map_err(Clone::clone),
+            _ => Err("only the helper can look at it".to_owned()),
+        }
+    }
+
+    /// What the helper says about itself and this user.
+    #[must_use]
+    pub fn helper_status(&self) -> Option<&HelperStatus> {
+        match &self.helper {
+            Helper::Answers(status, _) => Some(status),
+            _ => None,
+        }
+    }
+}

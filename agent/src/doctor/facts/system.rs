@@ -1,0 +1,243 @@
+//! Files below /proc, /run and /etc that everybody may read.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use super::groups::unit_runs;
+use super::{Inotify, Network, System};
+use crate::doctor::Look;
+
+/// Addresses on the internet, of the root server A, to which nothing is sent.
+const FAR_V4: Ipv4Addr = Ipv4Addr::new(198, 41, 0, 4);
+const FAR_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0x503, 0xba3e, 0, 0, 0, 2, 0x30);
+
+/// The discard service (RFC 863).
+const PORT: u16 = 9;
+
+/// Where systemd looks for configuration, the strongest last.
+const CONFIGURATION: [&str; 4] = [
+    "/usr/lib/systemd",
+    "/usr/local/lib/systemd",
+    "/run/systemd",
+    "/etc/systemd",
+];
+
+/// A number in a file.
+fn number(file: &str) -> Look<u64> {
+    let text = fs::read_to_string(file).map_err(|error| format!("{file}: {error}"))?;
+    text.trim()
+        .parse()
+        .map_err(|_| format!("{file} has no number"))
+}
+
+/// The limits of inotify.
+///
+/// # Errors
+/// If they can't be read.
+pub fn inotify() -> Look<Inotify> {
+    Ok(Inotify {
+        watches: number("/proc/sys/fs/inotify/max_user_watches")?,
+        instances: number("/proc/sys/fs/inotify/max_user_instances")?,
+    })
+}
+
+/// Looks at the network.
+#[must_use]
+pub fn network() -> Network {
+    let off = |interface: &str| {
+        let file = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
+        number(&file).map(|value| value != 0)
+    };
+    let bridge = |family: &str| {
+        let file = format!("/proc/sys/net/bridge/bridge-nf-call-{family}");
+        number(&file).is_ok_and(|value| value != 0)
+    };
+    Network {
+        ipv4_route: route(Ipv4Addr::UNSPECIFIED.into(), FAR_V4.into()),
+        ipv6: Path::new("/proc/sys/net/ipv6").exists(),
+        ipv6_route: route(Ipv6Addr::UNSPECIFIED.into(), FAR_V6.into()),
+        ipv6_off_on_lo: off("lo"),
+        ipv6_off: off("all"),
+        bridge_filter: (bridge("iptables") || bridge("ip6tables")) && has_bridge(),
+    }
+}
+
+/// Whether there is a bridge.
+fn has_bridge() -> bool {
+    let interfaces = fs::read_dir("/sys/class/net").into_iter().flatten();
+    let mut interfaces = interfaces.flatten();
+    interfaces.any(|interface| interface.path().join("bridge").exists())
+}
+
+/// Whether there is a way there: a socket is connected, which sends nothing.
+fn route(from: IpAddr, to: IpAddr) -> Look<bool> {
+    let socket = match UdpSocket::bind(SocketAddr::new(from, 0)) {
+        Ok(socket) => socket,
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => return Ok(false),
+        Err(error) if is(&error, rustix::io::Errno::AFNOSUPPORT) => return Ok(false),
+        Err(error) => return Err(error.to_string()),
+    };
+    match socket.connect(SocketAddr::new(to, PORT)) {
+        Ok(()) => Ok(true),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NetworkUnreachable
+                    | io::ErrorKind::HostUnreachable
+                    | io::ErrorKind::AddrNotAvailable
+            ) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn is(error: &io::Error, errno: rustix::io::Errno) -> bool {
+    rustix::io::Errno::from_io_error(error) == Some(errno)
+}
+
+/// Looks at the rest of the machine.
+#[must_use]
+pub fn system(root: &Path) -> System {
+    System {
+        linux: linux(),
+        v1_network_controllers: fs::read_to_string("/proc/cgroups")
+            .map(|text| v1_network_controllers(&text))
+            .or_else(|error| match error.kind() {
+                // A kernel without version 1.
+                io::ErrorKind::NotFound => Ok(Vec::new()),
+                _ => Err(error.to_string()),
+            }),
+        nsswitch: match fs::read_to_string("/etc/nsswitch.conf") {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+            read => read.map_err(|error| error.to_string()),
+        },
+        resolved: UnixStream::connect("/run/systemd/resolve/io.systemd.Resolve").is_ok(),
+        nscd: UnixStream::connect("/var/run/nscd/socket").is_ok(),
+        networkd: unit_runs(root, "systemd-networkd.service"),
+        networkd_removes_rules: networkd_configuration()
+            .map(|texts| removes_rules(texts.iter().map(String::as_str)))
+            .map_err(|error| error.to_string()),
+    }
+}
+
+fn linux() -> Look<(u32, u32)> {
+    let file = "/proc/sys/kernel/osrelease";
+    let release = fs::read_to_string(file).map_err(|error| format!("{file}: {error}"))?;
+    version(&release).ok_or_else(|| format!("{file} has no version"))
+}
+
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// Those of net_cls and net_prio that have a hierarchy in what proc(5) calls /proc/cgroups.
+fn v1_network_controllers(text: &str) -> Vec<String> {
+    let mounted = text.lines().filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let (name, hierarchy) = (fields.next()?, fields.next()?);
+        (matches!(name, "net_cls" | "net_prio") && hierarchy != "0").then(|| name.to_owned())
+    });
+    mounted.collect()
+}
+
+/// The texts of networkd.conf and its drop-ins, in the order in which they count (systemd.syntax(7),
+/// networkd.conf(5)): the strongest of each name, main file first, then drop-ins by name.
+fn networkd_configuration() -> io::Result<Vec<String>> {
+    let mut main = None;
+    let mut drop_ins: BTreeMap<std::ffi::OsString, PathBuf> = BTreeMap::new();
+    for directory in CONFIGURATION {
+        let file = Path::new(directory).join("networkd.conf");
+        if file.exists() {
+            main = Some(file);
+        }
+        let entries = match fs::read_dir(Path::new(directory).join("networkd.conf.d")) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        for entry in entries {
+            let entry = entry?;
+            let path = entry.path();
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "conf")
+            {
+                drop_ins.insert(entry.file_name(), path);
+            }
+        }
+    }
+    main.into_iter()
+        .chain(drop_ins.into_values())
+        .map(fs::read_to_string)
+        .collect()
+}
+
+/// Whether networkd removes rules that it did not make: what ManageForeignRoutingPolicyRules= says last.
+fn removes_rules<'t>(texts: impl Iterator<Item = &'t str>) -> bool {
+    let mut removes = true;
+    for text in texts {
+        let mut section = "";
+        for line in text.lines().map(str::trim) {
+            if line.starts_with('[') {
+                section = line;
+            }
+            if let Some((key, value)) = line.split_once('=')
+                && section == "[Network]"
+                && key.trim() == "ManageForeignRoutingPolicyRules"
+            {
+                let value = value.trim().to_ascii_lowercase();
+                match value.as_str() {
+                    "" | "1" | "yes" | "y" | "true" | "t" | "on" => removes = true,
+                    "0" | "no" | "n" | "false" | "f" | "off" => removes = false,
+                    _ => {}
+                }
+            }
+        }
+    }
+    removes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_linux_versions() {
+        assert_eq!(version("6.18.44-fc-v657\n"), Some((6, 18)));
+        assert_eq!(version("5.15.0-91-generic"), Some((5, 15)));
+        assert_eq!(version("x"), None);
+    }
+
+    #[test]
+    fn finds_controllers_of_version_1() {
+        let text = "#subsys_name\thierarchy\tnum_cgroups\tenabled\n\
+                    cpuset\t0\t80\t1\nnet_cls\t4\t1\t1\nnet_prio\t0\t80\t1\n";
+        assert_eq!(v1_network_controllers(text), ["net_cls"]);
+        assert!(v1_network_controllers("").is_empty());
+    }
+
+    #[test]
+    fn knows_what_networkd_does_with_rules_of_others() {
+        let no = "[Network]\nManageForeignRoutingPolicyRules = no\n";
+        for (texts, removes) in [
+            (&[][..], true),
+            (&["[Network]\n#ManageForeignRoutingPolicyRules=no\n"], true),
+            (&[no], false),
+            (&["[DHCP]\nManageForeignRoutingPolicyRules=no\n"], true),
+            (
+                &[no, "[Network]\nManageForeignRoutingPolicyRules=yes"],
+                true,
+            ),
+            (&[no, "[Network]\nManageForeignRoutes=yes"], false),
+        ] {
+            assert_eq!(removes_rules(texts.iter().copied()), removes, "{texts:?}");
+        }
+    }
+}
