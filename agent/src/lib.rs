@@ -17,6 +17,7 @@ pub mod server;
 pub mod state;
 pub mod subtree;
 pub mod sync;
+mod systemd;
 pub mod text;
 pub mod view;
 pub mod watch;

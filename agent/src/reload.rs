@@ -15,7 +15,8 @@ use crate::config::{self, Config, Findings, LoadError, Loaded, Severity};
 use crate::notify;
 use crate::state::{Agent, Source};
 use crate::text::{chain, printable};
-use crate::watch::{Event, Events, Watcher};
+use crate::watch::Watcher;
+use crate::watch::inotify::{Event, Events};
 
 /// The file that the configuration is in.
 #[derive(Debug, Clone)]
@@ -32,15 +33,22 @@ pub struct Loader {
     file: ConfigFile,
     /// What was in the file when it was read last; none if it was not there.
     last: Option<Vec<u8>>,
+    changes: Changes,
 }
 
 impl Loader {
-    /// Loads the configuration for the first time.
+    /// Loads the configuration for the first time. From then on its file is watched: before the
+    /// control groups, which may leave no watches over.
     ///
     /// # Errors
     /// If it is wrong, or the user named a file that is not there.
     pub fn start(file: ConfigFile) -> Result<(Self, Source), LoadError> {
-        let mut loader = Self { file, last: None };
+        let changes = Changes::watch(&file.path);
+        let mut loader = Self {
+            file,
+            last: None,
+            changes,
+        };
         let path = loader.file.path.clone();
         let bytes = match config::read_file(&path) {
             Ok(bytes) => bytes,
@@ -123,9 +131,6 @@ pub async fn run(
     watcher: &RefCell<Watcher>,
     mut hangup: Signal,
 ) -> io::Result<()> {
-    let mut changes = Changes::watch(&loader.file.path);
-    // What was written between the first reading and the watch.
-    loader.reload(agent, false);
     loop {
         tokio::select! {
             received = hangup.recv() => {
@@ -135,23 +140,30 @@ pub async fn run(
                 notify::reloading();
                 agent.state_mut().reloading = true;
                 // Whoever asks for a reload may have raised a limit of inotify's.
-                watcher.borrow_mut().scan(&mut *agent.state_mut());
+                {
+                    let mut watcher = watcher.borrow_mut();
+                    watcher.forget_what_was_said();
+                    watcher.scan(&mut *agent.state_mut());
+                }
                 loader.reload(agent, true);
-                changes.arm();
+                loader.changes.arm();
                 // The session ends the reload once the helper has taken the configuration.
                 agent.wake();
             }
-            () = changes.next() => loader.reload(agent, false),
+            () = loader.changes.next() => loader.reload(agent, false),
         }
     }
 }
 
 /// Tells when a file changes, whether or not it is there yet.
+#[derive(Debug)]
 struct Changes {
     path: PathBuf,
     inotify: Option<(Watches, Events)>,
     /// Names whose events count.
     names: HashSet<OsString>,
+    /// It was said that there are no watches left.
+    said: bool,
 }
 
 impl Changes {
@@ -170,6 +182,7 @@ impl Changes {
             path: path.to_owned(),
             inotify,
             names: HashSet::new(),
+            said: false,
         };
         changes.arm();
         changes
@@ -198,8 +211,23 @@ impl Changes {
                     true => Path::new("."),
                     false => directory,
                 };
-                if watches.add(directory, mask).is_ok() {
-                    break;
+                match watches.add(directory, mask) {
+                    Ok(_) => {
+                        self.said = false;
+                        break;
+                    }
+                    // It may be made.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(_) if self.said => {}
+                    Err(error) => {
+                        self.said = true;
+                        tracing::warn!(
+                            "can't watch '{}' for changes of the configuration: {}; reload it \
+                             with SIGHUP",
+                            printable(&directory.to_string_lossy()),
+                            chain(&error)
+                        );
+                    }
                 }
             }
         }

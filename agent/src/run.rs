@@ -41,7 +41,7 @@ pub enum Error {
     /// Another agent is there, or the socket can't be made.
     #[error(transparent)]
     Socket(#[from] server::Error),
-    /// inotify fails.
+    /// Nothing tells of control groups.
     #[error(transparent)]
     Watch(#[from] watch::Error),
     /// Another agent has the session with the helper.
@@ -82,9 +82,10 @@ async fn serve(options: Options) -> Result<(), Error> {
         }
     };
     let agent = Rc::new(Agent::new(options.subtree.clone(), source));
-    let (events, watcher) = watch::open(options.subtree)?;
+    let monitor = agent.state().source().config.monitor;
+    let (mut sources, watcher) = watch::open(options.subtree, monitor);
     let watcher = Rc::new(RefCell::new(watcher));
-    watcher.borrow_mut().scan(&mut *agent.state_mut());
+    sources.start(&watcher, &agent).await?;
 
     let stop = CancellationToken::new();
     let session = sync::run(&agent, &options.helper, &stop);
@@ -97,7 +98,7 @@ async fn serve(options: Options) -> Result<(), Error> {
     };
     tokio::select! {
         ended = &mut session => return ended.map_err(Error::Session),
-        ended = watch::run(events, &watcher, &agent) => ended?,
+        ended = sources.run(&watcher, &agent) => ended?,
         ended = reload::run(loader, &agent, &watcher, hangup) => ended.map_err(Error::Start)?,
         () = served => {}
         _ = terminate.recv() => {}

@@ -130,14 +130,20 @@ impl Drop for Socket {
 pub async fn run(socket: &Socket, agent: &Rc<Agent>, watcher: &Rc<RefCell<Watcher>>) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     let own = rustix::process::geteuid().as_raw();
+    let mut said = false;
     loop {
         let Ok(slot) = slots.clone().acquire_owned().await else {
             return;
         };
         let stream = match socket.listener.accept().await {
-            Ok((stream, _)) => stream,
+            Ok((stream, _)) => {
+                said = false;
+                stream
+            }
             Err(error) => {
-                tracing::warn!("can't accept a connection: {}", chain(&error));
+                if !std::mem::replace(&mut said, true) {
+                    tracing::warn!("can't accept connections: {}", chain(&error));
+                }
                 sleep(BACK_OFF).await;
                 continue;
             }
@@ -183,7 +189,7 @@ impl Connection {
             Link::Connected => (true, state.problem.clone()),
             Link::Broken(why) => (false, Some(why.clone())),
         };
-        let source = state.source();
+        let (source, watching) = (state.source(), &state.watching);
         GetStatus_Reply {
             version: env!("CARGO_PKG_VERSION").into(),
             connected,
@@ -191,6 +197,8 @@ impl Connection {
             generation: state.generation,
             config: source.file.as_ref().map(|f| f.to_string_lossy().into()),
             configError: state.config_error.clone(),
+            monitors: Some(watching.by.iter().map(|&by| by.to_owned()).collect()),
+            monitorProblem: watching.problem.clone(),
             targets: view::targets(&source.config, &groups),
             controlGroups: groups,
             rules: Some(view::rules(&source.config)),

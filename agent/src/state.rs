@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::policy::{Shared, Tree};
 use crate::subtree::Subtree;
 use crate::sync::{Call, Ledger};
-use crate::watch::Observer;
+use crate::watch::{Observer, Watching};
 
 /// A configuration and where it comes from.
 #[derive(Debug)]
@@ -49,6 +49,8 @@ pub struct State {
     pub reloading: bool,
     /// It was said that the policy is in force, in this session.
     pub announced: bool,
+    /// How well control groups are noticed.
+    pub watching: Watching,
     source: Rc<Source>,
     /// The configuration that the helper holds, in this session.
     accepted: Option<Rc<Source>>,
@@ -67,6 +69,7 @@ impl State {
             problem: None,
             reloading: false,
             announced: false,
+            watching: Watching::default(),
             source: Rc::new(source),
             accepted: None,
             tree,

@@ -13,6 +13,9 @@ const CGROUP2_SUPER_MAGIC: u32 = 0x6367_7270;
 /// Where systemd mounts cgroup v2: alone, or beside the v1 hierarchies of a hybrid machine.
 const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
+/// Where current systems have it.
+pub const USUAL_ROOT: &str = MOUNTS[0];
+
 /// There is no cgroup v2.
 #[derive(Debug, thiserror::Error)]
 #[error("there is no cgroup v2 at {} or {}; boot with systemd.unified_cgroup_hierarchy=1", MOUNTS[0], MOUNTS[1])]
@@ -39,6 +42,8 @@ pub fn find_root() -> Result<PathBuf, NoRoot> {
 pub struct Subtree {
     root: PathBuf,
     path: ControlGroupPath,
+    /// Whether cgroup v2 can be seen at `root`.
+    mounted: bool,
 }
 
 impl Subtree {
@@ -51,7 +56,23 @@ impl Subtree {
         Ok(Self {
             root,
             path: ControlGroupPath::from_bytes(path.as_bytes())?,
+            mounted: true,
         })
+    }
+
+    /// The same, where cgroup v2 can't be seen: only others can tell what is in it.
+    #[must_use]
+    pub fn unseen(self) -> Self {
+        Self {
+            mounted: false,
+            ..self
+        }
+    }
+
+    /// Whether cgroup v2 can be seen at all.
+    #[must_use]
+    pub fn is_mounted(&self) -> bool {
+        self.mounted
     }
 
     /// The path of its root, from the control group root.

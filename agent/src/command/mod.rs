@@ -125,7 +125,11 @@ fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCod
 
 fn options(arguments: &Arguments) -> Result<Options, Error> {
     Ok(Options {
-        subtree: own_subtree(arguments)?,
+        subtree: match own_subtree(arguments) {
+            // systemd may tell what can't be seen.
+            Err(Error::NoRoot(_)) => subtree_at(subtree::USUAL_ROOT.into())?.unseen(),
+            subtree => subtree?,
+        },
         config: config_file(arguments)?,
         helper: arguments.socket.clone(),
         socket: server::default_socket(),

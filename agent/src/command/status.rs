@@ -44,6 +44,16 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
     if let Some(error) = &status.configError {
         writeln!(out, "  not in force: {}", printable(error))?;
     }
+    if let Some(monitors) = &status.monitors {
+        let by = match monitors.is_empty() {
+            true => "none".to_owned(),
+            false => printable(&monitors.join(", ")),
+        };
+        writeln!(out, "Monitor:        {by}")?;
+    }
+    if let Some(problem) = &status.monitorProblem {
+        writeln!(out, "  degraded: {}", printable(problem))?;
+    }
     writeln!(out)?;
     table(
         out,
@@ -116,6 +126,8 @@ mod tests {
             generation: 3,
             config: None,
             configError: None,
+            monitors: Some(vec!["inotify".into(), "dbus".into()]),
+            monitorProblem: Some("no watches".into()),
             targets: vec![Target {
                 name: "mihomo".into(),
                 port: Some(7893),
@@ -135,6 +147,8 @@ mod tests {
             "Helper:         connected\n\
              Generation:     3\n\
              Configuration:  none, everything goes direct\n\
+             Monitor:        inotify, dbus\n\
+             \x20 degraded: no watches\n\
              \n\
              TARGET  PORT  CONTROL GROUPS\n\
              mihomo  7893  2\n\

@@ -16,6 +16,7 @@ use std::rc::Rc;
 use cgtproxy_proto::name::ProxyName;
 
 use crate::policy::{DEFAULT_PROXY, ExecSlices, Rules, Start, Target};
+use crate::watch::Monitor;
 
 pub use finding::{Excerpt, Finding, Findings, Place, Severity};
 pub use migrate::migrate;
@@ -61,6 +62,8 @@ pub struct Config {
     pub bypass: Vec<Network>,
     /// What decides about verdicts.
     pub rules: Rc<Rules>,
+    /// By what control groups are noticed.
+    pub monitor: Monitor,
 }
 
 impl Config {
@@ -75,6 +78,7 @@ impl Config {
                 rules: Vec::new(),
                 start: Start::Open,
             }),
+            monitor: Monitor::default(),
         }
     }
 

@@ -16,7 +16,6 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use cgtproxy_proto::name::{InvalidProxyName, ProxyName};
@@ -29,9 +28,10 @@ pub use scope::Error as ScopeError;
 
 use agent::Agent;
 use cli::Action;
-use scope::{Address, Scope};
+use scope::Scope;
 
 use crate::server::default_socket;
+use crate::systemd::{Address, runtime_directory};
 use crate::text::chain;
 
 /// The exit status if something goes wrong before the command is run, as env(1) has it.
@@ -210,18 +210,6 @@ fn check_name(target: &str) -> Result<(), Error> {
         return Err(Error::Slice(name()));
     }
     Ok(())
-}
-
-/// Where the sockets of the user's programs are (XDG Base Directory Specification). Programs that
-/// switch users often leave the variable unset, and the directory is where systemd makes it.
-fn runtime_directory() -> PathBuf {
-    std::env::var_os("XDG_RUNTIME_DIR")
-        .map(PathBuf::from)
-        .filter(|path| path.is_absolute())
-        .unwrap_or_else(|| {
-            let uid = rustix::process::getuid();
-            format!("/run/user/{}", uid.as_raw()).into()
-        })
 }
 
 /// A process's control group, as the agent takes it.

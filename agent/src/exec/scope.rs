@@ -1,18 +1,11 @@
 //! Moves this process into a scope of its own, by asking the user's systemd over D-Bus.
 
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::time::{Duration, SystemTime};
 
-use futures_core::Stream;
-use zbus::connection::Builder;
 use zbus::message::Type;
-use zbus::{Connection, DBusError, MatchRule, MessageStream, OwnedObjectPath, Variant};
+use zbus::{MatchRule, MessageStream, OwnedObjectPath, Variant};
 
-const SYSTEMD: &str = "org.freedesktop.systemd1";
-const MANAGER: &str = "org.freedesktop.systemd1.Manager";
-const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
+use crate::systemd::{Address, MANAGER, MANAGER_PATH, Manager, next, said};
 
 /// How long systemd may take for all of it; it needs a few milliseconds.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -50,16 +43,6 @@ pub enum Error {
     Timeout,
 }
 
-/// A D-Bus error without its name, which tells a person nothing that the text does not. It is not
-/// treated as a cause of ours: it repeats its own causes in its text.
-fn said(error: &zbus::Error) -> String {
-    match error {
-        zbus::Error::MethodError(_, Some(text), _) => text.clone(),
-        zbus::Error::FDO(error) => error.description().unwrap_or("no reason given").to_owned(),
-        _ => error.to_string(),
-    }
-}
-
 /// What was tried, one address after the other, for a person.
 fn attempts(attempts: &[(String, zbus::Error)]) -> String {
     attempts
@@ -68,145 +51,65 @@ fn attempts(attempts: &[(String, zbus::Error)]) -> String {
         .collect()
 }
 
-/// Where the user's systemd can be reached, the most usual address first.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Address {
-    /// A bus it may have its name on, as a D-Bus address.
-    Bus(String),
-    /// The socket on which it speaks D-Bus itself, for systems without a bus per user.
-    Private(PathBuf),
+/// Connects to a systemd that is there.
+async fn connect(address: &Address) -> zbus::Result<Manager> {
+    let manager = address.open().await?;
+    // Without a subscriber systemd sends no signals. It also tells whether it is there at all.
+    manager.call("Subscribe", &()).await?;
+    Ok(manager)
 }
 
-impl Address {
-    /// All addresses that are worth a try.
-    pub(crate) fn all(session_bus: Option<&str>, runtime: &Path) -> Vec<Self> {
-        // A variable left over from another session, or by dbus-run-session, names a bus without
-        // a systemd on it: hence the others, even when it is set.
-        let given = session_bus.unwrap_or_default().split(';');
-        let mut all: Vec<_> = given
-            .filter(|a| !a.is_empty())
-            .map(|a| Self::Bus(a.to_owned()))
-            .collect();
-        let own = Self::Bus(format!("unix:path={}", escape(&runtime.join("bus"))));
-        if !all.contains(&own) {
-            all.push(own);
-        }
-        all.push(Self::Private(runtime.join("systemd/private")));
-        all
-    }
-
-    fn name(&self) -> String {
-        match self {
-            Self::Bus(address) => address.clone(),
-            Self::Private(path) => path.display().to_string(),
-        }
-    }
-
-    async fn connect(&self) -> zbus::Result<Manager> {
-        let (connection, destination) = match self {
-            Self::Bus(address) => (Builder::address(&**address).build().await?, Some(SYSTEMD)),
-            Self::Private(path) => {
-                let stream = UnixStream::connect(path).map_err(zbus::Error::from)?;
-                (Builder::unix_stream(stream).p2p().build().await?, None)
-            }
-        };
-        let manager = Manager {
-            connection,
-            destination,
-        };
-        // Without a subscriber systemd sends no signals. It also tells whether it is there at all.
-        manager.call("Subscribe", &()).await?;
-        Ok(manager)
-    }
-}
-
-/// A path as a D-Bus address takes it (D-Bus specification, Server Addresses).
-fn escape(path: &Path) -> String {
-    use std::os::unix::ffi::OsStrExt;
-    let mut escaped = String::new();
-    for &byte in path.as_os_str().as_bytes() {
-        if byte.is_ascii_alphanumeric() || b"-_/.\\*".contains(&byte) {
-            escaped.push(char::from(byte));
-        } else {
-            escaped.push_str(&format!("%{byte:02x}"));
+/// Starts a scope with process `pid` in it, and returns when it is there.
+async fn start(manager: &Manager, scope: &Scope, pid: u32) -> Result<(), Error> {
+    let refused = |answer| Error::Refused {
+        scope: scope.name.clone(),
+        answer,
+    };
+    // Asked for before the job exists, so that its end can't be missed.
+    let removed = MatchRule::builder()
+        .msg_type(Type::Signal)
+        .path(MANAGER_PATH)
+        .interface(MANAGER)
+        .member("JobRemoved")
+        .build()
+        .map_err(refused)?;
+    let mut removed = MessageStream::for_match_rule(removed, &manager.connection, None)
+        .await
+        .map_err(refused)?;
+    let properties: [Property<'_>; 4] = [
+        ("PIDs", Variant::from(vec![pid])),
+        ("Slice", Variant::from(&*scope.slice)),
+        ("Description", Variant::from(&*scope.description)),
+        // Nothing is left behind in a list of failed units.
+        ("CollectMode", Variant::from("inactive-or-failed")),
+    ];
+    let others: [(&str, Vec<Property<'_>>); 0] = [];
+    let job: OwnedObjectPath = manager
+        .call(
+            "StartTransientUnit",
+            &(&*scope.name, "fail", &properties[..], &others[..]),
+        )
+        .await
+        .and_then(|reply| reply.body().deserialize())
+        .map_err(refused)?;
+    while let Some(signal) = next(&mut removed).await {
+        let signal = signal.map_err(refused)?;
+        let body = signal.body();
+        let (_, ended, _, result): (u32, OwnedObjectPath, &str, &str) =
+            body.deserialize().map_err(refused)?;
+        if ended == job {
+            return match result {
+                "done" => Ok(()),
+                _ => Err(Error::Failed {
+                    scope: scope.name.clone(),
+                    result: result.to_owned(),
+                }),
+            };
         }
     }
-    escaped
-}
-
-/// The user's systemd.
-struct Manager {
-    connection: Connection,
-    destination: Option<&'static str>,
-}
-
-impl Manager {
-    async fn call<B>(&self, method: &str, body: &B) -> zbus::Result<zbus::Message>
-    where
-        B: serde::Serialize + zbus::zvariant::DynamicType,
-    {
-        self.connection
-            .call_method(self.destination, MANAGER_PATH, Some(MANAGER), method, body)
-            .await
-    }
-
-    /// Starts a scope with process `pid` in it, and returns when it is there.
-    async fn start(&self, scope: &Scope, pid: u32) -> Result<(), Error> {
-        let refused = |answer| Error::Refused {
-            scope: scope.name.clone(),
-            answer,
-        };
-        // Asked for before the job exists, so that its end can't be missed.
-        let removed = MatchRule::builder()
-            .msg_type(Type::Signal)
-            .path(MANAGER_PATH)
-            .interface(MANAGER)
-            .member("JobRemoved")
-            .build()
-            .map_err(refused)?;
-        let mut removed = MessageStream::for_match_rule(removed, &self.connection, None)
-            .await
-            .map_err(refused)?;
-        let properties: [Property<'_>; 4] = [
-            ("PIDs", Variant::from(vec![pid])),
-            ("Slice", Variant::from(&*scope.slice)),
-            ("Description", Variant::from(&*scope.description)),
-            // Nothing is left behind in a list of failed units.
-            ("CollectMode", Variant::from("inactive-or-failed")),
-        ];
-        let others: [(&str, Vec<Property<'_>>); 0] = [];
-        let job: OwnedObjectPath = self
-            .call(
-                "StartTransientUnit",
-                &(&*scope.name, "fail", &properties[..], &others[..]),
-            )
-            .await
-            .and_then(|reply| reply.body().deserialize())
-            .map_err(refused)?;
-        while let Some(signal) = next(&mut removed).await {
-            let signal = signal.map_err(refused)?;
-            let body = signal.body();
-            let (_, ended, _, result): (u32, OwnedObjectPath, &str, &str) =
-                body.deserialize().map_err(refused)?;
-            if ended == job {
-                return match result {
-                    "done" => Ok(()),
-                    _ => Err(Error::Failed {
-                        scope: scope.name.clone(),
-                        result: result.to_owned(),
-                    }),
-                };
-            }
-        }
-        Err(refused(zbus::Error::InputOutput(std::sync::Arc::new(
-            std::io::ErrorKind::ConnectionReset.into(),
-        ))))
-    }
-}
-
-/// The next item of a stream.
-async fn next<S: Stream + Unpin>(stream: &mut S) -> Option<S::Item> {
-    std::future::poll_fn(|context| Pin::new(&mut *stream).poll_next(context)).await
+    Err(refused(zbus::Error::InputOutput(std::sync::Arc::new(
+        std::io::ErrorKind::ConnectionReset.into(),
+    ))))
 }
 
 /// A scope to be started.
@@ -242,8 +145,8 @@ impl Scope {
         let entering = async {
             let mut failures = Vec::new();
             for address in addresses {
-                match address.connect().await {
-                    Ok(manager) => return manager.start(self, pid).await,
+                match connect(address).await {
+                    Ok(manager) => return start(&manager, self, pid).await,
                     Err(error) => failures.push((address.name(), error)),
                 }
             }
@@ -300,27 +203,5 @@ mod tests {
         }
         let longest = Scope::new(&"t".repeat(64), &"x".repeat(300), u32::MAX);
         assert!(longest.name.len() < 256, "{}", longest.name);
-    }
-
-    #[test]
-    fn every_way_to_systemd_is_tried_once() {
-        let runtime = Path::new("/run/user/1000");
-        let own = Address::Bus("unix:path=/run/user/1000/bus".into());
-        let private = Address::Private("/run/user/1000/systemd/private".into());
-        assert_eq!(Address::all(None, runtime), [own.clone(), private.clone()]);
-        assert_eq!(
-            Address::all(Some("unix:path=/run/user/1000/bus"), runtime),
-            [own.clone(), private.clone()]
-        );
-        assert_eq!(
-            Address::all(Some("unix:path=/tmp/a;unix:abstract=b"), runtime),
-            [
-                Address::Bus("unix:path=/tmp/a".into()),
-                Address::Bus("unix:abstract=b".into()),
-                own,
-                private
-            ]
-        );
-        assert_eq!(escape(Path::new("/tmp/ä;b")), "/tmp/%c3%a4%3bb");
     }
 }

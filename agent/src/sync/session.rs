@@ -25,7 +25,7 @@ use crate::notify;
 use crate::policy::{Element, Shared, Start, Target};
 use crate::state::{Agent, Link, Source};
 use crate::text::{chain, printable};
-use crate::watch::Events;
+use crate::watch::inotify::Events;
 
 /// How long to wait before connecting again: doubled from one to the other.
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(2));

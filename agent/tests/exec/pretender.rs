@@ -278,6 +278,8 @@ impl Service for Pretender {
                     generation: 1,
                     config: None,
                     configError: None,
+                    monitors: None,
+                    monitorProblem: None,
                     targets: vec![
                         target("direct", None),
                         target("drop", None),

@@ -31,6 +31,17 @@ pub struct Rule {
 }
 
 impl Sandbox {
+    /// Changes how many inotify watches the user namespace of a process may have, which must not be
+    /// that of the machine.
+    ///
+    /// # Panics
+    /// When that can't be done.
+    #[track_caller]
+    pub fn limit_watches(&self, pid: u32, count: u32) {
+        let testapp = "/run/testbed/bin/cgtproxy-testapp";
+        self.run(&[testapp, "watches", &pid.to_string(), &count.to_string()]);
+    }
+
     /// Runs a command on the machine, as root, that must succeed.
     ///
     /// # Panics

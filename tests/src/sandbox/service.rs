@@ -18,6 +18,7 @@ use super::launch::{Launch, binary};
 use super::network::state_dir;
 use super::user::User;
 use super::world::World;
+use crate::command::run;
 use crate::wait::{DEADLINE, wait_for, wait_until};
 
 /// The uid the helper has in the sandbox: a system user, not root.
@@ -103,6 +104,7 @@ impl HelperBuilder {
                     .cgroup(&cgroup.directory()),
                 config,
                 uid: 0,
+                wrapper: Vec::new(),
             },
         )
     }
@@ -114,6 +116,7 @@ pub struct AgentBuilder {
     user: User,
     config: Option<String>,
     in_session: bool,
+    watches: Option<u32>,
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
 }
@@ -125,6 +128,7 @@ impl AgentBuilder {
             user: user.clone(),
             config: Some(config.to_owned()),
             in_session: false,
+            watches: None,
             arguments: Vec::new(),
             environment: Vec::new(),
         }
@@ -133,6 +137,12 @@ impl AgentBuilder {
     /// In a login session of the user's, not in the user's own subtree.
     pub fn in_session(mut self) -> Self {
         self.in_session = true;
+        self
+    }
+
+    /// With no more than so many inotify watches; see [`Sandbox::limit_watches`](super::Sandbox::limit_watches).
+    pub fn watches(mut self, count: u32) -> Self {
+        self.watches = Some(count);
         self
     }
 
@@ -197,6 +207,9 @@ impl AgentBuilder {
                 launch: self.user.launch_in(&cgroup),
                 config,
                 uid,
+                wrapper: self
+                    .watches
+                    .map_or_else(Vec::new, |count| few_watches(uid, count)),
             },
         )
     }
@@ -210,6 +223,30 @@ struct Spec {
     launch: Launch,
     config: Option<PathBuf>,
     uid: u32,
+    /// A command that runs the program.
+    wrapper: Vec<OsString>,
+}
+
+/// A command that runs another one with no more than so many inotify watches: in a user namespace
+/// of its own, in which the user is the same one and has no more rights.
+fn few_watches(uid: u32, count: u32) -> Vec<OsString> {
+    let script = format!(
+        "echo {count} > /proc/sys/user/max_inotify_watches && \
+         exec setpriv --inh-caps=-all --ambient-caps=-all \"$@\""
+    );
+    let map = format!("--map-user={uid}");
+    [
+        "unshare",
+        "--user",
+        &map,
+        "--keep-caps",
+        "sh",
+        "-c",
+        &script,
+        "sh",
+    ]
+    .map(OsString::from)
+    .to_vec()
 }
 
 /// A daemon of the product's. Dropped, it is killed.
@@ -395,6 +432,48 @@ impl Service {
         write_atomically(path, yaml, self.spec.uid);
     }
 
+    /// Changes how many file descriptors it may have. Returns how many it could have.
+    ///
+    /// # Panics
+    /// When that can't be done.
+    #[track_caller]
+    pub fn limit_descriptors(&self, count: u64) -> u64 {
+        let (pid, uid) = (self.pid().to_string(), self.spec.uid.to_string());
+        // Whoever it belongs to may do so, and needs no privilege for it.
+        let as_user = [
+            "setpriv",
+            "--reuid",
+            &uid,
+            "--regid",
+            &uid,
+            "--clear-groups",
+        ];
+        let show = [
+            "prlimit",
+            "--pid",
+            &pid,
+            "--nofile",
+            "--noheadings",
+            "--output=SOFT",
+        ];
+        let before = run(&[&as_user, &show[..]].concat())
+            .trim()
+            .parse()
+            .expect("a number");
+        let limit = format!("--nofile={count}:");
+        run(&[&as_user[..], &["prlimit", "--pid", &pid, &limit]].concat());
+        before
+    }
+
+    /// How many file descriptors it has open.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn open_descriptors(&self) -> u64 {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("it is running");
+        open.count() as u64
+    }
+
     /// Tells it to read its config again.
     pub fn reload(&self) {
         self.signal(Signal::SIGHUP);
@@ -438,8 +517,15 @@ fn start(spec: &Spec, log: &Path, notify: &Path) -> Child {
         .append(true)
         .open(log)
         .expect("our own directory");
-    spec.launch
-        .command(program)
+    let mut command = match spec.wrapper.split_first() {
+        None => spec.launch.command(program),
+        Some((wrapper, rest)) => {
+            let mut command = spec.launch.command(wrapper);
+            command.args(rest).arg(program);
+            command
+        }
+    };
+    command
         .args(&spec.arguments)
         .env("NOTIFY_SOCKET", notify)
         .envs(spec.environment.iter().map(|(name, value)| (name, value)))

@@ -15,6 +15,7 @@ use super::yaml::{self, Node, Value};
 use super::{Config, Network};
 use crate::policy::{ExecSlices, Rules, Start};
 use crate::text::printable;
+use crate::watch::Monitor;
 use tproxy::Proxies;
 
 pub(super) use tproxy::TPROXY_KEYS;
@@ -30,6 +31,7 @@ pub(super) const KEYS: &[&str] = &[
     "rules",
     "exec-slices",
     "start",
+    "monitor",
     "cgroup-root",
     "route-table",
 ];
@@ -112,6 +114,14 @@ impl Reader<'_> {
             .get("start")
             .and_then(|node| self.one_of(node, "'start'", &starts))
             .unwrap_or_default();
+        let monitors = [
+            ("auto", Monitor::Auto),
+            ("inotify", Monitor::Inotify),
+            ("dbus", Monitor::Dbus),
+        ];
+        let monitor = top
+            .get("monitor")
+            .and_then(|node| self.one_of(node, "'monitor'", &monitors));
         let bypass = top.get("bypass").map_or_else(Vec::new, |n| self.bypass(n));
         let proxies = top
             .get("tproxies")
@@ -129,6 +139,7 @@ impl Reader<'_> {
                 rules,
                 start,
             }),
+            monitor: monitor.unwrap_or_default(),
         })
     }
 

@@ -292,3 +292,28 @@ proptest! {
         let _ = read(Path::new("c.yaml"), &bytes);
     }
 }
+
+#[test]
+fn the_monitor_is_one_of_three() {
+    use crate::watch::Monitor;
+    let monitor = |text: &str| {
+        let config = read_text(&format!("version: 1\n{text}")).0;
+        config.map(|config| config.monitor)
+    };
+    assert_eq!(monitor(""), Some(Monitor::Auto));
+    assert_eq!(monitor("monitor: auto"), Some(Monitor::Auto));
+    assert_eq!(monitor("monitor: inotify"), Some(Monitor::Inotify));
+    assert_eq!(monitor("monitor: 'dbus'"), Some(Monitor::Dbus));
+    for wrong in ["Dbus", "false", "[dbus]", "systemd"] {
+        assert_eq!(monitor(&format!("monitor: {wrong}")), None, "{wrong}");
+    }
+    let findings = found("version: 1\nmonitor: udev");
+    let [finding] = findings.as_slice() else {
+        panic!("{findings:?}");
+    };
+    assert!(
+        finding.starts_with("error 2:10: 'monitor' is 'udev'; "),
+        "{finding}"
+    );
+    assert!(finding.contains("'dbus'"), "{finding}");
+}

@@ -47,6 +47,8 @@ fn agent_status() -> AgentStatus {
         generation: 1,
         config: Some("/c".into()),
         configError: None,
+        monitors: None,
+        monitorProblem: None,
         targets: Vec::new(),
         controlGroups: Vec::new(),
         rules: None,

@@ -18,12 +18,13 @@ mod pipe;
 mod server;
 mod starts;
 mod traffic;
+mod watches;
 
 use std::ffi::OsString;
 
 const USAGE: &str = "usage: cgtproxy-testapp sandbox CGROUP BIN-DIR CMD… | init BIN-DIR CMD… \
                      | launch CGROUP CMD… | boot CGROUP ROOT NOTIFY-SOCKET | boot-init ROOT NOTIFY-SOCKET \
-                     | serve JSON | app | starts JSON | pipe SOCKET";
+                     | serve JSON | app | starts JSON | pipe SOCKET | watches PID COUNT";
 
 fn main() {
     let mut arguments = std::env::args_os().skip(1);
@@ -39,6 +40,7 @@ fn main() {
         (Some("app"), []) => app::run(),
         (Some("starts"), [spec]) => starts::run(spec.to_str().expect("JSON is UTF-8")),
         (Some("pipe"), [socket]) => pipe::run(socket),
+        (Some("watches"), [pid, count]) => watches::limit(pid, count),
         _ => panic!("{USAGE}"),
     }
 }

@@ -1,0 +1,517 @@
+//! Watches the control groups of a subtree, by what inotify or systemd tells of them.
+//!
+//! What they tell is only a hint that something has changed; what is there is looked up. A directory is
+//! watched first and listed then, so that what is made in between is seen twice rather than never.
+//! Where cgroupfs can't be read, systemd's word is all there is.
+//!
+//! Whatever is not watched, because inotify has no watches left or is not to be used, is looked at again
+//! and again.
+
+mod dbus;
+pub mod inotify;
+mod run;
+
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use ::inotify::WatchDescriptor;
+use cgtproxy_proto::path::ControlGroupPath;
+use rustix::io::Errno;
+
+use crate::policy::Shared;
+use crate::subtree::Subtree;
+use crate::text::{chain, printable};
+
+pub use run::{Sources, open};
+
+/// Who is told of control groups.
+pub trait Observer {
+    /// A control group is there. It may be known already. Returns the path as it is kept.
+    fn added(&mut self, path: ControlGroupPath) -> Shared;
+    /// A control group is gone, with everything below. Returns all that were known.
+    fn removed(&mut self, path: &ControlGroupPath) -> Vec<Shared>;
+    /// Events were lost: any control group may be another one than before.
+    fn lost_track(&mut self);
+}
+
+/// By what control groups are noticed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Monitor {
+    /// By inotify; and where that can't be, by what systemd tells.
+    #[default]
+    Auto,
+    /// By inotify alone.
+    Inotify,
+    /// By what systemd tells over D-Bus alone.
+    Dbus,
+}
+
+/// How well control groups are noticed, for those who ask.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Watching {
+    /// What tells of them: `inotify`, `dbus`, both or neither.
+    pub by: Vec<&'static str>,
+    /// Why some are noticed late or not at all, if that is so.
+    pub problem: Option<String>,
+}
+
+/// Why nothing can be watched.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Reading events failed.
+    #[error("can't read inotify events")]
+    Read(#[source] io::Error),
+    /// Neither cgroupfs nor systemd tells which control groups there are.
+    #[error(
+        "can't read control groups at {root} (is cgroup v2 there?), and systemd does not tell of \
+         them either: {why}"
+    )]
+    Blind {
+        /// The control group root.
+        root: String,
+        /// Why systemd can't be asked.
+        why: String,
+    },
+}
+
+/// What a source of events says of control groups.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Hint {
+    /// One has been made at this path.
+    Made(ControlGroupPath),
+    /// The one at this path is gone; there may be another by now.
+    Gone(ControlGroupPath),
+    /// A unit has one at this path, with this id if systemd says that.
+    Unit {
+        /// Where it is.
+        path: ControlGroupPath,
+        /// Its id, which is the number of its inode.
+        id: Option<u64>,
+    },
+    /// No unit has one at this path any more.
+    NoUnit(ControlGroupPath),
+    /// A directory on the way to the subtree's root has been made or is gone.
+    Above {
+        /// It is gone.
+        deleted: bool,
+    },
+    /// Events were lost.
+    LostTrack,
+}
+
+/// A control group that is known.
+#[derive(Debug, Default)]
+struct Known {
+    /// None if it is not watched.
+    watch: Option<WatchDescriptor>,
+    /// Which one it is, if that is known by another way than its watch.
+    id: Option<u64>,
+}
+
+/// The control groups of a subtree, as far as they are known.
+#[derive(Debug)]
+pub struct Watcher {
+    subtree: Subtree,
+    monitor: Monitor,
+    /// None if inotify is not to be used, or can't be.
+    watches: Option<inotify::Watches>,
+    groups: BTreeMap<Shared, Known>,
+    /// Those that should be watched and are not.
+    unwatched: BTreeSet<ControlGroupPath>,
+    /// Those of which it is not known what is in them.
+    unlisted: BTreeSet<ControlGroupPath>,
+    /// Why, the last time.
+    unlisted_why: String,
+    /// cgroupfs can't be read at all.
+    blind: bool,
+    /// Control groups that were announced and not looked at yet.
+    pending: VecDeque<ControlGroupPath>,
+    /// It was said that there are no watches left.
+    said_exhausted: bool,
+    /// It was said that control groups can't be listed.
+    said_unlisted: bool,
+}
+
+impl Watcher {
+    fn new(subtree: Subtree, monitor: Monitor) -> Self {
+        let mut watcher = Self {
+            subtree,
+            monitor,
+            watches: None,
+            groups: BTreeMap::new(),
+            unwatched: BTreeSet::new(),
+            unlisted: BTreeSet::new(),
+            unlisted_why: String::new(),
+            blind: false,
+            pending: VecDeque::new(),
+            said_exhausted: false,
+            said_unlisted: false,
+        };
+        watcher.open_eyes();
+        watcher
+    }
+
+    /// Finds out whether cgroupfs can be read.
+    fn open_eyes(&mut self) {
+        self.blind = match std::fs::read_dir(self.subtree.root()) {
+            Ok(_) => !self.subtree.is_mounted(),
+            // Out of descriptors, most likely: that passes.
+            Err(error) => matches!(
+                error.kind(),
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::PermissionDenied
+                    | io::ErrorKind::NotADirectory
+            ),
+        };
+    }
+
+    /// Says again what is wrong, if it still is.
+    pub fn forget_what_was_said(&mut self) {
+        self.said_exhausted = false;
+        self.said_unlisted = false;
+    }
+
+    /// Looks at the whole subtree. What is gone is reported as well.
+    pub fn scan(&mut self, observer: &mut dyn Observer) {
+        self.open_eyes();
+        if self.blind {
+            return;
+        }
+        self.pending.clear();
+        self.watch_ancestors();
+        let mut seen = HashSet::new();
+        let mut stack = vec![ControlGroupPath::root()];
+        while let Some(path) = stack.pop() {
+            if let Some(path) = self.enter(&path, observer) {
+                if !self.list(&path, &mut stack) {
+                    // What is in it is as good as seen.
+                    let below = self.groups.keys().filter(|other| other.is_within(&path));
+                    seen.extend(below.cloned());
+                }
+                seen.insert(path);
+            }
+        }
+        let gone: Vec<Shared> = self
+            .groups
+            .keys()
+            .filter(|path| !seen.contains(*path))
+            .cloned()
+            .collect();
+        for path in gone {
+            self.gone(&path, observer);
+        }
+    }
+
+    /// Looks at one control group and, if it is new or not watched, at everything below it.
+    pub fn look(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) {
+        if self.blind {
+            return;
+        }
+        let mut stack = vec![self.first_unknown(path)];
+        while let Some(path) = stack.pop() {
+            let before = self.identity(&path);
+            if let Some(path) = self.enter(&path, observer)
+                && (before != self.identity(&path) || !self.is_watched(&path))
+            {
+                self.list(&path, &mut stack);
+            }
+        }
+    }
+
+    /// The path, or the highest control group above it that is not known.
+    fn first_unknown(&self, path: &ControlGroupPath) -> ControlGroupPath {
+        let mut first = path.clone();
+        let mut at = path.parent();
+        while let Some(path) = at {
+            at = path.parent();
+            if !self.groups.contains_key(&path) {
+                first = path;
+            }
+        }
+        first
+    }
+
+    fn look_at_pending(&mut self, count: usize, observer: &mut dyn Observer) -> bool {
+        let mut looked = false;
+        for _ in 0..count {
+            let Some(path) = self.pending.pop_front() else {
+                break;
+            };
+            self.look(&path, observer);
+            looked = true;
+        }
+        looked
+    }
+
+    /// Takes a hint.
+    fn hint(&mut self, hint: Hint, observer: &mut dyn Observer) {
+        match hint {
+            Hint::LostTrack => {
+                tracing::info!(
+                    "more happened at once than inotify could tell: looking at everything"
+                );
+                self.scan(observer);
+                observer.lost_track();
+            }
+            Hint::Above { deleted } => {
+                if deleted {
+                    self.gone(&ControlGroupPath::root(), observer);
+                }
+                self.watch_ancestors();
+                self.look(&ControlGroupPath::root(), observer);
+            }
+            // Which control group has gone can't be told from the event. If there is one, it
+            // counts as another one: the helper must look the path up again.
+            Hint::Gone(path) => {
+                self.gone(&path, observer);
+                self.look(&path, observer);
+            }
+            Hint::Made(path) => {
+                observer.added(path.clone());
+                self.pending.push_back(path);
+            }
+            Hint::Unit { path, id } if self.blind => self.believe(path, id, observer),
+            Hint::NoUnit(path) if self.blind => self.gone(&path, observer),
+            Hint::Unit { path, .. } | Hint::NoUnit(path) => self.look(&path, observer),
+        }
+    }
+
+    /// Takes a control group as there without having seen it.
+    fn believe(&mut self, path: ControlGroupPath, id: Option<u64>, observer: &mut dyn Observer) {
+        let known = self.groups.get(&path).and_then(|known| known.id);
+        if known.is_some() && id.is_some() && known != id {
+            self.gone(&path, observer);
+        }
+        let shared = observer.added(path);
+        self.groups.insert(shared, Known { watch: None, id });
+    }
+
+    /// Takes these control groups, and those above them, as all that there are.
+    fn believe_all(
+        &mut self,
+        all: Vec<(ControlGroupPath, Option<u64>)>,
+        observer: &mut dyn Observer,
+    ) {
+        let mut there = BTreeSet::new();
+        for (path, _) in &all {
+            let mut at = Some(path.clone());
+            while let Some(path) = at {
+                at = path.parent();
+                there.insert(path);
+            }
+        }
+        let gone = self.groups.keys().filter(|path| !there.contains(&***path));
+        for path in gone.cloned().collect::<Vec<_>>() {
+            self.gone(&path, observer);
+        }
+        for (path, id) in all {
+            self.believe(path, id, observer);
+        }
+    }
+
+    /// What tells a control group from another one at the same path.
+    fn identity(&self, path: &ControlGroupPath) -> Option<(Option<i32>, Option<u64>)> {
+        let known = self.groups.get(path)?;
+        let watch = known.watch.as_ref();
+        Some((
+            watch.map(WatchDescriptor::get_watch_descriptor_id),
+            known.id,
+        ))
+    }
+
+    fn is_watched(&self, path: &ControlGroupPath) -> bool {
+        let known = self.groups.get(path);
+        known.is_some_and(|known| known.watch.is_some())
+    }
+
+    fn watch_ancestors(&mut self) {
+        if let Some(watches) = &mut self.watches {
+            watches.watch_ancestors(&self.subtree);
+        }
+    }
+
+    /// Watches a control group and reports it, or that it is gone.
+    fn enter(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) -> Option<Shared> {
+        tracing::trace!("looking at {path:?}");
+        let directory = self.subtree.directory(path);
+        let watch = match self.watch(path, &directory) {
+            Ok(watch) => watch,
+            Err(Vanished) => {
+                self.gone(path, observer);
+                return None;
+            }
+        };
+        let before = self.groups.get_key_value(path);
+        let known_id = before.and_then(|(_, known)| known.id);
+        let id = match (&watch, before) {
+            // Its watch tells.
+            (Some(watch), Some((path, known))) if known.watch.as_ref() == Some(watch) => {
+                return Some(path.clone());
+            }
+            (Some(_), _) if known_id.is_none() => None,
+            _ => match std::fs::symlink_metadata(&directory) {
+                Ok(metadata) if metadata.is_dir() => Some(metadata.ino()),
+                _ => {
+                    self.gone(path, observer);
+                    return None;
+                }
+            },
+        };
+        let another = match (known_id, id) {
+            (Some(before), Some(now)) => before != now,
+            // A directory that is watched already takes no other watch.
+            _ => before.is_some_and(|(_, known)| known.watch.is_some()),
+        };
+        if another {
+            self.gone(path, observer);
+        }
+        // Another path had this very directory: it was renamed, which cgroupfs never does.
+        let holder = match (&watch, &self.watches) {
+            (Some(watch), Some(watches)) => watches.group(watch).cloned(),
+            _ => None,
+        };
+        if let Some(other) = holder
+            && *other != *path
+        {
+            self.gone(&other, observer);
+            return self.enter(path, observer);
+        }
+        let shared = observer.added(path.clone());
+        let id = match &watch {
+            Some(watch) => {
+                if let Some(watches) = &mut self.watches {
+                    watches.assign(watch, shared.clone());
+                }
+                self.unwatched.remove(path);
+                None
+            }
+            None => id,
+        };
+        self.groups.insert(shared.clone(), Known { watch, id });
+        Some(shared)
+    }
+
+    /// Watches a directory, if inotify is to be used and can.
+    fn watch(
+        &mut self,
+        path: &ControlGroupPath,
+        directory: &Path,
+    ) -> Result<Option<WatchDescriptor>, Vanished> {
+        let Some(watches) = &mut self.watches else {
+            return Ok(None);
+        };
+        let error = match watches.add(directory) {
+            Ok(watch) => return Ok(Some(watch)),
+            Err(error) => error,
+        };
+        match error.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::NOENT | Errno::NOTDIR) => return Err(Vanished),
+            Some(Errno::NOSPC) if self.said_exhausted => {}
+            Some(Errno::NOSPC) => {
+                self.said_exhausted = true;
+                tracing::warn!(
+                    "inotify has no watches left for '{}': raise fs.inotify.max_user_watches with \
+                     sysctl; until then control groups are looked at every now and then",
+                    printable(&self.subtree.to_wire(path)),
+                );
+            }
+            _ if self.unwatched.contains(path) => {}
+            _ => {
+                let name = printable(&self.subtree.to_wire(path));
+                tracing::warn!("can't watch '{name}': {}", chain(&error));
+            }
+        }
+        self.unwatched.insert(path.clone());
+        Ok(None)
+    }
+
+    /// Adds the control groups in one to `found`. Returns whether it is known what is in it.
+    fn list(&mut self, path: &ControlGroupPath, found: &mut Vec<ControlGroupPath>) -> bool {
+        let listed = self.children(path, found);
+        match &listed {
+            Ok(()) => {
+                self.unlisted.remove(path);
+            }
+            Err(error) => {
+                self.unlisted_why = chain(error);
+                if !self.said_unlisted {
+                    self.said_unlisted = true;
+                    let name = printable(&self.subtree.to_wire(path));
+                    tracing::warn!("can't list '{name}': {}; trying again", chain(error));
+                }
+                self.unlisted.insert(path.clone());
+            }
+        }
+        listed.is_ok()
+    }
+
+    fn children(
+        &self,
+        path: &ControlGroupPath,
+        found: &mut Vec<ControlGroupPath>,
+    ) -> io::Result<()> {
+        let directory = self.subtree.directory(path);
+        // Each directory in it is a link to it, beside the two that every directory has. (File
+        // systems that do not count so say 1.)
+        match std::fs::symlink_metadata(&directory) {
+            Ok(metadata) if metadata.nlink() != 2 => {}
+            _ => return Ok(()),
+        }
+        let entries = match std::fs::read_dir(&directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        // Reading ends early when the directory vanishes meanwhile; its parent tells of that.
+        for entry in entries.map_while(Result::ok) {
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                let name: &OsStr = &entry.file_name();
+                match path.join(name.as_bytes()) {
+                    Ok(child) => found.push(child),
+                    Err(why) => tracing::warn!(
+                        "can't follow '{}': {why}",
+                        printable(&entry.path().to_string_lossy())
+                    ),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A control group is gone: forgets it and all below.
+    fn gone(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) {
+        for path in observer.removed(path) {
+            self.forget(&path);
+        }
+        self.forget(path);
+    }
+
+    fn forget(&mut self, path: &ControlGroupPath) {
+        self.unwatched.remove(path);
+        self.unlisted.remove(path);
+        if let Some(Known {
+            watch: Some(watch), ..
+        }) = self.groups.remove(path)
+            && let Some(watches) = &mut self.watches
+        {
+            watches.remove(watch);
+        }
+    }
+
+    /// From now on by these watches, or by none.
+    fn replace_watches(&mut self, watches: Option<inotify::Watches>) {
+        self.watches = watches;
+        for known in self.groups.values_mut() {
+            known.watch = None;
+        }
+        self.unwatched.clear();
+    }
+}
+
+/// A control group is not there any more.
+#[derive(Debug)]
+struct Vanished;

@@ -1,0 +1,372 @@
+//! Takes hints from where they come, and looks for what nobody tells of.
+
+use std::cell::RefCell;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::dbus::{Follower, Report};
+use super::inotify::{Event, Events, Watches};
+use super::{Error, Monitor, Watcher, Watching};
+use crate::state::Agent;
+use crate::subtree::Subtree;
+use crate::text::{chain, printable};
+
+/// How many directories are looked at before new events are read, so that a burst of new control
+/// groups does not keep the next one waiting.
+const LOOKS: usize = 32;
+
+/// How often everything is looked at while something is not watched: when nobody tells of it, and when
+/// systemd tells of units.
+const RESCAN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
+
+/// How soon after the last time at the earliest, when something has happened nearby.
+const RESCAN_SOON: Duration = Duration::from_millis(50);
+
+/// How many times as long as looking took there is a rest, so that it takes a small part of a processor.
+const REST: (u32, u32) = (50, 10);
+
+/// How long systemd may take at the start to tell which control groups there are, when nobody else can.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How many attempts to reach systemd fail before that is said.
+const LOSSES: u32 = 3;
+
+/// Where hints come from.
+pub struct Sources {
+    events: Option<Events>,
+    follower: Option<Follower>,
+    /// systemd has told of everything.
+    connected: bool,
+    /// Why systemd can't be reached, the last time.
+    lost: String,
+    /// Why inotify can't be used, the last time.
+    unusable: String,
+    /// When everything was looked at the last time, and how long that took.
+    looked: (Instant, Duration),
+    /// Something has happened since.
+    hinted: bool,
+    /// How often in a row systemd could not be reached.
+    losses: u32,
+    said_unusable: bool,
+}
+
+/// The control groups of a subtree, none of which is known yet, and where word of them comes from.
+#[must_use]
+pub fn open(subtree: Subtree, monitor: Monitor) -> (Sources, Watcher) {
+    let mut watcher = Watcher::new(subtree, monitor);
+    let mut sources = Sources {
+        events: None,
+        follower: None,
+        connected: false,
+        lost: String::new(),
+        unusable: String::new(),
+        looked: (Instant::now(), Duration::ZERO),
+        hinted: false,
+        losses: 0,
+        said_unusable: false,
+    };
+    sources.open_inotify(&mut watcher);
+    (sources, watcher)
+}
+
+impl Sources {
+    /// Looks at everything for the first time. To be called within a `LocalSet`.
+    ///
+    /// # Errors
+    /// If nobody says which control groups there are.
+    pub async fn start(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) -> Result<(), Error> {
+        self.look_at_everything(watcher, agent);
+        self.tend(watcher, agent);
+        if !watcher.borrow().blind {
+            return Ok(());
+        }
+        // A policy without what is there already would take away what a former agent has in force.
+        let patience = sleep(if self.follower.is_some() {
+            PATIENCE
+        } else {
+            Duration::ZERO
+        });
+        tokio::pin!(patience);
+        while !self.connected {
+            tokio::select! {
+                report = next_report(self.follower.as_mut()) => self.take(report, watcher, agent),
+                () = &mut patience => break,
+            }
+        }
+        if !self.connected {
+            let root = watcher.borrow().subtree.root().display().to_string();
+            let why = match watcher.borrow().monitor {
+                Monitor::Inotify => "the configuration says 'monitor: inotify'".to_owned(),
+                _ if self.lost.is_empty() => "it does not answer".to_owned(),
+                _ => self.lost.clone(),
+            };
+            let root = printable(&root);
+            return Err(Error::Blind { root, why });
+        }
+        self.tend(watcher, agent);
+        Ok(())
+    }
+
+    /// Watches until that fails.
+    ///
+    /// # Errors
+    /// If events can't be read any more.
+    pub async fn run(mut self, watcher: &RefCell<Watcher>, agent: &Agent) -> Result<(), Error> {
+        let mut changed = agent.subscribe();
+        loop {
+            self.tend(watcher, agent);
+            let rescan = self.next_rescan(&watcher.borrow());
+            if rescan.is_some_and(|at| at <= Instant::now()) {
+                self.rescan(watcher, agent);
+                continue;
+            }
+            let idle = watcher.borrow().pending.is_empty();
+            tokio::select! {
+                biased;
+                report = next_report(self.follower.as_mut()) => self.take(report, watcher, agent),
+                batch = next_events(self.events.as_mut()) => {
+                    self.notice(batch?, watcher, agent);
+                    // What is known by now goes out before the new directories are looked into.
+                    tokio::task::yield_now().await;
+                }
+                () = sleep_until(rescan.unwrap_or_else(Instant::now)), if rescan.is_some() => {}
+                // There may be another configuration.
+                _ = changed.changed() => {}
+                () = tokio::task::yield_now(), if !idle => {}
+            }
+            let looked = {
+                let mut watcher = watcher.borrow_mut();
+                watcher.look_at_pending(LOOKS, &mut *agent.state_mut())
+            };
+            if looked {
+                agent.wake();
+            }
+        }
+    }
+
+    /// Takes events of inotify's.
+    fn notice(&mut self, batch: Vec<Event>, watcher: &RefCell<Watcher>, agent: &Agent) {
+        {
+            let mut watcher = watcher.borrow_mut();
+            let mut state = agent.state_mut();
+            for event in batch {
+                let watches = watcher.watches.as_ref();
+                if let Some(hint) = watches.and_then(|w| w.hint(&watcher.subtree, &event)) {
+                    watcher.hint(hint, &mut *state);
+                }
+            }
+        }
+        self.hinted = true;
+        agent.wake();
+    }
+
+    /// Takes what systemd says.
+    fn take(&mut self, report: Report, watcher: &RefCell<Watcher>, agent: &Agent) {
+        match report {
+            Report::All(all) => {
+                tracing::debug!("systemd tells of {} control groups", all.len());
+                self.connected = true;
+                self.losses = 0;
+                if watcher.borrow().blind {
+                    let mut watcher = watcher.borrow_mut();
+                    watcher.believe_all(all, &mut *agent.state_mut());
+                    drop(watcher);
+                    agent.wake();
+                } else {
+                    self.look_at_everything(watcher, agent);
+                }
+            }
+            Report::Hints(hints) => {
+                {
+                    let mut watcher = watcher.borrow_mut();
+                    let mut state = agent.state_mut();
+                    for hint in hints {
+                        tracing::trace!("systemd: {hint:?}");
+                        watcher.hint(hint, &mut *state);
+                    }
+                }
+                agent.wake();
+            }
+            Report::Lost(why) => {
+                self.connected = false;
+                self.losses = self.losses.saturating_add(1);
+                // Once, and not while the bus is just starting.
+                if self.losses == LOSSES {
+                    let why = printable(&why);
+                    tracing::warn!("can't follow systemd over D-Bus: {why}; trying again");
+                }
+                self.lost = why;
+            }
+        }
+    }
+
+    /// Sees to it that word comes from where it should, and says how it stands.
+    fn tend(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) {
+        let wanted = agent.state().source().config.monitor;
+        if watcher.borrow().monitor != wanted {
+            let mut now = watcher.borrow_mut();
+            now.monitor = wanted;
+            if wanted == Monitor::Dbus {
+                self.events = None;
+                now.replace_watches(None);
+            } else {
+                self.open_inotify(&mut now);
+            }
+            drop(now);
+            self.look_at_everything(watcher, agent);
+        }
+        let needed = watcher.borrow().needs_systemd();
+        match (needed, &self.follower) {
+            (true, None) => {
+                self.losses = 0;
+                self.follower = Some(Follower::start(&watcher.borrow().subtree));
+            }
+            (false, Some(_)) => {
+                self.follower = None;
+                self.connected = false;
+            }
+            _ => {}
+        }
+        let watching = self.watching(&watcher.borrow());
+        if agent.state().watching != watching {
+            if let Some(problem) = &watching.problem {
+                tracing::debug!("watching: {problem}");
+            }
+            agent.state_mut().watching = watching;
+            agent.tell();
+        }
+    }
+
+    /// Gets inotify, if it is to be used and is not.
+    fn open_inotify(&mut self, watcher: &mut Watcher) {
+        if watcher.monitor == Monitor::Dbus || watcher.watches.is_some() {
+            return;
+        }
+        match Watches::open() {
+            Ok((events, watches)) => {
+                self.events = Some(events);
+                watcher.replace_watches(Some(watches));
+            }
+            Err(error) => {
+                self.unusable = chain(&error);
+                if !self.said_unusable {
+                    self.said_unusable = true;
+                    tracing::warn!(
+                        "can't use inotify: {}; if that is 'too many open files', raise \
+                         fs.inotify.max_user_instances with sysctl; until then control groups are \
+                         looked at every now and then",
+                        self.unusable
+                    );
+                }
+            }
+        }
+    }
+
+    /// Looks at everything again, and whether inotify can be used again.
+    fn rescan(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) {
+        self.open_inotify(&mut watcher.borrow_mut());
+        self.look_at_everything(watcher, agent);
+    }
+
+    fn look_at_everything(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) {
+        let start = Instant::now();
+        watcher.borrow_mut().scan(&mut *agent.state_mut());
+        let end = Instant::now();
+        self.looked = (end, end - start);
+        self.hinted = false;
+        agent.wake();
+    }
+
+    /// When everything is to be looked at again, if at all.
+    fn next_rescan(&self, watcher: &Watcher) -> Option<Instant> {
+        let incomplete = watcher.is_incomplete();
+        if watcher.blind || !incomplete && watcher.monitor != Monitor::Dbus {
+            return None;
+        }
+        let (looked, took) = self.looked;
+        let after = match (self.hinted && incomplete, self.connected) {
+            (true, _) => RESCAN_SOON.max(took * REST.1),
+            (false, false) => RESCAN.0.max(took * REST.0),
+            (false, true) => RESCAN.1.max(took * REST.0),
+        };
+        Some(looked + after)
+    }
+
+    /// How well control groups are noticed.
+    fn watching(&self, watcher: &Watcher) -> Watching {
+        let mut by = Vec::new();
+        if watcher.watches.is_some() && !watcher.blind {
+            by.push("inotify");
+        }
+        if self.connected {
+            by.push("dbus");
+        }
+        let mut problems = Vec::new();
+        if watcher.blind {
+            problems.push("cgroupfs can't be read".to_owned());
+        } else {
+            if watcher.monitor != Monitor::Dbus && watcher.watches.is_none() {
+                problems.push(format!("inotify can't be used ({})", self.unusable));
+            }
+            if !watcher.unwatched.is_empty() {
+                problems
+                    .push("inotify has no watches left (fs.inotify.max_user_watches)".to_owned());
+            }
+            if !watcher.unlisted.is_empty() {
+                problems.push(format!(
+                    "control groups can't be listed ({})",
+                    watcher.unlisted_why
+                ));
+            }
+        }
+        if self.follower.is_some() && !self.connected && !self.lost.is_empty() {
+            problems.push(format!(
+                "systemd can't be followed over D-Bus ({})",
+                printable(&self.lost)
+            ));
+        }
+        let consequence = match (watcher.blind, self.connected) {
+            (true, true) => "what units make in their own control groups goes unnoticed",
+            (true, false) => "what starts now goes unnoticed",
+            (false, true) => "what units make in their own control groups is found within seconds",
+            (false, false) => "what starts now is found within seconds",
+        };
+        let problem =
+            (!problems.is_empty()).then(|| format!("{}: {consequence}", problems.join(", and ")));
+        Watching { by, problem }
+    }
+}
+
+impl Watcher {
+    /// Something that should be watched is not, or it is not known what is in it.
+    fn is_incomplete(&self) -> bool {
+        let unwatched = !self.unwatched.is_empty() || self.watches.is_none();
+        self.monitor != Monitor::Dbus && unwatched || !self.unlisted.is_empty()
+    }
+
+    /// Whether systemd is to be asked.
+    fn needs_systemd(&self) -> bool {
+        match self.monitor {
+            Monitor::Dbus => true,
+            Monitor::Auto => self.blind || self.is_incomplete(),
+            Monitor::Inotify => false,
+        }
+    }
+}
+
+/// The next report, if there is anybody to report.
+async fn next_report(follower: Option<&mut Follower>) -> Report {
+    match follower {
+        Some(follower) => follower.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The next events, if there is anything to read them from.
+async fn next_events(events: Option<&mut Events>) -> Result<Vec<Event>, Error> {
+    match events {
+        Some(events) => events.next().await.map_err(Error::Read),
+        None => std::future::pending().await,
+    }
+}

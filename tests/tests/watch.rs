@@ -1,0 +1,229 @@
+//! How agents notice control groups where inotify does not tell of all of them.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use cgtproxy_tests::agent::Agent;
+use cgtproxy_tests::sandbox::{Sandbox, Service, User, sandbox};
+use cgtproxy_tests::session::mapped_ids;
+use cgtproxy_tests::wait::wait_until;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+/// Every application is dropped, by a verdict of its own.
+const DROP_EACH: &str = "
+version: 1
+rules: [{match: '/app-[^/]*$', drop: true}]
+";
+/// What is said when there are no watches left.
+const EXHAUSTED: &str = "raise fs.inotify.max_user_watches with sysctl";
+
+/// The ids of a user's applications, in ascending order.
+fn applications(sb: &Sandbox, user: &User) -> Vec<u64> {
+    let service = user.service().directory();
+    let service = service.to_str().expect("ASCII");
+    let found = sb.run(&["find", service, "-type", "d", "-name", "app-*"]);
+    let inode = |directory| fs::metadata(directory).expect("it is there").ino();
+    let mut ids: Vec<u64> = found.lines().map(inode).collect();
+    ids.sort_unstable();
+    ids
+}
+
+/// Waits until the kernel has exactly the applications that there are.
+#[track_caller]
+fn wait_for_all(sb: &Sandbox, user: &User, count: usize) {
+    let made = applications(sb, user);
+    assert_eq!(made.len(), count);
+    wait_until("all of them, and no others, are in the kernel", || {
+        mapped_ids(sb, "cgroups-1001") == made
+    });
+}
+
+/// Waits until the status tells of these monitors, and of a problem with that text or of none.
+#[track_caller]
+fn wait_for_status(agent: &mut Agent, monitors: &[&str], problem: Option<&str>) {
+    let mut status = Value::Null;
+    wait_until("the status to say how it stands", || {
+        status = agent.status();
+        let said = status["monitorProblem"].as_str();
+        let same = match (said, problem) {
+            (Some(said), Some(problem)) => said.contains(problem),
+            (said, problem) => said == problem,
+        };
+        same && status["monitors"] == json!(monitors)
+    });
+}
+
+fn in_slice(user: &User, script: &str) {
+    let slice = user.cgroup("app.slice").directory();
+    user.shell(&format!("cd {} && {script}", slice.display()));
+}
+
+/// Control groups come, go and come again, side by side and in each other.
+#[track_caller]
+fn churn(sb: &Sandbox, user: &User) {
+    for _ in 0..2 {
+        in_slice(
+            user,
+            "seq -f app-%g.scope 100 | xargs mkdir; mkdir -p a.slice/b.slice;
+             seq -f a.slice/b.slice/app-%g.scope 100 | xargs mkdir",
+        );
+        wait_for_all(sb, user, 200);
+        // The same paths, and other control groups.
+        in_slice(
+            user,
+            "for i in $(seq 100); do rmdir app-$i.scope a.slice/b.slice/app-$i.scope
+             mkdir app-$i.scope a.slice/b.slice/app-$i.scope; done",
+        );
+        wait_for_all(sb, user, 200);
+        let last = user.cgroup("app.slice/a.slice/b.slice/app-100.scope");
+        let to = sb.destinations()[0];
+        assert!(last.app_as(1001).udp(to).is_dropped());
+        sb.assert_nothing_left_for(to.ip());
+        last.remove();
+        in_slice(
+            user,
+            "find . -name 'app-*.scope' | xargs rmdir; rmdir a.slice/b.slice a.slice",
+        );
+        wait_for_all(sb, user, 0);
+    }
+}
+
+#[test]
+fn with_all_watches_used_up_everything_is_still_found() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        in_slice(&alice, "mkdir -p deep.slice/er.slice/app-early.scope");
+        // For the configuration, the directories above the subtree, and three of it.
+        let service = alice.agent(DROP_EACH).watches(8).start();
+        wait_for_all(sb, &alice, 1);
+        in_slice(&alice, "rmdir deep.slice/er.slice/app-early.scope");
+        wait_for_all(sb, &alice, 0);
+        churn(sb, &alice);
+        let mut agent = Agent::of(&alice);
+        wait_for_status(&mut agent, &["inotify"], Some("no watches left"));
+        assert_eq!(service.log().matches(EXHAUSTED).count(), 1);
+        // The configuration is watched all the same.
+        service.write_config("version: 1\nrules: []");
+        service.wait_log("loaded ");
+        service.write_config(DROP_EACH);
+        // It is all over as soon as somebody raises the limit.
+        sb.limit_watches(service.pid(), 10_000);
+        wait_for_status(&mut agent, &["inotify"], None);
+        churn(sb, &alice);
+        assert_eq!(service.log().matches(EXHAUSTED).count(), 1);
+    });
+}
+
+#[test]
+fn without_inotify_and_without_a_bus_everything_is_still_found() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let config = |monitor: &str| format!("{DROP_EACH}monitor: {monitor}\n");
+        let service = alice.agent(&config("dbus")).start();
+        let mut agent = Agent::of(&alice);
+        churn(sb, &alice);
+        wait_for_status(&mut agent, &[], Some("systemd can't be followed"));
+        let complaint = "can't follow systemd over D-Bus";
+        assert_eq!(service.log().matches(complaint).count(), 1);
+        // And while it changes.
+        for monitor in ["inotify", "auto", "dbus", "auto"] {
+            in_slice(&alice, "mkdir -p x.slice/app-before.scope");
+            service.write_config(&config(monitor));
+            in_slice(&alice, "mkdir x.slice/app-after.scope");
+            wait_for_all(sb, &alice, 2);
+            let (monitors, problem) = match monitor {
+                "dbus" => (&[][..], Some("systemd can't be followed")),
+                _ => (&["inotify"][..], None),
+            };
+            wait_for_status(&mut agent, monitors, problem);
+            in_slice(&alice, "rmdir x.slice/app-*");
+            wait_for_all(sb, &alice, 0);
+        }
+    });
+}
+
+/// More events than inotify's queue takes.
+fn overflow(user: &User, service: &Service) {
+    let limit = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").expect("Linux");
+    let limit: usize = limit.trim().parse().expect("a number");
+    service.signal(Signal::SIGSTOP);
+    let noise = user.cgroup("app.slice").directory().join("noise");
+    for _ in 0..=limit / 2 {
+        fs::create_dir(&noise).expect("root may make it");
+        fs::remove_dir(&noise).expect("nobody is in it");
+    }
+}
+
+#[test]
+fn what_does_not_fit_into_the_queue_is_looked_for() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        in_slice(
+            &alice,
+            "mkdir app-gone.scope app-stays.scope app-another.scope",
+        );
+        let service = alice.agent(DROP_EACH).start();
+        wait_for_all(sb, &alice, 3);
+        overflow(&alice, &service);
+        in_slice(
+            &alice,
+            "rmdir app-gone.scope app-another.scope
+             mkdir -p app-another.scope new.slice/er.slice/app-new.scope",
+        );
+        service.signal(Signal::SIGCONT);
+        service.wait_log("more happened at once than inotify could tell");
+        wait_for_all(sb, &alice, 3);
+        churn_again(sb, &alice);
+    });
+}
+
+/// Control groups are noticed as usual.
+#[track_caller]
+fn churn_again(sb: &Sandbox, user: &User) {
+    in_slice(user, "find . -name 'app-*.scope' | xargs rmdir");
+    wait_for_all(sb, user, 0);
+    churn(sb, user);
+}
+
+#[test]
+fn without_descriptors_to_spare_nothing_is_forgotten() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let service = alice.agent(DROP_EACH).start();
+        let mut agent = Agent::of(&alice);
+        agent.status();
+        let usual = service.limit_descriptors(service.open_descriptors());
+        // What is made at once with what is in it has to be listed.
+        in_slice(
+            &alice,
+            "mkdir -p a.slice/b.slice/app-1.scope c.slice/app-2.scope app-3.scope",
+        );
+        for _ in 0..20 {
+            in_slice(
+                &alice,
+                "mkdir -p n.slice/o.slice/app-4.scope; rmdir -p n.slice/o.slice/app-4.scope",
+            );
+        }
+        // Who is connected is served, who comes later waits, and that is said once.
+        let mut later = Agent::of(&alice);
+        service.wait_log("can't accept connections");
+        assert_eq!(agent.status()["connected"], true);
+        service.limit_descriptors(usual);
+        assert_eq!(later.status()["connected"], true);
+        assert_eq!(service.log().matches("can't accept connections").count(), 1);
+        wait_for_all(sb, &alice, 3);
+        wait_for_status(&mut agent, &["inotify"], None);
+        churn_again(sb, &alice);
+    });
+}
