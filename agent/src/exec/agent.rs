@@ -15,6 +15,12 @@ use crate::connection::{ConnectError, Connection};
 /// How long the agent may take to answer, and to get a verdict into the kernel.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long the agent may be without a helper: long enough for one that restarts.
+const HELPER_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How soon the agent is asked again.
+const AGAIN: Duration = Duration::from_millis(10);
+
 /// Every policy has these targets.
 const BUILT_IN: [&str; 2] = ["direct", "drop"];
 
@@ -112,13 +118,22 @@ impl Agent {
 
     /// Fails unless the agent has a target of this name, in force.
     pub(crate) async fn check_target(&mut self, name: &str) -> Result<(), Error> {
-        let (known, problem) = self.targets().await?;
-        // A wrong name is wrong with or without a helper, and the more useful thing to hear.
-        if !known.iter().any(|known| known == name) {
-            let name = name.to_owned();
-            return Err(Error::UnknownTarget { name, known });
+        let deadline = Instant::now() + HELPER_PATIENCE;
+        loop {
+            let (known, problem) = self.targets().await?;
+            // A wrong name is wrong with or without a helper, and the more useful thing to hear.
+            if !known.iter().any(|known| known == name) {
+                let name = name.to_owned();
+                return Err(Error::UnknownTarget { name, known });
+            }
+            match problem {
+                None => return Ok(()),
+                Some(problem) if Instant::now() >= deadline => {
+                    return Err(Error::NotConnected(problem));
+                }
+                Some(_) => sleep(AGAIN).await,
+            }
         }
-        problem.map_or(Ok(()), |problem| Err(Error::NotConnected(problem)))
     }
 
     /// Returns when the kernel holds the verdict `target` for a control group, named by its path
@@ -146,7 +161,7 @@ impl Agent {
                 Err(CallError::Fault(fault))
                     if fault.name == "org.cgtproxy.Agent.ControlGroupNotFound" =>
                 {
-                    let again = Instant::now() + Duration::from_millis(10);
+                    let again = Instant::now() + AGAIN;
                     if again >= deadline {
                         return Err(Error::Timeout);
                     }

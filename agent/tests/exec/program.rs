@@ -270,7 +270,11 @@ fn without_a_helper_it_says_so() {
             "--no-wait",
         ],
     );
-    assert_eq!(session.asked(), [Asked::Status], "nothing was moved");
+    // More than once: the helper may be just starting.
+    let asked = session.asked();
+    assert!(asked.len() > 1, "{asked:?}");
+    let moved = asked.iter().any(|asked| *asked != Asked::Status);
+    assert!(!moved, "nothing was moved: {asked:?}");
 }
 
 #[test]
