@@ -440,6 +440,7 @@ impl Registry {
     ) -> Result<(BTreeMap<ProxyName, Proxy>, MarkAllocator), Refused> {
         let mut marks = self.marks.clone();
         let mut kept = BTreeMap::new();
+        let mut numbers = numbers_of(before);
         let names: BTreeSet<_> = requests
             .iter()
             .map(|request| request.name.clone())
@@ -464,11 +465,22 @@ impl Registry {
                 Some(&mark) => mark,
                 None => marks.allocate().ok_or(Refused::NoMarksLeft)?,
             };
+            let number = match numbers.get(&name) {
+                Some(&number) => number,
+                // Not one of a proxy that goes in the same transaction.
+                None => {
+                    let free = (0..).find(|n| numbers.values().all(|used| used != n));
+                    let number = free.unwrap_or(u32::MAX);
+                    numbers.insert(name.clone(), number);
+                    number
+                }
+            };
             if proxies
                 .insert(
                     name.clone(),
                     Proxy {
                         mark,
+                        number,
                         delivery,
                         exceptions,
                         reject_udp,
@@ -481,6 +493,17 @@ impl Registry {
             }
         }
         Ok((proxies, marks))
+    }
+}
+
+/// The numbers of the proxies that a policy has. What an earlier helper left goes whole.
+fn numbers_of(before: &Before) -> BTreeMap<ProxyName, u32> {
+    match before {
+        Before::Layout(layout) => {
+            let proxies = layout.proxies.iter();
+            proxies.map(|(name, p)| (name.clone(), p.number)).collect()
+        }
+        Before::Nothing | Before::LeftBehind(_) => BTreeMap::new(),
     }
 }
 

@@ -132,6 +132,8 @@ pub(super) enum Content {
     Intervals,
     /// A verdict for each key.
     Verdicts,
+    /// A number for each key, which is shown as a mark.
+    Numbers,
 }
 
 /// A named set or map, and elements to add to it or to delete from it.
@@ -151,6 +153,8 @@ pub(super) enum Element<'a> {
     Goto(&'a CStr),
     /// `key : drop`
     Drop,
+    /// `key : number`
+    Number(u32),
 }
 
 impl<'a> Set<'a> {
@@ -185,7 +189,7 @@ impl<'a> Set<'a> {
         let flags = match content {
             Content::Keys => 0,
             Content::Intervals => libc::NFT_SET_INTERVAL as u32,
-            Content::Verdicts => libc::NFT_SET_MAP as u32,
+            Content::Verdicts | Content::Numbers => libc::NFT_SET_MAP as u32,
         };
         // SAFETY: the set is alive until this value is dropped.
         unsafe {
@@ -194,14 +198,19 @@ impl<'a> Set<'a> {
                 let verdict = libc::NFT_DATA_VERDICT;
                 sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_DATA_TYPE as u16, verdict);
             }
+            if content == Content::Numbers {
+                let (kind, length) = (KeyType::Mark.number(), KeyType::Mark.length());
+                sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_DATA_TYPE as u16, kind);
+                sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_DATA_LEN as u16, length);
+            }
         }
         Self { set, table }
     }
 
     /// Adds an element to those that [`Self::elements`] writes. `key` has the length of the set's keys.
     pub(super) fn push(&mut self, key: &[u8], element: Element<'_>) {
-        // SAFETY: the element is fresh from the allocator; `key` is valid for its own length and
-        // chain names are NUL-terminated, and both are copied. The set takes the element over and
+        // SAFETY: the element is fresh from the allocator; `key` is valid for its own length, a number
+        // for its own, and chain names are NUL-terminated; all are copied. The set takes the element over and
         // frees it with itself.
         unsafe {
             let raw = allocated(sys::nftnl_set_elem_alloc()).as_ptr();
@@ -229,6 +238,14 @@ impl<'a> Set<'a> {
                 Element::Drop => {
                     let drop = libc::NF_DROP as u32;
                     sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_VERDICT as u16, drop);
+                }
+                Element::Number(number) => {
+                    sys::nftnl_set_elem_set(
+                        raw,
+                        sys::NFTNL_SET_ELEM_DATA as u16,
+                        (&raw const number).cast::<c_void>(),
+                        size_of_val(&number) as u32,
+                    );
                 }
             }
             sys::nftnl_set_elem_add(self.set.as_ptr(), raw);
@@ -372,12 +389,23 @@ fn expression(kind: &CStr, attributes: &[(u32, u32)]) -> NonNull<sys::nftnl_expr
     }
 }
 
-/// Looks register 1 up in a named set, or in a map whose verdict is then taken.
+/// What a look-up finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Found {
+    /// That the key is there: `@set`.
+    Key,
+    /// A verdict, which is then taken: `vmap @set`.
+    Verdict,
+    /// A number, which takes the key's place in register 1: `map @set`.
+    Number,
+}
+
+/// Looks register 1 up in a named set or map. Without such a key, the rule does not match.
 pub(super) struct Lookup<'a> {
     /// The set's or map's name.
     pub(super) set: &'a CStr,
-    /// Whether it is a map: `vmap @set` rather than `@set`.
-    pub(super) verdict: bool,
+    /// What is in it.
+    pub(super) found: Found,
 }
 
 impl Expression for Lookup<'_> {
@@ -386,16 +414,44 @@ impl Expression for Lookup<'_> {
             c"lookup",
             &[(sys::NFTNL_EXPR_LOOKUP_SREG, Register::Reg1.to_raw())],
         );
+        let to = match self.found {
+            Found::Key => None,
+            Found::Verdict => Some(libc::NFT_REG_VERDICT as u32),
+            Found::Number => Some(Register::Reg1.to_raw()),
+        };
         // SAFETY: the expression is alive, the name NUL-terminated and copied.
         unsafe {
             let set = self.set.as_ptr();
             sys::nftnl_expr_set_str(expr.as_ptr(), sys::NFTNL_EXPR_LOOKUP_SET as u16, set);
-            if self.verdict {
-                let verdict = libc::NFT_REG_VERDICT as u32;
-                sys::nftnl_expr_set_u32(expr.as_ptr(), sys::NFTNL_EXPR_LOOKUP_DREG as u16, verdict);
+            if let Some(to) = to {
+                sys::nftnl_expr_set_u32(expr.as_ptr(), sys::NFTNL_EXPR_LOOKUP_DREG as u16, to);
             }
         }
         expr
+    }
+}
+
+/// The packet's mark and a register.
+pub(super) enum PacketMark {
+    /// `meta mark`: loads it into this register.
+    Load(Register),
+    /// `meta mark set`: stores this register there.
+    Store(Register),
+}
+
+impl Expression for PacketMark {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        let (attribute, register) = match self {
+            Self::Load(register) => (sys::NFTNL_EXPR_META_DREG, register),
+            Self::Store(register) => (sys::NFTNL_EXPR_META_SREG, register),
+        };
+        expression(
+            c"meta",
+            &[
+                (sys::NFTNL_EXPR_META_KEY, libc::NFT_META_MARK as u32),
+                (attribute, register.to_raw()),
+            ],
+        )
     }
 }
 

@@ -11,6 +11,7 @@ mod rule;
 mod ruleset;
 mod socket;
 mod transaction;
+mod verdicts;
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;

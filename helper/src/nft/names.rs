@@ -34,6 +34,7 @@ pub(super) struct Names {
     pub(super) guard: CString,
     pub(super) owner: CString,
     pub(super) cgroups: CString,
+    pub(super) choices: CString,
     pub(super) marks: CString,
     pub(super) bypass4: CString,
     pub(super) bypass6: CString,
@@ -55,6 +56,7 @@ impl Names {
             guard: name(format!("guard-{uid}")),
             owner: name(format!("owner-{uid}")),
             cgroups: name(format!("cgroups-{uid}")),
+            choices: name(format!("choices-{uid}")),
             marks: marks(uid),
             bypass4: name(format!("bypass4-{uid}")),
             bypass6: name(format!("bypass6-{uid}")),
@@ -88,13 +90,19 @@ impl Names {
     }
 
     /// The sets and maps that come and go with the policy.
-    pub(super) fn own_sets(&self) -> [&CStr; 4] {
+    pub(super) fn own_sets(&self) -> [&CStr; 5] {
         let other: &CStr = if self.is_system() {
             ENFORCED
         } else {
             &self.marks
         };
-        [&self.cgroups, other, &self.bypass4, &self.bypass6]
+        [
+            &self.cgroups,
+            &self.choices,
+            other,
+            &self.bypass4,
+            &self.bypass6,
+        ]
     }
 
     /// The maps that have every control group of the policy as a key.

@@ -133,6 +133,8 @@ pub struct Gateway {
 pub struct Proxy {
     /// In force as long as the proxy is in the user's policy.
     pub mark: Mark,
+    /// Tells it apart from the policy's other proxies, from 0 up, for as long.
+    pub number: u32,
     /// Where it listens.
     pub delivery: Delivery,
     /// What goes direct.

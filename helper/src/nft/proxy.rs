@@ -24,6 +24,7 @@ impl Transaction<'_> {
         }
         self.proxy_rules(names, name, proxy);
         self.proxy_elements(names, name, proxy.mark);
+        self.proxy_choice(names, name, proxy);
     }
 
     /// Another port, other exceptions, another DNS server: the mark stays.
@@ -72,6 +73,9 @@ impl Transaction<'_> {
 
     /// The rules of a proxy's chains, which are empty.
     pub(super) fn proxy_rules(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
+        if proxy.dns_hijack.is_some() || matches!(proxy.delivery, Delivery::Redirect(_)) {
+            self.nat_chains();
+        }
         self.tproxy_rules(names, name, proxy);
         let divert = names.divert(name);
         match proxy.delivery {

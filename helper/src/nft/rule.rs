@@ -13,7 +13,9 @@ use nftnl::{Chain, ProtoFamily, Rule};
 
 use crate::route::LOOPBACK_INDEX;
 
-use super::ffi::{ConntrackDirection, DestinationType, Lookup, NetworkByteOrder, Tproxy};
+use super::ffi::{
+    ConntrackDirection, DestinationType, Found, Lookup, NetworkByteOrder, PacketMark, Tproxy,
+};
 
 /// Protocol numbers of IPPROTO_TCP and IPPROTO_UDP (linux/in.h).
 const TCP: u8 = 6;
@@ -139,6 +141,25 @@ impl<'a> RuleBuilder<'a> {
             .vmap(map)
     }
 
+    /// `socket cgroupv2 level LEVEL map @MAP vmap @CHOICES`
+    ///
+    /// Up to version 1.0.9, nft aborts when it is to list a look-up of what a look-up has found. So the
+    /// number goes by way of the packet's mark, which is what it was when the verdict is taken: nft
+    /// shows `meta mark set socket cgroupv2 level LEVEL map @MAP meta mark set meta mark meta mark vmap
+    /// @CHOICES`.
+    pub(super) fn socket_cgroupv2_map_vmap(self, level: u32, map: &CStr, choices: &CStr) -> Self {
+        self.with(&Socket::new(SocketKey::CgroupV2, level))
+            .with(&Lookup {
+                set: map,
+                found: Found::Number,
+            })
+            .with(&PacketMark::Load(Register::Reg2))
+            .with(&PacketMark::Store(Register::Reg1))
+            .with(&PacketMark::Load(Register::Reg1))
+            .with(&PacketMark::Store(Register::Reg2))
+            .vmap(choices)
+    }
+
     /// `socket cgroupv2 level LEVEL != 0`: the socket's control group is that deep, or deeper. No
     /// control group has the id 0.
     pub(super) fn socket_as_deep_as(self, level: u32) -> Self {
@@ -163,7 +184,7 @@ impl<'a> RuleBuilder<'a> {
     fn vmap(self, map: &CStr) -> Self {
         self.with(&Lookup {
             set: map,
-            verdict: true,
+            found: Found::Verdict,
         })
     }
 
@@ -189,6 +210,13 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Neq, 0u32)
     }
 
+    /// `meta mark & BITS == 0`
+    pub(super) fn meta_mark_lacks(self, bits: u32) -> Self {
+        self.with(&Meta::Mark { set: false })
+            .with(&Bitwise::new(bits, 0u32))
+            .compare(CmpOp::Eq, 0u32)
+    }
+
     /// `ct mark set ct mark & ~MASK | MARK`
     pub(super) fn ct_mark_set(self, mask: u32, mark: u32) -> Self {
         self.with(&Conntrack::Mark { set: false })
@@ -212,7 +240,7 @@ impl<'a> RuleBuilder<'a> {
     pub(super) fn iifname_in(self, set: &CStr) -> Self {
         self.with(&Meta::IifName).with(&Lookup {
             set,
-            verdict: false,
+            found: Found::Key,
         })
     }
 
@@ -247,7 +275,7 @@ impl<'a> RuleBuilder<'a> {
     pub(super) fn daddr_in(self, family: Family, set: &CStr) -> Self {
         self.load_daddr(family).with(&Lookup {
             set,
-            verdict: false,
+            found: Found::Key,
         })
     }
 
@@ -344,7 +372,7 @@ impl<'a> RuleBuilder<'a> {
     pub(super) fn skuid_in(self, set: &CStr) -> Self {
         self.with(&Meta::SkUid).with(&Lookup {
             set,
-            verdict: false,
+            found: Found::Key,
         })
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-3 { }                       # the format of this table
+//!   chain version-4 { }                       # the format of this table
 //!   map users   { type cgroupsv2 : verdict }  # user@1000.service : goto user-1000
 //!   map opens   { type cgroupsv2 : verdict }  # user@1000.service : goto open-1000
 //!   map marks   { type mark : verdict }       # a mark of a proxy of the system's : goto divert-0-mihomo
@@ -26,7 +26,8 @@
 //!   chain open     { … }                      # nobody's verdict: open connections go on
 //!   chain gateway { … }   chain forwarded { … }   # what the system's policy says of forwarded packets
 //!
-//!   map cgroups-1000 { type cgroupsv2 : verdict }
+//!   map cgroups-1000 { type cgroupsv2 : mark }  # a control group : a number, no mark of a packet's
+//!   map choices-1000 { type mark : verdict }    # that number : goto tproxy-1000-mihomo
 //!   map marks-1000   { type mark : verdict }  # a proxy's mark : goto divert-1000-mihomo
 //!   set bypass4-1000 { type ipv4_addr; flags interval }
 //!   set bypass6-1000 { type ipv6_addr; flags interval }
@@ -50,28 +51,28 @@
 //! to a proxy that is no TPROXY server; its conntrack mark has the divert bit.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 
 use cgtproxy_proto::name::ProxyName;
 use nftnl::{ChainType, Hook, MsgType};
 
-use super::ffi::{Content, Element, KeyType, Set};
+use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{self, Before, Hold, Layout, Plan, Verdict};
+use super::plan::{Before, Hold, Layout, Plan};
 use super::rule::{Family, Protocol};
 use super::transaction::Transaction;
-use crate::cgroup::{ControlGroupId, OwnedControlGroup};
+use crate::cgroup::ControlGroupId;
 use crate::mark::Mark;
 
 /// The chain that says how this table is laid out. A table without it is made anew.
-pub(super) const VERSION: &CStr = c"version-3";
+pub(super) const VERSION: &CStr = c"version-4";
 pub(super) const USERS: &CStr = c"users";
 const OPENS: &CStr = c"opens";
 pub(super) const MARKS: &CStr = c"marks";
 pub(super) const INTERFACES: &CStr = c"interfaces";
 /// The map of the chain of this name: every control group of the system's policy.
 pub(super) const ENFORCED: &CStr = c"enforced";
-const SESSIONS: &CStr = c"sessions";
+pub(super) const SESSIONS: &CStr = c"sessions";
 pub(super) const SYSTEM: &CStr = c"system";
 pub(super) const OPEN: &CStr = c"open";
 pub(super) const GATEWAY: &CStr = c"gateway";
@@ -122,11 +123,9 @@ impl Transaction<'_> {
         for chain in [ENFORCED, SESSIONS, SYSTEM, OPEN, GATEWAY, FORWARDED] {
             self.add_chain(chain);
         }
-        let (mangle, dstnat) = (PRIORITY_MANGLE, PRIORITY_DSTNAT);
+        let mangle = PRIORITY_MANGLE;
         self.add_base_chain(OUTPUT, ChainType::Route, Hook::Out, mangle);
-        self.add_base_chain(OUTPUT_NAT, ChainType::Nat, Hook::Out, dstnat);
         self.add_base_chain(PREROUTING, ChainType::Filter, Hook::PreRouting, mangle);
-        self.add_base_chain(PREROUTING_NAT, ChainType::Nat, Hook::PreRouting, dstnat);
         self.add_base_chain(INPUT, ChainType::Filter, Hook::In, mangle);
         self.add_base_chain(FORWARD, ChainType::Filter, Hook::Forward, mangle);
         self.outgoing_rules();
@@ -188,13 +187,18 @@ impl Transaction<'_> {
                 &|rule| rule.ct_mark_has(divert).drop(),
             ],
         );
-        self.add_rules(
-            OUTPUT_NAT,
-            [
-                // ct mark & MASK vmap @resolve
-                &|rule| rule.ct_mark_vmap(mask, RESOLVE),
-            ],
-        );
+    }
+
+    /// The chains that translate. They are there from the first proxy on that needs them, since every packet
+    /// of the machine pays for them, and stay then, since connections need them for as long as they are open.
+    pub(super) fn nat_chains(&mut self) {
+        let mask = self.marks.mask();
+        let hooks = [(OUTPUT_NAT, Hook::Out), (PREROUTING_NAT, Hook::PreRouting)];
+        for (chain, hook) in hooks {
+            self.add_base_chain(chain, ChainType::Nat, hook, PRIORITY_DSTNAT);
+            // ct mark & MASK vmap @resolve
+            self.add_rules(chain, [&|rule| rule.ct_mark_vmap(mask, RESOLVE)]);
+        }
     }
 
     fn incoming_rules(&mut self) {
@@ -202,22 +206,23 @@ impl Transaction<'_> {
         self.add_rules(
             PREROUTING,
             [
-                // iif lo meta mark & MASK vmap @deliver
-                &|rule| rule.iif_lo().meta_mark_vmap(mask, DELIVER),
+                // Nearly every packet has no mark and ends this rule here.
+                // meta mark & DIVERT != 0 iif lo meta mark & MASK vmap @deliver
+                &|rule| {
+                    rule.meta_mark_has(divert)
+                        .iif_lo()
+                        .meta_mark_vmap(mask, DELIVER)
+                },
                 // goto gateway
                 &|rule| rule.goto(GATEWAY),
             ],
         );
         self.add_rules(
-            PREROUTING_NAT,
-            [
-                // ct mark & MASK vmap @resolve
-                &|rule| rule.ct_mark_vmap(mask, RESOLVE),
-            ],
-        );
-        self.add_rules(
             INPUT,
             [
+                // Nearly every packet is nothing of ours and ends here.
+                // meta mark & DIVERT == 0 ct mark & MASK == 0 return
+                &|rule| rule.meta_mark_lacks(divert).ct_mark_lacks(mask).leave(),
                 // iif lo meta mark & MASK vmap @guard
                 &|rule| rule.iif_lo().meta_mark_vmap(mask, GUARD),
                 // What is diverted to nobody reaches nobody.
@@ -265,12 +270,32 @@ impl Transaction<'_> {
         );
     }
 
-    /// The chains of the system's policy when there is none.
+    /// The chains of the system's policy when there is none. What they would lead to in several steps stands
+    /// in the first of them, since every packet of the machine comes by.
     fn no_system_rules(&mut self) {
+        let divert = self.marks.divert();
         self.flush_chain(ENFORCED);
-        self.add_rules(ENFORCED, [&|rule| rule.goto(SESSIONS)]);
+        self.add_rules(
+            ENFORCED,
+            [
+                // socket cgroupv2 level 3 vmap @users
+                &|rule| rule.socket_cgroupv2_vmap(USER_LEVEL, USERS),
+                // ct mark & DIVERT == 0 return
+                &|rule| rule.ct_mark_lacks(divert).leave(),
+                // goto open
+                &|rule| rule.goto(OPEN),
+            ],
+        );
         self.flush_chain(SYSTEM);
-        self.add_rules(SYSTEM, [&|rule| rule.goto(OPEN)]);
+        self.add_rules(
+            SYSTEM,
+            [
+                // ct mark & DIVERT == 0 return
+                &|rule| rule.ct_mark_lacks(divert).leave(),
+                // goto open
+                &|rule| rule.goto(OPEN),
+            ],
+        );
         self.no_gateway();
     }
 
@@ -300,7 +325,8 @@ impl Transaction<'_> {
     }
 
     fn create_user(&mut self, names: &Names, layout: &Layout, plan: &Plan) {
-        self.add_set(&names.cgroups, KeyType::ControlGroup, Content::Verdicts);
+        self.add_set(&names.cgroups, KeyType::ControlGroup, Content::Numbers);
+        self.add_set(&names.choices, KeyType::Mark, Content::Verdicts);
         self.add_set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
         self.add_set(&names.bypass6, KeyType::Ipv6, Content::Intervals);
         if names.is_system() {
@@ -317,15 +343,16 @@ impl Transaction<'_> {
         self.drop_rules(names);
         self.guard_rules(names);
         self.owner_rules(names, layout);
+        self.common_choices(names);
         for (name, proxy) in &layout.proxies {
             self.create_proxy(names, name, proxy);
         }
         for hold in &layout.holds {
-            self.create_hold(names, hold);
+            self.create_hold(names, layout, hold);
         }
         self.bypass_elements(names, layout);
         self.level_rules(names, layout);
-        self.add_verdicts(names, plan);
+        self.add_verdicts(names, layout, plan);
         if names.is_system() {
             self.gateway(names, layout);
         } else {
@@ -348,7 +375,7 @@ impl Transaction<'_> {
 
     fn change_user(&mut self, names: &Names, before: &Layout, after: &Layout, plan: &Plan) {
         for map in names.verdict_maps() {
-            let mut deleted = self.set(map, KeyType::ControlGroup, Content::Verdicts);
+            let mut deleted = self.set(map, KeyType::ControlGroup, Content::Numbers);
             for id in &plan.delete {
                 deleted.push(&id.to_bytes(), Element::Key);
             }
@@ -357,16 +384,9 @@ impl Transaction<'_> {
 
         for (name, proxy) in &after.proxies {
             match before.proxies.get(name) {
-                Some(old) if old.mark == proxy.mark => {
-                    if old != proxy {
-                        self.change_proxy(names, name, proxy);
-                    }
-                }
-                Some(old) => {
-                    self.delete_proxy_elements(names, old.mark);
-                    self.change_proxy(names, name, proxy);
-                    self.proxy_elements(names, name, proxy.mark);
-                }
+                // Its mark is the same: a proxy keeps it for as long as the policy has its name.
+                Some(old) if old == proxy => {}
+                Some(_) => self.change_proxy(names, name, proxy),
                 None => self.create_proxy(names, name, proxy),
             }
         }
@@ -379,13 +399,11 @@ impl Transaction<'_> {
             self.level_rules(names, after);
         }
         for hold in after.holds.difference(&before.holds) {
-            self.create_hold(names, hold);
+            self.create_hold(names, after, hold);
         }
-        self.add_verdicts(names, plan);
+        self.add_verdicts(names, after, plan);
         for hold in before.holds.difference(&after.holds) {
-            let chain = names.hold(hold);
-            self.flush_chain(&chain);
-            self.delete_chain(&chain);
+            self.delete_hold(names, before, hold);
         }
         if before.gateway != after.gateway
             || (after.gateway.is_some() && before.proxies != after.proxies)
@@ -395,6 +413,7 @@ impl Transaction<'_> {
         for (name, proxy) in &before.proxies {
             if !after.proxies.contains_key(name) {
                 self.delete_proxy_elements(names, proxy.mark);
+                self.delete_proxy_choice(names, proxy);
                 self.flush_proxy(names, name);
                 self.delete_proxy_chains(names, name);
             }
@@ -430,6 +449,7 @@ impl Transaction<'_> {
         for &mark in proxies.values() {
             self.delete_proxy_elements(names, mark);
         }
+        self.flush_set(&names.choices);
         let holds: Vec<_> = holds.iter().map(|hold| names.hold(hold)).collect();
         for chain in names.own_chains().into_iter().chain(&holds) {
             self.flush_chain(chain);
@@ -448,39 +468,25 @@ impl Transaction<'_> {
         }
     }
 
-    /// Deepest level first: the nearest control group with a verdict of its own decides.
     fn level_rules(&mut self, names: &Names, layout: &Layout) {
         self.flush_chain(&names.user);
-        self.vmap_rules(&names.user, &names.cgroups, &layout.levels);
+        self.level_rules_of(&names.user, &layout.levels, |rule, level| {
+            rule.socket_cgroupv2_map_vmap(level, &names.cgroups, &names.choices)
+        });
         if names.is_system() {
             // goto open
             self.add_rules(SYSTEM, [&|rule| rule.goto(OPEN)]);
             self.flush_chain(ENFORCED);
             if layout.enforced {
-                self.vmap_rules(ENFORCED, ENFORCED, &layout.levels);
+                self.level_rules_of(ENFORCED, &layout.levels, |rule, level| {
+                    rule.socket_cgroupv2_vmap(level, ENFORCED)
+                });
             }
             // goto sessions
             self.add_rules(ENFORCED, [&|rule| rule.goto(SESSIONS)]);
         } else {
             // goto system
             self.add_rules(&names.user, [&|rule| rule.goto(SYSTEM)]);
-        }
-    }
-
-    fn vmap_rules(&mut self, chain: &CStr, map: &CStr, levels: &BTreeSet<u32>) {
-        for &level in levels.iter().rev() {
-            if level == 0 {
-                // At the root are the kernel's own sockets too, which nobody has open: what they say
-                // (neighbour discovery, ICMP errors, resets) is about everybody's connections.
-                // meta skuid >= 0 socket cgroupv2 level 0 vmap @cgroups-0
-                self.add_rules(
-                    chain,
-                    [&|rule| rule.skuid_known().socket_cgroupv2_vmap(level, map)],
-                );
-            } else {
-                // socket cgroupv2 level LEVEL vmap @cgroups-UID
-                self.add_rules(chain, [&|rule| rule.socket_cgroupv2_vmap(level, map)]);
-            }
         }
     }
 
@@ -622,71 +628,5 @@ impl Transaction<'_> {
             }
         }
         self.write_elements(&ipv6, MsgType::Add);
-    }
-
-    /// The control groups' own sockets have their verdict. A socket that is deeper comes here only if
-    /// nothing nearer to it is in the map: what it may do is not decided yet.
-    ///
-    /// It is dropped before anything is looked at that could let it through. Connections that came
-    /// from outside have been let go at the beginning of the output chain.
-    fn create_hold(&mut self, names: &Names, hold: &Hold) {
-        let chain = names.hold(hold);
-        self.add_chain(&chain);
-        // socket cgroupv2 level LEVEL != 0 drop
-        self.add_rules(&chain, [&|rule| rule.socket_as_deep_as(hold.level).drop()]);
-        match self.chain_of(names, &hold.verdict) {
-            // goto CHAIN
-            Some(decided) => self.add_rules(&chain, [&|rule| rule.goto(&decided)]),
-            // drop
-            None => self.add_rules(&chain, [&|rule| rule.drop()]),
-        }
-    }
-
-    /// The chain for packets with this verdict; none if it is to drop them all.
-    fn chain_of(&self, names: &Names, verdict: &Verdict) -> Option<CString> {
-        match verdict {
-            Verdict::Direct => Some(names.open.clone()),
-            Verdict::Drop => Some(names.drop.clone()),
-            Verdict::DropAll => None,
-            Verdict::Proxy(proxy) => Some(names.tproxy(proxy)),
-        }
-    }
-
-    fn add_verdicts(&mut self, names: &Names, plan: &Plan) {
-        let mut map = self.set(&names.cgroups, KeyType::ControlGroup, Content::Verdicts);
-        for (cgroup, element) in &plan.add {
-            self.push_verdict(&mut map, names, *cgroup, element);
-        }
-        self.write_elements(&map, MsgType::Add);
-        if names.is_system() {
-            let mut map = self.set(ENFORCED, KeyType::ControlGroup, Content::Verdicts);
-            for (cgroup, element) in &plan.add {
-                if element.enforced {
-                    self.push_verdict(&mut map, names, *cgroup, element);
-                } else {
-                    // It may be in one whose verdict is enforced.
-                    map.push(&cgroup.id().to_bytes(), Element::Goto(SESSIONS));
-                }
-            }
-            self.write_elements(&map, MsgType::Add);
-        }
-    }
-
-    fn push_verdict(
-        &self,
-        map: &mut Set<'_>,
-        names: &Names,
-        cgroup: OwnedControlGroup,
-        element: &plan::Element,
-    ) {
-        let chain = match Hold::of(cgroup.level(), element) {
-            Some(hold) => Some(names.hold(&hold)),
-            None => self.chain_of(names, &element.verdict),
-        };
-        let key = cgroup.id().to_bytes();
-        match &chain {
-            Some(chain) => map.push(&key, Element::Goto(chain)),
-            None => map.push(&key, Element::Drop),
-        }
     }
 }

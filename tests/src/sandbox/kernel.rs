@@ -11,7 +11,7 @@ pub struct Element {
     /// The key as nft prints it: for a cgroup, its path from the cgroup root without a leading
     /// slash, or its id if it is gone.
     pub key: String,
-    /// As in a ruleset: `return`, `goto drop-1000`, …
+    /// As in a ruleset: `return`, `goto drop-1000`, …; or a number, in a map of those.
     pub verdict: String,
     /// What the element has counted, if it counts.
     pub packets: Option<u64>,
@@ -148,16 +148,14 @@ fn element(pair: &Value) -> Element {
         key = &key["elem"]["val"];
     }
     let key = key.as_str().map_or_else(|| key.to_string(), str::to_owned);
-    let verdict = pair[1]
-        .as_object()
-        .and_then(|v| v.iter().next())
-        .map_or_else(
-            || panic!("no verdict: {pair}"),
-            |(name, value)| match value["target"].as_str() {
-                Some(target) => format!("{name} {target}"),
-                None => name.clone(),
-            },
-        );
+    let verdict = match pair[1].as_object().and_then(|v| v.iter().next()) {
+        Some((name, value)) => match value["target"].as_str() {
+            Some(target) => format!("{name} {target}"),
+            None => name.clone(),
+        },
+        // A number.
+        None => pair[1].to_string(),
+    };
     Element {
         key,
         verdict,
