@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
 use clap::{Parser, Subcommand};
 
+use crate::config::Scope;
+
 /// Decides which of your applications go direct, are dropped or go through a TPROXY server
 ///
 /// Reads ~/.config/cgtproxy/config.yaml, watches the control groups of your applications and has
@@ -20,6 +22,13 @@ pub struct Arguments {
     #[arg(short, long, value_name = "FILE", global = true)]
     pub config: Option<PathBuf>,
 
+    /// Be the machine's agent, or ask it: /etc/cgtproxy/config.yaml, for every control group there is
+    ///
+    /// Only root runs it, as the system service cgtproxy-agent-system.service does. Users' own
+    /// configurations come before it, except for rules with 'enforce: true'.
+    #[arg(long, global = true)]
+    pub system: bool,
+
     /// Where the helper listens
     #[arg(long, value_name = "PATH", env = HELPER_SOCKET_VARIABLE, default_value = HELPER_SOCKET, global = true)]
     pub socket: PathBuf,
@@ -31,6 +40,17 @@ pub struct Arguments {
     /// What to do
     #[command(subcommand)]
     pub command: Option<Command>,
+}
+
+impl Arguments {
+    /// Whose agent it is about.
+    #[must_use]
+    pub fn scope(&self) -> Scope {
+        match self.system {
+            true => Scope::System,
+            false => Scope::User,
+        }
+    }
 }
 
 /// What to check.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use inotify::{EventMask, Inotify, WatchMask, Watches};
 use tokio::signal::unix::Signal;
 
-use crate::config::{self, Config, Findings, LoadError, Loaded, Severity};
+use crate::config::{self, Config, Findings, LoadError, Loaded, Scope, Severity};
 use crate::notify;
 use crate::state::{Agent, Source};
 use crate::text::{chain, printable};
@@ -25,6 +25,8 @@ pub struct ConfigFile {
     pub path: PathBuf,
     /// The user named it, so it must be there.
     pub explicit: bool,
+    /// Whose it is.
+    pub scope: Scope,
 }
 
 /// The loader's state.
@@ -60,7 +62,7 @@ impl Loader {
             }
             Err(error) => return Err(error),
         };
-        let Loaded { config, findings } = config::parse(&path, &bytes)?;
+        let Loaded { config, findings } = config::parse(&path, &bytes, loader.file.scope)?;
         log(&findings);
         loader.last = Some(bytes);
         let file = Some(path);
@@ -82,7 +84,7 @@ impl Loader {
                 return refuse(agent, why);
             }
         };
-        let loaded = config::parse(path, &bytes);
+        let loaded = config::parse(path, &bytes, self.file.scope);
         self.last = Some(bytes);
         match loaded {
             Ok(Loaded { config, findings }) => {

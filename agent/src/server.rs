@@ -20,6 +20,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout_at};
 
+use crate::config::Scope;
 use crate::policy::Target;
 use crate::state::{Agent, Link, State};
 use crate::text::chain;
@@ -31,6 +32,9 @@ const MESSAGE_BYTES: usize = 8 * PATH_BYTES;
 
 /// How many programs may be connected at once.
 const CONNECTIONS: usize = 64;
+
+/// Where the machine's agent listens.
+const SYSTEM_SOCKET: &str = "/run/cgtproxy-agent-system/agent.sock";
 
 /// How long a caller waits for a verdict that does not get into the kernel.
 const PATIENCE: Duration = Duration::from_secs(4);
@@ -59,7 +63,10 @@ pub enum Error {
 
 /// Where the agent of a user listens.
 #[must_use]
-pub fn default_socket() -> PathBuf {
+pub fn default_socket(scope: Scope) -> PathBuf {
+    if scope == Scope::System {
+        return SYSTEM_SOCKET.into();
+    }
     let runtime = match std::env::var_os("XDG_RUNTIME_DIR") {
         Some(directory) if !directory.is_empty() => directory.into(),
         _ => {

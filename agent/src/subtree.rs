@@ -60,6 +60,16 @@ impl Subtree {
         })
     }
 
+    /// All control groups of a machine whose control group root is `root`.
+    #[must_use]
+    pub fn of_machine(root: PathBuf) -> Self {
+        Self {
+            root,
+            path: ControlGroupPath::root(),
+            mounted: true,
+        }
+    }
+
     /// The same, where cgroup v2 can't be seen: only others can tell what is in it.
     #[must_use]
     pub fn unseen(self) -> Self {

@@ -5,13 +5,13 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::Error;
-use crate::config::{self, Severity};
+use crate::config::{self, Scope, Severity};
 use crate::text::printable;
 
 /// Checks a file and prints what was found.
-pub(super) fn run(file: &Path) -> Result<ExitCode, Error> {
+pub(super) fn run(file: &Path, scope: Scope) -> Result<ExitCode, Error> {
     let bytes = config::read_file(file)?;
-    let (_, findings) = config::read(file, &bytes);
+    let (_, findings) = config::read(file, &bytes, scope);
     let mut out = io::stdout().lock();
     let mut text = String::new();
     // Writing to a string does not fail.

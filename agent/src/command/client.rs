@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 
 use super::Error;
+use crate::config::Scope;
 use crate::connection::{ConnectError, Connection};
 use crate::server;
 
@@ -17,17 +18,20 @@ pub(super) struct Agent {
 
 impl Agent {
     /// Connects to it.
-    pub(super) fn connect() -> Result<Self, Error> {
+    pub(super) fn connect(scope: Scope) -> Result<Self, Error> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .build()
             .map_err(Error::Start)?;
-        match runtime.block_on(Connection::open(server::default_socket())) {
+        match runtime.block_on(Connection::open(server::default_socket(scope))) {
             Ok(connection) => Ok(Self {
                 runtime,
                 connection,
             }),
-            Err(ConnectError::NotRunning) => Err(Error::NotRunning),
+            Err(ConnectError::NotRunning) => Err(match scope {
+                Scope::User => Error::NotRunning,
+                Scope::System => Error::SystemNotRunning,
+            }),
             Err(ConnectError::Failed { socket, source }) => Err(Error::Connect {
                 path: socket,
                 source,

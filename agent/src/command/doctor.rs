@@ -43,7 +43,7 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
         .enable_all()
         .build()
         .map_err(Error::Start)?;
-    let agent_socket = server::default_socket();
+    let agent_socket = server::default_socket(arguments.scope());
     let (helper, agent) = runtime.block_on(async {
         tokio::join!(
             facts::ask_helper(&arguments.socket),

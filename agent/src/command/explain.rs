@@ -31,9 +31,11 @@ enum Subject {
 pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<ExitCode, Error> {
     let subtree = super::own_subtree(arguments)?;
     let subject = subject(&subtree, what.as_bytes())?;
-    let (group, running) = match Agent::connect() {
+    let (group, running) = match Agent::connect(arguments.scope()) {
         Ok(mut agent) => (ask(&mut agent, &subtree, &subject)?, true),
-        Err(Error::NotRunning) => (compute(arguments, &subtree, &subject)?, false),
+        Err(Error::NotRunning | Error::SystemNotRunning) => {
+            (compute(arguments, &subtree, &subject)?, false)
+        }
         Err(error) => return Err(error),
     };
     let mut out = io::stdout().lock();

@@ -17,11 +17,14 @@ use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::path::InvalidPath;
 
 use crate::cli::{Arguments, Check, Command};
-use crate::config::{self, Config, LoadError};
+use crate::config::{self, Config, LoadError, Scope};
 use crate::reload::ConfigFile;
 use crate::run::{self, Options};
 use crate::server;
 use crate::subtree::{self, Subtree};
+
+/// The machine's configuration.
+const SYSTEM_CONFIG: &str = "/etc/cgtproxy/config.yaml";
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +50,18 @@ pub enum Error {
          'systemctl --user enable --now cgtproxy-agent'"
     )]
     NotRunning,
+    /// Nobody listens for the machine.
+    #[error(
+        "the machine's cgtproxy-agent is not running; start it with \
+         'systemctl enable --now cgtproxy-agent-system'"
+    )]
+    SystemNotRunning,
+    /// What root's session with the helper is.
+    #[error("root's agent is the machine's: run it with --system, or as another user")]
+    RootIsTheSystem,
+    /// The helper would take it for the user's own.
+    #[error("only root runs the machine's agent; leave out --system")]
+    SystemIsRoots,
     /// The agent's socket is of no use.
     #[error("can't connect to cgtproxy-agent at {}", .path.display())]
     Connect {
@@ -98,7 +113,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode, Error> {
             Check::Permission { json } => doctor::run(&arguments, *json),
         },
         Some(Command::Doctor { json }) => doctor::run(&arguments, *json),
-        Some(Command::Status { json }) => status::run(*json),
+        Some(Command::Status { json }) => status::run(*json, arguments.scope()),
         Some(Command::Apps { all, json }) => apps::run(&arguments, *all, *json),
         Some(Command::Migrate {
             file,
@@ -118,12 +133,17 @@ pub fn run(arguments: Arguments) -> Result<ExitCode, Error> {
 
 fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCode, Error> {
     match file {
-        Some(file) => check::run(file),
-        None => check::run(&config_file(arguments)?.path),
+        Some(file) => check::run(file, arguments.scope()),
+        None => check::run(&config_file(arguments)?.path, arguments.scope()),
     }
 }
 
 fn options(arguments: &Arguments) -> Result<Options, Error> {
+    match (arguments.scope(), rustix::process::getuid().is_root()) {
+        (Scope::User, true) => return Err(Error::RootIsTheSystem),
+        (Scope::System, false) => return Err(Error::SystemIsRoots),
+        _ => {}
+    }
     Ok(Options {
         subtree: match own_subtree(arguments) {
             // systemd may tell what can't be seen.
@@ -132,7 +152,7 @@ fn options(arguments: &Arguments) -> Result<Options, Error> {
         },
         config: config_file(arguments)?,
         helper: arguments.socket.clone(),
-        socket: server::default_socket(),
+        socket: server::default_socket(arguments.scope()),
     })
 }
 
@@ -142,6 +162,9 @@ fn own_subtree(arguments: &Arguments) -> Result<Subtree, Error> {
         Some(root) => root.clone(),
         None => subtree::find_root()?,
     };
+    if arguments.system {
+        return Ok(Subtree::of_machine(root));
+    }
     subtree_at(root)
 }
 
@@ -157,19 +180,28 @@ fn config_file(arguments: &Arguments) -> Result<ConfigFile, Error> {
         return Ok(ConfigFile {
             path: path.clone(),
             explicit: true,
+            scope: arguments.scope(),
+        });
+    }
+    if arguments.system {
+        return Ok(ConfigFile {
+            path: SYSTEM_CONFIG.into(),
+            explicit: false,
+            scope: Scope::System,
         });
     }
     let directories = directories::BaseDirs::new().ok_or(Error::NoHome)?;
     Ok(ConfigFile {
         path: directories.config_dir().join("cgtproxy/config.yaml"),
         explicit: false,
+        scope: Scope::User,
     })
 }
 
 /// What the configuration file means; without one at the usual place, what holds then.
 fn config(arguments: &Arguments) -> Result<Config, Error> {
     let file = config_file(arguments)?;
-    match config::load(&file.path) {
+    match config::load(&file.path, file.scope) {
         Ok(loaded) => Ok(loaded.config),
         Err(LoadError::Missing(_)) if !file.explicit => Ok(Config::without_file()),
         Err(error) => Err(error.into()),

@@ -8,11 +8,12 @@ use cgtproxy_proto::agent::{ControlGroup, GetStatus_Args, GetStatus_Reply};
 use super::Error;
 use super::client::Agent;
 use super::table::{dash, table};
+use crate::config::Scope;
 use crate::text::printable;
 
 /// Asks the agent and prints what it says.
-pub(super) fn run(json: bool) -> Result<ExitCode, Error> {
-    let status: GetStatus_Reply = Agent::connect()?
+pub(super) fn run(json: bool, scope: Scope) -> Result<ExitCode, Error> {
+    let status: GetStatus_Reply = Agent::connect(scope)?
         .call("GetStatus", GetStatus_Args {})
         .map_err(Error::Call)?;
     let mut out = io::BufWriter::new(io::stdout().lock());

@@ -13,6 +13,7 @@ use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use cgtproxy_proto::interface::InterfaceName;
 use cgtproxy_proto::name::ProxyName;
 
 use crate::policy::{DEFAULT_PROXY, ExecSlices, Rules, Start, Target};
@@ -23,6 +24,24 @@ pub use migrate::migrate;
 pub use network::Network;
 pub use read::read;
 
+/// Whose configuration it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// A user's: about that user's own control groups.
+    User,
+    /// Root's: about all control groups of the machine, and what it forwards.
+    System,
+}
+
+/// What is forwarded, and where it goes. In the system's configuration only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gateway {
+    /// Where it comes in.
+    pub interfaces: Vec<InterfaceName>,
+    /// The tproxy that it goes to.
+    pub proxy: Rc<ProxyName>,
+}
+
 /// A TPROXY server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proxy {
@@ -30,8 +49,12 @@ pub struct Proxy {
     pub name: Rc<ProxyName>,
     /// The port it listens on.
     pub port: NonZeroU16,
+    /// TCP goes direct.
+    pub no_tcp: bool,
     /// UDP goes direct.
     pub no_udp: bool,
+    /// IPv4 goes direct.
+    pub no_ipv4: bool,
     /// IPv6 goes direct.
     pub no_ipv6: bool,
     /// Where DNS queries go, before any of that.
@@ -64,6 +87,8 @@ pub struct Config {
     pub rules: Rc<Rules>,
     /// By what control groups are noticed.
     pub monitor: Monitor,
+    /// What is forwarded; none: that is left alone.
+    pub gateway: Option<Gateway>,
 }
 
 impl Config {
@@ -79,6 +104,7 @@ impl Config {
                 start: Start::Open,
             }),
             monitor: Monitor::default(),
+            gateway: None,
         }
     }
 
@@ -172,16 +198,16 @@ pub fn read_file(file: &Path) -> Result<Vec<u8>, LoadError> {
 ///
 /// # Errors
 /// If there is none, it can't be read or anything in it is wrong.
-pub fn load(file: &Path) -> Result<Loaded, LoadError> {
-    parse(file, &read_file(file)?)
+pub fn load(file: &Path, scope: Scope) -> Result<Loaded, LoadError> {
+    parse(file, &read_file(file)?, scope)
 }
 
 /// Makes a configuration of the bytes of `file`.
 ///
 /// # Errors
 /// If anything in them is wrong.
-pub fn parse(file: &Path, bytes: &[u8]) -> Result<Loaded, LoadError> {
-    let (config, findings) = read(file, bytes);
+pub fn parse(file: &Path, bytes: &[u8], scope: Scope) -> Result<Loaded, LoadError> {
+    let (config, findings) = read(file, bytes, scope);
     match config {
         Some(config) => Ok(Loaded { config, findings }),
         None => Err(LoadError::Invalid(findings)),

@@ -30,6 +30,7 @@ use agent::Agent;
 use cli::Action;
 use scope::Scope;
 
+use crate::config;
 use crate::server::default_socket;
 use crate::systemd::{Address, runtime_directory};
 use crate::text::chain;
@@ -157,7 +158,10 @@ fn run(options: Options) -> Result<(), Error> {
 
 /// Prints all targets.
 async fn list() -> Result<(), Error> {
-    let (mut targets, _) = Agent::connect(default_socket()).await?.targets().await?;
+    let (mut targets, _) = Agent::connect(default_socket(config::Scope::User))
+        .await?
+        .targets()
+        .await?;
     targets.push(String::new());
     let lines = targets.join("\n");
     io::stdout()
@@ -170,7 +174,7 @@ async fn list() -> Result<(), Error> {
 async fn enter(target: &str, name: &str, pid: u32, wait: bool) -> Result<(), Error> {
     let mut agent = None;
     if wait {
-        let agent = agent.insert(Agent::connect(default_socket()).await?);
+        let agent = agent.insert(Agent::connect(default_socket(config::Scope::User)).await?);
         agent.check_target(target).await?;
     }
     check_name(target)?;

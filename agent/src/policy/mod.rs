@@ -73,6 +73,8 @@ pub enum Origin {
 pub struct Choice {
     /// The verdict.
     pub target: Target,
+    /// Whether users' own policies don't change it.
+    pub enforce: bool,
     /// Where it comes from.
     pub origin: Origin,
 }
@@ -84,12 +86,15 @@ pub struct Element {
     pub target: Target,
     /// Below it, what nothing is said about sends nothing: it could be decided otherwise.
     pub hold: bool,
+    /// Users' own policies don't change it. In the system's policy only.
+    pub enforce: bool,
 }
 
 impl fmt::Display for Element {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let hold = if self.hold { "+hold" } else { "" };
-        write!(f, "{}{hold}", self.target)
+        let enforce = if self.enforce { "+enforce" } else { "" };
+        write!(f, "{}{hold}{enforce}", self.target)
     }
 }
 
@@ -110,6 +115,8 @@ pub struct Rule {
     pub selector: Selector,
     /// Their verdict.
     pub target: Target,
+    /// Users' own policies don't change it. In the system's configuration only.
+    pub enforce: bool,
 }
 
 /// All that decides about verdicts.
@@ -130,7 +137,11 @@ impl Rules {
     pub fn choose(&self, prefix: &[u8], path: &ControlGroupPath) -> Option<Choice> {
         if let Some(target) = self.exec_slices.as_ref().and_then(|s| s.find(path)) {
             let origin = Origin::ExecSlice;
-            return Some(Choice { target, origin });
+            return Some(Choice {
+                target,
+                enforce: false,
+                origin,
+            });
         }
         if self.rules.is_empty() {
             return None;
@@ -142,6 +153,7 @@ impl Rules {
             .find(|(rule, _)| rule.selector.matches(&subject))
             .map(|(rule, number)| Choice {
                 target: rule.target.clone(),
+                enforce: rule.enforce,
                 origin: Origin::Rule(number),
             })
     }

@@ -18,6 +18,8 @@ struct Group {
     own: Option<Choice>,
     /// The effective verdict, and what becomes of what is below.
     decided: Element,
+    /// Whether a rule has decided that, and not the lack of one.
+    ruled: bool,
     /// Whether it must be in the kernel: the parent hands down something else, or nothing at all.
     mapped: bool,
 }
@@ -148,7 +150,6 @@ impl Tree {
             self.add(parent.clone());
         }
         let above = parent.and_then(|parent| self.groups.get(&parent));
-        let above = above.map(|group| &group.decided);
         let group = judge(&self.rules, &self.prefix, &path, above);
         let path = Shared::new(path);
         self.groups.insert(path.clone(), group);
@@ -190,32 +191,39 @@ impl Tree {
     pub fn replace_rules(&mut self, rules: Rc<Rules>) {
         self.rules = rules;
         for (path, _) in std::mem::take(&mut self.groups) {
-            let parent = path.parent().and_then(|parent| self.groups.get(&parent));
-            let above = parent.map(|group| &group.decided);
+            let above = path.parent().and_then(|parent| self.groups.get(&parent));
             let group = judge(&self.rules, &self.prefix, &path, above);
             self.groups.insert(path, group);
         }
     }
 }
 
-/// `above` is what was decided about the parent; none for the root.
-fn judge(rules: &Rules, prefix: &[u8], path: &ControlGroupPath, above: Option<&Element>) -> Group {
+/// `above` is the parent; none for the root.
+fn judge(rules: &Rules, prefix: &[u8], path: &ControlGroupPath, above: Option<&Group>) -> Group {
     let own = rules.choose(prefix, path);
+    let given = above.is_some_and(|above| above.ruled);
+    let above = above.map(|above| &above.decided);
     let inherited = above.map_or(&Target::Direct, |above| &above.target);
     let target = own.as_ref().map_or(inherited, |choice| &choice.target);
+    let handed_down = above.is_some_and(|above| above.enforce);
+    let enforce = own.as_ref().map_or(handed_down, |choice| choice.enforce);
+    let ruled = given || own.is_some();
     let held = above.is_some_and(|above| above.hold);
     // Where nothing can differ from the parent, nothing can differ from its child.
     let hold = rules.start == Start::Closed
         && (held || above.is_none())
         && rules.may_differ_below(prefix, path, target);
-    let mapped = held || hold || target != inherited;
+    // Where no rule decides, the system's policy does: the first that says 'direct' is not the same.
+    let mapped = held || hold || ruled != given || target != inherited || enforce != handed_down;
     let decided = Element {
         target: target.clone(),
         hold,
+        enforce,
     };
     Group {
         own,
         decided,
+        ruled,
         mapped,
     }
 }
@@ -244,6 +252,7 @@ mod tests {
                 .map(|(pattern, target)| Rule {
                     selector: Selector::Match(Pattern::new(pattern).unwrap()),
                     target: target.clone(),
+                    enforce: false,
                 })
                 .collect(),
         })
@@ -283,6 +292,8 @@ mod tests {
             ("app.slice", "drop"),
             ("app.slice/b.scope", "direct"),
             ("app.slice/b.scope/c", "drop"),
+            // Said by a rule, for the system's policy has a say where none does.
+            ("b.scope", "direct"),
         ];
         assert_eq!(
             cover(&tree),
@@ -326,25 +337,26 @@ mod tests {
     }
 
     prop_compose! {
-        fn any_rules()(
-            patterns in proptest::collection::vec(("[ab/.^$-]{0,4}|cgtproxy|slice\\$|\\.\\*", 0u8..5), 0..6),
-            exec in any::<bool>(),
-            closed in any::<bool>(),
-        ) -> Rc<Rules> {
-            let proxies = [Rc::new("a".parse().unwrap()), Rc::new("b".parse().unwrap())];
-            Rc::new(Rules {
-                start: if closed { Start::Closed } else { Start::Open },
-                exec_slices: exec.then(|| ExecSlices::new(&proxies)),
-                rules: patterns
-                    .into_iter()
-                    .filter_map(|(pattern, number)| Some(Rule {
-                        selector: Selector::Match(Pattern::new(&pattern).ok()?),
-                        target: target(number),
-                    }))
-                    .collect(),
-            })
+            fn any_rules()(
+                patterns in proptest::collection::vec(("[ab/.^$-]{0,4}|cgtproxy|slice\\$|\\.\\*", 0u8..10), 0..6),
+                exec in any::<bool>(),
+                closed in any::<bool>(),
+            ) -> Rc<Rules> {
+                let proxies = [Rc::new("a".parse().unwrap()), Rc::new("b".parse().unwrap())];
+                Rc::new(Rules {
+                    start: if closed { Start::Closed } else { Start::Open },
+                    exec_slices: exec.then(|| ExecSlices::new(&proxies)),
+                    rules: patterns
+                        .into_iter()
+                        .filter_map(|(pattern, number)| Some(Rule {
+                            selector: Selector::Match(Pattern::new(&pattern).ok()?),
+                            target: target(number),
+    enforce: number >= 5,
+                        }))
+                        .collect(),
+                })
+            }
         }
-    }
 
     #[derive(Debug, Clone)]
     enum Event {
@@ -366,31 +378,33 @@ mod tests {
         ]
     }
 
-    /// The rules as a person would read them.
-    fn plain_reading(rules: &Rules, path: &ControlGroupPath) -> Target {
+    /// The rules as a person would read them: the verdict and whether it is enforced, if there is one.
+    fn plain_reading(rules: &Rules, path: &ControlGroupPath) -> Option<(Target, bool)> {
         match rules.choose(PREFIX, path) {
-            Some(choice) => choice.target,
-            None => match path.parent() {
-                Some(parent) => plain_reading(rules, &parent),
-                None => Target::Direct,
-            },
+            Some(choice) => Some((choice.target, choice.enforce)),
+            None => plain_reading(rules, &path.parent()?),
         }
+    }
+
+    /// The same, without the difference between no verdict and 'direct'.
+    fn verdict(given: Option<(Target, bool)>) -> (Target, bool) {
+        given.unwrap_or((Target::Direct, false))
     }
 
     /// What the kernel does with a cover: the deepest element decides. None if it holds the packets.
     fn kernel(
         cover: &BTreeMap<ControlGroupPath, Element>,
         path: &ControlGroupPath,
-    ) -> Option<Target> {
+    ) -> Option<Option<(Target, bool)>> {
         let mut at = path.clone();
         loop {
             if let Some(element) = cover.get(&at) {
                 let free = !element.hold || at == *path;
-                return free.then(|| element.target.clone());
+                return free.then(|| Some((element.target.clone(), element.enforce)));
             }
             match at.parent() {
                 Some(parent) => at = parent,
-                None => return Some(Target::Direct),
+                None => return Some(None),
             }
         }
     }
@@ -432,14 +446,20 @@ mod tests {
             let cover: BTreeMap<_, _> = tree.cover().map(|(p, t)| ((**p).clone(), t.clone())).collect();
             for p in &exist {
                 let meant = plain_reading(&rules, p);
-                prop_assert_eq!(kernel(&cover, p), Some(meant.clone()), "{:?}", p);
-                prop_assert_eq!(tree.get(p).unwrap().target, &meant);
-                let given = tree.giver(p).map_or(Target::Direct, |(_, c)| c.target.clone());
-                prop_assert_eq!(given, meant);
-                // Minimal: what the parent hands down is never said again.
-                let above = p.parent().map_or(Some(Target::Direct), |up| kernel(&cover, &up));
-                if rules.start == Start::Open && let Some(element) = cover.get(p) {
-                    prop_assert!(Some(&element.target) != above.as_ref() && !element.hold);
+                let held = kernel(&cover, p);
+                prop_assert_eq!(held.clone().map(verdict), Some(verdict(meant.clone())), "{:?}", p);
+                prop_assert_eq!(tree.get(p).unwrap().target, &verdict(meant.clone()).0);
+                let given = tree.giver(p).map(|(_, c)| (c.target.clone(), c.enforce));
+                prop_assert_eq!(&given, &meant);
+                if rules.start == Start::Open {
+                    // No verdict is not 'direct', about which the system's policy has nothing to say.
+                    prop_assert_eq!(held, Some(meant));
+                    // Minimal: what the parent hands down is never said again.
+                    let above = p.parent().and_then(|up| kernel(&cover, &up).flatten());
+                    if let Some(element) = cover.get(p) {
+                        prop_assert_ne!(Some((element.target.clone(), element.enforce)), above);
+                        prop_assert!(!element.hold);
+                    }
                 }
                 // What is not there yet has the right verdict already, or none at all.
                 for more in &more {
@@ -447,9 +467,10 @@ mod tests {
                     let Ok(new) = ControlGroupPath::from_bytes(whole.trim_ascii_start()) else { continue };
                     if rules.start == Start::Closed
                         && !exist.contains(&new)
-                        && let Some(target) = kernel(&cover, &new)
+                        && let Some(given) = kernel(&cover, &new)
                     {
-                        prop_assert_eq!(target, plain_reading(&rules, &new), "{:?}", new);
+                        let meant = verdict(plain_reading(&rules, &new)).0;
+                        prop_assert_eq!(verdict(given).0, meant, "{:?}", new);
                     }
                 }
             }

@@ -120,7 +120,11 @@ fn any_rules() -> impl Strategy<Value = Rc<Rules>> {
         1 => names(Selector::App),
     ];
     let rules = proptest::collection::vec(
-        (selector, target()).prop_map(|(selector, target)| Rule { selector, target }),
+        (selector, target()).prop_map(|(selector, target)| Rule {
+            selector,
+            target,
+            enforce: false,
+        }),
         0..4,
     );
     (rules, any::<bool>()).prop_map(|(rules, exec)| {

@@ -291,6 +291,7 @@ mod tests {
         let rule = |pattern: &str, target| Rule {
             selector: Selector::Match(Pattern::new(pattern).unwrap()),
             target,
+            enforce: false,
         };
         let rules = Rules {
             start: Start::Open,

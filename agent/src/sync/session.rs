@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::helper::{
-    Assignment, DnsHijack, Proxy, RemovePolicy_Args, RemovePolicy_Reply, ReplacePolicy_Args,
-    ReplacePolicy_Reply, SkipReason, Skipped, UpdateAssignments_Args, UpdateAssignments_Reply,
-    Verdict,
+    Assignment, DnsHijack, Gateway, Proxy, RemovePolicy_Args, RemovePolicy_Reply,
+    ReplacePolicy_Args, ReplacePolicy_Reply, SkipReason, Skipped, UpdateAssignments_Args,
+    UpdateAssignments_Reply, Verdict,
 };
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::Fault;
@@ -384,7 +384,10 @@ async fn send(client: &mut Client, call: &Call, config: &Config) -> Result<Reply
                 proxies: config.proxies.iter().map(proxy).collect(),
                 bypass: config.bypass.iter().map(ToString::to_string).collect(),
                 assignments: assign.iter().map(assignment).collect(),
-                gateway: None,
+                gateway: config.gateway.as_ref().map(|gateway| Gateway {
+                    interfaces: gateway.interfaces.iter().map(ToString::to_string).collect(),
+                    proxy: gateway.proxy.to_string(),
+                }),
             };
             let reply: ReplacePolicy_Reply = client
                 .call("org.cgtproxy.Helper.ReplacePolicy", arguments)
@@ -416,9 +419,9 @@ fn proxy(proxy: &crate::config::Proxy) -> Proxy {
         port: proxy.port.get().into(),
         redirect: None,
         rejectUdp: None,
-        noTcp: None,
+        noTcp: Some(proxy.no_tcp),
         noUdp: Some(proxy.no_udp),
-        noIpv4: None,
+        noIpv4: Some(proxy.no_ipv4),
         noIpv6: Some(proxy.no_ipv6),
         dnsHijack: proxy.dns_hijack.as_ref().map(|hijack| DnsHijack {
             ipv4: hijack.ipv4.map(|address| address.to_string()),
@@ -443,7 +446,7 @@ fn assignment((path, element): &(Shared, Element)) -> Assignment {
         verdict,
         proxy,
         hold: element.hold.then_some(true),
-        enforce: None,
+        enforce: element.enforce.then_some(true),
     }
 }
 

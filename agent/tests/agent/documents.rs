@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use cgtproxy_agent::config::read;
+use cgtproxy_agent::config::{Scope, read};
 
 /// Where the part about another file begins.
 const HELPERS: &str = "## The administrator's file";
@@ -22,8 +22,8 @@ fn examples(text: &str) -> Vec<(usize, String)> {
     found
 }
 
-fn check(name: &str, example: &str) {
-    let (config, findings) = read(Path::new(name), example.as_bytes());
+fn check(name: &str, example: &str, scope: Scope) {
+    let (config, findings) = read(Path::new(name), example.as_bytes(), scope);
     assert!(
         config.is_some() && findings.list.is_empty(),
         "{findings}{example}"
@@ -40,10 +40,18 @@ fn examples_are_configurations() {
         let found = examples(text);
         assert!(found.len() >= least, "{file}");
         for (line, example) in found {
-            check(&format!("{file}:{line}"), &example);
+            let scope = match example.contains("enforce:") || example.contains("gateway:") {
+                true => Scope::System,
+                false => Scope::User,
+            };
+            check(&format!("{file}:{line}"), &example, scope);
         }
     };
     examples_of("configuration.md", ours, 3);
     examples_of("README.md", &text("README.md"), 1);
-    check("config.yaml", &text("docs/examples/config.yaml"));
+    check(
+        "config.yaml",
+        &text("docs/examples/config.yaml"),
+        Scope::User,
+    );
 }

@@ -42,8 +42,26 @@ pub(crate) struct Agent {
     socket: PathBuf,
 }
 
+/// An ordinary user: root's agent is the machine's. Where the tests run as root, the agent has a user
+/// namespace of its own in which root has another number.
+const USER: &str = "1000";
+
+/// The agent as an ordinary user runs it.
+fn agent_words() -> Vec<String> {
+    let mut words = Vec::new();
+    if rustix::process::getuid().is_root() {
+        words.extend(["unshare".into(), "--user".into()]);
+        words.extend([format!("--map-user={USER}"), format!("--map-group={USER}")]);
+    }
+    words.push(env!("CARGO_BIN_EXE_cgtproxy-agent").into());
+    words
+}
+
 pub(crate) fn agent_command() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_cgtproxy-agent"))
+    let words = agent_words();
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]);
+    command
 }
 
 impl World {
@@ -56,7 +74,10 @@ impl World {
 
     /// With control groups at `cgroups`.
     pub(crate) fn in_cgroups(config: &str, directory: TempDir, cgroups: PathBuf) -> Self {
-        let uid = rustix::process::getuid().as_raw();
+        let uid = match rustix::process::getuid() {
+            root if root.is_root() => USER.to_owned(),
+            uid => uid.as_raw().to_string(),
+        };
         let prefix = format!("/user.slice/user-{uid}.slice/user@{uid}.service");
         let subtree = cgroups.join(&prefix[1..]);
         std::fs::create_dir_all(&subtree).unwrap();
@@ -121,13 +142,7 @@ impl World {
 
     /// An agent that a shell script starts as `"$@"`.
     pub(crate) fn agent_by(&self, mut shell: Command, script: &str) -> Agent {
-        shell.args([
-            "sh",
-            "-c",
-            script,
-            "sh",
-            env!("CARGO_BIN_EXE_cgtproxy-agent"),
-        ]);
+        shell.args(["sh", "-c", script, "sh"]).args(agent_words());
         shell.arg("--cgroup-root").arg(&self.cgroups);
         let command = self.dress(shell);
         self.spawn(command)

@@ -58,9 +58,9 @@ impl Running {
 /// Lists what runs.
 pub(super) fn run(arguments: &Arguments, all: bool, json: bool) -> Result<ExitCode, Error> {
     let subtree = super::own_subtree(arguments)?;
-    let verdicts = match Agent::connect() {
+    let verdicts = match Agent::connect(arguments.scope()) {
         Ok(mut agent) => ask(&mut agent, &subtree)?,
-        Err(Error::NotRunning) => compute(arguments, &subtree)?,
+        Err(Error::NotRunning | Error::SystemNotRunning) => compute(arguments, &subtree)?,
         Err(error) => return Err(error),
     };
     let running = running(&subtree, &verdicts);

@@ -7,6 +7,7 @@ mod write;
 
 use std::path::Path;
 
+use super::Scope;
 use super::finding::{Findings, Severity};
 use super::read;
 use super::reader::Reader;
@@ -23,7 +24,7 @@ pub fn migrate(file: &Path, bytes: &[u8]) -> Result<(String, Findings), Findings
     let migrated = match kind(&reader, &root) {
         Some(Kind::Cgproxy) => cgproxy::migrate(&mut reader, &root),
         Some(Kind::Cgtproxy) => {
-            let (config, findings) = read::read(file, bytes);
+            let (config, findings) = read::read(file, bytes, Scope::User);
             if config.is_none() {
                 return Err(findings);
             }

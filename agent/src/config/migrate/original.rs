@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::path::Path;
 
+use crate::config::Scope;
 use crate::config::read;
 use crate::config::reader::Reader;
 use crate::config::yaml::{Node, Value};
@@ -89,7 +90,7 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node) -> Strin
 
 /// Whether there are the same proxies and rules with the same targets as before.
 fn says_the_same(old: &str, new: &str) -> bool {
-    let read = |text: &str| read::read(Path::new(""), text.as_bytes()).0;
+    let read = |text: &str| read::read(Path::new(""), text.as_bytes(), Scope::User).0;
     let (Some(old), Some(new)) = (read(old), read(new)) else {
         return false;
     };

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::Scope;
 
 /// `config.json` as cgproxy installs it.
 const CGPROXY: &str = r#"{
@@ -68,7 +69,7 @@ rules:
 /// The new text and what was said, after `check` found nothing wrong with it.
 fn migrated(text: &str) -> (String, Vec<String>) {
     let (new, findings) = migrate(Path::new("old"), text.as_bytes()).unwrap();
-    let (config, found) = read::read(Path::new("new"), new.as_bytes());
+    let (config, found) = read::read(Path::new("new"), new.as_bytes(), Scope::User);
     assert!(config.is_some() && found.list.is_empty(), "{found}\n{new}");
     (new, findings.lines().map(|(_, line)| line).collect())
 }
@@ -247,7 +248,7 @@ proptest! {
         });
         let old = serde_json::to_string_pretty(&old).unwrap();
         if let Ok((new, _)) = migrate(Path::new("old"), old.as_bytes()) {
-            let (config, findings) = read::read(Path::new("new"), new.as_bytes());
+            let (config, findings) = read::read(Path::new("new"), new.as_bytes(), Scope::User);
             prop_assert!(config.is_some(), "{findings}\n{new}");
         }
     }

@@ -1,5 +1,6 @@
 //! From what was typed to what it means. Nothing stops at the first mistake.
 
+mod gateway;
 mod rule;
 mod selector;
 #[cfg(test)]
@@ -12,7 +13,7 @@ use std::rc::Rc;
 use super::finding::{Finding, Findings, Place, Severity};
 use super::reader::Reader;
 use super::yaml::{self, Node, Value};
-use super::{Config, Network};
+use super::{Config, Network, Scope};
 use crate::policy::{ExecSlices, Rules, Start};
 use crate::text::printable;
 use crate::watch::Monitor;
@@ -30,6 +31,7 @@ pub(super) const KEYS: &[&str] = &[
     "tproxies",
     "rules",
     "exec-slices",
+    "gateway",
     "start",
     "monitor",
     "cgroup-root",
@@ -38,13 +40,13 @@ pub(super) const KEYS: &[&str] = &[
 
 /// Reads the text of `file`: what it means, unless there are errors, and all that was found.
 #[must_use]
-pub fn read(file: &Path, bytes: &[u8]) -> (Option<Config>, Findings) {
+pub fn read(file: &Path, bytes: &[u8], scope: Scope) -> (Option<Config>, Findings) {
     let (text, root) = match document(file, bytes) {
         Ok(document) => document,
         Err(findings) => return (None, findings),
     };
     let mut reader = Reader::new(text, Findings::new(file));
-    let config = reader.config(&root);
+    let config = reader.config(&root, scope);
     let findings = reader.finish();
     (config.filter(|_| !findings.has_errors()), findings)
 }
@@ -81,7 +83,7 @@ pub(super) fn document<'b>(file: &Path, bytes: &'b [u8]) -> Result<(&'b str, Nod
 }
 
 impl Reader<'_> {
-    fn config(&mut self, root: &Node) -> Option<Config> {
+    fn config(&mut self, root: &Node, scope: Scope) -> Option<Config> {
         if matches!(root.value, Value::Null) {
             self.error(root.place, "the file is empty").help =
                 Some("it says at least 'version: 1'".into());
@@ -107,8 +109,8 @@ impl Reader<'_> {
         }
         let exec_slices = top
             .get("exec-slices")
-            .and_then(|node| self.boolean(node, "'exec-slices'"))
-            .unwrap_or(true);
+            .and_then(|node| self.exec_slices(node, scope))
+            .unwrap_or(scope == Scope::User);
         let starts = [("open", Start::Open), ("closed", Start::Closed)];
         let start = top
             .get("start")
@@ -128,12 +130,16 @@ impl Reader<'_> {
             .map_or_else(Proxies::default, |n| self.tproxies(n));
         let rules = top
             .get("rules")
-            .map_or_else(Vec::new, |n| self.rules(n, &proxies, exec_slices));
+            .map_or_else(Vec::new, |n| self.rules(n, &proxies, exec_slices, scope));
+        let gateway = top
+            .get("gateway")
+            .and_then(|node| self.gateway(node, &proxies, scope));
         let exec_slices =
             exec_slices.then(|| ExecSlices::new(proxies.list.iter().map(|p| &p.name)));
         Some(Config {
             proxies: proxies.list,
             bypass,
+            gateway,
             rules: Rc::new(Rules {
                 exec_slices,
                 rules,
@@ -141,6 +147,19 @@ impl Reader<'_> {
             }),
             monitor: monitor.unwrap_or_default(),
         })
+    }
+
+    /// Users own the control groups with such names, so the machine's policy does not go by them.
+    fn exec_slices(&mut self, node: &Node, scope: Scope) -> Option<bool> {
+        let wanted = self.boolean(node, "'exec-slices'")?;
+        if wanted && scope == Scope::System {
+            self.error(
+                node.place,
+                "the machine's configuration has no slices of cgtproxy-exec",
+            )
+            .help = Some("they are in users' own; the line can go".into());
+        }
+        Some(wanted && scope == Scope::User)
     }
 
     fn ignored(&mut self, place: Place, key: &str) {

@@ -1,5 +1,6 @@
 //! The rules, and which of them nothing ever reaches.
 
+use crate::config::Scope;
 use crate::config::finding::Place;
 use crate::config::reader::{Reader, list, nearest};
 use crate::config::yaml::{Node, Value};
@@ -8,10 +9,18 @@ use crate::text::printable;
 
 use super::tproxy::Proxies;
 
-const RULE_KEYS: &[&str] = &["app", "unit", "slice", "match", "tproxy", "drop", "direct"];
+const RULE_KEYS: &[&str] = &[
+    "app", "unit", "slice", "match", "tproxy", "drop", "direct", "enforce",
+];
 
 impl Reader<'_> {
-    pub(super) fn rules(&mut self, node: &Node, proxies: &Proxies, exec_slices: bool) -> Vec<Rule> {
+    pub(super) fn rules(
+        &mut self,
+        node: &Node,
+        proxies: &Proxies,
+        exec_slices: bool,
+        scope: Scope,
+    ) -> Vec<Rule> {
         let Value::List(items) = &node.value else {
             self.wrong_kind(node, "'rules'", "a list of rules");
             return Vec::new();
@@ -20,7 +29,7 @@ impl Reader<'_> {
         let mut reached: Vec<(Place, usize, Rule)> = Vec::new();
         let mut used: Vec<String> = Vec::new();
         for (item, number) in items.iter().zip(1usize..) {
-            let Some(rule) = self.rule(item, proxies, &mut used) else {
+            let Some(rule) = self.rule(item, proxies, &mut used, scope) else {
                 continue;
             };
             self.warn_if_unreachable(item.place, &rule, &reached);
@@ -57,7 +66,13 @@ impl Reader<'_> {
         }
     }
 
-    fn rule(&mut self, node: &Node, proxies: &Proxies, used: &mut Vec<String>) -> Option<Rule> {
+    fn rule(
+        &mut self,
+        node: &Node,
+        proxies: &Proxies,
+        used: &mut Vec<String>,
+        scope: Scope,
+    ) -> Option<Rule> {
         let entries = self.entries(node, "a rule", RULE_KEYS)?;
         let selector = self.selector(node, &entries);
         let mut targets: Vec<(&str, Option<Target>)> = Vec::new();
@@ -85,11 +100,16 @@ impl Reader<'_> {
                 .map(|direct| direct.then_some(Target::Direct));
             push_target(&mut targets, "direct", target);
         }
+        let enforce = entries
+            .get("enforce")
+            .and_then(|node| self.enforce(node, scope))
+            .unwrap_or(false);
         let names: Vec<&str> = targets.iter().map(|(name, _)| *name).collect();
         match targets.as_slice() {
             [(_, target)] => Some(Rule {
                 selector: selector?,
                 target: target.clone()?,
+                enforce,
             }),
             [] => {
                 self.error(node.place, "this rule has no target").help =
@@ -104,8 +124,22 @@ impl Reader<'_> {
         }
     }
 
-    /// The proxy that a rule names.
-    fn reference(
+    fn enforce(&mut self, node: &Node, scope: Scope) -> Option<bool> {
+        let enforce = self.boolean(node, "'enforce'")?;
+        if enforce && scope == Scope::User {
+            self.error(
+                node.place,
+                "only the machine's configuration can enforce a rule",
+            )
+            .help = Some(
+                "your own rules hold for your own applications already; the line can go".into(),
+            );
+        }
+        Some(enforce)
+    }
+
+    /// The proxy that a rule or the gateway names.
+    pub(super) fn reference(
         &mut self,
         node: &Node,
         proxies: &Proxies,

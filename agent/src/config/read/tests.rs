@@ -7,11 +7,11 @@ use proptest::prelude::*;
 use cgtproxy_proto::path::ControlGroupPath;
 
 use super::read;
-use crate::config::{Config, Findings, Network};
+use crate::config::{Config, Findings, Network, Scope};
 use crate::policy::Subject;
 
 pub(super) fn read_text(text: &str) -> (Option<Config>, Findings) {
-    read(Path::new("c.yaml"), text.as_bytes())
+    read(Path::new("c.yaml"), text.as_bytes(), Scope::User)
 }
 
 /// Findings as `line:column: severity: message; help`.
@@ -249,7 +249,7 @@ fn an_empty_or_cut_off_file_is_not_a_configuration() {
         assert!(read_text(text).1.has_errors(), "{text}");
     }
     assert!(read_text("version: 1").1.list.is_empty());
-    let (config, findings) = read(Path::new("c.yaml"), b"version: 1\n# \xff");
+    let (config, findings) = read(Path::new("c.yaml"), b"version: 1\n# \xff", Scope::User);
     assert!(config.is_none());
     assert_eq!(
         findings.to_string(),
@@ -289,7 +289,7 @@ proptest! {
 
     #[test]
     fn no_bytes_break_it(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
-        let _ = read(Path::new("c.yaml"), &bytes);
+        let _ = read(Path::new("c.yaml"), &bytes, Scope::User);
     }
 }
 

@@ -14,8 +14,15 @@ use crate::config::{DnsHijack, Proxy};
 use crate::text::printable;
 
 /// All keys of a proxy.
-pub(in crate::config) const TPROXY_KEYS: &[&str] =
-    &["port", "no-udp", "no-ipv6", "dns-hijack", "mark"];
+pub(in crate::config) const TPROXY_KEYS: &[&str] = &[
+    "port",
+    "no-tcp",
+    "no-udp",
+    "no-ipv4",
+    "no-ipv6",
+    "dns-hijack",
+    "mark",
+];
 const DNS_HIJACK_KEYS: &[&str] = &["ip", "port", "tcp", "loopback"];
 
 /// The tproxies of a file.
@@ -85,7 +92,12 @@ impl Reader<'_> {
                 .and_then(|node| self.boolean(node, &format!("'{key}'")))
                 .unwrap_or(false)
         };
-        let (no_udp, no_ipv6) = (switch("no-udp"), switch("no-ipv6"));
+        let (no_tcp, no_udp) = (switch("no-tcp"), switch("no-udp"));
+        let (no_ipv4, no_ipv6) = (switch("no-ipv4"), switch("no-ipv6"));
+        if (no_tcp && no_udp) || (no_ipv4 && no_ipv6) {
+            self.warning(node.place, format!("nothing goes through {what}"))
+                .help = Some("what it leaves out goes direct".into());
+        }
         let port = match entries.get("port") {
             Some(port) => self.port(port),
             None => {
@@ -98,7 +110,9 @@ impl Reader<'_> {
             // A stand-in of the right form: what is named otherwise never gets this far.
             name: Rc::new("tproxy".parse().ok()?),
             port: port?,
+            no_tcp,
             no_udp,
+            no_ipv4,
             no_ipv6,
             // One that is wrong has been reported: the file is refused.
             dns_hijack: dns_hijack.flatten(),

@@ -115,7 +115,7 @@ fn no_answer() -> String {
 /// Reads the configuration file.
 #[must_use]
 pub fn read_config(file: &Source) -> ConfigFile {
-    match config::load(&file.path) {
+    match config::load(&file.path, file.scope) {
         Ok(loaded) => ConfigFile::Read(loaded.config.proxies.iter().map(configured).collect()),
         Err(LoadError::Missing(_)) if !file.explicit => ConfigFile::Missing,
         Err(error) => ConfigFile::Wrong(chain(&error)),
