@@ -2,9 +2,14 @@
 
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
-use cgtproxy_tests::sandbox::{Sandbox, Service, User, proxied, sandbox};
+use std::fs;
+use std::process::{Command, Stdio};
+
+use cgtproxy_tests::sandbox::{Sandbox, Service, User, direct, proxied, sandbox};
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
+use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::wait_until;
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 const APP: &str = "app.slice/app-a.scope";
@@ -60,34 +65,230 @@ fn a_flushed_ruleset_is_restored_with_every_policy() {
     });
 }
 
+/// How others take routing away.
+const WRECKS: [&[&str]; 5] = [
+    &["ip", "rule", "del", "priority", "800"],
+    &["ip", "-6", "rule", "del", "priority", "800"],
+    &["ip", "route", "flush", "table", "25447"],
+    &["ip", "-6", "route", "flush", "table", "25447"],
+    &["sh", "-c", "ip link set lo down; ip link set lo up"],
+];
+
+#[track_caller]
+fn wait_for_routing(sb: &Sandbox, after: &[&str]) {
+    wait_until(&format!("routing after {}", after.join(" ")), || {
+        [4, 6]
+            .into_iter()
+            .all(|family| sb.mark_rules(family).len() == 1 && sb.routes(family, "25447").len() == 1)
+    });
+}
+
 #[test]
-fn flushed_rules_and_routes_are_restored() {
+fn flushed_rules_and_routes_are_restored_and_nothing_leaves_meanwhile() {
     sandbox(|sb| {
         let (_helper, user, _session) = with_policy(sb, "");
         let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
         let app = user.cgroup(APP).app();
-        let wrecks: [&[&str]; 5] = [
-            &["ip", "rule", "del", "priority", "800"],
-            &["ip", "-6", "rule", "del", "priority", "800"],
-            &["ip", "route", "flush", "table", "25447"],
-            &["ip", "-6", "route", "flush", "table", "25447"],
-            &["sh", "-c", "ip link set lo down; ip link set lo up"],
-        ];
-        for wreck in wrecks {
-            sb.run(wreck);
-            wait_until(&wreck.join(" "), || {
-                [4, 6].into_iter().all(|family| {
-                    sb.mark_rules(family).len() == 1 && sb.routes(family, "25447").len() == 1
-                })
-            });
+        let traffic = Steady::start(sb, &app);
+        traffic.assert_proxied("mihomo");
+        for wreck in WRECKS {
+            for _ in 0..3 {
+                sb.run(wreck);
+                wait_for_routing(sb, wreck);
+            }
             for to in sb.destinations() {
                 assert_eq!(app.tcp(to), proxied("mihomo", to), "{wreck:?}");
                 assert_eq!(app.udp(to), proxied("mihomo", to), "{wreck:?}");
             }
+            traffic.assert_nothing_left(sb);
         }
         // All rules of a family, the machine's own included, which are not ours to restore.
         sb.run(&["ip", "rule", "flush"]);
         sb.run(&["ip", "rule", "add", "priority", "32766", "lookup", "main"]);
         wait_until("ip rule flush", || sb.mark_rules(4).len() == 1);
+    });
+}
+
+/// The helper can't restore anything, so that there is no race.
+#[test]
+fn what_is_diverted_does_not_leave_while_rules_or_routes_are_missing() {
+    sandbox(|sb| {
+        let (helper, user, _session) = with_policy(sb, "");
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup(APP).app();
+        let other = sb.user(1002).cgroup(APP).app();
+        for wreck in WRECKS {
+            helper.signal(Signal::SIGSTOP);
+            sb.run(wreck);
+            for to in sb.destinations() {
+                let held = [app.tcp(to), app.udp(to)];
+                let lost = held.iter().all(|outcome| outcome.is_dropped());
+                let proxied = held.iter().all(|outcome| *outcome == proxied("mihomo", to));
+                assert!(lost || proxied, "{wreck:?} {to}: {held:?}");
+                sb.assert_nothing_left_for(to.ip());
+            }
+            for to in sb.destinations() {
+                assert_eq!(other.udp(to), direct(to), "{wreck:?}");
+            }
+            helper.signal(Signal::SIGCONT);
+            wait_for_routing(sb, wreck);
+            for to in sb.destinations() {
+                assert_eq!(app.udp(to), proxied("mihomo", to), "{wreck:?}");
+            }
+        }
+    });
+}
+
+/// `nft monitor`, which writes a line for each transaction, with who made it.
+struct Transactions {
+    monitor: std::process::Child,
+    log: &'static str,
+}
+
+impl Transactions {
+    fn watch(sb: &Sandbox) -> Self {
+        let log = "/run/transactions";
+        let file = fs::File::create(log).expect("/run is ours");
+        let monitor = Command::new("nft")
+            .arg("monitor")
+            .stdout(file)
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("nft is installed");
+        let this = Self { monitor, log };
+        // It says nothing when it is ready.
+        wait_until("nft monitors", || {
+            sb.nft("add table ip begin; delete table ip begin");
+            this.text().contains("ip begin")
+        });
+        this
+    }
+
+    fn text(&self) -> String {
+        fs::read_to_string(self.log).expect("it is being written")
+    }
+
+    /// How many transactions a program has made up to now.
+    fn by(&self, sb: &Sandbox, program: &str) -> usize {
+        let end = format!("end-{}", self.text().len());
+        sb.nft(&format!("add table ip {end}"));
+        wait_until("nft has heard everything", || self.text().contains(&end));
+        let by = format!("({program})");
+        let text = self.text();
+        let generations = text.lines().filter(|line| line.contains("new generation"));
+        generations.filter(|line| line.ends_with(&by)).count()
+    }
+}
+
+impl Drop for Transactions {
+    fn drop(&mut self) {
+        let _ = self.monitor.kill();
+        let _ = self.monitor.wait();
+    }
+}
+
+#[test]
+fn a_table_is_restored_in_one_transaction_however_it_was_wrecked() {
+    sandbox(|sb| {
+        let (_helper, user, _session) = with_policy(sb, "own-table: false");
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup(APP).app();
+        let before = sb.run(&["nft", "list", "table", "inet", "cgtproxy"]);
+        let transactions = Transactions::watch(sb);
+        let count = || transactions.by(sb, "cgtproxy-helper");
+        for wreck in [
+            "flush ruleset",
+            "delete table inet cgtproxy",
+            "flush table inet cgtproxy",
+        ] {
+            let earlier = count();
+            sb.nft(wreck);
+            wait_until(wreck, || {
+                sb.has_table() && sb.run(&["nft", "list", "table", "inet", "cgtproxy"]) == before
+            });
+            assert_eq!(count(), earlier + 1, "{wreck}: {}", transactions.text());
+        }
+        for to in sb.destinations() {
+            assert_eq!(app.tcp(to), proxied("mihomo", to));
+        }
+    });
+}
+
+/// How many announcements each netlink socket of a process has lost (/proc/net/netlink), by protocol.
+fn lost_announcements(pid: u32) -> [u64; 2] {
+    let links = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs");
+    let links = links
+        .flatten()
+        .filter_map(|fd| fs::read_link(fd.path()).ok());
+    let inodes: Vec<String> = links
+        .filter_map(|link| {
+            let link = link.to_str()?;
+            Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())
+        })
+        .collect();
+    let table = fs::read_to_string(format!("/proc/{pid}/net/netlink")).expect("it runs");
+    // NETLINK_ROUTE and NETLINK_NETFILTER (linux/netlink.h).
+    ["0", "12"].map(|protocol| {
+        let rows = table
+            .lines()
+            .map(|row| row.split_whitespace().collect::<Vec<_>>());
+        // sk Eth Pid Groups Rmem Wmem Dump Locks Drops Inode
+        let rows = rows.filter(|row| {
+            row.get(1) == Some(&protocol)
+                && inodes
+                    .iter()
+                    .any(|inode| row.get(9) == Some(&inode.as_str()))
+        });
+        rows.filter_map(|row| row.get(8)?.parse::<u64>().ok()).sum()
+    })
+}
+
+#[test]
+fn losses_that_the_kernel_had_no_room_to_announce_are_found() {
+    sandbox(|sb| {
+        let (helper, user, mut session) = with_policy(sb, "own-table: false");
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup(APP).app();
+        let dropped = user.cgroup("app.slice/app-drop.scope").app();
+        let before = sb.run(&["nft", "list", "table", "inet", "cgtproxy"]);
+        for _ in 0..2 {
+            let earlier = lost_announcements(helper.pid());
+            helper.signal(Signal::SIGSTOP);
+            // What is nobody's business fills the helper's buffers.
+            wait_until("the buffers are full", || {
+                let elements: Vec<_> = (0..10_000)
+                    .map(|n| format!("10.1.{}.{}", n / 250, n % 250))
+                    .collect();
+                sb.nft(&format!(
+                    "add table inet other
+                     add set inet other s {{ type ipv4_addr; }}
+                     add element inet other s {{ {} }}
+                     delete table inet other",
+                    elements.join(", ")
+                ));
+                sb.run(&[
+                    "sh",
+                    "-c",
+                    "seq -f 'route add 10.2.0.%g/32 dev uplink table 99' 250 | ip -batch - &&
+                     ip route flush table 99",
+                ]);
+                let now = lost_announcements(helper.pid());
+                now.iter().zip(earlier).all(|(now, earlier)| *now > earlier)
+            });
+            // Nobody hears of these any more.
+            sb.nft("delete table inet cgtproxy");
+            sb.run(&["ip", "rule", "del", "priority", "800"]);
+            sb.run(&["ip", "-6", "route", "flush", "table", "25447"]);
+            helper.signal(Signal::SIGCONT);
+            wait_until("everything is back", || {
+                sb.has_table() && sb.run(&["nft", "list", "table", "inet", "cgtproxy"]) == before
+            });
+            wait_for_routing(sb, &["a flood"]);
+            for to in sb.destinations() {
+                assert_eq!(app.tcp(to), proxied("mihomo", to));
+                assert!(dropped.udp(to).is_dropped());
+            }
+        }
+        session.assign(json!([verdict("app.slice/app-drop.scope", "direct")]));
     });
 }

@@ -236,6 +236,11 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Meta::Iif).compare(CmpOp::Eq, LOOPBACK_INDEX)
     }
 
+    /// `oif != lo`
+    pub(super) fn oif_not_lo(self) -> Self {
+        self.with(&Meta::Oif).compare(CmpOp::Neq, LOOPBACK_INDEX)
+    }
+
     /// `iifname @SET`
     pub(super) fn iifname_in(self, set: &CStr) -> Self {
         self.with(&Meta::IifName).with(&Lookup {

@@ -20,6 +20,7 @@
 //!   chain prerouting-nat { type nat hook prerouting priority dstnat; … }
 //!   chain input          { type filter hook input priority mangle; … }
 //!   chain forward        { type filter hook forward priority mangle; … }
+//!   chain postrouting    { type filter hook postrouting priority mangle; … }
 //!   chain enforced { … goto sessions }        # what the system's policy enforces
 //!   chain sessions { … goto system }          # users' own verdicts
 //!   chain system   { … goto open }            # what the system's policy says besides
@@ -89,6 +90,7 @@ const PREROUTING: &CStr = c"prerouting";
 const PREROUTING_NAT: &CStr = c"prerouting-nat";
 const INPUT: &CStr = c"input";
 const FORWARD: &CStr = c"forward";
+const POSTROUTING: &CStr = c"postrouting";
 
 /// `mangle` of the inet family (linux/netfilter_ipv4.h, NF_IP_PRI_MANGLE).
 const PRIORITY_MANGLE: i32 = -150;
@@ -199,6 +201,26 @@ impl Transaction<'_> {
             // ct mark & MASK vmap @resolve
             self.add_rules(chain, [&|rule| rule.ct_mark_vmap(mask, RESOLVE)]);
         }
+    }
+
+    /// A diverted packet goes to lo. While the `ip rule` or its route is missing, because another program
+    /// took it away and the helper has not put it back yet, the packet would go where it is addressed to. The
+    /// chain is there from the first proxy on that packets are diverted to, and stays, as those that translate.
+    pub(super) fn postrouting_chain(&mut self) {
+        let divert = self.marks.divert();
+        self.add_base_chain(
+            POSTROUTING,
+            ChainType::Filter,
+            Hook::PostRouting,
+            PRIORITY_MANGLE,
+        );
+        self.add_rules(
+            POSTROUTING,
+            [
+                // meta mark & DIVERT != 0 oif != lo drop
+                &|rule| rule.meta_mark_has(divert).oif_not_lo().drop(),
+            ],
+        );
     }
 
     fn incoming_rules(&mut self) {
