@@ -125,6 +125,10 @@ impl Scope {
     pub(crate) fn new(target: &str, command: &str, pid: u32) -> Self {
         // A process can be moved more than once, and a scope outlives the process that it was made
         // for if others are left in it: the time tells those of one pid apart.
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "a name, by which nothing is decided"
+        )]
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
