@@ -2,13 +2,15 @@
 //!
 //! A path becomes an [`OwnedControlGroup`] only here, below the subtree of a [`Peer`].
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use cgtproxy_proto::path::ControlGroupPath;
 use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, fstatfs, open, openat2};
-use rustix::io::Errno;
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
 use crate::peer::{Peer, Uid};
 
@@ -91,6 +93,10 @@ pub enum Unavailable {
     /// nftables can't match a level that deep.
     #[error("the control group is more than {DEEPEST_LEVEL} levels deep")]
     TooDeep,
+    /// The kernel lacks memory or file descriptors, or others rename too much meanwhile. That says
+    /// nothing about the control group.
+    #[error("the kernel can't open control groups at the moment")]
+    Later,
 }
 
 /// Why there is no control group root.
@@ -117,9 +123,53 @@ pub enum RootError {
     NotFound,
 }
 
+/// Descriptors that are kept back, so that a call always has those it needs however many connections
+/// there are.
+#[derive(Debug, Clone)]
+pub struct Spare(Rc<RefCell<Vec<OwnedFd>>>);
+
+/// How many. A call has two open at once, the subtree's and that of a control group; asking who is in which
+/// group may take more.
+const SPARE: usize = 4;
+
+/// Room for descriptors, which is taken back when this is dropped.
+#[derive(Debug)]
+pub struct Room<'a>(&'a Spare);
+
+impl Spare {
+    fn of(any: &OwnedFd) -> Self {
+        let spare = (0..=SPARE).map_while(|_| fcntl_dupfd_cloexec(any, 0).ok());
+        Self(Rc::new(RefCell::new(spare.collect())))
+    }
+
+    /// Gives the descriptors away for as long as the returned value lives.
+    #[must_use]
+    pub fn make_room(&self) -> Room<'_> {
+        // One stays, to be copied in the end.
+        self.0.borrow_mut().truncate(1);
+        Room(self)
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        let mut spare = self.0.0.borrow_mut();
+        let copies = spare.first().map(|any| {
+            let missing = (SPARE + 1).saturating_sub(spare.len());
+            let copies = (0..missing).map_while(|_| fcntl_dupfd_cloexec(any, 0).ok());
+            copies.collect::<Vec<_>>()
+        });
+        // Fewer where the limit was lowered meanwhile: there will be more after another call.
+        spare.extend(copies.unwrap_or_default());
+    }
+}
+
 /// The root of the cgroup v2 hierarchy.
 #[derive(Debug)]
-pub struct Root(OwnedFd);
+pub struct Root {
+    directory: OwnedFd,
+    spare: Spare,
+}
 
 impl Root {
     /// Opens `path`, or else the place where cgroup v2 is mounted.
@@ -150,7 +200,17 @@ impl Root {
                 path: path.to_owned(),
             });
         }
-        Ok(Self(root))
+        let spare = Spare::of(&root);
+        Ok(Self {
+            directory: root,
+            spare,
+        })
+    }
+
+    /// The descriptors that are kept back for calls.
+    #[must_use]
+    pub fn spare(&self) -> Spare {
+        self.spare.clone()
     }
 
     /// Opens the peer's user@UID.service, or for root the control group root itself.
@@ -160,7 +220,7 @@ impl Root {
     pub fn subtree(&self, peer: &Peer) -> Result<Subtree, Unavailable> {
         let path = ControlGroupPath::from_bytes(subtree_path(peer.uid()).as_bytes())
             .map_err(|_| Unavailable::NotControlGroup)?;
-        let (directory, cgroup) = open_owned(&self.0, &path, 0, peer.uid())?;
+        let (directory, cgroup) = open_owned(&self.directory, &path, 0, peer.uid())?;
         Ok(Subtree {
             directory,
             cgroup,
@@ -218,6 +278,9 @@ fn open_owned(
         Errno::NOENT | Errno::NODEV => Unavailable::Missing,
         Errno::NOTDIR | Errno::LOOP | Errno::XDEV | Errno::NAMETOOLONG | Errno::INVAL => {
             Unavailable::NotControlGroup
+        }
+        Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN | Errno::INTR => {
+            Unavailable::Later
         }
         _ => Unavailable::Unreadable,
     })?;

@@ -11,6 +11,7 @@ use cgtproxy_proto::service::{Fault, ServeError, serve};
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -22,6 +23,12 @@ use crate::state::{ConnectionId, State};
 
 /// How long to wait after accept(2) failed: doubled from one to the other.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+
+/// A timer that is so late was not looked at because this process did not run.
+const HELD_UP: Duration = Duration::from_millis(100);
+
+/// How long those may take who came meanwhile.
+const SECOND_CHANCE: Duration = Duration::from_secs(1);
 
 /// Serves connections until `shutdown` is cancelled, then ends them all.
 #[derive(Clone)]
@@ -56,13 +63,24 @@ impl Server {
             };
             match accepted {
                 Ok((stream, _)) => {
+                    if back_off > BACK_OFF.0 {
+                        tracing::info!("connections can be accepted again");
+                    }
                     back_off = BACK_OFF.0;
                     next += 1;
                     self.accepted(stream, ConnectionId(next));
                 }
                 Err(error) => {
-                    tracing::warn!("can't accept a connection: {error}");
-                    tokio::time::sleep(back_off).await;
+                    // Once, not at every attempt.
+                    if back_off == BACK_OFF.0 {
+                        tracing::warn!(
+                            "can't accept connections: {error}; those that are open go on"
+                        );
+                    }
+                    tokio::select! {
+                        () = tokio::time::sleep(back_off) => {}
+                        () = self.shutdown.cancelled() => break,
+                    }
                     back_off = BACK_OFF.1.min(back_off * 2);
                 }
             }
@@ -77,7 +95,7 @@ impl Server {
         self.tasks.spawn_local(async move {
             let period = this.state.borrow().config.grace;
             tokio::select! {
-                () = tokio::time::sleep(period) => {}
+                () = sleep_awake(period) => {}
                 // The policy stays in the kernel for the next helper.
                 () = this.shutdown.cancelled() => return,
             }
@@ -130,7 +148,14 @@ impl Server {
             }
         };
         let uid = peer.uid();
-        if !self.state.borrow().config.access.allows(uid) {
+        let allowed = {
+            let state = self.state.borrow();
+            let spare = state.root.spare();
+            // The databases of users and groups are files.
+            let _room = spare.make_room();
+            state.config.access.allows(uid)
+        };
+        if !allowed {
             self.tasks
                 .spawn_local(refuse(stream, Fault::permission_denied()));
             return;
@@ -169,6 +194,20 @@ impl Server {
             Ok(()) | Err(ServeError::Write(_)) => {}
             Err(error) => tracing::debug!(uid = uid.value(), "ended a connection: {error}"),
         }
+    }
+}
+
+/// Sleeps for a period in which others could reach this process. When it was stopped meanwhile, or the
+/// machine slept, whoever waits to be served is served first.
+async fn sleep_awake(period: Duration) {
+    let mut end = Instant::now() + period;
+    loop {
+        tokio::time::sleep_until(end).await;
+        let now = Instant::now();
+        if now.saturating_duration_since(end) < HELD_UP {
+            return;
+        }
+        end = now + period.min(SECOND_CHANCE);
     }
 }
 

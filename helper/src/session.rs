@@ -249,10 +249,10 @@ impl Session {
     }
 
     fn subtree(&self, state: &State) -> Result<Subtree, Error> {
-        state
-            .root
-            .subtree(&self.peer)
-            .map_err(|_| Error::NoUserManager(subtree_path(self.peer.uid())))
+        state.root.subtree(&self.peer).map_err(|why| match why {
+            Unavailable::Later => state::Error::Later.into(),
+            _ => Error::NoUserManager(subtree_path(self.peer.uid())),
+        })
     }
 
     /// The one place where an error becomes what the caller is told.
@@ -282,7 +282,7 @@ impl Session {
                 Refused::TooManyControlGroups(most) => limit("TooManyControlGroups", most),
                 Refused::NoMarksLeft => fault("NoMarksLeft", json!({})),
             },
-            Error::State(state::Error::Kernel(error)) => {
+            Error::State(error @ (state::Error::Kernel(_) | state::Error::Later)) => {
                 tracing::warn!(uid = uid.value(), "{error}");
                 fault("KernelRefused", json!({ "message": error.to_string() }))
             }
@@ -291,6 +291,8 @@ impl Session {
 
     fn dispatch(&self, method: &str, arguments: Value) -> Result<Value, Fault> {
         let refused = |error| Self::fault(self.peer.uid(), error);
+        let spare = self.state.borrow().root.spare();
+        let _room = spare.make_room();
         match method {
             "ReplacePolicy" => reply(
                 self.replace_policy(parameters(arguments)?)
@@ -442,7 +444,8 @@ fn skipped_reply(skipped: Vec<Skipped>) -> Vec<wire::Skipped> {
             Unavailable::Missing => SkipReason::missing,
             Unavailable::NotOwned => SkipReason::notOwned,
             Unavailable::NotControlGroup => SkipReason::notControlGroup,
-            Unavailable::Unreadable => SkipReason::unreadable,
+            // A call that met the latter is refused as a whole.
+            Unavailable::Unreadable | Unavailable::Later => SkipReason::unreadable,
             Unavailable::TooDeep => SkipReason::tooDeep,
         },
     };

@@ -46,6 +46,11 @@ pub enum Error {
     /// The kernel refused it.
     #[error(transparent)]
     Kernel(#[from] nft::Error),
+    /// Control groups can't be opened now, for no fault of theirs.
+    #[error(
+        "the kernel can't open control groups at the moment: too many open files, or no memory"
+    )]
+    Later,
     /// No proxy of the user's receives such a connection.
     #[error("no such connection was redirected")]
     NotRedirected,
@@ -207,6 +212,7 @@ impl State {
         let mut skipped = Vec::new();
         let open = opener(subtree, &mut skipped);
         let staged = self.registry.replace(uid, policy, assignments, open)?;
+        all_seen(&skipped)?;
         let generation = self.commit(staged)?;
         self.holders.insert(uid, Holder::Connection(connection));
         Ok((generation, skipped))
@@ -232,6 +238,7 @@ impl State {
         let staged = self
             .registry
             .update(uid, subtree.cgroup(), assign, remove, open)?;
+        all_seen(&skipped)?;
         let generation = self.commit(staged)?;
         Ok((generation, skipped))
     }
@@ -329,6 +336,14 @@ impl State {
     fn commit(&mut self, staged: Staged) -> Result<u64, nft::Error> {
         self.nftables.commit(staged.plan())?;
         Ok(self.registry.apply(staged))
+    }
+}
+
+/// Insists that what was skipped was skipped for good: nobody would ask for it again.
+fn all_seen(skipped: &[Skipped]) -> Result<(), Error> {
+    match skipped.iter().any(|(_, why)| *why == Unavailable::Later) {
+        true => Err(Error::Later),
+        false => Ok(()),
     }
 }
 

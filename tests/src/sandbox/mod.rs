@@ -28,7 +28,7 @@ pub use network::{Delivery, INTERNET_V4, INTERNET_V6, MACHINE_V4, MACHINE_V6, PO
 pub use outcome::{Outcome, direct, local, proxied};
 pub use reexec::Inside;
 pub use server::{Server, ServerBuilder};
-pub use service::{AgentBuilder, HelperBuilder, Service};
+pub use service::{AgentBuilder, HELPER_UID, HelperBuilder, Service};
 pub use user::User;
 pub use varlink::Varlink;
 

@@ -22,7 +22,7 @@ use crate::command::run;
 use crate::wait::{DEADLINE, wait_for, wait_until};
 
 /// The uid the helper has in the sandbox: a system user, not root.
-const HELPER_UID: u32 = 990;
+pub const HELPER_UID: u32 = 990;
 /// The helper's socket.
 const SOCKET: &str = "/run/cgtproxy/helper.sock";
 
@@ -413,10 +413,19 @@ impl Service {
     /// Starts it again, once it has ended; it is ready when this returns.
     #[track_caller]
     pub fn start_again(&mut self) {
+        self.begin_again();
+        self.wait_ready();
+    }
+
+    /// Starts it again, once it has ended, without waiting for it to be ready.
+    ///
+    /// # Panics
+    /// When it has not ended.
+    #[track_caller]
+    pub fn begin_again(&mut self) {
         assert!(!self.is_running(), "{} is still running", self.spec.program);
         self.forget_notifications();
         self.child = start(&self.spec, &self.log, &self.notify_path);
-        self.wait_ready();
     }
 
     /// Replaces its config file, as an editor does: by a rename.

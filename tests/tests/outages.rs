@@ -1,0 +1,346 @@
+//! Daemons that are killed together, stopped, or have nothing left to open files with, while traffic flows.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::fs;
+use std::time::Duration;
+
+use cgtproxy_tests::agent::Agent;
+use cgtproxy_tests::sandbox::{Cgroup, HELPER_UID, Sandbox, Service, User, proxied, sandbox};
+use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, to_proxy, verdict};
+use cgtproxy_tests::steady::Steady;
+use cgtproxy_tests::wait::wait_until;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+const CONFIG: &str = r"
+version: 1
+tproxies:
+  mihomo: {port: 7890}
+rules:
+  - {match: app-tracker, drop: true}
+  - {match: '/app\.slice$', tproxy: mihomo}
+";
+
+fn scope(user: &User, name: &str) -> Cgroup {
+    user.cgroup(format!("app.slice/app-{name}.scope"))
+}
+
+/// An own verdict for each of these, by hand.
+fn policy() -> Value {
+    json!({
+        "proxies": [{ "name": "mihomo", "port": 7890 }], "bypass": [],
+        "assignments": [to_proxy("app.slice", "mihomo"), verdict("app.slice/app-tracker.scope", "drop")],
+    })
+}
+
+#[test]
+fn both_daemons_killed_at_once_leave_no_gap_in_an_owned_table() {
+    sandbox(|sb| kill_both(sb, "own-table: true"));
+}
+
+#[test]
+fn both_daemons_killed_at_once_leave_no_gap_in_a_table_of_nobody() {
+    sandbox(|sb| kill_both(sb, "own-table: false"));
+}
+
+fn kill_both(sb: &Sandbox, helper: &str) {
+    let mut helper = sb.helper().config(helper).start();
+    let alice = sb.user(1001);
+    let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+    let mut agent = alice.agent(CONFIG).start();
+    let app = scope(&alice, "any").app();
+    let tracker = scope(&alice, "tracker");
+    Agent::of(&alice).wait_for_verdict(&tracker, "drop");
+    let dropped = tracker.app();
+    let traffic = Steady::start(sb, &app);
+    let to = sb.destinations();
+    let open = to.map(|to| app.open_tcp(to).expect("the proxy answers"));
+    let holds = |what: &str| {
+        for (open, to) in open.iter().zip(to) {
+            assert_eq!(open.ask(), proxied("mihomo", to), "{what}");
+        }
+        traffic.assert_proxied("mihomo");
+        traffic.assert_none_strayed(sb, &["mihomo"]);
+        for to in sb.destinations() {
+            assert!(dropped.udp(to).is_dropped(), "{what}");
+            assert!(dropped.tcp(to).is_dropped(), "{what}");
+            sb.assert_nothing_left_for(to.ip());
+        }
+    };
+    holds("at first");
+    for round in 0..4 {
+        for daemon in [&helper, &agent] {
+            daemon.signal(Signal::SIGKILL);
+        }
+        helper.wait();
+        agent.wait();
+        holds("without both");
+        // What comes meanwhile is found.
+        let new = scope(&alice, &format!("tracker-{round}"));
+        if round % 2 == 0 {
+            helper.start_again();
+            holds("without the agent");
+            agent.start_again();
+        } else {
+            // It is not ready without a helper.
+            agent.begin_again();
+            agent.wait_log("trying again");
+            holds("without the helper");
+            helper.start_again();
+            agent.wait_ready();
+        }
+        Agent::of(&alice).wait_for_verdict(&new, "drop");
+        let new = new.app();
+        for to in sb.destinations() {
+            assert!(new.udp(to).is_dropped());
+        }
+        holds("with both again");
+    }
+}
+
+#[test]
+fn nothing_is_lost_while_the_helper_is_stopped() {
+    sandbox(|sb| {
+        let helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let _agent = alice.agent(CONFIG).start();
+        let mut agent = Agent::of(&alice);
+        let app = scope(&alice, "any").app();
+        let early = scope(&alice, "tracker-0");
+        agent.wait_for_verdict(&early, "drop");
+        let traffic = Steady::start(sb, &app);
+        let slice = alice.cgroup("app.slice");
+        let directory = slice.directory();
+        let directory = directory.to_str().expect("ASCII");
+        let before = resident(helper.pid());
+
+        helper.signal(Signal::SIGSTOP);
+        // 300 come, of which 200 go again, some of them to come back as others of the same name.
+        alice.shell(&format!(
+            "cd {directory}
+             for n in 1 2 3; do
+                 seq -f app-tracker-$n%02g.scope 0 99 | xargs mkdir
+             done
+             seq -f app-tracker-1%02g.scope 0 99 | xargs rmdir
+             seq -f app-tracker-2%02g.scope 0 99 | xargs rmdir
+             seq -f app-tracker-2%02g.scope 0 2 98 | xargs mkdir"
+        ));
+        // The agent goes on: it has seen all, and the helper knows none.
+        wait_until("the agent has seen everything", || {
+            let status = agent.status();
+            let groups = status["controlGroups"].as_array().expect("a list");
+            let trackers = groups.iter().filter(|group| group["target"] == "drop");
+            trackers.count() == 151
+        });
+        assert_eq!(mapped_ids(sb, "cgroups-1001").len(), 2);
+        // Calls of others pile up in their connections.
+        let bob = sb.user(1002);
+        let mut waiting: Vec<_> = (0..16)
+            .map(|_| {
+                let mut session = bob.varlink(SOCKET);
+                for _ in 0..100 {
+                    session.send(&json!({ "method": "org.cgtproxy.Helper.GetStatus" }));
+                }
+                session
+            })
+            .collect();
+        traffic.assert_proxied("mihomo");
+        traffic.assert_none_strayed(sb, &["mihomo"]);
+
+        helper.signal(Signal::SIGCONT);
+        let mut expected = vec![slice.id(), early.id()];
+        for group in fs::read_dir(slice.directory())
+            .expect("it is there")
+            .flatten()
+        {
+            if group
+                .file_name()
+                .to_string_lossy()
+                .starts_with("app-tracker-")
+                && group.path() != early.directory()
+            {
+                expected.push(std::os::unix::fs::MetadataExt::ino(
+                    &group.metadata().expect("it is there"),
+                ));
+            }
+        }
+        expected.sort_unstable();
+        assert_eq!(expected.len(), 152);
+        wait_until("all verdicts are in force", || {
+            mapped_ids(sb, "cgroups-1001") == expected
+        });
+        for name in ["tracker-0", "tracker-200", "tracker-399"] {
+            let late = scope(&alice, name).app();
+            for to in sb.destinations() {
+                assert!(late.udp(to).is_dropped(), "{name}");
+            }
+        }
+        for session in &mut waiting {
+            for _ in 0..100 {
+                let reply = session.receive().expect("it is answered");
+                assert_eq!(reply.get("error"), None);
+            }
+        }
+        traffic.assert_proxied("mihomo");
+        traffic.assert_none_strayed(sb, &["mihomo"]);
+        let grown = resident(helper.pid()).saturating_sub(before);
+        assert!(grown < 16 * 1024, "the helper has grown by {grown} KiB");
+    });
+}
+
+/// The memory of a process, in KiB.
+fn resident(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let number = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    number.and_then(|kib| kib.parse().ok()).expect("a number")
+}
+
+/// How many connections wait to be accepted by the helper.
+fn backlog(sb: &Sandbox) -> u32 {
+    let listening = sb.run(&["ss", "-xlH", "src", SOCKET]);
+    // Netid State Recv-Q Send-Q …
+    let count = listening.split_whitespace().nth(2);
+    count.and_then(|n| n.parse().ok()).expect("a number")
+}
+
+#[test]
+fn a_grace_does_not_end_while_the_helper_can_not_be_reached() {
+    sandbox(|sb| {
+        let helper = sb.helper().config("grace-seconds: 1").start();
+        let alice = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = scope(&alice, "any").app();
+        scope(&alice, "tracker");
+        let mut session = Session::of(&alice);
+        session.call("ReplacePolicy", policy());
+        let traffic = Steady::start(sb, &app);
+        traffic.assert_proxied("mihomo");
+        let mut other = Session::of(&alice);
+        drop(session);
+        wait_until("the grace begins", || other.status()["session"] == "grace");
+        helper.signal(Signal::SIGSTOP);
+        // The next agent is there in time, and waits.
+        let mut next = alice.varlink(SOCKET);
+        let call = json!({ "method": "org.cgtproxy.Helper.ReplacePolicy", "parameters": policy() });
+        next.send(&call);
+        wait_until("it waits", || backlog(sb) == 1);
+        // It is time that this is about.
+        std::thread::sleep(Duration::from_millis(1500));
+        helper.signal(Signal::SIGCONT);
+        let reply = next.receive().expect("a reply");
+        assert_eq!(reply.get("error"), None, "{reply}");
+        traffic.assert_proxied("mihomo");
+        traffic.assert_none_strayed(sb, &["mihomo"]);
+        assert!(
+            !helper.log().contains("removed the policy"),
+            "{}",
+            helper.log()
+        );
+    });
+}
+
+/// Lets a daemon of this uid have so many more files open than it has, and no more.
+fn leave_descriptors(sb: &Sandbox, daemon: &Service, uid: u32, more: usize) {
+    let open = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("it runs");
+    let open: Vec<usize> = open
+        .flatten()
+        .filter_map(|fd| fd.file_name().to_str()?.parse().ok())
+        .collect();
+    // New ones get the lowest numbers that are free, and the limit is one of numbers.
+    let mut free = (0..).filter(|number| !open.contains(number));
+    let limit = free.nth(more).expect("there are many");
+    set_descriptors(sb, daemon, uid, limit);
+}
+
+/// By the daemon's own user: nobody needs a capability for that.
+fn set_descriptors(sb: &Sandbox, daemon: &Service, uid: u32, limit: usize) {
+    let (pid, uid) = (daemon.pid().to_string(), uid.to_string());
+    let user = [
+        "setpriv",
+        "--reuid",
+        &uid,
+        "--regid",
+        &uid,
+        "--clear-groups",
+    ];
+    let limit = format!("--nofile={limit}:");
+    sb.run(&[&user[..], &["prlimit", "--pid", &pid, &limit]].concat());
+}
+
+#[test]
+fn sessions_go_on_when_connections_take_all_of_the_helpers_descriptors() {
+    sandbox(|sb| {
+        let helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let _agent = alice.agent(CONFIG).start();
+        let mut agent = Agent::of(&alice);
+        let app = scope(&alice, "any").app();
+        let traffic = Steady::start(sb, &app);
+        traffic.assert_proxied("mihomo");
+        leave_descriptors(sb, &helper, HELPER_UID, 3);
+        // More users than there are descriptors for.
+        let users: Vec<_> = (0..4).map(|n| sb.user(1101 + n)).collect();
+        let mut crowd: Vec<_> = users
+            .iter()
+            .flat_map(|user| [user.varlink(SOCKET), user.varlink(SOCKET)])
+            .collect();
+        helper.wait_log("can't accept connections");
+        wait_until("some wait", || backlog(sb) >= 1);
+        for name in ["tracker-1", "tracker-2"] {
+            let tracker = scope(&alice, name);
+            agent.wait_for_verdict(&tracker, "drop");
+            let dropped = tracker.app();
+            for to in sb.destinations() {
+                assert!(dropped.udp(to).is_dropped());
+            }
+        }
+        traffic.assert_proxied("mihomo");
+        // One goes, and those that waited are served, one after the other.
+        while let Some(mut session) = crowd.pop() {
+            if backlog(sb) == 0 {
+                let reply = session.call("org.cgtproxy.Helper.GetStatus", json!({}));
+                assert_eq!(reply.get("error"), None, "{reply}");
+            }
+        }
+        assert_eq!(Session::of(&users[0]).status()["session"], "none");
+        traffic.assert_none_strayed(sb, &["mihomo"]);
+        // It is said once each time, however often it is tried.
+        let said = helper.log().matches("can't accept connections").count();
+        assert!(said <= 8, "{}", helper.log());
+    });
+}
+
+/// With a limit below what is open already, not even the kept descriptors help for a while.
+#[test]
+fn a_helper_that_can_open_nothing_says_so_and_forgets_nothing() {
+    sandbox(|sb| {
+        let helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let _agent = alice.agent(CONFIG).start();
+        let mut agent = Agent::of(&alice);
+        let app = scope(&alice, "any").app();
+        let traffic = Steady::start(sb, &app);
+        set_descriptors(sb, &helper, HELPER_UID, 3);
+        let tracker = scope(&alice, "tracker");
+        helper.wait_log("can't open control groups at the moment");
+        wait_until("the agent says why", || {
+            let problem = agent.status()["problem"].clone();
+            problem
+                .as_str()
+                .is_some_and(|why| why.contains("at the moment"))
+        });
+        traffic.assert_proxied("mihomo");
+        set_descriptors(sb, &helper, HELPER_UID, 1024);
+        agent.wait_for_verdict(&tracker, "drop");
+        let dropped = tracker.app();
+        for to in sb.destinations() {
+            assert!(dropped.udp(to).is_dropped());
+        }
+        traffic.assert_none_strayed(sb, &["mihomo"]);
+    });
+}
