@@ -11,6 +11,7 @@ pub mod exec;
 pub mod log;
 pub mod notify;
 pub mod policy;
+pub mod relay;
 pub mod reload;
 pub mod run;
 pub mod server;

@@ -56,8 +56,15 @@ impl Loader {
             Ok(bytes) => bytes,
             Err(LoadError::Missing(_)) if !loader.file.explicit => {
                 let name = printable(&path.to_string_lossy());
-                tracing::info!("there is no {name}: everything goes direct");
-                let config = Config::without_file();
+                let environment = Config::from_environment(|name| std::env::var(name).ok());
+                match &environment {
+                    Some(_) => tracing::info!(
+                        "there is no {name}: everything goes direct, and 'cgtproxy-exec proxy' uses the proxy \
+                         of the environment"
+                    ),
+                    None => tracing::info!("there is no {name}: everything goes direct"),
+                }
+                let config = environment.unwrap_or_else(Config::without_file);
                 return Ok((loader, Source { config, file: None }));
             }
             Err(error) => return Err(error),

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::LoadError;
 use crate::notify;
+use crate::relay;
 use crate::reload::{self, ConfigFile, Loader};
 use crate::server::{self, Socket};
 use crate::state::Agent;
@@ -30,6 +31,8 @@ pub struct Options {
     pub helper: PathBuf,
     /// Its own.
     pub socket: PathBuf,
+    /// The relay's.
+    pub relay: PathBuf,
 }
 
 /// Why the agent can't run.
@@ -98,6 +101,7 @@ async fn serve(options: Options) -> Result<(), Error> {
     };
     tokio::select! {
         ended = &mut session => return ended.map_err(Error::Session),
+        () = relay::run(&agent, &options.relay) => {}
         ended = sources.run(&watcher, &agent) => ended?,
         ended = reload::run(loader, &agent, &watcher, hangup) => ended.map_err(Error::Start)?,
         () = served => {}

@@ -206,7 +206,7 @@ impl Connection {
             configError: state.config_error.clone(),
             monitors: Some(watching.by.iter().map(|&by| by.to_owned()).collect()),
             monitorProblem: watching.problem.clone(),
-            targets: view::targets(&source.config, &groups),
+            targets: view::targets(&source.config, &state.relay, &groups),
             controlGroups: groups,
             rules: Some(view::rules(&source.config)),
         }

@@ -10,6 +10,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::config::Config;
 use crate::policy::{Shared, Tree};
+use crate::relay::Relay;
 use crate::subtree::Subtree;
 use crate::sync::{Call, Ledger};
 use crate::watch::{Observer, Watching};
@@ -47,6 +48,8 @@ pub struct State {
     pub problem: Option<String>,
     /// A reload is under way, and the service manager waits for its end.
     pub reloading: bool,
+    /// What is known of the relay.
+    pub relay: Relay,
     /// It was said that the policy is in force, in this session.
     pub announced: bool,
     /// How well control groups are noticed.
@@ -68,6 +71,7 @@ impl State {
             config_error: None,
             problem: None,
             reloading: false,
+            relay: Relay::default(),
             announced: false,
             watching: Watching::default(),
             source: Rc::new(source),
@@ -105,6 +109,12 @@ impl State {
     #[must_use]
     pub fn is_settled(&self) -> bool {
         self.link == Link::Connected && self.ledger.is_settled()
+    }
+
+    /// Whether the relay is still to say where it listens.
+    #[must_use]
+    pub fn awaits_relay(&self) -> bool {
+        self.relay.is_awaited(&self.source.config)
     }
 
     /// Whether the verdict of a control group is in the kernel.
@@ -174,6 +184,11 @@ impl State {
         self.problem = None;
         self.announced = false;
         self.ledger.lost();
+    }
+
+    /// The relay listens elsewhere.
+    pub fn relay_moved(&mut self) {
+        self.ledger.replace_all();
     }
 
     fn replace_config(&mut self, source: Source) {

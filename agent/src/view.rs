@@ -4,8 +4,9 @@ use cgtproxy_proto::agent::{ControlGroup, Rule, Target};
 use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use crate::config::Config;
+use crate::config::{Config, Means};
 use crate::policy::{Choice, Origin};
+use crate::relay::Relay;
 use crate::state::State;
 use crate::subtree::Subtree;
 
@@ -60,7 +61,7 @@ pub fn skipped(state: &State, path: &ControlGroupPath) -> Option<&'static str> {
 
 /// The targets of a configuration, and how many of these control groups have each.
 #[must_use]
-pub fn targets(config: &Config, groups: &[ControlGroup]) -> Vec<Target> {
+pub fn targets(config: &Config, relay: &Relay, groups: &[ControlGroup]) -> Vec<Target> {
     let count = |name: &str| groups.iter().filter(|g| g.target == name).count();
     let built_in = |name: &str| Target {
         name: name.to_owned(),
@@ -73,7 +74,10 @@ pub fn targets(config: &Config, groups: &[ControlGroup]) -> Vec<Target> {
     }
     targets.extend(config.proxies.iter().map(|proxy| Target {
         name: proxy.name.to_string(),
-        port: Some(proxy.port.get().into()),
+        port: Some(match &proxy.means {
+            Means::Tproxy(port) | Means::Redirect(port) => port.get().into(),
+            Means::Relay { .. } => relay.port(proxy).into(),
+        }),
         controlGroups: count(proxy.name.as_str()) as i64,
     }));
     targets

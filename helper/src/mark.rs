@@ -87,12 +87,6 @@ impl MarkRange {
         mark.0 & !self.divert()
     }
 
-    /// Whether a connection with this mark goes to the proxy with that one.
-    #[must_use]
-    pub fn leads_to(self, connection: u32, mark: Mark) -> bool {
-        connection & self.mask == mark.0
-    }
-
     /// Whether a mark is one of this range.
     #[must_use]
     pub fn has(self, mark: Mark) -> bool {

@@ -271,12 +271,21 @@ impl State {
             IpAddr::V6(Ipv6Addr::LOCALHOST),
         ];
         let port = NonZeroU16::new(listener.port()).ok_or(Error::NotRedirected)?;
-        let marks: Vec<_> = match self.registry.policy(uid) {
+        let range = self.config.marks;
+        let marks: Vec<u32> = match self.registry.policy(uid) {
             Some((layout, _, _)) if ADDRESSES.contains(&listener.ip()) => layout
                 .proxies
                 .values()
-                .filter(|proxy| proxy.delivery == Delivery::Redirect(Some(port)))
-                .map(|proxy| proxy.mark)
+                .flat_map(|proxy| {
+                    let redirected = proxy.delivery == Delivery::Redirect(Some(port));
+                    let own = proxy.dns_hijack.as_ref().filter(|hijack| hijack.own);
+                    let asked = own.is_some_and(|hijack| hijack.port == port);
+                    let dns = asked.then(|| range.dns_value(proxy.mark));
+                    redirected
+                        .then(|| proxy.mark.value())
+                        .into_iter()
+                        .chain(dns)
+                })
                 .collect(),
             _ => Vec::new(),
         };
@@ -290,7 +299,6 @@ impl State {
         };
         let found = conntrack.find_udp(listener, client);
         self.conntrack = Some(conntrack);
-        let range = self.config.marks;
         match found.map_err(Error::Conntrack)? {
             // What others send to the port by themselves has no mark, and what is another user's
             // another one.
@@ -298,7 +306,7 @@ impl State {
                 source,
                 destination,
                 mark,
-            }) if marks.iter().any(|&own| range.leads_to(mark, own)) => Ok((source, destination)),
+            }) if marks.contains(&(mark & range.mask())) => Ok((source, destination)),
             _ => Err(Error::NotRedirected),
         }
     }

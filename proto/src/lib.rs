@@ -2,7 +2,7 @@
 //! proxies are named, how messages are framed, how a method is called and served.
 //!
 //! `org.cgtproxy.Helper` is what the privileged helper offers to agents, `org.cgtproxy.Agent` what an
-//! agent offers to its own user's programs. The `.varlink` files beside this one are the contract.
+//! agent offers to its own user's programs, `org.cgtproxy.Relay` what a relay offers to the agent. The `.varlink` files beside this one are the contract.
 
 #![forbid(unsafe_code)]
 
@@ -48,6 +48,24 @@ pub mod agent {
     pub const DESCRIPTION: &str = include_str!("org.cgtproxy.Agent.varlink");
     /// The interface's name.
     pub const INTERFACE: &str = "org.cgtproxy.Agent";
+}
+
+/// `org.cgtproxy.Relay`, as generated from its description.
+#[allow(
+    missing_docs,
+    unused,
+    nonstandard_style,
+    unreachable_pub,
+    rust_2018_idioms
+)]
+#[allow(clippy::all, clippy::unwrap_used)]
+pub mod relay {
+    include!(concat!(env!("OUT_DIR"), "/org.cgtproxy.Relay.rs"));
+
+    /// The interface's description, as `org.varlink.service.GetInterfaceDescription` returns it.
+    pub const DESCRIPTION: &str = include_str!("org.cgtproxy.Relay.varlink");
+    /// The interface's name.
+    pub const INTERFACE: &str = "org.cgtproxy.Relay";
 }
 
 /// Where the helper listens unless it is told otherwise.

@@ -18,6 +18,7 @@ use cgtproxy_proto::path::InvalidPath;
 
 use crate::cli::{Arguments, Check, Command};
 use crate::config::{self, Config, LoadError, Scope};
+use crate::relay;
 use crate::reload::ConfigFile;
 use crate::run::{self, Options};
 use crate::server;
@@ -153,6 +154,7 @@ fn options(arguments: &Arguments) -> Result<Options, Error> {
         config: config_file(arguments)?,
         helper: arguments.socket.clone(),
         socket: server::default_socket(arguments.scope()),
+        relay: relay::default_socket(),
     })
 }
 

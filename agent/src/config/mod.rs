@@ -5,6 +5,7 @@ mod migrate;
 mod network;
 mod read;
 mod reader;
+mod upstream;
 mod yaml;
 
 use std::io::{self, Read};
@@ -23,6 +24,7 @@ pub use finding::{Excerpt, Finding, Findings, Place, Severity};
 pub use migrate::migrate;
 pub use network::Network;
 pub use read::read;
+pub use upstream::{InvalidUpstream, Scheme, Upstream};
 
 /// Whose configuration it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,13 +44,29 @@ pub struct Gateway {
     pub proxy: Rc<ProxyName>,
 }
 
-/// A TPROXY server.
+/// How connections get to a proxy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Means {
+    /// It is a TPROXY server on this port of this machine.
+    Tproxy(NonZeroU16),
+    /// They are redirected to this port of this machine.
+    Redirect(NonZeroU16),
+    /// The relay carries them on to a proxy elsewhere.
+    Relay {
+        /// The proxy.
+        upstream: Upstream,
+        /// DNS queries are answered with addresses that stand for names.
+        fake_dns: bool,
+    },
+}
+
+/// A proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proxy {
     /// Its name.
     pub name: Rc<ProxyName>,
-    /// The port it listens on.
-    pub port: NonZeroU16,
+    /// How connections get to it.
+    pub means: Means,
     /// TCP goes direct.
     pub no_tcp: bool,
     /// UDP goes direct.
@@ -76,11 +94,22 @@ pub struct DnsHijack {
     pub loopback: bool,
 }
 
+/// Networks of addresses that stand for names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FakeAddresses {
+    /// Those of IPv4; none: the relay's own choice.
+    pub ipv4: Option<Network>,
+    /// Those of IPv6; none: the relay's own choice.
+    pub ipv6: Option<Network>,
+}
+
 /// What a configuration file means.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// In the order of the file.
     pub proxies: Vec<Proxy>,
+    /// Networks of addresses that stand for names, if they are not the relay's default ones.
+    pub fake_addresses: FakeAddresses,
     /// Destinations that no proxy and no drop touches.
     pub bypass: Vec<Network>,
     /// What decides about verdicts.
@@ -97,6 +126,7 @@ impl Config {
     pub fn without_file() -> Self {
         Self {
             proxies: Vec::new(),
+            fake_addresses: FakeAddresses::default(),
             bypass: Vec::new(),
             rules: Rc::new(Rules {
                 exec_slices: Some(ExecSlices::new([])),
@@ -106,6 +136,43 @@ impl Config {
             monitor: Monitor::default(),
             gateway: None,
         }
+    }
+
+    /// What holds without a file where the environment names a proxy, as for curl: everything goes direct, but
+    /// `cgtproxy-exec proxy` uses it. None if it names none that is of use; `variable` reads it.
+    #[must_use]
+    pub fn from_environment(variable: impl Fn(&str) -> Option<String>) -> Option<Self> {
+        let names = [
+            "all_proxy",
+            "ALL_PROXY",
+            "https_proxy",
+            "HTTPS_PROXY",
+            "http_proxy",
+        ];
+        let upstream: Upstream = names
+            .into_iter()
+            .filter_map(variable)
+            .find_map(|url| url.parse().ok())?;
+        let name: Rc<ProxyName> = Rc::new(DEFAULT_PROXY.parse().ok()?);
+        let fake_dns = upstream.scheme != Scheme::Socks5;
+        let config = Self::without_file();
+        Some(Self {
+            rules: Rc::new(Rules {
+                exec_slices: Some(ExecSlices::new([&name])),
+                rules: Vec::new(),
+                start: config.rules.start,
+            }),
+            proxies: vec![Proxy {
+                name,
+                means: Means::Relay { upstream, fake_dns },
+                no_tcp: false,
+                no_udp: false,
+                no_ipv4: false,
+                no_ipv6: false,
+                dns_hijack: None,
+            }],
+            ..config
+        })
     }
 
     /// The target of this name; `proxy` is the first proxy unless one has that name.

@@ -62,6 +62,29 @@ impl Network {
         };
         Self { address, ..self }
     }
+
+    /// Its first address, or the one that was named.
+    #[must_use]
+    pub fn address(self) -> IpAddr {
+        self.address
+    }
+
+    /// How many bits of its addresses are the same.
+    #[must_use]
+    pub fn prefix(self) -> u8 {
+        self.prefix
+    }
+
+    /// Whether it and another network have an address in common.
+    #[must_use]
+    pub fn overlaps(self, address: IpAddr, prefix: u8) -> bool {
+        if self.address.is_ipv4() != address.is_ipv4() {
+            return false;
+        }
+        let prefix = prefix.min(self.prefix);
+        let within = |address| Self { address, prefix }.network();
+        within(self.address) == within(address)
+    }
 }
 
 impl fmt::Display for Network {

@@ -66,7 +66,12 @@ pub enum Origin {
     Rule(u32),
     /// A slice of cgtproxy-exec.
     ExecSlice,
+    /// It is the relay, which would otherwise send to itself.
+    Relay,
 }
+
+/// The unit of the relay: what it sends goes direct whatever the rules say.
+pub const RELAY_UNIT: &str = "cgtproxy-relay.service";
 
 /// A control group's own verdict.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,6 +140,13 @@ impl Rules {
     /// `prefix`, with a slash before each component, from the control group root.
     #[must_use]
     pub fn choose(&self, prefix: &[u8], path: &ControlGroupPath) -> Option<Choice> {
+        if path.components().next_back() == Some(RELAY_UNIT.as_bytes()) {
+            return Some(Choice {
+                target: Target::Direct,
+                origin: Origin::Relay,
+                enforce: false,
+            });
+        }
         if let Some(target) = self.exec_slices.as_ref().and_then(|s| s.find(path)) {
             let origin = Origin::ExecSlice;
             return Some(Choice {

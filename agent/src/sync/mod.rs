@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod closed;
 mod ledger;
+mod proxy;
 mod session;
 
 pub use ledger::{Call, Ledger};

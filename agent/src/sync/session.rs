@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::helper::{
-    Assignment, DnsHijack, Gateway, Proxy, RemovePolicy_Args, RemovePolicy_Reply,
-    ReplacePolicy_Args, ReplacePolicy_Reply, SkipReason, Skipped, UpdateAssignments_Args,
-    UpdateAssignments_Reply, Verdict,
+    Assignment, Gateway, RemovePolicy_Args, RemovePolicy_Reply, ReplacePolicy_Args,
+    ReplacePolicy_Reply, SkipReason, Skipped, UpdateAssignments_Args, UpdateAssignments_Reply,
+    Verdict,
 };
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::Fault;
@@ -20,9 +20,11 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::Call;
+use super::proxy::proxy;
 use crate::config::Config;
 use crate::notify;
 use crate::policy::{Element, Shared, Start, Target};
+use crate::relay::Relay;
 use crate::state::{Agent, Link, Source};
 use crate::text::{chain, printable};
 use crate::watch::inotify::Events;
@@ -161,10 +163,10 @@ impl Session<'_> {
     async fn run(&mut self, stop: &CancellationToken) -> End {
         let mut back_off = RETRY.0;
         loop {
-            let (call, source) = {
+            let (call, source, relay) = {
                 let mut state = self.agent.state_mut();
                 let source = state.source().clone();
-                (state.next_call(), source)
+                (state.next_call(), source, state.relay.clone())
             };
             let Some(call) = call else {
                 self.settled();
@@ -179,7 +181,7 @@ impl Session<'_> {
             };
             tracing::trace!("telling the helper: {call:?}");
             let answer = tokio::select! {
-                answer = send(&mut self.client, &call, &source.config) => answer,
+                answer = send(&mut self.client, &call, &source.config, &relay) => answer,
                 // The connection is of no use in the middle of a call. The helper ends the session
                 // with it, and does what it was asked before.
                 () = async { stop.cancelled().await; sleep(FAREWELL).await } => return End::Stopped,
@@ -290,6 +292,10 @@ impl Session<'_> {
             let state = self.agent.state();
             (state.is_settled(), state.has_root())
         };
+        // Until the relay has said where it listens, what goes to it is refused.
+        if settled && self.agent.state().awaits_relay() {
+            return;
+        }
         if settled {
             if self.agent.state().reloading {
                 self.agent.state_mut().announced = false;
@@ -377,11 +383,16 @@ struct Reply {
     skipped: Vec<Skipped>,
 }
 
-async fn send(client: &mut Client, call: &Call, config: &Config) -> Result<Reply, CallError> {
+async fn send(
+    client: &mut Client,
+    call: &Call,
+    config: &Config,
+    relay: &Relay,
+) -> Result<Reply, CallError> {
     match call {
         Call::Replace(assign) => {
             let arguments = ReplacePolicy_Args {
-                proxies: config.proxies.iter().map(proxy).collect(),
+                proxies: config.proxies.iter().map(|p| proxy(p, relay)).collect(),
                 bypass: config.bypass.iter().map(ToString::to_string).collect(),
                 assignments: assign.iter().map(assignment).collect(),
                 gateway: config.gateway.as_ref().map(|gateway| Gateway {
@@ -410,27 +421,6 @@ async fn send(client: &mut Client, call: &Call, config: &Config) -> Result<Reply
                 skipped: reply.skipped,
             })
         }
-    }
-}
-
-fn proxy(proxy: &crate::config::Proxy) -> Proxy {
-    Proxy {
-        name: proxy.name.to_string(),
-        port: proxy.port.get().into(),
-        redirect: None,
-        rejectUdp: None,
-        noTcp: Some(proxy.no_tcp),
-        noUdp: Some(proxy.no_udp),
-        noIpv4: Some(proxy.no_ipv4),
-        noIpv6: Some(proxy.no_ipv6),
-        dnsHijack: proxy.dns_hijack.as_ref().map(|hijack| DnsHijack {
-            ipv4: hijack.ipv4.map(|address| address.to_string()),
-            ipv6: hijack.ipv6.map(|address| address.to_string()),
-            port: hijack.port.get().into(),
-            tcp: Some(hijack.tcp),
-            loopback: Some(hijack.loopback),
-            own: None,
-        }),
     }
 }
 

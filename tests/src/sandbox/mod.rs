@@ -9,6 +9,7 @@ mod kernel;
 mod launch;
 mod network;
 mod outcome;
+mod program;
 mod reexec;
 mod server;
 mod service;
@@ -26,9 +27,10 @@ pub use cgroup::{Cgroup, ROOT as CGROUP_ROOT};
 pub use kernel::{Element, Rule};
 pub use network::{Delivery, INTERNET_V4, INTERNET_V6, MACHINE_V4, MACHINE_V6, PORTS, UPLINK};
 pub use outcome::{Outcome, direct, local, proxied};
+pub use program::Program;
 pub use reexec::Inside;
 pub use server::{Server, ServerBuilder};
-pub use service::{AgentBuilder, HELPER_UID, HelperBuilder, Service};
+pub use service::{AgentBuilder, HELPER_UID, HelperBuilder, RelayBuilder, Service};
 pub use user::User;
 pub use varlink::Varlink;
 
@@ -110,6 +112,15 @@ impl Sandbox {
     /// An ordinary service, to be told where to listen.
     pub fn service(&self, name: &str) -> ServerBuilder {
         ServerBuilder::new(&self.world, name, ServerKind::Local)
+    }
+
+    /// Starts a program that is no part of the product on the internet, as root. Dropped, it is killed.
+    ///
+    /// # Panics
+    /// When there is no such program.
+    #[track_caller]
+    pub fn internet_program(&self, argv: &[&str]) -> Program {
+        Program::start(&self.world, launch::Launch::root().on_internet(), argv)
     }
 
     /// The helper, to be configured and started.

@@ -215,6 +215,61 @@ impl AgentBuilder {
     }
 }
 
+/// A relay to be.
+pub struct RelayBuilder {
+    world: Arc<World>,
+    user: User,
+    arguments: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+}
+
+impl RelayBuilder {
+    pub(crate) fn new(world: &Arc<World>, user: &User) -> Self {
+        Self {
+            world: Arc::clone(world),
+            user: user.clone(),
+            arguments: Vec::new(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// With another argument.
+    pub fn argument(mut self, argument: impl AsRef<OsStr>) -> Self {
+        self.arguments.push(argument.as_ref().to_owned());
+        self
+    }
+
+    /// With a variable.
+    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.environment
+            .push((name.as_ref().to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// Starts it; it is ready when this returns.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    #[track_caller]
+    pub fn start(self) -> Service {
+        let cgroup = self.user.cgroup("session.slice/cgtproxy-relay.service");
+        let mut service = Service::spawn(
+            &self.world,
+            Spec {
+                program: "cgtproxy-relay",
+                arguments: self.arguments,
+                environment: self.environment,
+                launch: self.user.launch_in(&cgroup),
+                config: None,
+                uid: self.user.uid(),
+                wrapper: Vec::new(),
+            },
+        );
+        service.wait_ready();
+        service
+    }
+}
+
 /// How a daemon is started, and started again.
 struct Spec {
     program: &'static str,

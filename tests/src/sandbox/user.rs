@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use super::cgroup::Cgroup;
 use super::launch::{Launch, binary};
-use super::service::AgentBuilder;
+use super::program::Program;
+use super::service::{AgentBuilder, RelayBuilder};
 use super::varlink::Varlink;
 use super::world::World;
 
@@ -64,6 +65,21 @@ impl User {
     /// The user's agent with that config, to be started.
     pub fn agent(&self, config: &str) -> AgentBuilder {
         AgentBuilder::new(&self.world, self, config)
+    }
+
+    /// The user's relay, to be started.
+    pub fn relay(&self) -> RelayBuilder {
+        RelayBuilder::new(&self.world, self)
+    }
+
+    /// Starts a program that is no part of the product as the user, in that cgroup. Dropped, it is
+    /// killed.
+    ///
+    /// # Panics
+    /// When there is no such program.
+    #[track_caller]
+    pub fn program(&self, cgroup: &Cgroup, argv: &[&str]) -> Program {
+        Program::start(&self.world, self.launch_in(cgroup), argv)
     }
 
     /// Runs one of the product's binaries as the user, to its end, in a cgroup of its own.

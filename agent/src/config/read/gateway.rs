@@ -43,7 +43,7 @@ impl Reader<'_> {
             }
         };
         let proxy = match entries.get("tproxy") {
-            Some(node) => match self.reference(node, proxies, &mut Vec::new()) {
+            Some(node) => match self.reference(node, "tproxy", proxies, &mut Vec::new()) {
                 Some(Target::Proxy(name)) => {
                     self.warn_of_local_dns(node.place, proxies, name.as_str());
                     Some(name)

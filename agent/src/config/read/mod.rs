@@ -1,5 +1,6 @@
 //! From what was typed to what it means. Nothing stops at the first mistake.
 
+mod fake;
 mod gateway;
 mod rule;
 mod selector;
@@ -13,11 +14,11 @@ use std::rc::Rc;
 use super::finding::{Finding, Findings, Place, Severity};
 use super::reader::Reader;
 use super::yaml::{self, Node, Value};
-use super::{Config, Network, Scope};
+use super::{Config, FakeAddresses, Network, Scope};
 use crate::policy::{ExecSlices, Rules, Start};
 use crate::text::printable;
 use crate::watch::Monitor;
-use tproxy::Proxies;
+use tproxy::{Proxies, Section};
 
 pub(super) use tproxy::TPROXY_KEYS;
 
@@ -29,6 +30,9 @@ pub(super) const KEYS: &[&str] = &[
     "version",
     "bypass",
     "tproxies",
+    "redirects",
+    "proxies",
+    "fake-addresses",
     "rules",
     "exec-slices",
     "gateway",
@@ -125,9 +129,23 @@ impl Reader<'_> {
             .get("monitor")
             .and_then(|node| self.one_of(node, "'monitor'", &monitors));
         let bypass = top.get("bypass").map_or_else(Vec::new, |n| self.bypass(n));
-        let proxies = top
-            .get("tproxies")
-            .map_or_else(Proxies::default, |n| self.tproxies(n));
+        let mut proxies = Proxies::default();
+        for section in Section::ALL {
+            if let Some(node) = top.get(section.key()) {
+                if scope == Scope::System && section != Section::Tproxies {
+                    let message = format!("the machine's configuration has no '{}'", section.key());
+                    self.error(node.place, message).help =
+                        Some("root's proxies are TPROXY servers; users have the others".into());
+                    continue;
+                }
+                self.proxies(node, section, &mut proxies);
+            }
+        }
+        proxies.sort();
+        let fake_addresses = top
+            .get("fake-addresses")
+            .map_or_else(FakeAddresses::default, |n| self.fake_addresses(n));
+        self.check_fake_addresses(root, &proxies, &fake_addresses, &bypass);
         let rules = top
             .get("rules")
             .map_or_else(Vec::new, |n| self.rules(n, &proxies, exec_slices, scope));
@@ -138,6 +156,7 @@ impl Reader<'_> {
             exec_slices.then(|| ExecSlices::new(proxies.list.iter().map(|p| &p.name)));
         Some(Config {
             proxies: proxies.list,
+            fake_addresses,
             bypass,
             gateway,
             rules: Rc::new(Rules {

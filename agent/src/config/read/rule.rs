@@ -10,7 +10,7 @@ use crate::text::printable;
 use super::tproxy::Proxies;
 
 const RULE_KEYS: &[&str] = &[
-    "app", "unit", "slice", "match", "tproxy", "drop", "direct", "enforce",
+    "app", "unit", "slice", "match", "tproxy", "proxy", "drop", "direct", "enforce",
 ];
 
 impl Reader<'_> {
@@ -76,9 +76,11 @@ impl Reader<'_> {
         let entries = self.entries(node, "a rule", RULE_KEYS)?;
         let selector = self.selector(node, &entries);
         let mut targets: Vec<(&str, Option<Target>)> = Vec::new();
-        if let Some(tproxy) = entries.get("tproxy") {
-            let target = self.reference(tproxy, proxies, used);
-            targets.push(("tproxy", target));
+        for key in ["tproxy", "proxy"] {
+            if let Some(name) = entries.get(key) {
+                let target = self.reference(name, key, proxies, used);
+                targets.push((key, target));
+            }
         }
         if let Some(drop) = entries.get("drop") {
             let all = matches!(&drop.value, Value::Text(text) if text == "all");
@@ -142,10 +144,11 @@ impl Reader<'_> {
     pub(super) fn reference(
         &mut self,
         node: &Node,
+        key: &str,
         proxies: &Proxies,
         used: &mut Vec<String>,
     ) -> Option<Target> {
-        let name = self.text(node, "'tproxy'")?;
+        let name = self.text(node, &format!("'{key}'"))?;
         if proxies.places.contains_key(&name) {
             used.push(name.clone());
             // Known, but wrong itself: that has been said where it stands.
@@ -163,7 +166,7 @@ impl Reader<'_> {
                 None => format!("known are {}", list(&names)),
             },
         };
-        let message = format!("there is no tproxy '{}'", printable(&name));
+        let message = format!("there is no {key} '{}'", printable(&name));
         self.error(node.place, message).help = Some(help);
         None
     }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use cgtproxy_proto::path::ControlGroupPath;
 
 use super::read;
-use crate::config::{Config, Findings, Network, Scope};
+use crate::config::{Config, Findings, Means, Network, Scope};
 use crate::policy::Subject;
 
 pub(super) fn read_text(text: &str) -> (Option<Config>, Findings) {
@@ -76,11 +76,16 @@ fn takes_a_file_of_the_original() {
     assert_eq!(
         (
             proxy.name.as_str(),
-            proxy.port.get(),
+            proxy.means.clone(),
             proxy.no_udp,
             proxy.no_ipv6
         ),
-        ("clash-meta", 7893, false, true)
+        (
+            "clash-meta",
+            Means::Tproxy(7893.try_into().unwrap()),
+            false,
+            true
+        )
     );
     let targets: Vec<_> = config.rules.rules.iter().map(|r| r.target.name()).collect();
     assert_eq!(targets, ["direct", "drop", "drop-all", "clash-meta"]);

@@ -10,10 +10,10 @@ use cgtproxy_proto::name::{InvalidProxyName, ProxyName};
 use crate::config::finding::Place;
 use crate::config::reader::Reader;
 use crate::config::yaml::{Node, Value};
-use crate::config::{DnsHijack, Proxy};
+use crate::config::{DnsHijack, Means, Proxy, Scheme, Upstream};
 use crate::text::printable;
 
-/// All keys of a proxy.
+/// All keys of a TPROXY server.
 pub(in crate::config) const TPROXY_KEYS: &[&str] = &[
     "port",
     "no-tcp",
@@ -23,9 +23,66 @@ pub(in crate::config) const TPROXY_KEYS: &[&str] = &[
     "dns-hijack",
     "mark",
 ];
+const REDIRECT_KEYS: &[&str] = &[
+    "port",
+    "no-tcp",
+    "no-udp",
+    "no-ipv4",
+    "no-ipv6",
+    "dns-hijack",
+];
+const RELAY_KEYS: &[&str] = &[
+    "upstream",
+    "no-tcp",
+    "no-udp",
+    "no-ipv4",
+    "no-ipv6",
+    "dns-hijack",
+];
 const DNS_HIJACK_KEYS: &[&str] = &["ip", "port", "tcp", "loopback"];
 
-/// The tproxies of a file.
+const UPSTREAM_HELP: &str = "write 'socks5h://127.0.0.1:1080', for example";
+
+/// A map of proxies of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Section {
+    Tproxies,
+    Redirects,
+    Proxies,
+}
+
+impl Section {
+    /// All there are.
+    pub(super) const ALL: [Self; 3] = [Self::Tproxies, Self::Redirects, Self::Proxies];
+
+    /// The key of the map.
+    pub(super) fn key(self) -> &'static str {
+        match self {
+            Self::Tproxies => "tproxies",
+            Self::Redirects => "redirects",
+            Self::Proxies => "proxies",
+        }
+    }
+
+    /// What one in it is called.
+    fn noun(self) -> &'static str {
+        match self {
+            Self::Tproxies => "tproxy",
+            Self::Redirects => "redirect",
+            Self::Proxies => "proxy",
+        }
+    }
+
+    fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Tproxies => TPROXY_KEYS,
+            Self::Redirects => REDIRECT_KEYS,
+            Self::Proxies => RELAY_KEYS,
+        }
+    }
+}
+
+/// The proxies of a file, of whatever kind.
 #[derive(Debug, Default)]
 pub(super) struct Proxies {
     /// Those that are right.
@@ -34,26 +91,35 @@ pub(super) struct Proxies {
     pub(super) places: HashMap<String, Place>,
 }
 
+impl Proxies {
+    /// Puts them in the order of the file.
+    pub(super) fn sort(&mut self) {
+        let places = &self.places;
+        self.list
+            .sort_by_key(|proxy| places.get(proxy.name.as_str()).copied());
+    }
+}
+
 impl Reader<'_> {
-    pub(super) fn tproxies(&mut self, node: &Node) -> Proxies {
-        let mut proxies = Proxies::default();
+    pub(super) fn proxies(&mut self, node: &Node, section: Section, proxies: &mut Proxies) {
+        let (section_key, noun) = (section.key(), section.noun());
         let Value::Map(map) = &node.value else {
-            self.wrong_kind(node, "'tproxies'", "a map from names to tproxies");
-            return proxies;
+            let wanted = format!("a map from names to {section_key}");
+            return self.wrong_kind(node, &format!("'{section_key}'"), &wanted);
         };
         for (key, value) in map {
             let name = self.written(key);
             if let Some(first) = proxies.places.get(&name) {
                 let first = *first;
-                let what = format!("tproxy '{}'", printable(&name));
+                let what = format!("{noun} '{}'", printable(&name));
                 self.repeated(key.place, first, &what);
                 continue;
             }
             proxies.places.insert(name.clone(), key.place);
-            let proxy = self.tproxy(value, &name);
+            let proxy = self.proxy(value, &name, section);
             match name.parse::<ProxyName>() {
                 Err(why) => {
-                    let message = format!("no tproxy can be named '{}'", printable(&name));
+                    let message = format!("no {noun} can be named '{}'", printable(&name));
                     self.error(key.place, message).help = Some(match why {
                         InvalidProxyName::Reserved => {
                             "'direct', 'drop' and 'drop-all' are targets already".into()
@@ -73,19 +139,23 @@ impl Reader<'_> {
                 }
             }
         }
-        proxies
     }
 
-    /// A tproxy with a name to be filled in.
-    fn tproxy(&mut self, node: &Node, name: &str) -> Option<Proxy> {
-        let what = format!("tproxy '{}'", printable(name));
-        let entries = self.entries(node, &what, TPROXY_KEYS)?;
+    /// A proxy with a name to be filled in.
+    fn proxy(&mut self, node: &Node, name: &str, section: Section) -> Option<Proxy> {
+        let what = format!("{} '{}'", section.noun(), printable(name));
+        let entries = self.entries(node, &what, section.keys())?;
         if let Some(mark) = entries.get("mark") {
             self.ignored(mark.place, "mark");
         }
-        let dns_hijack = entries
-            .get("dns-hijack")
-            .map(|hijack| self.dns_hijack(hijack));
+        let hijack = entries.get("dns-hijack");
+        // The relay can answer by itself, or be told not to.
+        let fake_dns = match hijack.map(|hijack| &hijack.value) {
+            Some(Value::Bool(fake)) if section == Section::Proxies => Some(*fake),
+            _ => None,
+        };
+        let hijack = hijack.filter(|_| fake_dns.is_none());
+        let dns_hijack = hijack.map(|hijack| self.dns_hijack(hijack));
         let mut switch = |key: &str| {
             entries
                 .get(key)
@@ -98,18 +168,43 @@ impl Reader<'_> {
             self.warning(node.place, format!("nothing goes through {what}"))
                 .help = Some("what it leaves out goes direct".into());
         }
-        let port = match entries.get("port") {
-            Some(port) => self.port(port),
-            None => {
-                self.error(node.place, format!("{what} has no port")).help =
-                    Some("write the port that the proxy listens on, like 'port: 7893'".into());
-                None
+        let means = match section {
+            Section::Proxies => {
+                let upstream = match entries.get("upstream") {
+                    Some(upstream) => self.upstream(upstream),
+                    None => {
+                        self.error(node.place, format!("{what} has no upstream"))
+                            .help = Some(UPSTREAM_HELP.into());
+                        None
+                    }
+                };
+                let default =
+                    |upstream: &Upstream| hijack.is_none() && upstream.scheme != Scheme::Socks5;
+                upstream.map(|upstream| Means::Relay {
+                    fake_dns: fake_dns.unwrap_or_else(|| default(&upstream)),
+                    upstream,
+                })
+            }
+            Section::Tproxies | Section::Redirects => {
+                let port = match entries.get("port") {
+                    Some(port) => self.port(port),
+                    None => {
+                        self.error(node.place, format!("{what} has no port")).help = Some(
+                            "write the port that the proxy listens on, like 'port: 7893'".into(),
+                        );
+                        None
+                    }
+                };
+                port.map(match section {
+                    Section::Redirects => Means::Redirect,
+                    _ => Means::Tproxy,
+                })
             }
         };
         Some(Proxy {
             // A stand-in of the right form: what is named otherwise never gets this far.
             name: Rc::new("tproxy".parse().ok()?),
-            port: port?,
+            means: means?,
             no_tcp,
             no_udp,
             no_ipv4,
@@ -117,6 +212,18 @@ impl Reader<'_> {
             // One that is wrong has been reported: the file is refused.
             dns_hijack: dns_hijack.flatten(),
         })
+    }
+
+    /// What is wrong is said without the text itself, which may have a password in it.
+    fn upstream(&mut self, node: &Node) -> Option<Upstream> {
+        match self.text(node, "'upstream'")?.parse() {
+            Ok(upstream) => Some(upstream),
+            Err(why) => {
+                self.error(node.place, format!("this is no upstream: {why}"))
+                    .help = Some(UPSTREAM_HELP.into());
+                None
+            }
+        }
     }
 
     fn port(&mut self, node: &Node) -> Option<NonZeroU16> {
@@ -230,6 +337,74 @@ mod tests {
         let two = two.unwrap();
         assert!(two.ipv4.is_some() && two.ipv6.is_some() && !two.loopback);
         assert!(findings.is_empty(), "{findings:?}");
+    }
+
+    fn relay(entries: &str) -> (Option<Means>, Vec<String>) {
+        let text = format!("version: 1\nproxies: {{p: {{{entries}}}}}\n");
+        let proxies = read_text(&text).0.map(|config| config.proxies);
+        (
+            proxies.map(|proxies| proxies[0].means.clone()),
+            found(&text),
+        )
+    }
+
+    #[test]
+    fn names_are_looked_up_by_the_proxy_unless_it_is_said_otherwise() {
+        for (entries, expected) in [
+            ("upstream: 'socks5://h:1'", false),
+            ("upstream: 'socks5://h:1', dns-hijack: true", true),
+            ("upstream: 'socks5h://h:1'", true),
+            ("upstream: 'http://h:1'", true),
+            ("upstream: 'https://h:1', dns-hijack: false", false),
+            ("upstream: 'socks5h://h:1', dns-hijack: {port: 53}", false),
+        ] {
+            let (means, findings) = relay(entries);
+            assert!(findings.is_empty(), "{findings:?}");
+            let Some(Means::Relay { fake_dns, .. }) = means else {
+                panic!("{means:?}");
+            };
+            assert_eq!(fake_dns, expected, "{entries}");
+        }
+        let redirect = read_text("version: 1\nredirects: {r: {port: 7892}}\n")
+            .0
+            .unwrap();
+        let port = NonZeroU16::new(7892).unwrap();
+        assert_eq!(redirect.proxies[0].means, Means::Redirect(port));
+    }
+
+    #[test]
+    fn mistakes_in_proxies_are_found_and_passwords_stay_out_of_it() {
+        for (entries, part) in [
+            ("", "proxy 'p' has no upstream"),
+            (
+                "upstream: 'socks4://me:secret@h'",
+                "it does not begin with 'socks5://'",
+            ),
+            (
+                "upstream: 'http://me:secret@h:0'",
+                "is no port from 1 to 65535",
+            ),
+            ("upstream: 'http://secret@h'", "written as 'USER:PASSWORD@'"),
+            ("port: 7893", "unknown key 'port' in proxy 'p'"),
+            (
+                "upstream: [], no-udp: x",
+                "'upstream' is a list, not a string",
+            ),
+        ] {
+            let (means, findings) = relay(entries);
+            assert_eq!(means, None);
+            assert!(findings.iter().any(|f| f.contains(part)), "{findings:?}");
+            assert!(
+                !findings.iter().any(|f| f.contains("secret")),
+                "{findings:?}"
+            );
+        }
+        let twice = "version: 1\ntproxies: {p: {port: 1}}\nproxies: {p: {upstream: 'http://h'}}\n";
+        let findings = found(twice);
+        assert!(
+            findings[0].contains("proxy 'p' is there twice, first in line 2"),
+            "{findings:?}"
+        );
     }
 
     #[test]

@@ -116,16 +116,27 @@ fn no_answer() -> String {
 #[must_use]
 pub fn read_config(file: &Source) -> ConfigFile {
     match config::load(&file.path, file.scope) {
-        Ok(loaded) => ConfigFile::Read(loaded.config.proxies.iter().map(configured).collect()),
+        Ok(loaded) => ConfigFile::Read(
+            loaded
+                .config
+                .proxies
+                .iter()
+                .filter_map(configured)
+                .collect(),
+        ),
         Err(LoadError::Missing(_)) if !file.explicit => ConfigFile::Missing,
         Err(error) => ConfigFile::Wrong(chain(&error)),
     }
 }
 
-fn configured(proxy: &config::Proxy) -> Proxy {
-    Proxy {
+/// A TPROXY server; none if it is something else.
+fn configured(proxy: &config::Proxy) -> Option<Proxy> {
+    let config::Means::Tproxy(port) = proxy.means else {
+        return None;
+    };
+    Some(Proxy {
         name: proxy.name.as_str().to_owned(),
-        port: proxy.port.get(),
+        port: port.get(),
         tcp: true,
         udp: !proxy.no_udp,
         ipv4: true,
@@ -136,7 +147,7 @@ fn configured(proxy: &config::Proxy) -> Proxy {
             port: dns.port.get(),
             tcp: dns.tcp,
         }),
-    }
+    })
 }
 
 /// A TPROXY server of the policy that the helper holds; none if the agent itself is the server.

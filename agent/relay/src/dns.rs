@@ -1,0 +1,336 @@
+//! Answers DNS queries with addresses that stand for names: who uses the address has the proxy look the
+//! name up.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::net::sockopt;
+use simple_dns::rdata::{A, AAAA, PTR, RData};
+use simple_dns::{CLASS, Name, OPCODE, Packet, PacketFlag, QTYPE, RCODE, ResourceRecord, TYPE};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::time::timeout;
+
+use crate::fake::Fakes;
+use crate::relay::Entry;
+use crate::tcp::reset;
+
+/// How long an application may keep an answer, in seconds: one that goes direct from now on asks again soon.
+const TTL: u32 = 10;
+
+/// The longest query that is looked at, in bytes: a name, and what EDNS adds.
+const QUERY_BYTES: usize = 1500;
+
+/// How long a connection may be silent.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// How long to wait after accept(2) failed.
+const BACK_OFF: Duration = Duration::from_millis(50);
+
+/// How many queries may wait for the helper at once.
+const WAITING: usize = 256;
+
+/// Answers queries over UDP until the proxy is gone.
+pub(crate) async fn run_udp(socket: Rc<UdpSocket>, entry: Rc<Entry>) {
+    let waiting = std::sync::Arc::new(tokio::sync::Semaphore::new(WAITING));
+    let mut buffer = [0; QUERY_BYTES];
+    loop {
+        let received = tokio::select! {
+            received = socket.recv_from(&mut buffer) => received,
+            () = entry.gone.cancelled() => return,
+        };
+        let (query, client) = match received {
+            Ok((length, client)) => (buffer.get(..length).unwrap_or_default().to_vec(), client),
+            Err(error) => {
+                tracing::debug!("can't receive a query: {error}");
+                tokio::time::sleep(BACK_OFF).await;
+                continue;
+            }
+        };
+        let Ok(permit) = waiting.clone().try_acquire_owned() else {
+            continue;
+        };
+        let (socket, entry) = (socket.clone(), entry.clone());
+        tokio::task::spawn_local(async move {
+            let _permit = permit;
+            let Ok(listener) = socket.local_addr() else {
+                return;
+            };
+            // Whoever sends to the port unasked would learn names, or use them up.
+            if entry
+                .shared
+                .originals
+                .find(listener, client)
+                .await
+                .is_none()
+            {
+                return;
+            }
+            if let Some(answer) = answer_for(&entry, &query) {
+                let sent = socket.send_to(&answer, client).await;
+                if let Err(error) = sent {
+                    tracing::debug!("can't answer a query: {error}");
+                }
+            }
+        });
+    }
+}
+
+/// Answers queries over TCP until the proxy is gone.
+pub(crate) async fn run_tcp(listener: TcpListener, entry: Rc<Entry>) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = entry.gone.cancelled() => return,
+        };
+        match accepted {
+            Ok((stream, _)) => match entry.shared.connections.clone().try_acquire_owned() {
+                Ok(permit) => {
+                    let entry = entry.clone();
+                    tokio::task::spawn_local(async move {
+                        let _permit = permit;
+                        converse(stream, &entry).await;
+                    });
+                }
+                Err(_) => reset(&stream),
+            },
+            Err(error) => {
+                tracing::warn!("can't accept a connection: {error}");
+                tokio::time::sleep(BACK_OFF).await;
+            }
+        }
+    }
+}
+
+async fn converse(mut stream: TcpStream, entry: &Entry) {
+    if !was_redirected(&stream) {
+        return reset(&stream);
+    }
+    // RFC 1035, 4.2.2: two bytes for the length.
+    let talk = async {
+        while let Ok(length) = timeout(SILENCE, stream.read_u16()).await {
+            let mut query = vec![0; usize::from(length?)];
+            match timeout(SILENCE, stream.read_exact(&mut query)).await {
+                Ok(read) => read?,
+                Err(_) => break,
+            };
+            let Some(answer) = answer_for(entry, &query) else {
+                break;
+            };
+            let length = u16::try_from(answer.len()).unwrap_or(u16::MAX);
+            let message = [&length.to_be_bytes()[..], &answer].concat();
+            stream.write_all(&message).await?;
+        }
+        Ok::<_, io::Error>(())
+    };
+    if let Err(error) = talk.await
+        && error.kind() != io::ErrorKind::UnexpectedEof
+    {
+        tracing::debug!("a DNS connection broke: {error}");
+    }
+}
+
+/// Whether the connection was going elsewhere.
+fn was_redirected(stream: &TcpStream) -> bool {
+    let original: Option<SocketAddr> = match stream.local_addr() {
+        Ok(SocketAddr::V4(_)) => sockopt::ip_original_dst(stream).ok().map(Into::into),
+        Ok(SocketAddr::V6(_)) => sockopt::ipv6_original_dst(stream).ok().map(Into::into),
+        Err(_) => None,
+    };
+    original.is_some() && original != stream.local_addr().ok()
+}
+
+fn answer_for(entry: &Entry, query: &[u8]) -> Option<Vec<u8>> {
+    answer(
+        query,
+        &mut entry.shared.fakes.borrow_mut(),
+        entry.no_ipv6.get(),
+    )
+}
+
+/// The answer to a query; none if there is nothing to say to that.
+fn answer(query: &[u8], fakes: &mut Fakes, no_ipv6: bool) -> Option<Vec<u8>> {
+    let parsed = Packet::parse(query);
+    let Ok(query) = parsed else {
+        // An answer to what can't be read needs its number at least.
+        let id = u16::from_be_bytes(*query.first_chunk()?);
+        let mut answer = Packet::new_reply(id);
+        *answer.rcode_mut() = RCODE::FormatError;
+        return answer.build_bytes_vec().ok();
+    };
+    if query.has_flags(PacketFlag::RESPONSE) {
+        return None;
+    }
+    let mut answer = Packet::new_reply(query.id());
+    answer.set_flags(PacketFlag::RECURSION_AVAILABLE);
+    if query.has_flags(PacketFlag::RECURSION_DESIRED) {
+        answer.set_flags(PacketFlag::RECURSION_DESIRED);
+    }
+    let [question] = query.questions.as_slice() else {
+        *answer.rcode_mut() = RCODE::FormatError;
+        return answer.build_bytes_vec().ok();
+    };
+    answer.questions.push(question.clone());
+    if query.opcode() != OPCODE::StandardQuery {
+        *answer.rcode_mut() = RCODE::NotImplemented;
+        return answer.build_bytes_vec().ok();
+    }
+    let name = question.qname.to_string();
+    match records(&name, question.qtype, fakes, no_ipv6) {
+        Some(records) => {
+            let record = |rdata| ResourceRecord::new(question.qname.clone(), CLASS::IN, TTL, rdata);
+            answer.answers = records.into_iter().map(record).collect();
+        }
+        None => *answer.rcode_mut() = RCODE::NameError,
+    }
+    answer.build_bytes_vec_compressed().ok()
+}
+
+/// What there is of a name; none if there is no such name.
+fn records(
+    name: &str,
+    kind: QTYPE,
+    fakes: &mut Fakes,
+    no_ipv6: bool,
+) -> Option<Vec<RData<'static>>> {
+    let wants = |this| kind == QTYPE::TYPE(this) || kind == QTYPE::ANY;
+    let lower = name.to_ascii_lowercase();
+    if lower.ends_with(".arpa") {
+        let name = fakes.name(reverse(&lower)?)?;
+        let pointer = Name::new(&name).ok()?.into_owned();
+        return Some(match wants(TYPE::PTR) {
+            true => vec![RData::PTR(PTR(pointer))],
+            false => Vec::new(),
+        });
+    }
+    // RFC 6761, 6.3: it never means another machine.
+    let (ipv4, ipv6) = match lower == "localhost" || lower.ends_with(".localhost") {
+        true => (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST),
+        false => {
+            let number = fakes.number(name)?;
+            fakes.addresses(number)
+        }
+    };
+    let mut records = Vec::new();
+    if wants(TYPE::A) {
+        records.push(RData::A(A::from(ipv4)));
+    }
+    if wants(TYPE::AAAA) && !no_ipv6 {
+        records.push(RData::AAAA(AAAA::from(ipv6)));
+    }
+    Some(records)
+}
+
+/// The address that a name below `in-addr.arpa` or `ip6.arpa` is about (RFC 1035, 3.5, and RFC 3596, 2.5).
+fn reverse(name: &str) -> Option<IpAddr> {
+    if let Some(labels) = name.strip_suffix(".in-addr.arpa") {
+        let mut octets = [0; 4];
+        let mut labels = labels.split('.');
+        for octet in octets.iter_mut().rev() {
+            *octet = labels.next()?.parse().ok()?;
+        }
+        return labels.next().is_none().then(|| IpAddr::from(octets));
+    }
+    let labels = name.strip_suffix(".ip6.arpa")?;
+    let mut bits = 0_u128;
+    let mut count = 0;
+    for label in labels.split('.') {
+        let digit = u128::from_str_radix(label, 16).ok().filter(|d| *d < 16)?;
+        if count == 32 {
+            return None;
+        }
+        bits |= digit << (4 * count);
+        count += 1;
+    }
+    (count == 32).then(|| Ipv6Addr::from_bits(bits).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use simple_dns::{QCLASS, Question};
+
+    fn ask(fakes: &mut Fakes, name: &str, kind: TYPE, no_ipv6: bool) -> (RCODE, Vec<IpAddr>) {
+        let mut query = Packet::new_query(7);
+        let qname = Name::new_unchecked(name);
+        let question = Question::new(qname, kind.into(), QCLASS::CLASS(CLASS::IN), false);
+        query.questions.push(question);
+        let bytes = query.build_bytes_vec().unwrap();
+        let answer = answer(&bytes, fakes, no_ipv6).unwrap();
+        let answer = Packet::parse(&answer).unwrap();
+        assert_eq!((answer.id(), answer.questions.len()), (7, 1));
+        let address = |record: &ResourceRecord<'_>| match &record.rdata {
+            RData::A(a) => Ipv4Addr::from(a.address).into(),
+            RData::AAAA(a) => Ipv6Addr::from(a.address).into(),
+            other => panic!("{other:?}"),
+        };
+        let addresses = answer.answers.iter().map(address).collect();
+        (answer.rcode(), addresses)
+    }
+
+    #[test]
+    fn names_have_one_address_of_each_family() {
+        let mut fakes = Fakes::new(None);
+        let (_, v4) = ask(&mut fakes, "example.org", TYPE::A, false);
+        let (_, v6) = ask(&mut fakes, "example.org", TYPE::AAAA, false);
+        let number = fakes.number("example.org").unwrap();
+        let (ipv4, ipv6) = fakes.addresses(number);
+        assert_eq!(v4, [IpAddr::from(ipv4)]);
+        assert_eq!(v6, [IpAddr::from(ipv6)]);
+        let nothing = (RCODE::NoError, Vec::new());
+        assert_eq!(ask(&mut fakes, "example.org", TYPE::AAAA, true), nothing);
+        assert_eq!(ask(&mut fakes, "example.org", TYPE::MX, false), nothing);
+        let local = ask(&mut fakes, "a.localhost", TYPE::A, false);
+        assert_eq!(local.1, [IpAddr::from(Ipv4Addr::LOCALHOST)]);
+        let missing = (RCODE::NameError, Vec::new());
+        for name in ["1.2.0.192.in-addr.arpa", "x.ip6.arpa", "a b.org"] {
+            assert_eq!(ask(&mut fakes, name, TYPE::PTR, false), missing, "{name}");
+        }
+    }
+
+    #[test]
+    fn addresses_lead_back_to_names() {
+        let mut fakes = Fakes::new(None);
+        let number = fakes.number("example.org").unwrap();
+        let (ipv4, ipv6) = fakes.addresses(number);
+        let [a, b, c, d] = ipv4.octets();
+        let nibbles: Vec<String> = (0..32)
+            .map(|n| format!("{:x}", ipv6.to_bits() >> (4 * n) & 15))
+            .collect();
+        for (name, address) in [
+            (format!("{d}.{c}.{b}.{a}.in-addr.arpa"), IpAddr::from(ipv4)),
+            (format!("{}.ip6.arpa", nibbles.join(".")), ipv6.into()),
+        ] {
+            assert_eq!(reverse(&name), Some(address));
+            let records = records(&name, TYPE::PTR.into(), &mut fakes, false).unwrap();
+            let [RData::PTR(PTR(pointer))] = records.as_slice() else {
+                panic!("{records:?}");
+            };
+            assert_eq!(pointer.to_string(), "example.org");
+        }
+    }
+
+    #[test]
+    fn nonsense_is_answered_once_at_most() {
+        let mut fakes = Fakes::new(None);
+        assert_eq!(answer(b"", &mut fakes, false), None);
+        assert_eq!(answer(b"x", &mut fakes, false), None);
+        let refused = answer(b"ab\x01", &mut fakes, false).unwrap();
+        let refused = Packet::parse(&refused).unwrap();
+        assert_eq!(refused.rcode(), RCODE::FormatError);
+        let reply = Packet::new_reply(1).build_bytes_vec().unwrap();
+        assert_eq!(answer(&reply, &mut fakes, false), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_query_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let mut fakes = Fakes::new(None);
+            let _ = answer(&bytes, &mut fakes, false);
+            let _ = reverse(&String::from_utf8_lossy(&bytes));
+        }
+    }
+}

@@ -1,0 +1,423 @@
+//! Addresses that stand for names, so that nobody but the proxy has to look a name up.
+//!
+//! A name gets a number at random, and the addresses with that number in the two networks: whoever asks for
+//! names can't tell from the answers which ones were asked for before. What is in use stays for a day,
+//! over restarts of the relay too.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::target::Target;
+
+/// How many names there may be, if the networks are twice as large.
+const NAMES: u32 = 65536;
+
+/// How long a name keeps its addresses that nobody asks for or uses, in seconds.
+const EXPIRY: u64 = 24 * 60 * 60;
+
+/// The longest name (RFC 1035, 2.3.4, without the last dot).
+const NAME_BYTES: usize = 253;
+
+/// Where the addresses are from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Networks {
+    ipv4: (Ipv4Addr, u8),
+    ipv6: (Ipv6Addr, u8),
+}
+
+impl Default for Networks {
+    /// The networks that are set aside for benchmarks (RFC 2544 and RFC 5180): nothing on the internet has
+    /// them, and lists of private networks, which many bypass, leave them out.
+    fn default() -> Self {
+        Self {
+            ipv4: (Ipv4Addr::new(198, 18, 0, 0), 15),
+            ipv6: (Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0), 48),
+        }
+    }
+}
+
+impl Networks {
+    /// Reads networks as ADDRESS/PREFIX; those that are not given are the default ones.
+    ///
+    /// # Errors
+    /// The name of the parameter that is none with room for a name.
+    pub fn parse(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<Self, &'static str> {
+        let mut networks = Self::default();
+        if let Some(text) = ipv4 {
+            let network = parse(text, |ip: Ipv4Addr, prefix| {
+                (prefix <= 30).then(|| Ipv4Addr::from_bits(ip.to_bits() & mask32(prefix)))
+            });
+            networks.ipv4 = network.ok_or("fakeIpv4")?;
+        }
+        if let Some(text) = ipv6 {
+            let network = parse(text, |ip: Ipv6Addr, prefix| {
+                (prefix <= 126).then(|| Ipv6Addr::from_bits(ip.to_bits() & mask128(prefix)))
+            });
+            networks.ipv6 = network.ok_or("fakeIpv6")?;
+        }
+        Ok(networks)
+    }
+
+    /// How many addresses the smaller one has.
+    fn size(self) -> u32 {
+        let ipv4 = 1_u64 << (32 - u32::from(self.ipv4.1));
+        let ipv6 = 1_u64 << (128 - u32::from(self.ipv6.1)).min(32);
+        u32::try_from(ipv4.min(ipv6)).unwrap_or(u32::MAX)
+    }
+
+    fn ipv4(self, number: u32) -> Ipv4Addr {
+        Ipv4Addr::from_bits(self.ipv4.0.to_bits().wrapping_add(number))
+    }
+
+    fn ipv6(self, number: u32) -> Ipv6Addr {
+        Ipv6Addr::from_bits(self.ipv6.0.to_bits().wrapping_add(number.into()))
+    }
+
+    /// The number of an address; none if it is not in the networks.
+    fn number(self, address: IpAddr) -> Option<u32> {
+        match address {
+            IpAddr::V4(ip) => {
+                let (base, prefix) = self.ipv4;
+                let inside = ip.to_bits() & mask32(prefix) == base.to_bits();
+                inside.then(|| ip.to_bits() - base.to_bits())
+            }
+            IpAddr::V6(ip) => {
+                let (base, prefix) = self.ipv6;
+                let inside = ip.to_bits() & mask128(prefix) == base.to_bits();
+                // One too far out is nobody's.
+                inside.then(|| u32::try_from(ip.to_bits() - base.to_bits()).unwrap_or(u32::MAX))
+            }
+        }
+    }
+}
+
+fn mask32(prefix: u8) -> u32 {
+    u32::MAX
+        .checked_shl(32 - u32::from(prefix.min(32)))
+        .unwrap_or(0)
+}
+
+fn mask128(prefix: u8) -> u128 {
+    u128::MAX
+        .checked_shl(128 - u32::from(prefix.min(128)))
+        .unwrap_or(0)
+}
+
+fn parse<A: std::str::FromStr>(
+    text: &str,
+    network: impl FnOnce(A, u8) -> Option<A>,
+) -> Option<(A, u8)> {
+    let (address, prefix) = text.split_once('/')?;
+    let prefix = prefix.parse().ok()?;
+    Some((network(address.parse().ok()?, prefix)?, prefix))
+}
+
+#[derive(Debug)]
+struct Entry {
+    name: Rc<str>,
+    /// When somebody asked for it or used it last, in seconds since 1970.
+    used: u64,
+}
+
+/// Which address stands for which name.
+#[derive(Debug)]
+pub struct Fakes {
+    networks: Networks,
+    numbers: HashMap<Rc<str>, u32>,
+    entries: HashMap<u32, Entry>,
+    /// Where this is written down.
+    file: Option<PathBuf>,
+    /// The file was read, if there was one.
+    loaded: bool,
+    changed: bool,
+}
+
+impl Fakes {
+    /// No name has an address yet. What is in `file` comes back with the networks.
+    #[must_use]
+    pub fn new(file: Option<PathBuf>) -> Self {
+        Self {
+            networks: Networks::default(),
+            numbers: HashMap::new(),
+            entries: HashMap::new(),
+            file,
+            loaded: false,
+            changed: false,
+        }
+    }
+
+    /// Takes addresses from these networks from now on.
+    pub fn set_networks(&mut self, networks: Networks) {
+        if self.networks != networks {
+            self.networks = networks;
+            self.numbers.clear();
+            self.entries.clear();
+            self.changed = true;
+        }
+        if !std::mem::replace(&mut self.loaded, true)
+            && let Some(file) = self.file.clone()
+        {
+            match std::fs::read_to_string(&file) {
+                Ok(text) => self.load(&text, now()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => tracing::warn!("can't read {}: {error}", file.display()),
+            }
+        }
+    }
+
+    /// The number of a name, which it gets now if it has none. None if it is no name of a host.
+    pub(crate) fn number(&mut self, name: &str) -> Option<u32> {
+        self.number_at(name, now())
+    }
+
+    fn number_at(&mut self, name: &str, now: u64) -> Option<u32> {
+        if !is_host(name) {
+            return None;
+        }
+        let name: Rc<str> = name.to_ascii_lowercase().into();
+        if let Some(&number) = self.numbers.get(&name) {
+            if let Some(entry) = self.entries.get_mut(&number) {
+                entry.used = now;
+            }
+            return Some(number);
+        }
+        let size = self.networks.size();
+        // Half of them stay free, so that a free one is found at random soon.
+        if self.entries.len() as u64 >= u64::from(NAMES.min(size / 2)) {
+            self.make_room();
+        }
+        let number = loop {
+            // Neither the first nor the last: in IPv4 these are not for hosts.
+            let number = random()? % (size - 2) + 1;
+            if !self.entries.contains_key(&number) {
+                break number;
+            }
+        };
+        self.insert(number, name, now);
+        self.changed = true;
+        Some(number)
+    }
+
+    /// The addresses with a number.
+    pub(crate) fn addresses(&self, number: u32) -> (Ipv4Addr, Ipv6Addr) {
+        (self.networks.ipv4(number), self.networks.ipv6(number))
+    }
+
+    /// The name that an address stands for.
+    pub(crate) fn name(&self, address: IpAddr) -> Option<Rc<str>> {
+        let entry = self.entries.get(&self.networks.number(address)?)?;
+        Some(entry.name.clone())
+    }
+
+    /// What a destination means; none if its address stands for a name that is not known any more.
+    pub(crate) fn target(&mut self, destination: SocketAddr) -> Option<Target> {
+        let Some(number) = self.networks.number(destination.ip()) else {
+            return Some(Target::Address(destination));
+        };
+        let entry = self.entries.get_mut(&number)?;
+        entry.used = now();
+        Some(Target::Name(entry.name.clone(), destination.port()))
+    }
+
+    fn insert(&mut self, number: u32, name: Rc<str>, used: u64) {
+        self.numbers.insert(name.clone(), number);
+        self.entries.insert(number, Entry { name, used });
+    }
+
+    /// Forgets the names that were not used for the longest time, an eighth of all.
+    fn make_room(&mut self) {
+        let mut times: Vec<u64> = self.entries.values().map(|entry| entry.used).collect();
+        let eighth = times.len() / 8;
+        let mut left = eighth + 1;
+        let (_, &mut oldest, _) = times.select_nth_unstable(eighth);
+        self.entries.retain(|_, entry| {
+            let keep = entry.used > oldest || left == 0;
+            left -= usize::from(!keep);
+            keep
+        });
+        let entries = &self.entries;
+        self.numbers
+            .retain(|_, number| entries.contains_key(number));
+    }
+
+    /// Writes down what has changed, if there is a file for it.
+    pub fn save(&mut self) {
+        let Some(file) = &self.file else {
+            return;
+        };
+        if !std::mem::take(&mut self.changed) {
+            return;
+        }
+        if let Err(error) = write(file, &self.text(now())) {
+            tracing::warn!("can't write {}: {error}", file.display());
+        }
+    }
+
+    fn header(&self) -> String {
+        let ((v4, p4), (v6, p6)) = (self.networks.ipv4, self.networks.ipv6);
+        format!("cgtproxy-relay names 1 {v4}/{p4} {v6}/{p6}")
+    }
+
+    fn text(&self, now: u64) -> String {
+        let mut text = self.header();
+        text.push('\n');
+        for (number, Entry { name, used }) in &self.entries {
+            if used.saturating_add(EXPIRY) > now {
+                let _ = writeln!(text, "{number} {used} {name}");
+            }
+        }
+        text
+    }
+
+    /// What makes no sense is left out: it is a cache.
+    fn load(&mut self, text: &str, now: u64) {
+        let mut lines = text.lines();
+        if lines.next() != Some(&self.header()) {
+            return;
+        }
+        let size = self.networks.size();
+        for line in lines.take(NAMES.min(size / 2) as usize) {
+            let mut words = line.split(' ');
+            let (Some(number), Some(used), Some(name), None) =
+                (words.next(), words.next(), words.next(), words.next())
+            else {
+                continue;
+            };
+            if let (Ok(number), Ok(used)) = (number.parse::<u32>(), used.parse::<u64>())
+                && (1..size - 1).contains(&number)
+                && used.saturating_add(EXPIRY) > now
+                && is_host(name)
+                && !self.entries.contains_key(&number)
+                && !self.numbers.contains_key(name)
+            {
+                self.insert(number, name.to_ascii_lowercase().into(), used.min(now));
+            }
+        }
+    }
+}
+
+/// Whether it can be the name of a host: nothing in it means anything to a proxy's protocol.
+fn is_host(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= NAME_BYTES
+        && name.split('.').all(|label| {
+            let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+            !label.is_empty() && label.len() <= 63 && label.bytes().all(allowed)
+        })
+}
+
+fn random() -> Option<u32> {
+    getrandom::u32().ok()
+}
+
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs())
+}
+
+/// Replaces a file at once, for its owner's eyes only.
+fn write(file: &Path, text: &str) -> io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    if let Some(directory) = file.parent() {
+        std::fs::create_dir_all(directory)?;
+    }
+    let fresh = file.with_extension("new");
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    io::Write::write_all(&mut options.open(&fresh)?, text.as_bytes())?;
+    std::fs::rename(&fresh, file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_name_keeps_its_addresses() {
+        let mut fakes = Fakes::new(None);
+        let number = fakes.number("Example.org").unwrap();
+        assert_eq!(fakes.number("example.ORG"), Some(number));
+        assert_ne!(fakes.number("example.net"), Some(number));
+        let (v4, v6) = fakes.addresses(number);
+        assert!(v4.octets().starts_with(&[198]) && v6.segments().starts_with(&[0x2001, 2, 0]));
+        for address in [IpAddr::from(v4), IpAddr::from(v6)] {
+            let target = fakes.target(SocketAddr::new(address, 443));
+            assert_eq!(target, Some(Target::Name("example.org".into(), 443)));
+        }
+        let unknown = "198.19.255.255:1".parse().unwrap();
+        assert_eq!(fakes.target(unknown), None);
+        let other = "192.0.2.1:1".parse().unwrap();
+        assert_eq!(fakes.target(other), Some(Target::Address(other)));
+        let far = "[2001:2:0:1::1]:1".parse().unwrap();
+        assert_eq!(fakes.target(far), None);
+    }
+
+    #[test]
+    fn what_is_no_host_has_no_address() {
+        let mut fakes = Fakes::new(None);
+        let long = format!("{}.org", "a".repeat(64));
+        let longer = vec!["a".repeat(60); 5].join(".");
+        for name in [
+            "", ".", "a b", "a\r\nb", "a..b", "a.", "ä.org", "a:1", &long, &longer,
+        ] {
+            assert_eq!(fakes.number(name), None, "{name}");
+        }
+        assert!(fakes.number("_dmarc.xn--bcher-kva.example").is_some());
+    }
+
+    #[test]
+    fn survives_a_restart_but_not_other_networks() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("state/names");
+        let mut fakes = Fakes::new(Some(file.clone()));
+        fakes.set_networks(Networks::default());
+        let number = fakes.number("example.org");
+        fakes.save();
+        let mut fakes = Fakes::new(Some(file.clone()));
+        fakes.set_networks(Networks::default());
+        assert_eq!(fakes.number("example.org"), number);
+        let networks = Networks::parse(Some("10.0.0.0/24"), Some("fd00::/64")).unwrap();
+        let mut fakes = Fakes::new(Some(file));
+        fakes.set_networks(networks);
+        assert!(fakes.entries.is_empty());
+        let number = fakes.number("example.org").unwrap();
+        assert!((1..255).contains(&number));
+        for wrong in ["10.0.0.0/31", "10.0.0.0", "x/1", "::/1"] {
+            assert_eq!(Networks::parse(Some(wrong), None), Err("fakeIpv4"));
+        }
+    }
+
+    #[test]
+    fn the_oldest_names_make_room() {
+        let mut fakes = Fakes::new(None);
+        fakes.set_networks(Networks::parse(Some("10.0.0.0/26"), None).unwrap());
+        for n in 0..200 {
+            let name = format!("host-{n}");
+            assert!(fakes.number_at(&name, 1000 + n).is_some());
+            assert!(fakes.entries.len() <= 32);
+            assert_eq!(fakes.numbers.len(), fakes.entries.len());
+            assert!(fakes.numbers.contains_key(name.as_str()));
+        }
+        assert!(!fakes.numbers.contains_key("host-0"));
+        // An expired name is not written down.
+        assert_eq!(fakes.text(1200 + EXPIRY).lines().count(), 1);
+        assert!(fakes.text(1200).lines().count() > 20);
+    }
+
+    proptest! {
+        #[test]
+        fn no_file_panics(text in "(\\PC{0,20}|[0-9]{1,5} [0-9]{1,5} [a-z.]{1,9}|\n){0,20}") {
+            let mut fakes = Fakes::new(None);
+            let header = fakes.header();
+            fakes.load(&format!("{header}\n{text}"), 5);
+            prop_assert_eq!(fakes.entries.len(), fakes.numbers.len());
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! The relay: takes connections that the helper's rules redirect to it, and carries them on to SOCKS5 and HTTP
+//! proxies. It runs as its user, needs no privilege, and is told by the agent what to do.
+//!
+//! [`service`] is what the agent talks to, [`relay`] what is listened on, [`tcp`], [`udp`] and [`dns`]
+//! what becomes of what arrives, and [`upstream`] where it goes.
+
+#![forbid(unsafe_code)]
+
+mod copy;
+pub mod dns;
+pub mod fake;
+mod http;
+pub mod original;
+pub mod relay;
+pub mod service;
+pub mod socks;
+pub mod target;
+pub mod tcp;
+mod tls;
+pub mod udp;
+pub mod upstream;

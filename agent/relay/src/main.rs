@@ -1,0 +1,184 @@
+//! cgtproxy-relay: carries redirected connections on to SOCKS5 and HTTP proxies.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::Duration;
+
+use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
+use cgtproxy_relay::fake::Fakes;
+use cgtproxy_relay::original::Originals;
+use cgtproxy_relay::relay::{Relay, Shared};
+use cgtproxy_relay::service;
+use clap::Parser;
+use listenfd::ListenFd;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::LocalSet;
+
+/// How often what stands for which name is written down.
+const SAVE: Duration = Duration::from_secs(60);
+
+/// Carries connections that are redirected to it on to SOCKS5 and HTTP proxies. cgtproxy-agent tells it to
+/// which, and is the one who starts it: there is nothing to configure here. Needs no privilege.
+#[derive(Debug, Parser)]
+#[command(name = "cgtproxy-relay", version)]
+struct Arguments {
+    /// Listen for the agent on this socket, unless systemd hands one over
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+
+    /// Where the helper listens, who knows where UDP was going
+    #[arg(long, value_name = "PATH", env = HELPER_SOCKET_VARIABLE, default_value = HELPER_SOCKET)]
+    helper: PathBuf,
+
+    /// How many TCP connections there may be at once, and how many UDP flows
+    #[arg(long, value_name = "NUMBER", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    connections: u32,
+}
+
+/// Why the relay can't run.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("can't use the socket that systemd handed over: {0}")]
+    ActivatedSocket(io::Error),
+    #[error("there is no XDG_RUNTIME_DIR: name a socket with --socket")]
+    NoRuntimeDirectory,
+    #[error("another relay listens on {}", .0.display())]
+    InUse(PathBuf),
+    #[error("can't listen on {}: {source}", .path.display())]
+    Listen { path: PathBuf, source: io::Error },
+    #[error("can't start: {0}")]
+    Start(io::Error),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    log_to_stderr();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// With times, but for the journal, which has its own.
+fn log_to_stderr() {
+    let level = std::env::var("CGTPROXY_LOG")
+        .ok()
+        .and_then(|level| level.parse().ok());
+    let log = tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_max_level(level.unwrap_or(tracing::Level::INFO))
+        .with_target(false)
+        .with_ansi(false);
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        log.without_time().with_level(false).init();
+    } else {
+        log.init();
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), Error> {
+    let handed_over = ListenFd::from_env()
+        .take_unix_listener(0)
+        .map_err(Error::ActivatedSocket)?;
+    let (listener, own) = match handed_over {
+        Some(listener) => (listener, None),
+        None => {
+            let path = match &arguments.socket {
+                Some(path) => path.clone(),
+                None => default_socket().ok_or(Error::NoRuntimeDirectory)?,
+            };
+            (listen(&path)?, Some(path))
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::Start)?;
+    let served = LocalSet::new().block_on(&runtime, serve(arguments, listener));
+    if let Some(path) = own {
+        let _ = std::fs::remove_file(path);
+    }
+    served
+}
+
+async fn serve(arguments: &Arguments, listener: UnixListener) -> Result<(), Error> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(Error::Start)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Start)?;
+    listener.set_nonblocking(true).map_err(Error::Start)?;
+    let listener = tokio::net::UnixListener::from_std(listener).map_err(Error::Start)?;
+    let shared = Shared::new(
+        arguments.connections as usize,
+        Originals::new(arguments.helper.clone()),
+        Fakes::new(names_file()),
+    );
+    let relay = Rc::new(Relay::new(shared));
+    notify(NotifyState::Ready);
+    let save = async {
+        loop {
+            tokio::time::sleep(SAVE).await;
+            relay.save();
+        }
+    };
+    tokio::select! {
+        () = service::run(listener, relay.clone(), service::LINGER) => {}
+        () = save => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    notify(NotifyState::Stopping);
+    relay.save();
+    Ok(())
+}
+
+fn notify(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::debug!("can't notify the service manager: {error}");
+    }
+}
+
+fn default_socket() -> Option<PathBuf> {
+    Some(directory("XDG_RUNTIME_DIR")?.join("cgtproxy-relay.sock"))
+}
+
+/// Where what stands for which name is written down: systemd's StateDirectory=, or as XDG has it.
+fn names_file() -> Option<PathBuf> {
+    let state = directory("STATE_DIRECTORY").or_else(|| {
+        let home = || Some(directory("HOME")?.join(".local/state"));
+        Some(directory("XDG_STATE_HOME").or_else(home)?.join("cgtproxy"))
+    });
+    Some(state?.join("names"))
+}
+
+fn directory(variable: &str) -> Option<PathBuf> {
+    let directory = PathBuf::from(std::env::var_os(variable)?);
+    directory.is_absolute().then_some(directory)
+}
+
+/// Listens on a socket of our own, in place of one that nobody listens on any more.
+fn listen(path: &Path) -> Result<UnixListener, Error> {
+    let failed = |source| Error::Listen {
+        path: path.to_owned(),
+        source,
+    };
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(Error::InUse(path.to_owned()));
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    let private = std::fs::Permissions::from_mode(0o600);
+    std::fs::set_permissions(path, private).map_err(failed)?;
+    Ok(listener)
+}

@@ -1,0 +1,385 @@
+//! What is listened on, and for which proxy.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::net::{TcpListener, TcpSocket, UdpSocket};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::fake::Fakes;
+use crate::original::Originals;
+use crate::target::Target;
+use crate::upstream::{Error, Upstream};
+use crate::{dns, tcp, udp};
+
+/// How often to look for a port that is free for TCP and UDP, on both addresses.
+const ATTEMPTS: usize = 64;
+
+/// How many connections may wait to be accepted.
+const BACKLOG: u32 = 4096;
+
+/// What all listeners share.
+#[derive(Debug)]
+pub struct Shared {
+    /// How many TCP connections there may be, and how many UDP flows.
+    pub limit: usize,
+    /// One permit for each TCP connection that there may be.
+    pub(crate) connections: Arc<Semaphore>,
+    /// One permit for each UDP flow that there may be.
+    pub(crate) flows: Arc<Semaphore>,
+    /// Where UDP was going.
+    pub(crate) originals: Originals,
+    /// Addresses that stand for names.
+    pub(crate) fakes: RefCell<Fakes>,
+}
+
+impl Shared {
+    /// With room for `limit` connections.
+    #[must_use]
+    pub fn new(limit: usize, originals: Originals, fakes: Fakes) -> Self {
+        Self {
+            limit,
+            connections: Arc::new(Semaphore::new(limit)),
+            flows: Arc::new(Semaphore::new(limit)),
+            originals,
+            fakes: RefCell::new(fakes),
+        }
+    }
+}
+
+/// One proxy's listeners, and what has become of its connections.
+#[derive(Debug)]
+pub struct Entry {
+    /// Replaced when the configuration is.
+    upstream: RefCell<Rc<Upstream>>,
+    /// No addresses of IPv6 stand for names.
+    pub(crate) no_ipv6: Cell<bool>,
+    port: u16,
+    dns_port: Option<u16>,
+    pub(crate) shared: Rc<Shared>,
+    /// Cancelled when the proxy is not in the configuration any more.
+    pub(crate) gone: CancellationToken,
+    pub(crate) open: Cell<usize>,
+    pub(crate) flows: Cell<usize>,
+    total: Cell<u64>,
+    problem: RefCell<Option<String>>,
+    udp_problem: RefCell<Option<String>>,
+}
+
+/// How a proxy is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// Its name.
+    pub name: String,
+    /// The port for connections.
+    pub port: u16,
+    /// Open TCP connections.
+    pub open: usize,
+    /// UDP flows.
+    pub flows: usize,
+    /// Connections since the relay started.
+    pub total: u64,
+    /// Why it could not be reached.
+    pub problem: Option<String>,
+    /// Why it carries no UDP.
+    pub udp_problem: Option<String>,
+}
+
+impl Entry {
+    /// The proxy as it is configured now.
+    pub(crate) fn upstream(&self) -> Rc<Upstream> {
+        self.upstream.borrow().clone()
+    }
+
+    /// A connection begins.
+    pub(crate) fn count(&self) {
+        self.total.set(self.total.get().saturating_add(1));
+    }
+
+    /// Notes how reaching the proxy went, for whoever asks; the log has changes alone.
+    pub(crate) fn reached(&self, result: Result<(), &Error>) {
+        note(&self.problem, &self.upstream.borrow().name, result, "");
+    }
+
+    /// The same for UDP.
+    pub(crate) fn reached_for_udp(&self, result: Result<(), &Error>) {
+        if let Err(error @ Error::Down(_)) = result {
+            return self.reached(Err(error));
+        }
+        self.reached(Ok(()));
+        // It is there, but has no UDP: it is not down, and will not have any the next time.
+        let refused = match result {
+            Err(Error::Refused(why)) => Some(Error::Down(why.clone())),
+            _ => None,
+        };
+        let name = &self.upstream.borrow().name;
+        note(
+            &self.udp_problem,
+            name,
+            refused.as_ref().map_or(Ok(()), Err),
+            " for UDP",
+        );
+    }
+
+    /// What a destination means; none if that is not known any more.
+    pub(crate) fn target(&self, destination: SocketAddr) -> Option<Target> {
+        if self.dns_port.is_none() {
+            return Some(Target::Address(destination));
+        }
+        let target = self.shared.fakes.borrow_mut().target(destination);
+        if target.is_none() {
+            tracing::debug!("{destination} stands for a name that nobody knows any more");
+        }
+        target
+    }
+
+    fn report(&self) -> Report {
+        Report {
+            name: self.upstream.borrow().name.clone(),
+            port: self.port,
+            open: self.open.get(),
+            flows: self.flows.get(),
+            total: self.total.get(),
+            problem: self.problem.borrow().clone(),
+            udp_problem: self.udp_problem.borrow().clone(),
+        }
+    }
+}
+
+fn note(problem: &RefCell<Option<String>>, name: &str, result: Result<(), &Error>, what: &str) {
+    let new = match result {
+        Ok(()) | Err(Error::Refused(_)) => None,
+        Err(error) => Some(error.to_string()),
+    };
+    let mut problem = problem.borrow_mut();
+    if *problem == new {
+        return;
+    }
+    match &new {
+        Some(why) => tracing::warn!("can't use proxy '{name}'{what}: {why}"),
+        None => tracing::info!("proxy '{name}' can be used again{what}"),
+    }
+    *problem = new;
+}
+
+/// A proxy as it is to be.
+#[derive(Debug)]
+pub struct Wanted {
+    /// Where connections go.
+    pub upstream: Upstream,
+    /// DNS queries are answered with addresses that stand for names.
+    pub fake_dns: bool,
+    /// But none of IPv6.
+    pub no_ipv6: bool,
+    /// The port it was listened on for before.
+    pub preferred_port: Option<u16>,
+}
+
+/// A proxy's ports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ports {
+    /// Its name.
+    pub name: String,
+    /// For connections.
+    pub port: u16,
+    /// For DNS queries, if they are answered.
+    pub dns_port: Option<u16>,
+}
+
+/// All proxies.
+#[derive(Debug)]
+pub struct Relay {
+    shared: Rc<Shared>,
+    entries: RefCell<BTreeMap<String, Rc<Entry>>>,
+}
+
+impl Relay {
+    /// A relay without proxies.
+    #[must_use]
+    pub fn new(shared: Shared) -> Self {
+        Self {
+            shared: Rc::new(shared),
+            entries: RefCell::default(),
+        }
+    }
+
+    /// What all listeners share.
+    #[must_use]
+    pub fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// Takes over a configuration whose names differ. To be called within a `LocalSet`.
+    ///
+    /// # Errors
+    /// If there is no port for one; nothing has changed then.
+    pub fn configure(&self, wanted: Vec<Wanted>) -> io::Result<Vec<Ports>> {
+        let mut entries = self.entries.borrow_mut();
+        let mut fresh = Vec::new();
+        let mut kept = Vec::new();
+        for wanted in wanted {
+            let name = wanted.upstream.name.clone();
+            match entries.get(&name) {
+                Some(entry) if entry.dns_port.is_some() == wanted.fake_dns => {
+                    kept.push((entry.clone(), wanted));
+                }
+                old => {
+                    let preferred = old.map(|entry| entry.port).or(wanted.preferred_port);
+                    // A listener of the old entry would be in the way of its successor's.
+                    let preferred = preferred.filter(|_| old.is_none());
+                    let sockets = Sockets::bind(preferred)?;
+                    let dns = match wanted.fake_dns {
+                        true => Some(Sockets::bind(None)?),
+                        false => None,
+                    };
+                    fresh.push((wanted, sockets, dns));
+                }
+            }
+        }
+        let mut next = BTreeMap::new();
+        for (entry, wanted) in kept {
+            if !entry.upstream.borrow().is_same_as(&wanted.upstream) {
+                *entry.upstream.borrow_mut() = Rc::new(wanted.upstream);
+                *entry.problem.borrow_mut() = None;
+                *entry.udp_problem.borrow_mut() = None;
+            }
+            entry.no_ipv6.set(wanted.no_ipv6);
+            let name = entry.upstream.borrow().name.clone();
+            next.insert(name, entry);
+        }
+        for (wanted, sockets, dns) in fresh {
+            let name = wanted.upstream.name.clone();
+            let entry = Rc::new(Entry {
+                upstream: RefCell::new(Rc::new(wanted.upstream)),
+                no_ipv6: Cell::new(wanted.no_ipv6),
+                port: sockets.port,
+                dns_port: dns.as_ref().map(|sockets| sockets.port),
+                shared: self.shared.clone(),
+                gone: CancellationToken::new(),
+                open: Cell::new(0),
+                flows: Cell::new(0),
+                total: Cell::new(0),
+                problem: RefCell::default(),
+                udp_problem: RefCell::default(),
+            });
+            for listener in sockets.tcp {
+                tokio::task::spawn_local(tcp::run(listener, entry.clone()));
+            }
+            for socket in sockets.udp {
+                tokio::task::spawn_local(udp::run(Rc::new(socket), entry.clone()));
+            }
+            if let Some(dns) = dns {
+                for listener in dns.tcp {
+                    tokio::task::spawn_local(dns::run_tcp(listener, entry.clone()));
+                }
+                for socket in dns.udp {
+                    tokio::task::spawn_local(dns::run_udp(Rc::new(socket), entry.clone()));
+                }
+            }
+            next.insert(name, entry);
+        }
+        let old = std::mem::replace(&mut *entries, next);
+        for (name, entry) in old {
+            if !entries
+                .get(&name)
+                .is_some_and(|new| Rc::ptr_eq(new, &entry))
+            {
+                entry.gone.cancel();
+            }
+        }
+        let ports = entries.iter().map(|(name, entry)| Ports {
+            name: name.clone(),
+            port: entry.port,
+            dns_port: entry.dns_port,
+        });
+        Ok(ports.collect())
+    }
+
+    /// Writes down which addresses stand for which names.
+    pub fn save(&self) {
+        self.shared.fakes.borrow_mut().save();
+    }
+
+    /// How all proxies are doing.
+    #[must_use]
+    pub fn reports(&self) -> Vec<Report> {
+        let entries = self.entries.borrow();
+        entries.values().map(|entry| entry.report()).collect()
+    }
+}
+
+/// Listening sockets with one port: TCP and UDP, on 127.0.0.1 and, where there is IPv6, on ::1.
+#[derive(Debug)]
+struct Sockets {
+    port: u16,
+    tcp: Vec<TcpListener>,
+    udp: Vec<UdpSocket>,
+}
+
+impl Sockets {
+    fn bind(preferred: Option<u16>) -> io::Result<Self> {
+        if let Some(port) = preferred
+            && let Ok(sockets) = Self::at(port)
+        {
+            return Ok(sockets);
+        }
+        let mut result = Err(io::ErrorKind::AddrInUse.into());
+        for _ in 0..ATTEMPTS {
+            result = Self::at(0);
+            match &result {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+                _ => break,
+            }
+        }
+        result
+    }
+
+    fn at(port: u16) -> io::Result<Self> {
+        let v4 = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+        let first = listen(v4)?;
+        let port = first.local_addr()?.port();
+        let v4 = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+        let v6 = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port);
+        let mut sockets = Self {
+            port,
+            tcp: vec![first],
+            udp: vec![bind_udp(v4)?],
+        };
+        match listen(v6) {
+            Ok(listener) => {
+                sockets.tcp.push(listener);
+                sockets.udp.push(bind_udp(v6)?);
+            }
+            // A machine without IPv6 sends none.
+            Err(error)
+                if matches!(
+                    rustix::io::Errno::from_io_error(&error),
+                    Some(rustix::io::Errno::AFNOSUPPORT | rustix::io::Errno::ADDRNOTAVAIL)
+                ) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(sockets)
+    }
+}
+
+/// Without SO_REUSEADDR: the rests of connections keep other users from taking the port at once when
+/// the relay ends, as the kernel could not tell their listener from this one.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address.ip() {
+        IpAddr::V4(_) => TcpSocket::new_v4()?,
+        IpAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+fn bind_udp(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = std::net::UdpSocket::bind(address)?;
+    socket.set_nonblocking(true)?;
+    UdpSocket::from_std(socket)
+}

@@ -1,0 +1,246 @@
+//! Serves `org.cgtproxy.Relay` to the user's agent.
+
+use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cgtproxy_proto::limits::MESSAGE_BYTES;
+use cgtproxy_proto::message::MessageReader;
+use cgtproxy_proto::relay::{
+    self as wire, Configure_Args, Configure_Reply, GetStatus_Reply, Listener, UpstreamStatus,
+};
+use cgtproxy_proto::service::{Fault, Identity, Service, parameters, reply, serve};
+use serde_json::{Value, json};
+use tokio::net::UnixListener;
+use tokio::sync::{Notify, Semaphore};
+
+use crate::fake::Networks;
+use crate::relay::{Relay, Wanted};
+use crate::socks::{Credentials, FIELD_BYTES};
+use crate::upstream::{Protocol, Upstream};
+
+/// How long the relay goes on without anybody who has configured it: longer than the helper keeps the
+/// policy of an agent that is gone.
+pub const LINGER: Duration = Duration::from_secs(30);
+
+/// How many programs may be connected at once.
+const CONNECTIONS: usize = 16;
+
+/// How long to wait after accept(2) failed.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
+/// Who is connected.
+#[derive(Default)]
+struct Agents {
+    /// How many connections have configured the relay.
+    count: Cell<usize>,
+    changed: Notify,
+}
+
+/// Serves until nobody has wanted the relay for `linger`. To be run within a `LocalSet`.
+pub async fn run(listener: UnixListener, relay: Rc<Relay>, linger: Duration) {
+    let agents = Rc::new(Agents::default());
+    tokio::select! {
+        () = accept(listener, &relay, &agents) => {}
+        () = idle(&agents, linger) => tracing::info!("no agent needs the relay any more"),
+    }
+}
+
+/// Returns when there has been no agent for a while.
+async fn idle(agents: &Agents, linger: Duration) {
+    loop {
+        if agents.count.get() > 0 {
+            agents.changed.notified().await;
+            continue;
+        }
+        tokio::select! {
+            () = agents.changed.notified() => {}
+            () = tokio::time::sleep(linger) => return,
+        }
+    }
+}
+
+async fn accept(listener: UnixListener, relay: &Rc<Relay>, agents: &Rc<Agents>) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    let own = rustix::process::geteuid().as_raw();
+    loop {
+        let Ok(slot) = slots.clone().acquire_owned().await else {
+            return;
+        };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!("can't accept a connection: {error}");
+                tokio::time::sleep(BACK_OFF).await;
+                continue;
+            }
+        };
+        match stream.peer_cred() {
+            Ok(peer) if peer.uid() == own || peer.uid() == 0 => {}
+            _ => continue,
+        }
+        let mut connection = Connection {
+            relay: relay.clone(),
+            agents: agents.clone(),
+            counted: false,
+        };
+        tokio::task::spawn_local(async move {
+            let (read, mut write) = stream.into_split();
+            let mut messages = MessageReader::new(read, MESSAGE_BYTES);
+            if let Err(error) = serve(&mut messages, &mut write, &mut connection).await {
+                tracing::debug!("ended a connection: {error}");
+            }
+            drop(slot);
+        });
+    }
+}
+
+struct Connection {
+    relay: Rc<Relay>,
+    agents: Rc<Agents>,
+    /// It has configured the relay.
+    counted: bool,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if self.counted {
+            self.agents
+                .count
+                .set(self.agents.count.get().saturating_sub(1));
+            self.agents.changed.notify_one();
+        }
+    }
+}
+
+impl Connection {
+    fn configure(&mut self, arguments: Configure_Args) -> Result<Configure_Reply, Fault> {
+        let networks =
+            Networks::parse(arguments.fakeIpv4.as_deref(), arguments.fakeIpv6.as_deref())
+                .map_err(Fault::invalid_parameter)?;
+        let mut names = BTreeSet::new();
+        let mut wanted = Vec::new();
+        for (index, upstream) in arguments.upstreams.into_iter().enumerate() {
+            if !names.insert(upstream.name.clone()) {
+                let parameters = json!({ "name": upstream.name });
+                return Err(Fault::new(wire::INTERFACE, "UpstreamExists", parameters));
+            }
+            let wanted_one = self::wanted(upstream);
+            let invalid = |field| Fault::invalid_parameter(format!("upstreams[{index}].{field}"));
+            wanted.push(wanted_one.map_err(invalid)?);
+        }
+        let ports = self.relay.configure(wanted).map_err(|error| {
+            let parameters = json!({ "message": error.to_string() });
+            Fault::new(wire::INTERFACE, "CannotListen", parameters)
+        })?;
+        self.relay
+            .shared()
+            .fakes
+            .borrow_mut()
+            .set_networks(networks);
+        if !self.counted {
+            self.counted = true;
+            self.agents.count.set(self.agents.count.get() + 1);
+            self.agents.changed.notify_one();
+        }
+        let listener = |ports: crate::relay::Ports| Listener {
+            name: ports.name,
+            port: ports.port.into(),
+            dnsPort: ports.dns_port.map(Into::into),
+        };
+        Ok(Configure_Reply {
+            listeners: ports.into_iter().map(listener).collect(),
+        })
+    }
+
+    fn get_status(&self) -> GetStatus_Reply {
+        let status = |report: crate::relay::Report| UpstreamStatus {
+            name: report.name,
+            port: report.port.into(),
+            connections: number(report.open),
+            flows: number(report.flows),
+            total: i64::try_from(report.total).unwrap_or(i64::MAX),
+            problem: report.problem,
+            udpProblem: report.udp_problem,
+        };
+        GetStatus_Reply {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            limit: number(self.relay.shared().limit),
+            upstreams: self.relay.reports().into_iter().map(status).collect(),
+        }
+    }
+}
+
+/// What was asked for; the name of the field that is wrong otherwise.
+fn wanted(upstream: wire::Upstream) -> Result<Wanted, &'static str> {
+    let port = |number: i64, field| match u16::try_from(number) {
+        Ok(port) if port != 0 => Ok(port),
+        _ => Err(field),
+    };
+    let protocol = match upstream.protocol {
+        wire::Protocol::socks5 => Protocol::Socks5,
+        wire::Protocol::http => Protocol::Http,
+        wire::Protocol::https => Protocol::Https,
+    };
+    let fits = |text: &str| !text.is_empty() && text.len() <= FIELD_BYTES;
+    let credentials = match (upstream.user, upstream.password) {
+        (None, None) => None,
+        (Some(user), _) if !fits(&user) => return Err("user"),
+        (Some(user), Some(password)) if fits(&password) => Some(Credentials { user, password }),
+        _ => return Err("password"),
+    };
+    if upstream.host.is_empty() {
+        return Err("host");
+    }
+    let preferred_port = upstream.preferredPort;
+    let preferred_port = preferred_port.map(|number| port(number, "preferredPort"));
+    Ok(Wanted {
+        upstream: Upstream::new(
+            upstream.name,
+            protocol,
+            upstream.host,
+            port(upstream.port, "port")?,
+            credentials,
+        ),
+        fake_dns: upstream.fakeDns,
+        no_ipv6: upstream.noIpv6.unwrap_or(false),
+        preferred_port: preferred_port.transpose()?,
+    })
+}
+
+impl Service for Connection {
+    const IDENTITY: Identity = Identity {
+        product: "cgtproxy-relay",
+        version: env!("CARGO_PKG_VERSION"),
+        interface: wire::INTERFACE,
+        description: wire::DESCRIPTION,
+    };
+
+    fn call(
+        &mut self,
+        method: &str,
+        arguments: Value,
+    ) -> impl Future<Output = Result<Value, Fault>> {
+        std::future::ready(match method {
+            "Configure" => parameters(arguments)
+                .and_then(|arguments| self.configure(arguments))
+                .and_then(reply),
+            "GetStatus" => reply(self.get_status()),
+            _ => Err(Fault::method_not_found(&format!(
+                "{}.{method}",
+                wire::INTERFACE
+            ))),
+        })
+    }
+
+    fn message_too_large(_: usize) -> Fault {
+        Fault::invalid_parameter("parameters")
+    }
+}
+
+/// Varlink's integers are signed.
+fn number(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}

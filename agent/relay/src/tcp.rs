@@ -1,0 +1,143 @@
+//! TCP connections.
+
+use std::cell::Cell;
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::net::sockopt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::copy;
+use crate::relay::Entry;
+use crate::target::Target;
+
+/// How long to wait after accept(2) failed.
+const BACK_OFF: Duration = Duration::from_millis(50);
+
+/// How long a connection may be silent before its ends are asked whether they are there still.
+const KEEPALIVE: Duration = Duration::from_secs(120);
+
+/// Accepts connections until the proxy is gone.
+pub(crate) async fn run(listener: TcpListener, entry: Rc<Entry>) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = entry.gone.cancelled() => return,
+        };
+        match accepted {
+            Ok((stream, _)) => match entry.shared.connections.clone().try_acquire_owned() {
+                Ok(permit) => {
+                    let entry = entry.clone();
+                    tokio::task::spawn_local(serve(stream, entry, permit));
+                }
+                Err(_) => {
+                    let limit = entry.shared.limit;
+                    tracing::debug!("refused a connection: there are {limit} already");
+                    reset(&stream);
+                }
+            },
+            Err(error) => {
+                tracing::warn!("can't accept a connection: {error}");
+                tokio::time::sleep(BACK_OFF).await;
+            }
+        }
+    }
+}
+
+/// Counts something for as long as it lives.
+pub(crate) struct Counted<'a>(&'a Cell<usize>);
+
+impl<'a> Counted<'a> {
+    pub(crate) fn new(count: &'a Cell<usize>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get().saturating_sub(1));
+    }
+}
+
+async fn serve(mut client: TcpStream, entry: Rc<Entry>, _permit: OwnedSemaphorePermit) {
+    let _open = Counted::new(&entry.open);
+    entry.count();
+    let carried = tokio::select! {
+        carried = carry(&mut client, &entry) => carried,
+        () = entry.gone.cancelled() => false,
+    };
+    if !carried {
+        reset(&client);
+    }
+}
+
+/// Returns whether both sides ended the connection in order.
+async fn carry(client: &mut TcpStream, entry: &Entry) -> bool {
+    let Some(target) = target(client, entry) else {
+        return false;
+    };
+    let upstream = entry.upstream();
+    let (mut server, early) = match upstream.connect(&target).await {
+        Ok(connected) => {
+            entry.reached(Ok(()));
+            connected
+        }
+        Err(error) => {
+            entry.reached(Err(&error));
+            tracing::debug!(
+                "no connection to {target} through '{}': {error}",
+                upstream.name
+            );
+            return false;
+        }
+    };
+    let carried = async {
+        client.set_nodelay(true)?;
+        keep_alive(client)?;
+        if let crate::upstream::Stream::Tcp(server) = &server {
+            keep_alive(server)?;
+        }
+        if !early.is_empty() {
+            tokio::io::AsyncWriteExt::write_all(client, &early).await?;
+        }
+        copy::carry(client, &mut server).await
+    };
+    let carried = carried.await;
+    if let Err(error) = &carried {
+        tracing::trace!("the connection to {target} broke: {error}");
+        if let crate::upstream::Stream::Tcp(server) = &server {
+            reset(server);
+        }
+    }
+    carried.is_ok()
+}
+
+/// Where the application wanted to go; none if nobody sent the connection here.
+fn target(client: &TcpStream, entry: &Entry) -> Option<Target> {
+    let original: SocketAddr = match client.local_addr().ok()? {
+        SocketAddr::V4(_) => sockopt::ip_original_dst(client).ok()?.into(),
+        SocketAddr::V6(_) => sockopt::ipv6_original_dst(client).ok()?.into(),
+    };
+    // Somebody connected to the relay itself: there is nothing to carry that on to.
+    if client.local_addr().ok()? == original {
+        return None;
+    }
+    entry.target(original)
+}
+
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE)?;
+    Ok(())
+}
+
+/// Makes the end of a connection a reset.
+pub(crate) fn reset(stream: &TcpStream) {
+    if let Err(error) = stream.set_zero_linger() {
+        tracing::debug!("can't reset a connection: {error}");
+    }
+}

@@ -1,0 +1,57 @@
+//! TLS to a proxy, with the certificates that the system trusts.
+
+use std::io;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+/// What TLS needs to know, read from the system once, when it is first wanted.
+#[derive(Debug, Clone)]
+pub(crate) struct Tls(Arc<ClientConfig>);
+
+impl Tls {
+    /// Reads the system's certificates. SSL_CERT_FILE and SSL_CERT_DIR name others.
+    ///
+    /// # Errors
+    /// If there are none, or nothing secure can be agreed on with anybody.
+    pub(crate) fn load() -> io::Result<Self> {
+        let loaded = rustls_native_certs::load_native_certs();
+        let mut roots = RootCertStore::empty();
+        let (added, _) = roots.add_parsable_certificates(loaded.certs);
+        if added == 0 {
+            let why = loaded
+                .errors
+                .first()
+                .map_or_else(|| "there are none".to_owned(), ToString::to_string);
+            return Err(io::Error::other(format!(
+                "can't read the system's certificates: {why}"
+            )));
+        }
+        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .map_err(io::Error::other)?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        Ok(Self(Arc::new(config)))
+    }
+
+    /// Begins TLS with a server of this name or address.
+    ///
+    /// # Errors
+    /// If it can't prove that it is the one, or the connection breaks.
+    pub(crate) async fn connect(
+        &self,
+        host: &str,
+        stream: TcpStream,
+    ) -> io::Result<TlsStream<TcpStream>> {
+        let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+        TlsConnector::from(self.0.clone())
+            .connect(name, stream)
+            .await
+    }
+}

@@ -1,0 +1,422 @@
+//! UDP, by associations with a SOCKS5 server (RFC 1928, 7).
+//!
+//! Each destination of each of an application's sockets is a *flow*: the kernel shows another client port for it. The
+//! flows of one socket share one association, so that the other ends of them all see it at one address.
+//! A flow to a name has an association of its own, since answers come from an address.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::sync::{OnceCell, OwnedSemaphorePermit};
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::relay::Entry;
+use crate::socks;
+use crate::target::Target;
+use crate::upstream::{Error, Upstream};
+
+/// The largest datagram, and the largest header before one.
+const DATAGRAM: usize = 65_536;
+
+/// How many datagrams of a flow may wait until the proxy is ready for them.
+const WAITING: usize = 16;
+
+/// How often to look for flows that are over.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// How long after its first answer a flow has conntrack's longer time (net/netfilter/nf_conntrack_proto_udp.c, two
+/// seconds; one more to be on the safe side).
+const STREAM: Duration = Duration::from_secs(3);
+
+/// How long before conntrack a flow is forgotten here: later the same client port may mean another one.
+const MARGIN: Duration = Duration::from_secs(2);
+
+/// How long to wait after receiving failed.
+const BACK_OFF: Duration = Duration::from_millis(50);
+
+thread_local! {
+    static SHARED: RefCell<Box<[u8]>> = RefCell::new(vec![0; DATAGRAM].into_boxed_slice());
+}
+
+/// How long the kernel remembers flows.
+#[derive(Debug, Clone, Copy)]
+struct Timeouts {
+    /// Without an answer, or with a first one.
+    short: Duration,
+    /// With more.
+    long: Duration,
+}
+
+impl Timeouts {
+    fn load() -> Self {
+        let read = |name: &str, default| {
+            let path = format!("/proc/sys/net/netfilter/{name}");
+            let text = std::fs::read_to_string(path).unwrap_or_default();
+            let seconds = text.trim().parse().unwrap_or(default);
+            Duration::from_secs(seconds).saturating_sub(MARGIN)
+        };
+        // The kernel's own defaults, where it tells nobody.
+        Self {
+            short: read("nf_conntrack_udp_timeout", 30),
+            long: read("nf_conntrack_udp_timeout_stream", 120),
+        }
+    }
+}
+
+/// One application's socket talking to one destination.
+#[derive(Debug)]
+struct Flow {
+    timeouts: Timeouts,
+    state: RefCell<State>,
+    first_answer: Cell<Option<Instant>>,
+    /// When it is over, unless something happens.
+    deadline: Cell<Instant>,
+    _permit: OwnedSemaphorePermit,
+}
+
+#[derive(Debug)]
+enum State {
+    /// These datagrams wait for the proxy.
+    Waiting(Vec<Vec<u8>>),
+    /// The proxy takes datagrams with this header in front.
+    Ready {
+        association: Rc<Association>,
+        header: Vec<u8>,
+        /// By what answers are known.
+        key: Option<SocketAddr>,
+    },
+    /// It does not: they go nowhere until this flow is over.
+    Failed,
+}
+
+impl Flow {
+    fn touch(&self) {
+        let now = Instant::now();
+        let stream = self.first_answer.get().is_some_and(|at| now > at + STREAM);
+        let time = match stream {
+            true => self.timeouts.long,
+            false => self.timeouts.short,
+        };
+        self.deadline.set(now + time);
+    }
+
+    /// Whether its association has ended.
+    fn is_dead(&self) -> bool {
+        match &*self.state.borrow() {
+            State::Ready { association, .. } => association.dead.get(),
+            _ => false,
+        }
+    }
+
+    fn send(&self, datagram: &[u8]) {
+        match &mut *self.state.borrow_mut() {
+            State::Waiting(waiting) => {
+                if waiting.len() < WAITING {
+                    waiting.push(datagram.to_vec());
+                }
+            }
+            State::Ready {
+                association,
+                header,
+                ..
+            } => association.send(header, datagram),
+            State::Failed => {}
+        }
+    }
+}
+
+impl Drop for Flow {
+    fn drop(&mut self) {
+        if let State::Ready {
+            association, key, ..
+        } = &*self.state.borrow()
+        {
+            association.routes.borrow_mut().remove(key);
+        }
+    }
+}
+
+/// What an answer needs to get back.
+#[derive(Debug, Clone)]
+struct Route {
+    listener: Rc<UdpSocket>,
+    client: SocketAddr,
+    flow: Weak<Flow>,
+}
+
+/// Answers by whom they come from; for a name, whoever that is.
+type Routes = Rc<RefCell<HashMap<Option<SocketAddr>, Route>>>;
+
+/// Somebody at the proxy who passes datagrams on. It ends when the last flow that uses it does.
+#[derive(Debug)]
+struct Association {
+    socket: Rc<UdpSocket>,
+    routes: Routes,
+    /// The proxy has ended it.
+    dead: Rc<Cell<bool>>,
+    _end: DropGuard,
+}
+
+impl Association {
+    async fn open(upstream: &Upstream) -> Result<Rc<Self>, Error> {
+        let (control, relay) = upstream.associate().await?;
+        let down = |error: std::io::Error| Error::Down(error.to_string());
+        let any: SocketAddr = match relay {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+        };
+        let socket = Rc::new(UdpSocket::bind(any).await.map_err(down)?);
+        socket.connect(relay).await.map_err(down)?;
+        let end = CancellationToken::new();
+        let association = Rc::new(Self {
+            socket: socket.clone(),
+            routes: Routes::default(),
+            dead: Rc::default(),
+            _end: end.clone().drop_guard(),
+        });
+        let routes = association.routes.clone();
+        let dead = association.dead.clone();
+        tokio::task::spawn_local(async move {
+            tokio::select! {
+                () = answers(&socket, &routes) => {}
+                () = ended(control) => {}
+                () = end.cancelled() => {}
+            }
+            dead.set(true);
+        });
+        Ok(association)
+    }
+
+    /// Sends it, or not: it is a datagram.
+    fn send(&self, header: &[u8], datagram: &[u8]) {
+        let message = [header, datagram].concat();
+        if let Err(error) = self.socket.try_send(&message) {
+            tracing::trace!("a datagram was not sent: {error}");
+        }
+    }
+}
+
+/// Returns when the proxy ends the connection that stands for an association.
+async fn ended(mut control: TcpStream) {
+    let mut nothing = [0; 16];
+    while let Ok(1..) = control.read(&mut nothing).await {}
+}
+
+/// Brings answers back, for ever.
+async fn answers(socket: &UdpSocket, routes: &RefCell<HashMap<Option<SocketAddr>, Route>>) {
+    while socket.readable().await.is_ok() {
+        SHARED.with_borrow_mut(|buffer| {
+            // An error is what became of a datagram that was sent before.
+            let Ok(length) = socket.try_recv(buffer) else {
+                return;
+            };
+            let message = buffer.get(..length).unwrap_or_default();
+            let Some((from, payload)) = socks::parse_datagram(message) else {
+                return;
+            };
+            let route = {
+                let routes = routes.borrow();
+                let named = || routes.get(&None);
+                routes.get(&from).or_else(named).cloned()
+            };
+            let Some(route) = route else { return };
+            let Some(flow) = route.flow.upgrade() else {
+                return;
+            };
+            if let Err(error) = route.listener.try_send_to(payload, route.client) {
+                tracing::trace!("an answer was not sent: {error}");
+                return;
+            }
+            if flow.first_answer.get().is_none() {
+                flow.first_answer.set(Some(Instant::now()));
+            }
+            flow.touch();
+        });
+        tokio::task::coop::consume_budget().await;
+    }
+}
+
+/// The association that the flows of one socket share, made by the first of them.
+#[derive(Debug)]
+struct Slot {
+    upstream: Rc<Upstream>,
+    association: OnceCell<Weak<Association>>,
+}
+
+/// The associations of all sockets.
+type Slots = Rc<RefCell<HashMap<SocketAddr, Rc<Slot>>>>;
+
+/// Carries datagrams on until the proxy is gone.
+pub(crate) async fn run(listener: Rc<UdpSocket>, entry: Rc<Entry>) {
+    let timeouts = Timeouts::load();
+    let mut flows: HashMap<SocketAddr, Rc<Flow>> = HashMap::new();
+    let slots = Slots::default();
+    let mut sweep = interval(SWEEP);
+    sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut counted = 0;
+    loop {
+        tokio::select! {
+            readable = listener.readable() => {
+                if let Err(error) = readable {
+                    tracing::warn!("can't receive: {error}");
+                    tokio::time::sleep(BACK_OFF).await;
+                }
+            }
+            _ = sweep.tick(), if !flows.is_empty() => {
+                let now = Instant::now();
+                flows.retain(|_, flow| flow.deadline.get() > now && !flow.is_dead());
+                slots.borrow_mut().retain(|_, slot| {
+                    // One that is not open yet has somebody waiting for it.
+                    slot.association.get().is_none_or(|a| a.strong_count() > 0)
+                });
+            }
+            () = entry.gone.cancelled() => return,
+        }
+        receive(&listener, &entry, timeouts, &mut flows, &slots);
+        let others = entry.flows.get().saturating_sub(counted);
+        counted = flows.len();
+        entry.flows.set(others + counted);
+        tokio::task::coop::consume_budget().await;
+    }
+}
+
+/// Takes a datagram, if there is one.
+fn receive(
+    listener: &Rc<UdpSocket>,
+    entry: &Rc<Entry>,
+    timeouts: Timeouts,
+    flows: &mut HashMap<SocketAddr, Rc<Flow>>,
+    slots: &Slots,
+) {
+    SHARED.with_borrow_mut(|buffer| {
+        let Ok((length, client)) = listener.try_recv_from(buffer) else {
+            return;
+        };
+        let datagram = buffer.get(..length).unwrap_or_default();
+        let known = flows.get(&client);
+        if let Some(flow) = known
+            && flow.deadline.get() > Instant::now()
+            && !flow.is_dead()
+        {
+            flow.touch();
+            return flow.send(datagram);
+        }
+        flows.remove(&client);
+        let Ok(permit) = entry.shared.flows.clone().try_acquire_owned() else {
+            return;
+        };
+        let flow = Rc::new(Flow {
+            timeouts,
+            state: RefCell::new(State::Waiting(vec![datagram.to_vec()])),
+            first_answer: Cell::new(None),
+            deadline: Cell::new(Instant::now()),
+            _permit: permit,
+        });
+        flow.touch();
+        flows.insert(client, flow.clone());
+        let (listener, entry, slots) = (listener.clone(), entry.clone(), slots.clone());
+        tokio::task::spawn_local(async move {
+            if !begin(&flow, &listener, &entry, &slots, client).await {
+                *flow.state.borrow_mut() = State::Failed;
+            }
+        });
+    });
+}
+
+/// Finds out where a flow goes, and gets it an association. Returns whether that worked.
+async fn begin(
+    flow: &Rc<Flow>,
+    listener: &Rc<UdpSocket>,
+    entry: &Rc<Entry>,
+    slots: &Slots,
+    client: SocketAddr,
+) -> bool {
+    let Ok(local) = listener.local_addr() else {
+        return false;
+    };
+    let Some(original) = entry.shared.originals.find(local, client).await else {
+        return false;
+    };
+    let Some(target) = entry.target(original.destination) else {
+        return false;
+    };
+    let upstream = entry.upstream();
+    let (associated, key) = match &target {
+        Target::Name(..) => (Association::open(&upstream).await, None),
+        Target::Address(address) => {
+            let associated = shared(slots, original.source, &upstream).await;
+            (associated, Some(*address))
+        }
+    };
+    entry.reached_for_udp(associated.as_ref().map(|_| ()));
+    let (Ok(association), Ok(header)) = (associated, socks::datagram_header(&target)) else {
+        return false;
+    };
+    let route = Route {
+        listener: listener.clone(),
+        client,
+        flow: Rc::downgrade(flow),
+    };
+    association.routes.borrow_mut().insert(key, route);
+    let ready = State::Ready {
+        association: association.clone(),
+        header,
+        key,
+    };
+    if let State::Waiting(waiting) = flow.state.replace(ready) {
+        for datagram in waiting {
+            flow.send(&datagram);
+        }
+    }
+    true
+}
+
+/// The association of one socket.
+async fn shared(
+    slots: &Slots,
+    source: SocketAddr,
+    upstream: &Rc<Upstream>,
+) -> Result<Rc<Association>, Error> {
+    let alive = |weak: &Weak<Association>| weak.upgrade().filter(|a| !a.dead.get());
+    loop {
+        let slot = {
+            let mut slots = slots.borrow_mut();
+            let over = slots.get(&source).is_some_and(|slot| {
+                !Rc::ptr_eq(&slot.upstream, upstream)
+                    || slot
+                        .association
+                        .get()
+                        .is_some_and(|weak| alive(weak).is_none())
+            });
+            if over {
+                slots.remove(&source);
+            }
+            let fresh = || {
+                Rc::new(Slot {
+                    upstream: upstream.clone(),
+                    association: OnceCell::new(),
+                })
+            };
+            slots.entry(source).or_insert_with(fresh).clone()
+        };
+        // Kept by whoever opens it until there is a flow that uses it.
+        let mut opened = None;
+        let weak = slot
+            .association
+            .get_or_try_init(|| async {
+                let association = Association::open(upstream).await?;
+                opened = Some(association.clone());
+                Ok::<_, Error>(Rc::downgrade(&association))
+            })
+            .await?;
+        if let Some(association) = opened.or_else(|| alive(weak)) {
+            return Ok(association);
+        }
+    }
+}

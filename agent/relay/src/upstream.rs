@@ -1,0 +1,198 @@
+//! The proxies that connections are carried on to.
+
+use std::cell::RefCell;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::client::TlsStream;
+
+use crate::http;
+use crate::socks::{self, Credentials};
+use crate::target::Target;
+use crate::tls::Tls;
+
+/// How long a proxy may take to accept a connection.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// How long a proxy may take to reach a destination: longer than the two minutes after which
+/// connect(2) gives up would be of no use to anybody.
+const HANDSHAKE: Duration = Duration::from_secs(120);
+
+/// How a proxy is spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// SOCKS5.
+    Socks5,
+    /// HTTP CONNECT.
+    Http,
+    /// HTTP CONNECT, within TLS.
+    Https,
+}
+
+/// A proxy that connections are carried on to.
+#[derive(Debug)]
+pub struct Upstream {
+    /// Its name in the user's configuration.
+    pub name: String,
+    /// How it is spoken to.
+    pub protocol: Protocol,
+    /// Its address or name.
+    pub host: String,
+    /// Its port.
+    pub port: u16,
+    /// Who to say that one is.
+    pub credentials: Option<Credentials>,
+    tls: RefCell<Option<Tls>>,
+}
+
+/// Why a connection was not carried on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The proxy is not there, or no proxy of its kind: nothing gets through.
+    #[error("{0}")]
+    Down(String),
+    /// It does not carry this one on.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// A connection to a destination, through a proxy.
+#[derive(Debug)]
+pub(crate) enum Stream {
+    /// As it is.
+    Tcp(TcpStream),
+    /// Within TLS.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Upstream {
+    /// A proxy, which is not spoken to yet.
+    #[must_use]
+    pub fn new(
+        name: String,
+        protocol: Protocol,
+        host: String,
+        port: u16,
+        credentials: Option<Credentials>,
+    ) -> Self {
+        Self {
+            name,
+            protocol,
+            host,
+            port,
+            credentials,
+            tls: RefCell::default(),
+        }
+    }
+
+    /// Whether the other one is the same in all that matters.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        (&self.host, self.port, self.protocol) == (&other.host, other.port, other.protocol)
+            && self.credentials == other.credentials
+    }
+
+    /// A connection to `target`, and what has come from there already.
+    ///
+    /// # Errors
+    /// If the proxy is not there, or does not carry it on.
+    pub(crate) async fn connect(&self, target: &Target) -> Result<(Stream, Vec<u8>), Error> {
+        let mut stream = self.dial().await?;
+        let asked = async {
+            match &mut stream {
+                Stream::Tcp(stream) => self.ask(stream, target).await,
+                Stream::Tls(stream) => self.ask(stream.as_mut(), target).await,
+            }
+        };
+        match timeout(HANDSHAKE, asked).await {
+            Ok(asked) => Ok((stream, asked?)),
+            Err(_) => Err(Error::Refused("it does not answer".into())),
+        }
+    }
+
+    async fn ask<S>(&self, stream: &mut S, target: &Target) -> Result<Vec<u8>, Error>
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    {
+        let credentials = self.credentials.as_ref();
+        match self.protocol {
+            Protocol::Socks5 => {
+                socks::connect(stream, credentials, target).await?;
+                Ok(Vec::new())
+            }
+            Protocol::Http | Protocol::Https => {
+                Ok(http::connect(stream, credentials, target).await?)
+            }
+        }
+    }
+
+    /// Somebody to send datagrams to: where that is, and the connection that it ends with.
+    ///
+    /// # Errors
+    /// If the proxy has no such thing.
+    pub(crate) async fn associate(&self) -> Result<(TcpStream, SocketAddr), Error> {
+        let Stream::Tcp(mut stream) = self.dial().await? else {
+            return Err(Error::Refused("an HTTP proxy carries no UDP".into()));
+        };
+        let asked = socks::associate(&mut stream, self.credentials.as_ref());
+        let mut relay = match timeout(CONNECT, asked).await {
+            Ok(relay) => relay?,
+            Err(_) => return Err(Error::Down("it does not answer".into())),
+        };
+        // Many a server that listens on all addresses says just that.
+        if relay.ip().is_unspecified() {
+            let peer = stream.peer_addr().map_err(|e| Error::Down(e.to_string()))?;
+            relay.set_ip(peer.ip());
+        }
+        Ok((stream, relay))
+    }
+
+    async fn dial(&self) -> Result<Stream, Error> {
+        let down = |error: io::Error| Error::Down(error.to_string());
+        let connected = TcpStream::connect((self.host.as_str(), self.port));
+        let stream = match timeout(CONNECT, connected).await {
+            Ok(stream) => stream.map_err(down)?,
+            Err(_) => return Err(Error::Down("it does not answer".into())),
+        };
+        // What is worth a packet to the sender is worth one here.
+        stream.set_nodelay(true).map_err(down)?;
+        if self.protocol != Protocol::Https {
+            return Ok(Stream::Tcp(stream));
+        }
+        let known = self.tls.borrow().clone();
+        let tls = match known {
+            Some(tls) => tls,
+            None => {
+                let tls = Tls::load().map_err(down)?;
+                self.tls.borrow_mut().insert(tls).clone()
+            }
+        };
+        match timeout(CONNECT, tls.connect(&self.host, stream)).await {
+            Ok(stream) => Ok(Stream::Tls(Box::new(stream.map_err(down)?))),
+            Err(_) => Err(Error::Down("it does not answer".into())),
+        }
+    }
+}
+
+impl From<socks::Error> for Error {
+    fn from(error: socks::Error) -> Self {
+        match error {
+            socks::Error::Refused(_) | socks::Error::NameTooLong => {
+                Self::Refused(error.to_string())
+            }
+            _ => Self::Down(error.to_string()),
+        }
+    }
+}
+
+impl From<http::Error> for Error {
+    fn from(error: http::Error) -> Self {
+        match error {
+            http::Error::Refused(_) => Self::Refused(error.to_string()),
+            _ => Self::Down(error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! The networks of addresses that stand for names.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::config::reader::Reader;
+use crate::config::yaml::{Node, Value};
+use crate::config::{FakeAddresses, Means, Network};
+use crate::text::printable;
+
+use super::tproxy::Proxies;
+
+/// The networks that the relay takes them from unless it is told otherwise: those for benchmarks.
+const DEFAULT: [(IpAddr, u8); 2] = [
+    (IpAddr::V4(Ipv4Addr::new(198, 18, 0, 0)), 15),
+    (IpAddr::V6(Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0)), 48),
+];
+
+impl Reader<'_> {
+    /// A network of each family, or one of them.
+    pub(super) fn fake_addresses(&mut self, node: &Node) -> FakeAddresses {
+        let items = match &node.value {
+            Value::List(items) => items.as_slice(),
+            _ => std::slice::from_ref(node),
+        };
+        let mut networks = FakeAddresses::default();
+        for item in items {
+            let Some(text) = self.text(item, "an entry of 'fake-addresses'") else {
+                continue;
+            };
+            // Room for a few names at least.
+            let network = text
+                .parse::<Network>()
+                .ok()
+                .map(|network| network.network())
+                .filter(|network| match network.address() {
+                    IpAddr::V4(_) => network.prefix() <= 30,
+                    IpAddr::V6(_) => network.prefix() <= 126,
+                });
+            let Some(network) = network else {
+                let message = format!("'{}' is no network", printable(&text));
+                self.error(item.place, message).help =
+                    Some("write one like '198.18.0.0/15' or '2001:2::/48'".into());
+                continue;
+            };
+            let second = match network.address() {
+                IpAddr::V4(_) => networks.ipv4.replace(network).is_some(),
+                IpAddr::V6(_) => networks.ipv6.replace(network).is_some(),
+            };
+            if second {
+                self.error(
+                    item.place,
+                    "'fake-addresses' has two networks of one family",
+                )
+                .help = Some("keep one of them".into());
+            }
+        }
+        networks
+    }
+
+    /// What stands for a name must not be bypassed: it leads nowhere.
+    pub(super) fn check_fake_addresses(
+        &mut self,
+        root: &Node,
+        proxies: &Proxies,
+        networks: &FakeAddresses,
+        bypass: &[Network],
+    ) {
+        let fake = |means: &Means| matches!(means, Means::Relay { fake_dns: true, .. });
+        if !proxies.list.iter().any(|proxy| fake(&proxy.means)) {
+            return;
+        }
+        let [ipv4, ipv6] = DEFAULT;
+        let range = |network: &Option<Network>, default| {
+            network.map_or(default, |network| (network.address(), network.prefix()))
+        };
+        for (address, prefix) in [range(&networks.ipv4, ipv4), range(&networks.ipv6, ipv6)] {
+            for bypassed in bypass {
+                if bypassed.overlaps(address, prefix) {
+                    let message = format!(
+                        "'bypass' has {bypassed}, but {address}/{prefix} stands for names that a proxy looks up"
+                    );
+                    self.error(root.place, message).help =
+                        Some("choose other networks with 'fake-addresses'".into());
+                }
+            }
+        }
+    }
+}

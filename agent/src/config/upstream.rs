@@ -1,0 +1,242 @@
+//! Proxies that are spoken to by SOCKS5 or HTTP, written as `SCHEME://[USER:PASSWORD@]HOST:PORT`.
+
+use std::fmt;
+use std::num::NonZeroU16;
+
+/// The longest user and password: SOCKS5 has one byte for their lengths.
+const FIELD_BYTES: usize = 255;
+
+/// How a proxy is spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    /// SOCKS5; names are looked up by whoever looks them up without it.
+    Socks5,
+    /// SOCKS5, and names are looked up by the proxy.
+    Socks5h,
+    /// HTTP CONNECT.
+    Http,
+    /// HTTP CONNECT, within TLS.
+    Https,
+}
+
+impl Scheme {
+    /// As it is written.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Socks5 => "socks5",
+            Self::Socks5h => "socks5h",
+            Self::Http => "http",
+            Self::Https => "https",
+        }
+    }
+
+    /// Whether it carries TCP alone.
+    #[must_use]
+    pub fn is_http(self) -> bool {
+        matches!(self, Self::Http | Self::Https)
+    }
+
+    /// Where such a proxy listens unless somebody says otherwise.
+    fn port(self) -> u16 {
+        match self {
+            Self::Socks5 | Self::Socks5h => 1080,
+            // As curl has it.
+            Self::Http => 1080,
+            Self::Https => 443,
+        }
+    }
+}
+
+/// A proxy elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Upstream {
+    /// How it is spoken to.
+    pub scheme: Scheme,
+    /// Its name or address.
+    pub host: String,
+    /// Its port.
+    pub port: NonZeroU16,
+    /// User and password.
+    pub credentials: Option<(String, String)>,
+}
+
+/// Without the password.
+impl fmt::Display for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            scheme, host, port, ..
+        } = self;
+        match host.contains(':') {
+            true => write!(f, "{}://[{host}]:{port}", scheme.name()),
+            false => write!(f, "{}://{host}:{port}", scheme.name()),
+        }
+    }
+}
+
+/// What is wrong with one. What is said of it never has the password in it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidUpstream {
+    /// There is no known scheme.
+    #[error("it does not begin with 'socks5://', 'socks5h://', 'http://' or 'https://'")]
+    Scheme,
+    /// There is no host.
+    #[error("it names no host")]
+    Host,
+    /// What follows the host is no port.
+    #[error("what follows the host is no port from 1 to 65535")]
+    Port,
+    /// User and password can't be told.
+    #[error(
+        "user and password are written as 'USER:PASSWORD@', neither of them empty or longer than 255 bytes, \
+         with '%' and two digits for characters that mean something else"
+    )]
+    Credentials,
+    /// There is something after the port.
+    #[error("nothing may follow the port")]
+    Path,
+}
+
+impl std::str::FromStr for Upstream {
+    type Err = InvalidUpstream;
+
+    fn from_str(text: &str) -> Result<Self, InvalidUpstream> {
+        let (scheme, rest) = text.split_once("://").ok_or(InvalidUpstream::Scheme)?;
+        let scheme = match scheme.to_ascii_lowercase().as_str() {
+            "socks5" => Scheme::Socks5,
+            "socks5h" => Scheme::Socks5h,
+            "http" => Scheme::Http,
+            "https" => Scheme::Https,
+            _ => return Err(InvalidUpstream::Scheme),
+        };
+        let authority = rest.strip_suffix('/').unwrap_or(rest);
+        if authority.contains(['/', '?', '#']) {
+            return Err(InvalidUpstream::Path);
+        }
+        let (credentials, address) = match authority.rsplit_once('@') {
+            Some((credentials, address)) => (Some(self::credentials(credentials)?), address),
+            None => (None, authority),
+        };
+        let (host, port) = match address.strip_prefix('[') {
+            Some(rest) => {
+                let (host, port) = rest.split_once(']').ok_or(InvalidUpstream::Host)?;
+                host.parse::<std::net::Ipv6Addr>()
+                    .map_err(|_| InvalidUpstream::Host)?;
+                let port = match port.strip_prefix(':') {
+                    None if port.is_empty() => None,
+                    None => return Err(InvalidUpstream::Port),
+                    port => port,
+                };
+                (host, port)
+            }
+            None => match address.split_once(':') {
+                Some((host, port)) => (host, Some(port)),
+                None => (address, None),
+            },
+        };
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | ':');
+        if host.is_empty() || host.len() > FIELD_BYTES || !host.chars().all(allowed) {
+            return Err(InvalidUpstream::Host);
+        }
+        let port = match port {
+            Some(port) => port.parse().map_err(|_| InvalidUpstream::Port)?,
+            None => NonZeroU16::new(scheme.port()).ok_or(InvalidUpstream::Port)?,
+        };
+        Ok(Self {
+            scheme,
+            host: host.to_owned(),
+            port,
+            credentials,
+        })
+    }
+}
+
+fn credentials(text: &str) -> Result<(String, String), InvalidUpstream> {
+    let invalid = InvalidUpstream::Credentials;
+    let (user, password) = text.split_once(':').ok_or(invalid.clone())?;
+    let field = |text| {
+        let text = decoded(text)?;
+        (!text.is_empty() && text.len() <= FIELD_BYTES).then_some(text)
+    };
+    match (field(user), field(password)) {
+        (Some(user), Some(password)) => Ok((user, password)),
+        _ => Err(invalid),
+    }
+}
+
+/// Replaces '%' and two hexadecimal digits by the byte that they mean.
+fn decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, after)) = rest.split_first() {
+        rest = after;
+        if byte != b'%' {
+            bytes.push(byte);
+            continue;
+        }
+        let (digits, after) = rest.split_first_chunk::<2>()?;
+        rest = after;
+        if !digits.iter().all(u8::is_ascii_hexdigit) {
+            return None;
+        }
+        let digits = std::str::from_utf8(digits).ok()?;
+        bytes.push(u8::from_str_radix(digits, 16).ok()?);
+    }
+    String::from_utf8(bytes).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(text: &str) -> Result<String, InvalidUpstream> {
+        let upstream: Upstream = text.parse()?;
+        Ok(match &upstream.credentials {
+            Some((user, password)) => format!("{upstream} {user} {password}"),
+            None => upstream.to_string(),
+        })
+    }
+
+    #[test]
+    fn reads_what_curl_reads() {
+        for (text, expected) in [
+            ("socks5://127.0.0.1:1080", "socks5://127.0.0.1:1080"),
+            ("SOCKS5h://localhost/", "socks5h://localhost:1080"),
+            ("http://proxy.example:3128", "http://proxy.example:3128"),
+            ("https://[2001:db8::1]", "https://[2001:db8::1]:443"),
+            ("http://[::1]:80/", "http://[::1]:80"),
+            ("socks5://me:p%40ss:w@h:1", "socks5://h:1 me p@ss:w"),
+        ] {
+            assert_eq!(read(text).as_deref(), Ok(expected));
+        }
+        for (text, expected) in [
+            ("", InvalidUpstream::Scheme),
+            ("127.0.0.1:1080", InvalidUpstream::Scheme),
+            ("socks4://h:1", InvalidUpstream::Scheme),
+            ("socks5://", InvalidUpstream::Host),
+            ("socks5://:1", InvalidUpstream::Host),
+            ("socks5://a b:1", InvalidUpstream::Host),
+            ("http://[::1", InvalidUpstream::Host),
+            ("http://[h]:1", InvalidUpstream::Host),
+            ("socks5://h:0", InvalidUpstream::Port),
+            ("socks5://h:65536", InvalidUpstream::Port),
+            ("socks5://::1", InvalidUpstream::Host),
+            ("http://h:1/path", InvalidUpstream::Path),
+            ("http://me@h:1", InvalidUpstream::Credentials),
+            ("http://me:@h:1", InvalidUpstream::Credentials),
+            ("http://me:%4@h:1", InvalidUpstream::Credentials),
+            ("http://me:%ff@h:1", InvalidUpstream::Credentials),
+            ("http://me:%+1@h:1", InvalidUpstream::Credentials),
+        ] {
+            assert_eq!(read(text), Err(expected), "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in "(socks5://|http://|\\[|\\]|@|:|%|\\PC){0,12}") {
+            let _ = text.parse::<Upstream>();
+        }
+    }
+}

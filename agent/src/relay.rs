@@ -1,0 +1,247 @@
+//! The relay, which carries connections on to proxies elsewhere: told what to do, and asked where it listens.
+//!
+//! systemd starts it when the agent connects to its socket. Nothing waits for it: until it has said where it
+//! listens, the helper has what goes to it refused.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use cgtproxy_proto::client::{CallError, Client};
+use cgtproxy_proto::relay::{
+    Configure_Args, Configure_Reply, GetStatus_Args, GetStatus_Reply, Protocol, Upstream,
+};
+use tokio::time::{sleep, timeout};
+
+use crate::config::{Config, Means, Network, Proxy, Scheme};
+use crate::state::Agent;
+use crate::text::{chain, printable};
+
+/// How long to wait before connecting again: doubled from one to the other.
+const RECONNECT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+
+/// How long the relay may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What is known of the relay.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Relay {
+    /// Where it listens for each proxy, and where it answers DNS queries.
+    ports: BTreeMap<String, (u16, Option<u16>)>,
+    /// Why it can't be told what to do.
+    pub problem: Option<String>,
+}
+
+impl Relay {
+    /// The port of a proxy that the relay has; 0 if it has not said yet.
+    #[must_use]
+    pub fn port(&self, proxy: &Proxy) -> u16 {
+        let ports = self.ports.get(proxy.name.as_str());
+        ports.map_or(0, |(port, _)| *port)
+    }
+
+    /// The port of a proxy's DNS server.
+    #[must_use]
+    pub fn dns_port(&self, proxy: &Proxy) -> Option<u16> {
+        self.ports
+            .get(proxy.name.as_str())
+            .and_then(|(_, dns)| *dns)
+    }
+
+    /// Whether it is still to be heard from.
+    #[must_use]
+    pub fn is_awaited(&self, config: &Config) -> bool {
+        let relayed = config
+            .proxies
+            .iter()
+            .filter(|proxy| matches!(proxy.means, Means::Relay { .. }));
+        self.problem.is_none() && relayed.into_iter().any(|proxy| self.port(proxy) == 0)
+    }
+}
+
+/// Where the relay of a user listens.
+#[must_use]
+pub fn default_socket() -> PathBuf {
+    let runtime = match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(directory) if !directory.is_empty() => directory.into(),
+        _ => {
+            let uid = rustix::process::getuid().as_raw();
+            PathBuf::from(format!("/run/user/{uid}"))
+        }
+    };
+    runtime.join("cgtproxy-relay.sock")
+}
+
+/// How the relay and its proxies are doing.
+///
+/// # Errors
+/// Why it does not say, in a sentence.
+pub async fn status(socket: &Path) -> Result<GetStatus_Reply, String> {
+    let mut client = Client::connect(socket)
+        .await
+        .map_err(|error| unreachable(socket, &error))?;
+    let call = client.call("org.cgtproxy.Relay.GetStatus", GetStatus_Args {});
+    match timeout(PATIENCE, call).await {
+        Ok(reply) => reply.map_err(|error| lost(&error)),
+        Err(_) => Err("the relay does not answer".to_owned()),
+    }
+}
+
+/// Keeps the relay in step with the configuration, for ever.
+pub async fn run(agent: &Agent, socket: &Path) {
+    let mut changes = agent.subscribe();
+    let mut back_off = RECONNECT.0;
+    loop {
+        let wanted = wanted(agent);
+        if wanted.upstreams.is_empty() {
+            settle(agent, Relay::default());
+            if changes.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
+        let why = match Client::connect(socket).await {
+            Ok(mut client) => {
+                let (why, configured) = converse(agent, &mut client, &mut changes, wanted).await;
+                if configured {
+                    back_off = RECONNECT.0;
+                }
+                why
+            }
+            Err(error) => Some(unreachable(socket, &error)),
+        };
+        let Some(why) = why else { continue };
+        // Where it listened stays: whoever comes next tries to listen there again.
+        let known = agent.state().relay.clone();
+        if known.problem.as_ref() != Some(&why) {
+            tracing::warn!("{why}; what goes to proxies by it is refused; trying again");
+        }
+        let problem = Some(why);
+        settle(agent, Relay { problem, ..known });
+        sleep(back_off).await;
+        back_off = (back_off * 2).min(RECONNECT.1);
+    }
+}
+
+/// Tells the relay what to do until it is gone, or nothing is left for it to do. Returns why, and whether
+/// it has done anything.
+async fn converse(
+    agent: &Agent,
+    client: &mut Client,
+    changes: &mut tokio::sync::watch::Receiver<()>,
+    mut wanted: Configure_Args,
+) -> (Option<String>, bool) {
+    let mut configured = false;
+    loop {
+        let call = client.call("org.cgtproxy.Relay.Configure", &wanted);
+        let reply: Configure_Reply = match timeout(PATIENCE, call).await {
+            Ok(Ok(reply)) => reply,
+            Ok(Err(error)) => return (Some(lost(&error)), configured),
+            Err(_) => return (Some("the relay does not answer".to_owned()), configured),
+        };
+        configured = true;
+        let port = |number| u16::try_from(number).unwrap_or(0);
+        let listeners = reply.listeners.into_iter();
+        let ports = listeners.map(|l| (l.name, (port(l.port), l.dnsPort.map(port))));
+        settle(
+            agent,
+            Relay {
+                ports: ports.collect(),
+                problem: None,
+            },
+        );
+        // With the ports that it prefers from now on.
+        wanted = self::wanted(agent);
+        loop {
+            tokio::select! {
+                changed = changes.changed() => {
+                    if changed.is_err() {
+                        return (None, configured);
+                    }
+                    let now = self::wanted(agent);
+                    if now.upstreams.is_empty() {
+                        return (None, configured);
+                    }
+                    if now != wanted {
+                        wanted = now;
+                        break;
+                    }
+                }
+                () = client.closed() => {
+                    return (Some("the relay is gone".to_owned()), configured);
+                }
+            }
+        }
+    }
+}
+
+/// Notes what is known of the relay, and has the helper told if it matters to it.
+fn settle(agent: &Agent, relay: Relay) {
+    {
+        let mut state = agent.state_mut();
+        if state.relay == relay {
+            return;
+        }
+        let moved = state.relay.ports != relay.ports;
+        state.relay = relay;
+        if moved {
+            state.relay_moved();
+        }
+    }
+    agent.wake();
+}
+
+/// What the relay is to do.
+fn wanted(agent: &Agent) -> Configure_Args {
+    let state = agent.state();
+    let config = &state.source().config;
+    let relayed = config.proxies.iter().filter_map(|proxy| {
+        let Means::Relay { upstream, fake_dns } = &proxy.means else {
+            return None;
+        };
+        let (user, password) = upstream.credentials.clone().unzip();
+        Some(Upstream {
+            name: proxy.name.to_string(),
+            protocol: match upstream.scheme {
+                Scheme::Socks5 | Scheme::Socks5h => Protocol::socks5,
+                Scheme::Http => Protocol::http,
+                Scheme::Https => Protocol::https,
+            },
+            host: upstream.host.clone(),
+            port: upstream.port.get().into(),
+            user,
+            password,
+            fakeDns: *fake_dns,
+            noIpv6: Some(proxy.no_ipv6),
+            preferredPort: match state.relay.port(proxy) {
+                0 => None,
+                port => Some(port.into()),
+            },
+        })
+    });
+    let text = |network: Option<Network>| network.map(|network| network.to_string());
+    Configure_Args {
+        upstreams: relayed.collect(),
+        fakeIpv4: text(config.fake_addresses.ipv4),
+        fakeIpv6: text(config.fake_addresses.ipv6),
+    }
+}
+
+fn unreachable(socket: &Path, error: &io::Error) -> String {
+    let socket = printable(&socket.to_string_lossy());
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => format!(
+            "no relay listens on {socket}: is cgtproxy-relay.socket running? (systemctl --user start \
+             cgtproxy-relay.socket)"
+        ),
+        _ => format!("can't connect to the relay at {socket}: {}", chain(error)),
+    }
+}
+
+fn lost(error: &CallError) -> String {
+    match error {
+        CallError::Fault(_) => format!("the relay refuses: {}", chain(error)),
+        error => format!("lost the relay: {}", chain(error)),
+    }
+}
