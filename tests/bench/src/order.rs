@@ -18,6 +18,8 @@ pub(crate) enum Kind {
     Original,
     /// cgtproxy.
     Ours,
+    /// cgtproxy with `start: closed`.
+    Closed,
 }
 
 impl Kind {
@@ -30,6 +32,7 @@ impl Kind {
             Self::Layout => "the original's layout",
             Self::Original => "the original",
             Self::Ours => "cgtproxy",
+            Self::Closed => "cgtproxy, start: closed",
         }
     }
 }

@@ -154,14 +154,18 @@ impl<'a> Site<'a> {
                 this.counter = counter("cgtproxy", "cgroup-vmap");
                 this.await_count(0);
             }
-            Kind::Ours => {
+            Kind::Ours | Kind::Closed => {
                 this.helper = Some(
                     sandbox
                         .helper()
                         .config("mark-mask: 0xfff00000\nlimits: { control-groups: 32768 }\n")
                         .start(),
                 );
-                this.agent = Some(this.user.agent(&config()).start());
+                let mut config = config();
+                if kind == Kind::Closed {
+                    config += "start: closed\n";
+                }
+                this.agent = Some(this.user.agent(&config).start());
                 this.counter = counter("cgtproxy", "cgroups-1001");
             }
         }
@@ -212,7 +216,9 @@ impl<'a> Site<'a> {
                     writer.change(ids, &[]).expect("the kernel takes them");
                 }
             }
-            Kind::Floor | Kind::Original | Kind::Ours => self.await_count(before + missing),
+            Kind::Floor | Kind::Original | Kind::Ours | Kind::Closed => {
+                self.await_count(before + missing);
+            }
         }
     }
 
@@ -290,7 +296,7 @@ impl<'a> Site<'a> {
         let elements = usize::from(direct) + usize::from(new_slice && place != Place::Unmatched);
         match self.kind {
             Kind::Layout => self.layout_elements(below, direct),
-            Kind::Ours | Kind::Original => self.await_count(before + elements),
+            Kind::Ours | Kind::Closed | Kind::Original => self.await_count(before + elements),
             _ => {}
         }
         directory

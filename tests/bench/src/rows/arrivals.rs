@@ -114,11 +114,11 @@ pub(super) fn latency(options: &Options, report: &mut Report) {
 }
 
 pub(super) fn first_send(options: &Options, report: &mut Report) {
-    let mut yards = [Yard::start(Kind::Floor), Yard::start(Kind::Ours)];
+    let mut yards = [Kind::Floor, Kind::Ours, Kind::Closed].map(Yard::start);
     let (rounds, count) = options.number((20, 100), (1, 20));
     let others = options.number(2000, 100);
     for (groups, among) in [(0, "alone".to_owned()), (others, format!("among {others}"))] {
-        let mut sums = [Starts::default(); 2];
+        let mut sums = [Starts::default(); 3];
         for yard in &mut yards {
             yard.order::<()>(&Order::Map { groups });
         }
@@ -129,16 +129,14 @@ pub(super) fn first_send(options: &Options, report: &mut Report) {
             }
         }
         for (yard, sum) in yards.iter().zip(sums) {
-            let share = share(report, &format!("start: open, {among}"), yard.kind, sum);
-            if yard.kind == Kind::Ours {
-                report.at_most(
-                    FIRST_SEND,
-                    format!("leaks, start: open, {among}"),
-                    share,
-                    0.1,
-                    " %",
-                );
-            }
+            let share = share(report, &among, yard.kind, sum);
+            let most = match yard.kind {
+                Kind::Ours => 0.1,
+                Kind::Closed => 0.0,
+                _ => continue,
+            };
+            let what = format!("leaks, {}, {among}", yard.kind.name());
+            report.at_most(FIRST_SEND, what, share, most, " %");
         }
     }
     // Without a pause: nothing has to be told to the kernel.
