@@ -35,7 +35,11 @@ pub(crate) fn all(report: &Report, directory: &Path) -> io::Result<()> {
         of("latency"),
         distribution,
     )?;
-    draw("packets.svg", "Cost added to a packet", of("packets"), bars)?;
+    let packets = of("packets")
+        .into_iter()
+        .filter(|s| s.on != "none")
+        .collect();
+    draw("packets.svg", "Cost added to a packet", packets, bars)?;
     let start = of("start")
         .into_iter()
         .filter(|s| s.what.ends_with("in force"))
@@ -125,7 +129,7 @@ fn bars(path: &Path, title: &str, series: &[&Series]) -> Result<(), Box<dyn Erro
         .caption(title, ("sans-serif", 18))
         .margin(12)
         .x_label_area_size(36)
-        .y_label_area_size(340)
+        .y_label_area_size(390)
         .build_cartesian_2d(0.0..most, 0.0..rows)?;
     let unit = series.first().map_or("", |s| s.unit.trim());
     chart

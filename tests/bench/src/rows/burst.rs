@@ -26,6 +26,8 @@ pub(super) fn run(options: &Options, report: &mut Report) {
                 bursts.push(yard.order(&Order::Burst { groups, nested }));
             }
         }
+        let unwatched: Vec<f64> = bursts[0].iter().map(|b| b.mkdir as f64).collect();
+        let unwatched = median(&unwatched);
         for (yard, bursts) in yards.iter().zip(&bursts) {
             let of = |field: fn(&Burst) -> f64| -> Vec<f64> { bursts.iter().map(field).collect() };
             let name = yard.kind.name();
@@ -118,6 +120,9 @@ pub(super) fn run(options: &Options, report: &mut Report) {
                     1.5,
                     "×",
                 );
+                let ratio = median(&of(|b| b.in_force as f64)) / unwatched;
+                let what = format!("{shape}, all in force against mkdir that nobody watches");
+                report.at_most(BURST, what, ratio, 1.5, "×");
             }
         }
     }
