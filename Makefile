@@ -57,9 +57,9 @@ bench:
 	.ci/dependencies
 	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent
 	$(CARGO) build --profile tools --locked -p cgtproxy-bench -p cgtproxy-tests
-	$(INSTALL) -D -t $(BENCHDIR) \
-		$(addprefix $(BENCHDIR)/../release/,cgtproxy-helper cgtproxy-agent) \
-		$(addprefix $(BENCHDIR)/../tools/,cgtproxy-bench cgtproxy-testapp)
+	install -D -t $(BENCHDIR) \
+		$(addprefix $(dir $(BENCHDIR))release/,cgtproxy-helper cgtproxy-agent) \
+		$(addprefix $(dir $(BENCHDIR))tools/,cgtproxy-bench cgtproxy-testapp)
 	$(SUDO) $(BENCHDIR)/cgtproxy-bench --out $(BENCHDIR)/results $(BENCH)
 
 # Unoptimised: link-time optimisation takes minutes, and nothing here is about speed.
