@@ -36,7 +36,7 @@ AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "$(SUDO) -E"')
 .PHONY: build papers test bench demo install uninstall deb rpm tarball clean
 
 build:
-	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent
+	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent -p cgtproxy-relay
 	$(MAKE) papers
 
 # What writes them runs once, here: it is not optimised, and not installed.
@@ -55,7 +55,7 @@ BENCHDIR = $(or $(CARGO_TARGET_DIR),target)/bench
 BENCH ?=
 bench:
 	.ci/dependencies
-	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent
+	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent -p cgtproxy-relay
 	$(CARGO) build --profile tools --locked -p cgtproxy-bench -p cgtproxy-tests
 	install -D -t $(BENCHDIR) \
 		$(addprefix $(dir $(BENCHDIR))release/,cgtproxy-helper cgtproxy-agent) \

@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use cgtproxy_tests::sandbox::{
     App, INTERNET_V4, INTERNET_V6, Outcome, Program, Sandbox, Service, User, direct, sandbox,
 };
+use cgtproxy_tests::wait::wait_until;
 
 const APP: &str = "app.slice/app-a.scope";
 
@@ -20,7 +21,7 @@ fn microsocks(sb: &Sandbox) -> Program {
 /// Everything of an application's goes through this upstream.
 struct Bed {
     _helper: Service,
-    _relay: Service,
+    relay: Service,
     _agent: Service,
     user: User,
     app: App,
@@ -37,7 +38,7 @@ fn bed(sb: &Sandbox, proxy: &str) -> Bed {
     let agent = user.agent(&config).start();
     Bed {
         _helper: helper,
-        _relay: relay,
+        relay,
         _agent: agent,
         user,
         app,
@@ -61,5 +62,147 @@ fn tcp_goes_through_a_socks_server() {
             assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
             assert_eq!(other.tcp(to), direct(to));
         }
+    });
+}
+
+/// A SOCKS5 server with UDP, which asks the internet from `INTERNET_V4` and `INTERNET_V6`.
+fn dante(sb: &Sandbox) -> Program {
+    let config = "logoutput: stderr\n\
+        internal: 192.0.2.2 port = 1080\n\
+        external: 192.0.2.2\n\
+        external: 2001:db8::2\n\
+        external.rotation: same-same\n\
+        clientmethod: none\nsocksmethod: none\n\
+        user.privileged: root\nuser.unprivileged: root\n\
+        client pass { from: 0/0 to: 0/0 }\n\
+        socks pass { from: 0/0 to: 0/0 protocol: tcp udp }\n\
+        socks pass { from: 0/0 to: ::/0 protocol: tcp udp }\n";
+    std::fs::write("/run/danted.conf", config).expect("/run is ours");
+    let at = SocketAddr::new(INTERNET_V4, 1080);
+    sb.internet_program(&["danted", "-f", "/run/danted.conf"])
+        .listening(at)
+}
+
+#[test]
+fn udp_goes_through_a_socks_server() {
+    sandbox(|sb| {
+        let _server = dante(sb);
+        let bed = bed(sb, "upstream: 'socks5://192.0.2.2:1080'");
+        let [to, _] = sb.destinations();
+        let outcome = bed.app.tcp(to);
+        assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
+        let flow = bed.app.open_udp(to);
+        for _ in 0..3 {
+            let outcome = flow.ask();
+            assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
+        }
+    });
+}
+
+#[test]
+fn nothing_goes_direct_without_an_upstream_or_a_relay() {
+    sandbox(|sb| {
+        let mut server = microsocks(sb);
+        let mut bed = bed(sb, "upstream: 'socks5h://192.0.2.2:1080'");
+        let [to, _] = sb.destinations();
+        let outcome = bed.app.tcp(to);
+        assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
+        server.kill();
+        for to in sb.destinations() {
+            assert_eq!(bed.app.tcp(to), Outcome::Closed);
+            sb.assert_nothing_left_for(to.ip());
+        }
+        let _server = microsocks(sb);
+        let [to, _] = sb.destinations();
+        let outcome = bed.app.tcp(to);
+        assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
+        bed.relay.kill();
+        for to in sb.destinations() {
+            assert_eq!(bed.app.tcp(to), Outcome::Refused);
+            sb.assert_nothing_left_for(to.ip());
+        }
+        bed.relay.start_again();
+        wait_until("the relay to be found again", || {
+            let [to, _] = sb.destinations();
+            came_from_the_internet(&bed.app.tcp(to), to)
+        });
+    });
+}
+
+#[test]
+fn an_http_proxy_carries_tcp_and_refuses_udp() {
+    sandbox(|sb| {
+        let config = "Port 3128\nListen 192.0.2.2\nTimeout 60\nMaxClients 50\n";
+        std::fs::write("/run/tinyproxy.conf", config).expect("/run is ours");
+        let at = SocketAddr::new(INTERNET_V4, 3128);
+        let _server = sb
+            .internet_program(&["tinyproxy", "-d", "-c", "/run/tinyproxy.conf"])
+            .listening(at);
+        let bed = bed(sb, "upstream: 'http://192.0.2.2:3128'");
+        for to in sb.destinations() {
+            let outcome = bed.app.tcp(to);
+            assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
+            assert_eq!(bed.app.udp(to), Outcome::Forbidden);
+            sb.assert_nothing_left_for(to.ip());
+        }
+    });
+}
+
+#[test]
+fn names_are_left_to_the_proxy() {
+    sandbox(|sb| {
+        let _server = microsocks(sb);
+        // Who is out there knows the name, and nobody else does.
+        let [to, _] = sb.destinations();
+        let bed = bed(sb, "upstream: 'socks5h://192.0.2.2:1080'");
+        let cgroup = bed.user.cgroup("app.slice/app-a.scope/dig");
+        let server = sb.fresh_v4();
+        for transport in ["+notcp", "+tcp"] {
+            let server = format!("@{server}");
+            let argv = [
+                "dig",
+                "+short",
+                "+tries=1",
+                transport,
+                &server,
+                "secret.example",
+            ];
+            let answer = bed.user.output(&cgroup, &argv);
+            let address: IpAddr = answer.trim().parse().expect("an address");
+            assert!(address.to_string().starts_with("198.1"), "{answer}");
+            // The proxy has to look it up, and there is nobody to ask: the connection is reset.
+            assert_eq!(bed.app.tcp(SocketAddr::new(address, 80)), Outcome::Closed);
+        }
+        sb.assert_nothing_left_for(server);
+        let outcome = bed.app.tcp(to);
+        assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
+    });
+}
+
+#[test]
+fn there_are_no_more_connections_than_allowed() {
+    sandbox(|sb| {
+        let _server = microsocks(sb);
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _relay = user.relay().argument("--connections").argument("3").start();
+        let app = user.cgroup(APP).app();
+        let config = "version: 1\nproxies: {own: {upstream: 'socks5://192.0.2.2:1080'}}\n\
+             rules: [{match: /app-a, proxy: own}]\n";
+        let _agent = user.agent(config).start();
+        let [to, _] = sb.destinations();
+        let mut open: Vec<_> = (0..3)
+            .map(|_| app.open_tcp(to).expect("it connects"))
+            .collect();
+        for connection in &open {
+            let outcome = connection.ask();
+            assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
+        }
+        assert_eq!(app.tcp(to), Outcome::Closed);
+        // One that ends makes room for another.
+        open.pop();
+        wait_until("room for another connection", || {
+            came_from_the_internet(&app.tcp(to), to)
+        });
     });
 }

@@ -82,6 +82,26 @@ impl User {
         Program::start(&self.world, self.launch_in(cgroup), argv)
     }
 
+    /// What a program says that runs to its end as the user in that cgroup, and succeeds.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[track_caller]
+    pub fn output(&self, cgroup: &Cgroup, argv: &[&str]) -> String {
+        let (program, arguments) = argv.split_first().expect("a program");
+        let output = self
+            .launch_in(cgroup)
+            .command(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap_or_else(|e| panic!("cannot run {program}: {e}"));
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{argv:?}: {said}{errors}");
+        said
+    }
+
     /// Runs one of the product's binaries as the user, to its end, in a cgroup of its own.
     pub fn run<S: AsRef<OsStr>>(&self, program: &str, arguments: &[S]) -> Output {
         let cgroup = self.cgroup(format!("app.slice/run-{}.scope", self.world.number()));
