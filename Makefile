@@ -80,7 +80,7 @@ endif
 uninstall:
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ] && systemctl cat cgtproxy-helper.socket >/dev/null 2>&1; then \
-		systemctl disable --now cgtproxy-helper.socket cgtproxy-helper.service; \
+		systemctl disable --now cgtproxy-agent-system.service cgtproxy-helper.socket cgtproxy-helper.service; \
 		systemctl --global disable cgtproxy-agent.service; \
 	fi
 endif

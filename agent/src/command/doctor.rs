@@ -52,6 +52,7 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
     });
     let uid = rustix::process::getuid().as_raw();
     Ok(Facts {
+        scope: arguments.scope(),
         uid,
         version: env!("CARGO_PKG_VERSION"),
         helper_socket: arguments.socket.clone(),

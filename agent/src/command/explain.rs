@@ -14,6 +14,8 @@ use serde_json::json;
 use super::Error;
 use super::client::Agent;
 use crate::cli::Arguments;
+use crate::config::Scope;
+use crate::doctor::facts;
 use crate::subtree::Subtree;
 use crate::text::printable;
 use crate::view;
@@ -38,16 +40,35 @@ pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<Exi
         }
         Err(error) => return Err(error),
     };
+    let system_policy = match arguments.scope() {
+        Scope::User => system_policy(arguments)?,
+        Scope::System => None,
+    };
     let mut out = io::stdout().lock();
     if json {
-        let value = json!({ "agentRunning": running, "controlGroup": group });
+        let value = json!({
+            "agentRunning": running,
+            "controlGroup": group,
+            "systemPolicy": system_policy,
+        });
         serde_json::to_writer_pretty(&mut out, &value).map_err(io::Error::from)?;
         writeln!(out)?;
     } else {
-        out.write_all(sentences(&group, running).as_bytes())?;
+        let text = sentences(&group, running, system_policy == Some(true));
+        out.write_all(text.as_bytes())?;
     }
     out.flush()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether root has a policy for the machine; none if nobody can tell.
+fn system_policy(arguments: &Arguments) -> Result<Option<bool>, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::Start)?;
+    let status = runtime.block_on(facts::helper_status(&arguments.socket));
+    Ok(status.and_then(|status| status.systemPolicy))
 }
 
 /// Makes out what was typed.
@@ -157,7 +178,16 @@ fn find(subtree: &Subtree, name: &[u8]) -> Result<ControlGroupPath, Error> {
     Err(Error::NotFound(message))
 }
 
-fn sentences(group: &ControlGroup, running: bool) -> String {
+/// `system_policy`: root has a policy for the machine as well.
+fn sentences(group: &ControlGroup, running: bool, system_policy: bool) -> String {
+    let undecided = group.rule.is_none() && !group.execSlice;
+    if system_policy && undecided {
+        let path = printable(&group.path);
+        return format!(
+            "{path}\n  is left to root's policy for the machine\n  No rule of yours matches it or anything above \
+             it.\n  'sudo cgtproxy-agent --system explain {path}' says what happens to it.\n"
+        );
+    }
     let what = match group.target.as_str() {
         "direct" => "goes direct".to_owned(),
         "drop" => "is dropped, but for bypassed destinations".to_owned(),
@@ -186,7 +216,14 @@ fn sentences(group: &ControlGroup, running: bool) -> String {
             "The kernel does not hold this verdict; see 'cgtproxy-agent status'.".to_owned()
         }
     };
-    format!("{}\n  {what}\n  {why}\n  {force}\n", printable(&group.path))
+    let path = printable(&group.path);
+    let system = match system_policy {
+        true => {
+            "  Root's policy for the machine wins over this only where it has 'enforce: true'.\n"
+        }
+        false => "",
+    };
+    format!("{path}\n  {what}\n  {why}\n  {force}\n{system}")
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ pub use user::SystemUser;
 
 use crate::command::{output_with_input, run};
 use crate::package;
-use crate::sandbox::{App, Sandbox, World};
+use crate::sandbox::{App, CGROUP_ROOT, Cgroup, Sandbox, World};
 
 /// The whole subtree of cgroups that the system has for its own, as the sandbox sees it.
 const CGROUP: &str = "/sys/fs/cgroup/system";
@@ -155,6 +155,22 @@ impl System {
         let testapp = format!("{BIN}/cgtproxy-testapp");
         let command = [by, &[&testapp, "app"]].concat();
         App::start_by(&self.world, &self.command(Some(user), &command))
+    }
+
+    /// Starts a test application as root, by a command that runs another one: `systemd-run --pipe`.
+    #[track_caller]
+    pub fn app(&self, by: &[&str]) -> App {
+        let testapp = format!("{BIN}/cgtproxy-testapp");
+        let command = [by, &[&testapp, "app"]].concat();
+        App::start_by(&self.world, &self.command(None, &command))
+    }
+
+    /// The cgroup of a system unit that runs, for what the test bed puts into it.
+    pub fn unit_cgroup(&self, unit: &str) -> Cgroup {
+        let path = self.property(unit, "ControlGroup");
+        let whole = Path::new(CGROUP).join(path.trim_start_matches('/'));
+        let path = whole.strip_prefix(CGROUP_ROOT).expect("it is below");
+        Cgroup::create(&self.world, path, 0)
     }
 
     /// What a system unit has logged.

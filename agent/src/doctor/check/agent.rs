@@ -1,10 +1,38 @@
 //! Is the agent running, with the configuration that is on disk?
 
 use super::count;
+use crate::config::Scope;
 use crate::doctor::facts::{Agent, ConfigFile, Facts};
 use crate::doctor::{Finding, Group};
 
-const RESTART: &str = "systemctl --user restart cgtproxy-agent";
+/// What to call the agent, and the commands about it.
+struct Words {
+    agent: &'static str,
+    enable: &'static str,
+    restart: &'static str,
+    check: &'static str,
+    /// What it means that no rule is in force.
+    idle: &'static str,
+}
+
+fn words(scope: Scope) -> Words {
+    match scope {
+        Scope::User => Words {
+            agent: "cgtproxy-agent",
+            enable: "systemctl --user enable --now cgtproxy-agent",
+            restart: "systemctl --user restart cgtproxy-agent",
+            check: "cgtproxy-agent check",
+            idle: "Everything of yours goes direct.",
+        },
+        Scope::System => Words {
+            agent: "the machine's cgtproxy-agent",
+            enable: "systemctl enable --now cgtproxy-agent-system",
+            restart: "systemctl restart cgtproxy-agent-system",
+            check: "cgtproxy-agent --system check",
+            idle: "Everything goes direct but for what users say themselves.",
+        },
+    }
+}
 
 pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("agent");
@@ -23,22 +51,26 @@ pub(super) fn check(facts: &Facts) -> Group {
 }
 
 fn running(facts: &Facts) -> Option<Finding> {
+    let words = words(facts.scope);
     let status = match &facts.agent {
         Agent::NotRunning => {
             return Some(
-                Finding::error("agent-not-running", "cgtproxy-agent is not running")
-                    .effect("Everything of yours goes direct.")
-                    .command("systemctl --user enable --now cgtproxy-agent"),
+                Finding::error(
+                    "agent-not-running",
+                    format!("{} is not running", words.agent),
+                )
+                .effect(words.idle)
+                .command(words.enable),
             );
         }
         Agent::Unreachable(why) => {
             return Some(
                 Finding::error(
                     "agent-unreachable",
-                    format!("cgtproxy-agent can't be asked: {why}"),
+                    format!("{} can't be asked: {why}", words.agent),
                 )
                 .effect("cgtproxy-exec and 'cgtproxy-agent status' don't work.")
-                .command(RESTART),
+                .command(words.restart),
             );
         }
         Agent::Answers(status) => status,
@@ -53,7 +85,7 @@ fn running(facts: &Facts) -> Option<Finding> {
                 ),
             )
             .effect("What one of them knows the other may not.")
-            .command(RESTART),
+            .command(words.restart),
         ),
         (true, None) => None,
         (true, Some(problem)) => Some(
@@ -62,7 +94,7 @@ fn running(facts: &Facts) -> Option<Finding> {
                 format!("the helper refuses a part of your policy: {problem}"),
             )
             .effect("What it refuses has the verdict that it had before.")
-            .command(RESTART),
+            .command(words.restart),
         ),
         (false, problem) => Some(
             Finding::error(
@@ -73,13 +105,14 @@ fn running(facts: &Facts) -> Option<Finding> {
                 ),
             )
             .effect("None of your rules is in force.")
-            .command(RESTART),
+            .command(words.restart),
         ),
     }
 }
 
 fn configuration(facts: &Facts) -> Option<Finding> {
     let file = facts.config_file.display();
+    let check = words(facts.scope).check;
     if let Agent::Answers(status) = &facts.agent
         && let Some(error) = &status.configError
     {
@@ -89,8 +122,8 @@ fn configuration(facts: &Facts) -> Option<Finding> {
                 format!("the configuration has a mistake: {error}"),
             )
             .effect("The configuration that was there before it is still in force.")
-            .advice("'cgtproxy-agent check' lists all that is wrong with the file")
-            .command("cgtproxy-agent check"),
+            .advice(format!("'{check}' lists all that is wrong with the file"))
+            .command(check),
         );
     }
     match &facts.config {
@@ -100,12 +133,15 @@ fn configuration(facts: &Facts) -> Option<Finding> {
                 format!("the configuration is of no use: {why}"),
             )
             .effect("The agent does not start with it.")
-            .advice("'cgtproxy-agent check' lists all that is wrong with the file")
-            .command("cgtproxy-agent check"),
+            .advice(format!("'{check}' lists all that is wrong with the file"))
+            .command(check),
         ),
         ConfigFile::Missing => Some(
             Finding::note("config-missing", format!("there is no file {file}"))
-                .effect("Everything goes direct, but for what cgtproxy-exec drops.")
+                .effect(match facts.scope {
+                    Scope::User => "Everything goes direct, but for what cgtproxy-exec drops.",
+                    Scope::System => words(facts.scope).idle,
+                })
                 .advice("write one: docs/configuration.md"),
         ),
         ConfigFile::Read(_) => None,

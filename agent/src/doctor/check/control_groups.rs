@@ -1,6 +1,7 @@
 //! Has this user control groups by which applications can be told apart?
 
 use super::count;
+use crate::config::Scope;
 use crate::doctor::facts::{Facts, Hierarchy};
 use crate::doctor::{Finding, Group};
 
@@ -47,6 +48,8 @@ fn manager(facts: &Facts) -> Option<Finding> {
     let path = &facts.manager.path;
     match facts.manager.owner {
         _ if facts.hierarchy == Hierarchy::None => None,
+        // It is about all of them, whoever they belong to.
+        _ if facts.scope == Scope::System => None,
         Ok(None) => Some(
             Finding::error(
                 "manager-missing",
@@ -70,6 +73,9 @@ fn manager(facts: &Facts) -> Option<Finding> {
 
 /// Desktops that start applications in their own session's control group.
 fn no_scopes(facts: &Facts, groups: &[(u64, String)]) -> Option<Finding> {
+    if facts.scope == Scope::System {
+        return None;
+    }
     let desktop = facts.session.desktop.as_ref()?;
     let is_app = |path: &String| {
         path.rsplit('/')

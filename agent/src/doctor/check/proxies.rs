@@ -1,10 +1,15 @@
 //! Is each proxy where diverted packets are delivered, and may it have them?
 
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use super::count;
+use crate::config::Scope;
 use crate::doctor::facts::{Agent, Facts, Family, Listener, Proxy, Transport};
 use crate::doctor::{Finding, Group};
+
+/// System users, whose proxies the machine's own policy may have: systemd's uids-gids document.
+const SYSTEM_UIDS: [RangeInclusive<u32>; 2] = [1..=999, 61184..=65519];
 
 pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("proxies");
@@ -149,28 +154,35 @@ fn not_listening(
     )
 }
 
-/// The delivery guard lets packets reach sockets of the user, of root and of `proxy-users`.
+/// The delivery guard lets packets reach sockets of the user, of root and of `proxy-users`; the machine's also
+/// those of system users.
 fn wrong_uid(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
     let allowed = facts.helper_status().map(|status| &status.proxyUids);
     let stranger = found.iter().find(|listener| {
         let uid = listener.uid;
+        let of_system = SYSTEM_UIDS.iter().any(|uids| uids.contains(&uid));
         uid != facts.uid
             && uid != 0
+            && !(facts.scope == Scope::System && of_system)
             && !allowed.is_some_and(|allowed| allowed.contains(&i64::from(uid)))
     })?;
     let uid = stranger.uid;
+    let (whose, who) = match facts.scope {
+        Scope::User => ("your", "run it as yourself"),
+        Scope::System => ("the machine's", "run it as a system user"),
+    };
     Some(
         Finding::error(
             "proxy-user",
             format!(
-                "the proxy '{}' on port {} runs as uid {uid}, which may not have your packets",
+                "the proxy '{}' on port {} runs as uid {uid}, which may not have {whose} packets",
                 proxy.name, proxy.port
             ),
         )
         .effect("The delivery guard refuses every connection that is diverted to it.")
         .advice(format!(
-            "run it as yourself, or have the administrator add {uid} to proxy-users in \
-             /etc/cgtproxy/helper.yaml and restart the helper"
+            "{who}, or have the administrator add {uid} to proxy-users in /etc/cgtproxy/helper.yaml and \
+             restart the helper"
         ))
         .command("sudo systemctl restart cgtproxy-helper.service"),
     )
@@ -223,7 +235,11 @@ fn loops(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
         .effect("What it sends to the internet comes back to it, again and again.")
         .advice("write a rule with direct: true for its unit, before the rule that catches it")
         .command(format!(
-            "cgtproxy-agent explain {}",
+            "cgtproxy-agent {}explain {}",
+            match facts.scope {
+                Scope::User => "",
+                Scope::System => "--system ",
+            },
             path.rsplit('/').next().unwrap_or(path)
         )),
     )

@@ -9,6 +9,7 @@ use cgtproxy_proto::helper::{
 };
 
 use super::all;
+use crate::config::Scope;
 use crate::doctor::facts::*;
 use crate::doctor::{Severity, report};
 
@@ -106,6 +107,7 @@ fn fine() -> Facts {
     let mut rules = vec![our_rule(false), our_rule(true)];
     rules.extend(system_rules);
     Facts {
+        scope: Scope::User,
         uid: 1000,
         version: "1",
         helper_socket: "/run/cgtproxy/helper.sock".into(),

@@ -50,29 +50,9 @@ async fn connect(path: &Path) -> Result<Client, Answer<()>> {
 
 /// Asks the helper for its state, and for what it sees of the machine.
 pub async fn ask_helper(socket: &Path) -> Helper {
-    let mut client = match connect(socket).await {
-        Ok(client) => client,
-        Err(Answer::Io(error)) => {
-            return match error.kind() {
-                io::ErrorKind::NotFound => Helper::Missing,
-                io::ErrorKind::ConnectionRefused => Helper::Dead,
-                io::ErrorKind::PermissionDenied => Helper::Forbidden,
-                _ => Helper::Unreachable(chain(&error)),
-            };
-        }
-        Err(_) => return Helper::Unreachable(no_answer()),
-    };
-    let method = |name: &str| format!("{}.{name}", wire::INTERFACE);
-    let status = call(&mut client, method("GetStatus"), GetStatus_Args {}).await;
-    let status: GetStatus_Reply = match status {
-        Answer::Reply(status) => status,
-        Answer::Failed(CallError::Fault(fault)) => {
-            let text = chain(&CallError::Fault(fault.clone()));
-            return Helper::Refuses(fault.name.into_owned(), text);
-        }
-        Answer::Failed(error) => return Helper::Unreachable(chain(&error)),
-        Answer::Io(error) => return Helper::Unreachable(chain(&error)),
-        Answer::Timeout => return Helper::Unreachable(no_answer()),
+    let (mut client, status) = match ask_status(socket).await {
+        Ok(answer) => answer,
+        Err(problem) => return problem,
     };
     let diagnosis = call(&mut client, method("Diagnose"), Diagnose_Args {}).await;
     let diagnosis: Look<Diagnose_Reply> = match diagnosis {
@@ -82,6 +62,41 @@ pub async fn ask_helper(socket: &Path) -> Helper {
         Answer::Timeout => Err(no_answer()),
     };
     Helper::Answers(Box::new(status), diagnosis)
+}
+
+/// What the helper says of its state and of this user, if it can be asked.
+pub async fn helper_status(socket: &Path) -> Option<GetStatus_Reply> {
+    ask_status(socket).await.ok().map(|(_, status)| status)
+}
+
+fn method(name: &str) -> String {
+    format!("{}.{name}", wire::INTERFACE)
+}
+
+/// A connection to the helper and its state, or why there is none.
+async fn ask_status(socket: &Path) -> Result<(Client, GetStatus_Reply), Helper> {
+    let mut client = match connect(socket).await {
+        Ok(client) => client,
+        Err(Answer::Io(error)) => {
+            return Err(match error.kind() {
+                io::ErrorKind::NotFound => Helper::Missing,
+                io::ErrorKind::ConnectionRefused => Helper::Dead,
+                io::ErrorKind::PermissionDenied => Helper::Forbidden,
+                _ => Helper::Unreachable(chain(&error)),
+            });
+        }
+        Err(_) => return Err(Helper::Unreachable(no_answer())),
+    };
+    match call(&mut client, method("GetStatus"), GetStatus_Args {}).await {
+        Answer::Reply(status) => Ok((client, status)),
+        Answer::Failed(CallError::Fault(fault)) => {
+            let text = chain(&CallError::Fault(fault.clone()));
+            Err(Helper::Refuses(fault.name.into_owned(), text))
+        }
+        Answer::Failed(error) => Err(Helper::Unreachable(chain(&error))),
+        Answer::Io(error) => Err(Helper::Unreachable(chain(&error))),
+        Answer::Timeout => Err(Helper::Unreachable(no_answer())),
+    }
 }
 
 /// Asks the agent for its state.
@@ -137,9 +152,9 @@ fn configured(proxy: &config::Proxy) -> Option<Proxy> {
     Some(Proxy {
         name: proxy.name.as_str().to_owned(),
         port: port.get(),
-        tcp: true,
+        tcp: !proxy.no_tcp,
         udp: !proxy.no_udp,
-        ipv4: true,
+        ipv4: !proxy.no_ipv4,
         ipv6: !proxy.no_ipv6,
         dns: proxy.dns_hijack.as_ref().map(|dns| Dns {
             ipv4: dns.ipv4,

@@ -12,8 +12,9 @@ use cgtproxy_proto::agent::GetStatus_Reply as AgentStatus;
 use cgtproxy_proto::helper::{Diagnose_Reply, GetStatus_Reply as HelperStatus};
 
 use super::Look;
+use crate::config::Scope;
 
-pub use ask::{ask_agent, ask_helper, read_config};
+pub use ask::{ask_agent, ask_helper, helper_status, read_config};
 pub use groups::{hierarchy, manager, session};
 pub use netlink::{listeners, routing_tables, rules};
 pub use system::{inotify, network, system};
@@ -21,6 +22,8 @@ pub use system::{inotify, network, system};
 /// Everything that checks look at.
 #[derive(Debug, Clone)]
 pub struct Facts {
+    /// Whether it is about a user or about the machine.
+    pub scope: Scope,
     /// Whose doctor this is.
     pub uid: u32,
     /// The version of this program.

@@ -1,0 +1,362 @@
+//! Root's agent in a whole system, with the original's own example for its configuration, unedited.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use cgtproxy_tests::sandbox::{App, Outcome, Sandbox, Server, direct, proxied, sandbox};
+use cgtproxy_tests::steady::Steady;
+use cgtproxy_tests::system::{System, SystemUser};
+use cgtproxy_tests::wait::wait_until;
+use cgtproxy_tests::wire::Transport::{Tcp, Udp};
+use serde_json::Value;
+
+/// See tests/data/README.md.
+const ORIGINAL: &str = include_str!("../data/original-example.yaml");
+/// The port that it names.
+const PORT: u16 = 7893;
+const CONFIG: &str = "/etc/cgtproxy/config.yaml";
+const AGENT: &str = "cgtproxy-agent-system.service";
+const PROXY: &str = "clash-meta";
+const PROXY_UNIT: &str = "clash-meta.service";
+
+/// As its package has it, but for the program: the test bed puts a server into its control group.
+const CLASH_META: &str = "[Service]\nUser=clash-meta\nExecStart=/bin/sleep infinity\n";
+
+const USERS_CONFIG: &str = r"
+version: 1
+tproxies:
+  own: {port: 7891}
+rules:
+  - {match: app-own, tproxy: own}
+  - {match: app-open, direct: true}
+";
+
+/// The system with the configuration and its proxy in place.
+fn boot(sb: &Sandbox) -> (System, Server) {
+    let install = |root: &Path| {
+        let write = |path: &str, text: &str| {
+            let path = root.join(path.trim_start_matches('/'));
+            std::fs::create_dir_all(path.parent().expect("a file")).expect("the overlay is ours");
+            std::fs::write(path, text).expect("the overlay is ours");
+        };
+        write(CONFIG, ORIGINAL);
+        write("/etc/systemd/system/clash-meta.service", CLASH_META);
+        write("/etc/sysusers.d/clash-meta.conf", "u clash-meta -\n");
+    };
+    let system = System::builder(sb)
+        .install_project()
+        .install(install)
+        .boot();
+    system.run(&["systemd-sysusers", "clash-meta.conf"]);
+    system.run(&["systemctl", "start", PROXY_UNIT]);
+    let uid = system.run(&["id", "-u", "clash-meta"]);
+    let proxy = sb
+        .tproxy(PROXY)
+        .uid(uid.trim().parse().expect("a uid"))
+        .cgroup(&system.unit_cgroup(PROXY_UNIT))
+        .port(PORT)
+        .start();
+    system.run(&[
+        "systemctl",
+        "enable",
+        "--now",
+        "cgtproxy-helper.socket",
+        AGENT,
+    ]);
+    (system, proxy)
+}
+
+/// An application as a desktop starts it.
+fn scope(system: &System, user: &SystemUser, slice: &str, name: &str) -> App {
+    let (slice, unit) = (format!("--slice={slice}"), format!("--unit={name}"));
+    let by = ["systemd-run", "--user", "--quiet", "--collect", "--scope"];
+    system.app_as(user, &[&by[..], &[&slice, &unit]].concat())
+}
+
+fn service(system: &System, name: &str) -> App {
+    let unit = format!("--unit={name}");
+    let by = ["systemd-run", "--quiet", "--collect", "--pipe", "--wait"];
+    system.app(&[&by[..], &[&unit]].concat())
+}
+
+/// Asks fresh destinations of both families, by TCP and UDP.
+#[track_caller]
+fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
+    for to in sb.destinations() {
+        for transport in [Tcp, Udp] {
+            let (is, should) = (app.ask(transport, to), outcome(to));
+            assert_eq!(is, should, "{transport:?} {to}");
+        }
+    }
+}
+
+#[track_caller]
+fn expect_dropped(sb: &Sandbox, app: &App) {
+    for to in sb.destinations() {
+        for transport in [Tcp, Udp] {
+            let outcome = app.ask(transport, to);
+            assert!(outcome.is_dropped(), "{transport:?} {to}: {outcome:?}");
+        }
+        sb.assert_nothing_left_for(to.ip());
+    }
+}
+
+fn by(proxy: &str) -> impl Fn(SocketAddr) -> Outcome {
+    move |to| proxied(proxy, to)
+}
+
+/// Waits until an agent has the helper's word that everything is in the kernel. None is the machine's.
+#[track_caller]
+fn wait_in_force(system: &System, user: Option<&SystemUser>) {
+    wait_until("everything is in force", || {
+        let output = match user {
+            Some(user) => system.output_as(user, &["cgtproxy-agent", "status", "--json"]),
+            None => system.output(&["cgtproxy-agent", "--system", "status", "--json"]),
+        };
+        // None yet, if the agent is about to start again.
+        let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let groups = status["controlGroups"].as_array();
+        status["connected"] == true
+            && groups.is_some_and(|all| all.iter().all(|group| group["inForce"] == true))
+    });
+}
+
+fn write_users_config(system: &System, user: &SystemUser) {
+    let script = "mkdir -p ~/.config/cgtproxy && printf %s \"$1\" >~/.config/cgtproxy/config.yaml";
+    system.run_as(user, &["sh", "-c", script, "sh", USERS_CONFIG]);
+}
+
+#[test]
+fn the_originals_example_works_unedited() {
+    sandbox(|sb| {
+        let (system, _proxy) = boot(sb);
+        let alice = system.alice();
+        // The catch-all, for a service, for what users start, and for what is in no unit's control group.
+        expect(sb, &service(&system, "web"), by(PROXY));
+        expect(sb, &system.app_as(alice, &[]), by(PROXY));
+        let browser = scope(&system, alice, "app.slice", "app-gnome-firefox-7.scope");
+        expect(sb, &browser, by(PROXY));
+        // What the proxy itself sends does not come back to it.
+        let own = system.unit_cgroup(PROXY_UNIT);
+        expect(sb, &own.app(), direct);
+        // The slices, as the example's comments tell to use them, and an application.
+        let of_slice = |name: &str| {
+            let (slice, unit) = (
+                format!("cgtproxy-{name}.slice"),
+                format!("run-{name}.scope"),
+            );
+            scope(&system, alice, &slice, &unit)
+        };
+        let (open, dropped, through) = (of_slice("direct"), of_slice("drop"), of_slice("proxy"));
+        let parsec = "app-gnome-com.parsecgaming.parsec-42.scope";
+        let parsec = scope(&system, alice, "app.slice", parsec);
+        wait_in_force(&system, None);
+        expect(sb, &open, direct);
+        expect_dropped(sb, &dropped);
+        expect(sb, &through, by(PROXY));
+        expect(sb, &parsec, direct);
+
+        it_tells(&system, alice);
+        it_has_no_privilege(&system);
+
+        // Users' own verdicts win, and what users say nothing about is the system's.
+        let _own = sb.tproxy("own").uid(alice.uid()).port(7891).start();
+        write_users_config(&system, alice);
+        let (by_rule, goes) = (
+            scope(&system, alice, "app.slice", "app-own-1.scope"),
+            scope(&system, alice, "app.slice", "app-open-1.scope"),
+        );
+        system.run_as(
+            alice,
+            &["systemctl", "--user", "enable", "--now", "cgtproxy-agent"],
+        );
+        wait_in_force(&system, Some(alice));
+        expect(sb, &by_rule, by("own"));
+        expect(sb, &goes, direct);
+        expect(sb, &browser, by(PROXY));
+        expect(sb, &parsec, direct);
+        let bobs = scope(&system, system.bob(), "app.slice", "app-own-1.scope");
+        expect(sb, &bobs, by(PROXY));
+        users_are_told(&system, alice);
+
+        // What is enforced no user overrides.
+        let rule = "rules:\n  - {match: app-open, drop: true, enforce: true}\n";
+        let enforcing = ORIGINAL.replacen("rules:\n", rule, 1);
+        system.run(&[
+            "sh",
+            "-c",
+            "printf %s \"$1\" >\"$2.new\" && mv \"$2.new\" \"$2\"",
+            "sh",
+            &enforcing,
+            CONFIG,
+        ]);
+        system.run(&["systemctl", "reload", AGENT]);
+        wait_until("the rule to be in force", || {
+            let output = system.output(&[
+                "cgtproxy-agent",
+                "--system",
+                "explain",
+                "--json",
+                "app-open-1.scope",
+            ]);
+            let said: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+            said["controlGroup"]["target"] == "drop" && said["controlGroup"]["inForce"] == true
+        });
+        expect_dropped(sb, &goes);
+        expect(sb, &by_rule, by("own"));
+
+        // Without the user's agent the system's verdict holds.
+        system.run_as(alice, &["systemctl", "--user", "stop", "cgtproxy-agent"]);
+        expect(sb, &by_rule, by(PROXY));
+        expect_dropped(sb, &goes);
+    });
+}
+
+/// The commands about the machine's agent, with `--system`.
+fn it_tells(system: &System, alice: &SystemUser) {
+    let agent = |arguments: &[&str]| {
+        let command = [&["cgtproxy-agent", "--system"], arguments].concat();
+        system.run(&command)
+    };
+    let json = |arguments: &[&str]| -> Value {
+        serde_json::from_str(&agent(&[arguments, &["--json"]].concat())).expect("JSON")
+    };
+    // What is ignored is said, and nothing else is amiss.
+    let checked = agent(&["check"]);
+    assert!(checked.contains(": 3 warnings\n"), "{checked}");
+    let status = agent(&["status"]);
+    assert!(
+        status.contains("connected\n") && status.contains(CONFIG),
+        "{status}"
+    );
+    let explained = agent(&["explain", PROXY_UNIT]);
+    assert!(
+        explained.contains("/system.slice/clash-meta.service\n  goes direct\n  Rule 1 matches it."),
+        "{explained}"
+    );
+    let drop = format!(
+        "{}/cgtproxy.slice/cgtproxy-drop.slice/run-drop.scope",
+        alice.service()
+    );
+    let explained = json(&["explain", &drop]);
+    assert_eq!(explained["controlGroup"]["target"], "drop", "{explained}");
+    assert_eq!(explained["controlGroup"]["rule"], 3, "{explained}");
+    let apps = json(&["apps"]);
+    let list = apps["applications"].as_array().expect("a list");
+    let parsec = list
+        .iter()
+        .find(|app| app["id"] == "com.parsecgaming.parsec");
+    let target = parsec.map(|app| &app["controlGroup"]["target"]);
+    assert_eq!(target, Some(&Value::from("direct")), "{apps}");
+    // The sandbox has things to say about itself; none of them about this.
+    let doctor = system.output(&["cgtproxy-agent", "--system", "doctor"]);
+    let said = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    for of_users in [
+        "--user",
+        "service manager",
+        "may not have",
+        "sent through itself",
+        "not running",
+    ] {
+        assert!(!said.contains(of_users), "{said}");
+    }
+    assert!(said.contains("1 proxy ready"), "{said}");
+    // Without its own agent a user is told by 'doctor' and asked to start it; root's is not the user's.
+    let output = system.output_as(alice, &["cgtproxy-agent", "--system", "status"]);
+    assert!(!output.status.success(), "{output:?}");
+}
+
+/// What a user's own commands say of what the machine's policy decides.
+fn users_are_told(system: &System, alice: &SystemUser) {
+    let explain = |unit: &str| system.run_as(alice, &["cgtproxy-agent", "explain", unit]);
+    let of_nobody = explain("app-gnome-firefox-7.scope");
+    assert!(
+        of_nobody.contains("is left to root's policy for the machine"),
+        "{of_nobody}"
+    );
+    let of_rule = explain("app-own-1.scope");
+    assert!(
+        of_rule.contains("goes through 'own'\n")
+            && of_rule.contains("only where it has 'enforce: true'"),
+        "{of_rule}"
+    );
+}
+
+fn it_has_no_privilege(system: &System) {
+    let pid = system.property(AGENT, "MainPID");
+    let status = system.run(&["cat", &format!("/proc/{pid}/status")]);
+    let is = |name: &str| {
+        let line = status
+            .lines()
+            .find_map(|l| l.strip_prefix(name)?.strip_prefix(":\t"));
+        line.unwrap_or_else(|| panic!("no {name}: {status}"))
+            .to_owned()
+    };
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(is(set), "0000000000000000", "{set}");
+    }
+    assert_eq!(
+        (is("NoNewPrivs"), is("Seccomp")),
+        ("1".to_owned(), "2".to_owned())
+    );
+    let analysis = system.run(&["systemd-analyze", "security", "--no-pager", AGENT]);
+    let verdict = analysis.lines().last().expect("a verdict");
+    let exposure = verdict
+        .split_whitespace()
+        .find_map(|word| word.parse::<f64>().ok());
+    assert!(
+        exposure.is_some_and(|exposure| exposure <= 1.2),
+        "{analysis}"
+    );
+}
+
+#[test]
+fn restarts_and_kills_of_the_machines_agent_leave_no_gap() {
+    sandbox(|sb| {
+        let (system, _proxy) = boot(sb);
+        let alice = system.alice();
+        let web = service(&system, "web");
+        let dropped = scope(&system, alice, "cgtproxy-drop.slice", "run-drop.scope");
+        wait_in_force(&system, None);
+        let traffic = Steady::start(sb, &web);
+        let holds = || {
+            traffic.assert_proxied(PROXY);
+            traffic.assert_none_strayed(sb, &[PROXY]);
+            expect_dropped(sb, &dropped);
+        };
+        holds();
+        let pid = || system.property(AGENT, "MainPID");
+        for disruption in [
+            &["systemctl", "restart", AGENT][..],
+            &["systemctl", "kill", "--signal=KILL", AGENT],
+            &["systemctl", "restart", "cgtproxy-helper.service"],
+        ] {
+            eprintln!("{disruption:?}");
+            let before = pid();
+            system.run(disruption);
+            holds();
+            if disruption.contains(&AGENT) {
+                wait_until("another process has taken its place", || {
+                    let now = pid();
+                    now != before && now != "0"
+                });
+            }
+            wait_in_force(&system, None);
+            holds();
+        }
+        drop(traffic);
+        system.run(&["systemctl", "stop", AGENT]);
+        expect(sb, &web, direct);
+        expect(sb, &dropped, direct);
+        assert_eq!(
+            system.run(&["systemctl", "--failed", "--plain", "--no-legend"]),
+            ""
+        );
+    });
+}
