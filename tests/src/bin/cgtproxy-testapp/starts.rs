@@ -110,12 +110,12 @@ fn clone3(flags: u64, cgroup: u64, act: impl Fn() -> i32) -> Pid {
         set_tid_size: 0,
         cgroup,
     };
-    // SAFETY: the arguments live until the call returns. Without CLONE_VM it is a fork, and this process
-    // has one thread, so that the child may do whatever the parent may.
     #[allow(
         unsafe_code,
         reason = "neither nix nor the standard library has clone3(2)"
     )]
+    // SAFETY: the arguments live until the call returns. Without CLONE_VM it is a fork, and this process
+    // has one thread, so that the child may do whatever the parent may.
     let result = unsafe {
         let size = size_of::<libc::clone_args>();
         libc::syscall(libc::SYS_clone3, &raw const arguments, size)
