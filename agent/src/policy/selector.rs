@@ -98,7 +98,8 @@ pub(super) const REGEX_BYTES: usize = 1 << 20;
 pub struct Pattern {
     regex: Regex,
     catch_all: bool,
-    outlook: Outlook,
+    /// An automaton, which is a thousand bytes before it has a state.
+    outlook: Box<Outlook>,
 }
 
 /// Why a pattern is not a regular expression.
@@ -140,7 +141,7 @@ impl Pattern {
         Ok(Self {
             regex,
             catch_all: is_catch_all(pattern, &hir),
-            outlook: Outlook::new(&hir),
+            outlook: Box::new(Outlook::new(&hir)),
         })
     }
 
