@@ -80,7 +80,7 @@ impl Transaction<'_> {
         let divert = names.divert(name);
         match proxy.delivery {
             Delivery::Tproxy(port) => {
-                self.postrouting_chain();
+                self.tproxy_chains();
                 self.divert_rules(&divert, proxy.mark);
                 self.deliver_rules(&names.deliver(name), port.get());
             }

@@ -20,6 +20,7 @@
 //!   chain prerouting-nat { type nat hook prerouting priority dstnat; … }
 //!   chain input          { type filter hook input priority mangle; … }
 //!   chain forward        { type filter hook forward priority mangle; … }
+//!   chain delivery       { type filter hook prerouting priority 2147483647; … }
 //!   chain postrouting    { type filter hook postrouting priority mangle; … }
 //!   chain enforced { … goto sessions }        # what the system's policy enforces
 //!   chain sessions { … goto system }          # users' own verdicts
@@ -87,6 +88,7 @@ const PROXY_UIDS: &CStr = c"proxy-uids";
 const OUTPUT: &CStr = c"output";
 const OUTPUT_NAT: &CStr = c"output-nat";
 const PREROUTING: &CStr = c"prerouting";
+const DELIVERY: &CStr = c"delivery";
 const PREROUTING_NAT: &CStr = c"prerouting-nat";
 const INPUT: &CStr = c"input";
 const FORWARD: &CStr = c"forward";
@@ -94,6 +96,9 @@ const POSTROUTING: &CStr = c"postrouting";
 
 /// `mangle` of the inet family (linux/netfilter_ipv4.h, NF_IP_PRI_MANGLE).
 const PRIORITY_MANGLE: i32 = -150;
+
+/// After everybody else's (NF_IP_PRI_LAST).
+const PRIORITY_LAST: i32 = i32::MAX;
 
 /// `dstnat` (NF_IP_PRI_NAT_DST).
 const PRIORITY_DSTNAT: i32 = -100;
@@ -134,6 +139,9 @@ impl Transaction<'_> {
         self.incoming_rules();
         if fresh {
             self.no_system_rules();
+        } else {
+            // There may be proxies, whose agents come back later.
+            self.tproxy_chains();
         }
     }
 
@@ -205,9 +213,27 @@ impl Transaction<'_> {
 
     /// A diverted packet goes to lo. While the `ip rule` or its route is missing, because another program
     /// took it away and the helper has not put it back yet, the packet would go where it is addressed to. The
-    /// chain is there from the first proxy on that packets are diverted to, and stays, as those that translate.
-    pub(super) fn postrouting_chain(&mut self) {
-        let divert = self.marks.divert();
+    /// chains are there from the first proxy on that packets are diverted to, and stay, as those that translate.
+    ///
+    /// What has come in over lo gets its socket last of all: before it has one, everybody's reverse path
+    /// filter takes it for what it is, a packet of this machine's own. With one, `fib saddr . iif` looks for
+    /// a route back, which is none over lo for IPv6 (nft_fib_can_skip, net/netfilter/nft_fib.h), and firewalld
+    /// drops what has none.
+    pub(super) fn tproxy_chains(&mut self) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        self.add_base_chain(DELIVERY, ChainType::Filter, Hook::PreRouting, PRIORITY_LAST);
+        self.add_rules(
+            DELIVERY,
+            [
+                // Nearly every packet has no mark and ends this rule here.
+                // meta mark & DIVERT != 0 iif lo meta mark & MASK vmap @deliver
+                &|rule| {
+                    rule.meta_mark_has(divert)
+                        .iif_lo()
+                        .meta_mark_vmap(mask, DELIVER)
+                },
+            ],
+        );
         self.add_base_chain(
             POSTROUTING,
             ChainType::Filter,
@@ -228,13 +254,6 @@ impl Transaction<'_> {
         self.add_rules(
             PREROUTING,
             [
-                // Nearly every packet has no mark and ends this rule here.
-                // meta mark & DIVERT != 0 iif lo meta mark & MASK vmap @deliver
-                &|rule| {
-                    rule.meta_mark_has(divert)
-                        .iif_lo()
-                        .meta_mark_vmap(mask, DELIVER)
-                },
                 // goto gateway
                 &|rule| rule.goto(GATEWAY),
             ],
