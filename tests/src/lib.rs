@@ -12,6 +12,8 @@
 pub mod agent;
 mod command;
 mod host_cgroup;
+pub mod installed;
+pub mod others;
 pub mod package;
 pub mod sandbox;
 pub mod session;

@@ -29,6 +29,7 @@ pub use network::{Delivery, INTERNET_V4, INTERNET_V6, MACHINE_V4, MACHINE_V6, PO
 pub use outcome::{Outcome, direct, local, proxied};
 pub use program::Program;
 pub use reexec::Inside;
+pub(crate) use reexec::bin_dir;
 pub use server::{Server, ServerBuilder};
 pub use service::{AgentBuilder, HELPER_UID, HelperBuilder, RelayBuilder, Service};
 pub use user::User;

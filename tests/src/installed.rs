@@ -1,0 +1,124 @@
+//! The project installed in a whole system and set up as its README says, with a proxy for alice.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::sandbox::{App, Outcome, Sandbox};
+use crate::system::{System, SystemUser};
+use crate::wait::wait_until;
+use crate::wire::Transport::{Tcp, Udp};
+
+/// The helper's unit.
+pub const HELPER: &str = "cgtproxy-helper.service";
+/// The socket's.
+pub const SOCKET: &str = "cgtproxy-helper.socket";
+/// The agents'.
+pub const AGENT: &str = "cgtproxy-agent.service";
+
+/// A booted system with the project in it.
+pub struct Installed<'a> {
+    sandbox: &'a Sandbox,
+    /// The system.
+    pub system: System,
+}
+
+impl<'a> Installed<'a> {
+    /// Boots it, with a file for the helper and what `install` puts into its root, and enables the helper's
+    /// socket.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[track_caller]
+    pub fn boot(sandbox: &'a Sandbox, helper: &str, install: impl FnOnce(&Path)) -> Self {
+        let system = System::builder(sandbox)
+            .install_project()
+            .install(install)
+            .boot();
+        let this = Self { sandbox, system };
+        this.configure_helper(helper);
+        this.system.run(&["systemctl", "enable", "--now", SOCKET]);
+        this
+    }
+
+    /// Writes the helper's configuration, for the next one that starts.
+    pub fn configure_helper(&self, yaml: &str) {
+        let script = "mkdir -p /etc/cgtproxy && printf '%s\n' \"$1\" >/etc/cgtproxy/helper.yaml";
+        self.system.run(&["sh", "-c", script, "sh", yaml]);
+    }
+
+    /// Gives a user a configuration and an agent.
+    #[track_caller]
+    pub fn enable(&self, user: &SystemUser, config: &str) {
+        let script = "mkdir -p ~/.config/cgtproxy && cd ~/.config/cgtproxy &&
+                      printf %s \"$1\" > new && mv new config.yaml";
+        self.system
+            .run_as(user, &["sh", "-c", script, "sh", config]);
+        let start = ["systemctl", "--user", "enable", "--now", AGENT];
+        self.system.run_as(user, &start);
+    }
+
+    /// An application as a desktop starts it.
+    #[track_caller]
+    pub fn desktop_app(&self, user: &SystemUser, name: &str) -> App {
+        let unit = format!("--unit=app-{name}");
+        let by = [
+            "systemd-run",
+            "--user",
+            "--quiet",
+            "--collect",
+            "--pipe",
+            "--wait",
+        ];
+        self.system
+            .app_as(user, &[&by[..], &["--slice=app.slice", &unit]].concat())
+    }
+
+    /// Waits until the user's agent has the helper's word that everything is in the kernel.
+    #[track_caller]
+    pub fn wait_in_force(&self, user: &SystemUser) {
+        wait_until("everything is in force", || {
+            let command = ["cgtproxy-agent", "status", "--json"];
+            let output = self.system.output_as(user, &command);
+            // None yet, if the agent is about to start again.
+            let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+            let groups = status["controlGroups"].as_array();
+            status["connected"] == true
+                && groups.is_some_and(|all| all.iter().all(|group| group["inForce"] == true))
+        });
+    }
+
+    /// Asks fresh destinations of both families, by TCP and UDP.
+    ///
+    /// # Panics
+    /// When something else becomes of it.
+    #[track_caller]
+    pub fn expect(&self, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
+        for to in self.sandbox.destinations() {
+            for transport in [Tcp, Udp] {
+                assert_eq!(app.ask(transport, to), outcome(to), "{transport:?} {to}");
+            }
+        }
+    }
+
+    /// Insists that nothing of an application's gets out.
+    ///
+    /// # Panics
+    /// When something does.
+    #[track_caller]
+    pub fn expect_dropped(&self, app: &App) {
+        for to in self.sandbox.destinations() {
+            for transport in [Tcp, Udp] {
+                let outcome = app.ask(transport, to);
+                assert!(outcome.is_dropped(), "{transport:?} {to}: {outcome:?}");
+            }
+            self.sandbox.assert_nothing_left_for(to.ip());
+        }
+    }
+
+    /// Counts how often the helper has put something back.
+    pub fn restored(&self) -> usize {
+        self.system.journal(HELPER).matches("restored it").count()
+    }
+}

@@ -1,0 +1,93 @@
+//! Packages of other programs that are about networks, as Debian has them: put into a system's root
+//! before it boots, and never installed on the host, where they would begin to work.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::sandbox::bin_dir;
+
+/// firewalld, ufw and iptables, with what they need and the host has not.
+///
+/// # Panics
+/// When the archives are not there.
+#[track_caller]
+pub fn install(root: &Path) {
+    let archives = archives();
+    assert!(
+        !archives.is_empty(),
+        "{} has no packages in it: run `.ci/dependencies test`",
+        directory().display()
+    );
+    for archive in archives {
+        unpack(&archive, root);
+    }
+    configure(root);
+}
+
+/// Where .ci/dependencies puts them.
+fn directory() -> PathBuf {
+    let bin = bin_dir();
+    bin.parent()
+        .expect("it is in the target directory")
+        .join("others")
+}
+
+fn archives() -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory()).into_iter().flatten().flatten();
+    let paths = entries.map(|entry| entry.path());
+    paths
+        .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .collect()
+}
+
+#[track_caller]
+fn unpack(archive: &Path, root: &Path) {
+    let mut tar = Command::new("dpkg-deb")
+        .arg("--fsys-tarfile")
+        .arg(archive)
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("dpkg-deb can be started");
+    let status = Command::new("tar")
+        // /lib is a link to usr/lib.
+        .args(["--extract", "--keep-directory-symlink", "--directory"])
+        .arg(root)
+        .stdin(tar.stdout.take().expect("piped"))
+        .status()
+        .expect("tar can be started");
+    let read = tar.wait().expect("a child can be waited for");
+    assert!(status.success() && read.success(), "{}", archive.display());
+}
+
+/// What the packages' scripts would do.
+fn configure(root: &Path) {
+    for program in ["iptables", "ip6tables"] {
+        for suffix in ["", "-save", "-restore"] {
+            let link = root.join(format!("usr/sbin/{program}{suffix}"));
+            let _ = fs::remove_file(&link);
+            symlink("xtables-nft-multi", link).expect("the root is ours");
+        }
+    }
+    // Not "desktop", where users may ask: the one of servers.
+    let actions = root.join("usr/share/polkit-1/actions");
+    let name = "org.fedoraproject.FirewallD1";
+    let link = actions.join(format!("{name}.policy"));
+    let _ = fs::remove_file(&link);
+    symlink(format!("{name}.server.policy.choice"), link).expect("the root is ours");
+    let (from, to) = (root.join("usr/share/ufw"), root.join("etc/ufw"));
+    let copy = |from: PathBuf| {
+        let name = from.file_name().expect("a file");
+        fs::copy(&from, to.join(name)).expect("the root is ours");
+    };
+    for entry in fs::read_dir(from.join("iptables"))
+        .expect("it was unpacked")
+        .flatten()
+    {
+        copy(entry.path());
+    }
+    for name in ["before.init", "after.init", "ufw.conf"] {
+        copy(from.join(name));
+    }
+}

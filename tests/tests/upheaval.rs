@@ -1,0 +1,203 @@
+//! What happens to a whole system in its life, while traffic flows: daemons that are killed together and
+//! upgraded, service managers that are started again, users that are deleted.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use cgtproxy_tests::installed::{AGENT, HELPER, Installed};
+use cgtproxy_tests::sandbox::{Sandbox, direct, proxied, sandbox};
+use cgtproxy_tests::session::mapped_ids;
+use cgtproxy_tests::steady::Steady;
+use cgtproxy_tests::system::SystemUser;
+use cgtproxy_tests::wait::wait_until;
+
+const CONFIG: &str = r"
+version: 1
+tproxies:
+  mihomo: {port: 7890}
+rules:
+  - {match: app-tracker, drop: true}
+  - {match: '/app\.slice$', tproxy: mihomo}
+";
+
+#[test]
+fn kills_stops_and_upgrades_leave_no_gap_in_an_owned_table() {
+    sandbox(|sb| kill_stop_and_upgrade(sb, "own-table: true"));
+}
+
+#[test]
+fn kills_stops_and_upgrades_leave_no_gap_in_a_table_of_nobody() {
+    sandbox(|sb| kill_stop_and_upgrade(sb, "own-table: false"));
+}
+
+/// Puts another file in the place of a program, as package managers do. It behaves the same.
+fn replace_program(installed: &Installed<'_>, path: &str) {
+    let script = "cp \"$1\" \"$1.new\" && printf ' ' >>\"$1.new\" && mv \"$1.new\" \"$1\"";
+    installed.system.run(&["sh", "-ec", script, "sh", path]);
+}
+
+/// Whether a process runs the file that is at this path now.
+fn runs(installed: &Installed<'_>, pid: &str, path: &str) -> bool {
+    let inode = |path: &str| installed.system.run(&["stat", "-L", "-c", "%i", path]);
+    inode(&format!("/proc/{pid}/exe")) == inode(path)
+}
+
+fn kill_stop_and_upgrade(sb: &Sandbox, helper: &str) {
+    let installed = Installed::boot(sb, helper, |_| ());
+    let system = &installed.system;
+    let alice = system.alice();
+    let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+    installed.enable(alice, CONFIG);
+    let browser = installed.desktop_app(alice, "browser");
+    let tracker = installed.desktop_app(alice, "tracker");
+    installed.wait_in_force(alice);
+    let traffic = Steady::start(sb, &browser);
+    let to = sb.destinations();
+    let open = to.map(|to| browser.open_tcp(to).expect("the proxy answers"));
+    let holds = |what: &str| {
+        eprintln!("{what}");
+        for (open, to) in open.iter().zip(to) {
+            assert_eq!(open.ask(), proxied("mihomo", to), "{what}");
+        }
+        traffic.assert_proxied("mihomo");
+        traffic.assert_none_strayed(sb, &["mihomo"]);
+        installed.expect_dropped(&tracker);
+    };
+    holds("at first");
+    let helper = || system.property(HELPER, "MainPID");
+    let agent = || system.user_property(alice, AGENT, "MainPID");
+    let goes_on = |what: &str, before: [&str; 2]| {
+        holds(what);
+        for (old, new) in before
+            .into_iter()
+            .zip([&helper as &dyn Fn() -> String, &agent])
+        {
+            wait_until("another process has taken its place", || {
+                let now = new();
+                old.is_empty() || now != old && now != "0"
+            });
+        }
+        installed.wait_in_force(alice);
+        holds(what);
+        // And it works on.
+        let new = system.app_as(alice, &["cgtproxy-exec", "drop"]);
+        installed.expect_dropped(&new);
+    };
+
+    let before = [helper(), agent()];
+    system.run(&["kill", "-KILL", &before[0], &before[1]]);
+    goes_on("both killed", [&before[0], &before[1]]);
+
+    let before = helper();
+    system.run(&["systemctl", "stop", HELPER]);
+    holds("the helper stopped");
+    system.run(&["systemctl", "start", HELPER]);
+    goes_on("the helper started", [&before, ""]);
+
+    let before = helper();
+    replace_program(&installed, "/usr/libexec/cgtproxy-helper");
+    assert!(!runs(&installed, &before, "/usr/libexec/cgtproxy-helper"));
+    system.run(&["systemctl", "restart", HELPER]);
+    goes_on("the helper upgraded", [&before, ""]);
+    assert!(runs(&installed, &helper(), "/usr/libexec/cgtproxy-helper"));
+
+    let before = agent();
+    replace_program(&installed, "/usr/bin/cgtproxy-agent");
+    system.run_as(alice, &["systemctl", "--user", "restart", AGENT]);
+    goes_on("the agent upgraded", ["", &before]);
+    assert!(runs(&installed, &agent(), "/usr/bin/cgtproxy-agent"));
+}
+
+/// What is left of a user in the kernel.
+fn objects_of(sb: &Sandbox, user: &SystemUser) -> Vec<String> {
+    let uid = user.uid().to_string();
+    let mut objects = sb.chains();
+    objects.extend(sb.maps());
+    objects.retain(|name| name.split('-').any(|part| part == uid));
+    objects
+}
+
+#[test]
+fn a_user_manager_that_is_started_again_has_its_policy_again() {
+    sandbox(|sb| {
+        let installed = Installed::boot(sb, "grace-seconds: 1", |_| ());
+        let system = &installed.system;
+        let (alice, bob) = (system.alice(), system.bob());
+        let _alices = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        let _bobs = sb.tproxy("bobs").uid(bob.uid()).port(7892).start();
+        installed.enable(alice, CONFIG);
+        installed.enable(bob, &CONFIG.replace("7890", "7892"));
+        let bobs = installed.desktop_app(bob, "browser");
+        installed.wait_in_force(bob);
+        let traffic = Steady::start(sb, &bobs);
+        let map = format!("cgroups-{}", alice.uid());
+        let manager = format!("user@{}.service", alice.uid());
+        let mut known = Vec::new();
+        for manner in [
+            &["systemctl", "restart"][..],
+            &["systemctl", "kill", "--signal=KILL"],
+        ] {
+            installed.wait_in_force(alice);
+            let browser = installed.desktop_app(alice, "browser");
+            let tracker = installed.desktop_app(alice, "tracker");
+            installed.wait_in_force(alice);
+            installed.expect(&browser, |to| proxied("mihomo", to));
+            installed.expect_dropped(&tracker);
+            let ids = mapped_ids(sb, &map);
+            assert!(ids.iter().all(|id| !known.contains(id)), "{ids:?}");
+            known = ids;
+            // Its applications go with it.
+            system.run(&[manner, &[&manager]].concat());
+            drop((browser, tracker));
+            if manner.contains(&"kill") {
+                // Nobody says goodbye, and nobody comes back.
+                wait_until("its policy is gone", || objects_of(sb, alice).is_empty());
+            }
+            traffic.assert_proxied("bobs");
+            system.run(&["systemctl", "start", &manager]);
+        }
+        installed.wait_in_force(alice);
+        let browser = installed.desktop_app(alice, "browser");
+        installed.expect(&browser, |to| proxied("mihomo", to));
+        traffic.assert_proxied("bobs");
+        traffic.assert_none_strayed(sb, &["bobs"]);
+    });
+}
+
+#[test]
+fn nothing_is_left_of_a_user_who_is_deleted() {
+    sandbox(|sb| {
+        // Who may use the helper is looked up in the databases that bob vanishes from.
+        let allow = "grace-seconds: 1\nallow: {groups: [cgt-alice, cgt-bob]}";
+        let installed = Installed::boot(sb, allow, |_| ());
+        let system = &installed.system;
+        let (alice, bob) = (system.alice(), system.bob());
+        let _alices = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        let _bobs = sb.tproxy("bobs").uid(bob.uid()).port(7892).start();
+        installed.enable(alice, CONFIG);
+        installed.enable(bob, &CONFIG.replace("7890", "7892"));
+        let browser = installed.desktop_app(alice, "browser");
+        let bobs = installed.desktop_app(bob, "browser");
+        installed.wait_in_force(alice);
+        installed.wait_in_force(bob);
+        let traffic = Steady::start(sb, &browser);
+        installed.expect(&bobs, |to| proxied("bobs", to));
+
+        system.run(&["userdel", "--force", bob.name()]);
+        // What runs goes on as it did: it is not the name that has the policy.
+        installed.expect(&bobs, |to| proxied("bobs", to));
+        let manager = format!("user@{}.service", bob.uid());
+        system.run(&["systemctl", "kill", "--signal=KILL", &manager]);
+        drop(bobs);
+        wait_until("nothing is left of bob", || objects_of(sb, bob).is_empty());
+        assert!(
+            !sb.run(&["nft", "list", "ruleset"])
+                .contains(&bob.uid().to_string())
+        );
+        traffic.assert_proxied("mihomo");
+        traffic.assert_none_strayed(sb, &["mihomo"]);
+        // Who gets the number next begins with nothing.
+        system.run(&["useradd", "--uid", &bob.uid().to_string(), "cgt-carol"]);
+        let next = system.app_as(bob, &[]);
+        installed.expect(&next, direct);
+    });
+}
