@@ -66,6 +66,7 @@ pub fn targets(config: &Config, relay: &Relay, groups: &[ControlGroup]) -> Vec<T
     let built_in = |name: &str| Target {
         name: name.to_owned(),
         port: None,
+        relayed: None,
         controlGroups: count(name) as i64,
     };
     let mut targets = vec![built_in("direct"), built_in("drop")];
@@ -78,6 +79,7 @@ pub fn targets(config: &Config, relay: &Relay, groups: &[ControlGroup]) -> Vec<T
             Means::Tproxy(port) | Means::Redirect(port) => port.get().into(),
             Means::Relay { .. } => relay.port(proxy).into(),
         }),
+        relayed: matches!(proxy.means, Means::Relay { .. }).then_some(true),
         controlGroups: count(proxy.name.as_str()) as i64,
     }));
     targets

@@ -125,6 +125,9 @@ fn nothing_goes_direct_without_an_upstream_or_a_relay() {
             assert_eq!(in_the_end(|| bed.app.tcp(to)), Outcome::Closed);
             sb.assert_nothing_left_for(to.ip());
         }
+        let status = bed.user.run("cgtproxy-agent", &["status"]);
+        let status = String::from_utf8_lossy(&status.stdout).into_owned();
+        assert!(status.contains("Connection refused"), "{status}");
         let _server = microsocks(sb);
         let [to, _] = sb.destinations();
         let outcome = in_the_end(|| bed.app.tcp(to));

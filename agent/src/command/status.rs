@@ -4,11 +4,13 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use cgtproxy_proto::agent::{ControlGroup, GetStatus_Args, GetStatus_Reply};
+use cgtproxy_proto::relay::GetStatus_Reply as RelayStatus;
 
 use super::Error;
 use super::client::Agent;
 use super::table::{dash, table};
 use crate::config::Scope;
+use crate::relay;
 use crate::text::printable;
 
 /// Asks the agent and prints what it says.
@@ -22,9 +24,53 @@ pub(super) fn run(json: bool, scope: Scope) -> Result<ExitCode, Error> {
         writeln!(out)?;
     } else {
         print(&mut out, &status)?;
+        // Only who has a relay asks it: asking starts it.
+        let relayed = status
+            .targets
+            .iter()
+            .any(|target| target.relayed == Some(true));
+        if relayed {
+            print_relay(&mut out, relay_status()?.as_ref())?;
+        }
     }
     out.flush()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the relay says of its proxies, or why it says nothing.
+fn relay_status() -> Result<Result<RelayStatus, String>, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::Start)?;
+    Ok(runtime.block_on(relay::status(&relay::default_socket())))
+}
+
+fn print_relay(out: &mut impl Write, status: Result<&RelayStatus, &String>) -> io::Result<()> {
+    writeln!(out)?;
+    let status = match status {
+        Ok(status) => status,
+        Err(why) => return writeln!(out, "Relay:  {}", printable(why)),
+    };
+    table(
+        out,
+        &["RELAYED TO", "TCP", "UDP", "PROBLEM"],
+        status.upstreams.iter().map(|upstream| {
+            let problem = upstream.problem.as_deref().map(printable);
+            let udp = || {
+                Some(format!(
+                    "no UDP: {}",
+                    printable(upstream.udpProblem.as_deref()?)
+                ))
+            };
+            [
+                printable(&upstream.name),
+                upstream.connections.to_string(),
+                upstream.flows.to_string(),
+                problem.or_else(udp).unwrap_or_else(dash),
+            ]
+        }),
+    )
 }
 
 fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
@@ -132,6 +178,7 @@ mod tests {
             targets: vec![Target {
                 name: "mihomo".into(),
                 port: Some(7893),
+                relayed: None,
                 controlGroups: 2,
             }],
             controlGroups: vec![

@@ -266,6 +266,7 @@ impl Service for Pretender {
         let target = |name: &str, port| Target {
             name: name.into(),
             port,
+            relayed: None,
             controlGroups: 0,
         };
         match method {
