@@ -315,6 +315,13 @@ fn random() -> Option<u32> {
     getrandom::u32().ok()
 }
 
+/// The time in seconds, as the file has it, which outlives a boot.
+///
+/// Where the clock jumps, names that nobody uses are forgotten too early or too late, and nothing else.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "no other clock goes on from one boot to the next"
+)]
 fn now() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
