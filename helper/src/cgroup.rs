@@ -66,7 +66,7 @@ impl OwnedControlGroup {
     }
 
     /// Any control group, for a test of what comes after opening one.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn for_test(id: u64, level: u32) -> Self {
         Self {
             id: ControlGroupId(id),
@@ -165,10 +165,12 @@ impl Drop for Room<'_> {
 }
 
 /// The root of the cgroup v2 hierarchy.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Root {
-    directory: OwnedFd,
+    directory: Rc<OwnedFd>,
     spare: Spare,
+    /// What every control group is on: cgroup v2 (`f_type` of statfs(2)).
+    file_system: u32,
 }
 
 impl Root {
@@ -195,15 +197,29 @@ impl Root {
             source: error.into(),
         };
         let root = open(path, flags, Mode::empty()).map_err(failed)?;
-        if !is_cgroup2(&root).map_err(failed)? {
+        if file_system(&root).map_err(failed)? != CGROUP2_SUPER_MAGIC {
             return Err(RootError::NotControlGroup {
                 path: path.to_owned(),
             });
         }
         let spare = Spare::of(&root);
         Ok(Self {
-            directory: root,
+            directory: Rc::new(root),
             spare,
+            file_system: CGROUP2_SUPER_MAGIC,
+        })
+    }
+
+    /// Directories of whatever file system this is stand for control groups.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn for_test(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = open(path, flags, Mode::empty())?;
+        let file_system = file_system(&directory)?;
+        Ok(Self {
+            spare: Spare::of(&directory),
+            directory: Rc::new(directory),
+            file_system,
         })
     }
 
@@ -220,9 +236,11 @@ impl Root {
     pub fn subtree(&self, peer: &Peer) -> Result<Subtree, Unavailable> {
         let path = ControlGroupPath::from_bytes(subtree_path(peer.uid()).as_bytes())
             .map_err(|_| Unavailable::NotControlGroup)?;
-        let (directory, cgroup) = open_owned(&self.directory, &path, 0, peer.uid())?;
+        let (directory, cgroup) =
+            open_owned(&self.directory, self.file_system, &path, 0, peer.uid())?;
         Ok(Subtree {
             directory,
+            file_system: self.file_system,
             cgroup,
             uid: peer.uid(),
         })
@@ -243,6 +261,7 @@ pub fn subtree_path(uid: Uid) -> String {
 #[derive(Debug)]
 pub struct Subtree {
     directory: OwnedFd,
+    file_system: u32,
     cgroup: OwnedControlGroup,
     uid: Uid,
 }
@@ -259,12 +278,14 @@ impl Subtree {
     /// # Errors
     /// If it is not there, or not this user's.
     pub fn open(&self, path: &ControlGroupPath) -> Result<OwnedControlGroup, Unavailable> {
-        open_owned(&self.directory, path, self.cgroup.level, self.uid).map(|(_, cgroup)| cgroup)
+        let (level, uid) = (self.cgroup.level, self.uid);
+        open_owned(&self.directory, self.file_system, path, level, uid).map(|(_, cgroup)| cgroup)
     }
 }
 
 fn open_owned(
     directory: &OwnedFd,
+    on: u32,
     path: &ControlGroupPath,
     base_level: u32,
     uid: Uid,
@@ -284,7 +305,7 @@ fn open_owned(
         }
         _ => Unavailable::Unreadable,
     })?;
-    if !is_cgroup2(&opened).map_err(|_| Unavailable::Unreadable)? {
+    if file_system(&opened).map_err(|_| Unavailable::Unreadable)? != on {
         return Err(Unavailable::NotControlGroup);
     }
     let stat = fstat(&opened).map_err(|_| Unavailable::Unreadable)?;
@@ -321,6 +342,6 @@ fn open_beneath(directory: &OwnedFd, path: &ControlGroupPath) -> Result<OwnedFd,
     result
 }
 
-fn is_cgroup2(directory: impl AsFd) -> Result<bool, Errno> {
-    Ok(fstatfs(directory)?.f_type as u32 == CGROUP2_SUPER_MAGIC)
+fn file_system(directory: impl AsFd) -> Result<u32, Errno> {
+    Ok(fstatfs(directory)?.f_type as u32)
 }

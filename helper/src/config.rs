@@ -143,7 +143,7 @@ impl Default for Limits {
 }
 
 /// What the file means.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Config {
     /// The bits of packet and connection marks that are ours.
     pub marks: MarkRange,
@@ -240,7 +240,7 @@ impl Config {
         Self::parse(&text, file)
     }
 
-    fn parse(text: &str, path: &Path) -> Result<Self, Error> {
+    pub(crate) fn parse(text: &str, path: &Path) -> Result<Self, Error> {
         let path = path.to_owned();
         let file = match serde_saphyr::from_str::<Option<File>>(text) {
             Ok(file) => file.unwrap_or_default(),

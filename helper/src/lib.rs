@@ -2,7 +2,8 @@
 //!
 //! A call travels one way: [`server`] accepts the connection and learns from the kernel whose it is
 //! ([`peer`]), [`session`] takes a message apart, [`cgroup`] opens what it names, [`registry`] turns it into a
-//! [`nft::Plan`], and [`nft`] commits that in one transaction. [`state`] holds these together.
+//! [`nft::Plan`], and [`nft`] commits that in one transaction. [`state`] holds these together, and [`kernel`] is
+//! where it ends.
 //! [`route`] brings marked packets back in, and [`monitor`] notices when somebody takes any of it away.
 
 #![deny(unsafe_code)]
@@ -13,6 +14,7 @@ pub mod cgroup;
 pub mod cli;
 pub mod config;
 mod conntrack;
+pub mod kernel;
 pub mod mark;
 pub mod monitor;
 mod netlink;

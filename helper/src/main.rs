@@ -13,6 +13,7 @@ use std::rc::Rc;
 use cgtproxy_helper::cgroup::{Root, RootError};
 use cgtproxy_helper::cli::Arguments;
 use cgtproxy_helper::config::{self, Config};
+use cgtproxy_helper::kernel::Linux;
 use cgtproxy_helper::monitor::Monitor;
 use cgtproxy_helper::nft::{self, Nftables};
 use cgtproxy_helper::route::{self, Family, Routing};
@@ -141,7 +142,7 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Runtime)?;
         let monitor = Monitor::open(config.route_table, nftables.port(), !nftables.owned())
             .map_err(Error::Monitor)?;
-        let (state, graces) = State::new(config, root, routing, nftables, left)?;
+        let (state, graces) = State::new(config, root, Linux::new(nftables, routing), left)?;
         if !state.ipv6() {
             tracing::info!("the kernel has no IPv6: only IPv4 is diverted");
         }

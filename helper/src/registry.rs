@@ -120,7 +120,7 @@ impl Staged {
 }
 
 /// All users' policies.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Registry {
     limits: Limits,
     marks: MarkAllocator,

@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 
 use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
+use crate::kernel::{Kernel, Linux};
 use crate::nft::{Delivery, DnsHijack, Element, Exceptions, Gateway, MarkWriter, Verdict};
 use crate::peer::{Peer, Uid};
 use crate::quota::Connection;
@@ -42,21 +43,21 @@ enum Error {
 }
 
 /// One connection's side of the interface.
-pub struct Session {
+pub struct Session<K = Linux> {
     peer: Peer,
     connection: Connection,
     id: ConnectionId,
-    state: Rc<RefCell<State>>,
+    state: Rc<RefCell<State<K>>>,
 }
 
-impl Session {
+impl<K: Kernel> Session<K> {
     /// Serves `peer`, whose connection is `id`.
     #[must_use]
     pub fn new(
         peer: Peer,
         connection: Connection,
         id: ConnectionId,
-        state: Rc<RefCell<State>>,
+        state: Rc<RefCell<State<K>>>,
     ) -> Self {
         Self {
             peer,
@@ -248,7 +249,7 @@ impl Session {
         }
     }
 
-    fn subtree(&self, state: &State) -> Result<Subtree, Error> {
+    fn subtree(&self, state: &State<K>) -> Result<Subtree, Error> {
         state.root.subtree(&self.peer).map_err(|why| match why {
             Unavailable::Later => state::Error::Later.into(),
             _ => Error::NoUserManager(subtree_path(self.peer.uid())),
@@ -317,7 +318,7 @@ impl Session {
     }
 }
 
-impl Service for Session {
+impl<K: Kernel> Service for Session<K> {
     const IDENTITY: Identity = Identity {
         product: "cgtproxy-helper",
         version: env!("CARGO_PKG_VERSION"),

@@ -11,10 +11,11 @@ use cgtproxy_proto::path::ControlGroupPath;
 use crate::cgroup::{OwnedControlGroup, Root, Subtree, Unavailable};
 use crate::config::Config;
 use crate::conntrack::{Conntrack, Entry};
-use crate::nft::{self, Delivery, LeftBehind, MarkWriter, Nftables};
+use crate::kernel::{Kernel, Linux};
+use crate::nft::{self, Delivery, LeftBehind, MarkWriter};
 use crate::peer::Uid;
 use crate::registry::{PolicyRequest, Refused, Registry, Staged};
-use crate::route::{self, Family, Routing};
+use crate::route::{self, Family};
 
 /// Tells connections apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,14 +74,13 @@ pub struct Diagnosis {
 }
 
 /// Everything that the helper knows, shared by all connections of the one thread.
-pub struct State {
+pub struct State<K = Linux> {
     /// What the administrator wants.
     pub config: Config,
     /// Where control groups are looked up.
     pub root: Root,
     ipv6: bool,
-    routing: Routing,
-    nftables: Nftables,
+    kernel: K,
     registry: Registry,
     /// Open once it has been of use.
     conntrack: Option<Conntrack>,
@@ -92,7 +92,7 @@ pub struct State {
 /// A control group that was asked for and can't be had.
 pub type Skipped = (ControlGroupPath, Unavailable);
 
-impl State {
+impl<K: Kernel> State<K> {
     /// The state at the start, with what an earlier helper left, whose graces are to be awaited.
     /// Sets policy routing up.
     ///
@@ -101,8 +101,7 @@ impl State {
     pub fn new(
         config: Config,
         root: Root,
-        routing: Routing,
-        nftables: Nftables,
+        kernel: K,
         left: BTreeMap<Uid, LeftBehind>,
     ) -> Result<(Self, Vec<(Uid, u64)>), route::Error> {
         let mut registry = Registry::new(config.limits, config.marks);
@@ -115,8 +114,7 @@ impl State {
             config,
             root,
             ipv6: true,
-            routing,
-            nftables,
+            kernel,
             registry,
             conntrack: None,
             holders,
@@ -154,8 +152,8 @@ impl State {
     /// # Errors
     /// If the kernel refuses them.
     pub fn ensure_routing(&self) -> Result<bool, route::Error> {
-        self.routing.ensure(Family::Ipv4)?;
-        self.routing.ensure(Family::Ipv6)
+        self.kernel.ensure_routing(Family::Ipv4)?;
+        self.kernel.ensure_routing(Family::Ipv6)
     }
 
     /// Makes the table anew as it should be, in one transaction.
@@ -163,7 +161,7 @@ impl State {
     /// # Errors
     /// If the kernel refuses.
     pub fn rebuild_table(&mut self) -> Result<(), nft::Error> {
-        self.nftables.rebuild(&self.registry.rebuild())?;
+        self.kernel.rebuild(&self.registry.rebuild())?;
         self.registry.rebuilt();
         Ok(())
     }
@@ -175,12 +173,12 @@ impl State {
         {
             return diagnosis.clone();
         }
-        let mark_writers = self.nftables.mark_writers();
+        let mark_writers = self.kernel.mark_writers();
         if let Err(error) = &mark_writers {
             tracing::warn!("can't look at other programs' nftables rules: {error}");
         }
         let diagnosis = Diagnosis {
-            missing_features: self.nftables.missing_features(),
+            missing_features: self.kernel.missing_features(),
             mark_writers: mark_writers.ok(),
         };
         self.diagnosis = Some((Instant::now(), diagnosis.clone()));
@@ -190,7 +188,7 @@ impl State {
     /// Whether the kernel protects the table.
     #[must_use]
     pub fn table_owned(&self) -> bool {
-        self.nftables.owned()
+        self.kernel.owned()
     }
 
     /// Replaces the policy of a user on behalf of a connection, which holds it from then on.
@@ -342,7 +340,7 @@ impl State {
     }
 
     fn commit(&mut self, staged: Staged) -> Result<u64, nft::Error> {
-        self.nftables.commit(staged.plan())?;
+        self.kernel.commit(staged.plan())?;
         Ok(self.registry.apply(staged))
     }
 }
@@ -368,3 +366,6 @@ fn opener<'a>(
         }
     }
 }
+
+#[cfg(test)]
+mod reconnection;

@@ -5,63 +5,28 @@ use std::num::NonZeroU16;
 use proptest::prelude::*;
 
 use super::*;
-use crate::cgroup::ControlGroupId;
+use crate::kernel::model::Table;
 use crate::nft::Hold;
 
 /// Root's policy is the system's.
 const UIDS: [u32; 3] = [1000, 1001, 0];
 
-/// What the kernel would hold for one user.
-#[derive(Debug, Clone, Default, PartialEq)]
-struct Kernel {
-    layout: Option<Layout>,
-    elements: BTreeMap<ControlGroupId, Element>,
-}
-
-/// Carries out a plan as nf_tables does: what is deleted must be there, what is added must not.
-fn carry_out(kernel: &mut Kernel, plan: &Plan) {
-    match &plan.before {
-        Before::Nothing => assert_eq!(kernel.layout, None),
-        Before::Layout(layout) => assert_eq!(kernel.layout.as_ref(), Some(&**layout)),
-        Before::LeftBehind(_) => kernel.elements.clear(),
-    }
-    for id in &plan.delete {
-        assert!(
-            kernel.elements.remove(id).is_some(),
-            "deleted what is not there"
-        );
-    }
-    for (cgroup, element) in &plan.add {
-        let replaced = kernel.elements.insert(cgroup.id(), element.clone());
-        assert_eq!(replaced, None, "added what is there");
-        if let Some(hold) = Hold::of(cgroup.level(), element) {
-            let layout = plan.after.as_ref().expect("there is a user to add it to");
-            assert!(
-                layout.holds.contains(&hold),
-                "it leads to a chain that is not there"
-            );
-        }
-    }
-    kernel.layout = plan.after.as_deref().cloned();
-    if kernel.layout.is_none() {
-        kernel.elements.clear();
-    }
-}
-
-fn assert_consistent(registry: &Registry, kernels: &BTreeMap<Uid, Kernel>) {
+fn assert_consistent(registry: &Registry, table: &Table) {
     let mut marks = BTreeSet::new();
-    for (&uid, kernel) in kernels {
+    for uid in UIDS.map(Uid::for_test) {
+        let objects = table.of(uid);
         let Some(Entry::Policy(user)) = registry.users.get(&uid) else {
-            assert_eq!(kernel, &Kernel::default());
+            assert_eq!(objects, None);
             continue;
         };
-        assert_eq!(kernel.layout.as_ref(), Some(&*user.layout));
+        let objects = objects.unwrap();
+        assert_eq!(objects.layout, *user.layout);
         let known: BTreeMap<_, _> = user
             .cgroups
             .values()
             .map(|(c, element)| (c.id(), element.clone()))
             .collect();
-        assert_eq!(kernel.elements, known);
+        assert_eq!(objects.elements, known);
         let levels: BTreeSet<_> = user.cgroups.values().map(|(c, _)| c.level()).collect();
         assert_eq!(
             user.layout.levels, levels,
@@ -157,8 +122,7 @@ proptest! {
         let limits = Limits { proxies: 3, bypass: 1, control_groups: 5, ..Limits::default() };
         let range = MarkRange::new(0x0000_0f00).unwrap();
         let mut registry = Registry::new(limits, range);
-        let mut kernels: BTreeMap<Uid, Kernel> =
-            UIDS.into_iter().map(|uid| (Uid::for_test(uid), Kernel::default())).collect();
+        let mut table = Table::default();
         for (user, call, refused, seed) in calls {
             let uid = Uid::for_test(UIDS[user]);
             let subtree = OwnedControlGroup::for_test(u64::from(UIDS[user]) + seed % 2, 3);
@@ -204,12 +168,10 @@ proptest! {
             };
             // A kernel that refuses does nothing, and then nothing is applied either.
             if let Ok(staged) = staged && !refused {
-                if !staged.plan().is_empty() {
-                    carry_out(kernels.get_mut(&uid).unwrap(), staged.plan());
-                }
+                table.carry_out(staged.plan());
                 registry.apply(staged);
             }
-            assert_consistent(&registry, &kernels);
+            assert_consistent(&registry, &table);
         }
     }
 }

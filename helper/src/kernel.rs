@@ -1,0 +1,81 @@
+//! What the state needs of the kernel. The one seam between what is decided and what is done, where tests put
+//! a model of the kernel in.
+
+use crate::nft::{self, MarkWriter, Nftables, Plan};
+use crate::route::{self, Family, Routing};
+
+#[cfg(any(test, fuzzing))]
+pub(crate) mod model;
+
+/// nf_tables and policy routing, as far as the state is concerned.
+pub trait Kernel {
+    /// Carries a plan out in one transaction, or nothing of it.
+    ///
+    /// # Errors
+    /// If the kernel refuses; it holds what it held before.
+    fn commit(&mut self, plan: &Plan) -> Result<(), nft::Error>;
+
+    /// Makes the table anew with what these plans add to an empty one, in one transaction.
+    ///
+    /// # Errors
+    /// If the kernel refuses; it holds what it held before.
+    fn rebuild(&mut self, plans: &[Plan]) -> Result<(), nft::Error>;
+
+    /// Whether the table is protected from other programs.
+    fn owned(&self) -> bool;
+
+    /// Sees to it that a family's rule and route are there. False if the kernel does not have the family.
+    ///
+    /// # Errors
+    /// If the kernel refuses for another reason.
+    fn ensure_routing(&self, family: Family) -> Result<bool, route::Error>;
+
+    /// What the kernel lacks of what proxies need, in nft's words.
+    fn missing_features(&self) -> Vec<&'static str>;
+
+    /// The tables of others that change our bits of marks.
+    ///
+    /// # Errors
+    /// If they can't be read.
+    fn mark_writers(&self) -> Result<Vec<MarkWriter>, nft::Error>;
+}
+
+/// The kernel that this runs on.
+pub struct Linux {
+    nftables: Nftables,
+    routing: Routing,
+}
+
+impl Linux {
+    /// The kernel behind these sockets.
+    #[must_use]
+    pub fn new(nftables: Nftables, routing: Routing) -> Self {
+        Self { nftables, routing }
+    }
+}
+
+impl Kernel for Linux {
+    fn commit(&mut self, plan: &Plan) -> Result<(), nft::Error> {
+        self.nftables.commit(plan)
+    }
+
+    fn rebuild(&mut self, plans: &[Plan]) -> Result<(), nft::Error> {
+        self.nftables.rebuild(plans)
+    }
+
+    fn owned(&self) -> bool {
+        self.nftables.owned()
+    }
+
+    fn ensure_routing(&self, family: Family) -> Result<bool, route::Error> {
+        self.routing.ensure(family)
+    }
+
+    fn missing_features(&self) -> Vec<&'static str> {
+        self.nftables.missing_features()
+    }
+
+    fn mark_writers(&self) -> Result<Vec<MarkWriter>, nft::Error> {
+        self.nftables.mark_writers()
+    }
+}

@@ -1,0 +1,165 @@
+//! A model of the kernel: it does what nf_tables would do with a plan, and refuses nothing but when it is told
+//! to. A plan that nf_tables would refuse is a panic.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use rustix::io::Errno;
+
+use super::Kernel;
+use crate::cgroup::ControlGroupId;
+use crate::nft::{self, Before, Element, Hold, Layout, LeftBehind, MarkWriter, Plan, Refusal};
+use crate::peer::Uid;
+use crate::route::{self, Family};
+
+/// What the table holds for one user.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Objects {
+    pub(crate) layout: Layout,
+    pub(crate) elements: BTreeMap<ControlGroupId, Element>,
+}
+
+/// The table.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Table(BTreeMap<Uid, Objects>);
+
+impl Table {
+    /// What it holds for a user.
+    pub(crate) fn of(&self, uid: Uid) -> Option<&Objects> {
+        self.0.get(&uid)
+    }
+
+    /// Carries a plan out: what is deleted must be there, what is added must not.
+    pub(crate) fn carry_out(&mut self, plan: &Plan) {
+        // Nothing is sent then.
+        if plan.is_empty() {
+            return;
+        }
+        let before = self.0.remove(&plan.uid);
+        let mut elements = match &plan.before {
+            Before::Nothing => {
+                assert_eq!(before, None, "there is something of this user's");
+                BTreeMap::new()
+            }
+            Before::Layout(layout) => {
+                let before = before.expect("there is something of this user's");
+                assert_eq!(before.layout, **layout);
+                before.elements
+            }
+            Before::LeftBehind(left) => {
+                let before = before.expect("there is something of this user's");
+                assert_eq!(left_behind(plan.uid, &before.layout), *left);
+                BTreeMap::new()
+            }
+        };
+        for id in &plan.delete {
+            assert!(elements.remove(id).is_some(), "deleted what is not there");
+        }
+        let Some(layout) = plan.after.as_deref() else {
+            // The map of the elements goes with the layout.
+            assert!(plan.add.is_empty(), "nowhere to add it");
+            return;
+        };
+        for (cgroup, element) in &plan.add {
+            let replaced = elements.insert(cgroup.id(), element.clone());
+            assert_eq!(replaced, None, "added what is there");
+            if let Some(hold) = Hold::of(cgroup.level(), element) {
+                assert!(
+                    layout.holds.contains(&hold),
+                    "it leads to a chain that is not there"
+                );
+            }
+        }
+        let layout = layout.clone();
+        self.0.insert(plan.uid, Objects { layout, elements });
+    }
+
+    /// What a helper that starts reads back.
+    pub(crate) fn left_behind(&self) -> BTreeMap<Uid, LeftBehind> {
+        let left = |(&uid, objects): (&Uid, &Objects)| (uid, left_behind(uid, &objects.layout));
+        self.0.iter().map(left).collect()
+    }
+}
+
+fn left_behind(uid: Uid, layout: &Layout) -> LeftBehind {
+    LeftBehind {
+        subtree: Some(layout.subtree.id()).filter(|_| uid != Uid::ROOT),
+        proxies: layout
+            .proxies
+            .iter()
+            .map(|(name, proxy)| (name.clone(), proxy.mark))
+            .collect(),
+        holds: layout.holds.clone(),
+    }
+}
+
+/// A kernel with such a table, which outlives the helpers that change it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Model {
+    pub(crate) table: Rc<RefCell<Table>>,
+    /// Somebody else has taken the table away.
+    pub(crate) gone: Rc<Cell<bool>>,
+    /// The next transaction is refused.
+    pub(crate) refuse: Rc<Cell<bool>>,
+}
+
+impl Model {
+    /// `nft flush ruleset`, where nothing protects the table.
+    pub(crate) fn flush(&self) {
+        *self.table.borrow_mut() = Table::default();
+        self.gone.set(true);
+    }
+
+    fn accept(&self) -> Result<(), nft::Error> {
+        match self.refuse.take() {
+            true => Err(refused(Errno::NOMEM)),
+            false => Ok(()),
+        }
+    }
+}
+
+fn refused(errno: Errno) -> nft::Error {
+    nft::Error::Refused(Refusal { errno, text: None })
+}
+
+impl Kernel for Model {
+    fn commit(&mut self, plan: &Plan) -> Result<(), nft::Error> {
+        if plan.is_empty() {
+            return Ok(());
+        }
+        self.accept()?;
+        if self.gone.get() {
+            return Err(refused(Errno::NOENT));
+        }
+        self.table.borrow_mut().carry_out(plan);
+        Ok(())
+    }
+
+    fn rebuild(&mut self, plans: &[Plan]) -> Result<(), nft::Error> {
+        self.accept()?;
+        let mut table = Table::default();
+        for plan in plans {
+            table.carry_out(plan);
+        }
+        *self.table.borrow_mut() = table;
+        self.gone.set(false);
+        Ok(())
+    }
+
+    fn owned(&self) -> bool {
+        false
+    }
+
+    fn ensure_routing(&self, _: Family) -> Result<bool, route::Error> {
+        Ok(true)
+    }
+
+    fn missing_features(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
+
+    fn mark_writers(&self) -> Result<Vec<MarkWriter>, nft::Error> {
+        Ok(Vec::new())
+    }
+}
