@@ -30,6 +30,9 @@ const HELD_UP: Duration = Duration::from_millis(100);
 /// How long those may take who came meanwhile.
 const SECOND_CHANCE: Duration = Duration::from_secs(1);
 
+/// How long to wait before asking the kernel again for what it refused: doubled from one to the other.
+const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
+
 /// Serves connections until `shutdown` is cancelled, then ends them all.
 #[derive(Clone)]
 pub struct Server {
@@ -93,21 +96,33 @@ impl Server {
     pub fn await_grace(&self, uid: Uid, grace: u64) {
         let this = self.clone();
         self.tasks.spawn_local(async move {
-            let period = this.state.borrow().config.grace;
-            tokio::select! {
-                () = sleep_awake(period) => {}
-                // The policy stays in the kernel for the next helper.
-                () = this.shutdown.cancelled() => return,
-            }
-            match this.state.borrow_mut().grace_is_over(uid, grace) {
-                Ok(true) => tracing::info!(
-                    uid = uid.value(),
-                    "removed the policy of an agent that is gone"
-                ),
-                Ok(false) => {}
-                Err(error) => {
-                    tracing::error!(uid = uid.value(), "can't remove the policy: {error}")
+            let mut period = this.state.borrow().config.grace;
+            let mut again = TRY_AGAIN.0;
+            loop {
+                tokio::select! {
+                    () = sleep_awake(period) => {}
+                    // The policy stays in the kernel for the next helper.
+                    () = this.shutdown.cancelled() => return,
                 }
+                let over = this.state.borrow_mut().grace_is_over(uid, grace);
+                match over {
+                    Ok(true) => tracing::info!(
+                        uid = uid.value(),
+                        "removed the policy of an agent that is gone"
+                    ),
+                    Ok(false) => {}
+                    // Nobody else would ever remove it.
+                    Err(error) => {
+                        tracing::error!(
+                            uid = uid.value(),
+                            "can't remove the policy: {error}; trying again"
+                        );
+                        period = again;
+                        again = TRY_AGAIN.1.min(again * 2);
+                        continue;
+                    }
+                }
+                return;
             }
         });
     }
@@ -116,9 +131,16 @@ impl Server {
     pub fn guard(&self, monitor: Monitor) {
         let this = self.clone();
         self.tasks.spawn_local(async move {
+            // What is still to be put back.
+            let mut missing = None;
+            let mut again = TRY_AGAIN.0;
             loop {
                 let loss = tokio::select! {
                     loss = monitor.next() => loss,
+                    Some(loss) = later(missing, again) => {
+                        again = TRY_AGAIN.1.min(again * 2);
+                        Ok(loss)
+                    }
                     () = this.shutdown.cancelled() => return,
                 };
                 match loss {
@@ -128,6 +150,10 @@ impl Server {
                     }
                     Ok(Loss::Table) => {
                         let restored = this.state.borrow_mut().rebuild_table();
+                        missing = restored.is_err().then_some(Loss::Table);
+                        if missing.is_none() {
+                            again = TRY_AGAIN.0;
+                        }
                         report("the table 'inet cgtproxy'", restored);
                     }
                     Err(error) => {
@@ -209,6 +235,13 @@ async fn sleep_awake(period: Duration) {
         }
         end = now + period.min(SECOND_CHANCE);
     }
+
+/// What was to be done, after a while; nothing if there is nothing to do.
+async fn later(what: Option<Loss>, period: Duration) -> Option<Loss> {
+    if what.is_some() {
+        tokio::time::sleep(period).await;
+    }
+    what
 }
 
 fn report(what: &str, restored: Result<(), impl std::error::Error>) {

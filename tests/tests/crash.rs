@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 
 use cgtproxy_helper::cgroup::Root;
 use cgtproxy_helper::config::Config;
+use cgtproxy_helper::kernel::Linux;
 use cgtproxy_helper::nft::{Bypass, Delivery, Exceptions, Nftables, Verdict};
 use cgtproxy_helper::peer::Peer;
 use cgtproxy_helper::registry::{PolicyRequest, ProxyRequest};
@@ -270,7 +271,8 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
         let routing = Routing::open(config.marks, config.route_table, config.rule_priority)
             .expect("a socket");
         let (nftables, left) = Nftables::open(config.marks, &[0], false).expect("a table");
-        let (mut state, _) = State::new(config, root, routing, nftables, left).expect("routing");
+        let (mut state, _) =
+            State::new(config, root, Linux::new(nftables, routing), left).expect("routing");
 
         let policy = |proxies: &[&str]| PolicyRequest {
             subtree: subtree.cgroup(),
