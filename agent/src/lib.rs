@@ -8,6 +8,8 @@ pub mod config;
 pub mod connection;
 pub mod doctor;
 pub mod exec;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod log;
 pub mod notify;
 pub mod policy;

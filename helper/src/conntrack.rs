@@ -141,6 +141,12 @@ fn put(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
+/// Takes what may be an answer apart.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(attributes: &[u8]) {
+    let _ = entry(attributes);
+}
+
 fn entry(attributes: &[u8]) -> Option<Entry> {
     let tuple = attribute(attributes, TUPLE_ORIGINAL)?;
     let addresses = attribute(tuple, TUPLE_ADDRESSES)?;

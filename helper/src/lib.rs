@@ -14,6 +14,8 @@ pub mod cgroup;
 pub mod cli;
 pub mod config;
 mod conntrack;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod kernel;
 pub mod mark;
 pub mod monitor;

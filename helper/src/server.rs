@@ -235,6 +235,7 @@ async fn sleep_awake(period: Duration) {
         }
         end = now + period.min(SECOND_CHANCE);
     }
+}
 
 /// What was to be done, after a while; nothing if there is nothing to do.
 async fn later(what: Option<Loss>, period: Duration) -> Option<Loss> {

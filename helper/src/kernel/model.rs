@@ -1,16 +1,23 @@
 //! A model of the kernel: it does what nf_tables would do with a plan, and refuses nothing but when it is told
 //! to. A plan that nf_tables would refuse is a panic.
 
+#![allow(clippy::expect_used)]
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::io::Errno;
 
 use super::Kernel;
-use crate::cgroup::ControlGroupId;
+use crate::cgroup::{ControlGroupId, Root, Subtree, subtree_path};
+use crate::config::Config;
 use crate::nft::{self, Before, Element, Hold, Layout, LeftBehind, MarkWriter, Plan, Refusal};
-use crate::peer::Uid;
+use crate::peer::{Peer, Uid};
 use crate::route::{self, Family};
 
 /// What the table holds for one user.
@@ -161,5 +168,54 @@ impl Kernel for Model {
 
     fn mark_writers(&self) -> Result<Vec<MarkWriter>, nft::Error> {
         Ok(Vec::new())
+    }
+}
+
+/// A user with control groups, which are directories somewhere, and the default configuration.
+#[derive(Debug)]
+pub(crate) struct Bed {
+    directory: PathBuf,
+    pub(crate) uid: Uid,
+    pub(crate) config: Config,
+    pub(crate) root: Root,
+    /// The user's, with `app.slice` in it.
+    pub(crate) subtree: Subtree,
+}
+
+impl Bed {
+    pub(crate) fn new() -> io::Result<Self> {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("cgtproxy-model-{}-{number}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        std::fs::create_dir(&directory)?;
+        let owner = directory.metadata()?.uid();
+        // Root's control groups are everybody's.
+        let uid = Uid::for_test(if owner == 0 { 1000 } else { owner });
+        let app = format!("{}/app.slice", subtree_path(uid));
+        std::fs::create_dir_all(directory.join(&app))?;
+        if owner == 0 {
+            for path in Path::new(&app).ancestors() {
+                chown(directory.join(path), Some(uid.value()), None)?;
+            }
+        }
+        let config = Config::parse("", Path::new("helper.yaml")).map_err(io::Error::other)?;
+        let root = Root::for_test(&directory)?;
+        let subtree = root
+            .subtree(&Peer::for_test(uid))
+            .map_err(io::Error::other)?;
+        Ok(Self {
+            directory,
+            uid,
+            config,
+            root,
+            subtree,
+        })
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.directory);
     }
 }

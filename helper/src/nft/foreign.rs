@@ -106,6 +106,13 @@ fn family_name(family: u8) -> &'static str {
     }
 }
 
+/// Takes what may be a rule apart.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(rule: &[u8]) {
+    let expressions = attribute(rule, RULE_EXPRESSIONS).unwrap_or_default();
+    let _ = changed_bits(expressions, u32::MAX);
+}
+
 /// The bits of `mask` that a rule's expressions may change in a mark.
 fn changed_bits(expressions: &[u8], mask: u32) -> u32 {
     let mut registers: BTreeMap<u32, Register> = BTreeMap::new();

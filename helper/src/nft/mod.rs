@@ -36,6 +36,19 @@ use ffi::table_flags::{OWNER, PERSIST};
 use socket::{Dump, NetfilterSocket};
 use transaction::Transaction;
 
+/// Takes what may be the answer to a dump apart.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(object: &[u8]) {
+    foreign::fuzz(object);
+    for found in attributes(object) {
+        let name = string(found.value());
+        if let Some(uid) = Uid::from_name(&name) {
+            assert_eq!(uid.to_string(), name);
+        }
+        let _ = names::parse_hold(Uid::ROOT, &name);
+    }
+}
+
 /// The table's name; its family is `inet`.
 pub(crate) const TABLE: &CStr = c"cgtproxy";
 

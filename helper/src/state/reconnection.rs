@@ -19,15 +19,12 @@
 //! All states that can be reached are visited, with no limit but those of [`Bounds`].
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::os::unix::fs::chown;
-use std::path::Path;
 
 use cgtproxy_proto::name::ProxyName;
 
 use super::*;
-use crate::kernel::model::Model;
+use crate::kernel::model::{Bed, Model};
 use crate::nft::{Bypass, Exceptions, Verdict};
-use crate::peer::Peer;
 use crate::registry::ProxyRequest;
 
 /// How many timers run at a time.
@@ -161,45 +158,6 @@ enum Held {
     Grace,
 }
 
-/// A user's control groups, and the configuration.
-struct Bed {
-    directory: tempfile::TempDir,
-    uid: Uid,
-    config: Config,
-    subtree: Subtree,
-}
-
-impl Bed {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let mut uid = std::os::unix::fs::MetadataExt::uid(&directory.path().metadata().unwrap());
-        let is_root = uid == 0;
-        if is_root {
-            uid = 1000;
-        }
-        let uid = Uid::for_test(uid);
-        let app = format!("{}/app.slice", crate::cgroup::subtree_path(uid));
-        std::fs::create_dir_all(directory.path().join(&app)).unwrap();
-        if is_root {
-            for path in Path::new(&app).ancestors() {
-                chown(directory.path().join(path), Some(uid.value()), None).unwrap();
-            }
-        }
-        let config = Config::parse("", Path::new("helper.yaml")).unwrap();
-        let root = Root::for_test(directory.path()).unwrap();
-        Self {
-            subtree: root.subtree(&Peer::for_test(uid)).unwrap(),
-            directory,
-            uid,
-            config,
-        }
-    }
-
-    fn root(&self) -> Root {
-        Root::for_test(self.directory.path()).unwrap()
-    }
-}
-
 /// The port tells whose policy it is.
 fn port(agent: usize) -> u16 {
     1001 + agent as u16
@@ -253,7 +211,7 @@ impl<'a> World<'a> {
             let state = &helper.state;
             let state = State {
                 config: state.config.clone(),
-                root: self.bed.root(),
+                root: state.root.clone(),
                 ipv6: state.ipv6,
                 kernel: kernel.clone(),
                 registry: state.registry.clone(),
@@ -381,17 +339,14 @@ impl<'a> World<'a> {
             return events;
         };
         for (&number, connection) in &self.connections {
-            match connection.queue.front() {
-                None => {}
-                Some(Message::End) => {
-                    if helper.timers.len() < TIMERS {
-                        events.push(Event::Handle(number, false));
-                    }
-                }
-                Some(_) => {
-                    let kernel = [false, true].into_iter().filter(|&r| refused(r));
-                    events.extend(kernel.map(|refused| Event::Handle(number, refused)));
-                }
+            let Some(&message) = connection.queue.front() else {
+                continue;
+            };
+            if message != Message::End {
+                let kernel = [false, true].into_iter().filter(|&r| refused(r));
+                events.extend(kernel.map(|refused| Event::Handle(number, refused)));
+            } else if helper.timers.len() < TIMERS {
+                events.push(Event::Handle(number, false));
             }
         }
         for &grace in &helper.timers {
@@ -491,7 +446,7 @@ impl<'a> World<'a> {
                 // Which makes the table if there is none.
                 self.kernel.gone.set(false);
                 let left = self.kernel.table.borrow().left_behind();
-                let (config, root) = (self.bed.config.clone(), self.bed.root());
+                let (config, root) = (self.bed.config.clone(), self.bed.root.clone());
                 let (state, graces) = State::new(config, root, self.kernel.clone(), left).unwrap();
                 self.helper = Some(Helper {
                     state,
@@ -733,7 +688,7 @@ fn assert_ends_well(world: &World<'_>) {
 
 /// Visits every state; says the way to the first that is wrong.
 fn explore(bounds: Bounds) -> usize {
-    let bed = Bed::new();
+    let bed = Bed::new().unwrap();
     let start = World::new(&bed, bounds);
     let mut ways: Vec<(usize, Option<Event>)> = vec![(0, None)];
     let mut seen = HashMap::from([(start.fingerprint(), 0)]);

@@ -1,0 +1,40 @@
+//! What comes from outside, as bytes: each function takes any, and must neither panic nor break what it asserts.
+//! libFuzzer runs them (tests/fuzz), and so does every `cargo test`, over the corpus and variations of it.
+
+use std::path::Path;
+
+use crate::config::{self, LoadError, Scope};
+
+/// A user's configuration, or the machine's. What is refused has a place in the file, and no message brings control
+/// characters to a terminal.
+pub fn configuration(bytes: &[u8]) {
+    for scope in [Scope::User, Scope::System] {
+        let findings = match config::parse(Path::new("config.yaml"), bytes, scope) {
+            Ok(loaded) => loaded.findings,
+            Err(LoadError::Invalid(findings)) => {
+                assert!(findings.has_errors());
+                findings
+            }
+            Err(_) => continue,
+        };
+        for (_, line) in findings.lines() {
+            assert!(line.starts_with("config.yaml"), "{line:?}");
+            assert!(
+                !line.contains(|c: char| c.is_control() && c != '\n'),
+                "{line:?}"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "../../tests/fuzz/variations.rs"]
+mod variations;
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn no_configuration_panics() {
+        super::variations::run("configuration", super::configuration);
+    }
+}
