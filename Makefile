@@ -1,5 +1,7 @@
 # make              build the programs, their manual pages and the shells' completions
 # make test         install what is missing, build, run every test
+# make fuzz         fuzz what comes from outside: FUZZ='session path', SECONDS_EACH=600; needs a nightly compiler
+# make miri         look for undefined behaviour where Miri can; needs a nightly compiler
 # make bench        install what is missing, build, measure: BENCH='--quick latency …' for some of it
 # make demo         install what is missing, build, show the programs at work in a sandbox
 # make install      install what was built: DESTDIR=, PREFIX=/usr/local
@@ -33,7 +35,7 @@ SUDO ?= $(if $(filter-out 0,$(shell id -u)),sudo)
 AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "$(SUDO) -E"')
 
 .DEFAULT_GOAL := build
-.PHONY: build papers test bench demo install uninstall deb rpm tarball clean
+.PHONY: build papers test fuzz miri bench demo install uninstall deb rpm tarball clean
 
 build:
 	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent -p cgtproxy-relay
@@ -49,6 +51,23 @@ test:
 	.ci/dependencies test
 	$(CARGO) build --workspace --locked
 	$(CARGO) $(AS_ROOT) test --workspace --locked
+
+# `make test` does a bounded run of the same.
+FUZZ ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
+SECONDS_EACH ?= 600
+fuzz:
+	@$(CARGO) +nightly fuzz --version >/dev/null 2>&1 || { echo "fuzzing needs a nightly compiler" \
+		"(rustup toolchain install nightly) and cargo-fuzz (cargo install cargo-fuzz)" >&2; exit 1; }
+	for target in $(FUZZ); do \
+		$(CARGO) +nightly fuzz run --fuzz-dir tests/fuzz --sanitizer none "$$target" -- \
+			-max_total_time=$(SECONDS_EACH) || exit; \
+	done
+
+# Paths and names, which need neither files nor sockets.
+miri:
+	@$(CARGO) +nightly miri --version >/dev/null 2>&1 || { echo "this needs Miri" \
+		"(rustup component add miri rust-src --toolchain nightly)" >&2; exit 1; }
+	MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=16 $(CARGO) +nightly miri test --locked -p cgtproxy-proto --lib -- path:: name::
 
 # The daemons as they are installed, beside programs that measure them, which take less time to link.
 BENCHDIR = $(or $(CARGO_TARGET_DIR),target)/bench
