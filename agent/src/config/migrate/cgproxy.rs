@@ -3,7 +3,6 @@
 use std::fmt::Write as _;
 
 use crate::config::finding::Place;
-use crate::config::read::TPROXY_KEYS;
 use crate::config::reader::{Entries, Reader};
 use crate::config::yaml::{Node, Value};
 use crate::text::printable;
@@ -150,18 +149,8 @@ fn switches(reader: &mut Reader<'_>, old: &Entries<'_>) -> Vec<&'static str> {
         (ipv4, "no-ipv4"),
         (ipv6, "no-ipv6"),
     ] {
-        let Some((_, place)) = off(switch) else {
-            continue;
-        };
-        if TPROXY_KEYS.contains(&line) {
+        if off(switch).is_some() {
             lines.push(line);
-        } else {
-            reader
-                .warning(
-                    place,
-                    format!("there is no '{line}': it goes through the proxy too"),
-                )
-                .help = Some("list addresses that are to go direct in 'bypass'".into());
         }
     }
     // It sends queries over UDP to the proxy's port even when other UDP goes direct.

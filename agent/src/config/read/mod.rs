@@ -20,8 +20,6 @@ use crate::text::printable;
 use crate::watch::Monitor;
 use tproxy::{Proxies, Section};
 
-pub(super) use tproxy::TPROXY_KEYS;
-
 /// The version of the format.
 const VERSION: i128 = 1;
 

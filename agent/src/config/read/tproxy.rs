@@ -14,7 +14,7 @@ use crate::config::{DnsHijack, Means, Proxy, Scheme, Upstream};
 use crate::text::printable;
 
 /// All keys of a TPROXY server.
-pub(in crate::config) const TPROXY_KEYS: &[&str] = &[
+const TPROXY_KEYS: &[&str] = &[
     "port",
     "no-tcp",
     "no-udp",
