@@ -136,6 +136,60 @@ fn no_udp_and_no_ipv6_really_go_direct() {
     });
 }
 
+/// In every combination, and with DNS queries, which go where they are sent all the same.
+#[test]
+fn what_a_proxy_leaves_out_really_goes_direct() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let _dns = sb.service("dns").port(5353).start();
+        let wrong = sb.service("wrong").port(80).start();
+        let app = user.cgroup(APP).app();
+        let mut session = Session::of(&user);
+        for bits in 0..16_u8 {
+            let [no_tcp, no_udp, no_ipv4, no_ipv6] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
+            let outcome = |transport: Transport, to: SocketAddr| {
+                let protocol = if transport == Tcp { no_tcp } else { no_udp };
+                let family = if to.is_ipv4() { no_ipv4 } else { no_ipv6 };
+                if protocol || family {
+                    direct(to)
+                } else {
+                    proxied("mihomo", to)
+                }
+            };
+            for hijack in [false, true] {
+                let mut proxy = json!({
+                    "name": "mihomo", "port": 7890,
+                    "noTcp": no_tcp, "noUdp": no_udp, "noIpv4": no_ipv4, "noIpv6": no_ipv6,
+                });
+                if hijack {
+                    proxy["dnsHijack"] =
+                        json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 5353 });
+                }
+                session.replace(json!([proxy]), json!([]), json!([to_proxy(APP, "mihomo")]));
+                expect(sb, &app, outcome);
+                for to in sb.destinations() {
+                    let to = SocketAddr::new(to.ip(), 53);
+                    assert_eq!(app.tcp(to), outcome(Tcp, to), "{bits:04b}");
+                    if hijack {
+                        let at = if to.is_ipv4() {
+                            "127.0.0.1:5353"
+                        } else {
+                            "[::1]:5353"
+                        };
+                        let answered = local("dns", at.parse().expect("an address"));
+                        assert_eq!(app.udp(to), answered, "{bits:04b}");
+                    } else {
+                        assert_eq!(app.udp(to), outcome(Udp, to), "{bits:04b}");
+                    }
+                }
+            }
+        }
+        wrong.assert_idle();
+    });
+}
+
 #[test]
 fn a_proxy_leaves_out_what_is_local_and_what_is_bypassed() {
     sandbox(|sb| {

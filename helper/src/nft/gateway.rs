@@ -7,7 +7,7 @@ use nftnl::MsgType;
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::Layout;
+use super::plan::{Gateway, Layout, Proxy};
 use super::rule::{Family, Protocol};
 use super::ruleset::{DELIVER, FORWARDED, GATEWAY, INTERFACES, MARKS};
 use super::transaction::Transaction;
@@ -23,22 +23,21 @@ impl Transaction<'_> {
         self.flush_set(INTERFACES);
     }
 
-    /// What the layout says of forwarded packets, in place of what was said before.
+    /// What the layout says of forwarded packets, in place of what was said before. Connections that are open
+    /// go on as they began, also when their interface is not listed any more, or none is.
     pub(super) fn gateway(&mut self, names: &Names, layout: &Layout) {
         self.no_gateway();
-        let Some(gateway) = &layout.gateway else {
-            return;
-        };
-        let Some(proxy) = layout.proxies.get(&gateway.proxy) else {
-            return;
-        };
-        let mut interfaces = self.set(INTERFACES, KeyType::Interface, Content::Keys);
-        for interface in &gateway.interfaces {
-            interfaces.push(&key(interface), Element::Key);
+        self.open_forwarded_rules();
+        let gateway = layout.gateway.as_ref();
+        if let Some((gateway, proxy)) =
+            gateway.and_then(|gateway| Some((gateway, layout.proxies.get(&gateway.proxy)?)))
+        {
+            self.new_forwarded_rules(names, gateway, proxy);
         }
-        self.write_elements(&interfaces, MsgType::Add);
+    }
 
-        let mask = self.marks.mask();
+    fn open_forwarded_rules(&mut self) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
         self.add_rules(
             GATEWAY,
             [
@@ -46,6 +45,14 @@ impl Transaction<'_> {
                 &|rule| rule.iifname_in(INTERFACES).jump(FORWARDED),
                 // iifname @interfaces meta mark & MASK vmap @deliver
                 &|rule| rule.iifname_in(INTERFACES).meta_mark_vmap(mask, DELIVER),
+                // iif != lo ct mark & DIVERT != 0 jump forwarded
+                &|rule| rule.iif_not_lo().ct_mark_has(divert).jump(FORWARDED),
+                // iif != lo ct mark & DIVERT != 0 meta mark & MASK vmap @deliver
+                &|rule| {
+                    rule.iif_not_lo()
+                        .ct_mark_has(divert)
+                        .meta_mark_vmap(mask, DELIVER)
+                },
             ],
         );
         self.add_rules(
@@ -54,12 +61,24 @@ impl Transaction<'_> {
                 // Answers of a service behind the machine.
                 // ct direction reply return
                 &|rule| rule.ct_direction_reply().leave(),
-                // Open connections go on as they began. One whose proxy is not there any more ends
-                // in the forward chain.
+                // One whose proxy is not there any more ends in the forward chain.
                 // ct mark & MASK vmap @marks
                 &|rule| rule.ct_mark_vmap(mask, MARKS),
                 // ct status confirmed return
                 &|rule| rule.ct_confirmed().leave(),
+            ],
+        );
+    }
+
+    fn new_forwarded_rules(&mut self, names: &Names, gateway: &Gateway, proxy: &Proxy) {
+        let mut interfaces = self.set(INTERFACES, KeyType::Interface, Content::Keys);
+        for interface in &gateway.interfaces {
+            interfaces.push(&key(interface), Element::Key);
+        }
+        self.write_elements(&interfaces, MsgType::Add);
+        self.add_rules(
+            FORWARDED,
+            [
                 // fib daddr type != unicast return
                 &|rule| rule.daddr_not_unicast().leave(),
                 // ip6 daddr fe80::/10 return
@@ -74,7 +93,7 @@ impl Transaction<'_> {
             }
         }
         self.exception_rules(FORWARDED, proxy.exceptions);
-        let divert = names.divert(&gateway.proxy);
+        let (divert, reject_udp) = (names.divert(&gateway.proxy), proxy.reject_udp);
         self.add_rules(
             FORWARDED,
             [
@@ -84,8 +103,11 @@ impl Transaction<'_> {
                 &|rule| rule.daddr_in(Family::Ipv6, &names.bypass6).leave(),
                 // meta l4proto tcp goto divert-0-NAME
                 &|rule| rule.l4proto(Protocol::Tcp).goto(&divert),
-                // meta l4proto udp goto divert-0-NAME
-                &|rule| rule.l4proto(Protocol::Udp).goto(&divert),
+                // meta l4proto udp goto divert-0-NAME, or reject
+                &|rule| match rule.l4proto(Protocol::Udp) {
+                    rule if reject_udp => rule.reject(),
+                    rule => rule.goto(&divert),
+                },
             ],
         );
     }

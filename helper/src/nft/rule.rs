@@ -241,6 +241,11 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Meta::Oif).compare(CmpOp::Neq, LOOPBACK_INDEX)
     }
 
+    /// `iif != lo`
+    pub(super) fn iif_not_lo(self) -> Self {
+        self.with(&Meta::Iif).compare(CmpOp::Neq, LOOPBACK_INDEX)
+    }
+
     /// `iifname @SET`
     pub(super) fn iifname_in(self, set: &CStr) -> Self {
         self.with(&Meta::IifName).with(&Lookup {

@@ -277,6 +277,41 @@ impl Transaction<'_> {
                 },
                 // meta mark & DIVERT != 0 iifname @interfaces drop
                 &|rule| rule.meta_mark_has(divert).iifname_in(INTERFACES).drop(),
+                // An open connection of an interface that is not listed any more.
+                // meta mark & DIVERT != 0 ct mark & DIVERT != 0 iif != lo meta mark & MASK vmap @guard
+                &|rule| {
+                    rule.meta_mark_has(divert)
+                        .ct_mark_has(divert)
+                        .iif_not_lo()
+                        .meta_mark_vmap(mask, GUARD)
+                },
+                // meta mark & DIVERT != 0 ct mark & DIVERT != 0 iif != lo drop
+                &|rule| {
+                    rule.meta_mark_has(divert)
+                        .ct_mark_has(divert)
+                        .iif_not_lo()
+                        .drop()
+                },
+                // A forwarded connection whose proxy is not there any more, and whose socket the kernel
+                // remembers: it has the packet before it is routed (tcp_v4_early_demux).
+                // meta mark & DIVERT == 0 ct mark & DIVERT != 0 iif != lo ct direction original
+                //   meta l4proto tcp reject with tcp reset
+                &|rule| {
+                    rule.meta_mark_lacks(divert)
+                        .ct_mark_has(divert)
+                        .iif_not_lo()
+                        .ct_direction_original()
+                        .l4proto(Protocol::Tcp)
+                        .reject_with_tcp_reset()
+                },
+                // meta mark & DIVERT == 0 ct mark & DIVERT != 0 iif != lo ct direction original reject
+                &|rule| {
+                    rule.meta_mark_lacks(divert)
+                        .ct_mark_has(divert)
+                        .iif_not_lo()
+                        .ct_direction_original()
+                        .reject()
+                },
                 // What was translated, which nothing but its connection tells.
                 // iif lo ct direction original ct mark & MASK vmap @receive
                 &|rule| {

@@ -17,7 +17,7 @@ pub(crate) struct Launch {
     uid: u32,
     capabilities: Vec<&'static str>,
     cgroup: PathBuf,
-    on_internet: bool,
+    netns: Option<PathBuf>,
 }
 
 impl Launch {
@@ -27,7 +27,7 @@ impl Launch {
             uid: 0,
             capabilities: Vec::new(),
             cgroup: PathBuf::from(cgroup::ROOT),
-            on_internet: false,
+            netns: None,
         }
     }
 
@@ -49,8 +49,13 @@ impl Launch {
     }
 
     /// In the internet's network namespace.
-    pub(crate) fn on_internet(mut self) -> Self {
-        self.on_internet = true;
+    pub(crate) fn on_internet(self) -> Self {
+        self.netns(Path::new(network::NETNS))
+    }
+
+    /// In another network namespace than the machine's.
+    pub(crate) fn netns(mut self, netns: &Path) -> Self {
+        self.netns = Some(netns.to_owned());
         self
     }
 
@@ -58,10 +63,10 @@ impl Launch {
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(binary("cgtproxy-testapp"));
         command.arg("launch").arg(&self.cgroup);
-        if self.on_internet {
+        if let Some(netns) = &self.netns {
             command
                 .arg("nsenter")
-                .arg(format!("--net={}", network::NETNS));
+                .arg(format!("--net={}", netns.display()));
         }
         if self.uid != 0 {
             let uid = self.uid.to_string();

@@ -3,6 +3,7 @@
 //! A test's body runs *inside*: see [`sandbox`].
 
 mod app;
+mod behind;
 mod cgroup;
 mod driven;
 mod kernel;
@@ -23,6 +24,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 pub use app::{App, Connection, Traffic};
+pub use behind::Host;
 pub use cgroup::{Cgroup, ROOT as CGROUP_ROOT};
 pub use kernel::{Element, Rule};
 pub use network::{Delivery, INTERNET_V4, INTERNET_V6, MACHINE_V4, MACHINE_V6, PORTS, UPLINK};
@@ -103,6 +105,29 @@ impl Sandbox {
     /// An application on the internet, to call the machine from outside.
     pub fn internet_app(&self) -> App {
         App::start_on_internet(&self.world)
+    }
+
+    /// A host behind the machine, which forwards from then on. The machine's end of the wire is an
+    /// interface of this name.
+    ///
+    /// # Panics
+    /// When there is such an interface.
+    #[track_caller]
+    pub fn host_behind(&self, interface: &str) -> Host {
+        let mut hosts = behind::build(&self.world, interface, behind::Wiring::Veth, 1);
+        hosts.remove(0)
+    }
+
+    /// So many hosts behind the machine, each at a port of a bridge of this name, as container
+    /// engines make them.
+    ///
+    /// # Panics
+    /// When there is such an interface.
+    #[track_caller]
+    pub fn hosts_on_bridge<const N: usize>(&self, bridge: &str) -> [Host; N] {
+        let count = u8::try_from(N).expect("a few");
+        let hosts = behind::build(&self.world, bridge, behind::Wiring::Bridge, count);
+        hosts.try_into().unwrap_or_else(|_| unreachable!())
     }
 
     /// A TPROXY server, to be told its port and its owner.

@@ -29,6 +29,16 @@ pub const PORTS: [u16; 4] = [80, 443, 53, 9999];
 /// The namespace the internet is in.
 pub(crate) const NETNS: &str = "/run/netns/internet";
 
+/// In every network namespace: anybody may send echo requests, and no error message is held back for
+/// there being many.
+pub(crate) const SYSCTLS: &str = "\
+cd /proc/sys/net
+echo 0 2147483647 > ipv4/ping_group_range
+echo 0 > ipv4/icmp_ratelimit
+echo 0 > ipv6/icmp/ratelimit
+for c in all default lo; do echo 0 > ipv4/conf/$c/rp_filter; echo 0 > ipv6/conf/$c/accept_dad; done
+";
+
 /// Packets of one kind that have reached the internet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Delivery {
@@ -78,16 +88,8 @@ route add unicast 2001:db8::1/128 dev machine table local
 route add local 0.0.0.0/0 dev lo table local
 route add local ::/0 dev lo table local
 ";
-    // Anybody may send echo requests, and no error message is held back for there being many.
-    let sysctls = "\
-cd /proc/sys/net
-echo 0 2147483647 > ipv4/ping_group_range
-echo 0 > ipv4/icmp_ratelimit
-echo 0 > ipv6/icmp/ratelimit
-for c in all default lo; do echo 0 > ipv4/conf/$c/rp_filter; echo 0 > ipv6/conf/$c/accept_dad; done
-";
-    run(&["sh", "-ec", sysctls]);
-    run(&["nsenter", "--net=/run/netns/internet", "sh", "-ec", sysctls]);
+    run(&["sh", "-ec", SYSCTLS]);
+    run(&["nsenter", "--net=/run/netns/internet", "sh", "-ec", SYSCTLS]);
     run_with_input(&["ip", "-batch", "-"], machine);
     run_with_input(&["ip", "-netns", "internet", "-batch", "-"], internet);
     run_with_input(

@@ -1,6 +1,7 @@
 //! Test servers: TPROXY servers and ordinary services.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::cgroup::Cgroup;
@@ -111,6 +112,11 @@ impl ServerBuilder {
             self.launch
                 .uid(uid)
                 .capabilities(&["net_admin", "net_raw", "net_bind_service"]);
+        self
+    }
+
+    pub(crate) fn netns(mut self, netns: &Path) -> Self {
+        self.launch = self.launch.netns(netns);
         self
     }
 

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use super::network;
@@ -12,6 +12,9 @@ pub(crate) struct World {
     internet: Arc<Control>,
     servers: Mutex<Vec<Weak<Control>>>,
     logs: Mutex<Vec<PathBuf>>,
+    /// Hosts behind the machine.
+    hosts: Mutex<Vec<IpAddr>>,
+    networks: AtomicU8,
     v4: AtomicU32,
     v6: AtomicU32,
     count: AtomicU32,
@@ -24,6 +27,8 @@ impl World {
             internet: Arc::new(network::start_internet()),
             servers: Mutex::default(),
             logs: Mutex::default(),
+            hosts: Mutex::default(),
+            networks: AtomicU8::new(1),
             v4: AtomicU32::new(0),
             v6: AtomicU32::new(1),
             count: AtomicU32::new(0),
@@ -74,12 +79,30 @@ impl World {
     /// See [`super::Sandbox::settle`]. Packets first, then the servers' answers, then the packets
     /// those are made of.
     pub(crate) fn settle(&self) {
-        self.internet.flush(network::MACHINE_V4);
+        self.flush();
         self.internet.sync();
         for server in self.live_servers() {
             server.sync();
         }
+        self.flush();
+    }
+
+    /// Echo requests push everything before them through, there and back.
+    fn flush(&self) {
         self.internet.flush(network::MACHINE_V4);
+        for host in self.hosts.lock().unwrap().iter() {
+            self.internet.flush(*host);
+        }
+    }
+
+    /// The number of a network behind the machine.
+    pub(crate) fn new_network(&self) -> u8 {
+        self.networks.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Packets to and from this host have to settle, too.
+    pub(crate) fn add_host(&self, address: IpAddr) {
+        self.hosts.lock().unwrap().push(address);
     }
 
     /// Whether a question is known to have reached a server. Ask after [`World::settle`].

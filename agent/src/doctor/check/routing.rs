@@ -251,7 +251,8 @@ fn bridge(facts: &Facts) -> Option<Finding> {
         )
         .effect(
             "Your own applications are not affected: what is diverted comes in over lo. Containers and \
-             virtual machines behind a bridge are no applications of yours.",
+             virtual machines behind a bridge are no applications of yours; those behind a bridge that the \
+             machine's 'gateway' names have no network.",
         )
     })
 }

@@ -50,6 +50,9 @@ impl Flow {
     pub(crate) fn udp(to: SocketAddr) -> Result<Self> {
         let socket = Socket::new(Domain::for_address(to), Type::DGRAM, Some(Protocol::UDP))?;
         socket.set_nonblocking(true)?;
+        if to.is_ipv4() {
+            socket.set_broadcast(true)?;
+        }
         socket.connect(&to.into())?;
         Ok(Self::Udp {
             socket,
