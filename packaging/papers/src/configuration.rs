@@ -10,7 +10,8 @@ const TEXT: &str = include_str!("../../../docs/configuration.md");
 
 /// Whether the programs' pages say already what a section is about.
 fn is_about_programs(title: &str) -> bool {
-    title == "Options and variables" || title.contains(": cgtproxy-")
+    ["Options and variables", "Commands of the agent"].contains(&title)
+        || title.contains(": cgtproxy-")
 }
 
 /// The pages of the user's file, which is the system agent's too, and of the helper's.
