@@ -241,10 +241,10 @@ fn five_thousand_control_groups_in_a_burst_are_all_found_and_all_forgotten() {
             agent.wait_for_verdict(&last, "drop");
             expect(sb, &last.app_as(1001), dropped);
             let status = agent.status();
-            let dropped = status["targets"][1].clone();
+            let target = &status["targets"][1];
             assert_eq!(
-                dropped,
-                json!({ "name": "drop", "port": null, "controlGroups": 5000 })
+                (&target["name"], &target["controlGroups"]),
+                (&json!("drop"), &json!(5000))
             );
             // The test's own application may still be leaving it.
             last.remove();
