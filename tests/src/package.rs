@@ -49,7 +49,7 @@ fn write_papers() {
 pub fn build(kind: &str, directory: &str, environment: &[&str]) -> PathBuf {
     if !Path::new(STRIPPED).exists() {
         std::fs::create_dir(STRIPPED).expect("/run is ours");
-        for program in ["helper", "agent", "exec"] {
+        for program in ["helper", "agent", "exec", "relay"] {
             let (from, to) = (
                 format!("{PROGRAMS}/cgtproxy-{program}"),
                 format!("{STRIPPED}/cgtproxy-{program}"),
