@@ -96,12 +96,24 @@ pub fn verdict(path: &str, verdict: &str) -> Value {
 /// The ids of the control groups in a map, in ascending order.
 ///
 /// # Panics
-/// When nft says something else than a map.
+/// When there is no such map, or nft says something else than a map.
+#[track_caller]
 pub fn mapped_ids(sb: &Sandbox, map: &str) -> Vec<u64> {
+    mapped_ids_now(sb, map).unwrap_or_else(|| panic!("there is no map {map}"))
+}
+
+/// The same; none if there is no such map now, as while a user has no policy.
+///
+/// # Panics
+/// When nft says something else than a map.
+pub fn mapped_ids_now(_: &Sandbox, map: &str) -> Option<Vec<u64>> {
     // Without cgroupfs nft prints the ids as they are. With it, it walks the whole tree for each.
     let list = format!("umount -l /sys/fs/cgroup; nft -j list map inet cgtproxy {map}");
-    let listed: Value = serde_json::from_str(&sb.run(&["unshare", "-m", "sh", "-c", &list]))
-        .expect("nft prints JSON");
+    let output = crate::command::output_with_input(&["unshare", "-m", "sh", "-c", &list], "");
+    if !output.status.success() {
+        return None;
+    }
+    let listed: Value = serde_json::from_slice(&output.stdout).expect("nft prints JSON");
     let objects = listed["nftables"].as_array().expect("a list");
     let map = objects
         .iter()
@@ -113,5 +125,5 @@ pub fn mapped_ids(sb: &Sandbox, map: &str) -> Vec<u64> {
         .map(|element| id(element).unwrap_or_else(|| panic!("{element}")))
         .collect();
     ids.sort_unstable();
-    ids
+    Some(ids)
 }

@@ -10,7 +10,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use cgtproxy_tests::sandbox::{Sandbox, sandbox};
-use cgtproxy_tests::session::mapped_ids;
+use cgtproxy_tests::session::mapped_ids_now;
 use cgtproxy_tests::system::{System, SystemUser};
 use cgtproxy_tests::wait::{wait_for, wait_until};
 use cgtproxy_tests::wire::Transport::{Tcp, Udp};
@@ -153,7 +153,8 @@ impl<'a> Bed<'a> {
             &format!("{known} of {count} applications in the kernel"),
             || {
                 let made = self.applications();
-                let mapped = mapped_ids(self.sb, &map);
+                // A user manager that starts anew gets its policy a moment later.
+                let mapped = mapped_ids_now(self.sb, &map)?;
                 let sound = made.len() == count && mapped.len() == known;
                 (sound && mapped.iter().all(|id| made.contains(id))).then_some(made)
             },
