@@ -115,6 +115,12 @@ fn a_machine_that_drops_everything_still_says_what_the_kernel_has_to_say() {
             "nud",
             "permanent",
         ]);
+        // The bed takes a packet that waits for its neighbour's address for one that was dropped.
+        wait_until("the neighbours have been found", || {
+            sb.destinations()
+                .into_iter()
+                .all(|to| open.tcp(to) == direct(to))
+        });
         expect(sb, &open, direct);
         // All multicast routers of the link (RFC 3810, 5.2.14).
         let routers = IpAddr::V6(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0x16));
