@@ -131,38 +131,54 @@ impl Server {
     pub fn guard(&self, monitor: Monitor) {
         let this = self.clone();
         self.tasks.spawn_local(async move {
-            // What is still to be put back.
-            let mut missing = None;
+            // What is still to be put back, because the kernel has refused it.
+            let mut missing = Vec::new();
             let mut again = TRY_AGAIN.0;
+            let mut deaf = false;
             loop {
-                let loss = tokio::select! {
-                    loss = monitor.next() => loss,
-                    Some(loss) = later(missing, again) => {
+                let lost = tokio::select! {
+                    loss = monitor.next(), if !deaf => match loss {
+                        Ok(loss) => {
+                            again = TRY_AGAIN.0;
+                            vec![loss]
+                        }
+                        // Not again at once; whatever happens meanwhile is looked for then.
+                        Err(error) => {
+                            tracing::error!("can't hear what others change: {error}; trying again");
+                            deaf = true;
+                            missing = vec![Loss::Routing, Loss::Table];
+                            continue;
+                        }
+                    },
+                    () = tokio::time::sleep(again), if !missing.is_empty() => {
                         again = TRY_AGAIN.1.min(again * 2);
-                        Ok(loss)
+                        deaf = false;
+                        std::mem::take(&mut missing)
                     }
                     () = this.shutdown.cancelled() => return,
                 };
-                match loss {
-                    Ok(Loss::Routing) => {
-                        let restored = this.state.borrow().ensure_routing();
-                        report("the routing of diverted packets", restored.map(|_| ()));
-                    }
-                    Ok(Loss::Table) => {
-                        let restored = this.state.borrow_mut().rebuild_table();
-                        missing = restored.is_err().then_some(Loss::Table);
-                        if missing.is_none() {
-                            again = TRY_AGAIN.0;
-                        }
-                        report("the table 'inet cgtproxy'", restored);
-                    }
-                    Err(error) => {
-                        tracing::error!("can't hear any more what others change: {error}");
-                        return;
+                for loss in lost {
+                    missing.retain(|still| *still != loss);
+                    if !this.restore(loss) {
+                        missing.push(loss);
                     }
                 }
             }
         });
+    }
+
+    /// Puts back what may be gone. False if the kernel refuses, now.
+    fn restore(&self, loss: Loss) -> bool {
+        match loss {
+            Loss::Routing => {
+                let restored = self.state.borrow().ensure_routing();
+                report("the routing of diverted packets", restored.map(|_| ()))
+            }
+            Loss::Table => {
+                let restored = self.state.borrow_mut().rebuild_table();
+                report("the table 'inet cgtproxy'", restored)
+            }
+        }
     }
 
     fn accepted(&self, stream: UnixStream, id: ConnectionId) {
@@ -237,16 +253,9 @@ async fn sleep_awake(period: Duration) {
     }
 }
 
-/// What was to be done, after a while; nothing if there is nothing to do.
-async fn later(what: Option<Loss>, period: Duration) -> Option<Loss> {
-    if what.is_some() {
-        tokio::time::sleep(period).await;
-    }
-    what
-}
-
-fn report(what: &str, restored: Result<(), impl std::error::Error>) {
-    match restored {
+/// Says what became of it; returns whether it is there again.
+fn report(what: &str, restored: Result<(), impl std::error::Error>) -> bool {
+    match &restored {
         Ok(()) => tracing::info!("{what} was changed by another program; restored it"),
         Err(error) => {
             let cause = error
@@ -254,10 +263,11 @@ fn report(what: &str, restored: Result<(), impl std::error::Error>) {
                 .map(|cause| format!(": {cause}"))
                 .unwrap_or_default();
             tracing::error!(
-                "{what} was changed by another program and can't be restored: {error}{cause}"
+                "{what} was changed by another program and can't be restored: {error}{cause}; trying again"
             );
         }
     }
+    restored.is_ok()
 }
 
 /// Says why, and closes. The socket's buffer is empty, so that nobody can make this wait.

@@ -82,6 +82,8 @@ pub struct State<K = Linux> {
     ipv6: bool,
     kernel: K,
     registry: Registry,
+    /// The kernel may hold something else than the registry says: its answer to a change was lost.
+    doubtful: bool,
     /// Open once it has been of use.
     conntrack: Option<Conntrack>,
     holders: BTreeMap<Uid, Holder>,
@@ -116,6 +118,7 @@ impl<K: Kernel> State<K> {
             ipv6: true,
             kernel,
             registry,
+            doubtful: false,
             conntrack: None,
             holders,
             graces: 0,
@@ -161,8 +164,11 @@ impl<K: Kernel> State<K> {
     /// # Errors
     /// If the kernel refuses.
     pub fn rebuild_table(&mut self) -> Result<(), nft::Error> {
-        self.kernel.rebuild(&self.registry.rebuild())?;
+        self.kernel
+            .rebuild(&self.registry.rebuild())
+            .inspect_err(|error| self.doubtful |= matches!(error, nft::Error::Unknown(_)))?;
         self.registry.rebuilt();
+        self.doubtful = false;
         Ok(())
     }
 
@@ -207,6 +213,7 @@ impl<K: Kernel> State<K> {
             Holder::Connection(holder) if holder != connection => return Err(Error::SessionExists),
             _ => {}
         }
+        self.dispel_doubt()?;
         let mut skipped = Vec::new();
         let open = opener(subtree, &mut skipped);
         let staged = self.registry.replace(uid, policy, assignments, open)?;
@@ -231,6 +238,7 @@ impl<K: Kernel> State<K> {
         if self.holder(uid) != Holder::Connection(connection) {
             return Err(Error::NoSession);
         }
+        self.dispel_doubt()?;
         let mut skipped = Vec::new();
         let open = opener(subtree, &mut skipped);
         let staged = self
@@ -333,6 +341,7 @@ impl<K: Kernel> State<K> {
     }
 
     fn remove_policy(&mut self, uid: Uid) -> Result<(), nft::Error> {
+        self.dispel_doubt()?;
         let staged = self.registry.remove(uid);
         self.commit(staged)?;
         self.holders.remove(&uid);
@@ -340,8 +349,23 @@ impl<K: Kernel> State<K> {
     }
 
     fn commit(&mut self, staged: Staged) -> Result<u64, nft::Error> {
-        self.kernel.commit(staged.plan())?;
+        if let Err(error) = self.kernel.commit(staged.plan()) {
+            if let nft::Error::Unknown(_) = error {
+                self.doubtful = true;
+                self.dispel_doubt()?;
+            }
+            return Err(error);
+        }
         Ok(self.registry.apply(staged))
+    }
+
+    /// Makes the table what the registry says, if it may be something else. A change whose outcome nobody
+    /// knows has not happened then, and what is staged next fits what is there.
+    fn dispel_doubt(&mut self) -> Result<(), nft::Error> {
+        match self.doubtful {
+            true => self.rebuild_table(),
+            false => Ok(()),
+        }
     }
 }
 
@@ -367,5 +391,7 @@ fn opener<'a>(
     }
 }
 
+#[cfg(test)]
+mod lost_answers;
 #[cfg(test)]
 mod reconnection;

@@ -3,10 +3,10 @@
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use cgtproxy_tests::sandbox::{Sandbox, Service, User, direct, proxied, sandbox};
-use cgtproxy_tests::session::{Session, to_proxy, verdict};
+use cgtproxy_tests::session::{Session, mapped_ids, to_proxy, verdict};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::wait_until;
 use nix::sys::signal::Signal;
@@ -141,7 +141,7 @@ fn what_is_diverted_does_not_leave_while_rules_or_routes_are_missing() {
 
 /// `nft monitor`, which writes a line for each transaction, with who made it.
 struct Transactions {
-    monitor: std::process::Child,
+    monitor: Child,
     log: &'static str,
 }
 
@@ -290,5 +290,70 @@ fn losses_that_the_kernel_had_no_room_to_announce_are_found() {
             }
         }
         session.assign(json!([verdict("app.slice/app-drop.scope", "direct")]));
+    });
+}
+
+/// Tells a helper that the first answer of the kernel to what it is asked next was lost, as the kernel does when it
+/// had no memory for it.
+struct LostAnswer(Child);
+
+impl LostAnswer {
+    fn of(service: &Service) -> Self {
+        const SAYS: &str = "/run/strace";
+        let tracer = Command::new("strace")
+            .args(["-o", "/dev/null", "-e", "trace=recvfrom"])
+            // The call itself is the first that it reads.
+            .args(["-e", "inject=recvfrom:error=ENOBUFS:when=2"])
+            .args(["-p", &service.pid().to_string()])
+            .stdin(Stdio::null())
+            .stderr(fs::File::create(SAYS).expect("/run is ours"))
+            .spawn()
+            .expect("strace is installed");
+        let this = Self(tracer);
+        wait_until("strace is attached", || {
+            let says = fs::read_to_string(SAYS).expect("it is being written");
+            says.contains(" attached")
+        });
+        this
+    }
+}
+
+impl Drop for LostAnswer {
+    fn drop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
+        // It lets go of the process then.
+        let _ = nix::sys::signal::kill(pid, Signal::SIGTERM);
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn an_answer_that_is_lost_leaves_no_doubt() {
+    sandbox(|sb| {
+        let (helper, user, mut session) = with_policy(sb, "");
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup(APP).app();
+        let dropped = user.cgroup("app.slice/app-drop.scope").app();
+        let before = mapped_ids(sb, "cgroups-1001");
+        let change =
+            json!({ "assign": [verdict(APP, "direct")], "remove": ["app.slice/app-drop.scope"] });
+        {
+            let _lost = LostAnswer::of(&helper);
+            let (error, parameters) = session.refusal("UpdateAssignments", change.clone());
+            assert_eq!(error, "KernelRefused");
+            let why = parameters["message"].as_str().expect("a sentence");
+            assert!(why.contains("was lost"), "{why}");
+        }
+        // The kernel has made the change, and nobody knew: what was refused is not there.
+        assert_eq!(mapped_ids(sb, "cgroups-1001"), before);
+        for to in sb.destinations() {
+            assert_eq!(app.tcp(to), proxied("mihomo", to));
+            assert!(dropped.udp(to).is_dropped());
+        }
+        session.call("UpdateAssignments", change);
+        for to in sb.destinations() {
+            assert_eq!(app.tcp(to), direct(to));
+            assert_eq!(dropped.tcp(to), proxied("mihomo", to));
+        }
     });
 }

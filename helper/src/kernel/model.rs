@@ -4,7 +4,7 @@
 #![allow(clippy::expect_used)]
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
@@ -109,6 +109,8 @@ pub(crate) struct Model {
     pub(crate) gone: Rc<Cell<bool>>,
     /// The next transaction is refused.
     pub(crate) refuse: Rc<Cell<bool>>,
+    /// The answers to the next transactions are lost, those whose outcome this says; true if it is carried out.
+    pub(crate) lose: Rc<RefCell<VecDeque<Option<bool>>>>,
 }
 
 impl Model {
@@ -124,6 +126,19 @@ impl Model {
             false => Ok(()),
         }
     }
+
+    /// Hands on what becomes of a transaction, unless nobody hears of it.
+    fn answer(&self, carry_out: impl FnOnce() -> Result<(), nft::Error>) -> Result<(), nft::Error> {
+        let lost = self.lose.borrow_mut().pop_front().flatten();
+        if lost != Some(false) {
+            let result = carry_out();
+            if lost.is_none() {
+                return result;
+            }
+        }
+        let (errno, text) = (Errno::NOBUFS, None);
+        Err(nft::Error::Unknown(Refusal { errno, text }))
+    }
 }
 
 fn refused(errno: Errno) -> nft::Error {
@@ -136,22 +151,26 @@ impl Kernel for Model {
             return Ok(());
         }
         self.accept()?;
-        if self.gone.get() {
-            return Err(refused(Errno::NOENT));
-        }
-        self.table.borrow_mut().carry_out(plan);
-        Ok(())
+        self.answer(|| {
+            if self.gone.get() {
+                return Err(refused(Errno::NOENT));
+            }
+            self.table.borrow_mut().carry_out(plan);
+            Ok(())
+        })
     }
 
     fn rebuild(&mut self, plans: &[Plan]) -> Result<(), nft::Error> {
         self.accept()?;
-        let mut table = Table::default();
-        for plan in plans {
-            table.carry_out(plan);
-        }
-        *self.table.borrow_mut() = table;
-        self.gone.set(false);
-        Ok(())
+        self.answer(|| {
+            let mut table = Table::default();
+            for plan in plans {
+                table.carry_out(plan);
+            }
+            *self.table.borrow_mut() = table;
+            self.gone.set(false);
+            Ok(())
+        })
     }
 
     fn owned(&self) -> bool {
@@ -211,6 +230,17 @@ impl Bed {
             root,
             subtree,
         })
+    }
+}
+
+#[cfg(test)]
+impl Bed {
+    /// Makes a control group in the user's `app.slice`.
+    pub(crate) fn make(&self, name: &str) {
+        let path = format!("{}/app.slice/{name}", subtree_path(self.uid));
+        let path = self.directory.join(path);
+        std::fs::create_dir(&path).expect("it is new");
+        chown(&path, Some(self.uid.value()), None).expect("it is ours");
     }
 }
 

@@ -33,7 +33,7 @@ pub use crate::netlink::Refusal;
 use crate::netlink::{attribute, attributes, string};
 use crate::peer::Uid;
 use ffi::table_flags::{OWNER, PERSIST};
-use socket::{Dump, NetfilterSocket};
+use socket::{Dump, Failure, NetfilterSocket};
 use transaction::Transaction;
 
 /// Takes what may be the answer to a dump apart.
@@ -78,6 +78,18 @@ pub enum Error {
     /// A user's change was refused; nothing has changed.
     #[error("the kernel refuses the change: {0}")]
     Refused(#[source] Refusal),
+    /// Nobody knows whether the change was made.
+    #[error("the kernel's answer to the change was lost: {0}")]
+    Unknown(#[source] Refusal),
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Refused(refusal) => Self::Refused(refusal),
+            Failure::Unknown(refusal) => Self::Unknown(refusal),
+        }
+    }
 }
 
 /// The netlink port of the socket that changes the table: what it does is announced with it.
@@ -158,9 +170,7 @@ impl Nftables {
         for plan in plans {
             transaction.plan(plan);
         }
-        self.socket
-            .transact(&transaction.finish())
-            .map_err(Error::Refused)
+        Ok(self.socket.carry_out(&transaction.finish())?)
     }
 
     /// Carries a plan out in one transaction, or nothing of it.
@@ -173,9 +183,7 @@ impl Nftables {
         }
         let mut transaction = self.transaction();
         transaction.plan(plan);
-        self.socket
-            .transact(&transaction.finish())
-            .map_err(Error::Refused)
+        Ok(self.socket.carry_out(&transaction.finish())?)
     }
 
     /// Removes the table with everything in it. No table is no error.

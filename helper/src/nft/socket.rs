@@ -40,6 +40,15 @@ pub(super) enum Dump {
     Rules,
 }
 
+/// Why a batch can't be said to have been carried out.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The kernel has done nothing of it.
+    Refused(Refusal),
+    /// An answer was lost: the kernel has done all of it or nothing.
+    Unknown(Refusal),
+}
+
 /// A socket to nf_tables. A table with the flag `owner` belongs to the socket that made it.
 pub(super) struct NetfilterSocket {
     socket: Socket,
@@ -63,19 +72,32 @@ impl NetfilterSocket {
         self.port
     }
 
-    /// Sends a batch, which the kernel takes whole or not at all.
+    /// Sends a batch where it makes no difference why it is not known to have been carried out.
     pub(super) fn transact(&self, batch: &FinalizedBatch) -> Result<(), Refusal> {
+        self.carry_out(batch).map_err(|failure| match failure {
+            Failure::Refused(refusal) | Failure::Unknown(refusal) => refusal,
+        })
+    }
+
+    /// Sends a batch, which the kernel takes whole or not at all.
+    pub(super) fn carry_out(&self, batch: &FinalizedBatch) -> Result<(), Failure> {
         // One sendmsg(2) for all pages: the kernel looks for the end of a batch in the same datagram.
         let bytes: Vec<u8> = batch.iter().flatten().copied().collect();
-        self.socket.send(&bytes, 0)?;
+        self.socket
+            .send(&bytes, 0)
+            .map_err(|error| Failure::Refused(error.into()))?;
         let mut refused = None;
-        self.receive(|message| {
+        let received = self.receive(|message| {
             if let Some(refusal) = message.refusal() {
                 refused.get_or_insert(refusal);
             }
             false
-        })?;
-        refused.map_or(Ok(()), Err)
+        });
+        match (refused, received) {
+            (Some(refusal), _) => Err(Failure::Refused(refusal)),
+            (None, Err(lost)) => Err(Failure::Unknown(lost)),
+            (None, Ok(())) => Ok(()),
+        }
     }
 
     /// Asks for a dump; returns the attributes of each object.

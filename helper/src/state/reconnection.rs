@@ -215,6 +215,7 @@ impl<'a> World<'a> {
                 ipv6: state.ipv6,
                 kernel: kernel.clone(),
                 registry: state.registry.clone(),
+                doubtful: state.doubtful,
                 conntrack: None,
                 holders: state.holders.clone(),
                 graces: state.graces,
