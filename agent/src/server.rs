@@ -14,8 +14,10 @@ use cgtproxy_proto::agent::{
 use cgtproxy_proto::limits::PATH_BYTES;
 use cgtproxy_proto::message::MessageReader;
 use cgtproxy_proto::path::ControlGroupPath;
-use cgtproxy_proto::service::{Fault, Identity, Service, parameters, reply, serve};
-use serde_json::{Value, json};
+use cgtproxy_proto::service::{
+    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve,
+};
+use serde_json::json;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout_at};
@@ -333,7 +335,7 @@ impl Service for Connection {
         description: wire::DESCRIPTION,
     };
 
-    async fn call(&mut self, method: &str, arguments: Value) -> Result<Value, Fault> {
+    async fn call(&mut self, method: &str, arguments: Parameters<'_>) -> Result<Answer, Fault> {
         match method {
             "GetStatus" => reply(self.status()),
             "Explain" => {

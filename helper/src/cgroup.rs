@@ -9,7 +9,10 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use cgtproxy_proto::path::ControlGroupPath;
-use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, fstatfs, open, openat2};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, fstat, fstatfs, open,
+    openat2, statx,
+};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
 use crate::peer::{Peer, Uid};
@@ -128,13 +131,13 @@ pub enum RootError {
 #[derive(Debug, Clone)]
 pub struct Spare(Rc<RefCell<Vec<OwnedFd>>>);
 
-/// How many. A call has two open at once, the subtree's and that of a control group; asking who is in which
-/// group may take more.
+/// How many. A call has two open at once, the subtree's and that of a control group's parent; asking who is in
+/// which group may take more.
 const SPARE: usize = 4;
 
 /// Room for descriptors, which is taken back when this is dropped.
 #[derive(Debug)]
-pub struct Room<'a>(&'a Spare);
+pub struct Room(Spare);
 
 impl Spare {
     fn of(any: &OwnedFd) -> Self {
@@ -144,14 +147,14 @@ impl Spare {
 
     /// Gives the descriptors away for as long as the returned value lives.
     #[must_use]
-    pub fn make_room(&self) -> Room<'_> {
+    pub fn make_room(&self) -> Room {
         // One stays, to be copied in the end.
         self.0.borrow_mut().truncate(1);
-        Room(self)
+        Room(self.clone())
     }
 }
 
-impl Drop for Room<'_> {
+impl Drop for Room {
     fn drop(&mut self) {
         let mut spare = self.0.0.borrow_mut();
         let copies = spare.first().map(|any| {
@@ -169,8 +172,8 @@ impl Drop for Room<'_> {
 pub struct Root {
     directory: Rc<OwnedFd>,
     spare: Spare,
-    /// What every control group is on: cgroup v2 (`f_type` of statfs(2)).
-    file_system: u32,
+    /// The mount that it is on, by the number that statx(2) gives it; none before Linux 5.8.
+    mount: Option<u64>,
 }
 
 impl Root {
@@ -202,11 +205,15 @@ impl Root {
                 path: path.to_owned(),
             });
         }
-        let spare = Spare::of(&root);
+        Self::at(root).map_err(failed)
+    }
+
+    fn at(directory: OwnedFd) -> Result<Self, Errno> {
+        let found = statx(&directory, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?;
         Ok(Self {
-            directory: Rc::new(root),
-            spare,
-            file_system: CGROUP2_SUPER_MAGIC,
+            spare: Spare::of(&directory),
+            directory: Rc::new(directory),
+            mount: mount(&found),
         })
     }
 
@@ -214,16 +221,10 @@ impl Root {
     #[cfg(any(test, fuzzing))]
     pub(crate) fn for_test(path: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = open(path, flags, Mode::empty())?;
-        let file_system = file_system(&directory)?;
-        Ok(Self {
-            spare: Spare::of(&directory),
-            directory: Rc::new(directory),
-            file_system,
-        })
+        Ok(Self::at(open(path, flags, Mode::empty())?)?)
     }
 
-    /// The descriptors that are kept back for calls.
+    /// The descriptors that are kept back for calls. Opening control groups takes them by itself.
     #[must_use]
     pub fn spare(&self) -> Spare {
         self.spare.clone()
@@ -236,13 +237,18 @@ impl Root {
     pub fn subtree(&self, peer: &Peer) -> Result<Subtree, Unavailable> {
         let path = ControlGroupPath::from_bytes(subtree_path(peer.uid()).as_bytes())
             .map_err(|_| Unavailable::NotControlGroup)?;
-        let (directory, cgroup) =
-            open_owned(&self.directory, self.file_system, &path, 0, peer.uid())?;
+        let mut room = None;
+        let directory = open_beneath(&self.directory, &path, &self.spare, &mut room)?;
+        let found = fstat(&directory).map_err(|_| Unavailable::Unreadable)?;
+        let level = level(0, &path)?;
+        let cgroup = owned(peer.uid(), found.st_uid, found.st_ino, level)?;
         Ok(Subtree {
             directory,
-            file_system: self.file_system,
+            opened: RefCell::new(Opened { parent: None, room }),
+            mount: self.mount,
             cgroup,
             uid: peer.uid(),
+            spare: self.spare(),
         })
     }
 }
@@ -256,14 +262,29 @@ pub fn subtree_path(uid: Uid) -> String {
     format!("user.slice/user-{uid}.slice/user@{uid}.service")
 }
 
-/// A user's user@UID.service, or for root the control group root, as it is now. Opened anew for every call: when the user's manager is
-/// started again, it is another control group of the same name.
+/// A user's user@UID.service, or for root the control group root, as it is now. Opened anew for every call: when
+/// the user's manager is started again, it is another control group of the same name.
+///
+/// Nothing that is reached from here is on another file system. [`Root`] is on cgroup v2, every directory is opened
+/// from there without crossing a mount (`RESOLVE_NO_XDEV`), and a mount shows one file system for as long as it
+/// exists. So no single control group has to be asked what it is on (fstatfs(2)).
 #[derive(Debug)]
 pub struct Subtree {
     directory: OwnedFd,
-    file_system: u32,
+    opened: RefCell<Opened>,
+    mount: Option<u64>,
     cgroup: OwnedControlGroup,
     uid: Uid,
+    spare: Spare,
+}
+
+/// What a subtree has open.
+#[derive(Debug)]
+struct Opened {
+    /// The directory that the last control group was in: those that follow are often in the same one.
+    parent: Option<(ControlGroupPath, OwnedFd)>,
+    /// Had to be made for it or for the subtree's own, and is taken back after both are closed.
+    room: Option<Room>,
 }
 
 impl Subtree {
@@ -278,24 +299,64 @@ impl Subtree {
     /// # Errors
     /// If it is not there, or not this user's.
     pub fn open(&self, path: &ControlGroupPath) -> Result<OwnedControlGroup, Unavailable> {
-        let (level, uid) = (self.cgroup.level, self.uid);
-        open_owned(&self.directory, self.file_system, path, level, uid).map(|(_, cgroup)| cgroup)
+        let level = level(self.cgroup.level, path)?;
+        let (Some(parent), Some(name)) = (path.parent(), path.name()) else {
+            return Ok(self.cgroup);
+        };
+        let mut opened = self.opened.borrow_mut();
+        let Opened { parent: last, room } = &mut *opened;
+        let directory = if parent.as_bytes().is_empty() {
+            &self.directory
+        } else {
+            let directory = match last.take() {
+                Some((path, directory)) if path == parent => directory,
+                other => {
+                    // Not one descriptor more than are kept back.
+                    drop(other);
+                    open_beneath(&self.directory, &parent, &self.spare, room)?
+                }
+            };
+            &last.insert((parent, directory)).1
+        };
+        // A name is one component and none of '.' and '..', a link is not followed, and a mount that lies over the
+        // directory has another number than the one on which it all began. So this is what openat2(2) would lead to.
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let fields = StatxFlags::TYPE | StatxFlags::UID | StatxFlags::INO | StatxFlags::MNT_ID;
+        let found = statx(directory, name, flags, fields).map_err(unavailable)?;
+        let is_directory = FileType::from_raw_mode(found.stx_mode.into()) == FileType::Directory;
+        match (mount(&found), self.mount) {
+            _ if !is_directory => Err(Unavailable::NotControlGroup),
+            (Some(there), Some(here)) if there != here => Err(Unavailable::NotControlGroup),
+            (Some(_), Some(_)) => owned(self.uid, found.stx_uid, found.stx_ino, level),
+            // The kernel does not tell mounts apart.
+            _ => {
+                *last = None;
+                let opened = open_beneath(&self.directory, path, &self.spare, room)?;
+                let found = fstat(&opened).map_err(|_| Unavailable::Unreadable)?;
+                owned(self.uid, found.st_uid, found.st_ino, level)
+            }
+        }
     }
 }
 
-fn open_owned(
-    directory: &OwnedFd,
-    on: u32,
-    path: &ControlGroupPath,
-    base_level: u32,
-    uid: Uid,
-) -> Result<(OwnedFd, OwnedControlGroup), Unavailable> {
-    let level =
-        u32::try_from(path.depth()).map_or(u32::MAX, |depth| base_level.saturating_add(depth));
-    if level > DEEPEST_LEVEL {
-        return Err(Unavailable::TooDeep);
+fn level(base: u32, path: &ControlGroupPath) -> Result<u32, Unavailable> {
+    let level = u32::try_from(path.depth()).map_or(u32::MAX, |depth| base.saturating_add(depth));
+    match level > DEEPEST_LEVEL {
+        true => Err(Unavailable::TooDeep),
+        false => Ok(level),
     }
-    let opened = open_beneath(directory, path).map_err(|error| match error {
+}
+
+fn owned(uid: Uid, owner: u32, id: u64, level: u32) -> Result<OwnedControlGroup, Unavailable> {
+    if uid != Uid::ROOT && owner != uid.value() {
+        return Err(Unavailable::NotOwned);
+    }
+    let id = ControlGroupId(id);
+    Ok(OwnedControlGroup { id, level })
+}
+
+fn unavailable(error: Errno) -> Unavailable {
+    match error {
         Errno::NOENT | Errno::NODEV => Unavailable::Missing,
         Errno::NOTDIR | Errno::LOOP | Errno::XDEV | Errno::NAMETOOLONG | Errno::INVAL => {
             Unavailable::NotControlGroup
@@ -304,24 +365,17 @@ fn open_owned(
             Unavailable::Later
         }
         _ => Unavailable::Unreadable,
-    })?;
-    if file_system(&opened).map_err(|_| Unavailable::Unreadable)? != on {
-        return Err(Unavailable::NotControlGroup);
     }
-    let stat = fstat(&opened).map_err(|_| Unavailable::Unreadable)?;
-    if uid != Uid::ROOT && stat.st_uid != uid.value() {
-        return Err(Unavailable::NotOwned);
-    }
-    Ok((
-        opened,
-        OwnedControlGroup {
-            id: ControlGroupId(stat.st_ino),
-            level,
-        },
-    ))
 }
 
-fn open_beneath(directory: &OwnedFd, path: &ControlGroupPath) -> Result<OwnedFd, Errno> {
+/// Opens a directory below another one, on the same mount. Takes what is kept back when there are no descriptors
+/// left.
+fn open_beneath(
+    directory: &OwnedFd,
+    path: &ControlGroupPath,
+    spare: &Spare,
+    room: &mut Option<Room>,
+) -> Result<OwnedFd, Unavailable> {
     let name = if path.as_bytes().is_empty() {
         Path::new(".")
     } else {
@@ -335,11 +389,19 @@ fn open_beneath(directory: &OwnedFd, path: &ControlGroupPath) -> Result<OwnedFd,
     let mut result = Err(Errno::AGAIN);
     for _ in 0..OPEN_ATTEMPTS {
         result = openat2(directory, name, flags, Mode::empty(), resolve);
-        if !matches!(result, Err(Errno::AGAIN | Errno::INTR)) {
-            break;
+        match result {
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(Errno::MFILE) if room.is_none() => *room = Some(spare.make_room()),
+            _ => break,
         }
     }
-    result
+    result.map_err(unavailable)
+}
+
+/// The mount that a file was found on, if the kernel says that.
+fn mount(found: &Statx) -> Option<u64> {
+    let told = found.stx_mask & StatxFlags::MNT_ID.bits() != 0;
+    told.then_some(found.stx_mnt_id)
 }
 
 fn file_system(directory: impl AsFd) -> Result<u32, Errno> {

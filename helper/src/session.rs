@@ -11,13 +11,13 @@ use std::rc::Rc;
 
 use cgtproxy_proto::helper::{
     self as wire, Assignment, Diagnose_Reply, FindRedirected_Args, FindRedirected_Reply,
-    GetStatus_Reply, GetStatus_Reply_session, ReplacePolicy_Args, ReplacePolicy_Reply, SkipReason,
-    UpdateAssignments_Args, UpdateAssignments_Reply,
+    GetStatus_Reply, GetStatus_Reply_session, RemovePolicy_Reply, ReplacePolicy_Args,
+    ReplacePolicy_Reply, SkipReason, UpdateAssignments_Args, UpdateAssignments_Reply,
 };
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::path::ControlGroupPath;
-use cgtproxy_proto::service::{Fault, Identity, Service, parameters, reply};
-use serde_json::{Value, json};
+use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, reply};
+use serde_json::json;
 
 use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
@@ -155,6 +155,9 @@ impl<K: Kernel> Session<K> {
         let listener = address("listener", &arguments.listener)?;
         let client = address("client", &arguments.client)?;
         let mut state = self.state.borrow_mut();
+        // For the socket that asks the kernel.
+        let spare = state.root.spare();
+        let _room = spare.make_room();
         let (source, destination) = state.find_redirected(self.peer.uid(), listener, client)?;
         Ok(FindRedirected_Reply {
             source: source.to_string(),
@@ -162,9 +165,9 @@ impl<K: Kernel> Session<K> {
         })
     }
 
-    fn remove_policy(&self) -> Result<Value, Error> {
+    fn remove_policy(&self) -> Result<RemovePolicy_Reply, Error> {
         self.state.borrow_mut().remove(self.peer.uid(), self.id)?;
-        Ok(json!({}))
+        Ok(RemovePolicy_Reply {})
     }
 
     fn get_status(&self) -> GetStatus_Reply {
@@ -290,10 +293,8 @@ impl<K: Kernel> Session<K> {
         }
     }
 
-    fn dispatch(&self, method: &str, arguments: Value) -> Result<Value, Fault> {
+    fn dispatch(&self, method: &str, arguments: Parameters<'_>) -> Result<Answer, Fault> {
         let refused = |error| Self::fault(self.peer.uid(), error);
-        let spare = self.state.borrow().root.spare();
-        let _room = spare.make_room();
         match method {
             "ReplacePolicy" => reply(
                 self.replace_policy(parameters(arguments)?)
@@ -307,7 +308,7 @@ impl<K: Kernel> Session<K> {
                 self.find_redirected(&parameters(arguments)?)
                     .map_err(refused)?,
             ),
-            "RemovePolicy" => self.remove_policy().map_err(refused),
+            "RemovePolicy" => reply(self.remove_policy().map_err(refused)?),
             "GetStatus" => reply(self.get_status()),
             "Diagnose" => reply(self.diagnose()),
             _ => Err(Fault::method_not_found(&format!(
@@ -329,8 +330,8 @@ impl<K: Kernel> Service for Session<K> {
     fn call(
         &mut self,
         method: &str,
-        arguments: Value,
-    ) -> impl Future<Output = Result<Value, Fault>> {
+        arguments: Parameters<'_>,
+    ) -> impl Future<Output = Result<Answer, Fault>> {
         std::future::ready(self.dispatch(method, arguments))
     }
 
@@ -351,8 +352,8 @@ impl<K: Kernel> Service for Session<K> {
         ))
     }
 
-    async fn admit(&mut self, bytes: usize) {
-        self.connection.admit(bytes).await;
+    async fn admit(&mut self, bytes: usize, waited: bool) {
+        self.connection.admit(bytes, waited).await;
     }
 }
 

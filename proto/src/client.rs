@@ -1,16 +1,16 @@
 //! The calling side of a Varlink connection.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::Path;
 
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use serde_json::value::RawValue;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use varlink::Request;
-use varlink::sansio;
 
 use crate::limits::MESSAGE_BYTES;
 use crate::message::{MessageReader, ReadError};
@@ -86,25 +86,23 @@ impl Client {
         method: &str,
         arguments: A,
     ) -> Result<R, CallError> {
-        let mut call = sansio::Client::new();
-        let parameters = serde_json::to_value(arguments).map_err(|_| CallError::Protocol)?;
-        call.send_request(
-            method.to_owned(),
-            Request::create(method.to_owned(), Some(parameters)),
-        )
-        .map_err(|_| CallError::Protocol)?;
-        while let Some(transmit) = call.poll_transmit() {
-            // A peer that refuses a message does so before it has read all of it, and closes:
-            // what it said is still there to be read.
-            if let Err(error) = self.stream.write_all(&transmit.payload).await
-                && !matches!(
-                    error.kind(),
-                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-                )
-            {
-                return Err(CallError::Io(error));
-            }
+        let call = Call {
+            method,
+            parameters: arguments,
+        };
+        let mut message = serde_json::to_vec(&call).map_err(|_| CallError::Protocol)?;
+        message.push(0);
+        // A peer that refuses a message does so before it has read all of it, and closes:
+        // what it said is still there to be read.
+        if let Err(error) = self.stream.write_all(&message).await
+            && !matches!(
+                error.kind(),
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+            )
+        {
+            return Err(CallError::Io(error));
         }
+        drop(message);
         let message = match self.messages.next().await {
             Ok(Some(message)) => message,
             Ok(None) => return Err(CallError::Closed),
@@ -113,22 +111,43 @@ impl Client {
                 return Err(CallError::Protocol);
             }
         };
-        call.handle_input(&message)
-            .map_err(|_| CallError::Protocol)?;
-        let Some(sansio::ClientEvent::Reply { reply, .. }) = call.poll_event() else {
-            return Err(CallError::Protocol);
-        };
-        let parameters = reply
-            .parameters
-            .unwrap_or_else(|| Value::Object(Default::default()));
-        match reply.error {
-            Some(name) => Err(CallError::Fault(Fault { name, parameters })),
-            None => serde_json::from_value(parameters).map_err(|_| CallError::Protocol),
-        }
+        answer(&message)
     }
 
     /// Returns when the other side closes the connection. To be used between calls only.
     pub async fn closed(&mut self) {
         while let Ok(Some(_)) = self.messages.next().await {}
     }
+}
+
+/// A call, as varlink.org's Method-Call page has it.
+#[derive(Serialize)]
+struct Call<'a, A> {
+    method: &'a str,
+    parameters: A,
+}
+
+/// What comes back.
+#[derive(Deserialize)]
+struct Reply<'a> {
+    #[serde(borrow)]
+    error: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    parameters: Option<&'a RawValue>,
+}
+
+fn answer<R: DeserializeOwned>(message: &[u8]) -> Result<R, CallError> {
+    let text = message
+        .strip_suffix(b"\0")
+        .and_then(|text| std::str::from_utf8(text).ok())
+        .ok_or(CallError::Protocol)?;
+    let reply: Reply<'_> = serde_json::from_str(text).map_err(|_| CallError::Protocol)?;
+    let parameters = reply.parameters.map_or("{}", RawValue::get);
+    let Some(name) = reply.error else {
+        return serde_json::from_str(parameters).map_err(|_| CallError::Protocol);
+    };
+    Err(CallError::Fault(Fault {
+        name: name.into_owned().into(),
+        parameters: serde_json::from_str(parameters).map_err(|_| CallError::Protocol)?,
+    }))
 }

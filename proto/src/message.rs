@@ -1,6 +1,7 @@
 //! Varlink's framing: JSON objects that end with a NUL byte (varlink.org, Method-Call).
 
 use std::io;
+use std::pin::pin;
 
 use tokio::io::{AsyncRead, AsyncReadExt};
 
@@ -48,6 +49,8 @@ pub struct MessageReader<R, B: Budget = Unshared> {
     budget: B,
     /// What the budget knows of.
     accounted: usize,
+    /// The last message was not there yet when it was asked for.
+    waited: bool,
 }
 
 impl<R: AsyncRead + Unpin> MessageReader<R> {
@@ -69,7 +72,14 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
             limit,
             budget,
             accounted: 0,
+            waited: false,
         }
+    }
+
+    /// Whether the last message had to be waited for.
+    #[must_use]
+    pub fn waited(&self) -> bool {
+        self.waited
     }
 
     fn account(&mut self, bytes: usize) -> Result<(), ReadError> {
@@ -88,9 +98,13 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
     /// # Errors
     /// If the stream fails or ends in the middle of a message, or the message is too long.
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, ReadError> {
+        self.waited = false;
         loop {
             let unscanned = self.buffer.get(self.scanned..).unwrap_or_default();
-            if let Some(found) = unscanned.iter().position(|&b| b == 0) {
+            // `contains` looks at many bytes at once, `position` at each for itself.
+            if unscanned.contains(&0)
+                && let Some(found) = unscanned.iter().position(|&b| b == 0)
+            {
                 let end = self.scanned + found;
                 if end > self.limit {
                     return Err(ReadError::TooLarge(self.limit));
@@ -115,7 +129,14 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
                 self.account(wanted)?;
                 self.buffer.reserve_exact(wanted - length);
             }
-            if self.stream.read_buf(&mut self.buffer).await? == 0 {
+            let mut read = pin!(self.stream.read_buf(&mut self.buffer));
+            let waited = &mut self.waited;
+            let length = std::future::poll_fn(|context| {
+                let polled = read.as_mut().poll(context);
+                *waited |= polled.is_pending();
+                polled
+            });
+            if length.await? == 0 {
                 return if self.buffer.is_empty() {
                     Ok(None)
                 } else {

@@ -1,5 +1,6 @@
 //! Paths of control groups, and how they travel in messages.
 
+use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
@@ -84,6 +85,9 @@ impl ControlGroupPath {
         if text.len() > 3 * PATH_BYTES {
             return Err(InvalidPath::TooLong);
         }
+        if !text.contains('%') {
+            return Self::from_bytes(text.as_bytes());
+        }
         let mut bytes = Vec::with_capacity(text.len());
         let mut rest = text.bytes();
         while let Some(byte) = rest.next() {
@@ -103,6 +107,19 @@ impl ControlGroupPath {
     /// The path as a message has it.
     #[must_use]
     pub fn to_wire(&self) -> String {
+        self.as_wire().into_owned()
+    }
+
+    /// The path as a message has it: nearly always just its bytes.
+    #[must_use]
+    pub fn as_wire(&self) -> Cow<'_, str> {
+        match std::str::from_utf8(&self.0) {
+            Ok(text) if !text.contains('%') => Cow::Borrowed(text),
+            _ => Cow::Owned(self.escaped()),
+        }
+    }
+
+    fn escaped(&self) -> String {
         let mut text = String::with_capacity(self.0.len());
         for chunk in self.0.utf8_chunks() {
             for c in chunk.valid().chars() {

@@ -11,8 +11,10 @@ use cgtproxy_proto::message::MessageReader;
 use cgtproxy_proto::relay::{
     self as wire, Configure_Args, Configure_Reply, GetStatus_Reply, Listener, UpstreamStatus,
 };
-use cgtproxy_proto::service::{Fault, Identity, Service, parameters, reply, serve};
-use serde_json::{Value, json};
+use cgtproxy_proto::service::{
+    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve,
+};
+use serde_json::json;
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, Semaphore};
 
@@ -221,8 +223,8 @@ impl Service for Connection {
     fn call(
         &mut self,
         method: &str,
-        arguments: Value,
-    ) -> impl Future<Output = Result<Value, Fault>> {
+        arguments: Parameters<'_>,
+    ) -> impl Future<Output = Result<Answer, Fault>> {
         std::future::ready(match method {
             "Configure" => parameters(arguments)
                 .and_then(|arguments| self.configure(arguments))

@@ -5,6 +5,7 @@ mod closed;
 mod ledger;
 mod proxy;
 mod session;
+mod wire;
 
 pub use ledger::{Call, Ledger};
 pub use session::{Error, run};

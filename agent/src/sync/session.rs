@@ -8,9 +8,8 @@ use std::time::Duration;
 
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::helper::{
-    Assignment, Gateway, RemovePolicy_Args, RemovePolicy_Reply, ReplacePolicy_Args,
-    ReplacePolicy_Reply, SkipReason, Skipped, UpdateAssignments_Args, UpdateAssignments_Reply,
-    Verdict,
+    Gateway, RemovePolicy_Args, RemovePolicy_Reply, ReplacePolicy_Reply, SkipReason, Skipped,
+    UpdateAssignments_Reply,
 };
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::Fault;
@@ -21,9 +20,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::Call;
 use super::proxy::proxy;
+use super::wire;
 use crate::config::Config;
 use crate::notify;
-use crate::policy::{Element, Shared, Start, Target};
+use crate::policy::Start;
 use crate::relay::Relay;
 use crate::state::{Agent, Link, Source};
 use crate::text::{chain, printable};
@@ -391,10 +391,10 @@ async fn send(
 ) -> Result<Reply, CallError> {
     match call {
         Call::Replace(assign) => {
-            let arguments = ReplacePolicy_Args {
+            let arguments = wire::ReplacePolicy {
                 proxies: config.proxies.iter().map(|p| proxy(p, relay)).collect(),
                 bypass: config.bypass.iter().map(ToString::to_string).collect(),
-                assignments: assign.iter().map(assignment).collect(),
+                assignments: wire::assignments(assign),
                 gateway: config.gateway.as_ref().map(|gateway| Gateway {
                     interfaces: gateway.interfaces.iter().map(ToString::to_string).collect(),
                     proxy: gateway.proxy.to_string(),
@@ -409,9 +409,9 @@ async fn send(
             })
         }
         Call::Update { assign, remove } => {
-            let arguments = UpdateAssignments_Args {
-                assign: assign.iter().map(assignment).collect(),
-                remove: remove.iter().map(|path| path.to_wire()).collect(),
+            let arguments = wire::UpdateAssignments {
+                assign: wire::assignments(assign),
+                remove: remove.iter().map(|path| path.as_wire()).collect(),
             };
             let reply: UpdateAssignments_Reply = client
                 .call("org.cgtproxy.Helper.UpdateAssignments", arguments)
@@ -421,22 +421,6 @@ async fn send(
                 skipped: reply.skipped,
             })
         }
-    }
-}
-
-fn assignment((path, element): &(Shared, Element)) -> Assignment {
-    let (verdict, proxy) = match &element.target {
-        Target::Direct => (Verdict::direct, None),
-        Target::Drop => (Verdict::drop, None),
-        Target::DropAll => (Verdict::dropAll, None),
-        Target::Proxy(name) => (Verdict::proxy, Some(name.to_string())),
-    };
-    Assignment {
-        controlGroup: path.to_wire(),
-        verdict,
-        proxy,
-        hold: element.hold.then_some(true),
-        enforce: element.enforce.then_some(true),
     }
 }
 

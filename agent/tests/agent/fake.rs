@@ -14,7 +14,9 @@ use cgtproxy_proto::helper::{
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::message::MessageReader;
 use cgtproxy_proto::path::ControlGroupPath;
-use cgtproxy_proto::service::{Fault, Identity, Service, parameters, serve};
+use cgtproxy_proto::service::{
+    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve,
+};
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
@@ -217,7 +219,7 @@ impl Service for Connection {
         description: DESCRIPTION,
     };
 
-    async fn call(&mut self, method: &str, arguments: Value) -> Result<Value, Fault> {
+    async fn call(&mut self, method: &str, arguments: Parameters<'_>) -> Result<Answer, Fault> {
         // What is asked is on the books before it is answered.
         self.0.books.lock().unwrap().calls.push(method.into());
         self.0.changed.notify_all();
@@ -260,8 +262,8 @@ impl Service for Connection {
         drop(books);
         shared.changed.notify_all();
         match (method, answer?) {
-            ("RemovePolicy", _) => Ok(json!({})),
-            (_, skipped) => Ok(json!({ "generation": generation, "skipped": skipped })),
+            ("RemovePolicy", _) => reply(json!({})),
+            (_, skipped) => reply(json!({ "generation": generation, "skipped": skipped })),
         }
     }
 

@@ -10,9 +10,11 @@ use cgtproxy_proto::agent::{
     AwaitTarget_Args, AwaitTarget_Reply, DESCRIPTION, GetStatus_Reply, INTERFACE, Target,
 };
 use cgtproxy_proto::message::MessageReader;
-use cgtproxy_proto::service::{Fault, Identity, Service, parameters, reply, serve};
+use cgtproxy_proto::service::{
+    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve,
+};
 use futures_core::Stream;
-use serde_json::{Value, json};
+use serde_json::json;
 use zbus::message::Type;
 use zbus::{Message, MessageStream, OwnedObjectPath, OwnedVariant};
 
@@ -262,7 +264,7 @@ impl Service for Pretender {
         description: DESCRIPTION,
     };
 
-    async fn call(&mut self, method: &str, arguments: Value) -> Result<Value, Fault> {
+    async fn call(&mut self, method: &str, arguments: Parameters<'_>) -> Result<Answer, Fault> {
         let target = |name: &str, port| Target {
             name: name.into(),
             port,
