@@ -173,6 +173,8 @@ impl Association {
         };
         let socket = Rc::new(UdpSocket::bind(any).await.map_err(down)?);
         socket.connect(relay).await.map_err(down)?;
+        // Until the runtime has heard from the kernel, `try_send` would throw the first datagrams away.
+        socket.writable().await.map_err(down)?;
         let end = CancellationToken::new();
         let association = Rc::new(Self {
             socket: socket.clone(),
