@@ -1,8 +1,8 @@
 //! The command line.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use crate::inside::Errand;
 use crate::order::Kind;
 use crate::yard::MEASURE;
 
@@ -10,7 +10,7 @@ pub(crate) const HELP: &str = "\
 usage: cgtproxy-bench [--quick] [--out DIR] [ROW…]
 
 Measures cgtproxy in sandboxes and prints a table. Without ROWs it measures all of them:
-  latency first-send burst start packets relay idle users flood
+  latency first-send burst start packets relay socks idle users flood
 
   --quick    a few samples of each, in less than a minute: shows that the bench works
   --out DIR  writes bench.json and plots there
@@ -41,18 +41,19 @@ pub(crate) enum Role {
     Floor(PathBuf),
     Packets(usize),
     Relay,
-    BulkClient(SocketAddr, u64),
-    RequestClient(SocketAddr, usize),
+    Socks,
+    Errand(Errand),
 }
 
 /// All that can be measured, in the order in which it is.
-pub(crate) const ROWS: [&str; 9] = [
+pub(crate) const ROWS: [&str; 10] = [
     "latency",
     "first-send",
     "burst",
     "start",
     "packets",
     "relay",
+    "socks",
     "idle",
     "users",
     "flood",
@@ -61,10 +62,6 @@ pub(crate) const ROWS: [&str; 9] = [
 /// Takes the arguments apart. The roles are for this program's own use.
 pub(crate) fn parse(arguments: &[String]) -> Result<Role, String> {
     let number = |text: &str| text.parse::<usize>().map_err(|e| format!("{text}: {e}"));
-    let address = |text: &str| {
-        text.parse::<SocketAddr>()
-            .map_err(|e| format!("{text}: {e}"))
-    };
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         [role, kind] if *role == MEASURE => serde_json::from_str(kind)
@@ -73,8 +70,10 @@ pub(crate) fn parse(arguments: &[String]) -> Result<Role, String> {
         ["--floor", directory] => Ok(Role::Floor(directory.into())),
         ["--packets", blocks] => Ok(Role::Packets(number(blocks)?)),
         ["--relay"] => Ok(Role::Relay),
-        ["--bulk-client", to, bytes] => Ok(Role::BulkClient(address(to)?, number(bytes)? as u64)),
-        ["--request-client", to, count] => Ok(Role::RequestClient(address(to)?, number(count)?)),
+        ["--socks"] => Ok(Role::Socks),
+        ["--errand", errand] => serde_json::from_str(errand)
+            .map(Role::Errand)
+            .map_err(|e| e.to_string()),
         ["--help" | "-h"] => Ok(Role::Help),
         _ => options(&words).map(Role::Bench),
     }

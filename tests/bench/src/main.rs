@@ -45,12 +45,12 @@ fn main() -> ExitCode {
             inside::serve_relay();
             ExitCode::SUCCESS
         }
-        Ok(Role::BulkClient(address, bytes)) => {
-            inside::bulk_client(address, bytes);
+        Ok(Role::Socks) => {
+            inside::serve_socks();
             ExitCode::SUCCESS
         }
-        Ok(Role::RequestClient(address, count)) => {
-            inside::request_client(address, count);
+        Ok(Role::Errand(errand)) => {
+            errand.run();
             ExitCode::SUCCESS
         }
         Ok(Role::Help) => {
@@ -93,7 +93,12 @@ fn can_run() -> Result<(), String> {
     if !nix::unistd::Uid::effective().is_root() {
         return Err("only root may make the sandboxes: run `make bench`".into());
     }
-    for program in ["cgtproxy-helper", "cgtproxy-agent", "cgtproxy-testapp"] {
+    for program in [
+        "cgtproxy-helper",
+        "cgtproxy-agent",
+        "cgtproxy-relay",
+        "cgtproxy-testapp",
+    ] {
         if !this.with_file_name(program).exists() {
             return Err(format!(
                 "{program} is not beside this program: run `make bench`"

@@ -20,6 +20,8 @@ pub(crate) enum Kind {
     Ours,
     /// cgtproxy with `start: closed`.
     Closed,
+    /// cgtproxy with a proxy elsewhere, and cgtproxy-relay.
+    Relay,
 }
 
 impl Kind {
@@ -33,6 +35,7 @@ impl Kind {
             Self::Original => "the original",
             Self::Ours => "cgtproxy",
             Self::Closed => "cgtproxy, start: closed",
+            Self::Relay => "cgtproxy-relay",
         }
     }
 }
@@ -52,13 +55,41 @@ pub(crate) enum Place {
     Proxied,
 }
 
-/// How an application gets to the relay.
+/// How an application gets to where it wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Way {
-    /// It is diverted there.
+    /// It is diverted to the TPROXY server.
     Diverted,
-    /// It connects to it.
+    /// It connects to that server.
     Straight,
+    /// It speaks SOCKS5 to the SOCKS5 server.
+    Spoken,
+    /// It knows nothing, and somebody else speaks SOCKS5: cgtproxy-relay, or the TPROXY server.
+    Carried,
+}
+
+/// Which processors are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Cores {
+    /// As the kernel likes it.
+    All,
+    /// One by applications and servers, another by what is between them.
+    Apart,
+    /// One by everything.
+    One,
+}
+
+/// What an application does.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) enum Task {
+    /// Receive so many bytes: MB/s.
+    Bulk { bytes: u64 },
+    /// Connect, ask and receive an answer, over and over: microseconds each.
+    Requests { count: usize },
+    /// The same for several at once, so often in all: connections a second.
+    Rush { count: usize },
+    /// Exchange so many datagrams with several destinations: round trips a second.
+    Datagrams { count: usize },
 }
 
 /// Into which control groups processes are born that send at once.
@@ -85,10 +116,8 @@ pub(crate) enum Order {
     Start,
     /// Send datagrams over the loopback interface: nanoseconds for each block's packets.
     Packets { place: Place, blocks: usize },
-    /// Receive so many bytes through the relay: MB/s.
-    Bulk { way: Way, bytes: u64 },
-    /// Connect, ask and receive through the relay: microseconds each.
-    Requests { way: Way, count: usize },
+    /// Have an application do something beyond a relay: numbers, as its task has them.
+    Errand { way: Way, cores: Cores, task: Task },
     /// Let the daemons idle: [`Idle`]s.
     Idle { milliseconds: u64 },
     /// Simulate so many users' agents in all, each with so many control groups.

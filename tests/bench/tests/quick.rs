@@ -21,6 +21,7 @@ fn every_row_is_measured_and_written() {
         "start",
         "packets",
         "relay",
+        "socks",
         "idle",
         "users",
         "flood",

@@ -2,10 +2,12 @@
 
 mod arrivals;
 mod burst;
+mod client;
 mod daemons;
 mod packets;
 mod relay;
 mod site;
+mod socks;
 mod start;
 mod users;
 
@@ -15,9 +17,11 @@ use cgtproxy_tests::sandbox::Sandbox;
 use serde::Serialize;
 
 use crate::order::{Kind, Order};
+pub(crate) use client::Errand;
 pub(crate) use packets::send_packets;
-pub(crate) use relay::{bulk_client, request_client, serve as serve_relay};
+pub(crate) use relay::serve as serve_relay;
 use site::Site;
+pub(crate) use socks::serve as serve_socks;
 
 /// Measures until nobody asks for more.
 pub(crate) fn measure(sandbox: &Sandbox, kind: Kind) -> ExitCode {
@@ -33,8 +37,7 @@ pub(crate) fn measure(sandbox: &Sandbox, kind: Kind) -> ExitCode {
             Order::Burst { groups, nested } => say(&site.burst(groups, nested)),
             Order::Start => say(&site.start()),
             Order::Packets { place, blocks } => say(&site.packets(place, blocks)),
-            Order::Bulk { way, bytes } => say(&site.bulk(way, bytes)),
-            Order::Requests { way, count } => say(&site.requests(way, count)),
+            Order::Errand { way, cores, task } => say(&site.errand(way, cores, task)),
             Order::Idle { milliseconds } => say(&site.idle(milliseconds)),
             Order::Users { users, groups } => say(&site.add_users(users, groups)),
             Order::Updates { count } => say(&site.updates(count)),

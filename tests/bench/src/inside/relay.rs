@@ -1,70 +1,137 @@
 //! TCP through a TPROXY server: a small one of ours, the same in all cases, so that what differs is how connections get
-//! there.
+//! there. And the ways to a SOCKS5 server, of which this one is one.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen, setsockopt, socket,
     sockopt,
 };
+use nix::unistd::Pid;
 
+use super::client::Errand;
 use super::site::{Site, this_program};
-use crate::birth::now;
-use crate::order::{Place, Way};
+use super::socks;
+use crate::order::{Cores, Kind, Place, Task, Way};
 
 pub(super) const RELAY_PORT: u16 = 7893;
 const BACKEND_PORT: u16 = 7894;
 /// Where applications connect to that are diverted: any address that is not this machine's.
-const ELSEWHERE: (Ipv4Addr, u16) = (Ipv4Addr::new(198, 51, 100, 1), 9999);
-const BUFFER: usize = 256 << 10;
+pub(super) const ELSEWHERE: (Ipv4Addr, u16) = (Ipv4Addr::new(198, 51, 100, 1), 9999);
+/// The port to which the TPROXY server goes on through the SOCKS5 server.
+const THROUGH_SOCKS: u16 = 9998;
+pub(super) const BUFFER: usize = 256 << 10;
+
+/// A server of this program's that serves until it is killed.
+pub(super) struct Server(Child);
+
+impl Server {
+    fn start(role: &str) -> Self {
+        let mut child = this_program()
+            .arg(role)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("this very program");
+        let mut ready = [0; 1];
+        let mut output = child.stdout.take().expect("piped");
+        output.read_exact(&mut ready).expect("it gets ready");
+        Self(child)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 impl Site<'_> {
-    /// Megabytes a second, from the server behind the relay to an application.
-    pub(super) fn bulk(&mut self, way: Way, bytes: u64) -> f64 {
-        let printed = self.client(way, "--bulk-client", &bytes.to_string());
-        serde_json::from_slice(&printed).expect("a number")
-    }
-
-    /// Microseconds from before connect(2) until the answer is there, over and over.
-    pub(super) fn requests(&mut self, way: Way, count: usize) -> Vec<f64> {
-        let printed = self.client(way, "--request-client", &count.to_string());
-        serde_json::from_slice(&printed).expect("numbers")
-    }
-
-    fn client(&mut self, way: Way, role: &str, argument: &str) -> Vec<u8> {
-        if self.relay.is_none() {
-            let mut child = this_program()
-                .arg("--relay")
-                .stdout(Stdio::piped())
-                .spawn()
-                .expect("this very program");
-            let mut ready = [0; 1];
-            let mut output = child.stdout.take().expect("piped");
-            output.read_exact(&mut ready).expect("it gets ready");
-            self.relay = Some(child);
-        }
-        let (place, address) = match way {
-            Way::Diverted => (Place::Proxied, SocketAddr::from(ELSEWHERE)),
-            Way::Straight => (
-                Place::NoSession,
-                SocketAddr::from((Ipv4Addr::LOCALHOST, RELAY_PORT)),
-            ),
+    /// Has an application do something, which gets there that way; what it has to say about it.
+    pub(super) fn errand(&mut self, way: Way, cores: Cores, task: Task) -> Vec<f64> {
+        let elsewhere = SocketAddr::from(ELSEWHERE);
+        let socks = SocketAddr::from(socks::ADDRESS);
+        let through_socks = SocketAddr::from((ELSEWHERE.0, THROUGH_SOCKS));
+        let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, RELAY_PORT));
+        let (place, to, through) = match (way, self.kind) {
+            (Way::Straight, _) => (Place::NoSession, loopback, None),
+            (Way::Diverted, _) => (Place::Proxied, elsewhere, None),
+            (Way::Spoken, _) => (Place::NoSession, elsewhere, Some(socks)),
+            (Way::Carried, Kind::Relay) => (Place::Proxied, elsewhere, None),
+            (Way::Carried, _) => (Place::Proxied, through_socks, None),
         };
+        let relay = self.relay_pid(way);
+        let server = self.socks.get_or_insert_with(|| Server::start("--socks"));
+        let [first, second] = processors(cores);
+        pin(server.0.id(), first);
+        if let Some(relay) = relay {
+            pin(relay, second);
+        }
         let directory = self.place(place);
+        let errand = Errand { to, through, task };
+        // What is started inherits it.
+        sched_setaffinity(Pid::from_raw(0), &first).expect("a processor that is there");
         let output = Command::new("/run/testbed/bin/cgtproxy-testapp")
             .arg("launch")
             .arg(directory)
             .arg(this_program().get_program())
-            .args([role, &address.to_string(), argument])
+            .arg("--errand")
+            .arg(serde_json::to_string(&errand).expect("JSON"))
             .stderr(Stdio::inherit())
             .output()
             .expect("the test application");
         assert!(output.status.success());
-        output.stdout
+        serde_json::from_slice(&output.stdout).expect("numbers")
+    }
+
+    /// The process through which connections come that way; started, if it is not there.
+    fn relay_pid(&mut self, way: Way) -> Option<u32> {
+        match (way, self.kind) {
+            (Way::Spoken, _) => None,
+            (Way::Carried, Kind::Relay) => self.carrier.as_ref().map(|relay| relay.pid()),
+            _ => {
+                let server = self.relay.get_or_insert_with(|| Server::start("--relay"));
+                Some(server.0.id())
+            }
+        }
+    }
+}
+
+/// The processors for applications and servers, and those for what is between them.
+fn processors(cores: Cores) -> [CpuSet; 2] {
+    // Before this thread was told where to be.
+    let all = sched_getaffinity(Pid::from_raw(1)).expect("our own first process");
+    let numbers = || (0..CpuSet::count()).filter(|&n| all.is_set(n).unwrap_or(false));
+    let only = |number: Option<usize>| {
+        let mut set = CpuSet::new();
+        set.set(number.expect("there is a processor"))
+            .expect("it is there");
+        set
+    };
+    match cores {
+        Cores::All => [all, all],
+        Cores::One => [only(numbers().next()); 2],
+        // With one processor there is no other.
+        Cores::Apart => [only(numbers().next()), only(numbers().next_back())],
+    }
+}
+
+/// Has all threads of a process run there.
+fn pin(process: u32, processors: CpuSet) {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).expect("it is running");
+    for task in tasks.flatten() {
+        let task = task
+            .file_name()
+            .to_string_lossy()
+            .parse()
+            .expect("a number");
+        sched_setaffinity(Pid::from_raw(task), &processors).expect("a thread of ours");
     }
 }
 
@@ -82,9 +149,16 @@ pub(crate) fn serve() {
     for client in relay.incoming().flatten() {
         thread::spawn(move || {
             // A diverted connection's own address is where the application meant to go.
-            let meant = client.local_addr().expect("it is connected").ip();
-            assert!(meant == IpAddr::V4(ELSEWHERE.0) || meant.is_loopback());
-            let server = TcpStream::connect((Ipv4Addr::LOCALHOST, BACKEND_PORT)).expect("ours");
+            let meant = client.local_addr().expect("it is connected");
+            assert!(meant.ip() == IpAddr::V4(ELSEWHERE.0) || meant.ip().is_loopback());
+            let server = if meant.port() == THROUGH_SOCKS {
+                let mut server = TcpStream::connect(socks::ADDRESS).expect("ours");
+                server.set_nodelay(true).expect("TCP");
+                socks::ask(&mut server, socks::CONNECT, meant);
+                server
+            } else {
+                TcpStream::connect((Ipv4Addr::LOCALHOST, BACKEND_PORT)).expect("ours")
+            };
             client.set_nodelay(true).expect("TCP");
             server.set_nodelay(true).expect("TCP");
             let (mut from_client, mut to_server) = pair(&client, &server);
@@ -112,14 +186,14 @@ fn copy(from: &mut TcpStream, to: &mut TcpStream) {
 }
 
 /// Eight bytes say how many bytes are wanted.
-fn answer(mut connection: TcpStream) {
+pub(super) fn answer(mut connection: TcpStream) {
     let _ = connection.set_nodelay(true);
     let mut wanted = [0; 8];
     if connection.read_exact(&mut wanted).is_err() {
         return;
     }
     let mut wanted = u64::from_ne_bytes(wanted);
-    let buffer = vec![0; BUFFER];
+    let buffer = vec![0; BUFFER.min(usize::try_from(wanted).unwrap_or(BUFFER))];
     while wanted > 0 {
         let length = wanted.min(BUFFER as u64);
         if connection.write_all(&buffer[..length as usize]).is_err() {
@@ -143,37 +217,4 @@ fn transparent() -> TcpListener {
     bind(socket.as_raw_fd(), &address).expect("a port");
     listen(&socket, Backlog::new(1024).expect("a number")).expect("a socket");
     TcpListener::from(socket)
-}
-
-/// Receives so many bytes and prints how many megabytes came in a second.
-pub(crate) fn bulk_client(address: SocketAddr, bytes: u64) {
-    let start = now();
-    let mut connection = TcpStream::connect(address).expect("a connection");
-    connection
-        .write_all(&bytes.to_ne_bytes())
-        .expect("it takes it");
-    let mut buffer = vec![0; BUFFER];
-    let mut received = 0;
-    while received < bytes {
-        let length = connection.read(&mut buffer).expect("more");
-        assert!(length > 0, "the connection ended early");
-        received += length as u64;
-    }
-    println!("{}", received as f64 * 1000.0 / (now() - start) as f64);
-}
-
-/// Connects, asks for 64 bytes and receives them, over and over; prints what each took, in microseconds.
-pub(crate) fn request_client(address: SocketAddr, count: usize) {
-    let mut times = Vec::with_capacity(count);
-    let mut buffer = [0; 64];
-    for _ in 0..count {
-        let start = now();
-        let mut connection = TcpStream::connect(address).expect("a connection");
-        connection
-            .write_all(&64_u64.to_ne_bytes())
-            .expect("it takes it");
-        connection.read_exact(&mut buffer).expect("an answer");
-        times.push((now() - start) as f64 / 1000.0);
-    }
-    println!("{}", serde_json::to_string(&times).expect("numbers"));
 }

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use cgtproxy_tests::sandbox::{CGROUP_ROOT, Sandbox, Service, User};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 
-use super::relay::RELAY_PORT;
+use super::relay::{RELAY_PORT, Server};
+use super::socks;
 use super::users::Users;
 use crate::floor;
 use crate::netlink::Counter;
@@ -27,13 +28,24 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The user's configuration, which the original understands too.
 pub(super) fn config() -> String {
+    let proxy = format!("tproxies:\n  relay: {{ port: {RELAY_PORT}, mark: 0x520 }}");
+    config_with(&proxy, "tproxy: relay")
+}
+
+/// The same with a proxy elsewhere.
+fn relay_config() -> String {
+    let (address, port) = socks::ADDRESS;
+    let proxy = format!("proxies:\n  socks: {{ upstream: 'socks5://{address}:{port}' }}");
+    config_with(&proxy, "proxy: socks")
+}
+
+fn config_with(proxy: &str, target: &str) -> String {
     format!(
         "version: 1
 cgroup-root: AUTO
 route-table: 300
 bypass: [10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, fc00::/7]
-tproxies:
-  relay: {{ port: {RELAY_PORT}, mark: 0x520 }}
+{proxy}
 rules:
   - match: /bench-[^/]*\\.scope$
     drop: true
@@ -42,7 +54,7 @@ rules:
   - match: /direct-[^/]*\\.scope$
     direct: true
   - match: /proxied\\.slice$
-    tproxy: relay
+    {target}
 "
     )
 }
@@ -101,7 +113,12 @@ pub(super) struct Site<'a> {
     pub(super) base: PathBuf,
     pub(super) mapped: usize,
     pub(super) number: usize,
-    pub(super) relay: Option<Child>,
+    /// The TPROXY server.
+    pub(super) relay: Option<Server>,
+    /// The SOCKS5 server.
+    pub(super) socks: Option<Server>,
+    /// cgtproxy-relay.
+    pub(super) carrier: Option<Service>,
     pub(super) users: Users,
     /// Takes what senders send, and forgets it.
     _sink: UdpSocket,
@@ -109,7 +126,7 @@ pub(super) struct Site<'a> {
 
 impl Drop for Site<'_> {
     fn drop(&mut self) {
-        for child in [&mut self.program, &mut self.relay].into_iter().flatten() {
+        if let Some(child) = &mut self.program {
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -132,6 +149,8 @@ impl<'a> Site<'a> {
             mapped: 0,
             number: 0,
             relay: None,
+            socks: None,
+            carrier: None,
             users: Users::default(),
             _sink: UdpSocket::bind(("127.0.0.1", crate::birth::PORT)).expect("nobody has it"),
         };
@@ -154,17 +173,21 @@ impl<'a> Site<'a> {
                 this.counter = counter("cgtproxy", "cgroup-vmap");
                 this.await_count(0);
             }
-            Kind::Ours | Kind::Closed => {
+            Kind::Ours | Kind::Closed | Kind::Relay => {
                 this.helper = Some(
                     sandbox
                         .helper()
                         .config("mark-mask: 0xfff00000\nlimits: { control-groups: 32768 }\n")
                         .start(),
                 );
-                let mut config = config();
-                if kind == Kind::Closed {
-                    config += "start: closed\n";
-                }
+                let config = match kind {
+                    Kind::Closed => config() + "start: closed\n",
+                    Kind::Relay => {
+                        this.carrier = Some(this.user.relay().start());
+                        relay_config()
+                    }
+                    _ => config(),
+                };
                 this.agent = Some(this.user.agent(&config).start());
                 this.counter = counter("cgtproxy", "cgroups-1001");
             }
@@ -216,7 +239,7 @@ impl<'a> Site<'a> {
                     writer.change(ids, &[]).expect("the kernel takes them");
                 }
             }
-            Kind::Floor | Kind::Original | Kind::Ours | Kind::Closed => {
+            Kind::Floor | Kind::Original | Kind::Ours | Kind::Closed | Kind::Relay => {
                 self.await_count(before + missing);
             }
         }
@@ -296,7 +319,9 @@ impl<'a> Site<'a> {
         let elements = usize::from(direct) + usize::from(new_slice && place != Place::Unmatched);
         match self.kind {
             Kind::Layout => self.layout_elements(below, direct),
-            Kind::Ours | Kind::Closed | Kind::Original => self.await_count(before + elements),
+            Kind::Ours | Kind::Closed | Kind::Relay | Kind::Original => {
+                self.await_count(before + elements);
+            }
             _ => {}
         }
         directory

@@ -6,6 +6,7 @@ mod burst;
 mod idle;
 mod packets;
 mod relay;
+mod socks;
 mod start;
 mod users;
 
@@ -24,6 +25,7 @@ pub(crate) fn run(options: &Options, report: &mut Report) {
             "start" => start::run(options, report),
             "packets" => packets::run(options, report),
             "relay" => relay::run(options, report),
+            "socks" => socks::run(options, report),
             "idle" => idle::run(options, report),
             "users" => users::many(options, report),
             "flood" => users::flood(options, report),

@@ -1,7 +1,7 @@
 //! TCP through a TPROXY server.
 
 use crate::cli::Options;
-use crate::order::{Kind, Order, Way};
+use crate::order::{Cores, Kind, Order, Task, Way};
 use crate::report::Report;
 use crate::stats::median;
 use crate::yard::Yard;
@@ -19,15 +19,18 @@ pub(super) fn run(options: &Options, report: &mut Report) {
     let mut requests = vec![Vec::new(); yards.len()];
     for _ in 0..rounds {
         for (n, (yard, way)) in yards.iter_mut().enumerate() {
-            let way = *way;
-            bulk[n].push(yard.order::<f64>(&Order::Bulk { way, bytes }));
-            requests[n].extend(yard.order::<Vec<f64>>(&Order::Requests { way, count }));
+            let mut errand = |task| -> Vec<f64> {
+                let (way, cores) = (*way, Cores::All);
+                yard.order(&Order::Errand { way, cores, task })
+            };
+            bulk[n].extend(errand(Task::Bulk { bytes }));
+            requests[n].extend(errand(Task::Requests { count }));
         }
     }
     for (n, (yard, way)) in yards.iter().enumerate() {
         let name = match way {
             Way::Straight => "connected to the relay",
-            Way::Diverted => yard.kind.name(),
+            _ => yard.kind.name(),
         };
         report.add(RELAY, "bulk", name, " MB/s", &bulk[n]);
         report.add(RELAY, "connect, ask, answer", name, " µs", &requests[n]);
