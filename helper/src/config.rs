@@ -240,6 +240,14 @@ impl Config {
         Self::parse(&text, file)
     }
 
+    /// What holds where there is no file.
+    ///
+    /// # Errors
+    /// If the defaults contradict each other.
+    pub fn without_file() -> Result<Self, Error> {
+        Self::parse("", Path::new(DEFAULT_PATH))
+    }
+
     pub(crate) fn parse(text: &str, path: &Path) -> Result<Self, Error> {
         let path = path.to_owned();
         let file = match serde_saphyr::from_str::<Option<File>>(text) {

@@ -98,13 +98,22 @@ fn log_to_stderr() {
 }
 
 fn remove(arguments: &Arguments) -> Result<(), Error> {
-    let config = Config::load(arguments.config.as_deref())?;
+    // The table has one name whatever the file says, and what else there is mostly goes by the defaults.
+    let (config, wrong) = match Config::load(arguments.config.as_deref()) {
+        Ok(config) => (config, None),
+        Err(error) => (Config::without_file()?, Some(error)),
+    };
+    if wrong.is_some() {
+        tracing::warn!(
+            "the configuration is wrong; a routing rule and route are removed only where they are by default"
+        );
+    }
     Nftables::remove(config.marks)?;
     let routing = Routing::open(config.marks, config.route_table, config.rule_priority)?;
     for family in [Family::Ipv4, Family::Ipv6] {
         routing.remove(family)?;
     }
-    Ok(())
+    wrong.map_or(Ok(()), |error| Err(error.into()))
 }
 
 fn run(arguments: &Arguments) -> Result<(), Error> {

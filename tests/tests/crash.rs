@@ -197,6 +197,23 @@ fn remove_leaves_nothing_of_a_killed_helper() {
 }
 
 #[test]
+fn remove_leaves_nothing_even_if_the_configuration_is_wrong() {
+    sandbox(|sb| {
+        let mut helper = sb.helper().start();
+        let user = sb.user(1001);
+        let mut session = Session::of(&user);
+        take(&mut session, &user);
+        helper.kill();
+        let wrong = sb.helper().config("grace-second: 5");
+        let mut remove = wrong.argument("--remove").spawn();
+        // And it is said, as at any other time.
+        assert_eq!(remove.wait().code(), Some(78));
+        remove.wait_log("line 1");
+        assert_nothing_left(sb);
+    });
+}
+
+#[test]
 fn a_helper_that_is_told_to_stop_leaves_nothing() {
     sandbox(|sb| {
         let mut helper = sb.helper().start();
