@@ -14,12 +14,14 @@ mod run;
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ::inotify::WatchDescriptor;
 use cgtproxy_proto::path::ControlGroupPath;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::policy::Shared;
@@ -27,6 +29,9 @@ use crate::subtree::Subtree;
 use crate::text::{chain, printable};
 
 pub use run::{Sources, open};
+
+/// How the working directory is kept hold of.
+const HOME: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 /// Who is told of control groups.
 pub trait Observer {
@@ -130,6 +135,10 @@ pub struct Watcher {
     blind: bool,
     /// Control groups that were announced and not looked at yet.
     pending: VecDeque<ControlGroupPath>,
+    /// This process's working directory; none if it can't be opened.
+    home: Option<OwnedFd>,
+    /// The control group whose directory is the working directory for the moment.
+    here: Option<ControlGroupPath>,
     /// It was said that there are no watches left.
     said_exhausted: bool,
     /// It was said that control groups can't be listed.
@@ -148,6 +157,8 @@ impl Watcher {
             unlisted_why: String::new(),
             blind: false,
             pending: VecDeque::new(),
+            home: rustix::fs::open(".", HOME, Mode::empty()).ok(),
+            here: None,
             said_exhausted: false,
             said_unlisted: false,
         };
@@ -175,13 +186,41 @@ impl Watcher {
         self.said_unlisted = false;
     }
 
+    /// Reports what is in the whole subtree, of which nothing is known yet, and leaves it to be watched later: what
+    /// is there already waits for its verdict and not for its watch. What comes or was overlooked meanwhile is found
+    /// when its parent is watched and listed.
+    fn discover(&mut self, observer: &mut dyn Observer) {
+        self.open_eyes();
+        if self.blind {
+            return;
+        }
+        self.watch_ancestors();
+        let root = ControlGroupPath::root();
+        if self.enter(&root, observer).is_none() {
+            return;
+        }
+        let mut stack = vec![(root, self.subtree.directory(&ControlGroupPath::root()))];
+        while let Some((path, directory)) = stack.pop() {
+            let mut found = Vec::new();
+            // Whoever watches it will say so.
+            let _ = self.children(&path, &mut found);
+            let nested = contains_more_than(&directory, found.len());
+            for child in found {
+                observer.added(child.clone());
+                if nested && let Some(name) = child.name() {
+                    stack.push((child.clone(), directory.join(OsStr::from_bytes(name))));
+                }
+                self.pending.push_back(child);
+            }
+        }
+    }
+
     /// Looks at the whole subtree. What is gone is reported as well.
     pub fn scan(&mut self, observer: &mut dyn Observer) {
         self.open_eyes();
         if self.blind {
             return;
         }
-        self.pending.clear();
         self.watch_ancestors();
         let mut seen = HashSet::new();
         let mut stack = vec![ControlGroupPath::root()];
@@ -213,12 +252,22 @@ impl Watcher {
         }
         let mut stack = vec![self.first_unknown(path)];
         while let Some(path) = stack.pop() {
-            let before = self.identity(&path);
-            if let Some(path) = self.enter(&path, observer)
-                && (before != self.identity(&path) || !self.is_watched(&path))
-            {
-                self.list(&path, &mut stack);
-            }
+            self.look_at(&path, &mut stack, observer);
+        }
+    }
+
+    /// Looks at one control group, and adds what is in it to `found` if it is new or not watched.
+    fn look_at(
+        &mut self,
+        path: &ControlGroupPath,
+        found: &mut Vec<ControlGroupPath>,
+        observer: &mut dyn Observer,
+    ) {
+        let before = self.identity(path);
+        if let Some(path) = self.enter(path, observer)
+            && (before != self.identity(&path) || !self.is_watched(&path))
+        {
+            self.list(&path, found);
         }
     }
 
@@ -237,14 +286,64 @@ impl Watcher {
 
     fn look_at_pending(&mut self, count: usize, observer: &mut dyn Observer) -> bool {
         let mut looked = false;
+        let mut found = Vec::new();
         for _ in 0..count {
             let Some(path) = self.pending.pop_front() else {
                 break;
             };
-            self.look(&path, observer);
             looked = true;
+            // Seen when its parent was listed; had it gone since, it would not be watched any more.
+            if self.blind || self.is_watched(&path) {
+                continue;
+            }
+            let path = self.first_unknown(&path);
+            self.go_beside(&path);
+            self.look_at(&path, &mut found, observer);
+            for child in found.drain(..) {
+                if !self.groups.contains_key(&child) {
+                    observer.added(child.clone());
+                    self.pending.push_back(child);
+                }
+            }
         }
+        self.go_home();
         looked
+    }
+
+    /// Makes the directory that a control group is in the working directory: the kernel takes a lock for every
+    /// component of a path in cgroupfs, and there are eight in the usual one. Those that come next are often in
+    /// the same directory.
+    fn go_beside(&mut self, path: &ControlGroupPath) {
+        let parent = path.parent();
+        if parent != self.here {
+            // The control group root may have been given relative to it.
+            self.go_home();
+            self.here = parent.filter(|parent| {
+                let directory = self.subtree.directory(parent);
+                self.home.is_some() && std::env::set_current_dir(directory).is_ok()
+            });
+        }
+    }
+
+    /// Nothing else of this program knows of another working directory than the one it was started in.
+    fn go_home(&mut self) {
+        if self.here.take().is_some()
+            && let Some(home) = &self.home
+            && let Err(error) = rustix::process::fchdir(home)
+        {
+            tracing::warn!("can't go back to the working directory: {error}");
+            self.home = None;
+        }
+    }
+
+    /// A control group's directory: its name, where that is enough.
+    fn directory(&self, path: &ControlGroupPath) -> PathBuf {
+        match (path.name(), &self.here) {
+            (Some(name), Some(here)) if path.parent().as_ref() == Some(here) => {
+                Path::new(OsStr::from_bytes(name)).to_owned()
+            }
+            _ => self.subtree.directory(path),
+        }
     }
 
     /// Takes a hint.
@@ -337,7 +436,7 @@ impl Watcher {
     /// Watches a control group and reports it, or that it is gone.
     fn enter(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) -> Option<Shared> {
         tracing::trace!("looking at {path:?}");
-        let directory = self.subtree.directory(path);
+        let directory = self.directory(path);
         let watch = match self.watch(path, &directory) {
             Ok(watch) => watch,
             Err(Vanished) => {
@@ -454,7 +553,7 @@ impl Watcher {
         path: &ControlGroupPath,
         found: &mut Vec<ControlGroupPath>,
     ) -> io::Result<()> {
-        let directory = self.subtree.directory(path);
+        let directory = self.directory(path);
         // Each directory in it is a link to it, beside the two that every directory has. (File
         // systems that do not count so say 1.)
         match std::fs::symlink_metadata(&directory) {
@@ -515,3 +614,17 @@ impl Watcher {
 /// A control group is not there any more.
 #[derive(Debug)]
 struct Vanished;
+
+/// Whether there are other control groups in a directory than so many, below those in it; yes if in doubt. The kernel
+/// keeps count (`cgroup.stat`), so that not every control group has to be asked for itself.
+fn contains_more_than(directory: &Path, count: usize) -> bool {
+    if count == 0 {
+        return false;
+    }
+    let text = std::fs::read_to_string(directory.join("cgroup.stat")).unwrap_or_default();
+    let descendants = text
+        .lines()
+        .find_map(|line| line.strip_prefix("nr_descendants "))
+        .and_then(|number| number.parse::<usize>().ok());
+    descendants != Some(count)
+}

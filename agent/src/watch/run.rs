@@ -76,7 +76,12 @@ impl Sources {
     /// # Errors
     /// If nobody says which control groups there are.
     pub async fn start(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) -> Result<(), Error> {
-        self.look_at_everything(watcher, agent);
+        if watcher.borrow().watches.is_some() {
+            watcher.borrow_mut().discover(&mut *agent.state_mut());
+            agent.wake();
+        } else {
+            self.look_at_everything(watcher, agent);
+        }
         self.tend(watcher, agent);
         if !watcher.borrow().blind {
             return Ok(());
@@ -114,6 +119,8 @@ impl Sources {
     /// If events can't be read any more.
     pub async fn run(mut self, watcher: &RefCell<Watcher>, agent: &Agent) -> Result<(), Error> {
         let mut changed = agent.subscribe();
+        // What is known by now goes out before anything is watched.
+        tokio::task::yield_now().await;
         loop {
             self.tend(watcher, agent);
             let rescan = self.next_rescan(&watcher.borrow());
