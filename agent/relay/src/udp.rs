@@ -422,3 +422,52 @@ async fn shared(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::upstream::Protocol;
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+    use tokio::task::LocalSet;
+
+    #[tokio::test]
+    async fn the_first_datagram_of_an_association_is_sent() {
+        let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let relay = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let port = server.local_addr().unwrap().port();
+        let [high, low] = relay.local_addr().unwrap().port().to_be_bytes();
+        let attend = async {
+            let (mut control, _) = server.accept().await.unwrap();
+            control.read_exact(&mut [0; 3]).await.unwrap();
+            control.write_all(&[5, 0]).await.unwrap();
+            control.read_exact(&mut [0; 10]).await.unwrap();
+            let reply = [5, 0, 0, 1, 127, 0, 0, 1, high, low];
+            control.write_all(&reply).await.unwrap();
+            control
+        };
+        let upstream = Upstream::new(
+            "own".into(),
+            Protocol::Socks5,
+            "127.0.0.1".into(),
+            port,
+            None,
+        );
+        let both = async {
+            let (association, control) = tokio::join!(
+                async {
+                    let association = Association::open(&upstream).await.unwrap();
+                    association.send(b"header ", b"and datagram");
+                    association
+                },
+                attend
+            );
+            let mut buffer = [0; 64];
+            let arrived = tokio::time::timeout(Duration::from_secs(10), relay.recv(&mut buffer));
+            let length = arrived.await.unwrap().unwrap();
+            assert_eq!(&buffer[..length], b"header and datagram");
+            drop((association, control));
+        };
+        LocalSet::new().run_until(both).await;
+    }
+}
