@@ -3,11 +3,16 @@
 //! What is read goes out at once, from one buffer that all connections share. Only what the other side does
 //! not take is kept, and nothing more is read until it has taken that: so an idle connection holds no
 //! memory, and one whose reader is slow holds no more than [`BUFFER`] each way.
+//!
+//! Where much comes at once, more will: it goes through a pipe by splice(2), which moves pages instead of bytes. Pipes
+//! are shared in the same way: a direction has one of its own only while something is left in it.
 
 use std::cell::RefCell;
 use std::io;
+use std::os::fd::OwnedFd;
 
 use rustix::net::Shutdown;
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::task::coop::consume_budget;
@@ -20,20 +25,71 @@ const BUFFER: usize = 128 * 1024;
 /// How much a direction of a connection within TLS holds, in bytes.
 const TLS_BUFFER: usize = 16 * 1024;
 
+/// How much has to come at once, in bytes, for what comes next to go through a pipe.
+const BULK: usize = 16 * 1024;
+
+/// How many empty pipes are kept for whoever needs one next.
+const SPARE_PIPES: usize = 8;
+
 thread_local! {
+    static PIPES: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
     static SHARED: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
 }
 
+/// A pipe that holds no more than [`BUFFER`] bytes.
+struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+}
+
+impl Pipe {
+    /// An empty one; none if there can be no more of them.
+    fn take() -> Option<Self> {
+        if let Some(pipe) = PIPES.with_borrow_mut(Vec::pop) {
+            return Some(pipe);
+        }
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
+        // A user may have only so much of that: then it stays smaller.
+        let _ = fcntl_setpipe_size(&write, BUFFER);
+        Some(Self { read, write })
+    }
+
+    /// To be called with an empty one.
+    fn put_back(self) {
+        PIPES.with_borrow_mut(|pipes| {
+            if pipes.len() < SPARE_PIPES {
+                pipes.push(self);
+            }
+        });
+    }
+
+    fn fill(&self, from: &TcpStream) -> io::Result<usize> {
+        from.try_io(Interest::READABLE, || {
+            Ok(splice(from, None, &self.write, None, BUFFER, FLAGS)?)
+        })
+    }
+
+    fn drain(&self, to: &TcpStream, length: usize) -> io::Result<usize> {
+        to.try_io(Interest::WRITABLE, || {
+            Ok(splice(&self.read, None, to, None, length, FLAGS)?)
+        })
+    }
+}
+
+const FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK);
+
 /// What one look at a connection gave.
 enum Step {
-    /// All that was there is on its way.
-    Passed,
+    /// So many bytes were there and are on their way.
+    Passed(usize),
     /// There was nothing.
     Nothing,
     /// There will be nothing more.
     End,
     /// This is left, which the other side has not taken.
     Left(Vec<u8>),
+    /// So many bytes are left in this pipe, which the other side has not taken.
+    LeftInPipe(Pipe, usize),
 }
 
 /// Carries bytes both ways until both sides have said all they had to say. One that has may still
@@ -60,10 +116,19 @@ pub(crate) async fn carry(client: &mut TcpStream, server: &mut Stream) -> io::Re
 }
 
 async fn one_way(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
+    let mut bulk = false;
     loop {
         from.readable().await?;
-        match step(from, to)? {
-            Step::Passed => consume_budget().await,
+        let pipe = if bulk { Pipe::take() } else { None };
+        let step = match pipe {
+            Some(pipe) => step_by_pipe(pipe, from, to)?,
+            None => step(from, to)?,
+        };
+        match step {
+            Step::Passed(length) => {
+                bulk = length >= BULK;
+                consume_budget().await;
+            }
             Step::Nothing => {}
             Step::End => {
                 return match rustix::net::shutdown(to, Shutdown::Write) {
@@ -73,6 +138,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
                 };
             }
             Step::Left(bytes) => finish(to, &bytes).await?,
+            Step::LeftInPipe(pipe, left) => finish_pipe(to, pipe, left).await?,
         }
     }
 }
@@ -91,10 +157,50 @@ fn step(from: &TcpStream, to: &TcpStream) -> io::Result<Step> {
             Err(error) => return Err(error),
         };
         Ok(match read.get(written..) {
-            None | Some([]) => Step::Passed,
+            None | Some([]) => Step::Passed(written),
             Some(left) => Step::Left(left.to_vec()),
         })
     })
+}
+
+fn step_by_pipe(pipe: Pipe, from: &TcpStream, to: &TcpStream) -> io::Result<Step> {
+    let length = match pipe.fill(from) {
+        Ok(0) => {
+            pipe.put_back();
+            return Ok(Step::End);
+        }
+        Ok(length) => length,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            pipe.put_back();
+            return Ok(Step::Nothing);
+        }
+        Err(error) => return Err(error),
+    };
+    let drained = match pipe.drain(to, length) {
+        Ok(drained) => drained,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+        Err(error) => return Err(error),
+    };
+    match length.saturating_sub(drained) {
+        0 => {
+            pipe.put_back();
+            Ok(Step::Passed(length))
+        }
+        left => Ok(Step::LeftInPipe(pipe, left)),
+    }
+}
+
+async fn finish_pipe(to: &TcpStream, pipe: Pipe, mut left: usize) -> io::Result<()> {
+    while left > 0 {
+        to.ready(Interest::WRITABLE).await?;
+        match pipe.drain(to, left) {
+            Ok(drained) => left = left.saturating_sub(drained),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    pipe.put_back();
+    Ok(())
 }
 
 async fn finish(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
@@ -107,4 +213,60 @@ async fn finish(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (ours, theirs) = tokio::join!(TcpStream::connect(address), listener.accept());
+        (ours.unwrap(), theirs.unwrap().0)
+    }
+
+    /// Bytes of which none can be where another one should.
+    fn much(seed: u32) -> Vec<u8> {
+        (0..3_000_000_u32)
+            .flat_map(|n| {
+                n.wrapping_mul(2_654_435_761)
+                    .wrapping_add(seed)
+                    .to_le_bytes()
+            })
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn much_arrives_in_order_both_ways_and_ends_are_passed_on() {
+        let (mut client, mut ours) = pair().await;
+        let (server, mut theirs) = pair().await;
+        let mut stream = Stream::Tcp(server);
+        let carried = carry(&mut ours, &mut stream);
+        let (up, down) = (much(1), much(2));
+        let application = async {
+            client.write_all(&up).await.unwrap();
+            client.shutdown().await.unwrap();
+            // The other way is still open, and its reader is slower than who writes.
+            let mut received = Vec::new();
+            client.read_to_end(&mut received).await.unwrap();
+            received
+        };
+        let destination = async {
+            let mut received = Vec::new();
+            theirs.read_to_end(&mut received).await.unwrap();
+            theirs.write_all(&down).await.unwrap();
+            theirs.shutdown().await.unwrap();
+            received
+        };
+        let (carried, at_application, at_destination) =
+            tokio::join!(carried, application, destination);
+        carried.unwrap();
+        assert!(at_destination == up);
+        assert!(at_application == down);
+        // No direction keeps a pipe when nothing is left in it, and more than a few are not kept at all.
+        assert!(PIPES.with_borrow(|pipes| !pipes.is_empty() && pipes.len() <= SPARE_PIPES));
+    }
 }
