@@ -77,7 +77,7 @@ bench:
 	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent -p cgtproxy-relay
 	$(CARGO) build --profile tools --locked -p cgtproxy-bench -p cgtproxy-tests
 	install -D -t $(BENCHDIR) \
-		$(addprefix $(dir $(BENCHDIR))release/,cgtproxy-helper cgtproxy-agent) \
+		$(addprefix $(dir $(BENCHDIR))release/,cgtproxy-helper cgtproxy-agent cgtproxy-relay) \
 		$(addprefix $(dir $(BENCHDIR))tools/,cgtproxy-bench cgtproxy-testapp)
 	$(SUDO) $(BENCHDIR)/cgtproxy-bench --out $(BENCHDIR)/results $(BENCH)
 
