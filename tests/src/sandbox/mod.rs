@@ -149,6 +149,19 @@ impl Sandbox {
         Program::start(&self.world, launch::Launch::root().on_internet(), argv)
     }
 
+    /// A SOCKS5 server on the internet, with UDP and nothing but addresses. Others see it as [`INTERNET_V4`] and
+    /// [`INTERNET_V6`].
+    ///
+    /// # Panics
+    /// When it does not listen.
+    #[track_caller]
+    pub fn socks_server(&self, at: std::net::SocketAddr) -> Program {
+        let program = launch::binary("cgtproxy-testapp");
+        let program = program.to_str().expect("a path of our own");
+        self.internet_program(&[program, "socks", &at.to_string()])
+            .listening(at)
+    }
+
     /// The helper, to be configured and started.
     pub fn helper(&self) -> HelperBuilder {
         HelperBuilder::new(&self.world)

@@ -11,6 +11,7 @@
     reason = "a demonstration that cannot go on is best ended with a panic, which shows the sandbox"
 )]
 
+mod abroad;
 mod report;
 
 use std::net::SocketAddr;
@@ -45,7 +46,12 @@ fn can_run() -> Result<(), String> {
             "only root may make the network of a sandbox: run `sudo {this}`"
         ));
     }
-    for program in ["cgtproxy-helper", "cgtproxy-agent", "cgtproxy-testapp"] {
+    for program in [
+        "cgtproxy-helper",
+        "cgtproxy-agent",
+        "cgtproxy-relay",
+        "cgtproxy-testapp",
+    ] {
         if !this.with_file_name(program).exists() {
             return Err(format!(
                 "{program} is not beside this program: run `make demo`"
@@ -88,6 +94,7 @@ fn demonstrate(sb: &Sandbox) -> ExitCode {
 
     first_packets(sb, &mut report, &alice);
     live_changes(sb, &mut report, &alice, &agent, &browser, bypassed);
+    abroad::show(sb, &mut report);
     report.conclude()
 }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
-use cgtproxy_tests::sandbox::Outcome;
+use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, Outcome};
 
 /// The mask of CAP_NET_ADMIN alone, as /proc shows it.
 const NET_ADMIN: &str = "0000000000001000";
@@ -126,6 +126,10 @@ fn print_change(rule: &str, old: &str, new: &str) {
 /// An outcome in one word.
 fn shown((to, outcome, _): &Cell) -> String {
     match outcome {
+        // It came from the SOCKS5 server.
+        Outcome::Direct { seen_as } if [INTERNET_V4, INTERNET_V6].contains(seen_as) => {
+            "abroad".to_owned()
+        }
         Outcome::Direct { .. } => "direct".to_owned(),
         Outcome::Redirected { .. } => "redirected".to_owned(),
         Outcome::Proxied {

@@ -16,6 +16,7 @@ mod launch;
 mod lines;
 mod pipe;
 mod server;
+mod socks;
 mod starts;
 mod traffic;
 mod watches;
@@ -24,7 +25,7 @@ use std::ffi::OsString;
 
 const USAGE: &str = "usage: cgtproxy-testapp sandbox CGROUP BIN-DIR CMD… | init BIN-DIR CMD… \
                      | launch CGROUP CMD… | boot CGROUP ROOT NOTIFY-SOCKET | boot-init ROOT NOTIFY-SOCKET \
-                     | serve JSON | app | starts JSON | pipe SOCKET | watches PID COUNT";
+                     | serve JSON | socks ADDRESS | app | starts JSON | pipe SOCKET | watches PID COUNT";
 
 fn main() {
     let mut arguments = std::env::args_os().skip(1);
@@ -37,6 +38,7 @@ fn main() {
         (Some("boot"), [cgroup, root, notify]) => boot::boot(cgroup, root, notify),
         (Some("boot-init"), [root, notify]) => boot::boot_init(root, notify),
         (Some("serve"), [spec]) => server::serve(spec.to_str().expect("JSON is UTF-8")),
+        (Some("socks"), [address]) => socks::serve(address.to_str().expect("an address")),
         (Some("app"), []) => app::run(),
         (Some("starts"), [spec]) => starts::run(spec.to_str().expect("JSON is UTF-8")),
         (Some("pipe"), [socket]) => pipe::run(socket),

@@ -1,0 +1,88 @@
+//! A user without any proxy on the machine, but with a SOCKS5 server somewhere else.
+
+use std::net::SocketAddr;
+
+use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, Outcome, Sandbox, direct};
+use cgtproxy_tests::wait::wait_for;
+
+use crate::app;
+use crate::report::Report;
+
+const CAROL: u32 = 1003;
+
+const CONFIG: &str = r#"version: 1
+proxies:
+  abroad: {upstream: "socks5://192.0.2.2:1080"}   # or what `ssh -D` listens on
+rules:
+  - {match: /app\.slice$, proxy: abroad}
+"#;
+
+pub(crate) fn show(sb: &Sandbox, report: &mut Report) {
+    let mut server = sb.socks_server(SocketAddr::new(INTERNET_V4, 1080));
+    let carol = sb.user(CAROL);
+    let relay = carol.relay().start();
+    let _agent = carol.agent(CONFIG).start();
+    let browser = app(&carol, "browser");
+
+    println!("\ncarol runs no proxy at all. There is a SOCKS5 server on the internet:\n");
+    for line in CONFIG.lines() {
+        println!("    {line}");
+    }
+    println!();
+    report.process("cgtproxy-relay", relay.pid(), "of the ordinary user carol");
+    println!();
+    report.heading();
+    let [v4, v6] = sb.destinations();
+    let udp = |to| {
+        let socket = browser.open_udp(to);
+        in_the_end(|| socket.ask())
+    };
+    let cells = [
+        (v4, in_the_end(|| browser.tcp(v4)), abroad(v4)),
+        (v6, in_the_end(|| browser.tcp(v6)), abroad(v6)),
+        (v4, udp(v4), abroad(v4)),
+        (v6, udp(v6), abroad(v6)),
+        (v4, browser.ping(v4.ip()), direct(v4)),
+        (v6, browser.ping(v6.ip()), direct(v6)),
+    ];
+    report.row("carol's", "abroad", &cells);
+
+    server.kill();
+    let mut closed = 0;
+    let mut left = 0;
+    for to in sb.destinations() {
+        closed += usize::from(in_the_end(|| browser.tcp(to)) == Outcome::Closed);
+        sb.settle();
+        left += sb.deliveries(to.ip()).len();
+    }
+    println!("\n  abroad            the internet answered, and saw the SOCKS5 server ask\n");
+    report.line(
+        "carol's",
+        &format!(
+            "with that server down, {closed} of 2 connections are closed, {left} go out directly"
+        ),
+        (closed, left) == (2, 0),
+    );
+}
+
+fn abroad(to: SocketAddr) -> Outcome {
+    Outcome::Direct {
+        seen_as: if to.is_ipv4() {
+            INTERNET_V4
+        } else {
+            INTERNET_V6
+        },
+    }
+}
+
+/// The bed follows packets as far as the relay, and can't know how long the relay and the server take.
+fn in_the_end(mut ask: impl FnMut() -> Outcome) -> Outcome {
+    wait_for("an answer", || {
+        Some(ask()).filter(|outcome| {
+            !matches!(
+                outcome,
+                Outcome::Silent | Outcome::LeftUnanswered | Outcome::AnswerLost
+            )
+        })
+    })
+}
