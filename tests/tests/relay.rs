@@ -128,6 +128,7 @@ fn nothing_goes_direct_without_an_upstream_or_a_relay() {
         let status = bed.user.run("cgtproxy-agent", &["status"]);
         let status = String::from_utf8_lossy(&status.stdout).into_owned();
         assert!(status.contains("Connection refused"), "{status}");
+        assert!(doctor(&bed.user).contains("[upstream-down]"));
         let _server = microsocks(sb);
         let [to, _] = sb.destinations();
         let outcome = in_the_end(|| bed.app.tcp(to));
@@ -142,7 +143,84 @@ fn nothing_goes_direct_without_an_upstream_or_a_relay() {
             let [to, _] = sb.destinations();
             came_from_the_internet(&bed.app.tcp(to), to)
         });
+        let doctor = doctor(&bed.user);
+        assert!(!doctor.contains("[upstream-down]"), "{doctor}");
+        assert!(!doctor.contains("[relay-missing]"), "{doctor}");
     });
+}
+
+/// What doctor prints for a user.
+fn doctor(user: &User) -> String {
+    let output = user.run("cgtproxy-agent", &["doctor"]);
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn a_socks_server_wants_the_right_password() {
+    sandbox(|sb| {
+        let at = SocketAddr::new(INTERNET_V4, 1080);
+        let argv = [
+            "microsocks",
+            "-i",
+            "0.0.0.0",
+            "-p",
+            "1080",
+            "-u",
+            "me",
+            "-P",
+            "p@ss",
+        ];
+        let _server = sb.internet_program(&argv).listening(at);
+        passwords(
+            sb,
+            "socks5://me:p%40ss@192.0.2.2:1080",
+            "socks5://me:no@192.0.2.2:1080",
+        );
+    });
+}
+
+#[test]
+fn an_http_proxy_wants_the_right_password() {
+    sandbox(|sb| {
+        let config =
+            "Port 3128\nListen 192.0.2.2\nTimeout 60\nMaxClients 50\nBasicAuth me secret\n";
+        std::fs::write("/run/tinyproxy.conf", config).expect("/run is ours");
+        let at = SocketAddr::new(INTERNET_V4, 3128);
+        let _server = sb
+            .internet_program(&["tinyproxy", "-d", "-c", "/run/tinyproxy.conf"])
+            .listening(at);
+        passwords(
+            sb,
+            "http://me:secret@192.0.2.2:3128",
+            "http://me:no@192.0.2.2:3128",
+        );
+    });
+}
+
+/// With the right password an upstream carries connections on; with another nothing leaves, and doctor says why.
+fn passwords(sb: &Sandbox, right: &str, wrong: &str) {
+    let bed = bed(sb, &format!("upstream: '{right}'"));
+    for to in sb.destinations() {
+        let outcome = in_the_end(|| bed.app.tcp(to));
+        assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
+    }
+    let config = format!(
+        "version: 1\nproxies:\n  own: {{upstream: '{wrong}'}}\nrules:\n  - {{match: /app-a, proxy: own}}\n"
+    );
+    bed._agent.write_config(&config);
+    wait_until("the wrong password to be in use", || {
+        let [to, _] = sb.destinations();
+        bed.app.tcp(to) == Outcome::Closed
+    });
+    for to in sb.destinations() {
+        assert_eq!(in_the_end(|| bed.app.tcp(to)), Outcome::Closed);
+        sb.assert_nothing_left_for(to.ip());
+    }
+    let doctor = doctor(&bed.user);
+    assert!(
+        doctor.contains("it refuses this user and password"),
+        "{doctor}"
+    );
 }
 
 #[test]

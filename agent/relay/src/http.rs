@@ -21,8 +21,8 @@ pub enum Error {
     #[error("it does not answer as an HTTP proxy does")]
     Protocol,
     /// It wants to know who we are, or does not believe us.
-    #[error("it refuses this user and password (407)")]
-    Credentials,
+    #[error("it refuses this user and password ({0})")]
+    Credentials(u16),
     /// It does not make this connection.
     #[error("it refused ({0})")]
     Refused(u16),
@@ -56,7 +56,8 @@ where
             Ok(httparse::Status::Complete(length)) => {
                 return match response.code {
                     Some(200..=299) => Ok(answer.split_off(length)),
-                    Some(407) => Err(Error::Credentials),
+                    // 407 is the right one, but tinyproxy says 401 to a wrong password.
+                    Some(code @ (401 | 407)) => Err(Error::Credentials(code)),
                     Some(code) => Err(Error::Refused(code)),
                     None => Err(Error::Protocol),
                 };
@@ -119,6 +120,10 @@ mod tests {
             (
                 "HTTP/1.1 407 No\r\n\r\n",
                 "it refuses this user and password (407)",
+            ),
+            (
+                "HTTP/1.1 401 No\r\n\r\n",
+                "it refuses this user and password (401)",
             ),
             ("HTTP/1.0 502 Bad Gateway\r\n\r\n", "it refused (502)"),
             ("\x05\x01", "it does not answer as an HTTP proxy does"),

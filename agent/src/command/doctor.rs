@@ -5,8 +5,9 @@ use std::process::ExitCode;
 
 use super::Error;
 use crate::cli::Arguments;
-use crate::doctor::facts::{self, Facts};
+use crate::doctor::facts::{self, Agent, Facts};
 use crate::doctor::{Severity, check, report};
+use crate::relay;
 use crate::server;
 
 /// Looks at everything and prints what was found.
@@ -44,11 +45,21 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
         .build()
         .map_err(Error::Start)?;
     let agent_socket = server::default_socket(arguments.scope());
-    let (helper, agent) = runtime.block_on(async {
-        tokio::join!(
+    let (helper, agent, relay) = runtime.block_on(async {
+        let (helper, agent) = tokio::join!(
             facts::ask_helper(&arguments.socket),
             facts::ask_agent(&agent_socket)
-        )
+        );
+        // Only who has a relay asks it: asking starts it.
+        let relayed = match &agent {
+            Agent::Answers(status) => status.targets.iter().any(|t| t.relayed == Some(true)),
+            _ => false,
+        };
+        let relay = match relayed {
+            true => Some(relay::status(&relay::default_socket()).await),
+            false => None,
+        };
+        (helper, agent, relay)
     });
     let uid = rustix::process::getuid().as_raw();
     Ok(Facts {
@@ -58,6 +69,7 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
         helper_socket: arguments.socket.clone(),
         helper,
         agent,
+        relay,
         config: facts::read_config(&config),
         config_file: config.path,
         hierarchy,

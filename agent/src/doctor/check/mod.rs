@@ -7,6 +7,7 @@ mod helper;
 mod kernel;
 mod marks;
 mod proxies;
+mod relay;
 mod routing;
 
 #[cfg(test)]
@@ -19,7 +20,7 @@ use super::facts::Facts;
 type Check = fn(&Facts) -> Group;
 
 /// All of them, in the order in which one thing rests on another.
-const CHECKS: [Check; 8] = [
+const CHECKS: [Check; 9] = [
     helper::check,
     agent::check,
     control_groups::check,
@@ -27,6 +28,7 @@ const CHECKS: [Check; 8] = [
     routing::check,
     marks::check,
     proxies::check,
+    relay::check,
     dns::check,
 ];
 

@@ -7,6 +7,7 @@ use cgtproxy_proto::agent::{ControlGroup, GetStatus_Reply as AgentStatus};
 use cgtproxy_proto::helper::{
     Diagnose_Reply, GetStatus_Reply as HelperStatus, GetStatus_Reply_session, MarkWriter,
 };
+use cgtproxy_proto::relay::{GetStatus_Reply as RelayStatus, UpstreamStatus};
 
 use super::all;
 use crate::config::Scope;
@@ -54,6 +55,26 @@ fn agent_status() -> AgentStatus {
         controlGroups: Vec::new(),
         rules: None,
     }
+}
+
+fn relay_status() -> RelayStatus {
+    RelayStatus {
+        version: "1".into(),
+        limit: 100,
+        upstreams: vec![UpstreamStatus {
+            name: "there".into(),
+            port: 40000,
+            connections: 1,
+            flows: 1,
+            total: 7,
+            problem: None,
+            udpProblem: None,
+        }],
+    }
+}
+
+fn relay(facts: &mut Facts) -> &mut RelayStatus {
+    facts.relay.as_mut().unwrap().as_mut().unwrap()
 }
 
 fn proxy() -> Proxy {
@@ -113,6 +134,7 @@ fn fine() -> Facts {
         helper_socket: "/run/cgtproxy/helper.sock".into(),
         helper: Helper::Answers(Box::new(helper_status()), Ok(diagnosis())),
         agent: Agent::Answers(Box::new(agent_status())),
+        relay: Some(Ok(relay_status())),
         config_file: "/home/a/.config/cgtproxy/config.yaml".into(),
         config: ConfigFile::Read(vec![proxy()]),
         hierarchy: Hierarchy::Unified,
@@ -338,6 +360,19 @@ const BROKEN: &[(&str, Severity, Break)] = {
                 skipped: None,
             }];
         }),
+        ("relay-missing", Error, |f| {
+            f.relay = Some(Err("no relay listens".into()));
+        }),
+        ("relay-version", Warning, |f| relay(f).version = "0".into()),
+        ("relay-full", Warning, |f| {
+            relay(f).upstreams[0].connections = 100
+        }),
+        ("upstream-down", Error, |f| {
+            relay(f).upstreams[0].problem = Some("Connection refused".into());
+        }),
+        ("upstream-no-udp", Note, |f| {
+            relay(f).upstreams[0].udpProblem = Some("it does not support this command".into());
+        }),
         ("dns-not-listening", Error, |f| {
             listeners(f).retain(|l| l.port != 1053)
         }),
@@ -404,6 +439,10 @@ const HARMLESS: &[(&str, Break)] = &[
                 ..Rule::default()
             },
         );
+    }),
+    ("no relay where nothing is carried on", |f| f.relay = None),
+    ("one connection less than there may be", |f| {
+        relay(f).upstreams[0].flows = 99
     }),
     ("a rule for one network", |f| {
         add_rule(
@@ -575,6 +614,7 @@ fn ids_in_source() -> BTreeSet<String> {
         include_str!("kernel.rs"),
         include_str!("marks.rs"),
         include_str!("proxies.rs"),
+        include_str!("relay.rs"),
         include_str!("routing.rs"),
     ];
     let mut ids = BTreeSet::new();

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use cgtproxy_proto::agent::GetStatus_Reply as AgentStatus;
 use cgtproxy_proto::helper::{Diagnose_Reply, GetStatus_Reply as HelperStatus};
+use cgtproxy_proto::relay::GetStatus_Reply as RelayStatus;
 
 use super::Look;
 use crate::config::Scope;
@@ -34,6 +35,8 @@ pub struct Facts {
     pub helper: Helper,
     /// The agent.
     pub agent: Agent,
+    /// What the relay says; none if the agent has no proxy that it would carry anything on to.
+    pub relay: Option<Look<RelayStatus>>,
     /// Where the configuration is looked for.
     pub config_file: PathBuf,
     /// What is there.

@@ -1,0 +1,105 @@
+//! Does the relay run, and does it reach the proxies that it carries connections on to?
+
+use cgtproxy_proto::relay::UpstreamStatus;
+
+use super::count;
+use crate::doctor::facts::Facts;
+use crate::doctor::{Finding, Group};
+use crate::text::printable;
+
+pub(super) fn check(facts: &Facts) -> Group {
+    let mut group = Group::new("relay");
+    let status = match &facts.relay {
+        None => {
+            group.summary = "nothing is carried on to other proxies".to_owned();
+            return group;
+        }
+        Some(Err(why)) => {
+            group.found([Finding::error(
+                "relay-missing",
+                format!("the relay is of no use: {why}"),
+            )
+            .effect("Connections to proxies under 'proxies' are refused; none goes direct.")
+            .command("systemctl --user restart cgtproxy-relay.socket")]);
+            return group;
+        }
+        Some(Ok(status)) => status,
+    };
+    group.summary = format!(
+        "runs, {}",
+        count(status.upstreams.len(), "proxy").replace("proxys", "proxies")
+    );
+    if status.version != facts.version {
+        group.found([Finding::warning(
+            "relay-version",
+            format!(
+                "the relay that runs has version {}, this program {}",
+                printable(&status.version),
+                facts.version
+            ),
+        )
+        .effect("What one of them knows the other may not.")
+        .command("systemctl --user restart cgtproxy-relay.service")]);
+    }
+    group.found(status.upstreams.iter().filter_map(down));
+    group.found(
+        status
+            .upstreams
+            .iter()
+            .filter_map(|upstream| full(upstream, status.limit)),
+    );
+    group.found(status.upstreams.iter().filter_map(without_udp));
+    group
+}
+
+fn down(upstream: &UpstreamStatus) -> Option<Finding> {
+    let problem = upstream.problem.as_deref()?;
+    Some(
+        Finding::error(
+            "upstream-down",
+            format!(
+                "the proxy '{}' could not be used when that was last tried: {}",
+                upstream.name,
+                printable(problem)
+            ),
+        )
+        .effect("Connections to it are reset at once; none goes direct.")
+        .advice(
+            "start it, or correct 'upstream' in the configuration; the next connection finds out",
+        ),
+    )
+}
+
+fn full(upstream: &UpstreamStatus, limit: i64) -> Option<Finding> {
+    let most = upstream.connections.max(upstream.flows);
+    (most >= limit).then(|| {
+        Finding::warning(
+            "relay-full",
+            format!(
+                "the proxy '{}' has all the {limit} connections or flows that there may be",
+                upstream.name
+            ),
+        )
+        .effect("Further connections are reset, and further datagrams lost.")
+        .advice(
+            "end what has so many, or raise --connections in a drop-in of cgtproxy-relay.service",
+        )
+        .command("systemctl --user edit cgtproxy-relay.service")
+    })
+}
+
+fn without_udp(upstream: &UpstreamStatus) -> Option<Finding> {
+    let problem = upstream.udpProblem.as_deref()?;
+    Some(
+        Finding::note(
+            "upstream-no-udp",
+            format!(
+                "the proxy '{}' carries no UDP: {}",
+                upstream.name,
+                printable(problem)
+            ),
+        )
+        .effect("What applications send by UDP is lost, QUIC among it; most go on by TCP.")
+        .advice("'no-udp: true' sends UDP direct instead"),
+    )
+}
