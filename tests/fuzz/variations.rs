@@ -8,7 +8,10 @@ use proptest::test_runner::TestRunner;
 /// Hands everything in `tests/fuzz/corpus/NAME`, and some thousand variations of it, to `target`.
 pub(crate) fn run(name: &str, target: fn(&[u8])) {
     let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../tests/fuzz/corpus")
+        .ancestors()
+        .map(|above| above.join("tests/fuzz/corpus"))
+        .find(|corpus| corpus.is_dir())
+        .unwrap()
         .join(name);
     let mut corpus: Vec<Vec<u8>> = Vec::new();
     for entry in directory.read_dir().unwrap() {

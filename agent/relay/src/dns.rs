@@ -111,7 +111,12 @@ async fn converse(mut stream: TcpStream, entry: &Entry) {
     // RFC 1035, 4.2.2: two bytes for the length.
     let talk = async {
         while let Ok(length) = timeout(SILENCE, stream.read_u16()).await {
-            let mut query = vec![0; usize::from(length?)];
+            let length = usize::from(length?);
+            // As over UDP: who says that 64 KiB will follow and sends nothing holds no memory.
+            if length > QUERY_BYTES {
+                break;
+            }
+            let mut query = vec![0; length];
             match timeout(SILENCE, stream.read_exact(&mut query)).await {
                 Ok(read) => read?,
                 Err(_) => break,
@@ -151,7 +156,7 @@ fn answer_for(entry: &Entry, query: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// The answer to a query; none if there is nothing to say to that.
-fn answer(query: &[u8], fakes: &mut Fakes, no_ipv6: bool) -> Option<Vec<u8>> {
+pub(crate) fn answer(query: &[u8], fakes: &mut Fakes, no_ipv6: bool) -> Option<Vec<u8>> {
     let parsed = Packet::parse(query);
     let Ok(query) = parsed else {
         // An answer to what can't be read needs its number at least.

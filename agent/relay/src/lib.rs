@@ -6,9 +6,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cli;
 mod copy;
 pub mod dns;
 pub mod fake;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod http;
 pub mod original;
 pub mod relay;

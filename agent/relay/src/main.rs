@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
+use cgtproxy_relay::cli::Arguments;
 use cgtproxy_relay::fake::Fakes;
 use cgtproxy_relay::original::Originals;
 use cgtproxy_relay::relay::{Relay, Shared};
@@ -23,24 +23,6 @@ use tokio::task::LocalSet;
 
 /// How often what stands for which name is written down.
 const SAVE: Duration = Duration::from_secs(60);
-
-/// Carries connections that are redirected to it on to SOCKS5 and HTTP proxies. cgtproxy-agent tells it to
-/// which, and is the one who starts it: there is nothing to configure here. Needs no privilege.
-#[derive(Debug, Parser)]
-#[command(name = "cgtproxy-relay", version)]
-struct Arguments {
-    /// Listen for the agent on this socket, unless systemd hands one over
-    #[arg(long, value_name = "PATH")]
-    socket: Option<PathBuf>,
-
-    /// Where the helper listens, who knows where UDP was going
-    #[arg(long, value_name = "PATH", env = HELPER_SOCKET_VARIABLE, default_value = HELPER_SOCKET)]
-    helper: PathBuf,
-
-    /// How many TCP connections there may be at once, and how many UDP flows
-    #[arg(long, value_name = "NUMBER", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    connections: u32,
-}
 
 /// Why the relay can't run.
 #[derive(Debug, thiserror::Error)]

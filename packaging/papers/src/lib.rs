@@ -52,8 +52,10 @@ pub fn all(date: &str) -> Result<Vec<Paper>, Error> {
     let helper = cgtproxy_helper::cli::Arguments::command();
     let agent = cgtproxy_agent::cli::Arguments::command();
     let exec = cgtproxy_agent::exec::Options::command();
+    let relay = cgtproxy_relay::cli::Arguments::command();
     let mut papers = vec![
         program::page(helper, "8", date)?,
+        program::page(relay, "8", date)?,
         program::page(agent.clone(), "1", date)?,
         program::page(exec.clone(), "1", date)?,
         interface::page(
@@ -64,6 +66,11 @@ pub fn all(date: &str) -> Result<Vec<Paper>, Error> {
         interface::page(
             cgtproxy_proto::agent::INTERFACE,
             cgtproxy_proto::agent::DESCRIPTION,
+            date,
+        ),
+        interface::page(
+            cgtproxy_proto::relay::INTERFACE,
+            cgtproxy_proto::relay::DESCRIPTION,
             date,
         ),
     ];

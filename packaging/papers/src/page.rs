@@ -11,14 +11,16 @@ pub(crate) const MANUAL: &str = "cgtproxy";
 pub(crate) const SOURCE: &str = concat!("cgtproxy ", env!("CARGO_PKG_VERSION"));
 
 /// All pages, in the order in which they mention each other.
-const PAGES: [(&str, &str); 7] = [
+const PAGES: [(&str, &str); 9] = [
     ("cgtproxy-agent", "1"),
     ("cgtproxy-exec", "1"),
     ("cgtproxy.yaml", "5"),
     ("cgtproxy-helper.yaml", "5"),
     ("org.cgtproxy.Agent", "7"),
     ("org.cgtproxy.Helper", "7"),
+    ("org.cgtproxy.Relay", "7"),
     ("cgtproxy-helper", "8"),
+    ("cgtproxy-relay", "8"),
 ];
 
 /// No longer than this are lines of a page's source, in bytes, where words can be parted. mandoc wants at most

@@ -81,7 +81,7 @@ fn no_manual_page_is_worth_a_remark() {
         .iter()
         .filter(|p| p.path.starts_with("man"))
         .collect();
-    assert_eq!(pages.len(), 7);
+    assert_eq!(pages.len(), 9);
     for paper in pages {
         let output = run(Command::new("mandoc")
             .args(["-T", "lint", "-W", "style"])
@@ -119,6 +119,10 @@ fn every_option_and_command_is_in_the_programs_page() {
         (
             "man8/cgtproxy-helper.8",
             cgtproxy_helper::cli::Arguments::command(),
+        ),
+        (
+            "man8/cgtproxy-relay.8",
+            cgtproxy_relay::cli::Arguments::command(),
         ),
         (
             "man1/cgtproxy-agent.1",
@@ -205,6 +209,7 @@ fn every_member_of_an_interface_is_in_its_page() {
     for (name, description) in [
         ("Helper", cgtproxy_proto::helper::DESCRIPTION),
         ("Agent", cgtproxy_proto::agent::DESCRIPTION),
+        ("Relay", cgtproxy_proto::relay::DESCRIPTION),
     ] {
         let page = page(&format!("man7/org.cgtproxy.{name}.7"));
         let mut members = 0;

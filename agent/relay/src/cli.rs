@@ -1,0 +1,32 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
+use clap::Parser;
+
+/// Carries redirected connections on to SOCKS5 and HTTP proxies
+///
+/// Runs as cgtproxy-relay.service of a user, whom it takes 'proxies' in ~/.config/cgtproxy/config.yaml for.
+/// cgtproxy-agent starts it and tells it what to do: there is nothing to configure here. Needs no privilege,
+/// and ends by itself when no agent has needed it for 30 seconds.
+///
+/// Messages go to standard error. CGTPROXY_LOG says how many: error, warn, info, debug or trace.
+/// SSL_CERT_FILE and SSL_CERT_DIR name the certificates to trust in place of the system's, for 'https'
+/// proxies. Which addresses stand for which names is kept in 'names' in $STATE_DIRECTORY, or in
+/// ~/.local/state/cgtproxy.
+#[derive(Debug, Parser)]
+#[command(name = "cgtproxy-relay", version)]
+pub struct Arguments {
+    /// Listen for the agent on this socket, unless systemd hands one over
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+
+    /// Where the helper listens, who knows where UDP was going
+    #[arg(long, value_name = "PATH", env = HELPER_SOCKET_VARIABLE, default_value = HELPER_SOCKET)]
+    pub helper: PathBuf,
+
+    /// How many TCP connections there may be at once, and how many UDP flows
+    #[arg(long, value_name = "NUMBER", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub connections: u32,
+}
