@@ -68,6 +68,11 @@ impl OwnedControlGroup {
         self.level
     }
 
+    /// One that an earlier helper opened: the kernel's own table has it.
+    pub(crate) fn found(id: ControlGroupId, level: u32) -> Self {
+        Self { id, level }
+    }
+
     /// Any control group, for a test of what comes after opening one.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn for_test(id: u64, level: u32) -> Self {

@@ -21,6 +21,7 @@ use crate::netlink::{Messages, attribute, attributes, string};
 use crate::peer::{Peer, Uid};
 use crate::quota::Quotas;
 use crate::session::Session;
+use crate::snapshot::Snapshot;
 use crate::state::{ConnectionId, Holder, State};
 
 /// What the kernel answers and announces.
@@ -88,8 +89,14 @@ pub fn session(bytes: &[u8]) {
         };
         let kernel = Model::default();
         let (config, root) = (bed.config.clone(), bed.root.clone());
-        let (state, _) =
-            State::new(config, root, kernel.clone(), BTreeMap::new()).expect("routing");
+        let (state, _) = State::new(
+            config,
+            root,
+            kernel.clone(),
+            Snapshot::nowhere(),
+            BTreeMap::new(),
+        )
+        .expect("routing");
         let state = Rc::new(RefCell::new(state));
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -3,6 +3,7 @@
 #![deny(unsafe_code)]
 
 use std::cell::RefCell;
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -18,6 +19,7 @@ use cgtproxy_helper::monitor::Monitor;
 use cgtproxy_helper::nft::{self, Nftables};
 use cgtproxy_helper::route::{self, Family, Routing};
 use cgtproxy_helper::server::Server;
+use cgtproxy_helper::snapshot::{self, Snapshot};
 use cgtproxy_helper::state::State;
 use clap::Parser;
 use listenfd::ListenFd;
@@ -121,10 +123,7 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     let root = Root::open(arguments.cgroup_root.as_deref())?;
     // The socket comes first: two helpers would fight over the table, and one socket is what
     // tells them apart on a kernel that does not protect the table.
-    let mut activated = ListenFd::from_env();
-    let handed_over = activated
-        .take_unix_listener(0)
-        .map_err(Error::ActivatedSocket)?;
+    let (handed_over, stored) = activation().map_err(Error::ActivatedSocket)?;
     let own_socket = handed_over.is_none();
     let listener = match handed_over {
         Some(listener) => listener,
@@ -132,7 +131,9 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     };
     let marks = config.marks;
     let routing = Routing::open(marks, config.route_table, config.rule_priority)?;
-    let (nftables, left) = Nftables::open(marks, &config.proxy_uids, config.own_table)?;
+    let (snapshot, records) = Snapshot::open(stored, marks);
+    let (nftables, left) = Nftables::open(marks, &config.proxy_uids, config.own_table, &records)?;
+    drop(records);
     if config.own_table && !nftables.owned() {
         tracing::info!(
             "the kernel can't protect the table 'inet cgtproxy' from other programs (Linux 6.9 can)"
@@ -151,7 +152,8 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Runtime)?;
         let monitor = Monitor::open(config.route_table, nftables.port(), !nftables.owned())
             .map_err(Error::Monitor)?;
-        let (state, graces) = State::new(config, root, Linux::new(nftables, routing), left)?;
+        let (state, graces) =
+            State::new(config, root, Linux::new(nftables, routing), snapshot, left)?;
         if !state.ipv6() {
             tracing::info!("the kernel has no IPv6: only IPv4 is diverted");
         }
@@ -178,6 +180,29 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         remove(arguments)?;
     }
     served
+}
+
+/// What the service manager hands over: the listening socket, and the snapshot of an earlier helper.
+fn activation() -> io::Result<(Option<UnixListener>, Option<File>)> {
+    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let mut activated = ListenFd::from_env();
+    let (mut listener, mut stored) = (None, None);
+    let mut names = names.split(':');
+    for index in 0..activated.len() {
+        if names.next() != Some(snapshot::NAME) {
+            listener = listener.or(activated.take_unix_listener(index)?);
+        } else if let Some(number) = activated.take_raw_fd(index)? {
+            // Opened once more: a bare number is nobody's.
+            let path = format!("/proc/self/fd/{number}");
+            match File::options().read(true).write(true).open(path) {
+                Ok(file) => stored = Some(file),
+                Err(error) => {
+                    tracing::warn!("can't open the snapshot of an earlier helper: {error}");
+                }
+            }
+        }
+    }
+    Ok((listener, stored))
 }
 
 fn notify(state: &[NotifyState<'_>]) {

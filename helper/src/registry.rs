@@ -11,8 +11,8 @@ use crate::cgroup::OwnedControlGroup;
 use crate::config::Limits;
 use crate::mark::{Mark, MarkAllocator, MarkRange};
 use crate::nft::{
-    Before, Bypass, Delivery, DnsHijack, Element, Exceptions, Gateway, Layout, LeftBehind, Plan,
-    Proxy, Verdict,
+    Before, Bypass, Delivery, DnsHijack, Element, Exceptions, Gateway, Inherited, Known, Layout,
+    LeftBehind, Plan, Proxy, Stamp, Verdict,
 };
 use crate::peer::Uid;
 
@@ -80,6 +80,7 @@ pub struct PolicyRequest {
 #[derive(Debug, Clone)]
 struct User {
     layout: Rc<Layout>,
+    stamp: Stamp,
     cgroups: BTreeMap<ControlGroupPath, (OwnedControlGroup, Element)>,
     census: Census,
     generation: u64,
@@ -89,6 +90,8 @@ struct User {
 #[derive(Debug, Clone)]
 enum Entry {
     Policy(User),
+    /// It is known what that is, but not by which paths.
+    Known(Known),
     LeftBehind(LeftBehind),
 }
 
@@ -105,6 +108,7 @@ enum Effect {
     Replace(User),
     Change {
         layout: Rc<Layout>,
+        stamp: Stamp,
         census: Census,
         cgroups: Vec<(ControlGroupPath, Option<(OwnedControlGroup, Element)>)>,
     },
@@ -140,11 +144,15 @@ impl Registry {
 
     /// Takes over what an earlier helper left in the kernel. Its marks stay with its proxies, so
     /// that open connections keep theirs.
-    pub fn adopt(&mut self, uid: Uid, left: LeftBehind) {
-        for &mark in left.proxies.values() {
+    pub fn adopt(&mut self, uid: Uid, left: Inherited) {
+        let entry = match left {
+            Inherited::Known(known) => Entry::Known(known),
+            Inherited::LeftBehind(left) => Entry::LeftBehind(left),
+        };
+        self.users.insert(uid, entry);
+        for (_, mark) in marks_of(&self.before(uid)) {
             self.marks.adopt(mark);
         }
-        self.users.insert(uid, Entry::LeftBehind(left));
     }
 
     /// Stages a whole new policy. `cgroups` are opened only after the limits have been checked.
@@ -188,30 +196,43 @@ impl Registry {
             enforced: census.enforced(),
             gateway: policy.gateway,
         });
-        let old = match self.users.get(&uid) {
-            Some(Entry::Policy(user)) => Some(user),
-            _ => None,
-        };
         let mut changes = Changes::default();
-        for (cgroup, element) in old.iter().flat_map(|user| user.cgroups.values()) {
-            changes.had(*cgroup, element);
+        let mut generation = 0;
+        let mut old = None;
+        match self.users.get(&uid) {
+            Some(Entry::Policy(user)) => {
+                for (cgroup, element) in user.cgroups.values() {
+                    changes.had(*cgroup, element);
+                }
+                generation = user.generation;
+                old = Some((&user.layout, user.stamp));
+            }
+            Some(Entry::Known(known)) => {
+                for (cgroup, element) in &known.elements {
+                    changes.had(*cgroup, element);
+                }
+                old = Some((&known.layout, known.stamp));
+            }
+            Some(Entry::LeftBehind(_)) | None => {}
         }
+        let stamp = stamp_of(old, &layout);
         for (cgroup, element) in cgroups.values() {
             changes.has(*cgroup, element);
         }
         let (delete, add) = changes.finish();
-        let generation = old.map_or(0, |user| user.generation);
         Ok(Staged {
             plan: Plan {
                 uid,
                 before,
                 after: Some(Rc::clone(&layout)),
+                stamp,
                 delete,
                 add,
             },
             marks: Some(marks),
             effect: Effect::Replace(User {
                 layout,
+                stamp,
                 cgroups,
                 census,
                 generation,
@@ -284,18 +305,21 @@ impl Registry {
                 ..Layout::clone(&user.layout)
             })
         };
+        let stamp = stamp_of(Some((&user.layout, user.stamp)), &layout);
         let (delete, add) = changes.finish();
         Ok(Staged {
             plan: Plan {
                 uid,
                 before: Before::Layout(Rc::clone(&user.layout)),
                 after: Some(Rc::clone(&layout)),
+                stamp,
                 delete,
                 add,
             },
             marks: None,
             effect: Effect::Change {
                 layout,
+                stamp,
                 census,
                 cgroups,
             },
@@ -315,6 +339,7 @@ impl Registry {
                 uid,
                 before,
                 after: None,
+                stamp: Stamp::draw(),
                 delete: Vec::new(),
                 add: Vec::new(),
             },
@@ -338,6 +363,7 @@ impl Registry {
             }
             Effect::Change {
                 layout,
+                stamp,
                 census,
                 cgroups,
             } => {
@@ -345,6 +371,7 @@ impl Registry {
                     return 0;
                 };
                 user.layout = layout;
+                user.stamp = stamp;
                 user.census = census;
                 for (path, cgroup) in cgroups {
                     match cgroup {
@@ -370,9 +397,11 @@ impl Registry {
                 uid,
                 before: Before::Nothing,
                 after: Some(Rc::clone(&user.layout)),
+                stamp: user.stamp,
                 delete: Vec::new(),
                 add: user.cgroups.values().cloned().collect(),
             }),
+            Entry::Known(known) => Some(known.plan(uid)),
             // What an earlier helper had put there is known to the table alone.
             Entry::LeftBehind(_) => None,
         };
@@ -400,8 +429,18 @@ impl Registry {
     pub fn policy(&self, uid: Uid) -> Option<(&Layout, usize, u64)> {
         match self.users.get(&uid)? {
             Entry::Policy(user) => Some((&user.layout, user.cgroups.len(), user.generation)),
+            Entry::Known(known) => Some((&known.layout, known.elements.len(), 0)),
             Entry::LeftBehind(_) => None,
         }
+    }
+
+    /// All layouts that are known, by the names that the kernel has for them.
+    pub fn layouts(&self) -> impl Iterator<Item = (Uid, Stamp, &Layout)> {
+        self.users.iter().filter_map(|(&uid, entry)| match entry {
+            Entry::Policy(user) => Some((uid, user.stamp, &*user.layout)),
+            Entry::Known(known) => Some((uid, known.stamp, &*known.layout)),
+            Entry::LeftBehind(_) => None,
+        })
     }
 
     /// Whether a user has anything in the kernel.
@@ -428,6 +467,7 @@ impl Registry {
         match self.users.get(&uid) {
             None => Before::Nothing,
             Some(Entry::Policy(user)) => Before::Layout(Rc::clone(&user.layout)),
+            Some(Entry::Known(known)) => Before::Layout(Rc::clone(&known.layout)),
             Some(Entry::LeftBehind(left)) => Before::LeftBehind(left.clone()),
         }
     }
@@ -496,14 +536,23 @@ impl Registry {
     }
 }
 
-/// The numbers of the proxies that a policy has. What an earlier helper left goes whole.
+/// The name of a layout: the one that it has already, or a new one.
+fn stamp_of(before: Option<(&Rc<Layout>, Stamp)>, after: &Layout) -> Stamp {
+    match before {
+        Some((layout, stamp)) if **layout == *after => stamp,
+        _ => Stamp::draw(),
+    }
+}
+
+/// The numbers of the proxies that a policy has.
 fn numbers_of(before: &Before) -> BTreeMap<ProxyName, u32> {
     match before {
         Before::Layout(layout) => {
             let proxies = layout.proxies.iter();
             proxies.map(|(name, p)| (name.clone(), p.number)).collect()
         }
-        Before::Nothing | Before::LeftBehind(_) => BTreeMap::new(),
+        Before::LeftBehind(left) => left.numbers.clone(),
+        Before::Nothing => BTreeMap::new(),
     }
 }
 

@@ -12,10 +12,11 @@ use crate::cgroup::{OwnedControlGroup, Root, Subtree, Unavailable};
 use crate::config::Config;
 use crate::conntrack::{Conntrack, Entry};
 use crate::kernel::{Kernel, Linux};
-use crate::nft::{self, Delivery, LeftBehind, MarkWriter};
+use crate::nft::{self, Delivery, Inherited, MarkWriter};
 use crate::peer::Uid;
 use crate::registry::{PolicyRequest, Refused, Registry, Staged};
 use crate::route::{self, Family};
+use crate::snapshot::Snapshot;
 
 /// Tells connections apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,6 +85,8 @@ pub struct State<K = Linux> {
     registry: Registry,
     /// The kernel may hold something else than the registry says: its answer to a change was lost.
     doubtful: bool,
+    /// What the next helper is told.
+    snapshot: Snapshot,
     /// Open once it has been of use.
     conntrack: Option<Conntrack>,
     holders: BTreeMap<Uid, Holder>,
@@ -104,13 +107,15 @@ impl<K: Kernel> State<K> {
         config: Config,
         root: Root,
         kernel: K,
-        left: BTreeMap<Uid, LeftBehind>,
+        mut snapshot: Snapshot,
+        left: BTreeMap<Uid, Inherited>,
     ) -> Result<(Self, Vec<(Uid, u64)>), route::Error> {
         let mut registry = Registry::new(config.limits, config.marks);
         let uids: Vec<Uid> = left.keys().copied().collect();
         for (uid, left) in left {
             registry.adopt(uid, left);
         }
+        snapshot.renew(config.marks, registry.layouts());
         let holders = BTreeMap::new();
         let mut this = Self {
             config,
@@ -119,6 +124,7 @@ impl<K: Kernel> State<K> {
             kernel,
             registry,
             doubtful: false,
+            snapshot,
             conntrack: None,
             holders,
             graces: 0,
@@ -349,6 +355,9 @@ impl<K: Kernel> State<K> {
     }
 
     fn commit(&mut self, staged: Staged) -> Result<u64, nft::Error> {
+        if let Some((uid, stamp, layout)) = staged.plan().coming() {
+            self.snapshot.add(uid, stamp, layout);
+        }
         if let Err(error) = self.kernel.commit(staged.plan()) {
             if let nft::Error::Unknown(_) = error {
                 self.doubtful = true;
@@ -356,7 +365,12 @@ impl<K: Kernel> State<K> {
             }
             return Err(error);
         }
-        Ok(self.registry.apply(staged))
+        let generation = self.registry.apply(staged);
+        if self.snapshot.is_long() {
+            self.snapshot
+                .renew(self.config.marks, self.registry.layouts());
+        }
+        Ok(generation)
     }
 
     /// Makes the table what the registry says, if it may be something else. A change whose outcome nobody

@@ -13,6 +13,7 @@ use cgtproxy_helper::nft::{Bypass, Delivery, Exceptions, Nftables, Verdict};
 use cgtproxy_helper::peer::Peer;
 use cgtproxy_helper::registry::{PolicyRequest, ProxyRequest};
 use cgtproxy_helper::route::Routing;
+use cgtproxy_helper::snapshot::{Records, Snapshot};
 use cgtproxy_helper::state::{ConnectionId, State};
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_tests::sandbox::{Rule, Sandbox, User, direct, proxied, sandbox};
@@ -287,9 +288,16 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
         let subtree = root.subtree(&peer).expect("a subtree");
         let routing = Routing::open(config.marks, config.route_table, config.rule_priority)
             .expect("a socket");
-        let (nftables, left) = Nftables::open(config.marks, &[0], false).expect("a table");
-        let (mut state, _) =
-            State::new(config, root, Linux::new(nftables, routing), left).expect("routing");
+        let (nftables, left) =
+            Nftables::open(config.marks, &[0], false, &Records::default()).expect("a table");
+        let (mut state, _) = State::new(
+            config,
+            root,
+            Linux::new(nftables, routing),
+            Snapshot::nowhere(),
+            left,
+        )
+        .expect("routing");
 
         let policy = |proxies: &[&str]| PolicyRequest {
             subtree: subtree.cgroup(),

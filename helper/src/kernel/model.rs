@@ -14,17 +14,47 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rustix::io::Errno;
 
 use super::Kernel;
-use crate::cgroup::{ControlGroupId, Root, Subtree, subtree_path};
+use crate::cgroup::{ControlGroupId, OwnedControlGroup, Root, Subtree, subtree_path};
 use crate::config::Config;
-use crate::nft::{self, Before, Element, Hold, Layout, LeftBehind, MarkWriter, Plan, Refusal};
+use crate::nft::{
+    self, Before, Element, Hold, Inherited, Known, Layout, LeftBehind, MarkWriter, Plan, Refusal,
+    Stamp,
+};
 use crate::peer::{Peer, Uid};
 use crate::route::{self, Family};
+use crate::snapshot::Records;
 
 /// What the table holds for one user.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Objects {
     pub(crate) layout: Layout,
+    pub(crate) stamp: Stamp,
     pub(crate) elements: BTreeMap<ControlGroupId, Element>,
+    /// The level of what each of them holds.
+    held: BTreeMap<ControlGroupId, u32>,
+}
+
+impl Objects {
+    /// Levels can be told of those only below which something is held.
+    fn known(&self) -> Known {
+        let element = |(&id, element): (&ControlGroupId, &Element)| {
+            let held = self.held.get(&id);
+            let cgroup = OwnedControlGroup::found(id, held.map_or(0, |level| level - 1));
+            let hold = held.is_some();
+            (
+                cgroup,
+                Element {
+                    hold,
+                    ..element.clone()
+                },
+            )
+        };
+        Known {
+            layout: Rc::new(self.layout.clone()),
+            stamp: self.stamp,
+            elements: self.elements.iter().map(element).collect(),
+        }
+    }
 }
 
 /// The table.
@@ -44,24 +74,34 @@ impl Table {
             return;
         }
         let before = self.0.remove(&plan.uid);
-        let mut elements = match &plan.before {
+        if let Some(before) = &before {
+            let same = before.stamp == plan.stamp;
+            assert_eq!(
+                same,
+                plan.keeps_layout(),
+                "a stamp is the name of one layout"
+            );
+        }
+        let (mut elements, mut held) = match &plan.before {
             Before::Nothing => {
                 assert_eq!(before, None, "there is something of this user's");
-                BTreeMap::new()
+                Default::default()
             }
             Before::Layout(layout) => {
                 let before = before.expect("there is something of this user's");
                 assert_eq!(before.layout, **layout);
-                before.elements
+                (before.elements, before.held)
             }
             Before::LeftBehind(left) => {
                 let before = before.expect("there is something of this user's");
                 assert_eq!(left_behind(plan.uid, &before.layout), *left);
-                BTreeMap::new()
+                assert!(left.stamped, "its stamp stays");
+                Default::default()
             }
         };
         for id in &plan.delete {
             assert!(elements.remove(id).is_some(), "deleted what is not there");
+            held.remove(id);
         }
         let Some(layout) = plan.after.as_deref() else {
             // The map of the elements goes with the layout.
@@ -69,22 +109,45 @@ impl Table {
             return;
         };
         for (cgroup, element) in &plan.add {
-            let replaced = elements.insert(cgroup.id(), element.clone());
+            // A hold that holds nothing is none.
+            let hold = Hold::of(cgroup.level(), element).is_some();
+            let told = Element {
+                hold,
+                ..element.clone()
+            };
+            let replaced = elements.insert(cgroup.id(), told);
             assert_eq!(replaced, None, "added what is there");
             if let Some(hold) = Hold::of(cgroup.level(), element) {
                 assert!(
                     layout.holds.contains(&hold),
                     "it leads to a chain that is not there"
                 );
+                held.insert(cgroup.id(), hold.level);
             }
         }
         let layout = layout.clone();
-        self.0.insert(plan.uid, Objects { layout, elements });
+        let stamp = plan.stamp;
+        let objects = Objects {
+            layout,
+            stamp,
+            elements,
+            held,
+        };
+        self.0.insert(plan.uid, objects);
     }
 
-    /// What a helper that starts reads back.
-    pub(crate) fn left_behind(&self) -> BTreeMap<Uid, LeftBehind> {
-        let left = |(&uid, objects): (&Uid, &Objects)| (uid, left_behind(uid, &objects.layout));
+    /// What a helper that starts reads back, with this snapshot.
+    pub(crate) fn inherited(&self, snapshot: &Records) -> BTreeMap<Uid, Inherited> {
+        let left = |(&uid, objects): (&Uid, &Objects)| {
+            let left = match snapshot.get(uid, objects.stamp) {
+                Some(layout) => {
+                    assert_eq!(*layout, objects.layout, "the snapshot has another layout");
+                    Inherited::Known(objects.known())
+                }
+                None => Inherited::LeftBehind(left_behind(uid, &objects.layout)),
+            };
+            (uid, left)
+        };
         self.0.iter().map(left).collect()
     }
 }
@@ -97,7 +160,13 @@ fn left_behind(uid: Uid, layout: &Layout) -> LeftBehind {
             .iter()
             .map(|(name, proxy)| (name.clone(), proxy.mark))
             .collect(),
+        numbers: layout
+            .proxies
+            .iter()
+            .map(|(name, proxy)| (name.clone(), proxy.number))
+            .collect(),
         holds: layout.holds.clone(),
+        stamped: true,
     }
 }
 

@@ -3,6 +3,7 @@
 mod ffi;
 mod foreign;
 mod gateway;
+mod inherit;
 mod names;
 mod plan;
 mod probe;
@@ -16,24 +17,24 @@ mod verdicts;
 use std::collections::BTreeMap;
 use std::ffi::CStr;
 
-use cgtproxy_proto::name::ProxyName;
 use nftnl::{ProtoFamily, Table};
 use rustix::io::Errno;
 
 pub(crate) use ffi::watch;
 pub use foreign::MarkWriter;
 pub use plan::{
-    Before, Bypass, Delivery, DnsHijack, Element, Exceptions, Gateway, Hold, Layout, LeftBehind,
-    Plan, Proxy, Verdict,
+    Before, Bypass, Delivery, DnsHijack, Element, Exceptions, Gateway, Hold, Inherited, Known,
+    Layout, LeftBehind, Plan, Proxy, Stamp, Verdict,
 };
 
-use crate::cgroup::ControlGroupId;
-use crate::mark::{Mark, MarkRange};
+use crate::mark::MarkRange;
 pub use crate::netlink::Refusal;
-use crate::netlink::{attribute, attributes, string};
+#[cfg(any(test, fuzzing))]
+use crate::netlink::{attributes, string};
 use crate::peer::Uid;
+use crate::snapshot::Records;
 use ffi::table_flags::{OWNER, PERSIST};
-use socket::{Dump, Failure, NetfilterSocket};
+use socket::{Failure, NetfilterSocket};
 use transaction::Transaction;
 
 /// Takes what may be the answer to a dump apart.
@@ -110,6 +111,9 @@ impl Nftables {
     /// in it: users' objects stay in force until a plan replaces or removes them. With `own`, the
     /// table is protected from other programs if the kernel can do that.
     ///
+    /// A table of another layout, or with another owner, can't be taken over: it is made anew in one transaction,
+    /// with those users' objects of which the snapshot knows everything.
+    ///
     /// # Errors
     /// Without CAP_NET_ADMIN, on a kernel that lacks what the table needs, or when another process
     /// owns the table.
@@ -117,7 +121,8 @@ impl Nftables {
         marks: MarkRange,
         proxy_uids: &[u32],
         own: bool,
-    ) -> Result<(Self, BTreeMap<Uid, LeftBehind>), Error> {
+        snapshot: &Records,
+    ) -> Result<(Self, BTreeMap<Uid, Inherited>), Error> {
         let socket = NetfilterSocket::open().map_err(Error::Socket)?;
         let table = Table::new(TABLE, ProtoFamily::Inet);
         let mut this = Self {
@@ -129,18 +134,22 @@ impl Nftables {
         };
         this.owned = this.kernel_keeps_owned_tables()? && own;
         let adopted = this.adopt()?;
-        if !adopted {
-            this.recreate()?;
-        }
-        let mut base = this.transaction();
-        base.base(&this.proxy_uids, !adopted);
-        this.socket.transact(&base.finish()).map_err(Error::Base)?;
-        let left = if adopted {
-            this.left_behind()?
+        let mut inherited = this.inherited(snapshot)?;
+        if adopted {
+            let mut base = this.transaction();
+            base.base(&this.proxy_uids, false);
+            this.socket.transact(&base.finish()).map_err(Error::Base)?;
         } else {
-            BTreeMap::new()
-        };
-        Ok((this, left))
+            // What is not known as a whole goes with the old table.
+            inherited.retain(|_, left| matches!(left, Inherited::Known(_)));
+            let plan = |(&uid, left): (&Uid, &Inherited)| match left {
+                Inherited::Known(known) => Some(known.plan(uid)),
+                Inherited::LeftBehind(_) => None,
+            };
+            let plans: Vec<Plan> = inherited.iter().filter_map(plan).collect();
+            this.recreate(&plans)?;
+        }
+        Ok((this, inherited))
     }
 
     /// Whether the table is protected from other programs.
@@ -165,11 +174,7 @@ impl Nftables {
         // There must be a table to delete.
         transaction.add_table(self.flags());
         transaction.delete_table();
-        transaction.add_table(self.flags());
-        transaction.base(&self.proxy_uids, true);
-        for plan in plans {
-            transaction.plan(plan);
-        }
+        self.add_all(&mut transaction, plans);
         Ok(self.socket.carry_out(&transaction.finish())?)
     }
 
@@ -240,6 +245,26 @@ impl Nftables {
         }
     }
 
+    /// Makes the table anew in place of one of another layout.
+    fn recreate(&self, plans: &[Plan]) -> Result<(), Error> {
+        let mut transaction = self.transaction();
+        transaction.delete_table();
+        self.add_all(&mut transaction, plans);
+        match self.socket.transact(&transaction.finish()) {
+            Err(refusal) if refusal.errno == Errno::PERM => Err(Error::Owned(refusal)),
+            result => result.map_err(Error::Base),
+        }
+    }
+
+    /// The whole table, which is not there.
+    fn add_all(&self, transaction: &mut Transaction<'_>, plans: &[Plan]) {
+        transaction.add_table(self.flags());
+        transaction.base(&self.proxy_uids, true);
+        for plan in plans {
+            transaction.plan(plan);
+        }
+    }
+
     /// Makes the table, or takes over the one that is there; false if that has another layout.
     fn adopt(&self) -> Result<bool, Error> {
         let mut transaction = self.transaction();
@@ -254,115 +279,5 @@ impl Nftables {
             .chains()?
             .iter()
             .any(|chain| chain.as_bytes() == ruleset::VERSION.to_bytes()))
-    }
-
-    /// Makes the table anew in place of one of another layout.
-    fn recreate(&self) -> Result<(), Error> {
-        let mut transaction = self.transaction();
-        transaction.delete_table();
-        transaction.add_table(self.flags());
-        match self.socket.transact(&transaction.finish()) {
-            Err(refusal) if refusal.errno == Errno::PERM => Err(Error::Owned(refusal)),
-            result => result.map_err(Error::Base),
-        }
-    }
-
-    /// The names of the table's chains.
-    fn chains(&self) -> Result<Vec<String>, Error> {
-        /// enum nft_chain_attributes
-        const TABLE_NAME: u16 = 1;
-        const NAME: u16 = 3;
-        let chains = self.socket.dump(Dump::Chains, &[]).map_err(Error::Dump)?;
-        let ours = chains.iter().filter(|chain| {
-            attribute(chain, TABLE_NAME).map(string).as_deref() == TABLE.to_str().ok()
-        });
-        Ok(ours
-            .filter_map(|chain| attribute(chain, NAME).map(string))
-            .collect())
-    }
-
-    /// A map's keys and the chains that they lead to.
-    fn elements(&self, map: &CStr) -> Result<Vec<(Vec<u8>, String)>, Error> {
-        // enum nft_set_elem_list_attributes, nft_list_attributes, nft_set_elem_attributes,
-        // nft_data_attributes, nft_verdict_attributes
-        const LIST_TABLE: u16 = 1;
-        const LIST_SET: u16 = 2;
-        const LIST_ELEMENTS: u16 = 3;
-        const ELEMENT_KEY: u16 = 1;
-        const ELEMENT_DATA: u16 = 2;
-        const DATA_VALUE: u16 = 1;
-        const DATA_VERDICT: u16 = 2;
-        const VERDICT_CHAIN: u16 = 2;
-        let mut request = Vec::new();
-        for (kind, value) in [(LIST_TABLE, TABLE), (LIST_SET, map)] {
-            let value = value.to_bytes_with_nul();
-            request.extend_from_slice(&((4 + value.len()) as u16).to_ne_bytes());
-            request.extend_from_slice(&kind.to_ne_bytes());
-            request.extend_from_slice(value);
-            request.resize(request.len().next_multiple_of(4), 0);
-        }
-        let mut elements = Vec::new();
-        for page in self
-            .socket
-            .dump(Dump::Elements, &request)
-            .map_err(Error::Dump)?
-        {
-            let list = attribute(&page, LIST_ELEMENTS).unwrap_or_default();
-            for element in attributes(list) {
-                let element = element.value();
-                let key =
-                    attribute(element, ELEMENT_KEY).and_then(|key| attribute(key, DATA_VALUE));
-                let chain = attribute(element, ELEMENT_DATA)
-                    .and_then(|data| attribute(data, DATA_VERDICT))
-                    .and_then(|verdict| attribute(verdict, VERDICT_CHAIN));
-                if let (Some(key), Some(chain)) = (key, chain) {
-                    elements.push((key.to_vec(), string(chain)));
-                }
-            }
-        }
-        Ok(elements)
-    }
-
-    /// The users whose objects an earlier helper left. A transaction makes or deletes all of a
-    /// user's objects, so one chain stands for the rest.
-    fn left_behind(&self) -> Result<BTreeMap<Uid, LeftBehind>, Error> {
-        let mut left: BTreeMap<Uid, LeftBehind> = BTreeMap::new();
-        let chains = self.chains()?;
-        for chain in &chains {
-            if let Some(uid) = chain
-                .strip_prefix(names::DROP_PREFIX)
-                .and_then(Uid::from_name)
-            {
-                left.entry(uid).or_default();
-            }
-        }
-        for (key, chain) in self.elements(ruleset::USERS)? {
-            let uid = chain
-                .strip_prefix(names::USER_PREFIX)
-                .and_then(Uid::from_name);
-            if let (Some(left), Ok(id)) = (
-                uid.and_then(|uid| left.get_mut(&uid)),
-                key.as_slice().try_into(),
-            ) {
-                left.subtree = Some(ControlGroupId::from_bytes(id));
-            }
-        }
-        for (&uid, left) in &mut left {
-            left.holds = chains
-                .iter()
-                .filter_map(|chain| names::parse_hold(uid, chain))
-                .collect();
-            let prefix = format!("{}{uid}-", names::DIVERT_PREFIX);
-            for (key, chain) in self.elements(&names::marks(uid))? {
-                let name = chain
-                    .strip_prefix(&prefix)
-                    .and_then(|n| n.parse::<ProxyName>().ok());
-                let mark = key.as_slice().try_into().ok().map(u32::from_ne_bytes);
-                if let (Some(name), Some(mark)) = (name, mark) {
-                    left.proxies.insert(name, Mark::adopted(mark));
-                }
-            }
-        }
-        Ok(left)
     }
 }

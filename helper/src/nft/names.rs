@@ -10,6 +10,8 @@ use crate::peer::Uid;
 
 /// The prefix of a chain that diverts to a proxy, as dumps are searched for it.
 pub(super) const DIVERT_PREFIX: &str = "divert-";
+/// The prefix of a chain that chooses what is diverted to a proxy, as dumps are searched for it.
+pub(super) const TPROXY_PREFIX: &str = "tproxy-";
 /// The prefix of a user's first chain, as dumps are searched for it.
 pub(super) const USER_PREFIX: &str = "user-";
 /// The prefix of a chain that everybody with a policy has, as dumps are searched for it.
@@ -115,7 +117,7 @@ impl Names {
     }
 
     pub(super) fn tproxy(&self, proxy: &ProxyName) -> CString {
-        name(format!("tproxy-{}-{proxy}", self.uid))
+        name(format!("{TPROXY_PREFIX}{}-{proxy}", self.uid))
     }
 
     pub(super) fn divert(&self, proxy: &ProxyName) -> CString {

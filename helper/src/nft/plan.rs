@@ -1,6 +1,7 @@
 //! What a transaction is to bring about: the one thing that can be committed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
 use std::rc::Rc;
@@ -155,6 +156,30 @@ pub struct Bypass {
     pub ipv6: Vec<(Ipv6Addr, Ipv6Addr)>,
 }
 
+/// The name of a layout. The kernel has it beside the layout, and changes both in one transaction; no other
+/// layout has it, but by a chance of one in 2^32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Stamp(u32);
+
+impl Stamp {
+    /// A new one. Helpers know nothing of each other, so it is drawn, not counted.
+    #[must_use]
+    pub fn draw() -> Self {
+        Self(RandomState::new().build_hasher().finish() as u32)
+    }
+
+    /// One that was found.
+    pub(crate) fn found(value: u32) -> Self {
+        Self(value)
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn value(self) -> u32 {
+        self.0
+    }
+}
+
 /// A user's chains and sets, but for the verdicts of single control groups.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
@@ -182,8 +207,47 @@ pub struct LeftBehind {
     pub subtree: Option<ControlGroupId>,
     /// The proxies that have chains, with their marks.
     pub proxies: BTreeMap<ProxyName, Mark>,
+    /// What they are told apart by, as far as that can be read.
+    pub numbers: BTreeMap<ProxyName, u32>,
     /// The chains for control groups below which everything is held.
     pub holds: BTreeSet<Hold>,
+    /// Whether their layout has a stamp.
+    pub stamped: bool,
+}
+
+/// A user's objects that a helper before this one left in the kernel, and that a snapshot describes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// What they are.
+    pub layout: Rc<Layout>,
+    /// Its name, which the kernel has as well.
+    pub stamp: Stamp,
+    /// The verdicts. A level is known of those only below which something is held.
+    pub elements: Vec<(OwnedControlGroup, Element)>,
+}
+
+impl Known {
+    /// What an empty table needs to have it.
+    #[must_use]
+    pub fn plan(&self, uid: Uid) -> Plan {
+        Plan {
+            uid,
+            before: Before::Nothing,
+            after: Some(Rc::clone(&self.layout)),
+            stamp: self.stamp,
+            delete: Vec::new(),
+            add: self.elements.clone(),
+        }
+    }
+}
+
+/// What a helper before this one left of a user's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Inherited {
+    /// All of it is known.
+    Known(Known),
+    /// What can be read back.
+    LeftBehind(LeftBehind),
 }
 
 /// What the kernel holds for a user before a transaction.
@@ -205,6 +269,8 @@ pub struct Plan {
     pub(crate) before: Before,
     /// What the kernel holds afterwards; none: nothing of this user.
     pub(crate) after: Option<Rc<Layout>>,
+    /// The name of that: another one if it is another layout.
+    pub(crate) stamp: Stamp,
     /// Elements to delete, all of which the kernel has.
     pub(crate) delete: Vec<ControlGroupId>,
     /// Elements to add, none of which the kernel has once `delete` is done.
@@ -215,11 +281,23 @@ impl Plan {
     /// Whether the kernel holds all of it already.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        let same = match (&self.before, &self.after) {
+        self.keeps_layout() && self.delete.is_empty() && self.add.is_empty()
+    }
+
+    /// Whether the layout, or that there is none, stays as it is, and the stamp with it.
+    #[must_use]
+    pub fn keeps_layout(&self) -> bool {
+        match (&self.before, &self.after) {
             (Before::Nothing, None) => true,
             (Before::Layout(before), Some(after)) => before == after,
             _ => false,
-        };
-        same && self.delete.is_empty() && self.add.is_empty()
+        }
+    }
+
+    /// The layout that this brings about, if it is another one, and whose it is.
+    #[must_use]
+    pub fn coming(&self) -> Option<(Uid, Stamp, &Layout)> {
+        let after = self.after.as_deref().filter(|_| !self.keeps_layout())?;
+        Some((self.uid, self.stamp, after))
     }
 }

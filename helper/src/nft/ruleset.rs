@@ -12,6 +12,7 @@
 //!   map resolve { type mark : verdict }       # a proxy's DNS mark : goto resolve-1000-mihomo
 //!                                             # a proxy's mark : goto redirect-1000-mihomo
 //!   map receive { type mark : verdict }       # both : goto receive-1000-mihomo
+//!   map stamps { type uid : mark }            # a user : the name of that user's layout, no mark of a packet's
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
 //!   set interfaces { type ifname }            # from where forwarded traffic is diverted
 //!   chain output         { type route hook output priority mangle; … goto enforced }
@@ -60,7 +61,7 @@ use nftnl::{ChainType, Hook, MsgType};
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{Before, Hold, Layout, Plan};
+use super::plan::{Before, Hold, Layout, LeftBehind, Plan};
 use super::rule::{Family, Protocol};
 use super::transaction::Transaction;
 use crate::cgroup::ControlGroupId;
@@ -84,6 +85,7 @@ pub(super) const DIVERT: &CStr = c"divert";
 pub(super) const GUARD: &CStr = c"guard";
 pub(super) const RESOLVE: &CStr = c"resolve";
 pub(super) const RECEIVE: &CStr = c"receive";
+pub(super) const STAMPS: &CStr = c"stamps";
 const PROXY_UIDS: &CStr = c"proxy-uids";
 const OUTPUT: &CStr = c"output";
 const OUTPUT_NAT: &CStr = c"output-nat";
@@ -119,6 +121,7 @@ impl Transaction<'_> {
         for map in [MARKS, DELIVER, DIVERT, GUARD, RESOLVE, RECEIVE] {
             self.add_set(map, KeyType::Mark, Content::Verdicts);
         }
+        self.add_set(STAMPS, KeyType::Uid, Content::Numbers);
         self.add_set(INTERFACES, KeyType::Interface, Content::Keys);
         self.add_set(PROXY_UIDS, KeyType::Uid, Content::Keys);
         self.flush_set(PROXY_UIDS);
@@ -390,13 +393,67 @@ impl Transaction<'_> {
                 let subtree = Some(before.subtree.id()).filter(|_| !names.is_system());
                 self.delete_user(&names, subtree, proxies, &before.holds);
             }
-            (Before::LeftBehind(left), after) => {
+            (Before::LeftBehind(left), Some(after)) => self.take_over(&names, left, after, plan),
+            (Before::LeftBehind(left), None) => {
                 let proxies = left.proxies.iter().map(|(name, mark)| (name, *mark));
                 self.delete_user(&names, left.subtree, proxies, &left.holds);
-                if let Some(after) = after {
-                    self.create_user(&names, after, plan);
-                }
             }
+        }
+        self.stamp(plan);
+    }
+
+    /// The name of the layout that the kernel has from here on.
+    fn stamp(&mut self, plan: &Plan) {
+        if plan.keeps_layout() {
+            return;
+        }
+        let key = plan.uid.value().to_ne_bytes();
+        let stamped = match &plan.before {
+            Before::Nothing => false,
+            Before::Layout(_) => true,
+            Before::LeftBehind(left) => left.stamped,
+        };
+        if stamped {
+            self.delete_element(STAMPS, KeyType::Uid, &key);
+        }
+        if plan.after.is_some() {
+            let mut stamps = self.set(STAMPS, KeyType::Uid, Content::Numbers);
+            stamps.push(&key, Element::Number(plan.stamp.value()));
+            self.write_elements(&stamps, MsgType::Add);
+        }
+    }
+
+    /// What is there is made to be what is wanted without a look at what it was. No chain or map that is needed
+    /// is deleted, only filled anew: a packet that is on its way through them finds every element, either as
+    /// it was or as it is to be, while one of a map that is deleted finds none.
+    fn take_over(&mut self, names: &Names, left: &LeftBehind, after: &Layout, plan: &Plan) {
+        if let Some(subtree) = left.subtree {
+            self.lead_nowhere(subtree);
+        }
+        for map in names.verdict_maps() {
+            self.flush_set(map);
+        }
+        for &mark in left.proxies.values() {
+            self.delete_proxy_elements(names, mark);
+        }
+        for set in [&names.choices, &names.bypass4, &names.bypass6] {
+            self.flush_set(set);
+        }
+        let holds: Vec<_> = left.holds.iter().map(|hold| names.hold(hold)).collect();
+        for chain in names.own_chains().into_iter().chain(&holds) {
+            self.flush_chain(chain);
+        }
+        for proxy in left.proxies.keys() {
+            self.flush_proxy(names, proxy);
+        }
+        self.create_user(names, after, plan);
+        for proxy in left.proxies.keys() {
+            if !after.proxies.contains_key(proxy) {
+                self.delete_proxy_chains(names, proxy);
+            }
+        }
+        for hold in left.holds.difference(&after.holds) {
+            self.delete_chain(&names.hold(hold));
         }
     }
 

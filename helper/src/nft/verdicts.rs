@@ -45,6 +45,23 @@ fn of_verdict(layout: &Layout, verdict: &Verdict, held: Option<&Hold>) -> u32 {
     number | held.map_or(0, |hold| hold.level)
 }
 
+/// What such a number of this layout's means: the verdict, and the level of what is held. None if it means
+/// nothing.
+pub(super) fn meaning(layout: &Layout, number: u32) -> Option<(Verdict, Option<u32>)> {
+    let (verdict, level) = (number & !0xff, number & 0xff);
+    let proxies = layout.proxies.keys().cloned().map(Verdict::Proxy);
+    let mut verdicts = [Verdict::Direct, Verdict::Drop, Verdict::DropAll]
+        .into_iter()
+        .chain(proxies);
+    let verdict = verdicts.find(|known| of_verdict(layout, known, None) == verdict)?;
+    Some((verdict, Some(level).filter(|&level| level != 0)))
+}
+
+/// Which proxy's number this is, if it is one's and says nothing of what is held.
+pub(super) fn proxy_number(number: u32) -> Option<u32> {
+    (number >= PROXY && number & 0xff == 0).then(|| (number - PROXY) >> 8)
+}
+
 fn of_hold(layout: &Layout, hold: &Hold) -> u32 {
     of_verdict(layout, &hold.verdict, Some(hold))
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
-use crate::nft::{Element, Hold, Layout};
+use crate::nft::{Element, Hold, Layout, Verdict};
 
 /// How many control groups need each part of a layout: a part is there while one does.
 #[derive(Debug, Clone, Default)]
@@ -61,9 +61,19 @@ fn decrement<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) {
 
 /// An element before and after a change.
 type Difference<'a> = (
-    Option<&'a Element>,
+    Option<(OwnedControlGroup, &'a Element)>,
     Option<(OwnedControlGroup, &'a Element)>,
 );
+
+/// What the kernel is told of an element: a hold that holds nothing is none.
+fn told((cgroup, element): (OwnedControlGroup, &Element)) -> (&Verdict, Option<u32>, bool) {
+    let hold = Hold::of(cgroup.level(), element);
+    (
+        &element.verdict,
+        hold.map(|hold| hold.level),
+        element.enforced,
+    )
+}
 
 /// Which elements the kernel has to delete and to add.
 #[derive(Debug, Default)]
@@ -71,7 +81,7 @@ pub(super) struct Changes<'a>(BTreeMap<ControlGroupId, Difference<'a>>);
 
 impl<'a> Changes<'a> {
     pub(super) fn had(&mut self, cgroup: OwnedControlGroup, element: &'a Element) {
-        self.0.entry(cgroup.id()).or_default().0 = Some(element);
+        self.0.entry(cgroup.id()).or_default().0 = Some((cgroup, element));
     }
 
     pub(super) fn has(&mut self, cgroup: OwnedControlGroup, element: &'a Element) {
@@ -82,7 +92,7 @@ impl<'a> Changes<'a> {
         let mut delete = Vec::new();
         let mut add = Vec::new();
         for (id, (before, after)) in self.0 {
-            if before == after.map(|(_, element)| element) {
+            if before.map(told) == after.map(told) {
                 continue;
             }
             if before.is_some() {

@@ -24,7 +24,14 @@ fn assert_consistent(registry: &Registry, table: &Table) {
         let known: BTreeMap<_, _> = user
             .cgroups
             .values()
-            .map(|(c, element)| (c.id(), element.clone()))
+            .map(|(c, element)| {
+                let hold = Hold::of(c.level(), element).is_some();
+                let told = Element {
+                    hold,
+                    ..element.clone()
+                };
+                (c.id(), told)
+            })
             .collect();
         assert_eq!(objects.elements, known);
         let levels: BTreeSet<_> = user.cgroups.values().map(|(c, _)| c.level()).collect();
@@ -189,9 +196,11 @@ fn what_was_left_behind_keeps_its_marks() {
             (name(2), Mark::adopted(0x8100_0000)),
         ]
         .into(),
+        numbers: [(name(1), 4)].into(),
         holds: BTreeSet::new(),
+        stamped: false,
     };
-    registry.adopt(uid, left);
+    registry.adopt(uid, Inherited::LeftBehind(left));
     let request = |number| ProxyRequest {
         name: name(number),
         delivery: Delivery::Tproxy(NonZeroU16::MIN),

@@ -84,7 +84,7 @@ proptest! {
         bed.make("b.scope");
         let kernel = Model::default();
         let (mut state, _) =
-            State::new(bed.config.clone(), bed.root.clone(), kernel.clone(), BTreeMap::new()).unwrap();
+            State::new(bed.config.clone(), bed.root.clone(), kernel.clone(), Snapshot::nowhere(), BTreeMap::new()).unwrap();
         for (call, answers) in calls {
             *kernel.lose.borrow_mut() = answers.into();
             // The model panics at a change that does not fit what is there.

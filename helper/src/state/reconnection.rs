@@ -5,6 +5,7 @@
 //! [`State`], the registry and the look-up of control groups. What is modelled:
 //!
 //! - the kernel, by [`Model`], which panics at a plan that nf_tables would refuse;
+//! - the snapshot, by its own code over bytes in memory, which are lost, cut off or kept when a helper starts;
 //! - connections: queues of messages that outlive an agent that is killed, and a helper that has not accepted
 //!   them, whose listening socket is the service manager's;
 //! - the helper's process: what [`crate::server`] calls when a connection ends, a timer runs out or the kernel
@@ -26,6 +27,7 @@ use super::*;
 use crate::kernel::model::{Bed, Model};
 use crate::nft::{Bypass, Exceptions, Verdict};
 use crate::registry::ProxyRequest;
+use crate::snapshot::Memory;
 
 /// How many timers run at a time.
 const TIMERS: usize = 2;
@@ -100,6 +102,15 @@ struct Connection {
     queue: VecDeque<Message>,
 }
 
+/// What a helper that starts finds of the snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    All,
+    /// The end was not written.
+    Cut,
+    Nothing,
+}
+
 /// What can happen next. Agents are named by their index, connections and graces by their number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Event {
@@ -117,7 +128,8 @@ enum Event {
     Expire(u64, bool),
     /// Whether it had accepted every connection that there is.
     HelperEnds(bool),
-    HelperStarts,
+    /// With what is left of the snapshot.
+    HelperStarts(Left),
     Flush,
     Restore(bool),
 }
@@ -131,6 +143,7 @@ struct World<'a> {
     bed: &'a Bed,
     left: Bounds,
     kernel: Model,
+    snapshot: Memory,
     helper: Option<Helper>,
     agents: Vec<Agent>,
     connections: BTreeMap<u64, Connection>,
@@ -194,6 +207,7 @@ impl<'a> World<'a> {
             bed,
             left: bounds,
             kernel: Model::default(),
+            snapshot: Memory::default(),
             helper: None,
             agents: vec![Agent::Gone; bounds.agents],
             connections: BTreeMap::new(),
@@ -207,6 +221,8 @@ impl<'a> World<'a> {
         let kernel = Model::default();
         *kernel.table.borrow_mut() = self.kernel.table.borrow().clone();
         kernel.gone.set(self.kernel.gone.get());
+        let snapshot = Memory::default();
+        snapshot.borrow_mut().clone_from(&self.snapshot.borrow());
         let helper = self.helper.as_ref().map(|helper| {
             let state = &helper.state;
             let state = State {
@@ -216,6 +232,7 @@ impl<'a> World<'a> {
                 kernel: kernel.clone(),
                 registry: state.registry.clone(),
                 doubtful: state.doubtful,
+                snapshot: state.snapshot.fork(&snapshot),
                 conntrack: None,
                 holders: state.holders.clone(),
                 graces: state.graces,
@@ -230,6 +247,7 @@ impl<'a> World<'a> {
             bed: self.bed,
             left: self.left,
             kernel,
+            snapshot,
             helper,
             agents: self.agents.clone(),
             connections: self.connections.clone(),
@@ -336,7 +354,8 @@ impl<'a> World<'a> {
         }
         let refused = |refused: bool| !refused || self.left.refusals > 0;
         let Some(helper) = &self.helper else {
-            events.push(Event::HelperStarts);
+            let left = [Left::All, Left::Cut, Left::Nothing];
+            events.extend(left.map(Event::HelperStarts));
             return events;
         };
         for (&number, connection) in &self.connections {
@@ -443,12 +462,29 @@ impl<'a> World<'a> {
                     }
                 }
             }
-            Event::HelperStarts => {
+            Event::HelperStarts(left) => {
+                {
+                    let mut snapshot = self.snapshot.borrow_mut();
+                    let length = snapshot.len();
+                    match left {
+                        Left::All => {}
+                        Left::Cut => snapshot.truncate(length.saturating_sub(3)),
+                        Left::Nothing => snapshot.clear(),
+                    }
+                }
                 // Which makes the table if there is none.
                 self.kernel.gone.set(false);
-                let left = self.kernel.table.borrow().left_behind();
                 let (config, root) = (self.bed.config.clone(), self.bed.root.clone());
-                let (state, graces) = State::new(config, root, self.kernel.clone(), left).unwrap();
+                let (snapshot, records) = Snapshot::in_memory(&self.snapshot, config.marks);
+                let records = records.unwrap_or_default();
+                let inherited = self.kernel.table.borrow().inherited(&records);
+                if left == Left::All {
+                    let known = |left: &Inherited| matches!(left, Inherited::Known(_));
+                    assert!(inherited.values().all(known), "the snapshot lacks a layout");
+                }
+                let kernel = self.kernel.clone();
+                let (state, graces) =
+                    State::new(config, root, kernel, snapshot, inherited).unwrap();
                 self.helper = Some(Helper {
                     state,
                     timers: graces.into_iter().map(|(_, grace)| grace).collect(),
@@ -462,7 +498,13 @@ impl<'a> World<'a> {
                 self.left.refusals -= u8::from(refused);
                 self.kernel.refuse.set(refused);
                 let helper = self.helper.as_mut().unwrap();
-                let _ = helper.state.rebuild_table();
+                let restored = helper.state.rebuild_table();
+                let known = helper.state.registry.policy(self.bed.uid).is_some();
+                assert_eq!(
+                    self.in_force().is_some(),
+                    known && restored.is_ok(),
+                    "what is known is put back"
+                );
             }
         }
         // Which nothing may have been left for.
@@ -636,7 +678,7 @@ impl<'a> World<'a> {
     /// Lets the helper finish what it has begun.
     fn settle(&mut self) {
         if self.helper.is_none() {
-            self.happen(Event::HelperStarts);
+            self.happen(Event::HelperStarts(Left::All));
         }
         loop {
             if self.kernel.gone.get() {

@@ -1,0 +1,351 @@
+//! What a helper tells the next one: the layouts of all policies, in a file in memory that the service manager
+//! keeps while no helper runs (FDSTORE= of sd_notify(3)). It outlives the helper however that ends.
+//!
+//! The kernel's table is the truth. It has a stamp for every policy, which changes with the layout in one
+//! transaction, and the file says which layout a stamp is the name of. What the kernel is about to be told is
+//! written down first, so whenever the helper is killed, the layout that the kernel has is in the file. What has
+//! another stamp is not looked at. The verdicts of single control groups are in the table alone.
+//!
+//! The file is a log: a header that says where it begins, then one record after the other. When it has grown, all
+//! that is in force is written once more at its end, the header is made to point there, and what was before is
+//! given back to the system.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
+use rustix::io::Errno;
+use sd_notify::NotifyState;
+
+use crate::mark::MarkRange;
+use crate::nft::{Layout, Stamp};
+use crate::peer::Uid;
+
+mod record;
+
+/// The name by which the service manager gives it back.
+pub const NAME: &str = "snapshot";
+
+/// What it begins with: what it is, and the version of everything that follows.
+const MAGIC: [u8; 12] = *b"cgtproxy\0\0\x01\0";
+
+/// The header: [`MAGIC`], the mark mask, where the log begins.
+const HEADER: u64 = 24;
+
+/// What comes before a record: its length and its checksum.
+const PREFIX: usize = 12;
+
+/// More than all users of a machine may have: what is longer is not looked at.
+const MOST: u64 = 256 * 1024 * 1024;
+
+/// How much the log may grow beyond twice what is in force.
+const SLACK: u64 = 64 * 1024;
+
+/// Why a snapshot is thrown away.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It can't be read.
+    #[error("can't be read: {0}")]
+    Read(#[from] io::Error),
+    /// It is something else, or of another version.
+    #[error("is not one that this version wrote")]
+    Format,
+    /// The administrator has changed the mask since.
+    #[error("is for another mark-mask")]
+    Marks,
+}
+
+/// What a snapshot says.
+#[derive(Debug, Default)]
+pub struct Records(BTreeMap<(u32, Stamp), Layout>);
+
+impl Records {
+    /// The layout that this stamp of a user's is the name of, if it is known.
+    #[must_use]
+    pub fn get(&self, uid: Uid, stamp: Stamp) -> Option<&Layout> {
+        self.0.get(&(uid.value(), stamp))
+    }
+}
+
+/// Where the bytes are.
+#[derive(Debug)]
+enum Place {
+    /// Nobody keeps it.
+    Nowhere,
+    File(File),
+    #[cfg(any(test, fuzzing))]
+    Memory(Memory),
+}
+
+/// A file for tests.
+#[cfg(any(test, fuzzing))]
+pub(crate) type Memory = std::rc::Rc<std::cell::RefCell<Vec<u8>>>;
+
+/// The snapshot that this helper writes.
+#[derive(Debug)]
+pub struct Snapshot {
+    place: Place,
+    start: u64,
+    end: u64,
+    /// How much of the log was in force when it was last written as a whole.
+    in_force: u64,
+    /// Writing has failed, and that was said.
+    failed: bool,
+}
+
+impl Snapshot {
+    /// A snapshot that nobody keeps.
+    #[must_use]
+    pub fn nowhere() -> Self {
+        Self::at(Place::Nowhere)
+    }
+
+    /// One for tests, and what it says.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn in_memory(memory: &Memory, range: MarkRange) -> (Self, Result<Records, Error>) {
+        let records = parse(&memory.borrow(), range);
+        let mut this = Self::at(Place::Memory(memory.clone()));
+        this.end = memory.borrow().len() as u64;
+        (this, records)
+    }
+
+    /// The same once more, over a copy of the bytes.
+    #[cfg(test)]
+    pub(crate) fn fork(&self, copy: &Memory) -> Self {
+        Self {
+            place: Place::Memory(copy.clone()),
+            ..*self
+        }
+    }
+
+    /// Goes on with the file that an earlier helper left, or else with a new one, which the service manager
+    /// is asked to keep. Returns what the earlier one says; what makes no sense is thrown away.
+    #[must_use]
+    pub fn open(stored: Option<File>, range: MarkRange) -> (Self, Records) {
+        let mut records = Records::default();
+        if let Some(file) = &stored {
+            match read(file, range) {
+                Ok(found) => records = found,
+                Err(error) => {
+                    tracing::warn!("the snapshot of an earlier helper {error}; threw it away");
+                }
+            }
+        }
+        let length = stored
+            .as_ref()
+            .map(|file| file.metadata().map(|data| data.len()));
+        let place = match (stored, length) {
+            (Some(file), Some(Ok(length))) if length <= MOST => Some((file, length)),
+            _ => None,
+        };
+        let this = match place {
+            Some((file, length)) => Self {
+                end: length,
+                ..Self::at(Place::File(file))
+            },
+            None if std::env::var_os("NOTIFY_SOCKET").is_some() => match new_file() {
+                Ok(file) => Self::at(Place::File(file)),
+                Err(error) => {
+                    tracing::warn!("can't leave a snapshot for the next helper: {error}");
+                    Self::nowhere()
+                }
+            },
+            None => Self::nowhere(),
+        };
+        (this, records)
+    }
+
+    fn at(place: Place) -> Self {
+        Self {
+            place,
+            start: 0,
+            end: 0,
+            in_force: 0,
+            failed: false,
+        }
+    }
+
+    /// Writes down what the kernel is about to have for a user. What it has now stays written down.
+    pub fn add(&mut self, uid: Uid, stamp: Stamp, layout: &Layout) {
+        let mut bytes = Vec::new();
+        push(&mut bytes, uid, stamp, layout);
+        let written = self.write(self.end, &bytes);
+        if self.succeeded(written) {
+            self.end += bytes.len() as u64;
+        }
+    }
+
+    /// Whether most of it is not in force any more.
+    #[must_use]
+    pub fn is_long(&self) -> bool {
+        self.end - self.start > 2 * self.in_force + SLACK
+    }
+
+    /// Writes everything anew: what is in force, and nothing else.
+    pub fn renew<'a>(
+        &mut self,
+        range: MarkRange,
+        in_force: impl Iterator<Item = (Uid, Stamp, &'a Layout)>,
+    ) {
+        let mut bytes = Vec::new();
+        for (uid, stamp, layout) in in_force {
+            push(&mut bytes, uid, stamp, layout);
+        }
+        let start = self.end.max(HEADER);
+        let mut header = Vec::from(MAGIC);
+        header.extend(range.mask().to_le_bytes());
+        header.extend(start.to_le_bytes());
+        // The header is last: as long as it is the old one, the old log is there.
+        let written = self
+            .write(start, &bytes)
+            .and_then(|()| self.write(0, &header))
+            .and_then(|()| self.forget(start));
+        if self.succeeded(written) {
+            self.start = start;
+            self.in_force = bytes.len() as u64;
+            self.end = start + self.in_force;
+        }
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        match &self.place {
+            Place::Nowhere => Ok(()),
+            Place::File(file) => file.write_all_at(bytes, at),
+            #[cfg(any(test, fuzzing))]
+            Place::Memory(memory) => {
+                let mut memory = memory.borrow_mut();
+                let at = usize::try_from(at).map_err(io::Error::other)?;
+                let end = at + bytes.len();
+                if memory.len() < end {
+                    memory.resize(end, 0);
+                }
+                let room = memory.get_mut(at..end);
+                room.ok_or(io::ErrorKind::Other)?.copy_from_slice(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives the memory back that is between the header and the log.
+    fn forget(&self, start: u64) -> io::Result<()> {
+        match &self.place {
+            Place::File(file) if start > HEADER => {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(file, flags, HEADER, start - HEADER).map_err(Into::into)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Says it when writing begins to fail. The next helper takes over what it does not know about less well,
+    /// and nothing else comes of that.
+    fn succeeded(&mut self, written: io::Result<()>) -> bool {
+        if let Err(error) = &written
+            && !self.failed
+        {
+            tracing::warn!("can't write the snapshot for the next helper: {error}");
+        }
+        self.failed = written.is_err();
+        written.is_ok()
+    }
+}
+
+/// A file in memory, which the service manager keeps from now on.
+fn new_file() -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC;
+    // Older kernels do not know the flag (Linux 6.3).
+    let file = match memfd_create(c"cgtproxy-snapshot", flags | MemfdFlags::NOEXEC_SEAL) {
+        Err(Errno::INVAL) => memfd_create(c"cgtproxy-snapshot", flags),
+        file => file,
+    }?;
+    // In place of one that was thrown away: there is room for one.
+    sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(NAME)])?;
+    sd_notify::notify_with_fds(
+        &[NotifyState::FdStore, NotifyState::FdName(NAME)],
+        &[file.as_fd()],
+    )?;
+    Ok(file.into())
+}
+
+/// Reads what the service manager gave back.
+fn read(file: &File, range: MarkRange) -> Result<Records, Error> {
+    let length = file.metadata()?.len();
+    let mut header = [0; HEADER as usize];
+    if length < HEADER {
+        return Err(Error::Format);
+    }
+    file.read_exact_at(&mut header, 0)?;
+    let start = log_start(&header, range)?;
+    let length = length.checked_sub(start).ok_or(Error::Format)?;
+    if length > MOST {
+        return Err(Error::Format);
+    }
+    let mut log = vec![0; usize::try_from(length).map_err(|_| Error::Format)?];
+    file.read_exact_at(&mut log, start)?;
+    Ok(records(&log, range))
+}
+
+/// The same, of bytes.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn parse(bytes: &[u8], range: MarkRange) -> Result<Records, Error> {
+    let header = bytes.first_chunk().ok_or(Error::Format)?;
+    let start = usize::try_from(log_start(header, range)?).map_err(|_| Error::Format)?;
+    let log = bytes.get(start..).ok_or(Error::Format)?;
+    Ok(records(log, range))
+}
+
+fn log_start(header: &[u8; HEADER as usize], range: MarkRange) -> Result<u64, Error> {
+    let rest = header.strip_prefix(&MAGIC).ok_or(Error::Format)?;
+    let (mask, start) = rest.split_first_chunk().ok_or(Error::Format)?;
+    let start = start.first_chunk().copied().ok_or(Error::Format)?;
+    if u32::from_le_bytes(*mask) != range.mask() {
+        return Err(Error::Marks);
+    }
+    match u64::from_le_bytes(start) {
+        start if start >= HEADER => Ok(start),
+        _ => Err(Error::Format),
+    }
+}
+
+/// All records up to the first that is not whole: a helper was killed when it wrote that one.
+fn records(mut log: &[u8], range: MarkRange) -> Records {
+    let mut records = Records::default();
+    while let Some((bytes, rest)) = next(log) {
+        log = rest;
+        if let Some((uid, stamp, layout)) = record::decode(bytes, range) {
+            records.0.insert((uid, stamp), layout);
+        }
+    }
+    records
+}
+
+fn next(log: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (length, rest) = log.split_first_chunk()?;
+    let (sum, rest) = rest.split_first_chunk()?;
+    let (bytes, rest) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+    (checksum(bytes) == u64::from_le_bytes(*sum)).then_some((bytes, rest))
+}
+
+fn push(log: &mut Vec<u8>, uid: Uid, stamp: Stamp, layout: &Layout) {
+    let bytes = record::encode(uid, stamp, layout);
+    let Ok(length) = u32::try_from(bytes.len()) else {
+        return;
+    };
+    log.reserve(PREFIX + bytes.len());
+    log.extend(length.to_le_bytes());
+    log.extend(checksum(&bytes).to_le_bytes());
+    log.extend(bytes);
+}
+
+/// FNV-1a: against accidents, not against anybody. The file is the helper's own.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, &byte| {
+        (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests;

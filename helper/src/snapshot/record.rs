@@ -1,0 +1,215 @@
+//! A record of the snapshot: one user's layout, as it is written down. Reading takes any bytes.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU16;
+
+use cgtproxy_proto::name::ProxyName;
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup::{ControlGroupId, OwnedControlGroup};
+use crate::mark::{Mark, MarkRange};
+use crate::nft::{
+    Bypass, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, Proxy, Stamp, Verdict,
+};
+use crate::peer::Uid;
+
+#[derive(Serialize, Deserialize)]
+struct Record {
+    uid: u32,
+    stamp: u32,
+    /// Id and level.
+    subtree: (u64, u32),
+    proxies: Vec<ProxyRecord>,
+    bypass: BypassRecord,
+    levels: BTreeSet<u32>,
+    holds: Vec<(u32, VerdictRecord)>,
+    enforced: bool,
+    /// Interfaces, and the proxy.
+    gateway: Option<(Vec<String>, String)>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct BypassRecord {
+    ipv4: Vec<(Ipv4Addr, Ipv4Addr)>,
+    ipv6: Vec<(Ipv6Addr, Ipv6Addr)>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ProxyRecord {
+    name: String,
+    mark: u32,
+    number: u32,
+    delivery: DeliveryRecord,
+    /// No TCP, UDP, IPv4, IPv6.
+    exceptions: [bool; 4],
+    reject_udp: bool,
+    dns_hijack: Option<DnsRecord>,
+}
+
+#[derive(Serialize, Deserialize)]
+enum DeliveryRecord {
+    Tproxy(NonZeroU16),
+    Redirect(Option<NonZeroU16>),
+}
+
+#[derive(Serialize, Deserialize)]
+struct DnsRecord {
+    addresses: Vec<IpAddr>,
+    port: NonZeroU16,
+    tcp: bool,
+    loopback: bool,
+    own: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+enum VerdictRecord {
+    Direct,
+    Drop,
+    DropAll,
+    Proxy(String),
+}
+
+/// The record's bytes.
+pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout) -> Vec<u8> {
+    let proxies = layout.proxies.iter().map(|(name, proxy)| ProxyRecord {
+        name: name.to_string(),
+        mark: proxy.mark.value(),
+        number: proxy.number,
+        delivery: match proxy.delivery {
+            Delivery::Tproxy(port) => DeliveryRecord::Tproxy(port),
+            Delivery::Redirect(port) => DeliveryRecord::Redirect(port),
+        },
+        exceptions: [
+            proxy.exceptions.no_tcp,
+            proxy.exceptions.no_udp,
+            proxy.exceptions.no_ipv4,
+            proxy.exceptions.no_ipv6,
+        ],
+        reject_udp: proxy.reject_udp,
+        dns_hijack: proxy.dns_hijack.as_ref().map(|hijack| DnsRecord {
+            addresses: hijack.addresses.clone(),
+            port: hijack.port,
+            tcp: hijack.tcp,
+            loopback: hijack.loopback,
+            own: hijack.own,
+        }),
+    });
+    let verdict = |verdict: &Verdict| match verdict {
+        Verdict::Direct => VerdictRecord::Direct,
+        Verdict::Drop => VerdictRecord::Drop,
+        Verdict::DropAll => VerdictRecord::DropAll,
+        Verdict::Proxy(name) => VerdictRecord::Proxy(name.to_string()),
+    };
+    let record = Record {
+        uid: uid.value(),
+        stamp: stamp.value(),
+        subtree: (
+            u64::from_ne_bytes(layout.subtree.id().to_bytes()),
+            layout.subtree.level(),
+        ),
+        proxies: proxies.collect(),
+        bypass: BypassRecord {
+            ipv4: layout.bypass.ipv4.clone(),
+            ipv6: layout.bypass.ipv6.clone(),
+        },
+        levels: layout.levels.clone(),
+        holds: layout
+            .holds
+            .iter()
+            .map(|hold| (hold.level, verdict(&hold.verdict)))
+            .collect(),
+        enforced: layout.enforced,
+        gateway: layout.gateway.as_ref().map(|gateway| {
+            let interfaces = gateway.interfaces.iter().map(ToString::to_string);
+            (interfaces.collect(), gateway.proxy.to_string())
+        }),
+    };
+    // Nothing in it is of a kind that can't be written.
+    bincode::serde::encode_to_vec(&record, bincode::config::standard()).unwrap_or_default()
+}
+
+/// What a record says; none if it makes no sense.
+pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layout)> {
+    // A list's length is believed only as far as there are bytes for it (serde's size hints are cautious).
+    let (record, read): (Record, usize) =
+        bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
+    if read != bytes.len() {
+        return None;
+    }
+    let (id, level) = record.subtree;
+    let mut layout = Layout {
+        subtree: OwnedControlGroup::found(ControlGroupId::from_bytes(id.to_ne_bytes()), level),
+        proxies: record
+            .proxies
+            .into_iter()
+            .map(|proxy| self::proxy(proxy, range))
+            .collect::<Option<_>>()?,
+        bypass: Bypass {
+            ipv4: record.bypass.ipv4,
+            ipv6: record.bypass.ipv6,
+        },
+        levels: record.levels,
+        holds: BTreeSet::new(),
+        enforced: record.enforced,
+        gateway: None,
+    };
+    let known = |name: String| {
+        let name: ProxyName = name.parse().ok()?;
+        layout.proxies.contains_key(&name).then_some(name)
+    };
+    let mut holds = BTreeSet::new();
+    for (level, verdict) in record.holds {
+        let verdict = match verdict {
+            VerdictRecord::Direct => Verdict::Direct,
+            VerdictRecord::Drop => Verdict::Drop,
+            VerdictRecord::DropAll => Verdict::DropAll,
+            VerdictRecord::Proxy(name) => Verdict::Proxy(known(name)?),
+        };
+        holds.insert(Hold { level, verdict });
+    }
+    let gateway = match record.gateway {
+        Some((interfaces, proxy)) => Some(Gateway {
+            interfaces: interfaces
+                .into_iter()
+                .map(|name| name.parse().ok())
+                .collect::<Option<_>>()?,
+            proxy: known(proxy)?,
+        }),
+        None => None,
+    };
+    layout.holds = holds;
+    layout.gateway = gateway;
+    Some((record.uid, Stamp::found(record.stamp), layout))
+}
+
+fn proxy(record: ProxyRecord, range: MarkRange) -> Option<(ProxyName, Proxy)> {
+    let mark = Mark::adopted(record.mark);
+    if !range.has(mark) {
+        return None;
+    }
+    let [no_tcp, no_udp, no_ipv4, no_ipv6] = record.exceptions;
+    let proxy = Proxy {
+        mark,
+        number: record.number,
+        delivery: match record.delivery {
+            DeliveryRecord::Tproxy(port) => Delivery::Tproxy(port),
+            DeliveryRecord::Redirect(port) => Delivery::Redirect(port),
+        },
+        exceptions: Exceptions {
+            no_tcp,
+            no_udp,
+            no_ipv4,
+            no_ipv6,
+        },
+        reject_udp: record.reject_udp,
+        dns_hijack: record.dns_hijack.map(|hijack| DnsHijack {
+            addresses: hijack.addresses,
+            port: hijack.port,
+            tcp: hijack.tcp,
+            loopback: hijack.loopback,
+            own: hijack.own,
+        }),
+    };
+    Some((record.name.parse().ok()?, proxy))
+}

@@ -1,0 +1,121 @@
+//! A snapshot that is written, cut, changed and grown.
+
+use std::collections::BTreeSet;
+
+use super::*;
+use crate::cgroup::OwnedControlGroup;
+use crate::nft::{Bypass, Hold, Verdict};
+
+fn range() -> MarkRange {
+    MarkRange::new(0xff00_0000).unwrap()
+}
+
+/// A layout that is told from others by its level, with something of every kind that is short.
+fn layout(level: u32) -> Layout {
+    Layout {
+        subtree: OwnedControlGroup::for_test(7, 3),
+        proxies: BTreeMap::new(),
+        bypass: Bypass {
+            ipv4: vec![([10, 0, 0, 0].into(), [10, 255, 255, 255].into())],
+            ipv6: Vec::new(),
+        },
+        levels: BTreeSet::from([level]),
+        holds: BTreeSet::from([Hold {
+            level: level + 1,
+            verdict: Verdict::Drop,
+        }]),
+        enforced: false,
+        gateway: None,
+    }
+}
+
+fn uid() -> Uid {
+    Uid::for_test(1000)
+}
+
+fn read_back(memory: &Memory) -> Records {
+    Snapshot::in_memory(memory, range()).1.unwrap()
+}
+
+#[test]
+fn has_what_was_in_force_and_what_was_to_be() {
+    let memory = Memory::default();
+    let (mut snapshot, nothing) = Snapshot::in_memory(&memory, range());
+    assert!(matches!(nothing, Err(Error::Format)));
+    let (old, new) = (Stamp::found(1), Stamp::found(2));
+    snapshot.renew(range(), [(uid(), old, &layout(4))].into_iter());
+    snapshot.add(uid(), new, &layout(5));
+    let records = read_back(&memory);
+    assert_eq!(records.get(uid(), old), Some(&layout(4)));
+    assert_eq!(records.get(uid(), new), Some(&layout(5)));
+    assert_eq!(records.get(uid(), Stamp::found(3)), None);
+    assert_eq!(records.get(Uid::for_test(1001), old), None);
+}
+
+#[test]
+fn a_helper_that_is_killed_while_it_writes_spoils_nothing() {
+    let memory = Memory::default();
+    let (mut snapshot, _) = Snapshot::in_memory(&memory, range());
+    snapshot.renew(range(), [(uid(), Stamp::found(1), &layout(4))].into_iter());
+    let whole = memory.borrow().len();
+    snapshot.add(uid(), Stamp::found(2), &layout(5));
+    let end = memory.borrow().len();
+    for length in whole..end {
+        let cut = Memory::default();
+        cut.borrow_mut()
+            .extend_from_slice(&memory.borrow()[..length]);
+        let (mut next, records) = Snapshot::in_memory(&cut, range());
+        let records = records.unwrap();
+        assert_eq!(records.get(uid(), Stamp::found(1)), Some(&layout(4)));
+        assert_eq!(records.get(uid(), Stamp::found(2)), None);
+        // And the next helper writes on.
+        next.renew(range(), [(uid(), Stamp::found(1), &layout(4))].into_iter());
+        next.add(uid(), Stamp::found(3), &layout(6));
+        let records = read_back(&cut);
+        assert_eq!(records.get(uid(), Stamp::found(1)), Some(&layout(4)));
+        assert_eq!(records.get(uid(), Stamp::found(3)), Some(&layout(6)));
+    }
+}
+
+#[test]
+fn what_is_not_ours_is_thrown_away() {
+    let memory = Memory::default();
+    let (mut snapshot, _) = Snapshot::in_memory(&memory, range());
+    snapshot.renew(range(), [(uid(), Stamp::found(1), &layout(4))].into_iter());
+    let bytes = memory.borrow().clone();
+    let other = MarkRange::new(0x00ff_0000).unwrap();
+    assert!(matches!(parse(&bytes, other), Err(Error::Marks)));
+    for position in 0..bytes.len() {
+        let mut spoilt = bytes.clone();
+        spoilt[position] ^= 0x10;
+        let found = parse(&spoilt, range());
+        let found = found
+            .ok()
+            .and_then(|records| records.get(uid(), Stamp::found(1)).cloned());
+        assert_eq!(found, None, "byte {position}");
+    }
+}
+
+#[test]
+fn it_grows_no_longer_than_it_must() {
+    let (mut snapshot, _) = Snapshot::open(None, range());
+    snapshot.place = Place::File(memfd_create(c"test", MemfdFlags::CLOEXEC).unwrap().into());
+    snapshot.renew(range(), std::iter::empty());
+    for number in 0..20_000 {
+        snapshot.add(uid(), Stamp::found(number), &layout(number % 200));
+        if snapshot.is_long() {
+            let present = layout(number % 200);
+            let in_force = [(uid(), Stamp::found(number), &present)];
+            snapshot.renew(range(), in_force.into_iter());
+        }
+        assert!(snapshot.end - snapshot.start < 2 * SLACK);
+    }
+    let Place::File(file) = &snapshot.place else {
+        panic!("it is a file");
+    };
+    let records = read(file, range()).unwrap();
+    let last = records.get(uid(), Stamp::found(19_999));
+    assert_eq!(last, Some(&layout(19_999 % 200)));
+    let used = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512;
+    assert!(used < 4 * SLACK, "{used} bytes are held");
+}
