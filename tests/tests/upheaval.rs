@@ -201,3 +201,70 @@ fn nothing_is_left_of_a_user_who_is_deleted() {
         installed.expect(&next, direct);
     });
 }
+
+/// The next helper knows what the one before it had in force, before any agent is back: another kind of table
+/// opens no gap, and what is flushed then is put back.
+#[test]
+fn a_helper_knows_what_the_one_before_it_had_in_force() {
+    sandbox(|sb| {
+        let installed = Installed::boot(sb, "own-table: true\ngrace-seconds: 600", |_| ());
+        let system = &installed.system;
+        let alice = system.alice();
+        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        installed.enable(alice, CONFIG);
+        let browser = installed.desktop_app(alice, "browser");
+        let tracker = installed.desktop_app(alice, "tracker");
+        installed.wait_in_force(alice);
+        let to = sb.destinations();
+        let open = to.map(|to| browser.open_tcp(to).expect("the proxy answers"));
+        let map = format!("cgroups-{}", alice.uid());
+        let ids = mapped_ids(sb, &map);
+        // The agent does not come back for now.
+        let agent = system.user_property(alice, AGENT, "MainPID");
+        system.run(&["kill", "-STOP", &agent]);
+        let holds = |what: &str| {
+            assert_eq!(mapped_ids(sb, &map), ids, "{what}");
+            for (open, to) in open.iter().zip(to) {
+                assert_eq!(open.ask(), proxied("mihomo", to), "{what}");
+            }
+            installed.expect(&browser, |to| proxied("mihomo", to));
+            installed.expect_dropped(&tracker);
+        };
+        let traffic = Steady::start(sb, &browser);
+        traffic.assert_proxied("mihomo");
+        for own in ["false", "true", "false"] {
+            let config = "/etc/cgtproxy/helper.yaml";
+            let edit = format!("sed -i 's/own-table: .*/own-table: {own}/' {config}");
+            system.run(&["sh", "-ec", &edit]);
+            if own == "true" {
+                let helper = system.property(HELPER, "MainPID");
+                system.run(&["kill", "-KILL", &helper]);
+                wait_until("another process has taken its place", || {
+                    let now = system.property(HELPER, "MainPID");
+                    now != helper
+                        && now != "0"
+                        && system.property(HELPER, "ActiveState") == "active"
+                });
+            } else {
+                system.run(&["systemctl", "restart", HELPER]);
+            }
+            holds(own);
+            traffic.assert_proxied("mihomo");
+            traffic.assert_none_strayed(sb, &["mihomo"]);
+        }
+        drop(traffic);
+        sb.nft("flush ruleset");
+        wait_until("the table is back", || sb.maps().contains(&map));
+        holds("flushed before the agent is back");
+        system.run(&["kill", "-CONT", &agent]);
+        installed.wait_in_force(alice);
+        holds("the agent is back");
+        let log = system.journal(HELPER);
+        assert!(!log.contains("replaced as a whole"), "{log}");
+        system.run(&["systemctl", "stop", "cgtproxy-helper.socket"]);
+        assert!(!sb.has_table());
+        // The store is empty as well: what was there is not known to the next one.
+        system.run(&["systemctl", "start", "cgtproxy-helper.socket"]);
+        installed.wait_in_force(alice);
+    });
+}
