@@ -261,10 +261,11 @@ fn a_helper_knows_what_the_one_before_it_had_in_force() {
         holds("the agent is back");
         let log = system.journal(HELPER);
         assert!(!log.contains("replaced as a whole"), "{log}");
+        assert_eq!(system.property(HELPER, "NFileDescriptorStore"), "1");
         system.run(&["systemctl", "stop", "cgtproxy-helper.socket"]);
         assert!(!sb.has_table());
-        // The store is empty as well: what was there is not known to the next one.
-        system.run(&["systemctl", "start", "cgtproxy-helper.socket"]);
-        installed.wait_in_force(alice);
+        wait_until("the store is empty", || {
+            system.property(HELPER, "NFileDescriptorStore") == "0"
+        });
     });
 }
