@@ -223,6 +223,7 @@ impl Registry {
         Ok(Staged {
             plan: Plan {
                 uid,
+                had: self.stamp(uid),
                 before,
                 after: Some(Rc::clone(&layout)),
                 stamp,
@@ -311,6 +312,7 @@ impl Registry {
             plan: Plan {
                 uid,
                 before: Before::Layout(Rc::clone(&user.layout)),
+                had: Some(user.stamp),
                 after: Some(Rc::clone(&layout)),
                 stamp,
                 delete,
@@ -338,6 +340,7 @@ impl Registry {
             plan: Plan {
                 uid,
                 before,
+                had: self.stamp(uid),
                 after: None,
                 stamp: Stamp::draw(),
                 delete: Vec::new(),
@@ -396,6 +399,7 @@ impl Registry {
             Entry::Policy(user) => Some(Plan {
                 uid,
                 before: Before::Nothing,
+                had: None,
                 after: Some(Rc::clone(&user.layout)),
                 stamp: user.stamp,
                 delete: Vec::new(),
@@ -461,6 +465,15 @@ impl Registry {
             return Err(Refused::TooManyControlGroups(self.limits.control_groups));
         }
         Ok(())
+    }
+
+    /// The name of the layout that the kernel has for a user, if it has one.
+    fn stamp(&self, uid: Uid) -> Option<Stamp> {
+        match self.users.get(&uid)? {
+            Entry::Policy(user) => Some(user.stamp),
+            Entry::Known(known) => Some(known.stamp),
+            Entry::LeftBehind(left) => left.stamp,
+        }
     }
 
     fn before(&self, uid: Uid) -> Before {

@@ -8,6 +8,7 @@ use cgtproxy_tests::sandbox::{
     App, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, direct, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::{SOCKET, Session};
+use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wire::Transport;
 use serde_json::{Value, json};
 
@@ -175,5 +176,51 @@ fn a_hold_outlives_the_agent_and_the_helper() {
         session.call("RemovePolicy", json!({}));
         let mut anybody = Session(user.varlink(SOCKET));
         assert_eq!(anybody.status()["session"], "none");
+    });
+}
+
+/// However its drop is said from one policy to the next: by its slice or by itself, with chains of its own or
+/// without, at a level that was looked at before or was not.
+#[test]
+fn nothing_leaves_while_a_drop_is_said_otherwise() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let app = user.cgroup(SCOPE).app();
+        let mut session = Session::of(&user);
+        let mut policies = vec![
+            (json!([]), json!([plain(SLICE, "drop")])),
+            (json!([]), json!([plain(SCOPE, "drop")])),
+            (json!([]), json!([held(SLICE, "direct", None)])),
+            (
+                mihomo(),
+                json!([
+                    held(SLICE, "proxy", Some("mihomo")),
+                    held(SCOPE, "drop", None)
+                ]),
+            ),
+            (
+                json!([]),
+                json!([plain(SLICE, "drop"), plain(SCOPE, "dropAll")]),
+            ),
+            (mihomo(), json!([held(SLICE, "drop", None)])),
+            (
+                json!([]),
+                json!([plain(SLICE, "direct"), plain(SCOPE, "drop")]),
+            ),
+        ];
+        let (proxies, assignments) = policies[0].clone();
+        session.replace(proxies, json!([]), assignments);
+        let steady = Steady::start(sb, &app);
+        for round in 0..40 {
+            for (proxies, assignments) in &policies {
+                session.replace(proxies.clone(), json!([]), assignments.clone());
+            }
+            // Each comes after each other one.
+            let step = round % policies.len();
+            policies.rotate_left(step);
+            policies.swap(0, 1);
+        }
+        steady.assert_nothing_left(sb);
     });
 }

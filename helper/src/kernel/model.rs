@@ -81,6 +81,7 @@ impl Table {
                 plan.keeps_layout(),
                 "a stamp is the name of one layout"
             );
+            assert_eq!(plan.had, Some(before.stamp), "it has another stamp");
         }
         let (mut elements, mut held) = match &plan.before {
             Before::Nothing => {
@@ -94,8 +95,7 @@ impl Table {
             }
             Before::LeftBehind(left) => {
                 let before = before.expect("there is something of this user's");
-                assert_eq!(left_behind(plan.uid, &before.layout), *left);
-                assert!(left.stamped, "its stamp stays");
+                assert_eq!(left_behind(plan.uid, &before), *left);
                 Default::default()
             }
         };
@@ -144,7 +144,7 @@ impl Table {
                     assert_eq!(*layout, objects.layout, "the snapshot has another layout");
                     Inherited::Known(objects.known())
                 }
-                None => Inherited::LeftBehind(left_behind(uid, &objects.layout)),
+                None => Inherited::LeftBehind(left_behind(uid, objects)),
             };
             (uid, left)
         };
@@ -152,7 +152,8 @@ impl Table {
     }
 }
 
-fn left_behind(uid: Uid, layout: &Layout) -> LeftBehind {
+fn left_behind(uid: Uid, objects: &Objects) -> LeftBehind {
+    let layout = &objects.layout;
     LeftBehind {
         subtree: Some(layout.subtree.id()).filter(|_| uid != Uid::ROOT),
         proxies: layout
@@ -166,7 +167,7 @@ fn left_behind(uid: Uid, layout: &Layout) -> LeftBehind {
             .map(|(name, proxy)| (name.clone(), proxy.number))
             .collect(),
         holds: layout.holds.clone(),
-        stamped: true,
+        stamp: Some(objects.stamp),
     }
 }
 

@@ -59,7 +59,7 @@ impl Nftables {
                 Some(known) => {
                     inherited.insert(uid, Inherited::Known(known));
                 }
-                None => left.entry(uid).or_default().stamped = stamp.is_some(),
+                None => left.entry(uid).or_default().stamp = stamp,
             }
         }
         if !left.is_empty() {

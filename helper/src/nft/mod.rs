@@ -34,6 +34,7 @@ use crate::netlink::{attributes, string};
 use crate::peer::Uid;
 use crate::snapshot::Records;
 use ffi::table_flags::{OWNER, PERSIST};
+use plan::Step;
 use socket::{Failure, NetfilterSocket};
 use transaction::Transaction;
 
@@ -79,8 +80,8 @@ pub enum Error {
     /// A user's change was refused; nothing has changed.
     #[error("the kernel refuses the change: {0}")]
     Refused(#[source] Refusal),
-    /// Nobody knows whether the change was made.
-    #[error("the kernel's answer to the change was lost: {0}")]
+    /// Nobody knows whether the change was made, or part of it could not be taken back.
+    #[error("the kernel has perhaps a part of the change: {0}")]
     Unknown(#[source] Refusal),
 }
 
@@ -178,7 +179,8 @@ impl Nftables {
         Ok(self.socket.carry_out(&transaction.finish())?)
     }
 
-    /// Carries a plan out in one transaction, or nothing of it.
+    /// Carries a plan out, or nothing of it. What changes a policy that is in force takes as many transactions
+    /// as it has steps; if one is refused, the ones before it are taken back.
     ///
     /// # Errors
     /// If the kernel refuses; it holds what it held before.
@@ -186,9 +188,53 @@ impl Nftables {
         if plan.is_empty() {
             return Ok(());
         }
+        let steps: Vec<Step> = Step::ALL.into_iter().filter(|s| s.has_work(plan)).collect();
+        if steps.len() > 1 {
+            return self.commit_steps(plan, &steps);
+        }
         let mut transaction = self.transaction();
         transaction.plan(plan);
         Ok(self.socket.carry_out(&transaction.finish())?)
+    }
+
+    /// In between, what there is has no stamp: it is neither the one layout nor the other, and a helper that is
+    /// started then takes it over as it takes over what no snapshot knows.
+    fn commit_steps(&self, plan: &Plan, steps: &[Step]) -> Result<(), Error> {
+        let mut done = Vec::new();
+        for &step in steps {
+            let mut transaction = self.transaction();
+            if done.is_empty() {
+                transaction.unstamp(plan);
+            }
+            transaction.step(plan, step);
+            if steps.last() == Some(&step) {
+                transaction.stamp(plan);
+            }
+            let refusal = match self.socket.carry_out(&transaction.finish()) {
+                Ok(()) => {
+                    done.push(step);
+                    continue;
+                }
+                Err(Failure::Refused(refusal)) => refusal,
+                Err(unknown) => return Err(unknown.into()),
+            };
+            // The verdicts that were replaced are known to the policy alone.
+            if done.contains(&Step::Changes) {
+                return Err(Error::Unknown(refusal));
+            }
+            if !done.is_empty() {
+                let mut transaction = self.transaction();
+                transaction.take_back(plan, &done);
+                match self.socket.carry_out(&transaction.finish()) {
+                    Ok(()) => {}
+                    Err(Failure::Refused(refusal) | Failure::Unknown(refusal)) => {
+                        return Err(Error::Unknown(refusal));
+                    }
+                }
+            }
+            return Err(Error::Refused(refusal));
+        }
+        Ok(())
     }
 
     /// Removes the table with everything in it. No table is no error.

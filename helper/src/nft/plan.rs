@@ -211,8 +211,8 @@ pub struct LeftBehind {
     pub numbers: BTreeMap<ProxyName, u32>,
     /// The chains for control groups below which everything is held.
     pub holds: BTreeSet<Hold>,
-    /// Whether their layout has a stamp.
-    pub stamped: bool,
+    /// The name of their layout, if it has one.
+    pub stamp: Option<Stamp>,
 }
 
 /// A user's objects that a helper before this one left in the kernel, and that a snapshot describes.
@@ -233,6 +233,7 @@ impl Known {
         Plan {
             uid,
             before: Before::Nothing,
+            had: None,
             after: Some(Rc::clone(&self.layout)),
             stamp: self.stamp,
             delete: Vec::new(),
@@ -267,6 +268,8 @@ pub enum Before {
 pub struct Plan {
     pub(crate) uid: Uid,
     pub(crate) before: Before,
+    /// The name of that, if it has one.
+    pub(crate) had: Option<Stamp>,
     /// What the kernel holds afterwards; none: nothing of this user.
     pub(crate) after: Option<Rc<Layout>>,
     /// The name of that: another one if it is another layout.
@@ -277,7 +280,88 @@ pub struct Plan {
     pub(crate) add: Vec<(OwnedControlGroup, Element)>,
 }
 
+/// The transactions that a change of what a user has takes, one after the other, those that have something to
+/// do. What each leaves is, for every socket, what was before or what is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Chains that elements will lead to.
+    Chains,
+    /// Control groups that had no element.
+    Additions,
+    /// Those that have another verdict, and the rest.
+    Changes,
+    /// Control groups that have no element any more, and chains that nothing leads to now.
+    Deletions,
+}
+
+impl Step {
+    pub(super) const ALL: [Self; 4] = [
+        Self::Chains,
+        Self::Additions,
+        Self::Changes,
+        Self::Deletions,
+    ];
+
+    /// Whether the kernel has to do anything in this step.
+    pub(super) fn has_work(self, plan: &Plan) -> bool {
+        let (Before::Layout(before), Some(after)) = (&plan.before, &plan.after) else {
+            return false;
+        };
+        match self {
+            Self::Chains => {
+                !after.holds.is_subset(&before.holds)
+                    || after
+                        .proxies
+                        .keys()
+                        .any(|p| !before.proxies.contains_key(p))
+            }
+            Self::Additions => !plan.additions().is_empty(),
+            Self::Changes => {
+                let changed = |(name, old): (&ProxyName, &Proxy)| {
+                    after.proxies.get(name).is_some_and(|new| new != old)
+                };
+                !plan.changes().is_empty()
+                    || before.proxies.iter().any(changed)
+                    || before.bypass != after.bypass
+                    || before.gateway != after.gateway
+                    || (after.gateway.is_some() && before.proxies != after.proxies)
+                    || before.subtree != after.subtree
+            }
+            Self::Deletions => {
+                let goes = |proxy| !after.proxies.contains_key(proxy);
+                let levels = before.levels.union(&after.levels);
+                !plan.deletions().is_empty()
+                    || levels.count() > after.levels.len()
+                    || before.enforced != after.enforced
+                    || !before.holds.is_subset(&after.holds)
+                    || before.proxies.keys().any(goes)
+            }
+        }
+    }
+}
+
 impl Plan {
+    /// What has had no element.
+    pub(super) fn additions(&self) -> Vec<(OwnedControlGroup, Element)> {
+        let had: BTreeSet<_> = self.delete.iter().collect();
+        let added = self.add.iter().filter(|(c, _)| !had.contains(&c.id()));
+        added.cloned().collect()
+    }
+
+    /// What has an element and gets another.
+    pub(super) fn changes(&self) -> Vec<(OwnedControlGroup, Element)> {
+        let had: BTreeSet<_> = self.delete.iter().collect();
+        let changed = self.add.iter().filter(|(c, _)| had.contains(&c.id()));
+        changed.cloned().collect()
+    }
+
+    /// What has an element and will have none.
+    pub(super) fn deletions(&self) -> Vec<ControlGroupId> {
+        let has: BTreeSet<_> = self.add.iter().map(|(cgroup, _)| cgroup.id()).collect();
+        let gone = self.delete.iter().filter(|id| !has.contains(id));
+        gone.copied().collect()
+    }
+
     /// Whether the kernel holds all of it already.
     #[must_use]
     pub fn is_empty(&self) -> bool {

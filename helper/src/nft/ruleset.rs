@@ -61,7 +61,7 @@ use nftnl::{ChainType, Hook, MsgType};
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{Before, Hold, Layout, LeftBehind, Plan};
+use super::plan::{Before, Hold, Layout, LeftBehind, Plan, Proxy, Stamp, Step};
 use super::rule::{Family, Protocol};
 use super::transaction::Transaction;
 use crate::cgroup::ControlGroupId;
@@ -384,7 +384,11 @@ impl Transaction<'_> {
         match (&plan.before, &plan.after) {
             (Before::Nothing, None) => {}
             (Before::Nothing, Some(after)) => self.create_user(&names, after, plan),
-            (Before::Layout(before), Some(after)) => self.change_user(&names, before, after, plan),
+            (Before::Layout(_), Some(_)) => {
+                for step in Step::ALL {
+                    self.step(plan, step);
+                }
+            }
             (Before::Layout(before), None) => {
                 let proxies = before
                     .proxies
@@ -399,28 +403,29 @@ impl Transaction<'_> {
                 self.delete_user(&names, left.subtree, proxies, &left.holds);
             }
         }
+        self.unstamp(plan);
         self.stamp(plan);
     }
 
-    /// The name of the layout that the kernel has from here on.
-    fn stamp(&mut self, plan: &Plan) {
-        if plan.keeps_layout() {
-            return;
-        }
-        let key = plan.uid.value().to_ne_bytes();
-        let stamped = match &plan.before {
-            Before::Nothing => false,
-            Before::Layout(_) => true,
-            Before::LeftBehind(left) => left.stamped,
-        };
-        if stamped {
+    /// The layout that the kernel has is not that of before any more.
+    pub(super) fn unstamp(&mut self, plan: &Plan) {
+        if !plan.keeps_layout() && plan.had.is_some() {
+            let key = plan.uid.value().to_ne_bytes();
             self.delete_element(STAMPS, KeyType::Uid, &key);
         }
-        if plan.after.is_some() {
-            let mut stamps = self.set(STAMPS, KeyType::Uid, Content::Numbers);
-            stamps.push(&key, Element::Number(plan.stamp.value()));
-            self.write_elements(&stamps, MsgType::Add);
+    }
+
+    /// The name of the layout that the kernel has from here on.
+    pub(super) fn stamp(&mut self, plan: &Plan) {
+        if !plan.keeps_layout() && plan.after.is_some() {
+            self.add_stamp(plan.uid, plan.stamp);
         }
+    }
+
+    fn add_stamp(&mut self, uid: Uid, stamp: Stamp) {
+        let mut stamps = self.set(STAMPS, KeyType::Uid, Content::Numbers);
+        stamps.push(&uid.value().to_ne_bytes(), Element::Number(stamp.value()));
+        self.write_elements(&stamps, MsgType::Add);
     }
 
     /// What is there is made to be what is wanted without a look at what it was. No chain or map that is needed
@@ -484,8 +489,8 @@ impl Transaction<'_> {
             self.create_hold(names, layout, hold);
         }
         self.bypass_elements(names, layout);
-        self.level_rules(names, layout);
-        self.add_verdicts(names, layout, plan);
+        self.level_rules(names, &layout.levels, layout.enforced);
+        self.add_verdicts(names, layout, &plan.additions());
         if names.is_system() {
             self.gateway(names, layout);
         } else {
@@ -506,21 +511,91 @@ impl Transaction<'_> {
         }
     }
 
-    fn change_user(&mut self, names: &Names, before: &Layout, after: &Layout, plan: &Plan) {
-        for map in names.verdict_maps() {
-            let mut deleted = self.set(map, KeyType::ControlGroup, Content::Numbers);
-            for id in &plan.delete {
-                deleted.push(&id.to_bytes(), Element::Key);
+    /// One step of a change of what a user has.
+    ///
+    /// A packet that is on its way goes by the rules that were in force when it entered the base chain, and
+    /// finds in maps what is in force at each look-up (nft_do_chain, net/netfilter/nf_tables_core.c). So no step
+    /// may take away what a rule looks for before there is what stands in its place, nor lead to a chain that
+    /// the rules of before the step know as empty: that chain would let the packet go.
+    pub(super) fn step(&mut self, plan: &Plan, step: Step) {
+        let (Before::Layout(before), Some(after)) = (&plan.before, &plan.after) else {
+            return;
+        };
+        let names = Names::of(plan.uid);
+        match step {
+            Step::Chains => {
+                for (name, proxy) in &after.proxies {
+                    if !before.proxies.contains_key(name) {
+                        self.create_proxy(&names, name, proxy);
+                    }
+                }
+                for hold in after.holds.difference(&before.holds) {
+                    self.create_hold(&names, after, hold);
+                }
             }
-            self.write_elements(&deleted, MsgType::Del);
+            Step::Additions => {
+                if step.has_work(plan) {
+                    let levels = before.levels.union(&after.levels).copied().collect();
+                    let enforced = before.enforced || after.enforced;
+                    self.level_rules_between(&names, before, &levels, enforced);
+                    self.add_verdicts(&names, after, &plan.additions());
+                }
+            }
+            Step::Changes => {
+                let changes = plan.changes();
+                self.delete_verdicts(&names, changes.iter().map(|(cgroup, _)| cgroup.id()));
+                self.add_verdicts(&names, after, &changes);
+                self.change_layout(&names, before, after);
+            }
+            Step::Deletions => {
+                self.delete_verdicts(&names, plan.deletions().into_iter());
+                if before.levels != after.levels || before.enforced != after.enforced {
+                    self.level_rules(&names, &after.levels, after.enforced);
+                }
+                for hold in before.holds.difference(&after.holds) {
+                    self.delete_hold(&names, before, hold);
+                }
+                for (name, proxy) in &before.proxies {
+                    if !after.proxies.contains_key(name) {
+                        self.drop_proxy(&names, name, proxy);
+                    }
+                }
+            }
         }
+    }
 
+    /// Takes back what these first steps have added.
+    pub(super) fn take_back(&mut self, plan: &Plan, done: &[Step]) {
+        let (Before::Layout(before), Some(after)) = (&plan.before, &plan.after) else {
+            return;
+        };
+        let names = Names::of(plan.uid);
+        if done.contains(&Step::Additions) {
+            let added = plan.additions();
+            self.delete_verdicts(&names, added.iter().map(|(cgroup, _)| cgroup.id()));
+            self.level_rules(&names, &before.levels, before.enforced);
+        }
+        if done.contains(&Step::Chains) {
+            for hold in after.holds.difference(&before.holds) {
+                self.delete_hold(&names, after, hold);
+            }
+            for (name, proxy) in &after.proxies {
+                if !before.proxies.contains_key(name) {
+                    self.drop_proxy(&names, name, proxy);
+                }
+            }
+        }
+        if let Some(had) = plan.had.filter(|_| !plan.keeps_layout()) {
+            self.add_stamp(plan.uid, had);
+        }
+    }
+
+    /// What a user's layout has in both, and says otherwise.
+    fn change_layout(&mut self, names: &Names, before: &Layout, after: &Layout) {
         for (name, proxy) in &after.proxies {
-            match before.proxies.get(name) {
-                // Its mark is the same: a proxy keeps it for as long as the policy has its name.
-                Some(old) if old == proxy => {}
-                Some(_) => self.change_proxy(names, name, proxy),
-                None => self.create_proxy(names, name, proxy),
+            // Its mark is the same: a proxy keeps it for as long as the policy has its name.
+            if before.proxies.get(name).is_some_and(|old| old != proxy) {
+                self.change_proxy(names, name, proxy);
             }
         }
         if before.bypass != after.bypass {
@@ -528,28 +603,10 @@ impl Transaction<'_> {
             self.flush_set(&names.bypass6);
             self.bypass_elements(names, after);
         }
-        if before.levels != after.levels || before.enforced != after.enforced {
-            self.level_rules(names, after);
-        }
-        for hold in after.holds.difference(&before.holds) {
-            self.create_hold(names, after, hold);
-        }
-        self.add_verdicts(names, after, plan);
-        for hold in before.holds.difference(&after.holds) {
-            self.delete_hold(names, before, hold);
-        }
         if before.gateway != after.gateway
             || (after.gateway.is_some() && before.proxies != after.proxies)
         {
             self.gateway(names, after);
-        }
-        for (name, proxy) in &before.proxies {
-            if !after.proxies.contains_key(name) {
-                self.delete_proxy_elements(names, proxy.mark);
-                self.delete_proxy_choice(names, proxy);
-                self.flush_proxy(names, name);
-                self.delete_proxy_chains(names, name);
-            }
         }
         if before.subtree != after.subtree {
             if !names.is_system() {
@@ -559,6 +616,13 @@ impl Transaction<'_> {
             self.flush_chain(&names.owner);
             self.owner_rules(names, after);
         }
+    }
+
+    fn drop_proxy(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
+        self.delete_proxy_elements(names, proxy.mark);
+        self.delete_proxy_choice(names, proxy);
+        self.flush_proxy(names, name);
+        self.delete_proxy_chains(names, name);
     }
 
     /// References go before what they refer to: elements, then rules, then sets and chains.
@@ -601,17 +665,30 @@ impl Transaction<'_> {
         }
     }
 
-    fn level_rules(&mut self, names: &Names, layout: &Layout) {
+    /// Rules that look at these levels, if those of before don't.
+    fn level_rules_between(
+        &mut self,
+        names: &Names,
+        before: &Layout,
+        levels: &BTreeSet<u32>,
+        enforced: bool,
+    ) {
+        if before.levels != *levels || before.enforced != enforced {
+            self.level_rules(names, levels, enforced);
+        }
+    }
+
+    fn level_rules(&mut self, names: &Names, levels: &BTreeSet<u32>, enforced: bool) {
         self.flush_chain(&names.user);
-        self.level_rules_of(&names.user, &layout.levels, |rule, level| {
+        self.level_rules_of(&names.user, levels, |rule, level| {
             rule.socket_cgroupv2_map_vmap(level, &names.cgroups, &names.choices)
         });
         if names.is_system() {
             // goto open
             self.add_rules(SYSTEM, [&|rule| rule.goto(OPEN)]);
             self.flush_chain(ENFORCED);
-            if layout.enforced {
-                self.level_rules_of(ENFORCED, &layout.levels, |rule, level| {
+            if enforced {
+                self.level_rules_of(ENFORCED, levels, |rule, level| {
                     rule.socket_cgroupv2_vmap(level, ENFORCED)
                 });
             }

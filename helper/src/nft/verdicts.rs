@@ -16,10 +16,11 @@ use nftnl::MsgType;
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{Hold, Layout, Plan, Proxy, Verdict};
+use super::plan::{self, Hold, Layout, Proxy, Verdict};
 use super::rule::RuleBuilder;
 use super::ruleset::{ENFORCED, SESSIONS};
 use super::transaction::Transaction;
+use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 
 /// What a number means: its upper 24 bits. The lower eight are the level of what is held, or 0.
 const DIRECT: u32 = 1 << 8;
@@ -135,9 +136,28 @@ impl Transaction<'_> {
         self.delete_chain(&chain);
     }
 
-    pub(super) fn add_verdicts(&mut self, names: &Names, layout: &Layout, plan: &Plan) {
+    pub(super) fn delete_verdicts(
+        &mut self,
+        names: &Names,
+        ids: impl Iterator<Item = ControlGroupId> + Clone,
+    ) {
+        for map in names.verdict_maps() {
+            let mut deleted = self.set(map, KeyType::ControlGroup, Content::Numbers);
+            for id in ids.clone() {
+                deleted.push(&id.to_bytes(), Element::Key);
+            }
+            self.write_elements(&deleted, MsgType::Del);
+        }
+    }
+
+    pub(super) fn add_verdicts(
+        &mut self,
+        names: &Names,
+        layout: &Layout,
+        verdicts: &[(OwnedControlGroup, plan::Element)],
+    ) {
         let mut map = self.set(&names.cgroups, KeyType::ControlGroup, Content::Numbers);
-        for (cgroup, element) in &plan.add {
+        for (cgroup, element) in verdicts {
             let hold = Hold::of(cgroup.level(), element);
             let number = of_verdict(layout, &element.verdict, hold.as_ref());
             map.push(&cgroup.id().to_bytes(), Element::Number(number));
@@ -145,7 +165,7 @@ impl Transaction<'_> {
         self.write_elements(&map, MsgType::Add);
         if names.is_system() {
             let mut map = self.set(ENFORCED, KeyType::ControlGroup, Content::Verdicts);
-            for (cgroup, element) in &plan.add {
+            for (cgroup, element) in verdicts {
                 let key = cgroup.id().to_bytes();
                 if !element.enforced {
                     // It may be in one whose verdict is enforced.

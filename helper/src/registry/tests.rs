@@ -198,7 +198,7 @@ fn what_was_left_behind_keeps_its_marks() {
         .into(),
         numbers: [(name(1), 4)].into(),
         holds: BTreeSet::new(),
-        stamped: false,
+        stamp: None,
     };
     registry.adopt(uid, Inherited::LeftBehind(left));
     let request = |number| ProxyRequest {
