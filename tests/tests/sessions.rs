@@ -212,3 +212,60 @@ fn five_thousand_control_groups_come_and_go() {
         assert!(mapped_ids(sb, "cgroups-1001").is_empty());
     });
 }
+
+/// Which base chains there are that not everybody needs.
+fn optional_chains(sb: &Sandbox) -> Vec<String> {
+    let optional = [
+        "delivery",
+        "input",
+        "output-nat",
+        "postrouting",
+        "prerouting",
+        "prerouting-nat",
+    ];
+    let mut chains = sb.chains();
+    chains.retain(|chain| optional.contains(&chain.as_str()));
+    chains.sort();
+    chains
+}
+
+#[test]
+fn packets_pass_no_base_chain_before_somebody_needs_it() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        assert!(optional_chains(sb).is_empty());
+        let user = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup("app.slice").app();
+        let mut session = Session::of(&user);
+        let proxied_by = |proxy| json!([to_proxy("app.slice", proxy)]);
+        session.replace(json!([]), json!([]), json!([verdict("app.slice", "drop")]));
+        assert!(optional_chains(sb).is_empty());
+
+        let mut proxy = json!({ "name": "mihomo", "port": 7890 });
+        session.replace(json!([proxy]), json!([]), proxied_by("mihomo"));
+        assert_eq!(optional_chains(sb), ["delivery", "postrouting"]);
+        for to in sb.destinations() {
+            assert_eq!(app.tcp(to), proxied("mihomo", to));
+            assert_eq!(app.udp(to), proxied("mihomo", to));
+        }
+
+        proxy["dnsHijack"] = json!({ "ipv4": "127.0.0.1", "port": 1053, "tcp": true });
+        session.replace(json!([proxy]), json!([]), proxied_by("mihomo"));
+        let all = [
+            "delivery",
+            "input",
+            "output-nat",
+            "postrouting",
+            "prerouting-nat",
+        ];
+        assert_eq!(optional_chains(sb), all);
+        // Open connections may need them.
+        session.replace(json!([]), json!([]), json!([]));
+        assert_eq!(optional_chains(sb), all);
+
+        let mut system = Session::of(&sb.user(0));
+        system.replace(json!([]), json!([]), json!([]));
+        assert!(optional_chains(sb).contains(&"prerouting".to_owned()));
+    });
+}

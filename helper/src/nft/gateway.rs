@@ -26,6 +26,7 @@ impl Transaction<'_> {
     /// What the layout says of forwarded packets, in place of what was said before. Connections that are open
     /// go on as they began, also when their interface is not listed any more, or none is.
     pub(super) fn gateway(&mut self, names: &Names, layout: &Layout) {
+        self.gateway_chain();
         self.no_gateway();
         self.open_forwarded_rules();
         let gateway = layout.gateway.as_ref();

@@ -17,7 +17,7 @@ type Attempt = fn(RuleBuilder<'_>) -> RuleBuilder<'_>;
 
 /// What proxies need besides what the table itself needs, without which the helper does not start.
 const FEATURES: [(&str, Attempt); 3] = [
-    ("tproxy", |rule| rule.tproxy_accept(1)),
+    ("tproxy", |rule| rule.tproxy(1)),
     ("fib", |rule| rule.daddr_not_unicast().leave()),
     ("dnat", |rule| rule.dnat(IpAddr::V4(Ipv4Addr::LOCALHOST), 1)),
 ];

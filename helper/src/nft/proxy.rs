@@ -82,7 +82,7 @@ impl Transaction<'_> {
             Delivery::Tproxy(port) => {
                 self.tproxy_chains();
                 self.divert_rules(&divert, proxy.mark);
-                self.deliver_rules(&names.deliver(name), port.get());
+                self.deliver_rules(names, &names.deliver(name), port.get());
             }
             Delivery::Redirect(Some(port)) => {
                 self.translate_rules(&divert, proxy.mark);
@@ -240,17 +240,19 @@ impl Transaction<'_> {
         self.add_rules(&chain, [&|rule| rule.goto(&names.owner)]);
     }
 
-    /// Without a listener the packet goes on to the input chain, which refuses it.
-    fn deliver_rules(&mut self, chain: &CStr, port: u16) {
+    /// Once the packet has its socket, the delivery guard looks whose it is. Without a listener `tproxy` ends its
+    /// rule, and the packet is refused.
+    fn deliver_rules(&mut self, names: &Names, chain: &CStr, port: u16) {
         self.add_rules(
             chain,
             [
-                // meta l4proto tcp tproxy to :PORT accept
-                &|rule| rule.l4proto(Protocol::Tcp).tproxy_accept(port),
-                // meta l4proto udp tproxy to :PORT accept
-                &|rule| rule.l4proto(Protocol::Udp).tproxy_accept(port),
+                // meta l4proto tcp tproxy to :PORT goto guard-UID
+                &|rule| rule.l4proto(Protocol::Tcp).tproxy(port).goto(&names.guard),
+                // meta l4proto udp tproxy to :PORT goto guard-UID
+                &|rule| rule.l4proto(Protocol::Udp).tproxy(port).goto(&names.guard),
             ],
         );
+        self.refuse_rules(chain);
     }
 
     /// The first packet of a DNS query: it is marked for translation, unless it goes to the

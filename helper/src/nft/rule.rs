@@ -386,11 +386,10 @@ impl<'a> RuleBuilder<'a> {
         })
     }
 
-    /// `tproxy to :PORT accept`. Without a listener the rule does not match.
-    pub(super) fn tproxy_accept(self, port: u16) -> Self {
+    /// `tproxy to :PORT`. Without a listener the rule does not match.
+    pub(super) fn tproxy(self, port: u16) -> Self {
         self.with(&Immediate::new(port.to_be_bytes(), Register::Reg1))
             .with(&Tproxy)
-            .with(&Verdict::Accept)
     }
 
     /// `jump CHAIN`

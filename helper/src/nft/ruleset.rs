@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-4 { }                       # the format of this table
+//!   chain version-5 { }                       # the format of this table
 //!   map users   { type cgroupsv2 : verdict }  # user@1000.service : goto user-1000
 //!   map opens   { type cgroupsv2 : verdict }  # user@1000.service : goto open-1000
 //!   map marks   { type mark : verdict }       # a mark of a proxy of the system's : goto divert-0-mihomo
@@ -66,9 +66,10 @@ use super::rule::{Family, Protocol};
 use super::transaction::Transaction;
 use crate::cgroup::ControlGroupId;
 use crate::mark::Mark;
+use crate::peer::Uid;
 
 /// The chain that says how this table is laid out. A table without it is made anew.
-pub(super) const VERSION: &CStr = c"version-4";
+pub(super) const VERSION: &CStr = c"version-5";
 pub(super) const USERS: &CStr = c"users";
 const OPENS: &CStr = c"opens";
 pub(super) const MARKS: &CStr = c"marks";
@@ -135,11 +136,9 @@ impl Transaction<'_> {
         }
         let mangle = PRIORITY_MANGLE;
         self.add_base_chain(OUTPUT, ChainType::Route, Hook::Out, mangle);
-        self.add_base_chain(PREROUTING, ChainType::Filter, Hook::PreRouting, mangle);
-        self.add_base_chain(INPUT, ChainType::Filter, Hook::In, mangle);
         self.add_base_chain(FORWARD, ChainType::Filter, Hook::Forward, mangle);
         self.outgoing_rules();
-        self.incoming_rules();
+        self.forward_rules();
         if fresh {
             self.no_system_rules();
         } else {
@@ -212,6 +211,7 @@ impl Transaction<'_> {
             // ct mark & MASK vmap @resolve
             self.add_rules(chain, [&|rule| rule.ct_mark_vmap(mask, RESOLVE)]);
         }
+        self.input_chain();
     }
 
     /// A diverted packet goes to lo. While the `ip rule` or its route is missing, because another program
@@ -235,6 +235,9 @@ impl Transaction<'_> {
                         .iif_lo()
                         .meta_mark_vmap(mask, DELIVER)
                 },
+                // What is diverted to nobody reaches nobody.
+                // meta mark & DIVERT != 0 iif lo drop
+                &|rule| rule.meta_mark_has(divert).iif_lo().drop(),
             ],
         );
         self.add_base_chain(
@@ -252,15 +255,25 @@ impl Transaction<'_> {
         );
     }
 
-    fn incoming_rules(&mut self) {
-        let (mask, divert) = (self.marks.mask(), self.marks.divert());
-        self.add_rules(
+    /// The chain for what comes from networks behind the machine: there from the system's first policy on.
+    pub(super) fn gateway_chain(&mut self) {
+        self.add_base_chain(
             PREROUTING,
-            [
-                // goto gateway
-                &|rule| rule.goto(GATEWAY),
-            ],
+            ChainType::Filter,
+            Hook::PreRouting,
+            PRIORITY_MANGLE,
         );
+        // goto gateway
+        self.add_rules(PREROUTING, [&|rule| rule.goto(GATEWAY)]);
+        self.input_chain();
+    }
+
+    /// The chain for what was translated, and for what a gateway has diverted. Like those that translate, it is
+    /// there from the first need on: what is diverted to a TPROXY server by the machine itself is looked at
+    /// where it is delivered.
+    fn input_chain(&mut self) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        self.add_base_chain(INPUT, ChainType::Filter, Hook::In, PRIORITY_MANGLE);
         self.add_rules(
             INPUT,
             [
@@ -331,6 +344,10 @@ impl Transaction<'_> {
                 },
             ],
         );
+    }
+
+    fn forward_rules(&mut self) {
+        let divert = self.marks.divert();
         self.add_rules(
             FORWARD,
             [
