@@ -14,6 +14,9 @@ pub mod cgroup;
 pub mod cli;
 pub mod config;
 mod conntrack;
+// The bounds are of such builds.
+#[cfg(all(test, debug_assertions, target_arch = "x86_64"))]
+mod counts;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod kernel;

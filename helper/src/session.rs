@@ -30,7 +30,7 @@ use crate::state::{self, ConnectionId, Holder, Skipped, State};
 
 /// Why a call is refused.
 #[derive(Debug, thiserror::Error)]
-enum Error {
+pub(crate) enum Error {
     /// A parameter has a value that it can't have.
     #[error("the parameter '{0}' is invalid")]
     Parameter(String),
@@ -367,7 +367,7 @@ pub fn too_many_connections(limit: usize) -> Fault {
     )
 }
 
-fn assignments(
+pub(crate) fn assignments(
     uid: Uid,
     parameter: &str,
     assignments: Vec<Assignment>,

@@ -2,6 +2,9 @@
 
 #[cfg(test)]
 mod closed;
+// The bounds are of such builds.
+#[cfg(all(test, debug_assertions, target_arch = "x86_64"))]
+mod counts;
 mod ledger;
 mod proxy;
 mod session;
