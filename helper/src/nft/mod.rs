@@ -4,6 +4,8 @@ mod ffi;
 mod foreign;
 mod gateway;
 mod inherit;
+#[cfg(test)]
+mod messages;
 mod names;
 mod plan;
 mod probe;

@@ -13,10 +13,10 @@ use super::{Nftables, PROBE};
 const CHAIN: &CStr = c"probe";
 
 /// Makes a rule of what is to be tried.
-type Attempt = fn(RuleBuilder<'_>) -> RuleBuilder<'_>;
+pub(super) type Attempt = fn(RuleBuilder<'_>) -> RuleBuilder<'_>;
 
 /// What proxies need besides what the table itself needs, without which the helper does not start.
-const FEATURES: [(&str, Attempt); 3] = [
+pub(super) const FEATURES: [(&str, Attempt); 3] = [
     ("tproxy", |rule| rule.tproxy(1)),
     ("fib", |rule| rule.daddr_not_unicast().leave()),
     ("dnat", |rule| rule.dnat(IpAddr::V4(Ipv4Addr::LOCALHOST), 1)),

@@ -1,0 +1,458 @@
+//! Every kind of message that goes to nf_tables, taken apart again. That is also what looks at the memory that
+//! `ffi.rs` and libnftnl use: [`nothing_is_used_that_is_not_ours`] runs these tests under valgrind.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::env;
+use std::ffi::CStr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU16;
+use std::process::Command;
+use std::rc::Rc;
+
+use cgtproxy_proto::name::ProxyName;
+use nftnl::{FinalizedBatch, MsgType, ProtoFamily, Table, nft_nlmsg_maxsize};
+
+use super::ffi::table_flags::{OWNER, PERSIST};
+use super::ffi::{Content, Element, KeyType};
+use super::plan::{
+    Before, Bypass, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, LeftBehind, Plan,
+    Proxy, Verdict,
+};
+use super::transaction::Transaction;
+use super::{PROBE, TABLE, probe};
+use crate::cgroup::OwnedControlGroup;
+use crate::mark::{MarkAllocator, MarkRange};
+use crate::netlink::{Messages, attribute, attributes};
+use crate::peer::Uid;
+
+/// `NLA_F_NESTED` (linux/netlink.h).
+const NESTED: u16 = 0x8000;
+/// `struct nfgenmsg` (linux/netfilter/nfnetlink.h).
+const FAMILY_HEADER: usize = 4;
+/// `NFNL_SUBSYS_NFTABLES << 8`, and messages of it (linux/netfilter/nf_tables.h).
+const NFTABLES: u16 = 10 << 8;
+const NEW_SET_ELEMENTS: u16 = NFTABLES | 12;
+const DELETE_SET_ELEMENTS: u16 = NFTABLES | 14;
+/// `NFNL_MSG_BATCH_BEGIN` and `NFNL_MSG_BATCH_END` (linux/netfilter/nfnetlink.h).
+const BATCH: [u16; 2] = [16, 17];
+
+/// What was found in the messages of a transaction.
+#[derive(Default)]
+struct Found {
+    kinds: Vec<u16>,
+    strings: BTreeSet<String>,
+    /// The keys of elements, by the type of the message that has them.
+    keys: BTreeMap<u16, Vec<Vec<u8>>>,
+}
+
+impl Found {
+    /// Takes a transaction apart to the last byte.
+    fn of(batch: &FinalizedBatch) -> Self {
+        let mut found = Self::default();
+        for page in batch {
+            // Looks at every byte, and goes one way or the other by what it says: valgrind tells of one that was
+            // never written.
+            let sum: u64 = page.iter().copied().map(u64::from).sum();
+            assert_ne!(sum, 0);
+            let mut length = 0;
+            for message in Messages(page) {
+                let whole = crate::netlink::HEADER + message.payload.len();
+                assert!(whole <= nft_nlmsg_maxsize() as usize);
+                length += whole.next_multiple_of(4);
+                let attributes = &message.payload[FAMILY_HEADER..];
+                found.kinds.push(message.kind);
+                if !BATCH.contains(&message.kind) {
+                    found.attributes(attributes);
+                    found.elements(message.kind, attributes);
+                }
+            }
+            assert_eq!(
+                length,
+                page.len(),
+                "the lengths of a page's messages add up"
+            );
+        }
+        assert_eq!(found.kinds.first(), Some(&BATCH[0]));
+        assert_eq!(found.kinds.last(), Some(&BATCH[1]));
+        found
+    }
+
+    fn attributes(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let length = usize::from(u16::from_ne_bytes([bytes[0], bytes[1]]));
+            let kind = u16::from_ne_bytes([bytes[2], bytes[3]]);
+            let value = &bytes[4..length];
+            if kind & NESTED != 0 {
+                self.attributes(value);
+            } else if let Some(text) = CStr::from_bytes_with_nul(value)
+                .ok()
+                .and_then(|text| text.to_str().ok())
+            {
+                self.strings.insert(text.to_owned());
+            }
+            bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        }
+    }
+
+    fn elements(&mut self, kind: u16, bytes: &[u8]) {
+        if ![NEW_SET_ELEMENTS, DELETE_SET_ELEMENTS].contains(&kind) {
+            return;
+        }
+        // A message that has none flushes the set.
+        let list = attribute(bytes, 3).unwrap_or_default();
+        for element in attributes(list) {
+            let key = attribute(element.value(), 1).and_then(|key| attribute(key, 1));
+            let keys = self.keys.entry(kind).or_default();
+            keys.push(key.expect("an element has a key").to_vec());
+        }
+    }
+
+    #[track_caller]
+    fn has(&self, names: &[&str]) {
+        for name in names {
+            assert!(
+                self.strings.contains(*name),
+                "no {name}: {:?}",
+                self.strings
+            );
+        }
+    }
+}
+
+fn marks() -> MarkRange {
+    MarkRange::new(0xff00_0000).unwrap()
+}
+
+/// What a transaction on the table says.
+fn transaction(fill: impl FnOnce(&mut Transaction<'_>)) -> Found {
+    let table = Table::new(TABLE, ProtoFamily::Inet);
+    let mut transaction = Transaction::new(&table, marks());
+    fill(&mut transaction);
+    Found::of(&transaction.finish())
+}
+
+fn name(name: &str) -> ProxyName {
+    name.parse().unwrap()
+}
+
+fn hijack(addresses: &[IpAddr], port: u16) -> DnsHijack {
+    DnsHijack {
+        addresses: addresses.to_vec(),
+        port: NonZeroU16::new(port).unwrap(),
+        tcp: true,
+        loopback: false,
+        own: port != 53,
+    }
+}
+
+/// A layout with a proxy of each kind, and chains for what is held below each verdict.
+fn layout(system: bool) -> Layout {
+    let (v4, v6) = (
+        Ipv4Addr::new(192, 0, 2, 53),
+        "2001:db8::53".parse().unwrap(),
+    );
+    let port = NonZeroU16::new(7890);
+    let deliveries = [
+        (
+            "tproxy",
+            Delivery::Tproxy(port.unwrap()),
+            Some(hijack(&[v4.into(), v6], 53)),
+        ),
+        (
+            "redirect",
+            Delivery::Redirect(port),
+            Some(hijack(&[Ipv4Addr::LOCALHOST.into()], 5353)),
+        ),
+        ("nobody", Delivery::Redirect(None), None),
+    ];
+    let mut allocator = MarkAllocator::new(marks());
+    let mut proxies = BTreeMap::new();
+    for (number, (proxy, delivery, dns_hijack)) in (0..).zip(deliveries) {
+        let all = number == 1;
+        let proxy_of = Proxy {
+            mark: allocator.allocate().unwrap(),
+            number,
+            delivery,
+            exceptions: Exceptions {
+                no_tcp: all,
+                no_udp: all,
+                no_ipv4: all,
+                no_ipv6: all,
+            },
+            reject_udp: number == 0,
+            dns_hijack,
+        };
+        proxies.insert(name(proxy), proxy_of);
+    }
+    let verdicts = [
+        Verdict::Direct,
+        Verdict::Drop,
+        Verdict::DropAll,
+        Verdict::Proxy(name("tproxy")),
+    ];
+    Layout {
+        subtree: OwnedControlGroup::for_test(3, if system { 0 } else { 3 }),
+        proxies,
+        bypass: Bypass {
+            ipv4: vec![
+                (Ipv4Addr::new(10, 0, 0, 0), Ipv4Addr::new(10, 255, 255, 255)),
+                (Ipv4Addr::new(240, 0, 0, 0), Ipv4Addr::BROADCAST),
+            ],
+            ipv6: vec![(Ipv6Addr::LOCALHOST, Ipv6Addr::from_bits(u128::MAX))],
+        },
+        levels: [0, 4, 5].into(),
+        holds: verdicts
+            .into_iter()
+            .map(|verdict| Hold { level: 5, verdict })
+            .collect(),
+        enforced: system,
+        gateway: system.then(|| Gateway {
+            interfaces: ["br0", "a-name-of-15-ch"]
+                .into_iter()
+                .map(|interface| interface.parse().unwrap())
+                .collect(),
+            proxy: name("tproxy"),
+        }),
+    }
+}
+
+/// Control groups with every verdict, held below and not, enforced and not.
+fn elements(count: u64) -> Vec<(OwnedControlGroup, super::plan::Element)> {
+    let verdict = |id| match id % 4 {
+        0 => Verdict::Direct,
+        1 => Verdict::Drop,
+        2 => Verdict::DropAll,
+        _ => Verdict::Proxy(name("tproxy")),
+    };
+    (0..count)
+        .map(|id| {
+            let element = super::plan::Element {
+                verdict: verdict(id),
+                hold: id % 8 < 4,
+                enforced: id % 3 == 0,
+            };
+            (OwnedControlGroup::for_test(1000 + id, 4), element)
+        })
+        .collect()
+}
+
+/// What becomes of a policy, from nothing to nothing.
+fn life(uid: Uid, count: u64) -> Vec<Plan> {
+    let layout = Rc::new(layout(uid == Uid::ROOT));
+    let mut changed = (*layout).clone();
+    changed.subtree = OwnedControlGroup::for_test(4, layout.subtree.level());
+    changed.proxies.remove(&name("nobody"));
+    changed.proxies.get_mut(&name("redirect")).unwrap().delivery = Delivery::Redirect(None);
+    changed.bypass.ipv4.clear();
+    changed.levels.remove(&5);
+    changed.holds.clear();
+    changed.enforced = false;
+    let changed = Rc::new(changed);
+    let elements = elements(count);
+    let delete = elements.iter().map(|(cgroup, _)| cgroup.id()).collect();
+    let left = LeftBehind {
+        subtree: Some(layout.subtree.id()),
+        proxies: layout
+            .proxies
+            .iter()
+            .map(|(name, proxy)| (name.clone(), proxy.mark))
+            .collect(),
+        holds: layout.holds.clone(),
+    };
+    let plan = |before, after, delete, add| Plan {
+        uid,
+        before,
+        after,
+        delete,
+        add,
+    };
+    let is = |layout: &Rc<Layout>| Before::Layout(layout.clone());
+    vec![
+        plan(Before::Nothing, Some(layout.clone()), vec![], elements),
+        plan(is(&layout), Some(changed.clone()), delete, vec![]),
+        plan(is(&changed), Some(layout.clone()), vec![], vec![]),
+        plan(
+            Before::LeftBehind(left),
+            Some(layout.clone()),
+            vec![],
+            vec![],
+        ),
+        plan(is(&layout), None, vec![], vec![]),
+    ]
+}
+
+#[test]
+fn a_table_and_its_base() {
+    for flags in [0, OWNER | PERSIST] {
+        for fresh in [true, false] {
+            let found = transaction(|transaction| {
+                transaction.add_table(flags);
+                transaction.delete_table();
+                transaction.add_table(flags);
+                transaction.base(&[0, 990, 1000], fresh);
+            });
+            found.has(&["cgtproxy", "version-4", "output", "forward", "proxy-uids"]);
+            let keys = &found.keys[&NEW_SET_ELEMENTS];
+            assert_eq!(
+                *keys,
+                [0_u32, 990, 1000].map(|uid| uid.to_ne_bytes().to_vec())
+            );
+        }
+    }
+}
+
+#[test]
+fn a_probe() {
+    let table = Table::new(PROBE, ProtoFamily::Inet);
+    for (_, rule) in probe::FEATURES {
+        let mut transaction = Transaction::new(&table, marks());
+        transaction.add_table(0);
+        transaction.add_rules(PROBE, [&rule]);
+        Found::of(&transaction.finish()).has(&["cgtproxy-probe"]);
+    }
+}
+
+#[test]
+fn whole_lives_of_policies() {
+    // As many control groups as fill several messages.
+    const COUNT: u64 = 3000;
+    for uid in [Uid::ROOT, Uid::for_test(1000)] {
+        let mut strings = BTreeSet::new();
+        for plan in life(uid, COUNT) {
+            let found = transaction(|transaction| transaction.plan(&plan));
+            let maps = if uid == Uid::ROOT { 2 } else { 1 };
+            for (kind, count) in [
+                (NEW_SET_ELEMENTS, plan.add.len()),
+                (DELETE_SET_ELEMENTS, plan.delete.len()),
+            ] {
+                let keys = found.keys.get(&kind).map_or(&[][..], Vec::as_slice);
+                // Of the others, none has an id that large.
+                let ids = keys
+                    .iter()
+                    .filter_map(|key| key.as_slice().try_into().ok().map(u64::from_ne_bytes))
+                    .filter(|id| (1000..1000 + COUNT).contains(id));
+                assert_eq!(ids.count(), maps * count);
+            }
+            strings.extend(found.strings);
+        }
+        let found = Found {
+            strings,
+            ..Found::default()
+        };
+        for prefix in [
+            "drop", "guard", "owner", "cgroups", "choices", "bypass4", "bypass6",
+        ] {
+            found.has(&[&format!("{prefix}-{uid}")]);
+        }
+        for prefix in [
+            "tproxy", "divert", "deliver", "dns", "resolve", "redirect", "receive",
+        ] {
+            for proxy in ["tproxy", "redirect", "nobody"] {
+                found.has(&[&format!("{prefix}-{uid}-{proxy}")]);
+            }
+        }
+        for verdict in ["direct", "drop", "drop-all", "tproxy"] {
+            found.has(&[&format!("hold-{uid}-5-{verdict}")]);
+        }
+        // Every kind of expression.
+        found.has(&[
+            "bitwise",
+            "cmp",
+            "ct",
+            "fib",
+            "immediate",
+            "lookup",
+            "meta",
+            "nat",
+            "payload",
+            "reject",
+            "socket",
+            "tproxy",
+        ]);
+        if uid == Uid::ROOT {
+            // `skuid FIRST-LAST` is the system's only.
+            found.has(&["byteorder"]);
+        }
+    }
+}
+
+#[test]
+fn elements_of_every_kind() {
+    const COUNT: u32 = 5000;
+    let contents = [
+        Content::Keys,
+        Content::Intervals,
+        Content::Verdicts,
+        Content::Numbers,
+    ];
+    for (key, length) in [
+        (KeyType::Ipv4, 4),
+        (KeyType::Ipv6, 16),
+        (KeyType::Mark, 4),
+        (KeyType::Uid, 4),
+        (KeyType::Interface, 16),
+        (KeyType::ControlGroup, 8),
+    ] {
+        for content in contents {
+            let keys = (0..COUNT).map(|number| {
+                let mut key = number.to_be_bytes().to_vec();
+                key.resize(length, 0xff);
+                key
+            });
+            let found = transaction(|transaction| {
+                transaction.add_set(c"some-set", key, content);
+                let mut set = transaction.set(c"some-set", key, content);
+                for (number, key) in (0..).zip(keys.clone()) {
+                    let element = match content {
+                        Content::Keys => Element::Key,
+                        Content::Intervals if number % 2 == 0 => Element::Key,
+                        Content::Intervals => Element::IntervalEnd,
+                        Content::Verdicts if number % 2 == 0 => Element::Drop,
+                        Content::Verdicts => Element::Goto(c"some-chain"),
+                        Content::Numbers => Element::Number(number),
+                    };
+                    set.push(&key, element);
+                }
+                transaction.write_elements(&set, MsgType::Add);
+                transaction.write_elements(&set, MsgType::Del);
+                // One without elements writes nothing.
+                let empty = transaction.set(c"some-set", key, content);
+                transaction.write_elements(&empty, MsgType::Add);
+                transaction.flush_set(c"some-set");
+                transaction.delete_set(c"some-set");
+            });
+            found.has(&["cgtproxy", "some-set"]);
+            let keys: Vec<_> = keys.collect();
+            for kind in [NEW_SET_ELEMENTS, DELETE_SET_ELEMENTS] {
+                assert!(found.keys[&kind] == keys, "{key:?} {content:?}");
+                let messages = found.kinds.iter().filter(|other| **other == kind).count();
+                assert!(messages > 1, "{messages} messages for {key:?} {content:?}");
+            }
+        }
+    }
+}
+
+/// Runs the others again under valgrind: an access to memory that is not there or not ours, a byte that was never
+/// written, or an object that nobody freed, is a failure.
+#[test]
+fn nothing_is_used_that_is_not_ours() {
+    let others = [
+        "a_table_and_its_base",
+        "a_probe",
+        "whole_lives_of_policies",
+        "elements_of_every_kind",
+    ];
+    let output = Command::new("valgrind")
+        .args(["--quiet", "--error-exitcode=1", "--leak-check=full"])
+        .arg("--errors-for-leak-kinds=definite")
+        .arg(env::current_exe().unwrap())
+        .args(["--exact", "--test-threads=1"])
+        .args(others.map(|test| format!("nft::messages::{test}")))
+        .output()
+        .expect("this needs valgrind");
+    let text = [&output.stdout[..], &output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    assert!(output.status.success(), "{text}");
+    let passed = format!("{} passed", others.len());
+    assert!(text.contains(&passed), "not all of them ran: {text}");
+}
