@@ -2,6 +2,7 @@
 # make test         install what is missing, build, run every test
 # make fuzz         fuzz what comes from outside: FUZZ='session path', SECONDS_EACH=600; needs a nightly compiler
 # make miri         look for undefined behaviour where Miri can; needs a nightly compiler
+# make valgrind     look for misuse of memory by what writes messages to nftables
 # make bench        install what is missing, build, measure: BENCH='--quick latency …' for some of it
 # make demo         install what is missing, build, show the programs at work in a sandbox
 # make install      install what was built: DESTDIR=, PREFIX=/usr/local
@@ -35,7 +36,7 @@ SUDO ?= $(if $(filter-out 0,$(shell id -u)),sudo)
 AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "$(SUDO) -E"')
 
 .DEFAULT_GOAL := build
-.PHONY: build papers test fuzz miri bench demo install uninstall deb rpm tarball clean
+.PHONY: build papers test fuzz miri valgrind bench demo install uninstall deb rpm tarball clean
 
 build:
 	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent -p cgtproxy-relay
@@ -68,6 +69,12 @@ miri:
 	@$(CARGO) +nightly miri --version >/dev/null 2>&1 || { echo "this needs Miri" \
 		"(rustup component add miri rust-src --toolchain nightly)" >&2; exit 1; }
 	MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=16 $(CARGO) +nightly miri test --locked -p cgtproxy-proto --lib -- path:: name::
+
+# All unsafe code is behind these messages. `make test` does the same.
+valgrind:
+	$(CARGO) --config 'target."cfg(unix)".runner = "valgrind --error-exitcode=1 --leak-check=full \
+		--errors-for-leak-kinds=definite"' test --locked -p cgtproxy-helper --lib -- --test-threads=1 \
+		nft:: --skip nothing_is_used_that_is_not_ours
 
 # The daemons as they are installed, beside programs that measure them, which take less time to link.
 BENCHDIR = $(or $(CARGO_TARGET_DIR),target)/bench
