@@ -15,7 +15,8 @@ pub mod cli;
 pub mod config;
 mod conntrack;
 // The bounds are of such builds.
-#[cfg(all(test, debug_assertions, target_arch = "x86_64"))]
+#[cfg(test)]
+#[cfg(all(debug_assertions, target_arch = "x86_64"))]
 mod counts;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

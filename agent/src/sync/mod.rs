@@ -3,7 +3,8 @@
 #[cfg(test)]
 mod closed;
 // The bounds are of such builds.
-#[cfg(all(test, debug_assertions, target_arch = "x86_64"))]
+#[cfg(test)]
+#[cfg(all(debug_assertions, target_arch = "x86_64"))]
 mod counts;
 mod ledger;
 mod proxy;

@@ -54,7 +54,8 @@ pub(crate) fn fuzz(object: &[u8]) {
 }
 
 /// Builds the batch of a plan.
-#[cfg(all(test, debug_assertions, target_arch = "x86_64"))]
+#[cfg(test)]
+#[cfg(all(debug_assertions, target_arch = "x86_64"))]
 pub(crate) fn batch(plan: &Plan, marks: MarkRange) -> nftnl::FinalizedBatch {
     let table = Table::new(TABLE, ProtoFamily::Inet);
     let mut transaction = Transaction::new(&table, marks);
