@@ -71,10 +71,10 @@ miri:
 	MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=16 $(CARGO) +nightly miri test --locked -p cgtproxy-proto --lib -- path:: name::
 
 # All unsafe code is behind these messages. `make test` does the same.
+MEMCHECK = valgrind --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite --undef-value-errors=no
 valgrind:
-	$(CARGO) --config 'target."cfg(unix)".runner = "valgrind --error-exitcode=1 --leak-check=full \
-		--errors-for-leak-kinds=definite"' test --locked -p cgtproxy-helper --lib -- --test-threads=1 \
-		nft:: --skip nothing_is_used_that_is_not_ours
+	$(CARGO) --config 'target."cfg(unix)".runner = "$(MEMCHECK)"' test --locked -p cgtproxy-helper --lib -- \
+		--test-threads=1 nft:: --skip nothing_is_used_that_is_not_ours
 
 # The daemons as they are installed, beside programs that measure them, which take less time to link.
 BENCHDIR = $(or $(CARGO_TARGET_DIR),target)/bench
