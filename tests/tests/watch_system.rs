@@ -131,7 +131,15 @@ impl<'a> Bed<'a> {
     fn applications(&self) -> Vec<u64> {
         let top = self.system.cgroup_directory(&self.alice().service());
         let top = top.to_str().expect("ASCII");
-        let found = self.sb.run(&["find", top, "-type", "d", "-name", "app-*"]);
+        let found = self.sb.run(&[
+            "find",
+            top,
+            "-ignore_readdir_race",
+            "-type",
+            "d",
+            "-name",
+            "app-*",
+        ]);
         // One that is about to end may be gone by now.
         let inode = |directory| fs::metadata(directory).map(|m| m.ino()).ok();
         let mut ids: Vec<u64> = found.lines().filter_map(inode).collect();

@@ -213,7 +213,12 @@ impl Ledger {
             self.skipped.clear();
         }
         self.skipped.append(&mut still);
-        self.held.append(&mut flight.assigned);
+        // Appending to a map makes all of it anew, which is as it should be only for a whole policy.
+        if self.held.is_empty() {
+            self.held = flight.assigned;
+        } else {
+            self.held.extend(flight.assigned);
+        }
         news
     }
 

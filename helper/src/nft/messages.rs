@@ -16,7 +16,7 @@ use super::ffi::table_flags::{OWNER, PERSIST};
 use super::ffi::{Content, Element, KeyType};
 use super::plan::{
     Before, Bypass, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, LeftBehind, Plan,
-    Proxy, Verdict,
+    Proxy, Stamp, Verdict,
 };
 use super::transaction::Transaction;
 use super::{PROBE, TABLE, probe};
@@ -253,12 +253,23 @@ fn life(uid: Uid, count: u64) -> Vec<Plan> {
             .iter()
             .map(|(name, proxy)| (name.clone(), proxy.mark))
             .collect(),
+        numbers: layout
+            .proxies
+            .iter()
+            .map(|(name, proxy)| (name.clone(), proxy.number))
+            .collect(),
         holds: layout.holds.clone(),
+        stamp: Some(Stamp::draw()),
     };
     let plan = |before, after, delete, add| Plan {
         uid,
+        had: match &before {
+            Before::Nothing => None,
+            Before::Layout(_) | Before::LeftBehind(_) => Some(Stamp::draw()),
+        },
         before,
         after,
+        stamp: Stamp::draw(),
         delete,
         add,
     };
@@ -287,7 +298,7 @@ fn a_table_and_its_base() {
                 transaction.add_table(flags);
                 transaction.base(&[0, 990, 1000], fresh);
             });
-            found.has(&["cgtproxy", "version-4", "output", "forward", "proxy-uids"]);
+            found.has(&["cgtproxy", "version-5", "output", "forward", "proxy-uids"]);
             let keys = &found.keys[&NEW_SET_ELEMENTS];
             assert_eq!(
                 *keys,

@@ -402,7 +402,7 @@ impl Transaction<'_> {
             (Before::Nothing, None) => {}
             (Before::Nothing, Some(after)) => self.create_user(&names, after, plan),
             (Before::Layout(_), Some(_)) => {
-                for step in Step::ALL {
+                for step in Step::ALL.into_iter().filter(|step| step.has_work(plan)) {
                     self.step(plan, step);
                 }
             }
