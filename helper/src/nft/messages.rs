@@ -440,7 +440,8 @@ fn elements_of_every_kind() {
 }
 
 /// Runs the others again under valgrind: an access to memory that is not there or not ours, or an object that
-/// nobody freed, is a failure. Bytes that were never written are not looked for: libraries leave some in messages.
+/// nobody freed, is a failure. Bytes that were never written are not looked for: messages have some, and whose they
+/// are is to be found out (#4).
 #[test]
 fn nothing_is_used_that_is_not_ours() {
     let others = [
