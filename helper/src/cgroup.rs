@@ -256,6 +256,22 @@ impl Root {
             spare: self.spare(),
         })
     }
+
+    /// Whether this is a user's user@UID.service. True if the kernel can't tell at the moment.
+    #[must_use]
+    pub fn has_subtree(&self, uid: Uid, id: ControlGroupId) -> bool {
+        let path = ControlGroupPath::from_bytes(subtree_path(uid).as_bytes());
+        let mut room = None;
+        let found = path.map(|path| {
+            let directory = open_beneath(&self.directory, &path, &self.spare, &mut room)?;
+            fstat(&directory).map_err(unavailable)
+        });
+        match found {
+            Ok(Ok(found)) => found.st_ino == id.0,
+            Ok(Err(Unavailable::Later | Unavailable::Unreadable)) => true,
+            Ok(Err(_)) | Err(_) => false,
+        }
+    }
 }
 
 /// Where systemd puts a user's manager, from the control group root. Root's subtree is the whole machine.

@@ -1,5 +1,6 @@
 //! The administrator's configuration, /etc/cgtproxy/helper.yaml.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,6 +15,30 @@ use crate::mark::{MarkRange, MaskTooSmall};
 /// Where the configuration is unless `--config` says otherwise. It may be absent.
 pub const DEFAULT_PATH: &str = "/etc/cgtproxy/helper.yaml";
 
+/// What becomes of a user's policy when the agent is gone and does not come back within the grace.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnAgentLoss {
+    /// What is dropped or held stays so, and nothing goes to a proxy any more.
+    #[default]
+    Keep,
+    /// Nothing stays.
+    Direct,
+    /// Everything is dropped, whatever the policy said.
+    Drop,
+}
+
+impl fmt::Display for OnAgentLoss {
+    /// What is in force then.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Keep => "what is dropped stays so, the rest goes direct",
+            Self::Direct => "everything goes direct",
+            Self::Drop => "everything is dropped",
+        })
+    }
+}
+
 /// What the file says, as typed.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -22,6 +47,7 @@ struct File {
     route_table: u32,
     rule_priority: u32,
     grace_seconds: u32,
+    on_agent_loss: OnAgentLoss,
     own_table: bool,
     proxy_users: Vec<Reference>,
     allow: Option<References>,
@@ -36,6 +62,7 @@ impl Default for File {
             route_table: 0x6367,
             rule_priority: 800,
             grace_seconds: 5,
+            on_agent_loss: OnAgentLoss::default(),
             own_table: true,
             proxy_users: Vec::new(),
             allow: None,
@@ -153,6 +180,8 @@ pub struct Config {
     pub rule_priority: u32,
     /// How long a policy outlives its agent's connection.
     pub grace: Duration,
+    /// What becomes of it then.
+    pub on_agent_loss: OnAgentLoss,
     /// Whether to protect the table from other programs where the kernel can.
     pub own_table: bool,
     /// Uids besides the user's own whose proxies may receive diverted packets; root is one of them.
@@ -323,6 +352,7 @@ impl Config {
             route_table: file.route_table,
             rule_priority: file.rule_priority,
             grace: Duration::from_secs(file.grace_seconds.into()),
+            on_agent_loss: file.on_agent_loss,
             own_table: file.own_table,
             proxy_uids,
             access: Access {
@@ -352,6 +382,7 @@ mod tests {
             assert_eq!(config.marks.mask(), 0xff00_0000);
             assert_eq!(config.proxy_uids, [0]);
             assert_eq!(config.limits, Limits::default());
+            assert_eq!(config.on_agent_loss, OnAgentLoss::Keep);
         }
     }
 
@@ -359,13 +390,14 @@ mod tests {
     fn takes_every_key() {
         let config = parse(
             "mark-mask: 0x00f00000\nroute-table: 4000\nrule-priority: 900\ngrace-seconds: 1\n\
-             own-table: false\nproxy-users: [daemon, 990, root]\nallow: {users: [daemon, 7], groups: [daemon]}\n\
+             on-agent-loss: drop\nown-table: false\nproxy-users: [daemon, 990, root]\nallow: {users: [daemon, 7], groups: [daemon]}\n\
              deny: {groups: [8]}\nlimits: {proxies: 3, control-groups: 10}\n",
         )
         .unwrap();
         assert_eq!(config.marks.mask(), 0x00f0_0000);
         assert_eq!((config.route_table, config.rule_priority), (4000, 900));
         assert_eq!(config.grace, Duration::from_secs(1));
+        assert_eq!(config.on_agent_loss, OnAgentLoss::Drop);
         assert!(!config.own_table);
         assert_eq!(config.proxy_uids, [0, 1, 990]);
         let allow = config.access.allow.unwrap();
@@ -388,6 +420,7 @@ mod tests {
             ("limits: {calls-per-second: 0}", "calls-per-second"),
             ("limits: {message-bytes: 100}", "message-bytes"),
             ("\ngrace: 5", "line 2"),
+            ("\non-agent-loss: kept", "line 2"),
             ("limits: {proxys: 5}", "proxys"),
             ("[", "line 1"),
         ] {

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use crate::cgroup::OwnedControlGroup;
+use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::config::Limits;
 use crate::mark::{Mark, MarkAllocator, MarkRange};
 use crate::nft::{
@@ -17,8 +17,10 @@ use crate::nft::{
 use crate::peer::Uid;
 
 mod change;
+mod remains;
 
 use change::{Census, Changes};
+pub use remains::Remains;
 
 /// Why a change can't be staged.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -112,6 +114,7 @@ enum Effect {
         census: Census,
         cgroups: Vec<(ControlGroupPath, Option<(OwnedControlGroup, Element)>)>,
     },
+    Reduce(Known),
     Remove,
 }
 
@@ -385,6 +388,10 @@ impl Registry {
                 user.generation += 1;
                 user.generation
             }
+            Effect::Reduce(known) => {
+                self.users.insert(uid, Entry::Known(known));
+                0
+            }
             Effect::Remove => {
                 self.users.remove(&uid);
                 0
@@ -473,6 +480,16 @@ impl Registry {
             Entry::Policy(user) => Some(user.stamp),
             Entry::Known(known) => Some(known.stamp),
             Entry::LeftBehind(left) => left.stamp,
+        }
+    }
+
+    /// The control group that leads to what a user has, if it is known.
+    #[must_use]
+    pub fn subtree(&self, uid: Uid) -> Option<ControlGroupId> {
+        match self.users.get(&uid)? {
+            Entry::Policy(user) => Some(user.layout.subtree.id()),
+            Entry::Known(known) => Some(known.layout.subtree.id()),
+            Entry::LeftBehind(left) => left.subtree,
         }
     }
 

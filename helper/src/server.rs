@@ -16,10 +16,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::monitor::{Loss, Monitor};
+use crate::nft;
 use crate::peer::{Peer, Uid};
 use crate::quota::{Connection, Quotas};
 use crate::session::{Session, too_many_connections};
-use crate::state::{ConnectionId, State};
+use crate::state::{ConnectionId, Outcome, State};
 
 /// How long to wait after accept(2) failed: doubled from one to the other.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
@@ -29,6 +30,9 @@ const HELD_UP: Duration = Duration::from_millis(100);
 
 /// How long those may take who came meanwhile.
 const SECOND_CHANCE: Duration = Duration::from_secs(1);
+
+/// How often to see whether those are still there for whom something is kept.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
 
 /// How long to wait before asking the kernel again for what it refused: doubled from one to the other.
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
@@ -92,39 +96,53 @@ impl Server {
         self.tasks.wait().await;
     }
 
-    /// Ends a policy whose agent is gone, unless an agent takes it over within the grace period.
+    /// Sees to a policy whose agent is gone, unless an agent takes it over within the grace period, and to what is
+    /// kept of it afterwards.
     pub fn await_grace(&self, uid: Uid, grace: u64) {
         let this = self.clone();
         self.tasks.spawn_local(async move {
-            let mut period = this.state.borrow().config.grace;
-            let mut again = TRY_AGAIN.0;
-            loop {
-                tokio::select! {
-                    () = sleep_awake(period) => {}
-                    // The policy stays in the kernel for the next helper.
-                    () = this.shutdown.cancelled() => return,
-                }
-                let over = this.state.borrow_mut().grace_is_over(uid, grace);
-                match over {
-                    Ok(true) => tracing::info!(
-                        uid = uid.value(),
-                        "removed the policy of an agent that is gone"
-                    ),
-                    Ok(false) => {}
-                    // Nobody else would ever remove it.
-                    Err(error) => {
-                        tracing::error!(
-                            uid = uid.value(),
-                            "can't remove the policy: {error}; trying again"
-                        );
-                        period = again;
-                        again = TRY_AGAIN.1.min(again * 2);
-                        continue;
-                    }
-                }
-                return;
+            // The policy stays in the kernel for the next helper.
+            tokio::select! {
+                () = this.see_to(uid, grace) => {}
+                () = this.shutdown.cancelled() => {}
             }
         });
+    }
+
+    async fn see_to(&self, uid: Uid, grace: u64) {
+        let period = self.state.borrow().config.grace;
+        let over = || self.state.borrow_mut().grace_is_over(uid, grace);
+        match until_done(uid, period, over).await {
+            Outcome::TakenOver => return,
+            Outcome::Removed => {
+                tracing::info!(
+                    uid = uid.value(),
+                    "removed the policy of an agent that is gone"
+                );
+                return;
+            }
+            Outcome::Kept => {
+                let loss = self.state.borrow().config.on_agent_loss;
+                tracing::info!(
+                    uid = uid.value(),
+                    "an agent is gone: {loss} until one comes back"
+                );
+            }
+        }
+        loop {
+            let still = || self.state.borrow_mut().look_after_kept(uid, grace);
+            match until_done(uid, LOOK_AGAIN, still).await {
+                Outcome::Kept => {}
+                Outcome::TakenOver => return,
+                Outcome::Removed => {
+                    tracing::info!(
+                        uid = uid.value(),
+                        "removed what was kept of a policy whose user is gone"
+                    );
+                    return;
+                }
+            }
+        }
     }
 
     /// Restores what somebody else takes away, at once and for as long as the server runs.
@@ -235,6 +253,29 @@ impl Server {
         match serve(&mut messages, &mut write, &mut session).await {
             Ok(()) | Err(ServeError::Write(_)) => {}
             Err(error) => tracing::debug!(uid = uid.value(), "ended a connection: {error}"),
+        }
+    }
+}
+
+/// Does this when a period is over, and again for as long as the kernel refuses: nobody else would ever do it.
+async fn until_done(
+    uid: Uid,
+    mut period: Duration,
+    mut act: impl FnMut() -> Result<Outcome, nft::Error>,
+) -> Outcome {
+    let mut again = TRY_AGAIN.0;
+    loop {
+        sleep_awake(period).await;
+        match act() {
+            Ok(outcome) => return outcome,
+            Err(error) => {
+                tracing::error!(
+                    uid = uid.value(),
+                    "can't remove what an agent left: {error}; trying again"
+                );
+                period = again;
+                again = TRY_AGAIN.1.min(again * 2);
+            }
         }
     }
 }

@@ -180,6 +180,7 @@ impl<K: Kernel> Session<K> {
                 Holder::None => GetStatus_Reply_session::none,
                 Holder::Connection(_) => GetStatus_Reply_session::active,
                 Holder::Grace(_) => GetStatus_Reply_session::grace,
+                Holder::Kept(_) => GetStatus_Reply_session::kept,
             },
             generation: number(policy.map_or(0, |(_, _, generation)| generation)),
             proxies: policy.map_or_else(Vec::new, |(layout, _, _)| {

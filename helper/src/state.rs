@@ -14,7 +14,7 @@ use crate::conntrack::{Conntrack, Entry};
 use crate::kernel::{Kernel, Linux};
 use crate::nft::{self, Delivery, Inherited, MarkWriter};
 use crate::peer::Uid;
-use crate::registry::{PolicyRequest, Refused, Registry, Staged};
+use crate::registry::{PolicyRequest, Refused, Registry, Remains, Staged};
 use crate::route::{self, Family};
 use crate::snapshot::Snapshot;
 
@@ -29,8 +29,23 @@ pub enum Holder {
     None,
     /// This connection's.
     Connection(ConnectionId),
-    /// The agent is gone, and the policy ends with this grace period unless another takes it over.
+    /// The agent is gone, and what `on-agent-loss` says becomes of the policy when this grace period ends,
+    /// unless another agent takes it over.
     Grace(u64),
+    /// The grace was over without an agent. What is left of the policy stays until one comes, or until the user's
+    /// service manager is gone.
+    Kept(u64),
+}
+
+/// What became of a policy without an agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It has one again.
+    TakenOver,
+    /// It is gone.
+    Removed,
+    /// What the configuration says is kept of it.
+    Kept,
 }
 
 /// Why a change was not made.
@@ -328,16 +343,56 @@ impl<K: Kernel> State<K> {
         (self.holder(uid) == Holder::Connection(connection)).then(|| self.begin_grace(uid))
     }
 
-    /// A grace period is over: the policy goes unless a connection has taken it over.
+    /// A grace period is over: what becomes of the policy is the configuration's decision, unless a connection
+    /// has taken it over.
     ///
     /// # Errors
-    /// If the kernel refuses; the policy is still there then.
-    pub fn grace_is_over(&mut self, uid: Uid, grace: u64) -> Result<bool, nft::Error> {
+    /// If the kernel refuses; the policy is what it was then.
+    pub fn grace_is_over(&mut self, uid: Uid, grace: u64) -> Result<Outcome, nft::Error> {
         if self.holder(uid) != Holder::Grace(grace) {
-            return Ok(false);
+            return Ok(Outcome::TakenOver);
+        }
+        self.dispel_doubt()?;
+        let remains = match self.may_keep(uid) {
+            true => self.registry.remains(uid, self.config.on_agent_loss),
+            false => Remains::Nothing,
+        };
+        match remains {
+            Remains::Nothing => {
+                self.remove_policy(uid)?;
+                return Ok(Outcome::Removed);
+            }
+            Remains::Part(staged) => {
+                self.commit(*staged)?;
+            }
+            Remains::All => {}
+        }
+        self.holders.insert(uid, Holder::Kept(grace));
+        Ok(Outcome::Kept)
+    }
+
+    /// Removes what is kept of a user's policy once nobody can be there any more for whom it is kept. It is
+    /// kept since that grace.
+    ///
+    /// # Errors
+    /// If the kernel refuses; it is still there then.
+    pub fn look_after_kept(&mut self, uid: Uid, grace: u64) -> Result<Outcome, nft::Error> {
+        if self.holder(uid) != Holder::Kept(grace) {
+            return Ok(Outcome::TakenOver);
+        }
+        // It may also have been lost with the table, if no snapshot knew it.
+        if self.registry.has(uid) && self.may_keep(uid) {
+            return Ok(Outcome::Kept);
         }
         self.remove_policy(uid)?;
-        Ok(true)
+        Ok(Outcome::Removed)
+    }
+
+    /// Whether there is still somebody who may come for it: the user's service manager runs, and it is the same.
+    fn may_keep(&self, uid: Uid) -> bool {
+        let subtree = self.registry.subtree(uid);
+        self.config.access.allows(uid)
+            && subtree.is_none_or(|subtree| self.root.has_subtree(uid, subtree))
     }
 
     fn begin_grace(&mut self, uid: Uid) -> u64 {

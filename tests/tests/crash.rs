@@ -136,7 +136,8 @@ fn verdicts_and_open_connections_outlive_a_killed_helper() {
 fn what_a_killed_helper_left_goes_when_no_agent_comes_back() {
     sandbox(|sb| {
         for config in OWN_TABLE {
-            let mut helper = sb.helper().config(config).start();
+            let config = format!("{config}\non-agent-loss: direct");
+            let mut helper = sb.helper().config(&config).start();
             let user = sb.user(1001);
             let app = user.cgroup(APP).app();
             let mut session = Session::of(&user);

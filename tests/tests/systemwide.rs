@@ -418,7 +418,10 @@ fn refused(outcome: &Outcome, transport: Transport, to: SocketAddr) -> bool {
 #[test]
 fn what_the_system_says_outlives_the_helper_and_is_restored() {
     sandbox(|sb| {
-        let mut helper = sb.helper().config("own-table: false").start();
+        let mut helper = sb
+            .helper()
+            .config("own-table: false\non-agent-loss: direct")
+            .start();
         let _company = sb.tproxy("company").uid(0).port(7890).start();
         let alice = sb.user(1001);
         let app = alice.cgroup(APP).app();

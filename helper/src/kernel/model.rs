@@ -167,6 +167,7 @@ fn left_behind(uid: Uid, objects: &Objects) -> LeftBehind {
             .map(|(name, proxy)| (name.clone(), proxy.number))
             .collect(),
         holds: layout.holds.clone(),
+        holds_back: objects.elements.values().any(Element::holds_back),
         stamp: Some(objects.stamp),
     }
 }

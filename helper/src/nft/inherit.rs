@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use super::names::{self, Names};
 use super::plan::{Element, Inherited, Known, Layout, LeftBehind, Stamp};
 use super::socket::Dump;
-use super::verdicts::{meaning, proxy_number};
+use super::verdicts::{holds_back, meaning, proxy_number};
 use super::{Error, Nftables, TABLE, ruleset};
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::mark::Mark;
@@ -155,6 +155,10 @@ impl Nftables {
                 .iter()
                 .filter_map(|chain| names::parse_hold(uid, chain))
                 .collect();
+            let verdicts = self.elements(&Names::of(uid).cgroups)?;
+            left.holds_back = verdicts
+                .iter()
+                .any(|(_, value)| matches!(value, Value::Number(number) if holds_back(*number)));
             for (name, mark) in self.proxies(uid, &names::marks(uid), names::DIVERT_PREFIX)? {
                 left.proxies.insert(name, Mark::adopted(mark));
             }

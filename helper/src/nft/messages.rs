@@ -185,6 +185,7 @@ fn layout(system: bool) -> Layout {
         Verdict::Drop,
         Verdict::DropAll,
         Verdict::Proxy(name("tproxy")),
+        Verdict::Released,
     ];
     Layout {
         subtree: OwnedControlGroup::for_test(3, if system { 0 } else { 3 }),
@@ -214,10 +215,11 @@ fn layout(system: bool) -> Layout {
 
 /// Control groups with every verdict, held below and not, enforced and not.
 fn elements(count: u64) -> Vec<(OwnedControlGroup, super::plan::Element)> {
-    let verdict = |id| match id % 4 {
+    let verdict = |id| match id % 5 {
         0 => Verdict::Direct,
         1 => Verdict::Drop,
         2 => Verdict::DropAll,
+        3 => Verdict::Released,
         _ => Verdict::Proxy(name("tproxy")),
     };
     (0..count)
@@ -259,6 +261,7 @@ fn life(uid: Uid, count: u64) -> Vec<Plan> {
             .map(|(name, proxy)| (name.clone(), proxy.number))
             .collect(),
         holds: layout.holds.clone(),
+        holds_back: true,
         stamp: Some(Stamp::draw()),
     };
     let plan = |before, after, delete, add| Plan {
@@ -298,7 +301,7 @@ fn a_table_and_its_base() {
                 transaction.add_table(flags);
                 transaction.base(&[0, 990, 1000], fresh);
             });
-            found.has(&["cgtproxy", "version-5", "output", "forward", "proxy-uids"]);
+            found.has(&["cgtproxy", "version-6", "output", "forward", "proxy-uids"]);
             let keys = &found.keys[&NEW_SET_ELEMENTS];
             assert_eq!(
                 *keys,

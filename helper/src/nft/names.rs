@@ -20,6 +20,8 @@ pub(super) const DROP_PREFIX: &str = "drop-";
 const DIRECT: &str = "direct";
 const DROP: &str = "drop";
 const DROP_ALL: &str = "drop-all";
+/// No proxy's name begins like that.
+const RELEASED: &str = "_released";
 
 /// A name made of our own prefixes, a number and a proxy's name, none of which has a NUL.
 fn name(text: String) -> CString {
@@ -72,6 +74,7 @@ impl Names {
             Verdict::Drop => DROP,
             Verdict::DropAll => DROP_ALL,
             Verdict::Proxy(proxy) => proxy.as_str(),
+            Verdict::Released => RELEASED,
         };
         let (prefix, level) = (hold_prefix(self.uid), hold.level);
         name(format!("{prefix}{level}-{verdict}"))
@@ -80,6 +83,11 @@ impl Names {
     /// Whether these are those of the system's policy.
     pub(super) fn is_system(&self) -> bool {
         self.uid == Uid::ROOT
+    }
+
+    /// Where packets go that the policy says nothing about.
+    pub(super) fn rest(&self) -> &'static CStr {
+        if self.is_system() { OPEN } else { SYSTEM }
     }
 
     /// The chains that come and go with the policy, but for those of its proxies.
@@ -178,6 +186,7 @@ pub(super) fn parse_hold(uid: Uid, chain: &str) -> Option<Hold> {
         DIRECT => Verdict::Direct,
         DROP => Verdict::Drop,
         DROP_ALL => Verdict::DropAll,
+        RELEASED => Verdict::Released,
         proxy => Verdict::Proxy(proxy.parse().ok()?),
     };
     Some(Hold {

@@ -24,6 +24,9 @@ pub enum Verdict {
     DropAll,
     /// TCP and UDP go to this proxy, which the layout has.
     Proxy(ProxyName),
+    /// They leave as if nothing were said about it nor about what it is in: what went to a proxy whose agent
+    /// is gone.
+    Released,
 }
 
 /// What is said about a control group.
@@ -35,6 +38,14 @@ pub struct Element {
     pub hold: bool,
     /// Users' own policies don't change it. In the system's policy only.
     pub enforced: bool,
+}
+
+impl Element {
+    /// Whether anything is dropped or held.
+    #[must_use]
+    pub fn holds_back(&self) -> bool {
+        self.hold || matches!(self.verdict, Verdict::Drop | Verdict::DropAll)
+    }
 }
 
 impl From<Verdict> for Element {
@@ -211,6 +222,8 @@ pub struct LeftBehind {
     pub numbers: BTreeMap<ProxyName, u32>,
     /// The chains for control groups below which everything is held.
     pub holds: BTreeSet<Hold>,
+    /// Whether anything is dropped or held.
+    pub holds_back: bool,
     /// The name of their layout, if it has one.
     pub stamp: Option<Stamp>,
 }

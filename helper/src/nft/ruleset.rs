@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-5 { }                       # the format of this table
+//!   chain version-6 { }                       # the format of this table
 //!   map users   { type cgroupsv2 : verdict }  # user@1000.service : goto user-1000
 //!   map opens   { type cgroupsv2 : verdict }  # user@1000.service : goto open-1000
 //!   map marks   { type mark : verdict }       # a mark of a proxy of the system's : goto divert-0-mihomo
@@ -69,7 +69,7 @@ use crate::mark::Mark;
 use crate::peer::Uid;
 
 /// The chain that says how this table is laid out. A table without it is made anew.
-pub(super) const VERSION: &CStr = c"version-5";
+pub(super) const VERSION: &CStr = c"version-6";
 pub(super) const USERS: &CStr = c"users";
 const OPENS: &CStr = c"opens";
 pub(super) const MARKS: &CStr = c"marks";
@@ -702,7 +702,7 @@ impl Transaction<'_> {
         });
         if names.is_system() {
             // goto open
-            self.add_rules(SYSTEM, [&|rule| rule.goto(OPEN)]);
+            self.add_rules(SYSTEM, [&|rule| rule.goto(names.rest())]);
             self.flush_chain(ENFORCED);
             if enforced {
                 self.level_rules_of(ENFORCED, levels, |rule, level| {
@@ -713,7 +713,7 @@ impl Transaction<'_> {
             self.add_rules(ENFORCED, [&|rule| rule.goto(SESSIONS)]);
         } else {
             // goto system
-            self.add_rules(&names.user, [&|rule| rule.goto(SYSTEM)]);
+            self.add_rules(&names.user, [&|rule| rule.goto(names.rest())]);
         }
     }
 

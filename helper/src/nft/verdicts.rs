@@ -26,6 +26,7 @@ use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 const DIRECT: u32 = 1 << 8;
 const DROP: u32 = 2 << 8;
 const DROP_ALL: u32 = 3 << 8;
+const RELEASED: u32 = 4 << 8;
 /// The first proxy's.
 const PROXY: u32 = 16 << 8;
 
@@ -42,6 +43,7 @@ fn of_verdict(layout: &Layout, verdict: &Verdict, held: Option<&Hold>) -> u32 {
         Verdict::DropAll => DROP_ALL,
         // A verdict names a proxy that the layout has: without one, no rule matches.
         Verdict::Proxy(name) => layout.proxies.get(name).map_or(0, of_proxy),
+        Verdict::Released => RELEASED,
     };
     number | held.map_or(0, |hold| hold.level)
 }
@@ -51,9 +53,14 @@ fn of_verdict(layout: &Layout, verdict: &Verdict, held: Option<&Hold>) -> u32 {
 pub(super) fn meaning(layout: &Layout, number: u32) -> Option<(Verdict, Option<u32>)> {
     let (verdict, level) = (number & !0xff, number & 0xff);
     let proxies = layout.proxies.keys().cloned().map(Verdict::Proxy);
-    let mut verdicts = [Verdict::Direct, Verdict::Drop, Verdict::DropAll]
-        .into_iter()
-        .chain(proxies);
+    let mut verdicts = [
+        Verdict::Direct,
+        Verdict::Drop,
+        Verdict::DropAll,
+        Verdict::Released,
+    ]
+    .into_iter()
+    .chain(proxies);
     let verdict = verdicts.find(|known| of_verdict(layout, known, None) == verdict)?;
     Some((verdict, Some(level).filter(|&level| level != 0)))
 }
@@ -61,6 +68,11 @@ pub(super) fn meaning(layout: &Layout, number: u32) -> Option<(Verdict, Option<u
 /// Which proxy's number this is, if it is one's and says nothing of what is held.
 pub(super) fn proxy_number(number: u32) -> Option<u32> {
     (number >= PROXY && number & 0xff == 0).then(|| (number - PROXY) >> 8)
+}
+
+/// Whether with this number anything is dropped or held.
+pub(super) fn holds_back(number: u32) -> bool {
+    matches!(number & !0xff, DROP | DROP_ALL) || number & 0xff != 0
 }
 
 fn of_hold(layout: &Layout, hold: &Hold) -> u32 {
@@ -95,6 +107,7 @@ impl Transaction<'_> {
         map.push(&DIRECT.to_ne_bytes(), Element::Goto(&names.open));
         map.push(&DROP.to_ne_bytes(), Element::Goto(&names.drop));
         map.push(&DROP_ALL.to_ne_bytes(), Element::Drop);
+        map.push(&RELEASED.to_ne_bytes(), Element::Goto(names.rest()));
         self.write_elements(&map, MsgType::Add);
     }
 
@@ -193,5 +206,6 @@ fn chain_of(names: &Names, verdict: &Verdict) -> Option<CString> {
         Verdict::Drop => Some(names.drop.clone()),
         Verdict::DropAll => None,
         Verdict::Proxy(proxy) => Some(names.tproxy(proxy)),
+        Verdict::Released => Some(names.rest().to_owned()),
     }
 }

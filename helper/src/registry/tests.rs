@@ -5,7 +5,8 @@ use std::num::NonZeroU16;
 use proptest::prelude::*;
 
 use super::*;
-use crate::kernel::model::Table;
+use crate::config::OnAgentLoss;
+use crate::kernel::model::{Objects, Table};
 use crate::nft::Hold;
 
 /// Root's policy is the system's.
@@ -15,9 +16,16 @@ fn assert_consistent(registry: &Registry, table: &Table) {
     let mut marks = BTreeSet::new();
     for uid in UIDS.map(Uid::for_test) {
         let objects = table.of(uid);
-        let Some(Entry::Policy(user)) = registry.users.get(&uid) else {
-            assert_eq!(objects, None);
-            continue;
+        let user = match registry.users.get(&uid) {
+            Some(Entry::Policy(user)) => user,
+            Some(Entry::Known(known)) => {
+                assert_remains(known, objects.unwrap());
+                continue;
+            }
+            _ => {
+                assert_eq!(objects, None);
+                continue;
+            }
         };
         let objects = objects.unwrap();
         assert_eq!(objects.layout, *user.layout);
@@ -68,11 +76,34 @@ fn assert_consistent(registry: &Registry, table: &Table) {
     }
 }
 
+/// What is kept without an agent holds something back, and leads to no proxy.
+fn assert_remains(known: &Known, objects: &Objects) {
+    assert_eq!(objects.layout, *known.layout);
+    assert!(known.layout.proxies.is_empty() && known.layout.gateway.is_none());
+    let elements = known.elements.iter().map(|(c, element)| {
+        let hold = Hold::of(c.level(), element).is_some();
+        let told = Element {
+            hold,
+            ..element.clone()
+        };
+        (c.id(), told)
+    });
+    let elements: BTreeMap<_, _> = elements.collect();
+    assert_eq!(objects.elements, elements);
+    assert!(elements.values().any(Element::holds_back));
+    assert!(
+        !elements
+            .values()
+            .any(|e| matches!(e.verdict, Verdict::Proxy(_)))
+    );
+}
+
 #[derive(Debug, Clone)]
 enum Call {
     Replace(Vec<u8>, Vec<(u8, u8, u8)>, Option<u8>),
     Update(Vec<(u8, u8, u8)>, Vec<u8>),
     Remove,
+    Lose(OnAgentLoss),
 }
 
 fn call() -> impl Strategy<Value = Call> {
@@ -87,6 +118,12 @@ fn call() -> impl Strategy<Value = Call> {
         (assignments(), proptest::collection::vec(0u8..8, 0..5))
             .prop_map(|(assign, remove)| Call::Update(assign, remove)),
         Just(Call::Remove),
+        prop_oneof![
+            Just(OnAgentLoss::Keep),
+            Just(OnAgentLoss::Direct),
+            Just(OnAgentLoss::Drop)
+        ]
+        .prop_map(Call::Lose),
     ]
 }
 
@@ -172,6 +209,11 @@ proptest! {
                     registry.update(uid, subtree, elements(assign), remove, open)
                 }
                 Call::Remove => Ok(registry.remove(uid)),
+                Call::Lose(loss) => match registry.remains(uid, loss) {
+                    Remains::Nothing => Ok(registry.remove(uid)),
+                    Remains::Part(staged) => Ok(*staged),
+                    Remains::All => unreachable!("nothing is left behind"),
+                },
             };
             // A kernel that refuses does nothing, and then nothing is applied either.
             if let Ok(staged) = staged && !refused {
@@ -198,6 +240,7 @@ fn what_was_left_behind_keeps_its_marks() {
         .into(),
         numbers: [(name(1), 4)].into(),
         holds: BTreeSet::new(),
+        holds_back: false,
         stamp: None,
     };
     registry.adopt(uid, Inherited::LeftBehind(left));

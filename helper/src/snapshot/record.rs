@@ -68,6 +68,7 @@ enum VerdictRecord {
     Drop,
     DropAll,
     Proxy(String),
+    Released,
 }
 
 /// The record's bytes.
@@ -100,6 +101,7 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout) -> Vec<u8> {
         Verdict::Drop => VerdictRecord::Drop,
         Verdict::DropAll => VerdictRecord::DropAll,
         Verdict::Proxy(name) => VerdictRecord::Proxy(name.to_string()),
+        Verdict::Released => VerdictRecord::Released,
     };
     let record = Record {
         uid: uid.value(),
@@ -165,6 +167,7 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
             VerdictRecord::Drop => Verdict::Drop,
             VerdictRecord::DropAll => Verdict::DropAll,
             VerdictRecord::Proxy(name) => Verdict::Proxy(known(name)?),
+            VerdictRecord::Released => Verdict::Released,
         };
         holds.insert(Hold { level, verdict });
     }

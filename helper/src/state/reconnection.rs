@@ -24,6 +24,8 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use cgtproxy_proto::name::ProxyName;
 
 use super::*;
+use crate::access::Accounts;
+use crate::config::OnAgentLoss;
 use crate::kernel::model::{Bed, Model};
 use crate::nft::{Bypass, Exceptions, Verdict};
 use crate::registry::ProxyRequest;
@@ -126,6 +128,8 @@ enum Event {
     /// The helper reads the next message; whether the kernel refuses what comes of it.
     Handle(u64, bool),
     Expire(u64, bool),
+    /// The helper looks whether anybody is there for whom it keeps something.
+    LookAfter(u64),
     /// Whether it had accepted every connection that there is.
     HelperEnds(bool),
     /// With what is left of the snapshot.
@@ -169,7 +173,11 @@ struct Fingerprint {
 enum Held {
     Connection(Option<usize>),
     Grace,
+    Kept,
 }
+
+/// The port of what has no proxy.
+const NOBODY: u16 = 0;
 
 /// The port tells whose policy it is.
 fn port(agent: usize) -> u16 {
@@ -191,7 +199,10 @@ fn policy(subtree: &Subtree, agent: usize) -> (PolicyRequest, Assignments) {
         bypass: Bypass::default(),
         gateway: None,
     };
-    (policy, application(Verdict::Proxy(name)))
+    let mut assignments = application(Verdict::Proxy(name));
+    let all = ControlGroupPath::from_wire("").unwrap();
+    assignments.insert(all, Verdict::Drop.into());
+    (policy, assignments)
 }
 
 type Assignments = BTreeMap<ControlGroupPath, nft::Element>;
@@ -262,12 +273,26 @@ impl<'a> World<'a> {
             .map_or(Holder::None, |helper| helper.state.holder(self.bed.uid))
     }
 
-    /// Whose policy the kernel has.
+    /// Whose policy the kernel has; [`NOBODY`]'s is what is kept without an agent.
     fn in_force(&self) -> Option<u16> {
         let table = self.kernel.table.borrow();
-        let layout = &table.of(self.bed.uid)?.layout;
-        let proxy = layout.proxies.values().next().unwrap();
-        Some(proxy.delivery.port())
+        let objects = table.of(self.bed.uid)?;
+        let proxy = objects.layout.proxies.values().next();
+        let verdicts: Vec<_> = objects.elements.values().map(|e| &e.verdict).collect();
+        if proxy.is_none() {
+            let kept: &[_] = match self.bed.config.on_agent_loss {
+                OnAgentLoss::Keep if verdicts.contains(&&Verdict::Direct) => {
+                    &[&Verdict::Direct, &Verdict::Drop]
+                }
+                OnAgentLoss::Keep => &[&Verdict::Drop, &Verdict::Released],
+                OnAgentLoss::Drop => &[&Verdict::Drop],
+                OnAgentLoss::Direct => &[],
+            };
+            let mut sorted = verdicts;
+            sorted.sort();
+            assert_eq!(sorted, kept);
+        }
+        Some(proxy.map_or(NOBODY, |proxy| proxy.delivery.port()))
     }
 
     fn is_wanted(&self) -> bool {
@@ -304,6 +329,7 @@ impl<'a> World<'a> {
                     Some(Held::Grace),
                     usize::from(helper.timers.contains(&grace)),
                 ),
+                Holder::Kept(_) => (Some(Held::Kept), 0),
             };
             let state = &helper.state;
             let has = state.registry.has(self.bed.uid);
@@ -379,6 +405,11 @@ impl<'a> World<'a> {
                 events.push(Event::Expire(grace, true));
             }
         }
+        if let Holder::Kept(grace) = self.holder()
+            && !helper.state.registry.has(self.bed.uid)
+        {
+            events.push(Event::LookAfter(grace));
+        }
         if self.kernel.gone.get() {
             events.push(Event::Restore(false));
             if refused(true) {
@@ -446,6 +477,11 @@ impl<'a> World<'a> {
                     helper.timers.remove(&grace);
                 }
             }
+            Event::LookAfter(grace) => {
+                let helper = self.helper.as_mut().unwrap();
+                let state = &mut helper.state;
+                state.look_after_kept(self.bed.uid, grace).unwrap();
+            }
             Event::HelperEnds(all) => {
                 self.left.helper_ends -= 1;
                 self.helper = None;
@@ -510,14 +546,18 @@ impl<'a> World<'a> {
         // Which nothing may have been left for.
         self.kernel.refuse.set(false);
         self.assert_sound();
-        if before.is_some() && self.in_force().is_none() {
+        let after = self.in_force();
+        if before.is_some() && after.is_none() {
             let may_end = match event {
                 Event::Handle(..) => true,
-                Event::Expire(..) => !was_wanted,
-                Event::Flush => true,
+                Event::Expire(..) => self.bed.config.on_agent_loss == OnAgentLoss::Direct,
+                Event::Flush | Event::LookAfter(_) => true,
                 _ => false,
             };
             assert!(may_end, "a gap");
+        }
+        if let Event::Expire(..) = event {
+            assert!(before == after || !was_wanted, "a gap");
         }
     }
 
@@ -664,6 +704,11 @@ impl<'a> World<'a> {
             Holder::Grace(grace) => {
                 assert!(helper.timers.contains(&grace), "its grace never ends");
             }
+            Holder::Kept(_) => assert_ne!(
+                self.bed.config.on_agent_loss,
+                OnAgentLoss::Direct,
+                "nothing is kept"
+            ),
         }
         for (index, agent) in self.agents.iter().enumerate() {
             if let Agent::Idle(connection) = *agent {
@@ -687,6 +732,7 @@ impl<'a> World<'a> {
             let next = self.events().into_iter().find(|event| match event {
                 Event::Handle(_, false) => true,
                 Event::Expire(_, refused) => !refused,
+                Event::LookAfter(_) => true,
                 _ => false,
             });
             match next {
@@ -698,7 +744,7 @@ impl<'a> World<'a> {
 }
 
 /// From here on, with no more disturbance: an agent that wants a policy in force gets that before any grace ends,
-/// and once there is no agent nothing is left.
+/// and once there is no agent nothing is left but what is to be kept, which goes with the user.
 fn assert_ends_well(world: &World<'_>) {
     let mut served = world.fork();
     if served.agents.iter().any(|agent| agent.wants()) {
@@ -724,14 +770,28 @@ fn assert_ends_well(world: &World<'_>) {
     }
     left_alone.successor_due = false;
     left_alone.settle();
+    assert!(left_alone.connections.is_empty());
+    if let Holder::Kept(grace) = left_alone.holder() {
+        let state = &mut left_alone.helper.as_mut().unwrap().state;
+        let knows = state.registry.policy(world.bed.uid).is_some();
+        let deny = Accounts {
+            uids: [world.bed.uid.value()].into(),
+            ..Accounts::default()
+        };
+        state.config.access.deny = deny;
+        if knows {
+            assert_eq!(left_alone.in_force(), Some(NOBODY), "a proxy without agent");
+        }
+        left_alone.happen(Event::LookAfter(grace));
+    }
     assert_eq!(left_alone.in_force(), None, "a stale policy");
     assert_eq!(left_alone.holder(), Holder::None);
-    assert!(left_alone.connections.is_empty());
 }
 
 /// Visits every state; says the way to the first that is wrong.
-fn explore(bounds: Bounds) -> usize {
-    let bed = Bed::new().unwrap();
+fn explore(loss: OnAgentLoss, bounds: Bounds) -> usize {
+    let mut bed = Bed::new().unwrap();
+    bed.config.on_agent_loss = loss;
     let start = World::new(&bed, bounds);
     let mut ways: Vec<(usize, Option<Event>)> = vec![(0, None)];
     let mut seen = HashMap::from([(start.fingerprint(), 0)]);
@@ -768,16 +828,27 @@ fn explore(bounds: Bounds) -> usize {
     ways.len()
 }
 
+/// Whatever becomes of a policy without agent.
+fn explore_all(losses: &[OnAgentLoss], bounds: Bounds) -> usize {
+    let states = losses.iter().map(|&loss| explore(loss, bounds));
+    states.min().unwrap()
+}
+
+const EVERY_LOSS: [OnAgentLoss; 3] = [OnAgentLoss::Keep, OnAgentLoss::Direct, OnAgentLoss::Drop];
+
 #[test]
 fn two_agents_and_a_helper_that_is_restarted() {
-    let states = explore(Bounds {
-        agents: 2,
-        connections: 2,
-        updates: false,
-        helper_ends: 1,
-        refusals: 0,
-        flushes: 0,
-    });
+    let states = explore_all(
+        &EVERY_LOSS[..2],
+        Bounds {
+            agents: 2,
+            connections: 2,
+            updates: false,
+            helper_ends: 1,
+            refusals: 0,
+            flushes: 0,
+        },
+    );
     assert!(
         states > 5000,
         "only {states} states: something does not happen any more"
@@ -786,14 +857,17 @@ fn two_agents_and_a_helper_that_is_restarted() {
 
 #[test]
 fn one_agent_and_a_kernel_that_refuses() {
-    let states = explore(Bounds {
-        agents: 1,
-        connections: 2,
-        updates: true,
-        helper_ends: 1,
-        refusals: 1,
-        flushes: 0,
-    });
+    let states = explore_all(
+        &EVERY_LOSS,
+        Bounds {
+            agents: 1,
+            connections: 2,
+            updates: true,
+            helper_ends: 1,
+            refusals: 1,
+            flushes: 0,
+        },
+    );
     assert!(
         states > 2500,
         "only {states} states: something does not happen any more"
@@ -802,14 +876,17 @@ fn one_agent_and_a_kernel_that_refuses() {
 
 #[test]
 fn one_agent_and_a_table_that_others_take_away() {
-    let states = explore(Bounds {
-        agents: 1,
-        connections: 2,
-        updates: false,
-        helper_ends: 1,
-        refusals: 0,
-        flushes: 1,
-    });
+    let states = explore_all(
+        &EVERY_LOSS,
+        Bounds {
+            agents: 1,
+            connections: 2,
+            updates: false,
+            helper_ends: 1,
+            refusals: 0,
+            flushes: 1,
+        },
+    );
     assert!(
         states > 1500,
         "only {states} states: something does not happen any more"

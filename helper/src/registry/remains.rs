@@ -1,0 +1,115 @@
+//! What stays of a policy whose agent is gone for good.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use super::change::Changes;
+use super::{Effect, Entry, Registry, Staged, marks_of, stamp_of};
+use crate::cgroup::OwnedControlGroup;
+use crate::config::OnAgentLoss;
+use crate::nft::{Before, Element, Hold, Known, Layout, Plan, Verdict};
+use crate::peer::Uid;
+
+/// What stays of a policy.
+#[derive(Debug)]
+pub enum Remains {
+    /// Nothing: it is to be removed.
+    Nothing,
+    /// All of it, since it is not known what it is.
+    All,
+    /// What this change leaves.
+    Part(Box<Staged>),
+}
+
+impl Registry {
+    /// Stages what stays of a user's policy when nobody is there any more who could change it.
+    #[must_use]
+    pub fn remains(&self, uid: Uid, loss: OnAgentLoss) -> Remains {
+        if loss == OnAgentLoss::Direct {
+            return Remains::Nothing;
+        }
+        let (layout, stamp, elements) = match self.users.get(&uid) {
+            None => return Remains::Nothing,
+            Some(Entry::LeftBehind(left)) => {
+                return match left.holds_back || loss == OnAgentLoss::Drop {
+                    true => Remains::All,
+                    false => Remains::Nothing,
+                };
+            }
+            Some(Entry::Policy(user)) => {
+                let elements: Vec<_> = user.cgroups.values().cloned().collect();
+                (&user.layout, user.stamp, elements)
+            }
+            Some(Entry::Known(known)) => (&known.layout, known.stamp, known.elements.clone()),
+        };
+        let (rest, levels) = match loss {
+            OnAgentLoss::Drop => {
+                let all = (layout.subtree, Verdict::Drop.into());
+                (vec![all], [layout.subtree.level()].into())
+            }
+            // Of some control groups it is not known how deep they are.
+            _ => (released(&elements), layout.levels.clone()),
+        };
+        if !rest.iter().any(|(_, element)| element.holds_back()) {
+            return Remains::Nothing;
+        }
+        let after = Rc::new(Layout {
+            proxies: BTreeMap::new(),
+            gateway: None,
+            levels,
+            holds: rest
+                .iter()
+                .filter_map(|(cgroup, element)| Hold::of(cgroup.level(), element))
+                .collect(),
+            enforced: rest.iter().any(|(_, element)| element.enforced),
+            ..Layout::clone(layout)
+        });
+        let mut changes = Changes::default();
+        for (cgroup, element) in &elements {
+            changes.had(*cgroup, element);
+        }
+        for (cgroup, element) in &rest {
+            changes.has(*cgroup, element);
+        }
+        let (delete, add) = changes.finish();
+        let before = Before::Layout(Rc::clone(layout));
+        let mut marks = self.marks.clone();
+        for (_, mark) in marks_of(&before) {
+            marks.free(mark);
+        }
+        let new_stamp = stamp_of(Some((layout, stamp)), &after);
+        Remains::Part(Box::new(Staged {
+            plan: Plan {
+                uid,
+                before,
+                had: Some(stamp),
+                after: Some(Rc::clone(&after)),
+                stamp: new_stamp,
+                delete,
+                add,
+            },
+            marks: Some(marks),
+            effect: Effect::Reduce(Known {
+                layout: after,
+                stamp: new_stamp,
+                elements: rest,
+            }),
+        }))
+    }
+}
+
+/// The same without proxies: what went to one is not decided here any more.
+fn released(elements: &[(OwnedControlGroup, Element)]) -> Vec<(OwnedControlGroup, Element)> {
+    let release = |(cgroup, element): &(OwnedControlGroup, Element)| {
+        let element = match &element.verdict {
+            Verdict::Proxy(_) => Element {
+                verdict: Verdict::Released,
+                hold: element.hold,
+                enforced: false,
+            },
+            _ => element.clone(),
+        };
+        (*cgroup, element)
+    };
+    elements.iter().map(release).collect()
+}
