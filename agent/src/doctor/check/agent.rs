@@ -1,8 +1,10 @@
 //! Is the agent running, with the configuration that is on disk?
 
+use cgtproxy_proto::helper::GetStatus_Reply_session;
+
 use super::count;
 use crate::config::Scope;
-use crate::doctor::facts::{Agent, ConfigFile, Facts};
+use crate::doctor::facts::{Agent, ConfigFile, Facts, Helper};
 use crate::doctor::{Finding, Group};
 
 /// What to call the agent, and the commands about it.
@@ -34,6 +36,18 @@ fn words(scope: Scope) -> Words {
     }
 }
 
+/// What it means when the helper keeps something of an agent that is gone.
+const KEPT: &str = "What the last one dropped is still dropped, or everything is: on-agent-loss in \
+                    /etc/cgtproxy/helper.yaml. Nothing goes to a proxy.";
+
+/// Whether the helper keeps something of an agent that is gone.
+fn keeps(facts: &Facts) -> bool {
+    match &facts.helper {
+        Helper::Answers(helper, _) => helper.session == GetStatus_Reply_session::kept,
+        _ => false,
+    }
+}
+
 pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("agent");
     group.found(running(facts));
@@ -59,7 +73,10 @@ fn running(facts: &Facts) -> Option<Finding> {
                     "agent-not-running",
                     format!("{} is not running", words.agent),
                 )
-                .effect(words.idle)
+                .effect(match keeps(facts) {
+                    true => KEPT,
+                    false => words.idle,
+                })
                 .command(words.enable),
             );
         }

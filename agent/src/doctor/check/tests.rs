@@ -573,6 +573,19 @@ fn what_could_not_be_looked_at_does_not_pass_for_good() {
 }
 
 #[test]
+fn what_is_kept_of_an_agent_that_is_gone_does_not_pass_for_direct() {
+    let mut facts = fine();
+    facts.agent = Agent::NotRunning;
+    let effect = |facts: &Facts| {
+        let findings = super::agent::check(facts).findings;
+        findings[0].effect.clone()
+    };
+    assert_eq!(effect(&facts), "Everything of yours goes direct.");
+    helper(&mut facts).0.session = GetStatus_Reply_session::kept;
+    assert!(effect(&facts).contains("still dropped"));
+}
+
+#[test]
 fn without_the_configuration_the_policy_in_force_counts() {
     let mut facts = fine();
     facts.config = ConfigFile::Missing;
