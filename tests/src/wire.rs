@@ -2,7 +2,7 @@
 //! a line, over stdin and stdout, or over the very connections that are being tested.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -161,6 +161,21 @@ pub enum AppOrder {
         protocol: u8,
         /// Where to.
         to: IpAddr,
+    },
+    /// Give every TCP and UDP socket of a flow made from now on this SO_MARK (needs CAP_NET_RAW).
+    Mark {
+        /// The mark.
+        mark: u32,
+    },
+    /// Put one UDP packet of IPv4 into the loopback interface by a packet socket, past all that locally made packets
+    /// go through, with a mark (needs CAP_NET_RAW).
+    Inject {
+        /// The mark.
+        mark: u32,
+        /// Where to.
+        to: SocketAddrV4,
+        /// What is in it.
+        token: String,
     },
     /// Ask many times at once, each time from a new socket, before any answer is read.
     Burst {

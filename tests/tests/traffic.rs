@@ -3,10 +3,10 @@
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
 use cgtproxy_tests::sandbox::{
-    App, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, direct, local, proxied, sandbox,
+    App, MACHINE_V4, MACHINE_V6, Outcome, PORTS, Sandbox, direct, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
@@ -17,6 +17,8 @@ use serde_json::json;
 
 const APP: &str = "app.slice/app-a.scope";
 const TRANSPORTS: [Transport; 2] = [Tcp, Udp];
+/// What the first TPROXY server of all is allotted: the divert bit, and the number 1.
+const FIRST_MARK: u32 = 0x8100_0000;
 
 /// Asks every destination, by TCP and UDP.
 #[track_caller]
@@ -609,5 +611,69 @@ fn a_neighbour_on_the_link_is_never_proxied() {
                 "{deliveries:?}"
             );
         }
+    });
+}
+
+/// A program with CAP_NET_RAW, like ping with file capabilities, may set any mark (sock_setsockopt, net/core/sock.c).
+#[test]
+fn a_mark_that_an_application_sets_leads_into_nobodys_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let (alice, mallory) = (sb.user(1001), sb.user(1002));
+        let proxy = sb.tproxy("alice").uid(1001).port(7890).start();
+        let _own = sb.tproxy("mallory").uid(1002).port(7891).start();
+        let app = alice.cgroup(APP).app();
+        let mut session = Session::of(&alice);
+        session.replace(
+            json!([{ "name": "mihomo", "port": 7890 }]),
+            json!([]),
+            json!([to_proxy("", "mihomo")]),
+        );
+        expect(sb, &app, |_, to| proxied("alice", to));
+        let arrivals = proxy.arrivals().len();
+        let mark = FIRST_MARK;
+        let strange = |app: &App, what: &str| {
+            app.mark(mark);
+            for to in sb.destinations() {
+                for transport in TRANSPORTS {
+                    let outcome = app.ask(transport, to);
+                    assert!(
+                        outcome.is_dropped(),
+                        "{what}: {transport:?} {to} {outcome:?}"
+                    );
+                }
+            }
+            let IpAddr::V4(v4) = sb.fresh_v4() else {
+                unreachable!("it is of IPv4")
+            };
+            let to = SocketAddrV4::new(v4, PORTS[0]);
+            assert!(
+                !app.inject(mark, to),
+                "{what}: a packet on lo was delivered"
+            );
+            assert_eq!(proxy.arrivals().len(), arrivals, "{what}");
+        };
+        let raw = |name: &str| mallory.cgroup(name).app_with(&["net_raw"]);
+        strange(&raw("app.slice/app-none.scope"), "no policy");
+        let mut session = Session::of(&mallory);
+        mallory.cgroup("app.slice/app-drop.scope");
+        mallory.cgroup("app.slice/app-own.scope");
+        session.replace(
+            json!([{ "name": "own", "port": 7891 }]),
+            json!([]),
+            json!([
+                verdict("app.slice/app-drop.scope", "drop"),
+                to_proxy("app.slice/app-own.scope", "own"),
+            ]),
+        );
+        strange(&raw("app.slice/app-direct.scope"), "direct");
+        strange(&raw("app.slice/app-drop.scope"), "dropped");
+        // What is diverted has the mark of its own proxy, whatever it had before.
+        let diverted = raw("app.slice/app-own.scope");
+        diverted.mark(mark);
+        expect(sb, &diverted, |_, to| proxied("mallory", to));
+        assert_eq!(proxy.arrivals().len(), arrivals);
+        // Alice has noticed nothing.
+        expect(sb, &app, |_, to| proxied("alice", to));
     });
 }

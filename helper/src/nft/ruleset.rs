@@ -49,7 +49,7 @@
 //!
 //! The mark of a proxy has the divert bit, by which the `ip rule` sends a packet back in over lo.
 //! The connection keeps it as its conntrack mark, so that it goes on as it began whatever becomes
-//! of the rules; only drops look at every packet. A hijacked DNS query carries the same mark
+//! of the rules; only drops look at every packet. It is by that mark that a packet is delivered. A hijacked DNS query carries the same mark
 //! without the divert bit, as its conntrack mark only: it is not diverted but translated. So is what goes
 //! to a proxy that is no TPROXY server; its conntrack mark has the divert bit.
 
@@ -228,12 +228,14 @@ impl Transaction<'_> {
         self.add_rules(
             DELIVERY,
             [
-                // Nearly every packet has no mark and ends this rule here.
-                // meta mark & DIVERT != 0 iif lo meta mark & MASK vmap @deliver
+                // Nearly every packet has no mark and ends this rule here. Whose it is says the connection's
+                // mark, which nobody but a rule can set: a program with CAP_NET_RAW may give its packets any mark
+                // (SO_MARK), and another user's proxy would take them for that user's.
+                // meta mark & DIVERT != 0 iif lo ct mark & MASK vmap @deliver
                 &|rule| {
                     rule.meta_mark_has(divert)
                         .iif_lo()
-                        .meta_mark_vmap(mask, DELIVER)
+                        .ct_mark_vmap(mask, DELIVER)
                 },
                 // What is diverted to nobody reaches nobody.
                 // meta mark & DIVERT != 0 iif lo drop

@@ -1,6 +1,6 @@
 //! Applications on the machine, which ask the network and tell what became of it.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -110,6 +110,38 @@ impl App {
             AppReport::Done => Outcome::Silent,
             other => flow.outcome(other),
         }
+    }
+
+    /// Gives all TCP and UDP sockets from now on this SO_MARK, which an application without CAP_NET_RAW may not.
+    ///
+    /// # Panics
+    /// When it does not obey.
+    #[track_caller]
+    pub fn mark(&self, mark: u32) {
+        match self.order(&AppOrder::Mark { mark }) {
+            AppReport::Done => {}
+            other => panic!("an application that is to mark reports {other:?}"),
+        }
+    }
+
+    /// Puts one datagram with this mark into the loopback interface, past everything that locally made packets go
+    /// through (needs CAP_NET_RAW). Tells whether a server has had it.
+    ///
+    /// # Panics
+    /// When it can't.
+    #[track_caller]
+    pub fn inject(&self, mark: u32, to: SocketAddrV4) -> bool {
+        let token = format!("injected {}", self.world.number());
+        match self.order(&AppOrder::Inject {
+            mark,
+            to,
+            token: token.clone(),
+        }) {
+            AppReport::Done => {}
+            other => panic!("nothing is injected: {other:?}"),
+        }
+        self.world.settle();
+        self.world.was_asked(&token)
     }
 
     /// Opens a TCP connection to be used step by step, or tells why there is none.

@@ -91,6 +91,12 @@ impl Cgroup {
         )
     }
 
+    /// An application in it, of its owner, who has these capabilities, named as setpriv names them.
+    pub fn app_with(&self, capabilities: &[&'static str]) -> App {
+        let launch = Launch::root().uid(self.uid).capabilities(capabilities);
+        App::start(&self.world, launch.cgroup(&self.directory()))
+    }
+
     /// Removes it, which must have no children; processes that were just killed may still be
     /// leaving.
     ///

@@ -12,7 +12,7 @@ use cgtproxy_tests::wire::{AppOrder, AppReport};
 
 use crate::lines::{parse, say};
 use crate::traffic::{self, Traffic};
-pub(crate) use flow::Flow;
+pub(crate) use flow::{Flow, NO_MARK};
 
 /// Obeys until stdin ends.
 pub(crate) fn run() {
@@ -34,16 +34,18 @@ pub(crate) fn run() {
 struct App {
     flows: HashMap<u32, Flow>,
     traffic: HashMap<u32, Traffic>,
+    /// What sockets are marked with.
+    mark: u32,
 }
 
 impl App {
     fn obey(&mut self, order: AppOrder) -> std::io::Result<AppReport> {
         match order {
             AppOrder::OpenTcp { flow, to } => {
-                self.flows.insert(flow, Flow::tcp(to)?);
+                self.flows.insert(flow, Flow::tcp(to, self.mark)?);
             }
             AppOrder::OpenUdp { flow, to } => {
-                self.flows.insert(flow, Flow::udp(to)?);
+                self.flows.insert(flow, Flow::udp(to, self.mark)?);
             }
             AppOrder::OpenPing { flow, to } => {
                 self.flows.insert(flow, Flow::ping(to)?);
@@ -58,6 +60,8 @@ impl App {
                 self.flows.remove(&flow);
             }
             AppOrder::Raw { protocol, to } => raw::send(protocol, to)?,
+            AppOrder::Mark { mark } => self.mark = mark,
+            AppOrder::Inject { mark, to, token } => raw::inject(mark, to, &token)?,
             AppOrder::Burst {
                 transport,
                 to,

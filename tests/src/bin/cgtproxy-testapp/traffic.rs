@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use cgtproxy_tests::wire::{Answer, AppReport, ServerKind, Tally, Transport};
 
-use crate::app::Flow;
+use crate::app::{Flow, NO_MARK};
 
 /// How long to wait for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -62,9 +62,9 @@ impl Traffic {
 /// One question from a new socket.
 fn ask(transport: Transport, to: SocketAddr, token: &str) -> std::io::Result<AppReport> {
     let mut flow = match transport {
-        Transport::Udp => Flow::udp(to)?,
+        Transport::Udp => Flow::udp(to, NO_MARK)?,
         Transport::Tcp => {
-            let mut flow = Flow::tcp(to)?;
+            let mut flow = Flow::tcp(to, NO_MARK)?;
             match flow.step(PATIENCE)? {
                 AppReport::Connected => flow,
                 other => return Ok(other),
@@ -79,9 +79,9 @@ fn ask(transport: Transport, to: SocketAddr, token: &str) -> std::io::Result<App
 pub(crate) fn burst(transport: Transport, to: SocketAddr, count: u32) -> Tally {
     let deadline = Instant::now() + PATIENCE;
     let begin = |number: u32| match transport {
-        Transport::Tcp => Flow::tcp(to),
+        Transport::Tcp => Flow::tcp(to, NO_MARK),
         Transport::Udp => {
-            let mut flow = Flow::udp(to)?;
+            let mut flow = Flow::udp(to, NO_MARK)?;
             flow.send(&format!("burst {number}"))?;
             Ok(flow)
         }

@@ -30,8 +30,9 @@ pub(crate) struct Stream {
 
 impl Flow {
     /// Begins to connect; [`Flow::step`] tells what became of it.
-    pub(crate) fn tcp(to: SocketAddr) -> Result<Self> {
+    pub(crate) fn tcp(to: SocketAddr, mark: u32) -> Result<Self> {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+        set_mark(&socket, mark, to)?;
         socket.set_nonblocking(true)?;
         socket.set_tcp_nodelay(true)?;
         match socket.connect(&to.into()) {
@@ -47,8 +48,9 @@ impl Flow {
         }))
     }
 
-    pub(crate) fn udp(to: SocketAddr) -> Result<Self> {
+    pub(crate) fn udp(to: SocketAddr, mark: u32) -> Result<Self> {
         let socket = Socket::new(Domain::for_address(to), Type::DGRAM, Some(Protocol::UDP))?;
+        set_mark(&socket, mark, to)?;
         socket.set_nonblocking(true)?;
         if to.is_ipv4() {
             socket.set_broadcast(true)?;
@@ -137,6 +139,23 @@ impl Stream {
         }
         Ok(AppReport::Pending)
     }
+}
+
+/// The mark of sockets that nobody marks.
+pub(crate) const NO_MARK: u32 = 0;
+
+/// Before the socket has a route, which depends on it. With a mark that leads to lo the kernel chooses the
+/// destination for the source too, and finds no route then: so the source is the one that others have.
+fn set_mark(socket: &Socket, mark: u32, to: SocketAddr) -> Result<()> {
+    if mark == NO_MARK {
+        return Ok(());
+    }
+    let other = Socket::new(Domain::for_address(to), Type::DGRAM, Some(Protocol::UDP))?;
+    other.connect(&to.into())?;
+    let mut source = other.local_addr()?.as_socket().expect("it is of IP");
+    source.set_port(0);
+    socket.bind(&source.into())?;
+    socket.set_mark(mark)
 }
 
 /// Waits until a socket is ready (errors count as ready), or until the deadline.
