@@ -48,6 +48,8 @@ pub struct Session<K = Linux> {
     connection: Connection,
     id: ConnectionId,
     state: Rc<RefCell<State<K>>>,
+    /// What was last said of the kernel's refusals.
+    warned: RefCell<Option<String>>,
 }
 
 impl<K: Kernel> Session<K> {
@@ -64,6 +66,7 @@ impl<K: Kernel> Session<K> {
             connection,
             id,
             state,
+            warned: RefCell::default(),
         }
     }
 
@@ -114,6 +117,7 @@ impl<K: Kernel> Session<K> {
         };
         let (generation, skipped) =
             state.replace(self.peer.uid(), self.id, &subtree, policy, assignments)?;
+        self.taken();
         Ok(ReplacePolicy_Reply {
             generation: number(generation),
             skipped: skipped_reply(skipped),
@@ -138,6 +142,7 @@ impl<K: Kernel> Session<K> {
         let subtree = self.subtree(&state)?;
         let (generation, skipped) =
             state.update(self.peer.uid(), self.id, &subtree, assign, remove)?;
+        self.taken();
         Ok(UpdateAssignments_Reply {
             generation: number(generation),
             skipped: skipped_reply(skipped),
@@ -159,6 +164,7 @@ impl<K: Kernel> Session<K> {
         let spare = state.root.spare();
         let _room = spare.make_room();
         let (source, destination) = state.find_redirected(self.peer.uid(), listener, client)?;
+        self.taken();
         Ok(FindRedirected_Reply {
             source: source.to_string(),
             destination: destination.to_string(),
@@ -260,8 +266,22 @@ impl<K: Kernel> Session<K> {
         })
     }
 
+    /// Says once what the kernel refuses, for as long as it refuses nothing else: agents try again and again.
+    fn warn(&self, what: String) {
+        let mut warned = self.warned.borrow_mut();
+        if warned.as_ref() != Some(&what) {
+            tracing::warn!(uid = self.peer.uid().value(), "{what}");
+            *warned = Some(what);
+        }
+    }
+
+    /// The kernel has done what was asked: what it refuses next is news.
+    fn taken(&self) {
+        *self.warned.borrow_mut() = None;
+    }
+
     /// The one place where an error becomes what the caller is told.
-    fn fault(uid: Uid, error: Error) -> Fault {
+    fn fault(&self, error: Error) -> Fault {
         let fault = |error: &str, parameters| Fault::new(wire::INTERFACE, error, parameters);
         let limit = |error: &str, limit: usize| fault(error, json!({ "limit": limit }));
         match error {
@@ -271,7 +291,7 @@ impl<K: Kernel> Session<K> {
             Error::State(state::Error::NoSession) => fault("NoSession", json!({})),
             Error::State(state::Error::NotRedirected) => fault("NotRedirected", json!({})),
             Error::State(state::Error::Conntrack(refusal)) => {
-                tracing::warn!("can't look connections up: {refusal}");
+                self.warn(format!("can't look connections up: {refusal}"));
                 fault("KernelRefused", json!({ "message": refusal.to_string() }))
             }
             Error::State(state::Error::Refused(refused)) => match refused {
@@ -288,14 +308,14 @@ impl<K: Kernel> Session<K> {
                 Refused::NoMarksLeft => fault("NoMarksLeft", json!({})),
             },
             Error::State(error @ (state::Error::Kernel(_) | state::Error::Later)) => {
-                tracing::warn!(uid = uid.value(), "{error}");
+                self.warn(error.to_string());
                 fault("KernelRefused", json!({ "message": error.to_string() }))
             }
         }
     }
 
     fn dispatch(&self, method: &str, arguments: Parameters<'_>) -> Result<Answer, Fault> {
-        let refused = |error| Self::fault(self.peer.uid(), error);
+        let refused = |error| self.fault(error);
         match method {
             "ReplacePolicy" => reply(
                 self.replace_policy(parameters(arguments)?)

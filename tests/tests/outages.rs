@@ -99,6 +99,8 @@ fn kill_both(sb: &Sandbox, helper: &str) {
     }
 }
 
+/// What counts is how much happens meanwhile, not how long it takes: nobody waits for the helper with a time-out. The
+/// one timer that could run out, the grace, is what the test after this is about.
 #[test]
 fn nothing_is_lost_while_the_helper_is_stopped() {
     sandbox(|sb| {
@@ -342,5 +344,135 @@ fn a_helper_that_can_open_nothing_says_so_and_forgets_nothing() {
             assert!(dropped.udp(to).is_dropped());
         }
         traffic.assert_none_strayed(sb, &["mihomo"]);
+    });
+}
+
+#[test]
+fn both_daemons_without_descriptors_forget_nothing() {
+    sandbox(|sb| {
+        const CANT_OPEN: &str = "can't open control groups at the moment";
+        let helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let service = alice.agent(CONFIG).start();
+        let mut agent = Agent::of(&alice);
+        let app = scope(&alice, "any").app();
+        let early = scope(&alice, "tracker-early");
+        agent.wait_for_verdict(&early, "drop");
+        let traffic = Steady::start(sb, &app);
+        for round in 0..2 {
+            set_descriptors(sb, &helper, HELPER_UID, 3);
+            let of_agent = service.limit_descriptors(service.open_descriptors());
+            scope(&alice, "tracker-early").remove();
+            let late: Vec<_> = ["early", "late", "later"]
+                .map(|name| scope(&alice, &format!("tracker-{name}")))
+                .into();
+            // Each says so once, however often it tries.
+            wait_until("the helper says so", || {
+                helper.log().matches(CANT_OPEN).count() == round + 1
+            });
+            let mut waits = Agent::of(&alice);
+            wait_until("the agent says so", || {
+                service.log().matches("can't accept connections").count() == round + 1
+            });
+            traffic.assert_proxied("mihomo");
+            // One comes back, then the other.
+            if round == 0 {
+                set_descriptors(sb, &helper, HELPER_UID, 1024);
+                service.limit_descriptors(of_agent);
+            } else {
+                service.limit_descriptors(of_agent);
+                set_descriptors(sb, &helper, HELPER_UID, 1024);
+            }
+            for group in &late {
+                waits.wait_for_verdict(group, "drop");
+                let dropped = group.app();
+                for to in sb.destinations() {
+                    assert!(dropped.udp(to).is_dropped());
+                }
+            }
+            let mut expected: Vec<u64> = late.iter().map(Cgroup::id).collect();
+            expected.push(alice.cgroup("app.slice").id());
+            expected.sort_unstable();
+            wait_until("nothing else is in the kernel", || {
+                mapped_ids(sb, "cgroups-1001") == expected
+            });
+            for group in late {
+                group.remove();
+            }
+            scope(&alice, "tracker-early");
+            assert_eq!(helper.log().matches(CANT_OPEN).count(), round + 1);
+        }
+        traffic.assert_none_strayed(sb, &["mihomo"]);
+    });
+}
+
+/// Clocks that a test can set for those who are started with it, which the machine's own would be set for all.
+struct Clocks;
+
+impl Clocks {
+    const LIBRARY: &str = "/run/clocks/clocks.so";
+
+    fn new(sb: &Sandbox) -> Self {
+        fs::create_dir("/run/clocks").expect("/run is ours");
+        fs::write("/run/clocks/clocks.c", include_str!("outages/clocks.c")).expect("it is ours");
+        let compile = ["cc", "-shared", "-fPIC", "-O2", "-o", Self::LIBRARY];
+        sb.run(&[&compile[..], &["/run/clocks/clocks.c"]].concat());
+        Self
+    }
+
+    fn set(&self, clock: &str, seconds_from_now: i64) {
+        let file = format!("/run/clocks/{clock}");
+        fs::write(format!("{file}.new"), seconds_from_now.to_string()).expect("it is ours");
+        fs::rename(format!("{file}.new"), file).expect("it was just written");
+    }
+
+    fn assert_used_by(&self, service: &Service) {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", service.pid()));
+        assert!(maps.expect("it runs").contains(Self::LIBRARY));
+    }
+}
+
+#[test]
+fn a_clock_that_is_set_changes_nothing() {
+    sandbox(|sb| {
+        const YEAR: i64 = 366 * 24 * 3600;
+        let clocks = Clocks::new(sb);
+        let preload = ("LD_PRELOAD", Clocks::LIBRARY);
+        let helper = sb
+            .helper()
+            .config("grace-seconds: 3600")
+            .env(preload.0, preload.1)
+            .start();
+        let alice = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let mut service = alice.agent(CONFIG).env(preload.0, preload.1).start();
+        clocks.assert_used_by(&helper);
+        clocks.assert_used_by(&service);
+        let app = scope(&alice, "any").app();
+        let traffic = Steady::start(sb, &app);
+        let mut other = Session::of(&alice);
+        for (round, seconds) in [YEAR, -YEAR, 0].into_iter().enumerate() {
+            // In the middle of a grace.
+            service.kill();
+            wait_until("the grace begins", || other.status()["session"] == "grace");
+            clocks.set("realtime", seconds);
+            assert_eq!(other.status()["session"], "grace");
+            service.start_again();
+            let late = scope(&alice, &format!("tracker-{round}"));
+            Agent::of(&alice).wait_for_verdict(&late, "drop");
+            let dropped = late.app();
+            for to in sb.destinations() {
+                assert!(dropped.udp(to).is_dropped());
+            }
+            traffic.assert_proxied("mihomo");
+            traffic.assert_none_strayed(sb, &["mihomo"]);
+        }
+        // It is the monotonic clock that they go by, which nobody can set.
+        service.kill();
+        wait_until("the grace begins", || other.status()["session"] == "grace");
+        clocks.set("monotonic", YEAR);
+        assert_eq!(other.status()["session"], "grace");
+        helper.wait_log("removed the policy");
     });
 }
