@@ -186,6 +186,24 @@ pub enum AppOrder {
         /// How many times.
         count: u32,
     },
+    /// Open so many connections to a Unix socket, call a Varlink method on each, and keep them all.
+    Crowd {
+        /// The socket.
+        path: PathBuf,
+        /// The method.
+        method: String,
+        /// How many connections.
+        count: u32,
+    },
+    /// From now on connect to a Unix socket, write Varlink calls and hang up, again and again, as fast as it goes.
+    StartFlood {
+        /// The socket.
+        path: PathBuf,
+        /// The method.
+        method: String,
+    },
+    /// Tell how many calls the flood has written so far.
+    Flooded,
     /// Start asking again and again, each time from a new socket.
     StartTraffic {
         /// The number of this traffic.
@@ -230,6 +248,21 @@ pub enum AppReport {
     },
     /// What became of many questions.
     Tally(Tally),
+    /// What became of many connections.
+    Crowd(Crowd),
+    /// How many calls.
+    Calls(u64),
+}
+
+/// What became of many connections to a Varlink service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Crowd {
+    /// How many calls were answered.
+    pub answered: u32,
+    /// How many were refused, by the error's name.
+    pub refused: BTreeMap<String, u32>,
+    /// How many connections were closed without a word.
+    pub closed: u32,
 }
 
 /// What became of many questions.

@@ -6,8 +6,11 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
+use cgtproxy_tests::agent::Agent;
 use cgtproxy_tests::sandbox::{Sandbox, direct, proxied, sandbox};
 use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, to_proxy, verdict};
+use cgtproxy_tests::steady::Steady;
+use cgtproxy_tests::wait::wait_until;
 use serde_json::json;
 
 /// How many connections one user may have unless the administrator says otherwise.
@@ -15,6 +18,9 @@ const CONNECTIONS: usize = 16;
 
 /// How often the quiet user changes something while the other one is loud.
 const ROUNDS: usize = 8;
+
+/// A call that everybody may make.
+const STATUS: &str = "org.cgtproxy.Helper.GetStatus";
 
 const LOUD: u32 = 1001;
 const QUIET: u32 = 1002;
@@ -84,6 +90,105 @@ fn a_flood_of_calls_takes_no_turn_from_others() {
         // The flood was not over when the quiet user was done.
         let answered = answered.into_inner();
         assert!(answered < FLOOD, "{answered}");
+    });
+}
+
+#[test]
+fn ten_thousand_connections_are_refused_but_for_those_that_one_may_have() {
+    sandbox(|sb| {
+        const CROWD: u32 = 10_000;
+        let helper = sb.helper().start();
+        let _proxy = sb.tproxy("quiet").uid(QUIET).port(7000).start();
+        let mut quiet = quiet_session(sb);
+        let loud = sb.user(LOUD);
+        let app = loud.cgroup("app.slice/app-loud.scope").app();
+        let before = helper.open_descriptors();
+        thread::scope(|scope| {
+            let crowd = scope.spawn(|| app.crowd(SOCKET, STATUS, CROWD));
+            for round in 0..ROUNDS {
+                one_change(sb, &mut quiet, round);
+            }
+            let crowd = crowd.join().expect("it is told");
+            let allowed = u32::try_from(CONNECTIONS).expect("a few");
+            let refused = crowd.refused.get("org.cgtproxy.Helper.TooManyConnections");
+            assert_eq!(crowd.answered, allowed, "{crowd:?}");
+            assert_eq!(refused, Some(&(CROWD - allowed)), "{crowd:?}");
+        });
+        // All of them are still there, at the other end.
+        assert_eq!(helper.open_descriptors(), before + CONNECTIONS as u64);
+        one_change(sb, &mut quiet, ROUNDS);
+        let kib = peak(helper.pid());
+        assert!(kib < MEMORY, "the helper held {kib} KiB");
+        drop(app);
+        wait_until("the user may connect again", || {
+            loud.varlink(SOCKET)
+                .call(STATUS, json!({}))
+                .get("error")
+                .is_none()
+        });
+    });
+}
+
+#[test]
+fn whoever_connects_calls_and_hangs_up_as_fast_as_it_goes_disturbs_nobody() {
+    sandbox(|sb| {
+        const CALLS: u64 = 100_000;
+        let helper = sb.helper().start();
+        let _proxy = sb.tproxy("quiet").uid(QUIET).port(7000).start();
+        let mut quiet = quiet_session(sb);
+        let app = sb.user(LOUD).cgroup("app.slice/app-loud.scope").app();
+        app.flood(SOCKET, STATUS);
+        let mut round = 0;
+        while round < ROUNDS || app.flooded() < CALLS {
+            one_change(sb, &mut quiet, round);
+            round += 1;
+        }
+        assert_eq!(mapped_ids(sb, "cgroups-1002").len(), round);
+        let kib = peak(helper.pid());
+        assert!(kib < MEMORY, "the helper held {kib} KiB");
+    });
+}
+
+#[test]
+fn an_agent_that_is_killed_again_and_again_leaves_no_gap_and_disturbs_nobody() {
+    sandbox(|sb| {
+        const CONFIG: &str = r"
+version: 1
+tproxies:
+  loud: {port: 7001}
+rules:
+  - {match: app-dropped, drop: true}
+  - {match: '/app\.slice$', tproxy: loud}
+";
+        let _helper = sb.helper().start();
+        let _proxies = [
+            sb.tproxy("quiet").uid(QUIET).port(7000).start(),
+            sb.tproxy("loud").uid(LOUD).port(7001).start(),
+        ];
+        let mut quiet = quiet_session(sb);
+        let loud = sb.user(LOUD);
+        let dropped = loud.cgroup("app.slice/app-dropped.scope");
+        let mut agent = loud.agent(CONFIG).start();
+        Agent::of(&loud).wait_for_verdict(&dropped, "drop");
+        let (app, dropped) = (loud.cgroup("app.slice/app-a.scope").app(), dropped.app());
+        let traffic = Steady::start(sb, &app);
+        for round in 0..ROUNDS {
+            // Now before it has said anything, now in the middle of it, now when all is said.
+            if round % 3 == 2 {
+                agent.wait_ready();
+            } else if round % 3 == 1 {
+                one_change(sb, &mut quiet, round);
+            }
+            agent.kill();
+            agent.begin_again();
+            for to in sb.destinations() {
+                assert!(dropped.udp(to).is_dropped());
+            }
+        }
+        agent.wait_ready();
+        traffic.assert_proxied("loud");
+        traffic.assert_none_strayed(sb, &["loud"]);
+        one_change(sb, &mut quiet, ROUNDS);
     });
 }
 
@@ -195,7 +300,7 @@ fn agents_in_a_loop_leave_nothing_and_disturb_nobody() {
             over.store(true, Ordering::Relaxed);
         });
         let app = victim.app();
-        cgtproxy_tests::wait::wait_until("the loud user's rules are gone", || {
+        wait_until("the loud user's rules are gone", || {
             !sb.maps().iter().any(|map| map == "cgroups-1001")
         });
         for to in sb.destinations() {

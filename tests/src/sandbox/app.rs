@@ -12,7 +12,7 @@ use super::launch::{Launch, binary};
 use super::network::deliveries;
 use super::outcome::Outcome;
 use super::world::World;
-use crate::wire::{AppOrder, AppReport, ServerKind, Tally, Transport};
+use crate::wire::{AppOrder, AppReport, Crowd, ServerKind, Tally, Transport};
 
 /// How long to wait for an answer before finding out where the question has gone. It decides how
 /// fast a test is that waits in vain, and nothing else.
@@ -142,6 +142,51 @@ impl App {
         }
         self.world.settle();
         self.world.was_asked(&token)
+    }
+
+    /// Opens so many connections to a Varlink service, calls that method on each, and keeps them for as long as the
+    /// application lives.
+    ///
+    /// # Panics
+    /// When it can't.
+    #[track_caller]
+    pub fn crowd(&self, socket: &str, method: &str, count: u32) -> Crowd {
+        match self.order(&AppOrder::Crowd {
+            path: socket.into(),
+            method: method.to_owned(),
+            count,
+        }) {
+            AppReport::Crowd(crowd) => crowd,
+            other => panic!("a crowd reports {other:?}"),
+        }
+    }
+
+    /// From now on connects to a Varlink service, writes calls and hangs up, as fast as it goes, for as long as the
+    /// application lives.
+    ///
+    /// # Panics
+    /// When it does not obey.
+    #[track_caller]
+    pub fn flood(&self, socket: &str, method: &str) {
+        match self.order(&AppOrder::StartFlood {
+            path: socket.into(),
+            method: method.to_owned(),
+        }) {
+            AppReport::Done => {}
+            other => panic!("a flood begins with {other:?}"),
+        }
+    }
+
+    /// How many calls it has written so far.
+    ///
+    /// # Panics
+    /// When there is no flood.
+    #[track_caller]
+    pub fn flooded(&self) -> u64 {
+        match self.order(&AppOrder::Flooded) {
+            AppReport::Calls(calls) => calls,
+            other => panic!("a flood reports {other:?}"),
+        }
     }
 
     /// Opens a TCP connection to be used step by step, or tells why there is none.
@@ -305,7 +350,12 @@ impl Connection {
                 Errno::ECONNRESET | Errno::EPIPE => Outcome::Closed,
                 _ => Outcome::Failed { errno },
             },
-            AppReport::Done | AppReport::Connected | AppReport::Pending | AppReport::Tally(_) => {
+            AppReport::Done
+            | AppReport::Connected
+            | AppReport::Pending
+            | AppReport::Tally(_)
+            | AppReport::Crowd(_)
+            | AppReport::Calls(_) => {
                 panic!("an application reports {report:?}")
             }
         }

@@ -1,11 +1,15 @@
 //! An application: does on the network what the harness tells it, one step at a time.
 
+mod crowd;
 mod flow;
 pub(crate) mod ping;
 mod raw;
 
 use std::collections::HashMap;
 use std::io::{BufRead, stdin};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cgtproxy_tests::wire::{AppOrder, AppReport};
@@ -36,6 +40,10 @@ struct App {
     traffic: HashMap<u32, Traffic>,
     /// What sockets are marked with.
     mark: u32,
+    /// Connections that are only kept.
+    crowd: Vec<UnixStream>,
+    /// How many calls have been written in vain.
+    flooded: Option<Arc<AtomicU64>>,
 }
 
 impl App {
@@ -68,6 +76,22 @@ impl App {
                 count,
             } => {
                 return Ok(AppReport::Tally(traffic::burst(transport, to, count)));
+            }
+            AppOrder::Crowd {
+                path,
+                method,
+                count,
+            } => {
+                let (crowd, connections) = crowd::crowd(&path, &method, count)?;
+                self.crowd.extend(connections);
+                return Ok(AppReport::Crowd(crowd));
+            }
+            AppOrder::StartFlood { path, method } => {
+                self.flooded = Some(crowd::flood(path, &method));
+            }
+            AppOrder::Flooded => {
+                let flooded = self.flooded.as_ref().expect("no flood");
+                return Ok(AppReport::Calls(flooded.load(Ordering::Relaxed)));
             }
             AppOrder::StartTraffic {
                 traffic,

@@ -14,6 +14,7 @@ mod boot;
 mod init;
 mod launch;
 mod lines;
+mod netlink;
 mod pipe;
 mod server;
 mod socks;
@@ -25,7 +26,8 @@ use std::ffi::OsString;
 
 const USAGE: &str = "usage: cgtproxy-testapp sandbox CGROUP BIN-DIR CMD… | init BIN-DIR CMD… \
                      | launch CGROUP CMD… | boot CGROUP ROOT NOTIFY-SOCKET | boot-init ROOT NOTIFY-SOCKET \
-                     | serve JSON | socks ADDRESS | app | starts JSON | pipe SOCKET | watches PID COUNT";
+                     | serve JSON | socks ADDRESS | app | starts JSON | pipe SOCKET | watches PID COUNT \
+                     | netlink PROTOCOL PORT";
 
 fn main() {
     let mut arguments = std::env::args_os().skip(1);
@@ -42,6 +44,7 @@ fn main() {
         (Some("app"), []) => app::run(),
         (Some("starts"), [spec]) => starts::run(spec.to_str().expect("JSON is UTF-8")),
         (Some("pipe"), [socket]) => pipe::run(socket),
+        (Some("netlink"), [protocol, port]) => netlink::send(protocol, port),
         (Some("watches"), [pid, count]) => watches::limit(pid, count),
         _ => panic!("{USAGE}"),
     }
