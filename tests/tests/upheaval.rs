@@ -5,7 +5,7 @@
 
 use cgtproxy_tests::installed::{AGENT, HELPER, Installed};
 use cgtproxy_tests::sandbox::{Sandbox, direct, proxied, sandbox};
-use cgtproxy_tests::session::mapped_ids;
+use cgtproxy_tests::session::{mapped_ids, mapped_ids_now};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::SystemUser;
 use cgtproxy_tests::wait::wait_until;
@@ -267,5 +267,158 @@ fn a_helper_knows_what_the_one_before_it_had_in_force() {
         wait_until("the store is empty", || {
             system.property(HELPER, "NFileDescriptorStore") == "0"
         });
+    });
+}
+
+const SYSTEM_AGENT: &str = "cgtproxy-agent-system.service";
+
+/// Root's, for one service.
+const SYSTEM_CONFIG: &str = r"
+version: 1
+tproxies:
+  machine: {port: 7892}
+rules:
+  - {match: '/system\.slice/web\.service$', tproxy: machine}
+";
+
+/// How a snapshot is spoilt, by a script with the file as `$1` and alice's uid as `$2`, and what is said of it.
+const SPOILT: [(&str, &str, &str); 5] = [
+    (
+        "garbage",
+        "head -c 4096 /dev/urandom >\"$1\"",
+        "is not one that this version wrote; threw it away",
+    ),
+    (
+        "of another version",
+        "printf '\\377' | dd of=\"$1\" bs=1 seek=10 conv=notrunc status=none",
+        "is not one that this version wrote; threw it away",
+    ),
+    (
+        "for another mask",
+        "printf '\\377' | dd of=\"$1\" bs=1 seek=12 conv=notrunc status=none",
+        "is for another mark-mask; threw it away",
+    ),
+    (
+        "empty",
+        ": >\"$1\"",
+        "is not one that this version wrote; threw it away",
+    ),
+    (
+        "of another layout",
+        "nft \"delete element inet cgtproxy stamps { $2 }; add element inet cgtproxy stamps { $2 : 0x1 }\"",
+        "that of 1 users is not in a snapshot: it is replaced as a whole",
+    ),
+];
+
+/// Waits for the helper that comes after one that was killed.
+fn kill_helper(installed: &Installed<'_>) {
+    let system = &installed.system;
+    let helper = system.property(HELPER, "MainPID");
+    system.run(&["kill", "-KILL", &helper]);
+    wait_until("another process has taken its place", || {
+        let now = system.property(HELPER, "MainPID");
+        now != helper && now != "0" && system.property(HELPER, "ActiveState") == "active"
+    });
+}
+
+/// What the kernel does not confirm is not believed: nothing changes for packets, and one line says so. What it
+/// confirms is root's policy as well as users'.
+#[test]
+fn a_snapshot_that_does_not_fit_is_thrown_away() {
+    sandbox(|sb| {
+        let installed = Installed::boot(sb, "own-table: false\ngrace-seconds: 600", |_| ());
+        let system = &installed.system;
+        let alice = system.alice();
+        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        let _machine = sb.tproxy("machine").uid(0).port(7892).start();
+        let write = "printf '%s\n' \"$1\" >/etc/cgtproxy/config.yaml";
+        system.run(&["sh", "-c", write, "sh", SYSTEM_CONFIG]);
+        system.run(&["systemctl", "enable", "--now", SYSTEM_AGENT]);
+        installed.enable(alice, CONFIG);
+        let browser = installed.desktop_app(alice, "browser");
+        let tracker = installed.desktop_app(alice, "tracker");
+        let unit = ["systemd-run", "--quiet", "--collect", "--pipe", "--wait"];
+        let web = system.app(&[&unit[..], &["--unit=web.service"]].concat());
+        let in_force = || {
+            installed.wait_in_force(alice);
+            wait_until("root's agent has its verdict in force", || {
+                let status = [
+                    "cgtproxy-agent",
+                    "--system",
+                    "explain",
+                    "/system.slice/web.service",
+                ];
+                let output = system.output(&status);
+                String::from_utf8_lossy(&output.stdout).contains("machine")
+                    && mapped_ids_now(sb, "cgroups-0").is_some_and(|ids| !ids.is_empty())
+            });
+        };
+        in_force();
+        let to = sb.destinations();
+        let open = to.map(|to| browser.open_tcp(to).expect("the proxy answers"));
+        let traffic = [Steady::start(sb, &browser), Steady::start(sb, &web)];
+        let holds = |what: &str| {
+            eprintln!("{what}");
+            for (open, to) in open.iter().zip(to) {
+                assert_eq!(open.ask(), proxied("mihomo", to), "{what}");
+            }
+            installed.expect(&browser, |to| proxied("mihomo", to));
+            installed.expect(&web, |to| proxied("machine", to));
+            installed.expect_dropped(&tracker);
+            for (traffic, proxy) in traffic.iter().zip(["mihomo", "machine"]) {
+                traffic.assert_proxied(proxy);
+                traffic.assert_none_strayed(sb, &[proxy]);
+            }
+        };
+        holds("at first");
+        let agents = [
+            system.user_property(alice, AGENT, "MainPID"),
+            system.property(SYSTEM_AGENT, "MainPID"),
+        ];
+        let signal = |signal: &str| {
+            for agent in &agents {
+                system.run(&["kill", signal, agent]);
+            }
+        };
+        let snapshot = "for fd in /proc/1/fd/*; do case $(readlink $fd) in
+                        */memfd:cgtproxy-snapshot*|/memfd:cgtproxy-snapshot*) echo $fd;; esac; done";
+        let uid = alice.uid().to_string();
+        for (what, spoil, said) in SPOILT {
+            signal("-STOP");
+            let helper = system.property(HELPER, "MainPID");
+            // It writes nothing after this.
+            system.run(&["kill", "-STOP", &helper]);
+            let file = system.run(&["sh", "-c", snapshot]);
+            assert_eq!(file.lines().count(), 1, "{file}");
+            system.run(&["sh", "-ec", spoil, "sh", file.trim(), &uid]);
+            let count = || system.journal(HELPER).matches(said).count();
+            let before = count();
+            kill_helper(&installed);
+            wait_until("it is said", || count() > before);
+            holds(what);
+            assert_eq!(count(), before + 1, "{what}");
+            signal("-CONT");
+            in_force();
+            holds(&format!("after one that was {what}"));
+        }
+        // This one is good again, and has root's policy, too.
+        signal("-STOP");
+        kill_helper(&installed);
+        holds("without agents");
+        // What is open when others flush is not what this is about.
+        for traffic in &traffic {
+            traffic.assert_nothing_left(sb);
+        }
+        let maps = ["cgroups-0".to_owned(), format!("cgroups-{}", alice.uid())];
+        let ids = maps.each_ref().map(|map| mapped_ids(sb, map));
+        sb.nft("flush ruleset");
+        wait_until("the table is back", || {
+            maps.each_ref().map(|map| mapped_ids_now(sb, map))
+                == ids.each_ref().map(|ids| Some(ids.clone()))
+        });
+        installed.expect(&browser, |to| proxied("mihomo", to));
+        installed.expect(&web, |to| proxied("machine", to));
+        installed.expect_dropped(&tracker);
+        signal("-CONT");
     });
 }
