@@ -347,5 +347,43 @@ fn checksum(bytes: &[u8]) -> u64 {
     })
 }
 
+/// Takes what may be a snapshot, or a record of one, apart. What a record says is written down as it is said, and is
+/// something that the kernel can be told.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use crate::config::Limits;
+    use crate::nft::{self, Inherited, Known};
+    use crate::registry::Registry;
+
+    let Ok(range) = MarkRange::new(0xff00_0000) else {
+        return;
+    };
+    let _ = parse(bytes, range);
+    let Some((uid, stamp, layout)) = record::decode(bytes, range) else {
+        return;
+    };
+    let uid = Uid::for_test(uid);
+    let memory = Memory::default();
+    let (mut snapshot, _) = Snapshot::in_memory(&memory, range);
+    snapshot.renew(range, [(uid, stamp, &layout)].into_iter());
+    let again = parse(&memory.borrow(), range);
+    assert!(again.is_ok_and(|records| records.get(uid, stamp) == Some(&layout)));
+    memory.borrow_mut().pop();
+    let cut = parse(&memory.borrow(), range);
+    assert!(cut.is_ok_and(|records| records.get(uid, stamp).is_none()));
+
+    let mut registry = Registry::new(Limits::default(), range);
+    let layout = std::rc::Rc::new(layout);
+    let elements = Vec::new();
+    let known = Known {
+        layout,
+        stamp,
+        elements,
+    };
+    let _ = nft::batch(&known.plan(uid), range);
+    registry.adopt(uid, Inherited::Known(known));
+    let _ = nft::batch(registry.remove(uid).plan(), range);
+}
+
 #[cfg(test)]
 mod tests;

@@ -35,6 +35,11 @@ pub(crate) struct Objects {
 }
 
 impl Objects {
+    pub(crate) fn left_behind(&self, uid: Uid) -> LeftBehind {
+        let elements = self.elements.values();
+        self.layout.left_behind(uid, self.stamp, elements)
+    }
+
     /// Levels can be told of those only below which something is held.
     fn known(&self) -> Known {
         let element = |(&id, element): (&ControlGroupId, &Element)| {
@@ -95,7 +100,7 @@ impl Table {
             }
             Before::LeftBehind(left) => {
                 let before = before.expect("there is something of this user's");
-                assert_eq!(left_behind(plan.uid, &before), *left);
+                assert_eq!(before.left_behind(plan.uid), *left);
                 Default::default()
             }
         };
@@ -144,31 +149,11 @@ impl Table {
                     assert_eq!(*layout, objects.layout, "the snapshot has another layout");
                     Inherited::Known(objects.known())
                 }
-                None => Inherited::LeftBehind(left_behind(uid, objects)),
+                None => Inherited::LeftBehind(objects.left_behind(uid)),
             };
             (uid, left)
         };
         self.0.iter().map(left).collect()
-    }
-}
-
-fn left_behind(uid: Uid, objects: &Objects) -> LeftBehind {
-    let layout = &objects.layout;
-    LeftBehind {
-        subtree: Some(layout.subtree.id()).filter(|_| uid != Uid::ROOT),
-        proxies: layout
-            .proxies
-            .iter()
-            .map(|(name, proxy)| (name.clone(), proxy.mark))
-            .collect(),
-        numbers: layout
-            .proxies
-            .iter()
-            .map(|(name, proxy)| (name.clone(), proxy.number))
-            .collect(),
-        holds: layout.holds.clone(),
-        holds_back: objects.elements.values().any(Element::holds_back),
-        stamp: Some(objects.stamp),
     }
 }
 

@@ -15,8 +15,8 @@ use nftnl::{FinalizedBatch, MsgType, ProtoFamily, Table, nft_nlmsg_maxsize};
 use super::ffi::table_flags::{OWNER, PERSIST};
 use super::ffi::{Content, Element, KeyType};
 use super::plan::{
-    Before, Bypass, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, LeftBehind, Plan,
-    Proxy, Stamp, Verdict,
+    Before, Bypass, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, Plan, Proxy, Stamp,
+    Verdict,
 };
 use super::transaction::Transaction;
 use super::{PROBE, TABLE, probe};
@@ -142,7 +142,7 @@ fn hijack(addresses: &[IpAddr], port: u16) -> DnsHijack {
 }
 
 /// A layout with a proxy of each kind, and chains for what is held below each verdict.
-fn layout(system: bool) -> Layout {
+pub(crate) fn layout(system: bool) -> Layout {
     let (v4, v6) = (
         Ipv4Addr::new(192, 0, 2, 53),
         "2001:db8::53".parse().unwrap(),
@@ -248,22 +248,7 @@ fn life(uid: Uid, count: u64) -> Vec<Plan> {
     let changed = Rc::new(changed);
     let elements = elements(count);
     let delete = elements.iter().map(|(cgroup, _)| cgroup.id()).collect();
-    let left = LeftBehind {
-        subtree: Some(layout.subtree.id()),
-        proxies: layout
-            .proxies
-            .iter()
-            .map(|(name, proxy)| (name.clone(), proxy.mark))
-            .collect(),
-        numbers: layout
-            .proxies
-            .iter()
-            .map(|(name, proxy)| (name.clone(), proxy.number))
-            .collect(),
-        holds: layout.holds.clone(),
-        holds_back: true,
-        stamp: Some(Stamp::draw()),
-    };
+    let left = layout.left_behind(uid, Stamp::draw(), elements.iter().map(|(_, e)| e));
     let plan = |before, after, delete, add| Plan {
         uid,
         had: match &before {

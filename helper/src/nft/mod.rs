@@ -5,7 +5,7 @@ mod foreign;
 mod gateway;
 mod inherit;
 #[cfg(test)]
-mod messages;
+pub(crate) mod messages;
 mod names;
 mod plan;
 mod probe;
@@ -54,8 +54,7 @@ pub(crate) fn fuzz(object: &[u8]) {
 }
 
 /// Builds the batch of a plan.
-#[cfg(test)]
-#[cfg(all(debug_assertions, target_arch = "x86_64"))]
+#[cfg(any(test, fuzzing))]
 pub(crate) fn batch(plan: &Plan, marks: MarkRange) -> nftnl::FinalizedBatch {
     let table = Table::new(TABLE, ProtoFamily::Inet);
     let mut transaction = Transaction::new(&table, marks);

@@ -211,6 +211,32 @@ pub struct Layout {
     pub gateway: Option<Gateway>,
 }
 
+#[cfg(any(test, fuzzing))]
+impl Layout {
+    /// What a helper that does not know this layout can read of it.
+    pub(crate) fn left_behind<'a>(
+        &self,
+        uid: Uid,
+        stamp: Stamp,
+        elements: impl IntoIterator<Item = &'a Element>,
+    ) -> LeftBehind {
+        let proxies = || self.proxies.iter();
+        LeftBehind {
+            // Nothing leads to the system's policy: it is what every packet comes by.
+            subtree: Some(self.subtree.id()).filter(|_| uid != Uid::ROOT),
+            proxies: proxies()
+                .map(|(name, proxy)| (name.clone(), proxy.mark))
+                .collect(),
+            numbers: proxies()
+                .map(|(name, proxy)| (name.clone(), proxy.number))
+                .collect(),
+            holds: self.holds.clone(),
+            holds_back: elements.into_iter().any(Element::holds_back),
+            stamp: Some(stamp),
+        }
+    }
+}
+
 /// A user's objects that a helper before this one left in the kernel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LeftBehind {

@@ -6,8 +6,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::OnAgentLoss;
-use crate::kernel::model::{Objects, Table};
+use crate::kernel::model::Table;
 use crate::nft::Hold;
+use crate::snapshot::{Memory, Snapshot};
 
 /// Root's policy is the system's.
 const UIDS: [u32; 3] = [1000, 1001, 0];
@@ -16,31 +17,39 @@ fn assert_consistent(registry: &Registry, table: &Table) {
     let mut marks = BTreeSet::new();
     for uid in UIDS.map(Uid::for_test) {
         let objects = table.of(uid);
-        let user = match registry.users.get(&uid) {
-            Some(Entry::Policy(user)) => user,
-            Some(Entry::Known(known)) => {
-                assert_remains(known, objects.unwrap());
+        let user = match (registry.users.get(&uid), objects) {
+            (Some(Entry::Policy(user)), Some(_)) => user,
+            // What an earlier helper left is known whole, or as far as it can be read.
+            (Some(Entry::Known(known)), Some(objects)) => {
+                assert_eq!(
+                    (&*known.layout, known.stamp),
+                    (&objects.layout, objects.stamp)
+                );
+                assert_eq!(told(known.elements.iter()), objects.elements);
+                let proxies = &known.layout.proxies;
+                for (_, element) in &known.elements {
+                    assert_eq!(super::known(proxies, &element.verdict), Ok(()));
+                }
+                for proxy in known.layout.proxies.values() {
+                    assert!(marks.insert(proxy.mark), "two proxies have one mark");
+                    assert!(registry.marks.is_used(proxy.mark));
+                }
                 continue;
             }
-            _ => {
-                assert_eq!(objects, None);
+            (Some(Entry::LeftBehind(left)), Some(objects)) => {
+                assert_eq!(*left, objects.left_behind(uid));
+                for &mark in left.proxies.values() {
+                    assert!(marks.insert(mark), "two proxies have one mark");
+                    assert!(registry.marks.is_used(mark));
+                }
                 continue;
             }
+            (None, None) => continue,
+            (entry, objects) => panic!("{entry:?} is not {objects:?}"),
         };
         let objects = objects.unwrap();
         assert_eq!(objects.layout, *user.layout);
-        let known: BTreeMap<_, _> = user
-            .cgroups
-            .values()
-            .map(|(c, element)| {
-                let hold = Hold::of(c.level(), element).is_some();
-                let told = Element {
-                    hold,
-                    ..element.clone()
-                };
-                (c.id(), told)
-            })
-            .collect();
+        let known = told(user.cgroups.values());
         assert_eq!(objects.elements, known);
         let levels: BTreeSet<_> = user.cgroups.values().map(|(c, _)| c.level()).collect();
         assert_eq!(
@@ -76,26 +85,19 @@ fn assert_consistent(registry: &Registry, table: &Table) {
     }
 }
 
-/// What is kept without an agent holds something back, and leads to no proxy.
-fn assert_remains(known: &Known, objects: &Objects) {
-    assert_eq!(objects.layout, *known.layout);
-    assert!(known.layout.proxies.is_empty() && known.layout.gateway.is_none());
-    let elements = known.elements.iter().map(|(c, element)| {
-        let hold = Hold::of(c.level(), element).is_some();
+/// What the kernel is told of these.
+fn told<'a>(
+    elements: impl Iterator<Item = &'a (OwnedControlGroup, Element)>,
+) -> BTreeMap<ControlGroupId, Element> {
+    let told = |(cgroup, element): &'a (OwnedControlGroup, Element)| {
+        let hold = Hold::of(cgroup.level(), element).is_some();
         let told = Element {
             hold,
             ..element.clone()
         };
-        (c.id(), told)
-    });
-    let elements: BTreeMap<_, _> = elements.collect();
-    assert_eq!(objects.elements, elements);
-    assert!(elements.values().any(Element::holds_back));
-    assert!(
-        !elements
-            .values()
-            .any(|e| matches!(e.verdict, Verdict::Proxy(_)))
-    );
+        (cgroup.id(), told)
+    };
+    elements.map(told).collect()
 }
 
 #[derive(Debug, Clone)]
@@ -104,6 +106,24 @@ enum Call {
     Update(Vec<(u8, u8, u8)>, Vec<u8>),
     Remove,
     Lose(OnAgentLoss),
+    /// The helper is killed, and the next one is given this much of its snapshot.
+    Restart(Fate),
+}
+
+/// What becomes of a snapshot.
+#[derive(Debug, Clone)]
+enum Fate {
+    Whole,
+    Cut(prop::sample::Index),
+    Lost,
+}
+
+fn fate() -> impl Strategy<Value = Fate> {
+    prop_oneof![
+        Just(Fate::Whole),
+        any::<prop::sample::Index>().prop_map(Fate::Cut),
+        Just(Fate::Lost),
+    ]
 }
 
 fn call() -> impl Strategy<Value = Call> {
@@ -124,6 +144,7 @@ fn call() -> impl Strategy<Value = Call> {
             Just(OnAgentLoss::Drop)
         ]
         .prop_map(Call::Lose),
+        fate().prop_map(Call::Restart),
     ]
 }
 
@@ -157,8 +178,9 @@ fn elements(cgroups: Vec<(u8, u8, u8)>) -> BTreeMap<ControlGroupPath, Element> {
 }
 
 proptest! {
-    /// Whatever is called in whatever order, whatever vanishes or is made anew meanwhile, and
-    /// whatever the kernel refuses: what the registry knows is what the kernel has.
+    /// Whatever is called in whatever order, whatever vanishes or is made anew meanwhile, whatever the kernel
+    /// refuses, and whenever the helper is killed, with its snapshot or without: what the registry knows is what
+    /// the kernel has.
     #[test]
     fn knows_what_the_kernel_has(
         calls in proptest::collection::vec((0usize..3, call(), any::<bool>(), any::<u64>()), 1..40)
@@ -167,6 +189,9 @@ proptest! {
         let range = MarkRange::new(0x0000_0f00).unwrap();
         let mut registry = Registry::new(limits, range);
         let mut table = Table::default();
+        let memory = Memory::default();
+        let (mut snapshot, _) = Snapshot::in_memory(&memory, range);
+        snapshot.renew(range, registry.layouts());
         for (user, call, refused, seed) in calls {
             let uid = Uid::for_test(UIDS[user]);
             let subtree = OwnedControlGroup::for_test(u64::from(UIDS[user]) + seed % 2, 3);
@@ -211,14 +236,48 @@ proptest! {
                 Call::Remove => Ok(registry.remove(uid)),
                 Call::Lose(loss) => match registry.remains(uid, loss) {
                     Remains::Nothing => Ok(registry.remove(uid)),
-                    Remains::Part(staged) => Ok(*staged),
-                    Remains::All => unreachable!("nothing is left behind"),
+                    Remains::Part(staged) => {
+                        let after = staged.plan().after.as_ref().unwrap();
+                        assert!(after.proxies.is_empty() && after.gateway.is_none());
+                        Ok(*staged)
+                    }
+                    Remains::All => continue,
                 },
+                Call::Restart(fate) => {
+                    match fate {
+                        Fate::Whole => {}
+                        Fate::Cut(place) => {
+                            let length = place.index(memory.borrow().len() + 1);
+                            memory.borrow_mut().truncate(length);
+                        }
+                        Fate::Lost => memory.borrow_mut().clear(),
+                    }
+                    let (next, records) = Snapshot::in_memory(&memory, range);
+                    snapshot = next;
+                    registry = Registry::new(limits, range);
+                    for (uid, left) in table.inherited(&records.unwrap_or_default()) {
+                        registry.adopt(uid, left);
+                    }
+                    snapshot.renew(range, registry.layouts());
+                    assert_consistent(&registry, &table);
+                    continue;
+                }
             };
+            let Ok(staged) = staged else {
+                assert_consistent(&registry, &table);
+                continue;
+            };
+            // As the state does it: what is coming is written down before the kernel is told.
+            if let Some((uid, stamp, layout)) = staged.plan().coming() {
+                snapshot.add(uid, stamp, layout);
+            }
             // A kernel that refuses does nothing, and then nothing is applied either.
-            if let Ok(staged) = staged && !refused {
+            if !refused {
                 table.carry_out(staged.plan());
                 registry.apply(staged);
+                if snapshot.is_long() {
+                    snapshot.renew(range, registry.layouts());
+                }
             }
             assert_consistent(&registry, &table);
         }

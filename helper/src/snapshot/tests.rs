@@ -53,6 +53,21 @@ fn has_what_was_in_force_and_what_was_to_be() {
 }
 
 #[test]
+fn tells_everything_that_a_layout_has() {
+    let memory = Memory::default();
+    let (mut snapshot, _) = Snapshot::in_memory(&memory, range());
+    let layouts = [false, true].map(crate::nft::messages::layout);
+    let uids = [uid(), Uid::ROOT];
+    let stamp = Stamp::found(1);
+    let in_force = uids.into_iter().zip(&layouts);
+    snapshot.renew(range(), in_force.map(|(uid, layout)| (uid, stamp, layout)));
+    let records = read_back(&memory);
+    for (uid, layout) in uids.into_iter().zip(&layouts) {
+        assert_eq!(records.get(uid, stamp), Some(layout));
+    }
+}
+
+#[test]
 fn a_helper_that_is_killed_while_it_writes_spoils_nothing() {
     let memory = Memory::default();
     let (mut snapshot, _) = Snapshot::in_memory(&memory, range());
