@@ -204,6 +204,13 @@ pub enum AppOrder {
     },
     /// Tell how many calls the flood has written so far.
     Flooded,
+    /// From now on send datagrams there, as fast as it goes, from one socket.
+    Pour {
+        /// Where to.
+        to: SocketAddr,
+    },
+    /// Tell how many datagrams the application has tried to send so by now.
+    Poured,
     /// Start asking again and again, each time from a new socket.
     StartTraffic {
         /// The number of this traffic.
@@ -250,8 +257,8 @@ pub enum AppReport {
     Tally(Tally),
     /// What became of many connections.
     Crowd(Crowd),
-    /// How many calls.
-    Calls(u64),
+    /// How many, of what was asked for.
+    Count(u64),
 }
 
 /// What became of many connections to a Varlink service.

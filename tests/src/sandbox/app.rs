@@ -177,6 +177,30 @@ impl App {
         }
     }
 
+    /// From now on sends datagrams there without a pause, from one socket, for as long as the application lives.
+    ///
+    /// # Panics
+    /// When there is no route.
+    #[track_caller]
+    pub fn pour(&self, to: SocketAddr) {
+        match self.order(&AppOrder::Pour { to }) {
+            AppReport::Done => {}
+            other => panic!("nothing is poured: {other:?}"),
+        }
+    }
+
+    /// How many datagrams it has poured so far, those included that the kernel refused to send.
+    ///
+    /// # Panics
+    /// When it does not obey.
+    #[track_caller]
+    pub fn poured(&self) -> u64 {
+        match self.order(&AppOrder::Poured) {
+            AppReport::Count(count) => count,
+            other => panic!("an application that pours reports {other:?}"),
+        }
+    }
+
     /// How many calls it has written so far.
     ///
     /// # Panics
@@ -184,7 +208,7 @@ impl App {
     #[track_caller]
     pub fn flooded(&self) -> u64 {
         match self.order(&AppOrder::Flooded) {
-            AppReport::Calls(calls) => calls,
+            AppReport::Count(calls) => calls,
             other => panic!("a flood reports {other:?}"),
         }
     }
@@ -355,7 +379,7 @@ impl Connection {
             | AppReport::Pending
             | AppReport::Tally(_)
             | AppReport::Crowd(_)
-            | AppReport::Calls(_) => {
+            | AppReport::Count(_) => {
                 panic!("an application reports {report:?}")
             }
         }

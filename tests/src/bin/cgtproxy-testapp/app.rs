@@ -3,6 +3,7 @@
 mod crowd;
 mod flow;
 pub(crate) mod ping;
+mod pour;
 mod raw;
 
 use std::collections::HashMap;
@@ -44,6 +45,8 @@ struct App {
     crowd: Vec<UnixStream>,
     /// How many calls have been written in vain.
     flooded: Option<Arc<AtomicU64>>,
+    /// How many datagrams have been sent, or tried to be.
+    poured: Arc<AtomicU64>,
 }
 
 impl App {
@@ -91,7 +94,11 @@ impl App {
             }
             AppOrder::Flooded => {
                 let flooded = self.flooded.as_ref().expect("no flood");
-                return Ok(AppReport::Calls(flooded.load(Ordering::Relaxed)));
+                return Ok(AppReport::Count(flooded.load(Ordering::Relaxed)));
+            }
+            AppOrder::Pour { to } => pour::start(to, &self.poured)?,
+            AppOrder::Poured => {
+                return Ok(AppReport::Count(self.poured.load(Ordering::Relaxed)));
             }
             AppOrder::StartTraffic {
                 traffic,
