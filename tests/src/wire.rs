@@ -111,6 +111,27 @@ pub enum ServerReport {
     Failed(String),
 }
 
+/// What a server says that does not care what it is asked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Speech {
+    /// To everybody, at once.
+    pub say: Vec<u8>,
+    /// What it does afterwards.
+    pub then: Afterwards,
+}
+
+/// What a server does that has said all it had to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Afterwards {
+    /// Ends the connection.
+    Close,
+    /// Keeps it open and reads nothing.
+    Hold,
+    /// Says it again and again, and reads nothing.
+    Repeat,
+}
+
 /// What the harness asks of a test application. Flows are named by numbers the harness chooses.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -211,6 +232,25 @@ pub enum AppOrder {
     },
     /// Tell how many datagrams the application has tried to send so by now.
     Poured,
+    /// Send datagrams that nobody need answer, each when those before it have been received, from sockets that
+    /// stay open.
+    Flood {
+        /// Where to.
+        to: SocketAddr,
+        /// From how many sockets.
+        sockets: u32,
+        /// How many from each.
+        count: u32,
+        /// How large each is.
+        bytes: usize,
+    },
+    /// Make TCP connections, write to each for as long as somebody takes it, read nothing, and keep them.
+    Hoard {
+        /// Where to.
+        to: SocketAddr,
+        /// How many.
+        connections: u32,
+    },
     /// Start asking again and again, each time from a new socket.
     StartTraffic {
         /// The number of this traffic.

@@ -5,9 +5,10 @@
 //! memory, and one whose reader is slow holds no more than [`BUFFER`] each way.
 //!
 //! Where much comes at once, more will: it goes through a pipe by splice(2), which moves pages instead of bytes. Pipes
-//! are shared in the same way: a direction has one of its own only while something is left in it.
+//! are shared in the same way: a direction has one of its own only while something is left in it. There are no more than
+//! [`PIPES`], since a user may have only so much memory of the kernel's in pipes; whoever finds none copies.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -20,23 +21,30 @@ use tokio::task::coop::consume_budget;
 use crate::upstream::Stream;
 
 /// How much is read at a time, in bytes.
-const BUFFER: usize = 128 * 1024;
+const BUFFER: usize = 16 * 1024;
+
+/// How much a pipe holds, in bytes.
+const PIPE: usize = 128 * 1024;
 
 /// How much a direction of a connection within TLS holds, in bytes.
 const TLS_BUFFER: usize = 16 * 1024;
 
 /// How much has to come at once, in bytes, for what comes next to go through a pipe.
-const BULK: usize = 16 * 1024;
+const BULK: usize = BUFFER;
 
 /// How many empty pipes are kept for whoever needs one next.
 const SPARE_PIPES: usize = 8;
 
+/// How many pipes there may be: half of what a user may have of them (pipe(7), pipe-user-pages-soft, 64 MiB).
+const PIPES: usize = 256;
+
 thread_local! {
-    static PIPES: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
+    static SPARE: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
+    static COUNT: Cell<usize> = const { Cell::new(0) };
     static SHARED: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
 }
 
-/// A pipe that holds no more than [`BUFFER`] bytes.
+/// A pipe that holds no more than [`PIPE`] bytes.
 struct Pipe {
     read: OwnedFd,
     write: OwnedFd,
@@ -45,18 +53,22 @@ struct Pipe {
 impl Pipe {
     /// An empty one; none if there can be no more of them.
     fn take() -> Option<Self> {
-        if let Some(pipe) = PIPES.with_borrow_mut(Vec::pop) {
+        if let Some(pipe) = SPARE.with_borrow_mut(Vec::pop) {
             return Some(pipe);
+        }
+        if COUNT.get() >= PIPES {
+            return None;
         }
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
         // A user may have only so much of that: then it stays smaller.
-        let _ = fcntl_setpipe_size(&write, BUFFER);
+        let _ = fcntl_setpipe_size(&write, PIPE);
+        COUNT.set(COUNT.get() + 1);
         Some(Self { read, write })
     }
 
     /// To be called with an empty one.
     fn put_back(self) {
-        PIPES.with_borrow_mut(|pipes| {
+        SPARE.with_borrow_mut(|pipes| {
             if pipes.len() < SPARE_PIPES {
                 pipes.push(self);
             }
@@ -65,7 +77,7 @@ impl Pipe {
 
     fn fill(&self, from: &TcpStream) -> io::Result<usize> {
         from.try_io(Interest::READABLE, || {
-            Ok(splice(from, None, &self.write, None, BUFFER, FLAGS)?)
+            Ok(splice(from, None, &self.write, None, PIPE, FLAGS)?)
         })
     }
 
@@ -73,6 +85,12 @@ impl Pipe {
         to.try_io(Interest::WRITABLE, || {
             Ok(splice(&self.read, None, to, None, length, FLAGS)?)
         })
+    }
+}
+
+impl Drop for Pipe {
+    fn drop(&mut self) {
+        COUNT.set(COUNT.get().saturating_sub(1));
     }
 }
 
@@ -267,6 +285,6 @@ mod tests {
         assert!(at_destination == up);
         assert!(at_application == down);
         // No direction keeps a pipe when nothing is left in it, and more than a few are not kept at all.
-        assert!(PIPES.with_borrow(|pipes| !pipes.is_empty() && pipes.len() <= SPARE_PIPES));
+        assert!(SPARE.with_borrow(|pipes| !pipes.is_empty() && pipes.len() <= SPARE_PIPES));
     }
 }

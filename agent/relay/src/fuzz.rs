@@ -33,9 +33,13 @@ pub fn socks(bytes: &[u8]) {
     for credentials in [None, Some(&credentials)] {
         let _ = finish(async {
             let mut stream = tokio::io::join(bytes, tokio::io::sink());
-            let _ = socks::connect(&mut stream, credentials, &target()).await;
+            if socks::greet(&mut stream, credentials).await.is_ok() {
+                let _ = socks::connect(&mut stream, &target()).await;
+            }
             let mut stream = tokio::io::join(bytes, tokio::io::sink());
-            let _ = socks::associate(&mut stream, credentials).await;
+            if socks::greet(&mut stream, credentials).await.is_ok() {
+                let _ = socks::associate(&mut stream).await;
+            }
         });
     }
     if let Some((from, payload)) = socks::parse_datagram(bytes) {

@@ -7,6 +7,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use crate::socks::Credentials;
 use crate::target::Target;
 
+/// How long `HTTP/1.1 200` is, in bytes.
+const STATUS_BYTES: usize = 12;
+
 /// The longest answer, in bytes, and how many fields it may have.
 const ANSWER_BYTES: usize = 16 * 1024;
 const FIELDS: usize = 96;
@@ -47,8 +50,18 @@ where
     stream.flush().await?;
     let mut answer = Vec::with_capacity(1024);
     loop {
+        let before = answer.len();
         if stream.read_buf(&mut answer).await? == 0 {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        // Looked at line by line: who sends byte by byte would have it read from its beginning for each. What is no
+        // answer at all shows at once.
+        let new = answer.get(before..).unwrap_or_default();
+        if answer.len() > STATUS_BYTES && !new.contains(&b'\n') {
+            match answer.len() < ANSWER_BYTES {
+                true => continue,
+                false => return Err(Error::Protocol),
+            }
         }
         let mut fields = [httparse::EMPTY_HEADER; FIELDS];
         let mut response = httparse::Response::new(&mut fields);

@@ -24,6 +24,9 @@ use tokio::task::LocalSet;
 /// How often what stands for which name is written down.
 const SAVE: Duration = Duration::from_secs(60);
 
+/// How many threads look up names of proxies, which is all that blocks.
+const LOOKUPS: usize = 8;
+
 /// Why the relay can't run.
 #[derive(Debug, thiserror::Error)]
 enum Error {
@@ -84,6 +87,7 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .max_blocking_threads(LOOKUPS)
         .build()
         .map_err(Error::Start)?;
     let served = LocalSet::new().block_on(&runtime, serve(arguments, listener));

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::fake::Fakes;
@@ -32,6 +33,8 @@ pub struct Shared {
     pub(crate) connections: Arc<Semaphore>,
     /// One permit for each UDP flow that there may be.
     pub(crate) flows: Arc<Semaphore>,
+    /// One permit for each byte of datagrams that wait for a proxy.
+    pub(crate) waiting: Arc<Semaphore>,
     /// Where UDP was going.
     pub(crate) originals: Originals,
     /// Addresses that stand for names.
@@ -46,6 +49,7 @@ impl Shared {
             limit,
             connections: Arc::new(Semaphore::new(limit)),
             flows: Arc::new(Semaphore::new(limit)),
+            waiting: Arc::new(Semaphore::new(udp::WAITING_BYTES)),
             originals,
             fakes: RefCell::new(fakes),
         }
@@ -67,6 +71,8 @@ pub struct Entry {
     pub(crate) open: Cell<usize>,
     pub(crate) flows: Cell<usize>,
     total: Cell<u64>,
+    /// When it last answered, whatever that was.
+    answered: Cell<Option<Instant>>,
     problem: RefCell<Option<String>>,
     udp_problem: RefCell<Option<String>>,
 }
@@ -101,17 +107,23 @@ impl Entry {
         self.total.set(self.total.get().saturating_add(1));
     }
 
-    /// Notes how reaching the proxy went, for whoever asks; the log has changes alone.
-    pub(crate) fn reached(&self, result: Result<(), &Error>) {
+    /// Notes how reaching the proxy went, which began at that time, for whoever asks; the log has changes alone.
+    pub(crate) fn reached(&self, began: Instant, result: Result<(), &Error>) {
+        match result {
+            Ok(()) | Err(Error::Refused(_)) => self.answered.set(Some(Instant::now())),
+            // It is there for others: this destination is what is slow.
+            Err(Error::Silent) if self.answered.get().is_some_and(|at| at >= began) => return,
+            Err(Error::Silent | Error::Down(_)) => {}
+        }
         note(&self.problem, &self.upstream.borrow().name, result, "");
     }
 
     /// The same for UDP.
-    pub(crate) fn reached_for_udp(&self, result: Result<(), &Error>) {
-        if let Err(error @ Error::Down(_)) = result {
-            return self.reached(Err(error));
+    pub(crate) fn reached_for_udp(&self, began: Instant, result: Result<(), &Error>) {
+        if let Err(error @ (Error::Down(_) | Error::Silent)) = result {
+            return self.reached(began, Err(error));
         }
-        self.reached(Ok(()));
+        self.reached(began, Ok(()));
         // It is there, but has no UDP: it is not down, and will not have any the next time.
         let refused = match result {
             Err(Error::Refused(why)) => Some(Error::Down(why.clone())),
@@ -245,6 +257,7 @@ impl Relay {
         for (entry, wanted) in kept {
             if !entry.upstream.borrow().is_same_as(&wanted.upstream) {
                 *entry.upstream.borrow_mut() = Rc::new(wanted.upstream);
+                entry.answered.set(None);
                 *entry.problem.borrow_mut() = None;
                 *entry.udp_problem.borrow_mut() = None;
             }
@@ -264,6 +277,7 @@ impl Relay {
                 open: Cell::new(0),
                 flows: Cell::new(0),
                 total: Cell::new(0),
+                answered: Cell::new(None),
                 problem: RefCell::default(),
                 udp_problem: RefCell::default(),
             });

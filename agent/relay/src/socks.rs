@@ -4,7 +4,7 @@
 //! or a fixed-width cast for lengths and single writes that may be short.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -21,6 +21,9 @@ const UDP_ASSOCIATE: u8 = 3;
 const IPV4: u8 = 1;
 const NAME: u8 = 3;
 const IPV6: u8 = 4;
+
+/// Room for the longest answer: 4 bytes, a name and its length, a port.
+const ANSWER_BYTES: usize = 4 + 1 + FIELD_BYTES + 2;
 
 /// The longest name, user and password there can be: their lengths are one byte.
 pub(crate) const FIELD_BYTES: usize = 255;
@@ -72,8 +75,11 @@ fn reason(code: u8) -> &'static str {
     }
 }
 
-/// Agrees with a server on who we are.
-async fn greet<S>(stream: &mut S, credentials: Option<&Credentials>) -> Result<(), Error>
+/// Agrees with a server on who we are; requests come after that.
+///
+/// # Errors
+/// If it is none, or wants somebody else.
+pub(crate) async fn greet<S>(stream: &mut S, credentials: Option<&Credentials>) -> Result<(), Error>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -103,71 +109,65 @@ where
     }
 }
 
-/// Asks for a connection; what is written afterwards goes there.
+/// Asks for a connection; what is written afterwards goes there. Returns what has come from there already.
 ///
 /// # Errors
 /// If the server does not make it.
-pub(crate) async fn connect<S>(
-    stream: &mut S,
-    credentials: Option<&Credentials>,
-    target: &Target,
-) -> Result<(), Error>
+pub(crate) async fn connect<S>(stream: &mut S, target: &Target) -> Result<Vec<u8>, Error>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    greet(stream, credentials).await?;
-    request(stream, CONNECT, target).await?;
-    Ok(())
+    let (_, early) = request(stream, CONNECT, target).await?;
+    Ok(early)
 }
 
 /// Asks for somebody to send datagrams to; returns where that is. It ends with the connection.
 ///
 /// # Errors
 /// If the server has none.
-pub(crate) async fn associate<S>(
-    stream: &mut S,
-    credentials: Option<&Credentials>,
-) -> Result<SocketAddr, Error>
+pub(crate) async fn associate<S>(stream: &mut S) -> Result<SocketAddr, Error>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    greet(stream, credentials).await?;
     // Where the datagrams will come from is not known yet: RFC 1928, 7 has zeros for that.
     let unknown = Target::Address(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0));
-    match request(stream, UDP_ASSOCIATE, &unknown).await? {
-        Target::Address(address) => Ok(address),
-        Target::Name(..) => Err(Error::Protocol),
-    }
+    let (address, _) = request(stream, UDP_ASSOCIATE, &unknown).await?;
+    address.ok_or(Error::Protocol)
 }
 
-async fn request<S>(stream: &mut S, command: u8, target: &Target) -> Result<Target, Error>
+/// Returns the address that the server answers with, none if it is a name, and what has come after its answer.
+async fn request<S>(
+    stream: &mut S,
+    command: u8,
+    target: &Target,
+) -> Result<(Option<SocketAddr>, Vec<u8>), Error>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut message = vec![VERSION, command, 0];
     put(&mut message, target)?;
     stream.write_all(&message).await?;
-    let [version, code, _, kind] = read(stream).await?;
-    if version != VERSION {
-        return Err(Error::Protocol);
-    }
-    if code != 0 {
-        return Err(Error::Refused(code));
-    }
-    let address: IpAddr = match kind {
-        IPV4 => Ipv4Addr::from(read::<4, _>(stream).await?).into(),
-        IPV6 => Ipv6Addr::from(read::<16, _>(stream).await?).into(),
-        NAME => {
-            let [length] = read(stream).await?;
-            let mut name = vec![0; usize::from(length)];
-            stream.read_exact(&mut name).await?;
-            let port = u16::from_be_bytes(read(stream).await?);
-            return Ok(Target::Name(String::from_utf8_lossy(&name).into(), port));
+    // One read(2) for nearly every answer.
+    let mut answer = Vec::with_capacity(ANSWER_BYTES);
+    loop {
+        if stream.read_buf(&mut answer).await? == 0 {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
         }
-        _ => return Err(Error::Protocol),
-    };
-    let port = u16::from_be_bytes(read(stream).await?);
-    Ok(Target::Address(SocketAddr::new(address, port)))
+        let (code, rest) = match *answer {
+            [VERSION, code, _, ref rest @ ..] => (code, rest),
+            [] | [VERSION] | [VERSION, _] => continue,
+            _ => return Err(Error::Protocol),
+        };
+        if code != 0 {
+            return Err(Error::Refused(code));
+        }
+        match take_address(rest) {
+            Ok((address, rest)) => return Ok((address, rest.to_vec())),
+            // The longest address fits in, so this ends.
+            Err(Malformed::Short) => {}
+            Err(Malformed::Kind) => return Err(Error::Protocol),
+        }
+    }
 }
 
 async fn read<const N: usize, S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<[u8; N]> {
@@ -216,28 +216,47 @@ pub(crate) fn datagram_header(target: &Target) -> Result<Vec<u8>, Error> {
 /// Takes a datagram from a server apart: whence it comes, none if that is a name, and what is in it.
 /// None if it makes no sense, or is a fragment.
 pub(crate) fn parse_datagram(datagram: &[u8]) -> Option<(Option<SocketAddr>, &[u8])> {
-    let (&[_, _, fragment, kind], rest) = datagram.split_first_chunk()?;
+    let (&[_, _, fragment], rest) = datagram.split_first_chunk()?;
     if fragment != 0 {
         return None;
     }
+    take_address(rest).ok()
+}
+
+/// Why there is no address in front of some bytes.
+enum Malformed {
+    /// There are too few of them.
+    Short,
+    /// There is no such kind of address.
+    Kind,
+}
+
+/// Reads an address as SOCKS5 has it, none if that is a name; returns what comes after it.
+fn take_address(bytes: &[u8]) -> Result<(Option<SocketAddr>, &[u8]), Malformed> {
+    fn take<const N: usize>(bytes: &[u8]) -> Result<([u8; N], &[u8]), Malformed> {
+        let (taken, rest) = bytes.split_first_chunk().ok_or(Malformed::Short)?;
+        Ok((*taken, rest))
+    }
+    let ([kind], rest) = take(bytes)?;
     let (address, rest): (Option<IpAddr>, _) = match kind {
         IPV4 => {
-            let (octets, rest) = rest.split_first_chunk::<4>()?;
-            (Some(Ipv4Addr::from(*octets).into()), rest)
+            let (octets, rest) = take::<4>(rest)?;
+            (Some(octets.into()), rest)
         }
         IPV6 => {
-            let (octets, rest) = rest.split_first_chunk::<16>()?;
-            (Some(Ipv6Addr::from(*octets).into()), rest)
+            let (octets, rest) = take::<16>(rest)?;
+            (Some(octets.into()), rest)
         }
         NAME => {
-            let (&length, rest) = rest.split_first()?;
-            (None, rest.get(usize::from(length)..)?)
+            let ([length], rest) = take(rest)?;
+            let rest = rest.get(usize::from(length)..);
+            (None, rest.ok_or(Malformed::Short)?)
         }
-        _ => return None,
+        _ => return Err(Malformed::Kind),
     };
-    let (port, payload) = rest.split_first_chunk()?;
-    let port = u16::from_be_bytes(*port);
-    Some((address.map(|ip| SocketAddr::new(ip, port)), payload))
+    let (port, rest) = take(rest)?;
+    let port = u16::from_be_bytes(port);
+    Ok((address.map(|ip| SocketAddr::new(ip, port)), rest))
 }
 
 #[cfg(test)]
@@ -271,10 +290,11 @@ mod tests {
         let (mut ours, mut theirs) = tokio::io::duplex(4096);
         theirs.write_all(answers).await.unwrap();
         let target = Target::Address("192.0.2.1:80".parse().unwrap());
-        let result = tokio::time::timeout(
-            std::time::Duration::from_secs(5),
-            connect(&mut ours, credentials, &target),
-        );
+        let asked = async {
+            greet(&mut ours, credentials).await?;
+            connect(&mut ours, &target).await.map(drop)
+        };
+        let result = tokio::time::timeout(std::time::Duration::from_secs(5), asked);
         let result = result.await.unwrap();
         drop(ours);
         let mut said = Vec::new();
@@ -314,6 +334,28 @@ mod tests {
         assert!(matches!(refused, Err(Error::Refused(5))));
     }
 
+    /// However an answer comes in pieces, what comes after it belongs to the application.
+    #[tokio::test]
+    async fn what_follows_the_answer_is_kept() {
+        let target = Target::Address("192.0.2.1:80".parse().unwrap());
+        let addresses: [&[u8]; 3] = [
+            &[1, 192, 0, 2, 1, 0, 80],
+            &[4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 80],
+            &[3, 1, b'x', 0, 80],
+        ];
+        for address in addresses {
+            let answer = [&[5, 0, 0], address, b"early"].concat();
+            for first in 0..=answer.len() {
+                let (head, tail) = answer.split_at(first);
+                let pieces = tokio::io::AsyncReadExt::chain(head, tail);
+                let mut stream = tokio::io::join(pieces, tokio::io::sink());
+                let mut early = connect(&mut stream, &target).await.unwrap();
+                stream.read_to_end(&mut early).await.unwrap();
+                assert_eq!(early, b"early");
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn no_datagram_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
@@ -326,9 +368,9 @@ mod tests {
             runtime.block_on(async {
                 let mut stream = tokio::io::join(&bytes[..], tokio::io::sink());
                 let target = Target::Name("example.org".into(), 1);
-                let _ = connect(&mut stream, None, &target).await;
+                let _ = connect(&mut stream, &target).await;
                 let mut stream = tokio::io::join(&bytes[..], tokio::io::sink());
-                let _ = associate(&mut stream, None).await;
+                let _ = associate(&mut stream).await;
             });
         }
     }

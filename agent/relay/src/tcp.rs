@@ -3,16 +3,19 @@
 use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, timeout};
 
 use crate::copy;
 use crate::relay::Entry;
 use crate::target::Target;
+use crate::upstream::{self, Error, Stream};
 
 /// How long to wait after accept(2) failed.
 const BACK_OFF: Duration = Duration::from_millis(50);
@@ -81,13 +84,22 @@ async fn carry(client: &mut TcpStream, entry: &Entry) -> bool {
         return false;
     };
     let upstream = entry.upstream();
-    let (mut server, early) = match upstream.connect(&target).await {
+    let began = Instant::now();
+    let mut connecting = pin!(upstream.connect(&target));
+    let connected = match timeout(upstream::SILENCE, connecting.as_mut()).await {
+        Ok(connected) => connected,
+        Err(_) => {
+            entry.reached(began, Err(&Error::Silent));
+            connecting.await
+        }
+    };
+    let (mut server, early) = match connected {
         Ok(connected) => {
-            entry.reached(Ok(()));
+            entry.reached(began, Ok(()));
             connected
         }
         Err(error) => {
-            entry.reached(Err(&error));
+            entry.reached(began, Err(&error));
             tracing::debug!(
                 "no connection to {target} through '{}': {error}",
                 upstream.name
@@ -98,7 +110,7 @@ async fn carry(client: &mut TcpStream, entry: &Entry) -> bool {
     let carried = async {
         client.set_nodelay(true)?;
         keep_alive(client)?;
-        if let crate::upstream::Stream::Tcp(server) = &server {
+        if let Stream::Tcp(server) = &server {
             keep_alive(server)?;
         }
         if !early.is_empty() {
@@ -109,7 +121,7 @@ async fn carry(client: &mut TcpStream, entry: &Entry) -> bool {
     let carried = carried.await;
     if let Err(error) = &carried {
         tracing::trace!("the connection to {target} broke: {error}");
-        if let crate::upstream::Stream::Tcp(server) = &server {
+        if let Stream::Tcp(server) = &server {
             reset(server);
         }
     }

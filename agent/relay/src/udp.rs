@@ -8,11 +8,12 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpStream, UdpSocket};
-use tokio::sync::{OnceCell, OwnedSemaphorePermit};
+use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -26,6 +27,15 @@ const DATAGRAM: usize = 65_536;
 
 /// How many datagrams of a flow may wait until the proxy is ready for them.
 const WAITING: usize = 16;
+
+/// How many bytes they may have: one of the largest fits in, with others.
+const FLOW_BYTES: usize = 2 * DATAGRAM;
+
+/// How many bytes the datagrams of all flows may have that wait.
+pub(crate) const WAITING_BYTES: usize = 8 << 20;
+
+/// What is counted for a datagram that waits, beside its bytes.
+const OVERHEAD: usize = 64;
 
 /// How often to look for flows that are over.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -83,7 +93,7 @@ struct Flow {
 #[derive(Debug)]
 enum State {
     /// These datagrams wait for the proxy.
-    Waiting(Vec<Vec<u8>>),
+    Waiting(Waiting),
     /// The proxy takes datagrams with this header in front.
     Ready {
         association: Rc<Association>,
@@ -93,6 +103,43 @@ enum State {
     },
     /// It does not: they go nowhere until this flow is over.
     Failed,
+}
+
+/// Datagrams of a flow that the proxy is not ready for.
+#[derive(Debug)]
+struct Waiting {
+    datagrams: Vec<Vec<u8>>,
+    /// A permit for each byte that any flow may keep, and those that this one has.
+    budget: Arc<Semaphore>,
+    bytes: Option<OwnedSemaphorePermit>,
+}
+
+impl Waiting {
+    fn new(budget: Arc<Semaphore>) -> Self {
+        Self {
+            datagrams: Vec::new(),
+            budget,
+            bytes: None,
+        }
+    }
+
+    /// Keeps it if there is room, for this flow and for all.
+    fn push(&mut self, datagram: &[u8]) {
+        let held = self.bytes.as_ref().map_or(0, |bytes| bytes.num_permits());
+        let more = datagram.len() + OVERHEAD;
+        if self.datagrams.len() >= WAITING || held + more > FLOW_BYTES {
+            return;
+        }
+        let permits = u32::try_from(more)
+            .ok()
+            .and_then(|more| self.budget.clone().try_acquire_many_owned(more).ok());
+        let Some(permits) = permits else { return };
+        match &mut self.bytes {
+            Some(bytes) => bytes.merge(permits),
+            none => *none = Some(permits),
+        }
+        self.datagrams.push(datagram.to_vec());
+    }
 }
 
 impl Flow {
@@ -116,11 +163,7 @@ impl Flow {
 
     fn send(&self, datagram: &[u8]) {
         match &mut *self.state.borrow_mut() {
-            State::Waiting(waiting) => {
-                if waiting.len() < WAITING {
-                    waiting.push(datagram.to_vec());
-                }
-            }
+            State::Waiting(waiting) => waiting.push(datagram),
             State::Ready {
                 association,
                 header,
@@ -164,7 +207,7 @@ struct Association {
 }
 
 impl Association {
-    async fn open(upstream: &Upstream) -> Result<Rc<Self>, Error> {
+    async fn open(upstream: &Rc<Upstream>) -> Result<Rc<Self>, Error> {
         let (control, relay) = upstream.associate().await?;
         let down = |error: std::io::Error| Error::Down(error.to_string());
         let any: SocketAddr = match relay {
@@ -313,9 +356,11 @@ fn receive(
         let Ok(permit) = entry.shared.flows.clone().try_acquire_owned() else {
             return;
         };
+        let mut waiting = Waiting::new(entry.shared.waiting.clone());
+        waiting.push(datagram);
         let flow = Rc::new(Flow {
             timeouts,
-            state: RefCell::new(State::Waiting(vec![datagram.to_vec()])),
+            state: RefCell::new(State::Waiting(waiting)),
             first_answer: Cell::new(None),
             deadline: Cell::new(Instant::now()),
             _permit: permit,
@@ -349,6 +394,7 @@ async fn begin(
         return false;
     };
     let upstream = entry.upstream();
+    let began = Instant::now();
     let (associated, key) = match &target {
         Target::Name(..) => (Association::open(&upstream).await, None),
         Target::Address(address) => {
@@ -356,7 +402,7 @@ async fn begin(
             (associated, Some(*address))
         }
     };
-    entry.reached_for_udp(associated.as_ref().map(|_| ()));
+    entry.reached_for_udp(began, associated.as_ref().map(|_| ()));
     let (Ok(association), Ok(header)) = (associated, socks::datagram_header(&target)) else {
         return false;
     };
@@ -372,7 +418,7 @@ async fn begin(
         key,
     };
     if let State::Waiting(waiting) = flow.state.replace(ready) {
-        for datagram in waiting {
+        for datagram in waiting.datagrams {
             flow.send(&datagram);
         }
     }
@@ -446,13 +492,13 @@ mod tests {
             control.write_all(&reply).await.unwrap();
             control
         };
-        let upstream = Upstream::new(
+        let upstream = Rc::new(Upstream::new(
             "own".into(),
             Protocol::Socks5,
             "127.0.0.1".into(),
             port,
             None,
-        );
+        ));
         let both = async {
             let (association, control) = tokio::join!(
                 async {

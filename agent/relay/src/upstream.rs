@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
@@ -14,12 +15,16 @@ use crate::socks::{self, Credentials};
 use crate::target::Target;
 use crate::tls::Tls;
 
-/// How long a proxy may take to accept a connection.
+/// How long a proxy may take to accept a connection, to agree on TLS, and to greet: it needs nobody else for any of
+/// them.
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// How long a proxy may take to reach a destination: longer than the two minutes after which
-/// connect(2) gives up would be of no use to anybody.
-const HANDSHAKE: Duration = Duration::from_secs(120);
+/// How long a proxy may take to reach a destination. Some go a long way (Tor), and some destinations never answer; nobody
+/// waits longer than this for a page.
+const REACH: Duration = Duration::from_secs(60);
+
+/// How long nothing may come of a connection until a proxy counts as down that has answered nobody else since.
+pub(crate) const SILENCE: Duration = Duration::from_secs(10);
 
 /// How a proxy is spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +62,9 @@ pub enum Error {
     /// It does not carry this one on.
     #[error("{0}")]
     Refused(String),
+    /// It takes connections, and says nothing about this one.
+    #[error("it does not answer")]
+    Silent,
 }
 
 /// A connection to a destination, through a proxy.
@@ -100,33 +108,27 @@ impl Upstream {
     /// # Errors
     /// If the proxy is not there, or does not carry it on.
     pub(crate) async fn connect(&self, target: &Target) -> Result<(Stream, Vec<u8>), Error> {
-        let mut stream = self.dial().await?;
-        let asked = async {
-            match &mut stream {
-                Stream::Tcp(stream) => self.ask(stream, target).await,
-                Stream::Tls(stream) => self.ask(stream.as_mut(), target).await,
-            }
+        let mut stream = self.open().await?;
+        let early = match &mut stream {
+            Stream::Tcp(stream) => self.ask(stream, target).await?,
+            Stream::Tls(stream) => self.ask(stream.as_mut(), target).await?,
         };
-        match timeout(HANDSHAKE, asked).await {
-            Ok(asked) => Ok((stream, asked?)),
-            Err(_) => Err(Error::Refused("it does not answer".into())),
-        }
+        Ok((stream, early))
     }
 
     async fn ask<S>(&self, stream: &mut S, target: &Target) -> Result<Vec<u8>, Error>
     where
-        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Unpin,
     {
-        let credentials = self.credentials.as_ref();
-        match self.protocol {
-            Protocol::Socks5 => {
-                socks::connect(stream, credentials, target).await?;
-                Ok(Vec::new())
-            }
-            Protocol::Http | Protocol::Https => {
-                Ok(http::connect(stream, credentials, target).await?)
-            }
-        }
+        let asked = async {
+            Ok::<_, Error>(match self.protocol {
+                Protocol::Socks5 => socks::connect(stream, target).await?,
+                Protocol::Http | Protocol::Https => {
+                    http::connect(stream, self.credentials.as_ref(), target).await?
+                }
+            })
+        };
+        timeout(REACH, asked).await.unwrap_or(Err(Error::Silent))
     }
 
     /// Somebody to send datagrams to: where that is, and the connection that it ends with.
@@ -134,13 +136,15 @@ impl Upstream {
     /// # Errors
     /// If the proxy has no such thing.
     pub(crate) async fn associate(&self) -> Result<(TcpStream, SocketAddr), Error> {
-        let Stream::Tcp(mut stream) = self.dial().await? else {
+        if self.protocol != Protocol::Socks5 {
             return Err(Error::Refused("an HTTP proxy carries no UDP".into()));
+        }
+        let Stream::Tcp(mut stream) = self.open().await? else {
+            return Err(Error::Refused("there is no UDP within TLS".into()));
         };
-        let asked = socks::associate(&mut stream, self.credentials.as_ref());
-        let mut relay = match timeout(CONNECT, asked).await {
+        let mut relay = match timeout(CONNECT, socks::associate(&mut stream)).await {
             Ok(relay) => relay?,
-            Err(_) => return Err(Error::Down("it does not answer".into())),
+            Err(_) => return Err(Error::Silent),
         };
         // Many a server that listens on all addresses says just that.
         if relay.ip().is_unspecified() {
@@ -148,6 +152,19 @@ impl Upstream {
             relay.set_ip(peer.ip());
         }
         Ok((stream, relay))
+    }
+
+    /// A connection to the proxy, on which it waits for a request.
+    async fn open(&self) -> Result<Stream, Error> {
+        let mut stream = self.dial().await?;
+        if let (Protocol::Socks5, Stream::Tcp(stream)) = (self.protocol, &mut stream) {
+            let greeted = socks::greet(stream, self.credentials.as_ref());
+            match timeout(CONNECT, greeted).await {
+                Ok(greeted) => greeted?,
+                Err(_) => return Err(Error::Down("it does not answer".into())),
+            }
+        }
+        Ok(stream)
     }
 
     async fn dial(&self) -> Result<Stream, Error> {
@@ -193,6 +210,40 @@ impl From<http::Error> for Error {
         match error {
             http::Error::Refused(_) => Self::Refused(error.to_string()),
             _ => Self::Down(error.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt;
+    use tokio::time::{Instant, sleep};
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn who_answers_byte_by_byte_has_a_minute_all_in_all() {
+        let target = Target::Address("192.0.2.1:80".parse().unwrap());
+        for (protocol, begin) in [
+            (Protocol::Socks5, &[5, 0, 0, 3, 255][..]),
+            (Protocol::Http, b"HTTP/1.1 200 OK\r\nX: "),
+        ] {
+            let upstream = Upstream::new("own".into(), protocol, "there".into(), 1, None);
+            let (mut ours, mut theirs) = tokio::io::duplex(4096);
+            let drip = async {
+                theirs.write_all(begin).await.unwrap();
+                loop {
+                    sleep(Duration::from_secs(5)).await;
+                    theirs.write_all(b"x").await.unwrap();
+                }
+            };
+            let began = Instant::now();
+            let asked = tokio::select! {
+                asked = upstream.ask(&mut ours, &target) => asked,
+                () = drip => unreachable!("it never ends"),
+            };
+            assert!(matches!(asked, Err(Error::Silent)), "{asked:?}");
+            assert_eq!(began.elapsed().as_secs(), REACH.as_secs());
         }
     }
 }

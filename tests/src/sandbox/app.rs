@@ -264,6 +264,39 @@ impl App {
         }
     }
 
+    /// Sends so many datagrams of so many bytes from each of so many sockets, and waits until those on this machine
+    /// who are sent them have received each. The sockets stay open.
+    ///
+    /// # Panics
+    /// When the application can't.
+    #[track_caller]
+    pub fn flood(&self, to: SocketAddr, sockets: u32, count: u32, bytes: usize) {
+        self.done(&AppOrder::Flood {
+            to,
+            sockets,
+            count,
+            bytes,
+        });
+    }
+
+    /// Makes so many TCP connections, and writes to each for as long as somebody takes it. Nothing is read; the
+    /// connections stay open.
+    ///
+    /// # Panics
+    /// When the application can't.
+    #[track_caller]
+    pub fn hoard(&self, to: SocketAddr, connections: u32) {
+        self.done(&AppOrder::Hoard { to, connections });
+    }
+
+    #[track_caller]
+    fn done(&self, order: &AppOrder) {
+        match self.order(order) {
+            AppReport::Done => {}
+            other => panic!("{order:?}: {other:?}"),
+        }
+    }
+
     /// Starts asking again and again, each time from a new socket, while other things happen.
     pub fn traffic(&self, transport: Transport, to: SocketAddr) -> Traffic {
         let number = self.world.number();

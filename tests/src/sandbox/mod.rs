@@ -37,7 +37,7 @@ pub use service::{AgentBuilder, HELPER_UID, HelperBuilder, RelayBuilder, Service
 pub use user::User;
 pub use varlink::Varlink;
 
-use crate::wire::ServerKind;
+use crate::wire::{ServerKind, Speech};
 pub(crate) use world::World;
 
 /// Runs the body in a sandbox of its own.
@@ -159,6 +159,19 @@ impl Sandbox {
         let program = launch::binary("cgtproxy-testapp");
         let program = program.to_str().expect("a path of our own");
         self.internet_program(&[program, "socks", &at.to_string()])
+            .listening(at)
+    }
+
+    /// A server on the internet that says the same to everybody, whatever it is asked.
+    ///
+    /// # Panics
+    /// When it does not listen.
+    #[track_caller]
+    pub fn speaker(&self, at: std::net::SocketAddr, speech: &Speech) -> Program {
+        let program = launch::binary("cgtproxy-testapp");
+        let program = program.to_str().expect("a path of our own");
+        let speech = serde_json::to_string(speech).expect("it has names for all it has");
+        self.internet_program(&[program, "speaker", &at.to_string(), &speech])
             .listening(at)
     }
 

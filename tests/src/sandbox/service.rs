@@ -427,6 +427,20 @@ impl Service {
         self.child.id()
     }
 
+    /// The most memory it has ever had since it was started, in KiB.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn peak_memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .expect("it has memory");
+        let number = line.trim().trim_end_matches(" kB");
+        number.parse().expect("a number")
+    }
+
     /// Whether it is running.
     pub fn is_running(&mut self) -> bool {
         self.child

@@ -1,6 +1,7 @@
 //! An application: does on the network what the harness tells it, one step at a time.
 
 mod crowd;
+mod flood;
 mod flow;
 pub(crate) mod ping;
 mod pour;
@@ -11,6 +12,7 @@ use std::io::{BufRead, stdin};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use cgtproxy_tests::wire::{AppOrder, AppReport};
@@ -47,6 +49,8 @@ struct App {
     flooded: Option<Arc<AtomicU64>>,
     /// How many datagrams have been sent, or tried to be.
     poured: Arc<AtomicU64>,
+    /// Sockets that only have to stay open.
+    kept: Vec<OwnedFd>,
 }
 
 impl App {
@@ -99,6 +103,14 @@ impl App {
             AppOrder::Pour { to } => pour::start(to, &self.poured)?,
             AppOrder::Poured => {
                 return Ok(AppReport::Count(self.poured.load(Ordering::Relaxed)));
+            AppOrder::Flood {
+                to,
+                sockets,
+                count,
+                bytes,
+            } => self.kept.extend(flood::flood(to, sockets, count, bytes)?),
+            AppOrder::Hoard { to, connections } => {
+                self.kept.extend(flood::hoard(to, connections)?);
             }
             AppOrder::StartTraffic {
                 traffic,

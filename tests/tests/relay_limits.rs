@@ -1,0 +1,226 @@
+//! What the relay takes, and how long: from applications that send much, and from proxies that mean it ill.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::net::{IpAddr, SocketAddr};
+
+use cgtproxy_tests::sandbox::{App, INTERNET_V4, Outcome, Sandbox, Service, User, sandbox};
+use cgtproxy_tests::wait::{wait_for, wait_until};
+use cgtproxy_tests::wire::{Afterwards, Speech};
+
+/// What docs/how-it-works.md says that the relay's memory stays below, in KiB: without connections, and for each.
+const BASE: u64 = 16 * 1024;
+const CONNECTION: u64 = 40;
+/// And for all datagrams that wait for a proxy.
+const WAITING: u64 = 8 * 1024;
+
+/// What a SOCKS5 server says that does whatever it is asked for.
+const GRANTED: [u8; 12] = [5, 0, 5, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+
+/// Everything of an application's goes through this upstream.
+struct Bed {
+    _helper: Service,
+    relay: Service,
+    _agent: Service,
+    user: User,
+    app: App,
+}
+
+fn bed(sb: &Sandbox, upstream: &str, connections: u32) -> Bed {
+    bed_with(sb, connections, |config| {
+        *config += &format!("  own: {{upstream: '{upstream}'}}\n");
+        *config += "rules: [{match: /app-a, proxy: own}]\n";
+    })
+}
+
+/// With what is written after `proxies:`.
+fn bed_with(sb: &Sandbox, connections: u32, write: impl FnOnce(&mut String)) -> Bed {
+    let helper = sb.helper().config("limits: {proxies: 64}").start();
+    let user = sb.user(1001);
+    let limit = connections.to_string();
+    let relay = user
+        .relay()
+        .argument("--connections")
+        .argument(limit)
+        .start();
+    let app = user.cgroup("app.slice/app-a.scope").app();
+    let mut config = "version: 1\nproxies:\n".to_owned();
+    write(&mut config);
+    let agent = user.agent(&config).start();
+    Bed {
+        _helper: helper,
+        relay,
+        _agent: agent,
+        user,
+        app,
+    }
+}
+
+impl Bed {
+    /// What a command of the agent's prints.
+    fn agent(&self, command: &str) -> String {
+        let output = self.user.run("cgtproxy-agent", &[command]);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn assert_memory(&self, bound: u64) {
+        let peak = self.relay.peak_memory();
+        assert!(peak < bound, "{peak} KiB, and {bound} are allowed");
+    }
+}
+
+/// A server on the internet at the port for SOCKS, which says that.
+fn speaker(sb: &Sandbox, say: &[u8], then: Afterwards) -> cgtproxy_tests::sandbox::Program {
+    let speech = Speech {
+        say: say.to_vec(),
+        then,
+    };
+    sb.speaker(SocketAddr::new(INTERNET_V4, 1080), &speech)
+}
+
+/// What becomes of a connection and a question in the end: how long the relay waits for a proxy, the bed can't know.
+fn in_the_end(app: &App, to: SocketAddr) -> Outcome {
+    let connection = match app.open_tcp(to) {
+        Ok(connection) => connection,
+        Err(outcome) => return outcome,
+    };
+    wait_for("the end of a connection", || {
+        Some(connection.ask()).filter(|outcome| {
+            !matches!(
+                outcome,
+                Outcome::Silent | Outcome::LeftUnanswered | Outcome::AnswerLost
+            )
+        })
+    })
+}
+
+#[test]
+fn datagrams_that_wait_for_a_silent_server_are_bounded() {
+    sandbox(|sb| {
+        let _server = speaker(sb, &[], Afterwards::Hold);
+        let bed = bed(sb, "socks5://192.0.2.2:1080", 8192);
+        let [to, _] = sb.destinations();
+        // 38 megabytes, more than the bound.
+        const FLOWS: u32 = 40;
+        bed.app.flood(to, FLOWS, 16, 60_000);
+        bed.assert_memory(BASE + u64::from(FLOWS) * CONNECTION + WAITING);
+        sb.assert_nothing_left_for(to.ip());
+    });
+}
+
+#[test]
+fn a_server_that_does_not_greet_is_down() {
+    sandbox(|sb| {
+        let _server = speaker(sb, &[], Afterwards::Hold);
+        let bed = bed(sb, "socks5://192.0.2.2:1080", 8192);
+        let [to, _] = sb.destinations();
+        assert_eq!(in_the_end(&bed.app, to), Outcome::Closed);
+        let status = bed.agent("status");
+        assert!(status.contains("it does not answer"), "{status}");
+        let doctor = bed.agent("doctor");
+        assert!(doctor.contains("[upstream-down]"), "{doctor}");
+        sb.assert_nothing_left_for(to.ip());
+    });
+}
+
+#[test]
+fn a_proxy_that_answers_no_request_is_down() {
+    sandbox(|sb| {
+        let _http = speaker(sb, &[], Afterwards::Hold);
+        let greets = Speech {
+            say: vec![5, 0],
+            then: Afterwards::Hold,
+        };
+        let _socks = sb.speaker(SocketAddr::new(INTERNET_V4, 1081), &greets);
+        let bed = bed_with(sb, 8192, |config| {
+            *config += "  a: {upstream: 'http://192.0.2.2:1080'}\n";
+            *config += "  b: {upstream: 'socks5://192.0.2.2:1081'}\n";
+            *config += "rules: [{match: /app-a, proxy: a}, {match: /app-b, proxy: b}]\n";
+        });
+        let other = bed.user.cgroup("app.slice/app-b.scope").app();
+        let [to, _] = sb.destinations();
+        let _open = [&bed.app, &other].map(|app| app.open_tcp(to).expect("the relay is there"));
+        // While it goes on waiting, as the destination may be what is slow.
+        wait_until("both to be known as down", || {
+            bed.agent("status").matches("it does not answer").count() == 2
+        });
+        sb.assert_nothing_left_for(to.ip());
+    });
+}
+
+#[test]
+fn whoever_talks_nonsense_is_left() {
+    let endless = b"HTTP/1.1 200 OK\r\nX-Again: and again\r\n".to_vec();
+    let many = [&b"HTTP/1.1 200 OK\r\n"[..], &b"X: y\r\n".repeat(50)].concat();
+    let mut cases: Vec<(&str, Vec<u8>, Afterwards)> = vec![
+        ("http", endless, Afterwards::Repeat),
+        ("http", many, Afterwards::Repeat),
+        ("http", vec![b'\n'; 1000], Afterwards::Repeat),
+        ("http", vec![b'x'; 1000], Afterwards::Repeat),
+        ("http", b"HTTP/1.1 200".to_vec(), Afterwards::Close),
+        ("http", GRANTED.to_vec(), Afterwards::Hold),
+        (
+            "socks5",
+            b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(),
+            Afterwards::Hold,
+        ),
+        ("socks5", vec![b'x'; 1000], Afterwards::Repeat),
+        ("socks5", vec![5; 1000], Afterwards::Repeat),
+        ("socks5", vec![5, 0, 5, 0, 0, 9], Afterwards::Hold),
+    ];
+    // In the middle of the handshake, wherever that is.
+    for length in 0..GRANTED.len() {
+        cases.push(("socks5", GRANTED[..length].to_vec(), Afterwards::Close));
+    }
+    sandbox(|sb| {
+        let mut bed = bed_with(sb, 8192, |config| {
+            let mut rules = String::new();
+            for (port, (scheme, ..)) in (2000..).zip(&cases) {
+                *config += &format!("  p{port}: {{upstream: '{scheme}://192.0.2.2:{port}'}}\n");
+                rules += &format!("  - {{match: /app-{port}, proxy: p{port}}}\n");
+            }
+            *config += &format!("rules:\n{rules}");
+        });
+        for (port, (_, say, then)) in (2000..).zip(cases) {
+            let speech = Speech { say, then };
+            let _server = sb.speaker(SocketAddr::new(INTERNET_V4, port), &speech);
+            let app = bed.user.cgroup(format!("app.slice/app-{port}.scope")).app();
+            for to in sb.destinations() {
+                assert_eq!(in_the_end(&app, to), Outcome::Closed, "{speech:?}");
+                sb.assert_nothing_left_for(to.ip());
+            }
+            assert!(bed.relay.is_running());
+        }
+        bed.assert_memory(BASE);
+    });
+}
+
+/// How much a socket may hold: enough to tempt the relay, and not a machine's memory for hundreds of connections.
+fn small_buffers(sb: &Sandbox) {
+    let set = "for f in tcp_rmem tcp_wmem; do echo 4096 65536 131072 > /proc/sys/net/ipv4/$f; done";
+    sb.run(&["sh", "-ec", set]);
+    sb.run(&["nsenter", "--net=/run/netns/internet", "sh", "-ec", set]);
+}
+
+#[test]
+fn connections_at_the_limit_whose_reader_is_stuck_stay_within_the_bound() {
+    const LIMIT: u32 = 300;
+    sandbox(|sb| {
+        small_buffers(sb);
+        // It grants everything, and then reads nothing.
+        let _server = speaker(sb, &GRANTED, Afterwards::Hold);
+        let mut bed = bed(sb, "socks5://192.0.2.2:1080", LIMIT);
+        let [to, other] = sb.destinations();
+        bed.app.hoard(to, LIMIT);
+        bed.assert_memory(BASE + u64::from(LIMIT) * CONNECTION);
+        for to in [to, other] {
+            let outcome = in_the_end(&bed.app, to);
+            assert_eq!(outcome, Outcome::Closed, "one more than there may be");
+        }
+        assert!(bed.relay.is_running());
+        let ips: [IpAddr; 2] = [to.ip(), other.ip()];
+        for ip in ips {
+            sb.assert_nothing_left_for(ip);
+        }
+    });
+}
