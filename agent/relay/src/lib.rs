@@ -17,6 +17,7 @@ pub mod original;
 pub mod relay;
 pub mod service;
 pub mod socks;
+mod spares;
 pub mod target;
 pub mod tcp;
 mod tls;

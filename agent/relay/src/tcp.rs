@@ -96,6 +96,7 @@ async fn carry(client: &mut TcpStream, entry: &Entry) -> bool {
     let (mut server, early) = match connected {
         Ok(connected) => {
             entry.reached(began, Ok(()));
+            upstream.prepare();
             connected
         }
         Err(error) => {

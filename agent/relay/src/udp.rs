@@ -403,6 +403,9 @@ async fn begin(
         }
     };
     entry.reached_for_udp(began, associated.as_ref().map(|_| ()));
+    if associated.is_ok() {
+        upstream.prepare();
+    }
     let (Ok(association), Ok(header)) = (associated, socks::datagram_header(&target)) else {
         return false;
     };

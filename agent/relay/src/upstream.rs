@@ -3,15 +3,17 @@
 use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
+use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_rustls::client::TlsStream;
 
 use crate::http;
 use crate::socks::{self, Credentials};
+use crate::spares::{self, Spares};
 use crate::target::Target;
 use crate::tls::Tls;
 
@@ -25,6 +27,9 @@ const REACH: Duration = Duration::from_secs(60);
 
 /// How long nothing may come of a connection until a proxy counts as down that has answered nobody else since.
 pub(crate) const SILENCE: Duration = Duration::from_secs(10);
+
+/// Why UDP is not carried on by one.
+const NO_UDP: &str = "an HTTP proxy carries no UDP";
 
 /// How a proxy is spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +56,7 @@ pub struct Upstream {
     /// Who to say that one is.
     pub credentials: Option<Credentials>,
     tls: RefCell<Option<Tls>>,
+    spares: Spares,
 }
 
 /// Why a connection was not carried on.
@@ -93,6 +99,7 @@ impl Upstream {
             port,
             credentials,
             tls: RefCell::default(),
+            spares: Spares::default(),
         }
     }
 
@@ -108,12 +115,56 @@ impl Upstream {
     /// # Errors
     /// If the proxy is not there, or does not carry it on.
     pub(crate) async fn connect(&self, target: &Target) -> Result<(Stream, Vec<u8>), Error> {
-        let mut stream = self.open().await?;
-        let early = match &mut stream {
-            Stream::Tcp(stream) => self.ask(stream, target).await?,
-            Stream::Tls(stream) => self.ask(stream.as_mut(), target).await?,
+        let ask = async |stream: &mut Stream| match stream {
+            Stream::Tcp(stream) => self.ask(stream, target).await,
+            Stream::Tls(stream) => self.ask(stream.as_mut(), target).await,
         };
-        Ok((stream, early))
+        self.opened(ask).await
+    }
+
+    /// A connection to the proxy and what it has answered on it.
+    async fn opened<T>(
+        &self,
+        ask: impl AsyncFn(&mut Stream) -> Result<T, Error>,
+    ) -> Result<(Stream, T), Error> {
+        if let Some(mut stream) = self.spares.take() {
+            match ask(&mut stream).await {
+                // It had had enough of waiting: no byte of the application's has gone there yet.
+                Err(Error::Down(why)) => tracing::debug!("a connection was of no use: {why}"),
+                answer => return Ok((stream, answer?)),
+            }
+        }
+        let mut stream = self.open().await?;
+        let answer = ask(&mut stream).await?;
+        Ok((stream, answer))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn spares(&self) -> &Spares {
+        &self.spares
+    }
+
+    /// Makes a connection for whoever needs one next. To be called within a `LocalSet`.
+    pub(crate) fn prepare(self: &Rc<Self>) {
+        if !self.spares.wants() {
+            return;
+        }
+        let upstream = Rc::downgrade(self);
+        tokio::task::spawn_local(async move {
+            // Nobody waits for it but this task: an upstream that is replaced takes it along.
+            let number = {
+                let Some(upstream) = upstream.upgrade() else {
+                    return;
+                };
+                let opened = upstream.open().await;
+                upstream.spares.add(opened.ok())
+            };
+            let Some(number) = number else { return };
+            sleep(spares::IDLE).await;
+            if let Some(upstream) = upstream.upgrade() {
+                upstream.spares.remove(number);
+            }
+        });
     }
 
     async fn ask<S>(&self, stream: &mut S, target: &Target) -> Result<Vec<u8>, Error>
@@ -137,21 +188,25 @@ impl Upstream {
     /// If the proxy has no such thing.
     pub(crate) async fn associate(&self) -> Result<(TcpStream, SocketAddr), Error> {
         if self.protocol != Protocol::Socks5 {
-            return Err(Error::Refused("an HTTP proxy carries no UDP".into()));
+            return Err(Error::Refused(NO_UDP.into()));
         }
-        let Stream::Tcp(mut stream) = self.open().await? else {
-            return Err(Error::Refused("there is no UDP within TLS".into()));
+        let ask = async |stream: &mut Stream| {
+            let Stream::Tcp(stream) = stream else {
+                return Err(Error::Refused(NO_UDP.into()));
+            };
+            let asked = timeout(CONNECT, socks::associate(stream)).await;
+            let mut relay = asked.map_err(|_| Error::Silent)??;
+            // Many a server that listens on all addresses says just that.
+            if relay.ip().is_unspecified() {
+                let peer = stream.peer_addr().map_err(|e| Error::Down(e.to_string()))?;
+                relay.set_ip(peer.ip());
+            }
+            Ok(relay)
         };
-        let mut relay = match timeout(CONNECT, socks::associate(&mut stream)).await {
-            Ok(relay) => relay?,
-            Err(_) => return Err(Error::Silent),
-        };
-        // Many a server that listens on all addresses says just that.
-        if relay.ip().is_unspecified() {
-            let peer = stream.peer_addr().map_err(|e| Error::Down(e.to_string()))?;
-            relay.set_ip(peer.ip());
+        match self.opened(ask).await? {
+            (Stream::Tcp(stream), relay) => Ok((stream, relay)),
+            (Stream::Tls(_), _) => Err(Error::Refused(NO_UDP.into())),
         }
-        Ok((stream, relay))
     }
 
     /// A connection to the proxy, on which it waits for a request.
@@ -218,7 +273,7 @@ impl From<http::Error> for Error {
 mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
-    use tokio::time::{Instant, sleep};
+    use tokio::time::Instant;
 
     /// Time stands still but for who waits for it.
     #[tokio::test(start_paused = true)]
