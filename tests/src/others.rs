@@ -14,28 +14,42 @@ use crate::sandbox::bin_dir;
 /// When the archives are not there.
 #[track_caller]
 pub fn install(root: &Path) {
-    let archives = archives();
+    unpack_all("others", root);
+    configure(root);
+}
+
+/// sshd and stunnel, unpacked and no more, to be run from where they are.
+///
+/// # Panics
+/// When the archives are not there.
+#[track_caller]
+pub fn unpack_servers(root: &Path) {
+    // Where /lib is a link to usr/lib, the archives have files in both.
+    fs::create_dir_all(root.join("usr/lib")).expect("the root is ours");
+    symlink("usr/lib", root.join("lib")).expect("the root is ours");
+    unpack_all("servers", root);
+}
+
+#[track_caller]
+fn unpack_all(name: &str, root: &Path) {
+    let directory = bin_dir()
+        .parent()
+        .expect("it is in the target directory")
+        .join(name);
+    let archives = archives(&directory);
     assert!(
         !archives.is_empty(),
         "{} has no packages in it: run `.ci/dependencies test`",
-        directory().display()
+        directory.display()
     );
     for archive in archives {
         unpack(&archive, root);
     }
-    configure(root);
 }
 
-/// Where .ci/dependencies puts them.
-fn directory() -> PathBuf {
-    let bin = bin_dir();
-    bin.parent()
-        .expect("it is in the target directory")
-        .join("others")
-}
-
-fn archives() -> Vec<PathBuf> {
-    let entries = fs::read_dir(directory()).into_iter().flatten().flatten();
+/// What .ci/dependencies has put there.
+fn archives(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let paths = entries.map(|entry| entry.path());
     paths
         .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))

@@ -244,6 +244,21 @@ pub enum AppOrder {
         /// How large each is.
         bytes: usize,
     },
+    /// Ask each of these by UDP, from one socket and in turns, until each has answered so often.
+    PingPong {
+        /// Whom, all of one family.
+        to: Vec<SocketAddr>,
+        /// How often.
+        rounds: u32,
+    },
+    /// Send so many bytes over a connection to who sends them back, end that direction, and compare what returns until
+    /// the other one ends.
+    Bulk {
+        /// Where to.
+        to: SocketAddr,
+        /// How many.
+        bytes: u64,
+    },
     /// Make TCP connections, write to each for as long as somebody takes it, read nothing, and keep them.
     Hoard {
         /// Where to.

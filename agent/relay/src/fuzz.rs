@@ -38,7 +38,7 @@ pub fn socks(bytes: &[u8]) {
             }
             let mut stream = tokio::io::join(bytes, tokio::io::sink());
             if socks::greet(&mut stream, credentials).await.is_ok() {
-                let _ = socks::associate(&mut stream).await;
+                let _ = socks::associate(&mut stream, false).await;
             }
         });
     }

@@ -113,7 +113,7 @@ impl Entry {
             Ok(()) | Err(Error::Refused(_)) => self.answered.set(Some(Instant::now())),
             // It is there for others: this destination is what is slow.
             Err(Error::Silent) if self.answered.get().is_some_and(|at| at >= began) => return,
-            Err(Error::Silent | Error::Down(_)) => {}
+            Err(Error::Silent | Error::Ended | Error::Down(_)) => {}
         }
         note(&self.problem, &self.upstream.borrow().name, result, "");
     }
@@ -127,6 +127,8 @@ impl Entry {
         // It is there, but has no UDP: it is not down, and will not have any the next time.
         let refused = match result {
             Err(Error::Refused(why)) => Some(Error::Down(why.clone())),
+            // How sshd says no.
+            Err(Error::Ended) => Some(Error::Ended),
             _ => None,
         };
         let name = &self.upstream.borrow().name;

@@ -4,7 +4,7 @@
 //! or a fixed-width cast for lengths and single writes that may be short.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -121,16 +121,21 @@ where
     Ok(early)
 }
 
-/// Asks for somebody to send datagrams to; returns where that is. It ends with the connection.
+/// Asks for somebody to send datagrams to, over IPv6 or not; returns where that is. It ends with the connection.
 ///
 /// # Errors
 /// If the server has none.
-pub(crate) async fn associate<S>(stream: &mut S) -> Result<SocketAddr, Error>
+pub(crate) async fn associate<S>(stream: &mut S, ipv6: bool) -> Result<SocketAddr, Error>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    // Where the datagrams will come from is not known yet: RFC 1928, 7 has zeros for that.
-    let unknown = Target::Address(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0));
+    // Where the datagrams will come from is not known yet: RFC 1928, 7 has zeros for that. Dante takes those of one
+    // family as the wish for an address of that.
+    let unspecified = match ipv6 {
+        true => Ipv6Addr::UNSPECIFIED.into(),
+        false => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    let unknown = Target::Address(SocketAddr::new(unspecified, 0));
     let (address, _) = request(stream, UDP_ASSOCIATE, &unknown).await?;
     address.ok_or(Error::Protocol)
 }
@@ -370,7 +375,7 @@ mod tests {
                 let target = Target::Name("example.org".into(), 1);
                 let _ = connect(&mut stream, &target).await;
                 let mut stream = tokio::io::join(&bytes[..], tokio::io::sink());
-                let _ = associate(&mut stream).await;
+                let _ = associate(&mut stream, false).await;
             });
         }
     }

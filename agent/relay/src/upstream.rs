@@ -68,6 +68,9 @@ pub enum Error {
     /// It does not carry this one on.
     #[error("{0}")]
     Refused(String),
+    /// It ended the connection where an answer was due.
+    #[error("it ended the connection")]
+    Ended,
     /// It takes connections, and says nothing about this one.
     #[error("it does not answer")]
     Silent,
@@ -130,7 +133,9 @@ impl Upstream {
         if let Some(mut stream) = self.spares.take() {
             match ask(&mut stream).await {
                 // It had had enough of waiting: no byte of the application's has gone there yet.
-                Err(Error::Down(why)) => tracing::debug!("a connection was of no use: {why}"),
+                Err(error @ (Error::Down(_) | Error::Ended)) => {
+                    tracing::debug!("a connection was of no use: {error}");
+                }
                 answer => return Ok((stream, answer?)),
             }
         }
@@ -194,11 +199,11 @@ impl Upstream {
             let Stream::Tcp(stream) = stream else {
                 return Err(Error::Refused(NO_UDP.into()));
             };
-            let asked = timeout(CONNECT, socks::associate(stream)).await;
+            let peer = stream.peer_addr().map_err(|e| Error::Down(e.to_string()))?;
+            let asked = timeout(CONNECT, socks::associate(stream, peer.is_ipv6())).await;
             let mut relay = asked.map_err(|_| Error::Silent)??;
             // Many a server that listens on all addresses says just that.
             if relay.ip().is_unspecified() {
-                let peer = stream.peer_addr().map_err(|e| Error::Down(e.to_string()))?;
                 relay.set_ip(peer.ip());
             }
             Ok(relay)
@@ -215,7 +220,7 @@ impl Upstream {
         if let (Protocol::Socks5, Stream::Tcp(stream)) = (self.protocol, &mut stream) {
             let greeted = socks::greet(stream, self.credentials.as_ref());
             match timeout(CONNECT, greeted).await {
-                Ok(greeted) => greeted?,
+                Ok(greeted) => greeted.map_err(|error| Error::Down(error.to_string()))?,
                 Err(_) => return Err(Error::Down("it does not answer".into())),
             }
         }
@@ -249,12 +254,18 @@ impl Upstream {
     }
 }
 
+fn has_ended(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
+}
+
 impl From<socks::Error> for Error {
     fn from(error: socks::Error) -> Self {
         match error {
             socks::Error::Refused(_) | socks::Error::NameTooLong => {
                 Self::Refused(error.to_string())
             }
+            socks::Error::Io(error) if has_ended(&error) => Self::Ended,
             _ => Self::Down(error.to_string()),
         }
     }
@@ -264,6 +275,7 @@ impl From<http::Error> for Error {
     fn from(error: http::Error) -> Self {
         match error {
             http::Error::Refused(_) => Self::Refused(error.to_string()),
+            http::Error::Io(error) if has_ended(&error) => Self::Ended,
             _ => Self::Down(error.to_string()),
         }
     }

@@ -289,6 +289,25 @@ impl App {
         self.done(&AppOrder::Hoard { to, connections });
     }
 
+    /// Asks each of these by UDP, from one socket and in turns, until each has answered so often.
+    ///
+    /// # Panics
+    /// When one does not answer, an answer comes from another than its question went to, or not all see the socket at
+    /// one address.
+    #[track_caller]
+    pub fn ping_pong(&self, to: Vec<SocketAddr>, rounds: u32) {
+        self.done(&AppOrder::PingPong { to, rounds });
+    }
+
+    /// Sends so many bytes to an echo server, ends that direction, and reads them back until the other one ends.
+    ///
+    /// # Panics
+    /// When other bytes come back, or not as many.
+    #[track_caller]
+    pub fn bulk(&self, to: SocketAddr, bytes: u64) {
+        self.done(&AppOrder::Bulk { to, bytes });
+    }
+
     #[track_caller]
     fn done(&self, order: &AppOrder) {
         match self.order(order) {

@@ -175,6 +175,18 @@ impl Sandbox {
             .listening(at)
     }
 
+    /// A server with every address of the internet's, which sends back whatever it is sent, and ends when that does.
+    ///
+    /// # Panics
+    /// When it does not listen.
+    #[track_caller]
+    pub fn echo_server(&self, port: u16) -> Program {
+        let program = launch::binary("cgtproxy-testapp");
+        let program = program.to_str().expect("a path of our own");
+        self.internet_program(&[program, "echo", &format!("[::]:{port}")])
+            .listening(std::net::SocketAddr::new(INTERNET_V4, port))
+    }
+
     /// The helper, to be configured and started.
     pub fn helper(&self) -> HelperBuilder {
         HelperBuilder::new(&self.world)

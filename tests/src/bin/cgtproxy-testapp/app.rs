@@ -1,9 +1,11 @@
 //! An application: does on the network what the harness tells it, one step at a time.
 
+mod bulk;
 mod crowd;
 mod flood;
 mod flow;
 pub(crate) mod ping;
+mod ping_pong;
 mod pour;
 mod raw;
 
@@ -109,6 +111,8 @@ impl App {
                 count,
                 bytes,
             } => self.kept.extend(flood::flood(to, sockets, count, bytes)?),
+            AppOrder::PingPong { to, rounds } => ping_pong::run(&to, rounds)?,
+            AppOrder::Bulk { to, bytes } => bulk::run(to, bytes)?,
             AppOrder::Hoard { to, connections } => {
                 self.kept.extend(flood::hoard(to, connections)?);
             }

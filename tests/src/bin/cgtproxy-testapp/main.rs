@@ -27,8 +27,8 @@ use std::ffi::OsString;
 
 const USAGE: &str = "usage: cgtproxy-testapp sandbox CGROUP BIN-DIR CMD… | init BIN-DIR CMD… \
                      | launch CGROUP CMD… | boot CGROUP ROOT NOTIFY-SOCKET | boot-init ROOT NOTIFY-SOCKET \
-                     | serve JSON | socks ADDRESS | speaker ADDRESS JSON | app | starts JSON | pipe SOCKET \
-                     | watches PID COUNT | netlink PROTOCOL PORT";
+                     | serve JSON | socks ADDRESS | speaker ADDRESS JSON | echo ADDRESS | app | starts JSON \
+                     | pipe SOCKET | watches PID COUNT | netlink PROTOCOL PORT";
 
 fn main() {
     let mut arguments = std::env::args_os().skip(1);
@@ -46,6 +46,7 @@ fn main() {
             let speech = lines::parse(speech.to_str().expect("JSON is UTF-8").as_bytes());
             speaker::serve(address.to_str().expect("an address"), &speech);
         }
+        (Some("echo"), [address]) => speaker::echo(address.to_str().expect("an address")),
         (Some("app"), []) => app::run(),
         (Some("starts"), [spec]) => starts::run(spec.to_str().expect("JSON is UTF-8")),
         (Some("pipe"), [socket]) => pipe::run(socket),

@@ -1,4 +1,4 @@
-//! A server that does not care what it is asked.
+//! Servers that do not care what they are asked.
 
 use std::io::{Result, Write};
 use std::net::{TcpListener, TcpStream};
@@ -22,6 +22,19 @@ pub(crate) fn serve(address: &str, speech: &Speech) {
         if speech.then == Afterwards::Hold {
             held.push(client);
         }
+    }
+}
+
+/// Sends back whatever comes, and ends when that does.
+pub(crate) fn echo(address: &str) {
+    let listener = TcpListener::bind(address).expect("an address of the internet's");
+    for client in listener.incoming().flatten() {
+        thread::spawn(move || {
+            let (mut from, mut to) = (&client, &client);
+            // A client that goes away in the middle is what tests do.
+            let _ = std::io::copy(&mut from, &mut to);
+            let _ = client.shutdown(std::net::Shutdown::Write);
+        });
     }
 }
 

@@ -1,0 +1,75 @@
+//! Much of everything through the relay: destinations, connections, bytes.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::net::{IpAddr, SocketAddr};
+
+use cgtproxy_tests::sandbox::{App, INTERNET_V4, INTERNET_V6, PORTS, Sandbox, Service, sandbox};
+use cgtproxy_tests::wire::Transport::Tcp;
+
+/// How many megabytes go there and back, unless CGTPROXY_TEST_BULK says otherwise.
+const MEGABYTES: u64 = 256;
+
+/// An application that goes through a SOCKS5 server.
+fn bed(sb: &Sandbox, server: IpAddr) -> (App, [Service; 3]) {
+    let helper = sb.helper().start();
+    let user = sb.user(1001);
+    let relay = user.relay().start();
+    let app = user.cgroup("app.slice/app-a.scope").app();
+    let upstream = SocketAddr::new(server, 1080);
+    let config = format!(
+        "version: 1\nproxies: {{own: {{upstream: 'socks5://{upstream}'}}}}\n\
+         rules: [{{match: /app-a, proxy: own}}]\n"
+    );
+    let agent = user.agent(&config).start();
+    (app, [helper, relay, agent])
+}
+
+#[test]
+fn two_hundred_destinations_of_one_socket_keep_apart() {
+    sandbox(|sb| {
+        let _server = sb.socks_server(SocketAddr::new(INTERNET_V4, 1080));
+        let (app, _services) = bed(sb, INTERNET_V4);
+        let at = |ip| SocketAddr::new(ip, PORTS[3]);
+        let v4: Vec<_> = (0..200).map(|_| at(sb.fresh_v4())).collect();
+        let v6: Vec<_> = (0..200).map(|_| at(sb.fresh_v6())).collect();
+        for destinations in [v4, v6] {
+            app.ping_pong(destinations, 3);
+        }
+    });
+}
+
+#[test]
+fn ten_thousand_short_connections_are_carried_on() {
+    sandbox(|sb| {
+        let _server = sb.socks_server(SocketAddr::new(INTERNET_V6, 1080));
+        let (app, [_helper, relay, _agent]) = bed(sb, INTERNET_V6);
+        let before = relay.open_descriptors();
+        for round in 0..200 {
+            let destinations = sb.destinations();
+            let to = destinations[round % 2];
+            let tally = app.burst(Tcp, to, 50);
+            assert_eq!((tally.direct, tally.total()), (50, 50), "{tally:?}");
+        }
+        // What ended is gone, but for connections that wait for the next one.
+        cgtproxy_tests::wait::wait_until("all descriptors to be closed", || {
+            relay.open_descriptors() <= before + 4
+        });
+    });
+}
+
+#[test]
+fn each_byte_arrives_in_order_and_ends_are_passed_on() {
+    let megabytes = match std::env::var("CGTPROXY_TEST_BULK") {
+        Ok(number) => number.parse().expect("a number of megabytes"),
+        Err(_) => MEGABYTES,
+    };
+    sandbox(|sb| {
+        let _server = sb.socks_server(SocketAddr::new(INTERNET_V4, 1080));
+        let _echo = sb.echo_server(7777);
+        let (app, _services) = bed(sb, INTERNET_V4);
+        for to in sb.destinations() {
+            app.bulk(SocketAddr::new(to.ip(), 7777), megabytes << 19);
+        }
+    });
+}

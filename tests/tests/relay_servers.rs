@@ -1,0 +1,298 @@
+//! The relay and real servers of others': sshd, stunnel, dante.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+
+use cgtproxy_tests::others::unpack_servers;
+use cgtproxy_tests::sandbox::{
+    App, INTERNET_V4, INTERNET_V6, Outcome, Program, Sandbox, Service, User, sandbox,
+};
+use cgtproxy_tests::wait::{wait_for, wait_until};
+
+/// Where sshd and stunnel are unpacked.
+const SERVERS: &str = "/run/servers";
+
+/// Everything of an application's goes through this upstream.
+struct Bed {
+    user: User,
+    app: App,
+    _services: [Service; 2],
+}
+
+fn bed(sb: &Sandbox, uid: u32, upstream: &str, certificates: &str) -> Bed {
+    let user = sb.user(uid);
+    let relay = user.relay().env("SSL_CERT_FILE", certificates).start();
+    let app = user.cgroup("app.slice/app-a.scope").app();
+    let config = format!(
+        "version: 1\nproxies: {{own: {{upstream: '{upstream}'}}}}\nrules: [{{match: /app-a, proxy: own}}]\n"
+    );
+    let agent = user.agent(&config).start();
+    Bed {
+        user,
+        app,
+        _services: [relay, agent],
+    }
+}
+
+impl Bed {
+    fn tcp(&self, to: SocketAddr) -> Outcome {
+        in_the_end(|| self.app.tcp(to))
+    }
+
+    /// What becomes of one connection, however long the proxy takes to say what it says.
+    fn end_of_one(&self, to: SocketAddr) -> Outcome {
+        match self.app.open_tcp(to) {
+            Ok(connection) => in_the_end(|| connection.ask()),
+            Err(outcome) => outcome,
+        }
+    }
+
+    /// What a command of the agent's prints.
+    fn agent(&self, command: &str) -> String {
+        let output = self.user.run("cgtproxy-agent", &[command]);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+}
+
+/// What becomes of a question in the end: how long relay and proxy take, the bed can't know.
+fn in_the_end(mut ask: impl FnMut() -> Outcome) -> Outcome {
+    wait_for("an answer", || {
+        Some(ask()).filter(|outcome| {
+            !matches!(
+                outcome,
+                Outcome::Silent | Outcome::LeftUnanswered | Outcome::AnswerLost
+            )
+        })
+    })
+}
+
+#[track_caller]
+fn assert_from_the_internet(outcome: &Outcome, to: SocketAddr) {
+    let inside: [IpAddr; 3] = [to.ip(), INTERNET_V4, INTERNET_V6];
+    let is = matches!(outcome, Outcome::Direct { seen_as } if inside.contains(seen_as));
+    assert!(is, "{to}: {outcome:?}");
+}
+
+/// A command that runs one of the unpacked programs with its libraries.
+fn unpacked<'a>(program: &'a str, arguments: &[&'a str]) -> Vec<&'a str> {
+    let script = "export LD_LIBRARY_PATH=$(echo /run/servers/usr/lib/*-linux-gnu); exec /run/servers$0 \"$@\"";
+    [&["sh", "-c", script, program], arguments].concat()
+}
+
+/// sshd on the internet, where somebody with the sandbox's user's key may log in, and `ssh -D` of that user's own.
+struct Ssh {
+    _server: Program,
+    client: Program,
+}
+
+impl Ssh {
+    fn start(sb: &Sandbox, user: &User) -> Self {
+        unpack_servers(Path::new(SERVERS));
+        let uid = user.uid();
+        let account = format!(
+            "cp -L /etc/passwd /run/passwd; cp -L /etc/shadow /run/shadow
+             grep -q ^sshd: /run/passwd || echo 'sshd:x:990:65534::/run/sshd:/usr/sbin/nologin' >> /run/passwd
+             echo 'alice:x:{uid}:{uid}::/run/home/{uid}:/bin/sh' >> /run/passwd
+             echo 'alice:*:1::::::' >> /run/shadow
+             mount --bind /run/passwd /etc/passwd; mount --bind /run/shadow /etc/shadow
+             mkdir -p -m 755 /run/sshd /run/ssh
+             ssh-keygen -q -t ed25519 -N '' -f /run/ssh/host
+             ssh-keygen -q -t ed25519 -N '' -f /run/ssh/key
+             chown {uid} /run/ssh/key
+             printf '%s\\n' 'ListenAddress 192.0.2.2:2222' 'HostKey /run/ssh/host' \
+                 'AuthorizedKeysFile /run/ssh/key.pub' 'StrictModes no' 'UsePAM no' 'PidFile none' > /run/ssh/config"
+        );
+        sb.run(&["sh", "-euc", &account]);
+        let arguments = ["-D", "-e", "-f", "/run/ssh/config"];
+        let server = sb
+            .internet_program(&unpacked("/usr/sbin/sshd", &arguments))
+            .listening(SocketAddr::new(INTERNET_V4, 2222));
+        Self {
+            _server: server,
+            client: Self::client(user),
+        }
+    }
+
+    fn client(user: &User) -> Program {
+        let cgroup = user.cgroup("app.slice/ssh.scope");
+        let argv = [
+            "ssh",
+            "-F",
+            "none",
+            "-N",
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "-i",
+            "/run/ssh/key",
+            "-p",
+            "2222",
+            "-D",
+            "127.0.0.1:1080",
+            "alice@192.0.2.2",
+        ];
+        user.program(&cgroup, &argv)
+            .listening(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 1080))
+    }
+}
+
+#[test]
+fn ssh_is_a_proxy_and_nothing_goes_direct_without_it() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let mut ssh = Ssh::start(sb, &sb.user(1001));
+        let bed = bed(sb, 1001, "socks5h://127.0.0.1:1080", "");
+        let other = bed.user.cgroup("app.slice/app-b.scope").app();
+        for to in sb.destinations() {
+            assert_from_the_internet(&bed.tcp(to), to);
+            assert_eq!(other.tcp(to), cgtproxy_tests::sandbox::direct(to));
+        }
+        // Names are looked up where sshd is.
+        let [to, _] = sb.destinations();
+        fs::write("/run/hosts", format!("{} secret.example\n", to.ip())).expect("/run is ours");
+        sb.run(&["mount", "--bind", "/run/hosts", "/etc/hosts"]);
+        let server = format!("@{}", sb.fresh_v4());
+        let dig = bed.user.cgroup("app.slice/app-a.scope/dig");
+        let argv = ["dig", "+short", "+tries=1", &server, "secret.example"];
+        let answer = bed.user.output(&dig, &argv);
+        let fake = SocketAddr::new(answer.trim().parse().expect("an address"), to.port());
+        assert_eq!(bed.tcp(fake), Outcome::Redirected { to });
+        // ssh knows no UDP.
+        for to in sb.destinations() {
+            let outcome = bed.app.udp(to);
+            assert_eq!(outcome, Outcome::Silent);
+            sb.assert_nothing_left_for(to.ip());
+        }
+        wait_until("it to be known that there is no UDP", || {
+            bed.agent("status").contains("it ended the connection")
+        });
+        let doctor = bed.agent("doctor");
+        assert!(!doctor.contains("[upstream-down]"), "{doctor}");
+        ssh.client.kill();
+        for to in sb.destinations() {
+            assert_eq!(bed.tcp(to), Outcome::Closed);
+            sb.assert_nothing_left_for(to.ip());
+        }
+        ssh.client = Ssh::client(&bed.user);
+        for to in sb.destinations() {
+            assert_from_the_internet(&bed.tcp(to), to);
+        }
+    });
+}
+
+/// tinyproxy on the internet within TLS: at port 8443 with a certificate for its address, at 8444 for another.
+fn stunnel(sb: &Sandbox) -> [Program; 2] {
+    unpack_servers(Path::new(SERVERS));
+    let certificates = "mkdir -p /run/tls; cd /run/tls
+        authority() {
+            openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj \"/CN=$1\" \\
+                -addext keyUsage=critical,keyCertSign -keyout $1.key -out $1.pem
+        }
+        certificate() {
+            openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=proxy \\
+                -keyout $1.key -out $1.csr
+            printf 'subjectAltName=IP:%s' $2 > $1.ext
+            openssl x509 -req -in $1.csr -CA ours.pem -CAkey ours.key -CAcreateserial -days 2 \\
+                -extfile $1.ext -out $1.crt
+            cat $1.key $1.crt > $1.both
+        }
+        authority ours; authority theirs
+        certificate right 192.0.2.2; certificate wrong 192.0.2.3
+        chmod 644 *.pem
+        printf '%s\\n' 'foreground = yes' 'pid =' \\
+            '[right]' 'accept = 192.0.2.2:8443' 'connect = 192.0.2.2:3128' 'cert = /run/tls/right.both' \\
+            '[wrong]' 'accept = 192.0.2.2:8444' 'connect = 192.0.2.2:3128' 'cert = /run/tls/wrong.both' \\
+            > stunnel.conf
+        printf '%s\\n' 'Port 3128' 'Listen 192.0.2.2' 'Timeout 60' 'MaxClients 50' 'BasicAuth me secret' > tiny.conf";
+    sb.run(&["sh", "-euc", certificates]);
+    let tiny = ["tinyproxy", "-d", "-c", "/run/tls/tiny.conf"];
+    let at = |port| SocketAddr::new(INTERNET_V4, port);
+    let proxy = sb.internet_program(&tiny).listening(at(3128));
+    let arguments = ["/run/tls/stunnel.conf"];
+    let tls = sb
+        .internet_program(&unpacked("/usr/bin/stunnel4", &arguments))
+        .listening(at(8443))
+        .listening(at(8444));
+    [proxy, tls]
+}
+
+#[test]
+fn a_proxy_within_tls_must_prove_who_it_is() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _servers = stunnel(sb);
+        let right = "https://me:secret@192.0.2.2:8443";
+        let bed_of = |uid, upstream, authority: &str| {
+            bed(sb, uid, upstream, &format!("/run/tls/{authority}.pem"))
+        };
+        let good = bed_of(1001, right, "ours");
+        for to in sb.destinations() {
+            // The first makes a connection, the others find one.
+            for _ in 0..3 {
+                assert_from_the_internet(&good.tcp(to), to);
+            }
+            assert_eq!(good.app.udp(to), Outcome::Forbidden);
+        }
+        let bad = [
+            (bed_of(1002, right, "theirs"), "certificate"),
+            (
+                bed_of(1003, "https://me:secret@192.0.2.2:8444", "ours"),
+                "certificate",
+            ),
+            (
+                bed_of(1004, "https://me:wrong@192.0.2.2:8443", "ours"),
+                "it refuses this user and password",
+            ),
+            (bed_of(1005, "https://me:secret@192.0.2.2:3128", "ours"), ""),
+        ];
+        for (bed, why) in bad {
+            for to in sb.destinations() {
+                assert_eq!(bed.end_of_one(to), Outcome::Closed);
+                sb.assert_nothing_left_for(to.ip());
+            }
+            let doctor = bed.agent("doctor");
+            assert!(doctor.contains("[upstream-down]"), "{doctor}");
+            assert!(doctor.contains(why), "{doctor}");
+        }
+    });
+}
+
+/// Dante on the internet, at this address.
+fn dante(sb: &Sandbox, at: IpAddr) -> Program {
+    let config = format!(
+        "logoutput: stderr\n\
+         internal: {at} port = 1080\n\
+         external: 192.0.2.2\n\
+         external: 2001:db8::2\n\
+         external.rotation: same-same\n\
+         clientmethod: none\nsocksmethod: none\n\
+         user.privileged: root\nuser.unprivileged: root\n\
+         client pass {{ from: 0/0 to: 0/0 }}\n\
+         client pass {{ from: ::/0 to: ::/0 }}\n\
+         socks pass {{ from: 0/0 to: 0/0 protocol: tcp udp }}\n\
+         socks pass {{ from: ::/0 to: ::/0 protocol: tcp udp }}\n\
+         socks pass {{ from: ::/0 to: 0/0 protocol: tcp udp }}\n"
+    );
+    fs::write("/run/danted.conf", config).expect("/run is ours");
+    sb.internet_program(&["danted", "-f", "/run/danted.conf"])
+        .listening(SocketAddr::new(at, 1080))
+}
+
+#[test]
+fn ipv6_goes_to_a_server_and_beyond_it() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _server = dante(sb, INTERNET_V6);
+        let bed = bed(sb, 1001, "socks5://[2001:db8::2]:1080", "");
+        let [_, to] = sb.destinations();
+        assert_from_the_internet(&bed.tcp(to), to);
+        let flow = bed.app.open_udp(to);
+        for _ in 0..3 {
+            assert_from_the_internet(&in_the_end(|| flow.ask()), to);
+        }
+    });
+}
