@@ -165,7 +165,12 @@ fn step(from: &TcpStream, to: &TcpStream) -> io::Result<Step> {
     SHARED.with_borrow_mut(|buffer| {
         let read = match from.try_read(buffer) {
             Ok(0) => return Ok(Step::End),
-            Ok(read) => buffer.get(..read).unwrap_or_default(),
+            Ok(read) => {
+                if read < BUFFER {
+                    forget_readable(from);
+                }
+                buffer.get(..read).unwrap_or_default()
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Step::Nothing),
             Err(error) => return Err(error),
         };
@@ -179,6 +184,13 @@ fn step(from: &TcpStream, to: &TcpStream) -> io::Result<Step> {
             Some(left) => Step::Left(left.to_vec()),
         })
     })
+}
+
+/// To be called when there was less than was asked for: the runtime would take it that there may be more, and one read(2)
+/// in two would be in vain. What comes from now on, it hears of. (tokio does so itself where it polls.)
+fn forget_readable(from: &TcpStream) {
+    let nothing = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
+    let _ = from.try_io(Interest::READABLE, nothing);
 }
 
 fn step_by_pipe(pipe: Pipe, from: &TcpStream, to: &TcpStream) -> io::Result<Step> {

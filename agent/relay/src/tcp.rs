@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -109,11 +110,6 @@ async fn carry(client: &mut TcpStream, entry: &Entry) -> bool {
         }
     };
     let carried = async {
-        client.set_nodelay(true)?;
-        keep_alive(client)?;
-        if let Stream::Tcp(server) = &server {
-            keep_alive(server)?;
-        }
         if !early.is_empty() {
             tokio::io::AsyncWriteExt::write_all(client, &early).await?;
         }
@@ -131,20 +127,24 @@ async fn carry(client: &mut TcpStream, entry: &Entry) -> bool {
 
 /// Where the application wanted to go; none if nobody sent the connection here.
 fn target(client: &TcpStream, entry: &Entry) -> Option<Target> {
-    let original: SocketAddr = match client.local_addr().ok()? {
+    let own = client.local_addr().ok()?;
+    let original: SocketAddr = match own {
         SocketAddr::V4(_) => sockopt::ip_original_dst(client).ok()?.into(),
         SocketAddr::V6(_) => sockopt::ipv6_original_dst(client).ok()?.into(),
     };
     // Somebody connected to the relay itself: there is nothing to carry that on to.
-    if client.local_addr().ok()? == original {
+    if own == original {
         return None;
     }
     entry.target(original)
 }
 
-fn keep_alive(stream: &TcpStream) -> io::Result<()> {
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, KEEPALIVE)?;
+/// What is worth a packet to the sender is worth one here, and ends that are gone are found out. What is accepted at a
+/// listener with these options has them too.
+pub(crate) fn set_options(socket: impl AsFd) -> io::Result<()> {
+    sockopt::set_tcp_nodelay(&socket, true)?;
+    sockopt::set_socket_keepalive(&socket, true)?;
+    sockopt::set_tcp_keepidle(&socket, KEEPALIVE)?;
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use crate::http;
 use crate::socks::{self, Credentials};
 use crate::spares::{self, Spares};
 use crate::target::Target;
+use crate::tcp::set_options;
 use crate::tls::Tls;
 
 /// How long a proxy may take to accept a connection, to agree on TLS, and to greet: it needs nobody else for any of
@@ -234,8 +235,7 @@ impl Upstream {
             Ok(stream) => stream.map_err(down)?,
             Err(_) => return Err(Error::Down("it does not answer".into())),
         };
-        // What is worth a packet to the sender is worth one here.
-        stream.set_nodelay(true).map_err(down)?;
+        set_options(&stream).map_err(down)?;
         if self.protocol != Protocol::Https {
             return Ok(Stream::Tcp(stream));
         }
