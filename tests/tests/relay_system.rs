@@ -1,0 +1,115 @@
+//! The relay as systemd runs it, in a whole system.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::net::{IpAddr, SocketAddr};
+
+use cgtproxy_tests::installed::{AGENT, Installed};
+use cgtproxy_tests::sandbox::{App, INTERNET_V4, INTERNET_V6, Outcome, Sandbox, direct, sandbox};
+use cgtproxy_tests::steady::Steady;
+use cgtproxy_tests::system::SystemUser;
+use cgtproxy_tests::wait::{wait_for, wait_until};
+use cgtproxy_tests::wire::Transport::{Tcp, Udp};
+
+const RELAY: &str = "cgtproxy-relay.service";
+
+/// What `systemd-analyze security` may find at most, in tenths: a user's manager can't give a file system of its own.
+const EXPOSURE: u32 = 65;
+
+/// Everything, the relay's own packets too if that were possible.
+const CONFIG: &str = "version: 1\nproxies: {own: {upstream: 'socks5://192.0.2.2:1080'}}\n\
+                      rules: [{match: /, proxy: own}]\n";
+
+fn came_from_the_internet(outcome: &Outcome, to: SocketAddr) -> bool {
+    let inside: [IpAddr; 3] = [to.ip(), INTERNET_V4, INTERNET_V6];
+    matches!(outcome, Outcome::Direct { seen_as } if inside.contains(seen_as))
+}
+
+/// Insists that whoever is asked is asked by the proxy, in the end, and by nobody else.
+#[track_caller]
+fn expect_proxied(sb: &Sandbox, app: &App) {
+    for to in sb.destinations() {
+        for transport in [Tcp, Udp] {
+            // How long relay and proxy take, the bed can't know.
+            wait_for("an answer through the proxy", || {
+                let outcome = app.ask(transport, to);
+                came_from_the_internet(&outcome, to).then_some(())
+            });
+        }
+        sb.assert_nothing_left_for(to.ip());
+    }
+}
+
+fn relay_is(installed: &Installed<'_>, user: &SystemUser, state: &str) -> bool {
+    installed.system.user_property(user, RELAY, "ActiveState") == state
+}
+
+#[test]
+fn without_a_configuration_the_environments_proxy_is_there() {
+    sandbox(|sb| {
+        let _server = sb.socks_server(SocketAddr::new(INTERNET_V4, 1080));
+        let installed = Installed::boot(sb, "", |_| {});
+        let system = &installed.system;
+        let (alice, bob) = (system.alice(), system.bob());
+        let variable = "ALL_PROXY=socks5://192.0.2.2:1080";
+        system.run_as(alice, &["systemctl", "--user", "set-environment", variable]);
+        for user in [alice, bob] {
+            system.run_as(user, &["systemctl", "--user", "enable", "--now", AGENT]);
+        }
+        expect_proxied(sb, &system.app_as(alice, &["cgtproxy-exec", "proxy"]));
+        let app = system.app_as(alice, &["cgtproxy-exec", "direct"]);
+        for to in sb.destinations() {
+            assert_eq!(app.tcp(to), direct(to));
+        }
+        assert!(relay_is(&installed, alice, "active"));
+        // Whose environment names none has no target of that name, and no relay.
+        let output = system.output_as(bob, &["cgtproxy-exec", "proxy", "true"]);
+        assert!(!output.status.success());
+        assert!(relay_is(&installed, bob, "inactive"));
+    });
+}
+
+#[test]
+fn the_relay_runs_when_it_is_needed_and_nothing_leaves_when_it_is_killed() {
+    sandbox(|sb| {
+        let _server = sb.socks_server(SocketAddr::new(INTERNET_V4, 1080));
+        let installed = Installed::boot(sb, "", |_| {});
+        let system = &installed.system;
+        let alice = system.alice();
+        installed.enable(alice, "version: 1\n");
+        installed.wait_in_force(alice);
+        assert!(relay_is(&installed, alice, "inactive"), "nobody needs it");
+        installed.enable(alice, CONFIG);
+        wait_until("the relay to run", || relay_is(&installed, alice, "active"));
+        let group = system.user_property(alice, RELAY, "ControlGroup");
+        assert!(group.ends_with("/session.slice/cgtproxy-relay.service"));
+        let app = installed.desktop_app(alice, "a");
+        expect_proxied(sb, &app);
+        // By the proxy's name.
+        expect_proxied(sb, &system.app_as(alice, &["cgtproxy-exec", "own"]));
+        let steady = Steady::start(sb, &app);
+        let pid = || system.user_property(alice, RELAY, "MainPID");
+        for signal in ["KILL", "KILL", "TERM"] {
+            let before = pid();
+            let kill = format!("--signal={signal}");
+            system.run_as(alice, &["systemctl", "--user", "kill", &kill, RELAY]);
+            // It is started by its socket, for the agent.
+            wait_until("another relay", || {
+                let now = pid();
+                now != before && now != "0"
+            });
+            expect_proxied(sb, &app);
+            steady.assert_nothing_left(sb);
+        }
+        let analyze = ["systemd-analyze", "--user", "security", "--no-pager", RELAY];
+        let output = system.output_as(alice, &analyze);
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let level = said
+            .lines()
+            .find(|line| line.contains("Overall exposure level"))
+            .and_then(|line| line.rsplit_once(": "))
+            .and_then(|(_, rest)| rest.split_whitespace().next())
+            .and_then(|number| number.replace('.', "").parse::<u32>().ok());
+        assert!(level.is_some_and(|level| level <= EXPOSURE), "{said}");
+    });
+}
