@@ -234,7 +234,7 @@ pub enum AppOrder {
     Poured,
     /// Send datagrams that nobody need answer, each when those before it have been received, from sockets that
     /// stay open.
-    Flood {
+    SendDatagrams {
         /// Where to.
         to: SocketAddr,
         /// From how many sockets.

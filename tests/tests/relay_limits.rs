@@ -102,7 +102,7 @@ fn datagrams_that_wait_for_a_silent_server_are_bounded() {
         let [to, _] = sb.destinations();
         // 38 megabytes, more than the bound.
         const FLOWS: u32 = 40;
-        bed.app.flood(to, FLOWS, 16, 60_000);
+        bed.app.send_datagrams(to, FLOWS, 16, 60_000);
         bed.assert_memory(BASE + u64::from(FLOWS) * CONNECTION + WAITING);
         sb.assert_nothing_left_for(to.ip());
     });

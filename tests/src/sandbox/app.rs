@@ -270,8 +270,8 @@ impl App {
     /// # Panics
     /// When the application can't.
     #[track_caller]
-    pub fn flood(&self, to: SocketAddr, sockets: u32, count: u32, bytes: usize) {
-        self.done(&AppOrder::Flood {
+    pub fn send_datagrams(&self, to: SocketAddr, sockets: u32, count: u32, bytes: usize) {
+        self.done(&AppOrder::SendDatagrams {
             to,
             sockets,
             count,

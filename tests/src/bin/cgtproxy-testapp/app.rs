@@ -2,8 +2,8 @@
 
 mod bulk;
 mod crowd;
-mod flood;
 mod flow;
+mod hoard;
 pub(crate) mod ping;
 mod ping_pong;
 mod pour;
@@ -11,10 +11,10 @@ mod raw;
 
 use std::collections::HashMap;
 use std::io::{BufRead, stdin};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use cgtproxy_tests::wire::{AppOrder, AppReport};
@@ -105,16 +105,19 @@ impl App {
             AppOrder::Pour { to } => pour::start(to, &self.poured)?,
             AppOrder::Poured => {
                 return Ok(AppReport::Count(self.poured.load(Ordering::Relaxed)));
-            AppOrder::Flood {
+            }
+            AppOrder::SendDatagrams {
                 to,
                 sockets,
                 count,
                 bytes,
-            } => self.kept.extend(flood::flood(to, sockets, count, bytes)?),
+            } => self
+                .kept
+                .extend(hoard::send_datagrams(to, sockets, count, bytes)?),
             AppOrder::PingPong { to, rounds } => ping_pong::run(&to, rounds)?,
             AppOrder::Bulk { to, bytes } => bulk::run(to, bytes)?,
             AppOrder::Hoard { to, connections } => {
-                self.kept.extend(flood::hoard(to, connections)?);
+                self.kept.extend(hoard::hoard(to, connections)?);
             }
             AppOrder::StartTraffic {
                 traffic,

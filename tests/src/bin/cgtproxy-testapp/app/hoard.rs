@@ -11,7 +11,7 @@ use std::time::Duration;
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// Sends datagrams, each when all that wait on this machine have been received.
-pub(super) fn flood(
+pub(super) fn send_datagrams(
     to: SocketAddr,
     sockets: u32,
     count: u32,
