@@ -71,7 +71,7 @@ miri:
 	MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=16 $(CARGO) +nightly miri test --locked -p cgtproxy-proto --lib -- path:: name::
 
 # All unsafe code is behind these messages. `make test` does the same.
-MEMCHECK = valgrind --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite --undef-value-errors=no
+MEMCHECK = valgrind --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite
 valgrind:
 	$(CARGO) --config 'target."cfg(unix)".runner = "$(MEMCHECK)"' test --locked -p cgtproxy-helper --lib -- \
 		--test-threads=1 nft:: --skip nothing_is_used_that_is_not_ours

@@ -43,6 +43,8 @@ struct Found {
     strings: BTreeSet<String>,
     /// The keys of elements, by the type of the message that has them.
     keys: BTreeMap<u16, Vec<Vec<u8>>>,
+    /// How many bytes have an odd number of bits.
+    odd: usize,
 }
 
 impl Found {
@@ -55,7 +57,8 @@ impl Found {
                 let whole = crate::netlink::HEADER + message.payload.len();
                 assert!(whole <= nft_nlmsg_maxsize() as usize);
                 length += whole.next_multiple_of(4);
-                let attributes = &message.payload[FAMILY_HEADER..];
+                let (family, attributes) = message.payload.split_at(FAMILY_HEADER);
+                found.look_at(family);
                 found.kinds.push(message.kind);
                 if !BATCH.contains(&message.kind) {
                     found.attributes(attributes);
@@ -73,14 +76,28 @@ impl Found {
         found
     }
 
+    /// Decides something by every byte, so that valgrind complains of one that was never written.
+    fn look_at(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            if byte.count_ones() % 2 == 1 {
+                self.odd += 1;
+            }
+        }
+    }
+
     fn attributes(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let length = usize::from(u16::from_ne_bytes([bytes[0], bytes[1]]));
             let kind = u16::from_ne_bytes([bytes[2], bytes[3]]);
             let value = &bytes[4..length];
+            self.look_at(&bytes[..4]);
             if kind & NESTED != 0 {
                 self.attributes(value);
-            } else if let Some(text) = CStr::from_bytes_with_nul(value)
+                bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+                continue;
+            }
+            self.look_at(value);
+            if let Some(text) = CStr::from_bytes_with_nul(value)
                 .ok()
                 .and_then(|text| text.to_str().ok())
             {
@@ -427,9 +444,10 @@ fn elements_of_every_kind() {
     }
 }
 
-/// Runs the others again under valgrind: an access to memory that is not there or not ours, or an object that
-/// nobody freed, is a failure. Bytes that were never written are not looked for: messages have some, and whose they
-/// are is to be found out (#4).
+/// Runs the others again under valgrind: an access to memory that is not there or not ours, an object that nobody
+/// freed, or a byte of a message that was never written is a failure. Not looked at is what stands between attributes
+/// so that the next one begins at a multiple of four: libmnl 1.0.4 leaves it as it was in the page that libnftnl has
+/// allocated (`nftnl_batch_alloc`), and the kernel never reads it.
 #[test]
 fn nothing_is_used_that_is_not_ours() {
     let others = [
@@ -440,10 +458,7 @@ fn nothing_is_used_that_is_not_ours() {
     ];
     let output = Command::new("valgrind")
         .args(["--quiet", "--error-exitcode=1", "--leak-check=full"])
-        .args([
-            "--errors-for-leak-kinds=definite",
-            "--undef-value-errors=no",
-        ])
+        .arg("--errors-for-leak-kinds=definite")
         .arg(env::current_exe().unwrap())
         .args(["--exact", "--test-threads=1"])
         .args(others.map(|test| format!("nft::messages::{test}")))
