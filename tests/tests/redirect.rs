@@ -8,6 +8,7 @@ use cgtproxy_tests::sandbox::{
     Connection, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, direct, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy};
+use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{Tcp, Udp};
 use serde_json::{Value, json};
 
@@ -357,6 +358,42 @@ fn dns_of_the_users_own_is_asked_only_at_an_own_server() {
             if uid != 1001 {
                 dns.assert_idle();
             }
+        }
+    });
+}
+
+#[test]
+fn a_configuration_names_a_redirection_server() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _server = sb
+            .service("redir")
+            .cgroup(&user.cgroup(SERVER))
+            .uid(1001)
+            .port(PORT)
+            .start();
+        let app = user.cgroup(APP).app();
+        let config = |options: &str| {
+            format!(
+                "version: 1\nredirects: {{redir: {{port: {PORT}{options}}}}}\n\
+                 rules: [{{match: /app-a, proxy: redir}}]\n"
+            )
+        };
+        let agent = user.agent(&config("")).start();
+        for (transport, to) in each(sb) {
+            assert_eq!(app.ask(transport, to), local("redir", server(to)));
+            sb.assert_nothing_left_for(to.ip());
+        }
+        // As most of them are used: they know no UDP.
+        agent.write_config(&config(", no-udp: true"));
+        wait_until("UDP to go direct", || {
+            let [to, _] = sb.destinations();
+            app.udp(to) == direct(to)
+        });
+        for to in sb.destinations() {
+            assert_eq!(app.tcp(to), local("redir", server(to)));
+            assert_eq!(app.udp(to), direct(to));
         }
     });
 }

@@ -20,6 +20,9 @@ const NAMES: u32 = 65536;
 /// How long a name keeps its addresses that nobody asks for or uses, in seconds.
 const EXPIRY: u64 = 24 * 60 * 60;
 
+/// How much later a name's last use may be than the file says, in seconds.
+const WRITTEN: u64 = 60 * 60;
+
 /// The longest name (RFC 1035, 2.3.4, without the last dot).
 const NAME_BYTES: usize = 253;
 
@@ -122,6 +125,8 @@ struct Entry {
     name: Rc<str>,
     /// When somebody asked for it or used it last, in seconds since 1970.
     used: u64,
+    /// What the file says of that.
+    written: u64,
 }
 
 /// Which address stands for which name.
@@ -181,9 +186,7 @@ impl Fakes {
         }
         let name: Rc<str> = name.to_ascii_lowercase().into();
         if let Some(&number) = self.numbers.get(&name) {
-            if let Some(entry) = self.entries.get_mut(&number) {
-                entry.used = now;
-            }
+            self.touch(number, now);
             return Some(number);
         }
         let size = self.networks.size();
@@ -219,14 +222,27 @@ impl Fakes {
         let Some(number) = self.networks.number(destination.ip()) else {
             return Some(Target::Address(destination));
         };
+        let name = self.touch(number, now())?;
+        Some(Target::Name(name, destination.port()))
+    }
+
+    /// Notes that a number is in use, to be written down now and then; returns its name.
+    fn touch(&mut self, number: u32, now: u64) -> Option<Rc<str>> {
         let entry = self.entries.get_mut(&number)?;
-        entry.used = now();
-        Some(Target::Name(entry.name.clone(), destination.port()))
+        self.changed |= now > entry.written.saturating_add(WRITTEN);
+        entry.used = now;
+        Some(entry.name.clone())
     }
 
     fn insert(&mut self, number: u32, name: Rc<str>, used: u64) {
         self.numbers.insert(name.clone(), number);
-        self.entries.insert(number, Entry { name, used });
+        let written = used;
+        let entry = Entry {
+            name,
+            used,
+            written,
+        };
+        self.entries.insert(number, entry);
     }
 
     /// Forgets the names that were not used for the longest time, an eighth of all.
@@ -253,8 +269,12 @@ impl Fakes {
         if !std::mem::take(&mut self.changed) {
             return;
         }
-        if let Err(error) = write(file, &self.text(now())) {
-            tracing::warn!("can't write {}: {error}", file.display());
+        match write(file, &self.text(now())) {
+            Ok(()) => self
+                .entries
+                .values_mut()
+                .for_each(|entry| entry.written = entry.used),
+            Err(error) => tracing::warn!("can't write {}: {error}", file.display()),
         }
     }
 
@@ -266,7 +286,7 @@ impl Fakes {
     fn text(&self, now: u64) -> String {
         let mut text = self.header();
         text.push('\n');
-        for (number, Entry { name, used }) in &self.entries {
+        for (number, Entry { name, used, .. }) in &self.entries {
             if used.saturating_add(EXPIRY) > now {
                 let _ = writeln!(text, "{number} {used} {name}");
             }
@@ -400,6 +420,27 @@ mod tests {
         for wrong in ["10.0.0.0/31", "10.0.0.0", "x/1", "::/1"] {
             assert_eq!(Networks::parse(Some(wrong), None), Err("fakeIpv4"));
         }
+    }
+
+    #[test]
+    fn what_is_in_use_is_written_down_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("names");
+        let mut fakes = Fakes::new(Some(file.clone()));
+        fakes.set_networks(Networks::default());
+        let (now, hours) = (now(), 3600);
+        let number = fakes.number_at("example.org", now - 5 * hours).unwrap();
+        fakes.save();
+        // An application that has the address connects, and asks for the name no more.
+        let (address, _) = fakes.addresses(number);
+        let to = SocketAddr::new(address.into(), 1);
+        assert!(fakes.target(to).is_some());
+        fakes.save();
+        let text = std::fs::read_to_string(&file).unwrap();
+        let used = text.lines().last().unwrap().split(' ').nth(1).unwrap();
+        assert!(used.parse::<u64>().unwrap() >= now);
+        // That is enough for some time.
+        assert!(fakes.target(to).is_some() && !fakes.changed);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::LocalSet;
 
 /// How often what stands for which name is written down.
-const SAVE: Duration = Duration::from_secs(60);
+const SAVE: Duration = Duration::from_secs(5);
 
 /// How many threads look up names of proxies, which is all that blocks.
 const LOOKUPS: usize = 8;

@@ -1,0 +1,182 @@
+//! Names that the proxy looks up: addresses that stand for them, and nothing asked on the way.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+
+use cgtproxy_tests::sandbox::{
+    App, INTERNET_V4, Outcome, PORTS, Program, Sandbox, Service, User, sandbox,
+};
+use cgtproxy_tests::wait::{wait_for, wait_until};
+
+const CONFIG: &str = "version: 1\nproxies: {own: {upstream: 'socks5h://192.0.2.2:1080'}}\n\
+                      rules: [{match: /app-a, proxy: own}]\n";
+
+/// What only those on the internet know, with an address of each family.
+const V4_NAME: &str = "four.example";
+const V6_NAME: &str = "six.example";
+
+/// An application whose names a SOCKS5 server looks up.
+struct Bed {
+    _server: Program,
+    _services: [Service; 2],
+    relay: Service,
+    user: User,
+    app: App,
+    to: [SocketAddr; 2],
+}
+
+impl Bed {
+    fn new(sb: &Sandbox) -> Self {
+        count_queries(sb);
+        let to = sb.destinations();
+        let hosts = format!("{} {V4_NAME}\n{} {V6_NAME}\n", to[0].ip(), to[1].ip());
+        fs::write("/run/hosts", hosts).expect("/run is ours");
+        sb.run(&["mount", "--bind", "/run/hosts", "/etc/hosts"]);
+        let at = SocketAddr::new(INTERNET_V4, 1080);
+        let server = sb
+            .internet_program(&["microsocks", "-i", "0.0.0.0", "-p", "1080"])
+            .listening(at);
+        let helper = sb.helper().start();
+        let user = sb.user(1001);
+        let relay = user.relay().start();
+        let app = user.cgroup("app.slice/app-a.scope").app();
+        let agent = user.agent(CONFIG).start();
+        Self {
+            _server: server,
+            _services: [helper, agent],
+            relay,
+            user,
+            app,
+            to,
+        }
+    }
+
+    /// The address that an application is told, by a server that is never asked.
+    fn look_up(&self, sb: &Sandbox, name: &str, kind: &str) -> IpAddr {
+        let cgroup = self.user.cgroup("app.slice/app-a.scope/dig");
+        let servers = [sb.fresh_v4(), sb.fresh_v6()];
+        let mut answers = servers.map(|server| {
+            let server = format!("@{server}");
+            let argv = ["dig", "+short", "+tries=1", &server, name, kind];
+            let answer = self.user.output(&cgroup, &argv);
+            answer.trim().parse::<IpAddr>().expect("one address")
+        });
+        answers.sort();
+        assert_eq!(answers[0], answers[1], "whoever is asked");
+        answers[0]
+    }
+
+    /// What becomes of a connection there, in the end.
+    fn tcp(&self, to: IpAddr) -> Outcome {
+        let to = SocketAddr::new(to, PORTS[0]);
+        wait_for("an answer", || {
+            Some(self.app.tcp(to)).filter(|outcome| {
+                !matches!(
+                    outcome,
+                    Outcome::Silent | Outcome::LeftUnanswered | Outcome::AnswerLost
+                )
+            })
+        })
+    }
+
+    fn names(&self) -> std::path::PathBuf {
+        self.user.home().join(".local/state/cgtproxy/names")
+    }
+
+    fn start_again(&mut self) {
+        self.relay.start_again();
+        wait_until("the relay to be found again", || {
+            let output = self.user.run("cgtproxy-agent", &["doctor"]);
+            !String::from_utf8_lossy(&output.stdout).contains("[relay-missing]")
+        });
+    }
+}
+
+/// Counts queries that leave the machine.
+fn count_queries(sb: &Sandbox) {
+    let table = "nft -f - <<'END'\n\
+        table inet leaks {\n\
+        chain out {\n\
+        type filter hook postrouting priority 300\n\
+        oifname uplink meta l4proto { tcp, udp } th dport { 53, 853, 5353 } counter\n\
+        }\n\
+        }\nEND";
+    sb.run(&["sh", "-ec", table]);
+}
+
+/// Insists that no query has left the machine.
+#[track_caller]
+fn assert_no_query_left(sb: &Sandbox) {
+    sb.settle();
+    let counted = sb.run(&["nft", "list", "table", "inet", "leaks"]);
+    assert!(counted.contains("packets 0 "), "{counted}");
+}
+
+#[test]
+fn addresses_of_both_families_stand_for_a_name_and_no_query_leaves() {
+    sandbox(|sb| {
+        let bed = Bed::new(sb);
+        // Which of its two addresses an application takes is its own choice.
+        for (name, to) in [(V4_NAME, bed.to[0]), (V6_NAME, bed.to[1])] {
+            let v4 = bed.look_up(sb, name, "A");
+            let v6 = bed.look_up(sb, name, "AAAA");
+            assert!(v4.to_string().starts_with("198.1"), "{v4}");
+            assert!(v6.to_string().starts_with("2001:2:"), "{v6}");
+            for fake in [v4, v6] {
+                assert_eq!(bed.tcp(fake), Outcome::Redirected { to });
+                sb.assert_nothing_left_for(fake);
+            }
+        }
+        assert_no_query_left(sb);
+        // The counter counts: another application's query does leave.
+        let other = bed.user.cgroup("app.slice/app-b.scope").app();
+        let server = SocketAddr::new(sb.fresh_v4(), 53);
+        assert_eq!(other.udp(server), cgtproxy_tests::sandbox::direct(server));
+        let counted = sb.run(&["nft", "list", "table", "inet", "leaks"]);
+        assert!(counted.contains("packets 1 "), "{counted}");
+    });
+}
+
+#[test]
+fn a_name_keeps_its_addresses_over_restarts_until_they_expire() {
+    sandbox(|sb| {
+        let mut bed = Bed::new(sb);
+        let fake = bed.look_up(sb, V4_NAME, "A");
+        let to = bed.to[0];
+        // Told to end, it writes the names down; killed, it has done so some seconds before.
+        bed.relay.stop();
+        bed.start_again();
+        assert_eq!(bed.tcp(fake), Outcome::Redirected { to });
+        assert_eq!(bed.look_up(sb, V4_NAME, "A"), fake);
+        let second = bed.look_up(sb, V6_NAME, "A");
+        wait_until("the name to be written down", || {
+            fs::read_to_string(bed.names()).is_ok_and(|text| text.contains(V6_NAME))
+        });
+        bed.relay.kill();
+        bed.start_again();
+        assert_eq!(bed.look_up(sb, V6_NAME, "A"), second);
+        assert_eq!(bed.tcp(second), Outcome::Redirected { to: bed.to[1] });
+        // A day later nobody knows what the first stood for, and nothing goes there.
+        bed.relay.stop();
+        let text = fs::read_to_string(bed.names()).expect("it was written");
+        let day = 24 * 60 * 60;
+        let aged: Vec<String> = text
+            .lines()
+            .map(|line| match line.split(' ').collect::<Vec<_>>()[..] {
+                [number, used, name] if name == V4_NAME => {
+                    let used: u64 = used.parse().expect("seconds");
+                    format!("{number} {} {name}\n", used - day)
+                }
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        fs::write(bed.names(), aged.concat()).expect("root may");
+        bed.start_again();
+        assert_eq!(bed.tcp(fake), Outcome::Closed);
+        sb.assert_nothing_left_for(fake);
+        assert_eq!(bed.tcp(second), Outcome::Redirected { to: bed.to[1] });
+        assert_no_query_left(sb);
+    });
+}
