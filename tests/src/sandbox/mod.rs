@@ -233,6 +233,31 @@ impl Sandbox {
         );
     }
 
+    /// Counts DNS queries that leave the machine, from now on: see [`queries_left`](Self::queries_left).
+    pub fn count_queries(&self) {
+        let table = "table inet queries {
+                         counter left {}
+                         chain out {
+                             type filter hook postrouting priority 300
+                             oifname uplink meta l4proto { tcp, udp } th dport { 53, 853, 5353 } counter name left
+                         }
+                     }";
+        crate::command::run_with_input(&["nft", "-f", "-"], table);
+    }
+
+    /// How many packets of DNS queries have left the machine.
+    ///
+    /// # Panics
+    /// When nobody has counted them.
+    pub fn queries_left(&self) -> u64 {
+        self.world.settle();
+        let counter = self.run(&["nft", "-j", "list", "counter", "inet", "queries", "left"]);
+        let counter: serde_json::Value = serde_json::from_str(&counter).expect("nft prints JSON");
+        let objects = counter["nftables"].as_array().expect("a list");
+        let packets = |object: &serde_json::Value| object["counter"]["packets"].as_u64();
+        objects.iter().find_map(packets).expect("a counter")
+    }
+
     pub(crate) fn world(&self) -> Arc<World> {
         Arc::clone(&self.world)
     }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, Outcome, Sandbox, direct};
+use cgtproxy_tests::sandbox::{App, INTERNET_V4, INTERNET_V6, Outcome, Sandbox, User, direct};
 use cgtproxy_tests::wait::wait_for;
 
 use crate::app;
@@ -12,7 +12,7 @@ const CAROL: u32 = 1003;
 
 const CONFIG: &str = r#"version: 1
 proxies:
-  abroad: {upstream: "socks5://192.0.2.2:1080"}   # or what `ssh -D` listens on
+  abroad: {upstream: "socks5h://192.0.2.2:1080"}   # or what `ssh -D` listens on
 rules:
   - {match: /app\.slice$, proxy: abroad}
 "#;
@@ -47,6 +47,9 @@ pub(crate) fn show(sb: &Sandbox, report: &mut Report) {
     ];
     report.row("carol's", "abroad", &cells);
 
+    println!("\n  abroad            the internet answered, and saw the SOCKS5 server ask\n");
+    name(sb, report, &carol, &browser);
+
     server.kill();
     let mut closed = 0;
     let mut left = 0;
@@ -55,13 +58,38 @@ pub(crate) fn show(sb: &Sandbox, report: &mut Report) {
         sb.settle();
         left += sb.deliveries(to.ip()).len();
     }
-    println!("\n  abroad            the internet answered, and saw the SOCKS5 server ask\n");
     report.line(
         "carol's",
         &format!(
             "with that server down, {closed} of 2 connections are closed, {left} go out directly"
         ),
         (closed, left) == (2, 0),
+    );
+}
+
+/// A name that nobody knows but that server.
+fn name(sb: &Sandbox, report: &mut Report, carol: &User, browser: &App) {
+    sb.count_queries();
+    let [to, _] = sb.destinations();
+    let name = format!("{}.example", to.ip().to_string().replace('.', "-"));
+    let resolver = format!("nameserver {}\n", sb.fresh_v4());
+    std::fs::write("/run/resolv.conf", resolver).expect("/run is the sandbox's own");
+    sb.run(&["mount", "--bind", "/run/resolv.conf", "/etc/resolv.conf"]);
+    let cgroup = carol.cgroup("app.slice/app-look-up.scope");
+    let answer = carol.output(&cgroup, &["getent", "ahostsv4", &name]);
+    let address = answer.split_whitespace().next().unwrap_or_default();
+    let fake = SocketAddr::new(address.parse().expect("an address"), to.port());
+    let arrived = in_the_end(|| browser.tcp(fake)) == Outcome::Redirected { to };
+    report.line(
+        "carol's",
+        &format!("{name} is {address} here, and a connection there is one to that name"),
+        arrived,
+    );
+    let queries = sb.queries_left();
+    report.line(
+        "carol's",
+        &format!("{queries} DNS queries have left the machine"),
+        queries == 0,
     );
 }
 
