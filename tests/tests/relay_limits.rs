@@ -212,6 +212,9 @@ fn connections_at_the_limit_whose_reader_is_stuck_stay_within_the_bound() {
         let mut bed = bed(sb, "socks5://192.0.2.2:1080", LIMIT);
         let [to, other] = sb.destinations();
         bed.app.hoard(to, LIMIT);
+        wait_until("bytes of each connection to have got there", || {
+            sb.unread_connections(1080) >= LIMIT as usize
+        });
         bed.assert_memory(BASE + u64::from(LIMIT) * CONNECTION);
         for to in [to, other] {
             let outcome = in_the_end(&bed.app, to);

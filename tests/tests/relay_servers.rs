@@ -11,6 +11,7 @@ use cgtproxy_tests::sandbox::{
     App, INTERNET_V4, INTERNET_V6, Outcome, Program, Sandbox, Service, User, sandbox,
 };
 use cgtproxy_tests::wait::{wait_for, wait_until};
+use cgtproxy_tests::wire::{Afterwards, Speech};
 
 /// Where sshd and stunnel are unpacked.
 const SERVERS: &str = "/run/servers";
@@ -206,6 +207,7 @@ fn stunnel(sb: &Sandbox) -> [Program; 2] {
         printf '%s\\n' 'foreground = yes' 'pid =' \\
             '[right]' 'accept = 192.0.2.2:8443' 'connect = 192.0.2.2:3128' 'cert = /run/tls/right.both' \\
             '[wrong]' 'accept = 192.0.2.2:8444' 'connect = 192.0.2.2:3128' 'cert = /run/tls/wrong.both' \\
+            '[stuck]' 'accept = 192.0.2.2:8445' 'connect = 192.0.2.2:3129' 'cert = /run/tls/right.both' \\
             > stunnel.conf
         printf '%s\\n' 'Port 3128' 'Listen 192.0.2.2' 'Timeout 60' 'MaxClients 50' 'BasicAuth me secret' > tiny.conf";
     sb.run(&["sh", "-euc", certificates]);
@@ -258,6 +260,36 @@ fn a_proxy_within_tls_must_prove_who_it_is() {
             assert!(doctor.contains("[upstream-down]"), "{doctor}");
             assert!(doctor.contains(why), "{doctor}");
         }
+    });
+}
+
+#[test]
+fn connections_within_tls_stay_within_the_bound() {
+    /// What docs/how-it-works.md says, in KiB, without connections and for each.
+    const BASE: u64 = 16 * 1024;
+    const CONNECTION: u64 = 100;
+    const CONNECTIONS: u32 = 100;
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _servers = stunnel(sb);
+        // It grants everything, and then reads nothing.
+        let speech = Speech {
+            say: b"HTTP/1.1 200 OK\r\n\r\n".to_vec(),
+            then: Afterwards::Hold,
+        };
+        let _stuck = sb.speaker(SocketAddr::new(INTERNET_V4, 3129), &speech);
+        let bed = bed(sb, 1001, "https://192.0.2.2:8445", "/run/tls/ours.pem");
+        let [to, _] = sb.destinations();
+        let buffers =
+            "for f in tcp_rmem tcp_wmem; do echo 4096 65536 131072 > /proc/sys/net/ipv4/$f; done";
+        sb.run(&["sh", "-ec", buffers]);
+        bed.app.hoard(to, CONNECTIONS);
+        wait_until("bytes of each connection to have got there", || {
+            sb.unread_connections(3129) >= CONNECTIONS as usize
+        });
+        let peak = bed._services[0].peak_memory();
+        let bound = BASE + u64::from(CONNECTIONS) * CONNECTION;
+        assert!(peak < bound, "{peak} KiB, and {bound} are allowed");
     });
 }
 

@@ -233,6 +233,25 @@ impl Sandbox {
         );
     }
 
+    /// How many connections to that port of the internet's, over IPv4, have bytes that nobody reads.
+    ///
+    /// # Panics
+    /// When the kernel does not say.
+    pub fn unread_connections(&self, port: u16) -> usize {
+        let netns = format!("--net={}", network::NETNS);
+        let table = self.run(&["nsenter", &netns, "cat", "/proc/self/net/tcp"]);
+        let port = format!(":{port:04X}");
+        let unread = |line: &&str| {
+            // Number, own address, the other's, state, bytes to be sent and received; in hexadecimal.
+            let words: Vec<&str> = line.split_whitespace().take(5).collect();
+            let [_, own, _, "01", queues] = words[..] else {
+                return false;
+            };
+            own.ends_with(&port) && !queues.ends_with(":00000000")
+        };
+        table.lines().filter(unread).count()
+    }
+
     /// Counts DNS queries that leave the machine, from now on: see [`queries_left`](Self::queries_left).
     pub fn count_queries(&self) {
         let table = "table inet queries {
