@@ -100,9 +100,11 @@ async fn serve(options: Options) -> Result<(), Error> {
         }
     };
     tokio::select! {
+        // In this order: the session tells of what the sources have just found.
+        biased;
+        ended = sources.run(&watcher, &agent) => ended?,
         ended = &mut session => return ended.map_err(Error::Session),
         () = relay::run(&agent, &options.relay) => {}
-        ended = sources.run(&watcher, &agent) => ended?,
         ended = reload::run(loader, &agent, &watcher, hangup) => ended.map_err(Error::Start)?,
         () = served => {}
         _ = terminate.recv() => {}

@@ -1,7 +1,7 @@
 //! What the agent knows, shared by its tasks: the watcher writes the control groups, the session with
 //! the helper what is in force, and the server reads both.
 
-use std::cell::{Ref, RefCell, RefMut};
+use std::cell::{Cell, Ref, RefCell, RefMut};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -238,6 +238,8 @@ pub struct Agent {
     state: RefCell<State>,
     /// There may be something to tell the helper.
     work: Notify,
+    /// The helper is being told of something.
+    calling: Cell<bool>,
     changed: watch::Sender<()>,
 }
 
@@ -248,6 +250,7 @@ impl Agent {
         Self {
             state: RefCell::new(State::new(subtree, source)),
             work: Notify::new(),
+            calling: Cell::new(false),
             changed: watch::Sender::new(()),
         }
     }
@@ -289,8 +292,32 @@ impl Agent {
         self.work.notified().await;
     }
 
+    /// The helper is told of something for as long as the returned value lives.
+    #[must_use]
+    pub fn calling(&self) -> Calling<'_> {
+        self.calling.set(true);
+        Calling(self)
+    }
+
+    /// Whether the helper is being told of something.
+    #[must_use]
+    pub fn is_calling(&self) -> bool {
+        self.calling.get()
+    }
+
     /// Is told of every change.
     pub fn subscribe(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
+    }
+}
+
+/// A call to the helper is under way.
+#[derive(Debug)]
+pub struct Calling<'a>(&'a Agent);
+
+impl Drop for Calling<'_> {
+    fn drop(&mut self) {
+        self.0.calling.set(false);
+        self.0.tell();
     }
 }

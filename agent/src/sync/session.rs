@@ -180,16 +180,20 @@ impl Session<'_> {
                 }
             };
             tracing::trace!("telling the helper: {call:?}");
+            let calling = self.agent.calling();
             let answer = tokio::select! {
                 answer = send(&mut self.client, &call, &source.config, &relay) => answer,
                 // The connection is of no use in the middle of a call. The helper ends the session
                 // with it, and does what it was asked before.
                 () = async { stop.cancelled().await; sleep(FAREWELL).await } => return End::Stopped,
             };
+            drop(calling);
             match answer {
                 Ok(reply) => {
                     back_off = RETRY.0;
                     self.acknowledged(&call, reply, &source);
+                    // What has happened meanwhile goes out with the next call.
+                    tokio::task::yield_now().await;
                 }
                 Err(CallError::Fault(fault)) => {
                     if let Some(end) = self.refused(&call, &source, &fault) {

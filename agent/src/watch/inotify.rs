@@ -4,15 +4,14 @@
 //! lose their last link: they keep their watch, and the memory behind it, until it is taken away.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::io;
-use std::os::unix::ffi::OsStringExt;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::pin::Pin;
-use std::task::Poll;
 
-use futures_core::Stream;
-use inotify::{EventMask, EventStream, Inotify, WatchDescriptor, WatchMask};
+use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
+use tokio::net::unix::pipe::Receiver;
 
 use super::Hint;
 use crate::policy::Shared;
@@ -22,8 +21,14 @@ use crate::text::printable;
 /// How many bytes of events are read at once.
 const BUFFER_BYTES: usize = 16 * 1024;
 
-/// How many events are taken at once.
+/// How many events are taken at once, before the last ones that were read with them.
 const BATCH: usize = 1024;
+
+/// How long an event is without a name, and what its name's length is a multiple of (struct inotify_event).
+const EVENT_BYTES: usize = 16;
+
+/// How long an event is with the longest name.
+const LONGEST_EVENT: usize = EVENT_BYTES + 256;
 
 /// Something that happened in a watched directory.
 #[derive(Debug)]
@@ -38,7 +43,13 @@ pub struct Event {
 
 /// The events of an inotify instance.
 #[derive(Debug)]
-pub struct Events(EventStream<Vec<u8>>);
+pub struct Events {
+    inotify: Inotify,
+    buffer: Vec<u8>,
+    /// A copy of the descriptor with which the runtime waits for them, as for what is in a pipe; none while they are
+    /// left where they are.
+    waiting: Option<Receiver>,
+}
 
 impl Events {
     /// The events of this instance.
@@ -46,37 +57,97 @@ impl Events {
     /// # Errors
     /// If the runtime can't wait for them.
     pub fn new(inotify: Inotify) -> io::Result<Self> {
-        Ok(Self(inotify.into_event_stream(vec![0; BUFFER_BYTES])?))
+        Ok(Self {
+            waiting: Some(wait(&inotify)?),
+            buffer: vec![0; BUFFER_BYTES],
+            inotify,
+        })
     }
 
-    /// Waits for events and returns those that there are, at most [`BATCH`]. Cancel safe.
+    /// Waits for events and returns those that there are, at most some [`BATCH`]. Cancel safe.
     ///
     /// # Errors
     /// If they can't be read.
     pub async fn next(&mut self) -> io::Result<Vec<Event>> {
-        let mut batch = Vec::new();
-        std::future::poll_fn(|context| {
-            while batch.len() < BATCH {
-                match Pin::new(&mut self.0).poll_next(context) {
-                    Poll::Ready(Some(event)) => {
-                        let event = event?;
-                        batch.push(Event {
-                            watch: event.wd.get_watch_descriptor_id(),
-                            mask: event.mask,
-                            name: event.name.map(OsString::into_vec).unwrap_or_default(),
-                        });
-                    }
-                    Poll::Ready(None) => {
-                        return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
-                    }
-                    Poll::Pending if batch.is_empty() => return Poll::Pending,
-                    Poll::Pending => break,
-                }
+        let waiting = match &mut self.waiting {
+            Some(waiting) => waiting,
+            left => left.insert(wait(&self.inotify)?),
+        };
+        loop {
+            waiting.readable().await?;
+            let mut batch = Vec::new();
+            let read = waiting.try_io(|| read(&mut self.inotify, &mut self.buffer, &mut batch));
+            match read {
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                _ if batch.is_empty() => {}
+                _ => return Ok(batch),
             }
-            Poll::Ready(Ok(std::mem::take(&mut batch)))
-        })
-        .await
+        }
     }
+
+    /// Returns when there are events, and leaves them where they are: nobody is woken by more of them until somebody
+    /// waits for the [next](Self::next) ones. Cancel safe.
+    ///
+    /// # Errors
+    /// If nobody can wait for them.
+    pub async fn leave(&mut self) -> io::Result<()> {
+        if let Some(waiting) = &self.waiting {
+            waiting.readable().await?;
+        }
+        self.waiting = None;
+        Ok(())
+    }
+
+    /// Whether events are left where they are.
+    #[must_use]
+    pub fn are_left(&self) -> bool {
+        self.waiting.is_none()
+    }
+
+    /// The events that there are now, at most some [`BATCH`].
+    ///
+    /// # Errors
+    /// If they can't be read.
+    pub fn fetch(&mut self) -> io::Result<Vec<Event>> {
+        let mut batch = Vec::new();
+        match read(&mut self.inotify, &mut self.buffer, &mut batch) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+            _ => Ok(batch),
+        }
+    }
+}
+
+/// Has the runtime wait for what can be read.
+fn wait(inotify: &Inotify) -> io::Result<Receiver> {
+    Receiver::from_owned_fd_unchecked(inotify.as_fd().try_clone_to_owned()?)
+}
+
+/// Adds what there is to a batch, until that has some [`BATCH`]. The error is `WouldBlock` if that was all, which the
+/// kernel need not say: it stops where the next event does not fit, so that where one of any size would have fitted
+/// there was none.
+fn read(inotify: &mut Inotify, buffer: &mut [u8], batch: &mut Vec<Event>) -> io::Result<()> {
+    while batch.len() < BATCH {
+        let events = match inotify.read_events(buffer) {
+            Ok(events) => events,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        let mut bytes = 0;
+        for event in events {
+            let name = event.name.map(OsStr::as_bytes).unwrap_or_default();
+            // A name ends with a NUL, and is filled up with more of them.
+            bytes += EVENT_BYTES + (name.len() + 1).next_multiple_of(EVENT_BYTES);
+            batch.push(Event {
+                watch: event.wd.get_watch_descriptor_id(),
+                mask: event.mask,
+                name: name.to_vec(),
+            });
+        }
+        if bytes + LONGEST_EVENT <= BUFFER_BYTES {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+    }
+    Ok(())
 }
 
 fn mask() -> WatchMask {
@@ -211,5 +282,68 @@ impl Watches {
                 }
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A directory, and what happens in it.
+    fn watched() -> (TempDir, Events) {
+        let directory = tempfile::tempdir().unwrap();
+        let inotify = Inotify::init().unwrap();
+        let mut watches = inotify.watches();
+        watches.add(directory.path(), mask()).unwrap();
+        (directory, Events::new(inotify).unwrap())
+    }
+
+    /// Makes directories with names as long as can be.
+    fn make(directory: &TempDir, numbers: Range<usize>) {
+        for number in numbers {
+            std::fs::create_dir(directory.path().join(format!("{number:0>255}"))).unwrap();
+        }
+    }
+
+    fn numbers(batch: Vec<Event>) -> Vec<usize> {
+        let number = |event: Event| String::from_utf8(event.name).unwrap().parse().unwrap();
+        batch.into_iter().map(number).collect()
+    }
+
+    #[tokio::test]
+    async fn what_is_left_is_there_later() {
+        let (directory, mut events) = watched();
+        make(&directory, 0..1);
+        events.leave().await.unwrap();
+        assert!(events.are_left());
+        make(&directory, 1..3);
+        assert_eq!(numbers(events.fetch().unwrap()), [0, 1, 2]);
+        assert!(events.fetch().unwrap().is_empty());
+        // Before anybody waits again, and after.
+        make(&directory, 3..4);
+        assert_eq!(numbers(events.next().await.unwrap()), [3]);
+        assert!(!events.are_left());
+        let (next, ()) = tokio::join!(events.next(), async { make(&directory, 4..5) });
+        assert_eq!(numbers(next.unwrap()), [4]);
+    }
+
+    #[tokio::test]
+    async fn all_are_read_however_many_there_are() {
+        const MANY: usize = 3 * BATCH;
+        let (directory, mut events) = watched();
+        make(&directory, 0..MANY);
+        let mut read = Vec::new();
+        while read.len() < MANY {
+            let batch = events.next().await.unwrap();
+            assert!(batch.len() < 2 * BATCH);
+            read.extend(numbers(batch));
+        }
+        assert!(read.into_iter().eq(0..MANY));
+        let (next, ()) = tokio::join!(events.next(), async { make(&directory, MANY..MANY + 1) });
+        assert_eq!(numbers(next.unwrap()), [MANY]);
     }
 }

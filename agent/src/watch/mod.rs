@@ -88,7 +88,7 @@ pub enum Error {
 pub enum Hint {
     /// One has been made at this path.
     Made(ControlGroupPath),
-    /// The one at this path is gone; there may be another by now.
+    /// The one at this path is gone. If there is another by now, that is told next.
     Gone(ControlGroupPath),
     /// A unit has one at this path, with this id if systemd says that.
     Unit {
@@ -363,12 +363,10 @@ impl Watcher {
                 self.watch_ancestors();
                 self.look(&ControlGroupPath::root(), observer);
             }
-            // Which control group has gone can't be told from the event. If there is one, it
-            // counts as another one: the helper must look the path up again.
-            Hint::Gone(path) => {
-                self.gone(&path, observer);
-                self.look(&path, observer);
-            }
+            // Which control group has gone can't be told from the event. If there is another one, it was made
+            // later, and is told of next: the helper must look the path up again. To look for it now would be to wait
+            // for who removes others in the same directory.
+            Hint::Gone(path) => self.gone(&path, observer),
             Hint::Made(path) => {
                 observer.added(path.clone());
                 self.pending.push_back(path);

@@ -32,9 +32,25 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How many attempts to reach systemd fail before that is said.
 const LOSSES: u32 = 3;
 
+/// How long events are left where they are for the sake of a call to the helper. One that takes longer is no
+/// reason not to know what there is.
+const CALL: Duration = Duration::from_millis(100);
+
+/// In a crowd, which is when something has happened during each of so many calls in a row, more of it is
+/// gathered for so long before the next call. To be woken by each for itself costs those who make control groups more
+/// than the waiting.
+const CROWD: u32 = 8;
+const GATHER: Duration = Duration::from_millis(1);
+
 /// Where hints come from.
 pub struct Sources {
     events: Option<Events>,
+    /// Until when events are left where they are for the sake of the call that is under way.
+    call: Option<Instant>,
+    /// In how many calls in a row something has happened.
+    crowded: u32,
+    /// Until when events are left where they are because so much happens.
+    rest: Option<Instant>,
     follower: Option<Follower>,
     /// systemd has told of everything.
     connected: bool,
@@ -57,6 +73,9 @@ pub fn open(subtree: Subtree, monitor: Monitor) -> (Sources, Watcher) {
     let mut watcher = Watcher::new(subtree, monitor);
     let mut sources = Sources {
         events: None,
+        call: None,
+        crowded: 0,
+        rest: None,
         follower: None,
         connected: false,
         lost: String::new(),
@@ -115,6 +134,10 @@ impl Sources {
 
     /// Watches until that fails.
     ///
+    /// While a call to the helper is under way nothing is read that has happened meanwhile, and nobody is woken by it:
+    /// it goes out as one with the next call, and leaves the processors to the helper and to those who make
+    /// control groups.
+    ///
     /// # Errors
     /// If events can't be read any more.
     pub async fn run(mut self, watcher: &RefCell<Watcher>, agent: &Agent) -> Result<(), Error> {
@@ -128,19 +151,33 @@ impl Sources {
                 self.rescan(watcher, agent);
                 continue;
             }
-            let idle = watcher.borrow().pending.is_empty();
+            let quiet = self.quiet(agent);
+            if quiet.is_none() && self.fetch(watcher, agent)? {
+                // What is known by now goes out before the new directories are looked into.
+                tokio::task::yield_now().await;
+                continue;
+            }
+            // The helper has them looked up first, by which the kernel can find them without waiting for who makes
+            // others in the same directory.
+            let idle = quiet.is_some() && agent.is_calling() || watcher.borrow().pending.is_empty();
             tokio::select! {
                 biased;
                 report = next_report(self.follower.as_mut()) => self.take(report, watcher, agent),
-                batch = next_events(self.events.as_mut()) => {
-                    self.notice(batch?, watcher, agent);
-                    // What is known by now goes out before the new directories are looked into.
-                    tokio::task::yield_now().await;
+                batch = next_events(self.events.as_mut(), quiet.is_some()) => {
+                    if let Some(batch) = batch? {
+                        self.notice(batch, watcher, agent);
+                        // As above.
+                        tokio::task::yield_now().await;
+                    }
                 }
+                () = sleep_until(quiet.unwrap_or_else(Instant::now)), if quiet.is_some() => {}
                 () = sleep_until(rescan.unwrap_or_else(Instant::now)), if rescan.is_some() => {}
-                // There may be another configuration.
+                // There may be another configuration, or the call may be over.
                 _ = changed.changed() => {}
                 () = tokio::task::yield_now(), if !idle => {}
+            }
+            if agent.is_calling() && self.quiet(agent).is_some() {
+                continue;
             }
             let looked = {
                 let mut watcher = watcher.borrow_mut();
@@ -150,6 +187,36 @@ impl Sources {
                 agent.wake();
             }
         }
+    }
+
+    /// Until when events are left where they are: while a call is under way that does not take too long, and in a
+    /// crowd a little longer.
+    fn quiet(&mut self, agent: &Agent) -> Option<Instant> {
+        let now = Instant::now();
+        if agent.is_calling() {
+            let until = *self.call.get_or_insert_with(|| now + CALL);
+            return (until > now).then_some(until);
+        }
+        if self.call.take().is_some() && self.events.as_ref().is_some_and(Events::are_left) {
+            self.crowded = self.crowded.saturating_add(1);
+            self.rest = (self.crowded >= CROWD).then(|| now + GATHER);
+        }
+        self.rest = self.rest.filter(|rest| *rest > now);
+        self.rest
+    }
+
+    /// Takes events that were left where they are. False if there are none.
+    fn fetch(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) -> Result<bool, Error> {
+        let Some(events) = self.events.as_mut().filter(|events| events.are_left()) else {
+            return Ok(false);
+        };
+        let batch = events.fetch().map_err(Error::Read)?;
+        if batch.is_empty() {
+            self.crowded = 0;
+            return Ok(false);
+        }
+        self.notice(batch, watcher, agent);
+        Ok(true)
     }
 
     /// Takes events of inotify's.
@@ -370,10 +437,18 @@ async fn next_report(follower: Option<&mut Follower>) -> Report {
     }
 }
 
-/// The next events, if there is anything to read them from.
-async fn next_events(events: Option<&mut Events>) -> Result<Vec<Event>, Error> {
-    match events {
-        Some(events) => events.next().await.map_err(Error::Read),
-        None => std::future::pending().await,
-    }
+/// The next events, if there is anything to read them from. None if they are there and are to be left there.
+async fn next_events(
+    events: Option<&mut Events>,
+    leave: bool,
+) -> Result<Option<Vec<Event>>, Error> {
+    let Some(events) = events else {
+        return std::future::pending().await;
+    };
+    let noticed = match leave {
+        true if events.are_left() => std::future::pending().await,
+        true => events.leave().await.map(|()| None),
+        false => events.next().await.map(Some),
+    };
+    noticed.map_err(Error::Read)
 }
