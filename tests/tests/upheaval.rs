@@ -270,6 +270,48 @@ fn a_helper_knows_what_the_one_before_it_had_in_force() {
     });
 }
 
+/// With a snapshot, the next helper knows what is kept of an agent that is gone, and how to go on from there.
+#[test]
+fn what_is_kept_of_an_agent_that_is_gone_is_handed_on() {
+    sandbox(|sb| {
+        let config = "own-table: false\ngrace-seconds: 1";
+        let installed = Installed::boot(sb, config, |_| ());
+        let system = &installed.system;
+        let alice = system.alice();
+        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        installed.enable(alice, CONFIG);
+        let browser = installed.desktop_app(alice, "browser");
+        let tracker = installed.desktop_app(alice, "tracker");
+        installed.wait_in_force(alice);
+        let agent = system.user_property(alice, AGENT, "MainPID");
+        system.run(&["kill", "-STOP", &agent]);
+        for time in 1..=2 {
+            let steady = Steady::start(sb, &tracker);
+            // The agent does not hear that its connection is gone, and does not come back.
+            system.run(&["systemctl", "restart", HELPER]);
+            wait_until("the grace is over", || {
+                let log = system.journal(HELPER);
+                log.matches("an agent is gone: what is dropped stays so")
+                    .count()
+                    == time
+            });
+            installed.expect(&browser, direct);
+            installed.expect_dropped(&tracker);
+            steady.assert_nothing_left(sb);
+            drop(steady);
+            sb.nft("flush ruleset");
+            wait_until("the table is back", || sb.has_table());
+            installed.expect(&browser, direct);
+            installed.expect_dropped(&tracker);
+        }
+        system.run(&["kill", "-CONT", &agent]);
+        installed.wait_in_force(alice);
+        installed.expect(&browser, |to| proxied("mihomo", to));
+        let log = system.journal(HELPER);
+        assert!(!log.contains("replaced as a whole"), "{log}");
+    });
+}
+
 const SYSTEM_AGENT: &str = "cgtproxy-agent-system.service";
 
 /// Root's, for one service.
