@@ -1,5 +1,6 @@
 //! nftables: a [`Plan`] goes in, one transaction comes out.
 
+mod change;
 mod ffi;
 mod foreign;
 mod gateway;
@@ -14,6 +15,7 @@ mod rule;
 mod ruleset;
 mod socket;
 mod transaction;
+mod user;
 mod verdicts;
 
 use std::collections::BTreeMap;
