@@ -64,11 +64,11 @@ fuzz:
 			-max_total_time=$(SECONDS_EACH) || exit; \
 	done
 
-# Paths and names, which need neither files nor sockets.
+# Paths, names, messages and interfaces, which need neither files nor sockets.
 miri:
 	@$(CARGO) +nightly miri --version >/dev/null 2>&1 || { echo "this needs Miri" \
 		"(rustup component add miri rust-src --toolchain nightly)" >&2; exit 1; }
-	MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=16 $(CARGO) +nightly miri test --locked -p cgtproxy-proto --lib -- path:: name::
+	MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=16 $(CARGO) +nightly miri test --locked -p cgtproxy-proto --lib -- path:: name:: message:: interface::
 
 # All unsafe code is behind these messages. `make test` does the same.
 MEMCHECK = valgrind --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite
