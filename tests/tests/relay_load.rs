@@ -43,14 +43,20 @@ fn two_hundred_destinations_of_one_socket_keep_apart() {
 fn ten_thousand_short_connections_are_carried_on() {
     sandbox(|sb| {
         let _server = sb.socks_server(SocketAddr::new(INTERNET_V6, 1080));
-        let (app, [_helper, relay, _agent]) = bed(sb, INTERNET_V6);
+        let (_, [_helper, relay, _agent]) = bed(sb, INTERNET_V6);
         let before = relay.open_descriptors();
-        for round in 0..200 {
-            let destinations = sb.destinations();
-            let to = destinations[round % 2];
-            let tally = app.burst(Tcp, to, 50);
-            assert_eq!((tally.direct, tally.total()), (50, 50), "{tally:?}");
-        }
+        let [v4, v6] = sb.destinations();
+        std::thread::scope(|scope| {
+            for to in [v4, v6, v4, v6] {
+                let app = sb.user(1001).cgroup("app.slice/app-a.scope").app();
+                scope.spawn(move || {
+                    for _ in 0..50 {
+                        let tally = app.burst(Tcp, to, 50);
+                        assert_eq!((tally.direct, tally.total()), (50, 50), "{tally:?}");
+                    }
+                });
+            }
+        });
         // What ended is gone, but for connections that wait for the next one.
         cgtproxy_tests::wait::wait_until("all descriptors to be closed", || {
             relay.open_descriptors() <= before + 4
