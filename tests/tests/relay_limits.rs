@@ -4,6 +4,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use cgtproxy_tests::agent::Agent;
 use cgtproxy_tests::sandbox::{App, INTERNET_V4, Outcome, Sandbox, Service, User, sandbox};
 use cgtproxy_tests::wait::{wait_for, wait_until};
 use cgtproxy_tests::wire::{Afterwards, Speech};
@@ -61,6 +62,13 @@ impl Bed {
     fn agent(&self, command: &str) -> String {
         let output = self.user.run("cgtproxy-agent", &[command]);
         String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Another application, for which the kernel has that proxy.
+    fn other_app(&self, name: &str, proxy: &str) -> App {
+        let cgroup = self.user.cgroup(format!("app.slice/{name}.scope"));
+        Agent::of(&self.user).wait_for_verdict(&cgroup, proxy);
+        cgroup.app()
     }
 
     fn assert_memory(&self, bound: u64) {
@@ -137,7 +145,7 @@ fn a_proxy_that_answers_no_request_is_down() {
             *config += "  b: {upstream: 'socks5://192.0.2.2:1081'}\n";
             *config += "rules: [{match: /app-a, proxy: a}, {match: /app-b, proxy: b}]\n";
         });
-        let other = bed.user.cgroup("app.slice/app-b.scope").app();
+        let other = bed.other_app("app-b", "b");
         let [to, _] = sb.destinations();
         let _open = [&bed.app, &other].map(|app| app.open_tcp(to).expect("the relay is there"));
         // While it goes on waiting, as the destination may be what is slow.
@@ -184,7 +192,7 @@ fn whoever_talks_nonsense_is_left() {
         for (port, (_, say, then)) in (2000..).zip(cases) {
             let speech = Speech { say, then };
             let _server = sb.speaker(SocketAddr::new(INTERNET_V4, port), &speech);
-            let app = bed.user.cgroup(format!("app.slice/app-{port}.scope")).app();
+            let app = bed.other_app(&format!("app-{port}"), &format!("p{port}"));
             for to in sb.destinations() {
                 assert_eq!(in_the_end(&app, to), Outcome::Closed, "{speech:?}");
                 sb.assert_nothing_left_for(to.ip());
