@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use cgtproxy_tests::sandbox::{
     App, INTERNET_V4, INTERNET_V6, Outcome, Program, Sandbox, Service, User, direct, sandbox,
 };
-use cgtproxy_tests::wait::{wait_for, wait_until};
+use cgtproxy_tests::wait::wait_until;
 
 const APP: &str = "app.slice/app-a.scope";
 
@@ -45,19 +45,6 @@ fn bed(sb: &Sandbox, proxy: &str) -> Bed {
     }
 }
 
-/// What becomes of a question in the end. The bed follows packets as far as the relay: how long that and
-/// the proxy take it can't know, and says that nothing came back.
-fn in_the_end(mut ask: impl FnMut() -> Outcome) -> Outcome {
-    wait_for("an answer", || {
-        Some(ask()).filter(|outcome| {
-            !matches!(
-                outcome,
-                Outcome::Silent | Outcome::LeftUnanswered | Outcome::AnswerLost
-            )
-        })
-    })
-}
-
 /// Whether the internet was asked by somebody on the internet.
 fn came_from_the_internet(outcome: &Outcome, to: SocketAddr) -> bool {
     let inside: [IpAddr; 3] = [to.ip(), INTERNET_V4, INTERNET_V6];
@@ -71,7 +58,7 @@ fn tcp_goes_through_a_socks_server() {
         let bed = bed(sb, "upstream: 'socks5://192.0.2.2:1080'");
         let other = bed.user.cgroup("app.slice/app-b.scope").app();
         for to in sb.destinations() {
-            let outcome = in_the_end(|| bed.app.tcp(to));
+            let outcome = Outcome::in_the_end(|| bed.app.tcp(to));
             assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
             assert_eq!(other.tcp(to), direct(to));
         }
@@ -102,11 +89,11 @@ fn udp_goes_through_a_socks_server() {
         let _server = dante(sb);
         let bed = bed(sb, "upstream: 'socks5://192.0.2.2:1080'");
         let [to, _] = sb.destinations();
-        let outcome = in_the_end(|| bed.app.tcp(to));
+        let outcome = Outcome::in_the_end(|| bed.app.tcp(to));
         assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
         let flow = bed.app.open_udp(to);
         for _ in 0..3 {
-            let outcome = in_the_end(|| flow.ask());
+            let outcome = Outcome::in_the_end(|| flow.ask());
             assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
         }
     });
@@ -118,11 +105,11 @@ fn nothing_goes_direct_without_an_upstream_or_a_relay() {
         let mut server = microsocks(sb);
         let mut bed = bed(sb, "upstream: 'socks5h://192.0.2.2:1080'");
         let [to, _] = sb.destinations();
-        let outcome = in_the_end(|| bed.app.tcp(to));
+        let outcome = Outcome::in_the_end(|| bed.app.tcp(to));
         assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
         server.kill();
         for to in sb.destinations() {
-            assert_eq!(in_the_end(|| bed.app.tcp(to)), Outcome::Closed);
+            assert_eq!(Outcome::in_the_end(|| bed.app.tcp(to)), Outcome::Closed);
             sb.assert_nothing_left_for(to.ip());
         }
         let status = bed.user.run("cgtproxy-agent", &["status"]);
@@ -131,7 +118,7 @@ fn nothing_goes_direct_without_an_upstream_or_a_relay() {
         assert!(doctor(&bed.user).contains("[upstream-down]"));
         let _server = microsocks(sb);
         let [to, _] = sb.destinations();
-        let outcome = in_the_end(|| bed.app.tcp(to));
+        let outcome = Outcome::in_the_end(|| bed.app.tcp(to));
         assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
         bed.relay.kill();
         for to in sb.destinations() {
@@ -201,7 +188,7 @@ fn an_http_proxy_wants_the_right_password() {
 fn passwords(sb: &Sandbox, right: &str, wrong: &str) {
     let bed = bed(sb, &format!("upstream: '{right}'"));
     for to in sb.destinations() {
-        let outcome = in_the_end(|| bed.app.tcp(to));
+        let outcome = Outcome::in_the_end(|| bed.app.tcp(to));
         assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
     }
     let config = format!(
@@ -213,7 +200,7 @@ fn passwords(sb: &Sandbox, right: &str, wrong: &str) {
         bed.app.tcp(to) == Outcome::Closed
     });
     for to in sb.destinations() {
-        assert_eq!(in_the_end(|| bed.app.tcp(to)), Outcome::Closed);
+        assert_eq!(Outcome::in_the_end(|| bed.app.tcp(to)), Outcome::Closed);
         sb.assert_nothing_left_for(to.ip());
     }
     let doctor = doctor(&bed.user);
@@ -234,7 +221,7 @@ fn an_http_proxy_carries_tcp_and_refuses_udp() {
             .listening(at);
         let bed = bed(sb, "upstream: 'http://192.0.2.2:3128'");
         for to in sb.destinations() {
-            let outcome = in_the_end(|| bed.app.tcp(to));
+            let outcome = Outcome::in_the_end(|| bed.app.tcp(to));
             assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
             assert_eq!(bed.app.udp(to), Outcome::Forbidden);
             sb.assert_nothing_left_for(to.ip());
@@ -268,7 +255,7 @@ fn names_are_left_to_the_proxy() {
             let address: IpAddr = answer.trim().parse().expect("an address");
             assert!(address.to_string().starts_with("198.1"), "{answer}");
             let fake = SocketAddr::new(address, to.port());
-            let outcome = in_the_end(|| bed.app.tcp(fake));
+            let outcome = Outcome::in_the_end(|| bed.app.tcp(fake));
             assert_eq!(outcome, Outcome::Redirected { to });
         }
         sb.assert_nothing_left_for(server);
@@ -291,10 +278,10 @@ fn there_are_no_more_connections_than_allowed() {
             .map(|_| app.open_tcp(to).expect("it connects"))
             .collect();
         for connection in &open {
-            let outcome = in_the_end(|| connection.ask());
+            let outcome = Outcome::in_the_end(|| connection.ask());
             assert!(came_from_the_internet(&outcome, to), "{outcome:?}");
         }
-        assert_eq!(in_the_end(|| app.tcp(to)), Outcome::Closed);
+        assert_eq!(Outcome::in_the_end(|| app.tcp(to)), Outcome::Closed);
         // One that ends makes room for another.
         open.pop();
         wait_until("room for another connection", || {

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use cgtproxy_tests::agent::Agent;
 use cgtproxy_tests::sandbox::{App, INTERNET_V4, Outcome, Sandbox, Service, User, sandbox};
-use cgtproxy_tests::wait::{wait_for, wait_until};
+use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::{Afterwards, Speech};
 
 /// What docs/how-it-works.md says that the relay's memory stays below, in KiB: without connections, and for each.
@@ -92,14 +92,7 @@ fn in_the_end(app: &App, to: SocketAddr) -> Outcome {
         Ok(connection) => connection,
         Err(outcome) => return outcome,
     };
-    wait_for("the end of a connection", || {
-        Some(connection.ask()).filter(|outcome| {
-            !matches!(
-                outcome,
-                Outcome::Silent | Outcome::LeftUnanswered | Outcome::AnswerLost
-            )
-        })
-    })
+    Outcome::in_the_end(|| connection.ask())
 }
 
 #[test]

@@ -10,7 +10,7 @@ use cgtproxy_tests::others::unpack_servers;
 use cgtproxy_tests::sandbox::{
     App, INTERNET_V4, INTERNET_V6, Outcome, Program, Sandbox, Service, User, sandbox,
 };
-use cgtproxy_tests::wait::{wait_for, wait_until};
+use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::{Afterwards, Speech};
 
 /// Where sshd and stunnel are unpacked.
@@ -40,13 +40,13 @@ fn bed(sb: &Sandbox, uid: u32, upstream: &str, certificates: &str) -> Bed {
 
 impl Bed {
     fn tcp(&self, to: SocketAddr) -> Outcome {
-        in_the_end(|| self.app.tcp(to))
+        Outcome::in_the_end(|| self.app.tcp(to))
     }
 
     /// What becomes of one connection, however long the proxy takes to say what it says.
     fn end_of_one(&self, to: SocketAddr) -> Outcome {
         match self.app.open_tcp(to) {
-            Ok(connection) => in_the_end(|| connection.ask()),
+            Ok(connection) => Outcome::in_the_end(|| connection.ask()),
             Err(outcome) => outcome,
         }
     }
@@ -56,18 +56,6 @@ impl Bed {
         let output = self.user.run("cgtproxy-agent", &[command]);
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
-}
-
-/// What becomes of a question in the end: how long relay and proxy take, the bed can't know.
-fn in_the_end(mut ask: impl FnMut() -> Outcome) -> Outcome {
-    wait_for("an answer", || {
-        Some(ask()).filter(|outcome| {
-            !matches!(
-                outcome,
-                Outcome::Silent | Outcome::LeftUnanswered | Outcome::AnswerLost
-            )
-        })
-    })
 }
 
 #[track_caller]
@@ -324,7 +312,7 @@ fn ipv6_goes_to_a_server_and_beyond_it() {
         assert_from_the_internet(&bed.tcp(to), to);
         let flow = bed.app.open_udp(to);
         for _ in 0..3 {
-            assert_from_the_internet(&in_the_end(|| flow.ask()), to);
+            assert_from_the_internet(&Outcome::in_the_end(|| flow.ask()), to);
         }
     });
 }

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::network::{MACHINE_V4, MACHINE_V6};
+use crate::wait::wait_for;
 
 /// What became of a question. Nothing in it is guessed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +56,22 @@ impl Outcome {
     /// Whether the machine let nothing out, to nobody.
     pub fn is_dropped(&self) -> bool {
         matches!(self, Self::Forbidden | Self::Silent)
+    }
+
+    /// What becomes of a question in the end: it is asked until somebody answers, or says that there is nobody. The
+    /// sandbox follows packets as far as a relay, and can't know how long that and its proxy take.
+    ///
+    /// # Panics
+    /// When nothing comes back.
+    #[track_caller]
+    pub fn in_the_end(mut ask: impl FnMut() -> Self) -> Self {
+        let came_back = |outcome: &Self| {
+            !matches!(
+                outcome,
+                Self::Silent | Self::LeftUnanswered | Self::AnswerLost
+            )
+        };
+        wait_for("an answer", || Some(ask()).filter(came_back))
     }
 }
 

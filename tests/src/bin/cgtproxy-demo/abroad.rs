@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 
 use cgtproxy_tests::sandbox::{App, INTERNET_V4, INTERNET_V6, Outcome, Sandbox, User, direct};
-use cgtproxy_tests::wait::wait_for;
 
 use crate::app;
 use crate::report::Report;
@@ -35,11 +34,11 @@ pub(crate) fn show(sb: &Sandbox, report: &mut Report) {
     let [v4, v6] = sb.destinations();
     let udp = |to| {
         let socket = browser.open_udp(to);
-        in_the_end(|| socket.ask())
+        Outcome::in_the_end(|| socket.ask())
     };
     let cells = [
-        (v4, in_the_end(|| browser.tcp(v4)), abroad(v4)),
-        (v6, in_the_end(|| browser.tcp(v6)), abroad(v6)),
+        (v4, Outcome::in_the_end(|| browser.tcp(v4)), abroad(v4)),
+        (v6, Outcome::in_the_end(|| browser.tcp(v6)), abroad(v6)),
         (v4, udp(v4), abroad(v4)),
         (v6, udp(v6), abroad(v6)),
         (v4, browser.ping(v4.ip()), direct(v4)),
@@ -54,7 +53,7 @@ pub(crate) fn show(sb: &Sandbox, report: &mut Report) {
     let mut closed = 0;
     let mut left = 0;
     for to in sb.destinations() {
-        closed += usize::from(in_the_end(|| browser.tcp(to)) == Outcome::Closed);
+        closed += usize::from(Outcome::in_the_end(|| browser.tcp(to)) == Outcome::Closed);
         sb.settle();
         left += sb.deliveries(to.ip()).len();
     }
@@ -79,7 +78,7 @@ fn name(sb: &Sandbox, report: &mut Report, carol: &User, browser: &App) {
     let answer = carol.output(&cgroup, &["getent", "ahostsv4", &name]);
     let address = answer.split_whitespace().next().unwrap_or_default();
     let fake = SocketAddr::new(address.parse().expect("an address"), to.port());
-    let arrived = in_the_end(|| browser.tcp(fake)) == Outcome::Redirected { to };
+    let arrived = Outcome::in_the_end(|| browser.tcp(fake)) == Outcome::Redirected { to };
     report.line(
         "carol's",
         &format!("{name} is {address} here, and a connection there is one to that name"),
@@ -101,16 +100,4 @@ fn abroad(to: SocketAddr) -> Outcome {
             INTERNET_V6
         },
     }
-}
-
-/// The bed follows packets as far as the relay, and can't know how long the relay and the server take.
-fn in_the_end(mut ask: impl FnMut() -> Outcome) -> Outcome {
-    wait_for("an answer", || {
-        Some(ask()).filter(|outcome| {
-            !matches!(
-                outcome,
-                Outcome::Silent | Outcome::LeftUnanswered | Outcome::AnswerLost
-            )
-        })
-    })
 }
