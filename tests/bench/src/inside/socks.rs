@@ -46,6 +46,10 @@ fn attend(mut connection: TcpStream) -> io::Result<()> {
     assert!(length > 2 && buffer[0] == 5, "SOCKS5 is what is spoken");
     connection.write_all(&[5, 0])?;
     let length = connection.read(&mut buffer)?;
+    // The relay keeps connections ready, and ends those that nobody has needed.
+    if length == 0 {
+        return Ok(());
+    }
     assert!(length >= 10, "a request comes in one piece");
     match buffer[1] {
         CONNECT => {
