@@ -10,7 +10,7 @@ pub(crate) const HELP: &str = "\
 usage: cgtproxy-bench [--quick] [--out DIR] [ROW…]
 
 Measures cgtproxy in sandboxes and prints a table. Without ROWs it measures all of them:
-  latency first-send burst start packets relay socks idle users flood
+  latency first-send burst start packets relay socks idle users flood restore
 
   --quick    a few samples of each, in less than a minute: shows that the bench works
   --out DIR  writes bench.json and plots there
@@ -46,7 +46,7 @@ pub(crate) enum Role {
 }
 
 /// All that can be measured, in the order in which it is.
-pub(crate) const ROWS: [&str; 10] = [
+pub(crate) const ROWS: [&str; 11] = [
     "latency",
     "first-send",
     "burst",
@@ -57,6 +57,7 @@ pub(crate) const ROWS: [&str; 10] = [
     "idle",
     "users",
     "flood",
+    "restore",
 ];
 
 /// Takes the arguments apart. The roles are for this program's own use.

@@ -20,6 +20,8 @@ pub(crate) enum Kind {
     Ours,
     /// cgtproxy with `start: closed`.
     Closed,
+    /// cgtproxy with `own-table: false`, as on kernels that protect no table.
+    Unprotected,
     /// cgtproxy with a proxy elsewhere, and cgtproxy-relay.
     Relay,
 }
@@ -35,6 +37,7 @@ impl Kind {
             Self::Original => "the original",
             Self::Ours => "cgtproxy",
             Self::Closed => "cgtproxy, start: closed",
+            Self::Unprotected => "cgtproxy, own-table: false",
             Self::Relay => "cgtproxy-relay",
         }
     }
@@ -101,6 +104,15 @@ pub(crate) enum Nursery {
     Inherits,
 }
 
+/// What another program takes away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Loss {
+    /// `nft flush ruleset`.
+    Ruleset,
+    /// `ip rule flush`.
+    Rules,
+}
+
 /// What is to be measured.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
@@ -126,6 +138,8 @@ pub(crate) enum Order {
     Updates { count: usize },
     /// Have another user flood the helper, or stop doing so.
     Flood { on: bool },
+    /// Take something away and look when it is back, over and over: nanoseconds from before that is begun.
+    Restore { loss: Loss, count: usize },
     /// What the daemons use.
     Use,
 }

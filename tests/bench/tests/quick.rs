@@ -25,6 +25,7 @@ fn every_row_is_measured_and_written() {
         "idle",
         "users",
         "flood",
+        "restore",
     ] {
         assert!(
             table.contains(&format!("\n{row}: ")),

@@ -59,7 +59,7 @@ impl Site<'_> {
     }
 
     /// Counts elements until it is enough, or until nothing has changed for two seconds.
-    fn poll(&self, start: u64, enough: impl Fn(usize) -> bool) -> usize {
+    pub(super) fn poll(&self, start: u64, enough: impl Fn(usize) -> bool) -> usize {
         if matches!(self.kind, Kind::None | Kind::Conntrack | Kind::Layout) {
             return self.elements();
         }

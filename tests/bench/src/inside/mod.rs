@@ -6,6 +6,7 @@ mod client;
 mod daemons;
 mod packets;
 mod relay;
+mod restore;
 mod site;
 mod socks;
 mod start;
@@ -42,6 +43,7 @@ pub(crate) fn measure(sandbox: &Sandbox, kind: Kind) -> ExitCode {
             Order::Users { users, groups } => say(&site.add_users(users, groups)),
             Order::Updates { count } => say(&site.updates(count)),
             Order::Flood { on } => say(&site.flood(on)),
+            Order::Restore { loss, count } => say(&site.restore(loss, count)),
             Order::Use => say(&site.idle(0)),
         }
     }

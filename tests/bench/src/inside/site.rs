@@ -173,13 +173,13 @@ impl<'a> Site<'a> {
                 this.counter = counter("cgtproxy", "cgroup-vmap");
                 this.await_count(0);
             }
-            Kind::Ours | Kind::Closed | Kind::Relay => {
-                this.helper = Some(
-                    sandbox
-                        .helper()
-                        .config("mark-mask: 0xfff00000\nlimits: { control-groups: 32768 }\n")
-                        .start(),
-                );
+            Kind::Ours | Kind::Closed | Kind::Unprotected | Kind::Relay => {
+                let mut helper =
+                    "mark-mask: 0xfff00000\nlimits: { control-groups: 32768 }\n".to_owned();
+                if kind == Kind::Unprotected {
+                    helper += "own-table: false\n";
+                }
+                this.helper = Some(sandbox.helper().config(&helper).start());
                 let config = match kind {
                     Kind::Closed => config() + "start: closed\n",
                     Kind::Relay => {
@@ -239,7 +239,7 @@ impl<'a> Site<'a> {
                     writer.change(ids, &[]).expect("the kernel takes them");
                 }
             }
-            Kind::Floor | Kind::Original | Kind::Ours | Kind::Closed | Kind::Relay => {
+            _ => {
                 self.await_count(before + missing);
             }
         }

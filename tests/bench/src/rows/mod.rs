@@ -6,6 +6,7 @@ mod burst;
 mod idle;
 mod packets;
 mod relay;
+mod restore;
 mod socks;
 mod start;
 mod users;
@@ -29,6 +30,7 @@ pub(crate) fn run(options: &Options, report: &mut Report) {
             "idle" => idle::run(options, report),
             "users" => users::many(options, report),
             "flood" => users::flood(options, report),
+            "restore" => restore::run(options, report),
             other => unreachable!("the command line knows no '{other}'"),
         }
     }
