@@ -28,8 +28,15 @@ impl Access {
     /// Whether a user may connect. Root always may, who could change the configuration as well.
     #[must_use]
     pub fn allows(&self, uid: Uid) -> bool {
+        // Who can't be told to be in no denied group is not let in.
+        self.decides(uid).unwrap_or(false)
+    }
+
+    /// The same; none if the databases can't be asked.
+    #[must_use]
+    pub fn decides(&self, uid: Uid) -> Option<bool> {
         if uid.value() == 0 {
-            return true;
+            return Some(true);
         }
         let wants_groups = !self.deny.gids.is_empty()
             || self
@@ -38,18 +45,14 @@ impl Access {
                 .is_some_and(|allow| !allow.gids.is_empty());
         // Only asked for where it matters: the databases may be on another machine.
         let groups = if wants_groups {
-            groups_of(uid)
+            groups_of(uid)?
         } else {
-            Some(BTreeSet::new())
-        };
-        let Some(groups) = groups else {
-            // Who can't be told to be in no denied group is not let in.
-            return false;
+            BTreeSet::new()
         };
         let has = |accounts: &Accounts| {
             accounts.uids.contains(&uid.value()) || !accounts.gids.is_disjoint(&groups)
         };
-        !has(&self.deny) && self.allow.as_ref().is_none_or(has)
+        Some(!has(&self.deny) && self.allow.as_ref().is_none_or(has))
     }
 }
 
