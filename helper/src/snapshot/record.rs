@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
 
+use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::name::ProxyName;
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +14,9 @@ use crate::nft::{
     Bypass, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, Proxy, Stamp, Verdict,
 };
 use crate::peer::Uid;
+
+/// More memory than any layout takes: a policy comes in one message.
+const LONGEST: usize = 4 * MESSAGE_BYTES;
 
 #[derive(Serialize, Deserialize)]
 struct Record {
@@ -133,9 +137,10 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout) -> Vec<u8> {
 
 /// What a record says; none if it makes no sense.
 pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layout)> {
-    // A list's length is believed only as far as there are bytes for it (serde's size hints are cautious).
-    let (record, read): (Record, usize) =
-        bincode::serde::decode_from_slice(bytes, bincode::config::standard()).ok()?;
+    // A list's length is believed only as far as there are bytes for it (serde's size hints are cautious), but room is
+    // made for a string before it is read.
+    let format = bincode::config::standard().with_limit::<LONGEST>();
+    let (record, read): (Record, usize) = bincode::serde::decode_from_slice(bytes, format).ok()?;
     if read != bytes.len() {
         return None;
     }
