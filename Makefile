@@ -56,12 +56,15 @@ test:
 # `make test` does a bounded run of the same.
 FUZZ ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 SECONDS_EACH ?= 600
+# What is found is not for the sources, but for the next run.
+FOUND = $(or $(CARGO_TARGET_DIR),target)/fuzz-corpus
 fuzz:
 	@$(CARGO) +nightly fuzz --version >/dev/null 2>&1 || { echo "fuzzing needs a nightly compiler" \
 		"(rustup toolchain install nightly) and cargo-fuzz (cargo install cargo-fuzz)" >&2; exit 1; }
 	for target in $(FUZZ); do \
-		$(CARGO) +nightly fuzz run --fuzz-dir tests/fuzz --sanitizer none "$$target" -- \
-			-max_total_time=$(SECONDS_EACH) || exit; \
+		mkdir -p "$(FOUND)/$$target" && \
+		$(CARGO) +nightly fuzz run --fuzz-dir tests/fuzz --sanitizer none "$$target" \
+			"$(FOUND)/$$target" "tests/fuzz/corpus/$$target" -- -max_total_time=$(SECONDS_EACH) || exit; \
 	done
 
 # Paths, names, messages and interfaces, which need neither files nor sockets.
