@@ -75,7 +75,11 @@ fn a_flood_of_calls_takes_no_turn_from_others() {
                     let call = b"{\"method\":\"org.cgtproxy.Helper.GetStatus\"}\0";
                     let flood = call.repeat(FLOOD / CONNECTIONS);
                     session.0.send_bytes(&flood);
-                    while !over.load(Ordering::Relaxed) {
+                    // Some have all their turns early, and nothing to wait for then.
+                    for _ in 0..FLOOD / CONNECTIONS {
+                        if over.load(Ordering::Relaxed) {
+                            break;
+                        }
                         if session.0.receive().is_some() {
                             answered.fetch_add(1, Ordering::Relaxed);
                         }
