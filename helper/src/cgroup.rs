@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use cgtproxy_proto::path::ControlGroupPath;
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, fstat, fstatfs, open,
+    AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Statx, StatxFlags, fstat, fstatfs, open,
     openat2, statx,
 };
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
@@ -240,11 +240,8 @@ impl Root {
     /// # Errors
     /// If there is none, as for a user without a user manager.
     pub fn subtree(&self, peer: &Peer) -> Result<Subtree, Unavailable> {
-        let path = ControlGroupPath::from_bytes(subtree_path(peer.uid()).as_bytes())
-            .map_err(|_| Unavailable::NotControlGroup)?;
         let mut room = None;
-        let directory = open_beneath(&self.directory, &path, &self.spare, &mut room)?;
-        let found = fstat(&directory).map_err(|_| Unavailable::Unreadable)?;
+        let (path, directory, found) = self.open_subtree(peer.uid(), &mut room)?;
         let level = level(0, &path)?;
         let cgroup = owned(peer.uid(), found.st_uid, found.st_ino, level)?;
         Ok(Subtree {
@@ -260,17 +257,22 @@ impl Root {
     /// Whether this is a user's user@UID.service. True if the kernel can't tell at the moment.
     #[must_use]
     pub fn has_subtree(&self, uid: Uid, id: ControlGroupId) -> bool {
-        let path = ControlGroupPath::from_bytes(subtree_path(uid).as_bytes());
-        let mut room = None;
-        let found = path.map(|path| {
-            let directory = open_beneath(&self.directory, &path, &self.spare, &mut room)?;
-            fstat(&directory).map_err(unavailable)
-        });
-        match found {
-            Ok(Ok(found)) => found.st_ino == id.0,
-            Ok(Err(Unavailable::Later | Unavailable::Unreadable)) => true,
-            Ok(Err(_)) | Err(_) => false,
+        match self.open_subtree(uid, &mut None) {
+            Ok((_, _, found)) => found.st_ino == id.0,
+            Err(why) => matches!(why, Unavailable::Later | Unavailable::Unreadable),
         }
+    }
+
+    fn open_subtree(
+        &self,
+        uid: Uid,
+        room: &mut Option<Room>,
+    ) -> Result<(ControlGroupPath, OwnedFd, Stat), Unavailable> {
+        let path = ControlGroupPath::from_bytes(subtree_path(uid).as_bytes())
+            .map_err(|_| Unavailable::NotControlGroup)?;
+        let directory = open_beneath(&self.directory, &path, &self.spare, room)?;
+        let found = fstat(&directory).map_err(|_| Unavailable::Unreadable)?;
+        Ok((path, directory, found))
     }
 }
 
