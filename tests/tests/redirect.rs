@@ -5,7 +5,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use cgtproxy_tests::sandbox::{
-    Connection, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, direct, local, proxied, sandbox,
+    Connection, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, Server, User, direct, local, proxied,
+    sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy};
 use cgtproxy_tests::wait::wait_until;
@@ -47,17 +48,21 @@ fn each(sb: &Sandbox) -> Vec<(cgtproxy_tests::wire::Transport, SocketAddr)> {
         .collect()
 }
 
+/// A redirection server of the user's own.
+fn redir(sb: &Sandbox, user: &User) -> Server {
+    sb.service("redir")
+        .cgroup(&user.cgroup(SERVER))
+        .uid(1001)
+        .port(PORT)
+        .start()
+}
+
 #[test]
 fn a_server_of_the_users_own_gets_everything() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
         let user = sb.user(1001);
-        let _server = sb
-            .service("redir")
-            .cgroup(&user.cgroup(SERVER))
-            .uid(1001)
-            .port(PORT)
-            .start();
+        let _server = redir(sb, &user);
         let app = user.cgroup(APP).app();
         let other = user.cgroup("app.slice/app-b.scope").app();
         let mut session = Session::of(&user);
@@ -154,12 +159,7 @@ fn udp_is_refused_or_direct_on_request() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
         let user = sb.user(1001);
-        let _server = sb
-            .service("redir")
-            .cgroup(&user.cgroup(SERVER))
-            .uid(1001)
-            .port(PORT)
-            .start();
+        let _server = redir(sb, &user);
         let app = user.cgroup(APP).app();
         let mut session = Session::of(&user);
         for (option, refused) in [("rejectUdp", true), ("noUdp", false)] {
@@ -367,12 +367,7 @@ fn a_configuration_names_a_redirection_server() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
         let user = sb.user(1001);
-        let _server = sb
-            .service("redir")
-            .cgroup(&user.cgroup(SERVER))
-            .uid(1001)
-            .port(PORT)
-            .start();
+        let _server = redir(sb, &user);
         let app = user.cgroup(APP).app();
         let config = |options: &str| {
             format!(

@@ -86,15 +86,6 @@ fn speaker(sb: &Sandbox, say: &[u8], then: Afterwards) -> cgtproxy_tests::sandbo
     sb.speaker(SocketAddr::new(INTERNET_V4, 1080), &speech)
 }
 
-/// What becomes of a connection and a question in the end: how long the relay waits for a proxy, the bed can't know.
-fn in_the_end(app: &App, to: SocketAddr) -> Outcome {
-    let connection = match app.open_tcp(to) {
-        Ok(connection) => connection,
-        Err(outcome) => return outcome,
-    };
-    Outcome::in_the_end(|| connection.ask())
-}
-
 #[test]
 fn datagrams_that_wait_for_a_silent_server_are_bounded() {
     sandbox(|sb| {
@@ -115,7 +106,7 @@ fn a_server_that_does_not_greet_is_down() {
         let _server = speaker(sb, &[], Afterwards::Hold);
         let bed = bed(sb, "socks5://192.0.2.2:1080", 8192);
         let [to, _] = sb.destinations();
-        assert_eq!(in_the_end(&bed.app, to), Outcome::Closed);
+        assert_eq!(bed.app.end_of_one(to), Outcome::Closed);
         let status = bed.agent("status");
         assert!(status.contains("it does not answer"), "{status}");
         let doctor = bed.agent("doctor");
@@ -187,7 +178,7 @@ fn whoever_talks_nonsense_is_left() {
             let _server = sb.speaker(SocketAddr::new(INTERNET_V4, port), &speech);
             let app = bed.other_app(&format!("app-{port}"), &format!("p{port}"));
             for to in sb.destinations() {
-                assert_eq!(in_the_end(&app, to), Outcome::Closed, "{speech:?}");
+                assert_eq!(app.end_of_one(to), Outcome::Closed, "{speech:?}");
                 sb.assert_nothing_left_for(to.ip());
             }
             assert!(bed.relay.is_running());
@@ -218,7 +209,7 @@ fn connections_at_the_limit_whose_reader_is_stuck_stay_within_the_bound() {
         });
         bed.assert_memory(BASE + u64::from(LIMIT) * CONNECTION);
         for to in [to, other] {
-            let outcome = in_the_end(&bed.app, to);
+            let outcome = bed.app.end_of_one(to);
             assert_eq!(outcome, Outcome::Closed, "one more than there may be");
         }
         assert!(bed.relay.is_running());

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use cgtproxy_tests::sandbox::{
     App, INTERNET_V4, Outcome, PORTS, Program, Sandbox, Service, User, sandbox,
 };
-use cgtproxy_tests::wait::{wait_for, wait_until};
+use cgtproxy_tests::wait::wait_until;
 
 const CONFIG: &str = "version: 1\nproxies: {own: {upstream: 'socks5h://192.0.2.2:1080'}}\n\
                       rules: [{match: /app-a, proxy: own}]\n";
@@ -71,14 +71,7 @@ impl Bed {
     /// What becomes of a connection there, in the end.
     fn tcp(&self, to: IpAddr) -> Outcome {
         let to = SocketAddr::new(to, PORTS[0]);
-        wait_for("an answer", || {
-            Some(self.app.tcp(to)).filter(|outcome| {
-                !matches!(
-                    outcome,
-                    Outcome::Silent | Outcome::LeftUnanswered | Outcome::AnswerLost
-                )
-            })
-        })
+        Outcome::in_the_end(|| self.app.tcp(to))
     }
 
     fn names(&self) -> std::path::PathBuf {

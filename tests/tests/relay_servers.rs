@@ -43,14 +43,6 @@ impl Bed {
         Outcome::in_the_end(|| self.app.tcp(to))
     }
 
-    /// What becomes of one connection, however long the proxy takes to say what it says.
-    fn end_of_one(&self, to: SocketAddr) -> Outcome {
-        match self.app.open_tcp(to) {
-            Ok(connection) => Outcome::in_the_end(|| connection.ask()),
-            Err(outcome) => outcome,
-        }
-    }
-
     /// What a command of the agent's prints.
     fn agent(&self, command: &str) -> String {
         let output = self.user.run("cgtproxy-agent", &[command]);
@@ -242,7 +234,7 @@ fn a_proxy_within_tls_must_prove_who_it_is() {
         for (bed, why) in bad {
             // Who waits for TLS from a server without waits for ten seconds.
             let [to, _] = sb.destinations();
-            assert_eq!(bed.end_of_one(to), Outcome::Closed);
+            assert_eq!(bed.app.end_of_one(to), Outcome::Closed);
             sb.assert_nothing_left_for(to.ip());
             let doctor = bed.agent("doctor");
             assert!(doctor.contains("[upstream-down]"), "{doctor}");

@@ -4,7 +4,7 @@
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
 use cgtproxy_tests::installed::{AGENT, HELPER, Installed};
-use cgtproxy_tests::sandbox::{Sandbox, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{App, Sandbox, Server, direct, proxied, sandbox};
 use cgtproxy_tests::session::{mapped_ids, mapped_ids_now};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::SystemUser;
@@ -41,15 +41,22 @@ fn runs(installed: &Installed<'_>, pid: &str, path: &str) -> bool {
     inode(&format!("/proc/{pid}/exe")) == inode(path)
 }
 
-fn kill_stop_and_upgrade(sb: &Sandbox, helper: &str) {
-    let installed = Installed::boot(sb, helper, |_| ());
-    let system = &installed.system;
-    let alice = system.alice();
-    let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+/// Alice's TPROXY server and agent, an application that goes there, and one that is dropped.
+fn alices_desktop(sb: &Sandbox, installed: &Installed<'_>) -> (Server, App, App) {
+    let alice = installed.system.alice();
+    let mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
     installed.enable(alice, CONFIG);
     let browser = installed.desktop_app(alice, "browser");
     let tracker = installed.desktop_app(alice, "tracker");
     installed.wait_in_force(alice);
+    (mihomo, browser, tracker)
+}
+
+fn kill_stop_and_upgrade(sb: &Sandbox, helper: &str) {
+    let installed = Installed::boot(sb, helper, |_| ());
+    let system = &installed.system;
+    let alice = system.alice();
+    let (_mihomo, browser, tracker) = alices_desktop(sb, &installed);
     let traffic = Steady::start(sb, &browser);
     let to = sb.destinations();
     let open = to.map(|to| browser.open_tcp(to).expect("the proxy answers"));
@@ -210,11 +217,7 @@ fn a_helper_knows_what_the_one_before_it_had_in_force() {
         let installed = Installed::boot(sb, "own-table: true\ngrace-seconds: 600", |_| ());
         let system = &installed.system;
         let alice = system.alice();
-        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
-        installed.enable(alice, CONFIG);
-        let browser = installed.desktop_app(alice, "browser");
-        let tracker = installed.desktop_app(alice, "tracker");
-        installed.wait_in_force(alice);
+        let (_mihomo, browser, tracker) = alices_desktop(sb, &installed);
         let to = sb.destinations();
         let open = to.map(|to| browser.open_tcp(to).expect("the proxy answers"));
         let map = format!("cgroups-{}", alice.uid());
@@ -278,11 +281,7 @@ fn what_is_kept_of_an_agent_that_is_gone_is_handed_on() {
         let installed = Installed::boot(sb, config, |_| ());
         let system = &installed.system;
         let alice = system.alice();
-        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
-        installed.enable(alice, CONFIG);
-        let browser = installed.desktop_app(alice, "browser");
-        let tracker = installed.desktop_app(alice, "tracker");
-        installed.wait_in_force(alice);
+        let (_mihomo, browser, tracker) = alices_desktop(sb, &installed);
         let agent = system.user_property(alice, AGENT, "MainPID");
         system.run(&["kill", "-STOP", &agent]);
         for time in 1..=2 {

@@ -264,6 +264,18 @@ impl App {
         }
     }
 
+    /// What becomes of one TCP connection and a question on it in the end, however long a relay waits for its proxy.
+    ///
+    /// # Panics
+    /// When nothing comes back.
+    #[track_caller]
+    pub fn end_of_one(&self, to: SocketAddr) -> Outcome {
+        match self.open_tcp(to) {
+            Ok(connection) => Outcome::in_the_end(|| connection.ask()),
+            Err(outcome) => outcome,
+        }
+    }
+
     /// Sends so many datagrams of so many bytes from each of so many sockets, and waits until those on this machine
     /// who are sent them have received each. The sockets stay open.
     ///
