@@ -7,11 +7,12 @@ use std::ffi::OsStr;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use cgtproxy_tests::agent::{Agent, wire_path};
-use cgtproxy_tests::sandbox::{App, Cgroup, Outcome, Sandbox, User, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{
+    App, Cgroup, Outcome, Sandbox, User, applications_below, direct, proxied, sandbox,
+};
 use cgtproxy_tests::session::{Session, mapped_ids};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::wait_until;
@@ -203,16 +204,6 @@ fn a_catch_all_is_one_element_and_what_inherits_causes_no_update() {
     });
 }
 
-/// The ids of the control groups whose directories these are, in ascending order.
-fn ids(directories: &str) -> Vec<u64> {
-    let mut ids: Vec<u64> = directories
-        .lines()
-        .map(|directory| fs::metadata(directory).expect("it is there").ino())
-        .collect();
-    ids.sort_unstable();
-    ids
-}
-
 #[test]
 fn five_thousand_control_groups_in_a_burst_are_all_found_and_all_forgotten() {
     sandbox(|sb| {
@@ -231,8 +222,7 @@ fn five_thousand_control_groups_in_a_burst_are_all_found_and_all_forgotten() {
                      for i in $(seq 25); do seq -f a-$i.slice/b.slice/app-%g.scope 100; done
                  }} | xargs mkdir -p"
             ));
-            let made = sb.run(&["find", service, "-name", "app-*.scope"]);
-            let made = ids(&made);
+            let made = applications_below(&alice.service().directory());
             assert_eq!(made.len(), 5000);
             wait_until("all of them are in the kernel", || {
                 mapped_ids(sb, "cgroups-1001") == made
@@ -604,7 +594,7 @@ fn it_is_ready_once_its_first_full_state_is_in_the_kernel() {
         alice.shell(&format!(
             "cd {service}/app.slice; seq -f app-%g.scope 3000 | xargs mkdir"
         ));
-        let made = ids(&sb.run(&["find", service, "-name", "app-*.scope"]));
+        let made = applications_below(&alice.service().directory());
         let mut service = alice.agent(DROP_EACH).start();
         assert_eq!(mapped_ids(sb, "cgroups-1001"), made);
         // And without a helper it waits.

@@ -7,10 +7,9 @@
 )]
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 
 use cgtproxy_tests::agent::Agent;
-use cgtproxy_tests::sandbox::{Sandbox, Service, User, sandbox};
+use cgtproxy_tests::sandbox::{Sandbox, Service, User, applications_below, sandbox};
 use cgtproxy_tests::session::mapped_ids;
 use cgtproxy_tests::wait::wait_until;
 use nix::sys::signal::Signal;
@@ -24,21 +23,10 @@ rules: [{match: '/app-[^/]*$', drop: true}]
 /// What is said when there are no watches left.
 const EXHAUSTED: &str = "raise fs.inotify.max_user_watches with sysctl";
 
-/// The ids of a user's applications, in ascending order.
-fn applications(sb: &Sandbox, user: &User) -> Vec<u64> {
-    let service = user.service().directory();
-    let service = service.to_str().expect("ASCII");
-    let found = sb.run(&["find", service, "-type", "d", "-name", "app-*"]);
-    let inode = |directory| fs::metadata(directory).expect("it is there").ino();
-    let mut ids: Vec<u64> = found.lines().map(inode).collect();
-    ids.sort_unstable();
-    ids
-}
-
 /// Waits until the kernel has exactly the applications that there are.
 #[track_caller]
 fn wait_for_all(sb: &Sandbox, user: &User, count: usize) {
-    let made = applications(sb, user);
+    let made = applications_below(&user.service().directory());
     assert_eq!(made.len(), count);
     wait_until("all of them, and no others, are in the kernel", || {
         mapped_ids(sb, "cgroups-1001") == made

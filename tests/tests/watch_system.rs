@@ -7,9 +7,8 @@
 )]
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 
-use cgtproxy_tests::sandbox::{Sandbox, sandbox};
+use cgtproxy_tests::sandbox::{Sandbox, applications_below, sandbox};
 use cgtproxy_tests::session::mapped_ids_now;
 use cgtproxy_tests::system::{System, SystemUser};
 use cgtproxy_tests::wait::{wait_for, wait_until};
@@ -127,26 +126,6 @@ impl<'a> Bed<'a> {
         self.system.run_as(self.alice(), &command);
     }
 
-    /// The ids of alice's applications, in ascending order.
-    fn applications(&self) -> Vec<u64> {
-        let top = self.system.cgroup_directory(&self.alice().service());
-        let top = top.to_str().expect("ASCII");
-        let found = self.sb.run(&[
-            "find",
-            top,
-            "-ignore_readdir_race",
-            "-type",
-            "d",
-            "-name",
-            "app-*",
-        ]);
-        // One that is about to end may be gone by now.
-        let inode = |directory| fs::metadata(directory).map(|m| m.ino()).ok();
-        let mut ids: Vec<u64> = found.lines().filter_map(inode).collect();
-        ids.sort_unstable();
-        ids
-    }
-
     /// Waits until there are so many applications and the kernel has exactly those.
     #[track_caller]
     fn wait_for_all(&self, count: usize) -> Vec<u64> {
@@ -157,10 +136,11 @@ impl<'a> Bed<'a> {
     #[track_caller]
     fn wait_for(&self, count: usize, known: usize) -> Vec<u64> {
         let map = format!("cgroups-{}", self.alice().uid());
+        let top = self.system.cgroup_directory(&self.alice().service());
         wait_for(
             &format!("{known} of {count} applications in the kernel"),
             || {
-                let made = self.applications();
+                let made = applications_below(&top);
                 // A user manager that starts anew gets its policy a moment later.
                 let mapped = mapped_ids_now(self.sb, &map)?;
                 let sound = made.len() == count && mapped.len() == known;

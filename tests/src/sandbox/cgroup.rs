@@ -20,6 +20,31 @@ pub const ROOT: &str = "/sys/fs/cgroup";
 /// What systemd hands over to whom it delegates a cgroup, besides the directory.
 const DELEGATED: [&str; 3] = ["cgroup.procs", "cgroup.threads", "cgroup.subtree_control"];
 
+/// The ids of the cgroups below this directory that are named like applications, `app-…`, in
+/// ascending order. What ends while it looks is none.
+pub fn applications_below(top: &Path) -> Vec<u64> {
+    let mut ids = Vec::new();
+    let mut left = vec![top.to_path_buf()];
+    while let Some(directory) = left.pop() {
+        // It may be gone, or go while it is read.
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            // Of a directory that is there; a cgroup has no links.
+            let Ok(metadata) = entry.metadata() else {
+                continue;
+            };
+            if !metadata.is_dir() {
+                continue;
+            }
+            if entry.file_name().as_encoded_bytes().starts_with(b"app-") {
+                ids.push(metadata.ino());
+            }
+            left.push(entry.path());
+        }
+    }
+    ids.sort_unstable();
+    ids
+}
+
 /// A cgroup on the machine. It stays when this value is dropped.
 #[derive(Clone)]
 pub struct Cgroup {

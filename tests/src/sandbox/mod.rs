@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 pub use app::{App, Connection, Traffic};
 pub use behind::Host;
-pub use cgroup::{Cgroup, ROOT as CGROUP_ROOT};
+pub use cgroup::{Cgroup, ROOT as CGROUP_ROOT, applications_below};
 pub use kernel::{Element, Rule};
 pub use network::{Delivery, INTERNET_V4, INTERNET_V6, MACHINE_V4, MACHINE_V6, PORTS, UPLINK};
 pub use outcome::{Outcome, direct, local, proxied};
