@@ -320,6 +320,33 @@ fn open_connections_go_on_as_they_began_whoever_began_them() {
     });
 }
 
+/// It takes a packet that is among the rules at the very moment in which a user gets chains: so there is always
+/// one.
+#[test]
+fn nothing_leaves_while_a_user_comes_to_have_a_policy_and_loses_it() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let app = alice.cgroup(APP).app();
+        let mut root = Session::of(&sb.user(0));
+        root.replace(json!([]), json!([]), json!([verdict("", "drop")]));
+        let mut session = Session::of(&alice);
+        let to = sb.destinations();
+        for to in to {
+            app.pour(to);
+        }
+        wait_until("it pours", || app.poured() > 1_000);
+        for _ in 0..300 {
+            session.replace(json!([]), json!([]), json!([verdict(APP, "drop")]));
+            session.call("RemovePolicy", json!({}));
+        }
+        drop(app);
+        for to in to {
+            sb.assert_nothing_left_for(to.ip());
+        }
+    });
+}
+
 #[test]
 fn only_root_may_enforce_and_forward() {
     sandbox(|sb| {

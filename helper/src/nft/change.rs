@@ -5,9 +5,10 @@ use nftnl::MsgType;
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{Before, Layout, LeftBehind, Plan, Stamp, Step};
+use super::plan::{Before, ElementChanges, Layout, LeftBehind, Plan, Stamp, Step};
 use super::ruleset::STAMPS;
 use super::transaction::Transaction;
+use crate::cgroup::ControlGroupId;
 use crate::peer::Uid;
 
 impl Transaction<'_> {
@@ -16,19 +17,17 @@ impl Transaction<'_> {
         let names = Names::of(plan.uid);
         match (&plan.before, &plan.after) {
             (Before::Nothing, None) => {}
-            (Before::Nothing, Some(after)) => self.create_user(&names, after, plan),
-            (Before::Layout(_), Some(_)) => {
-                for step in Step::ALL.into_iter().filter(|step| step.has_work(plan)) {
-                    self.step(plan, step);
+            (Before::Nothing | Before::Layout(_), Some(_)) => {
+                let elements = plan.element_changes();
+                for step in Step::ALL {
+                    if step.has_work(plan, &elements) {
+                        self.step(plan, &elements, step);
+                    }
                 }
             }
             (Before::Layout(before), None) => {
-                let proxies = before
-                    .proxies
-                    .iter()
-                    .map(|(name, proxy)| (name, proxy.mark));
                 let subtree = Some(before.subtree.id()).filter(|_| !names.is_system());
-                self.delete_user(&names, subtree, proxies, &before.holds);
+                self.delete_layout(&names, subtree, before);
             }
             (Before::LeftBehind(left), Some(after)) => self.take_over(&names, left, after, plan),
             (Before::LeftBehind(left), None) => {
@@ -38,6 +37,15 @@ impl Transaction<'_> {
         }
         self.unstamp(plan);
         self.stamp(plan);
+    }
+
+    /// Everything that a user has, and what leads there from this control group.
+    fn delete_layout(&mut self, names: &Names, subtree: Option<ControlGroupId>, layout: &Layout) {
+        let proxies = layout
+            .proxies
+            .iter()
+            .map(|(name, proxy)| (name, proxy.mark));
+        self.delete_user(names, subtree, proxies, &layout.holds);
     }
 
     /// The layout that the kernel has is not that of before any more.
@@ -84,7 +92,8 @@ impl Transaction<'_> {
         for proxy in left.proxies.keys() {
             self.flush_proxy(names, proxy);
         }
-        self.create_user(names, after, plan);
+        self.create_user(names, after, &plan.element_changes());
+        self.lead_to_user(names, after.subtree.id());
         for proxy in left.proxies.keys() {
             if !after.proxies.contains_key(proxy) {
                 self.delete_proxy_chains(names, proxy);
@@ -101,12 +110,22 @@ impl Transaction<'_> {
     /// finds in maps what is in force at each look-up (nft_do_chain, net/netfilter/nf_tables_core.c). So no step
     /// may take away what a rule looks for before there is what stands in its place, nor lead to a chain that
     /// the rules of before the step know as empty: that chain would let the packet go.
-    pub(super) fn step(&mut self, plan: &Plan, step: Step) {
-        let (Before::Layout(before), Some(after)) = (&plan.before, &plan.after) else {
-            return;
-        };
+    pub(super) fn step(&mut self, plan: &Plan, elements: &ElementChanges<'_>, step: Step) {
         let names = Names::of(plan.uid);
+        let (before, after) = match (&plan.before, &plan.after) {
+            (Before::Nothing, Some(after)) => {
+                match step {
+                    Step::Chains => self.create_user(&names, after, elements),
+                    Step::Entrance => self.lead_to_user(&names, after.subtree.id()),
+                    Step::Additions | Step::Changes | Step::Deletions => {}
+                }
+                return;
+            }
+            (Before::Layout(before), Some(after)) => (before, after),
+            _ => return,
+        };
         match step {
+            Step::Entrance => {}
             Step::Chains => {
                 for (name, proxy) in &after.proxies {
                     if !before.proxies.contains_key(name) {
@@ -118,21 +137,19 @@ impl Transaction<'_> {
                 }
             }
             Step::Additions => {
-                if step.has_work(plan) {
-                    let levels = before.levels.union(&after.levels).copied().collect();
-                    let enforced = before.enforced || after.enforced;
-                    self.level_rules_between(&names, before, &levels, enforced);
-                    self.add_verdicts(&names, after, &plan.additions());
-                }
+                let levels = before.levels.union(&after.levels).copied().collect();
+                let enforced = before.enforced || after.enforced;
+                self.level_rules_between(&names, before, &levels, enforced);
+                self.add_verdicts(&names, after, &elements.added);
             }
             Step::Changes => {
-                let changes = plan.changes();
-                self.delete_verdicts(&names, changes.iter().map(|(cgroup, _)| cgroup.id()));
-                self.add_verdicts(&names, after, &changes);
+                let changed = elements.changed.iter().map(|(cgroup, _)| cgroup.id());
+                self.delete_verdicts(&names, changed);
+                self.add_verdicts(&names, after, &elements.changed);
                 self.change_layout(&names, before, after);
             }
             Step::Deletions => {
-                self.delete_verdicts(&names, plan.deletions().into_iter());
+                self.delete_verdicts(&names, elements.deleted.iter().copied());
                 if before.levels != after.levels || before.enforced != after.enforced {
                     self.level_rules(&names, &after.levels, after.enforced);
                 }
@@ -149,14 +166,17 @@ impl Transaction<'_> {
     }
 
     /// Takes back what these first steps have added.
-    pub(super) fn take_back(&mut self, plan: &Plan, done: &[Step]) {
-        let (Before::Layout(before), Some(after)) = (&plan.before, &plan.after) else {
-            return;
-        };
+    pub(super) fn take_back(&mut self, plan: &Plan, elements: &ElementChanges<'_>, done: &[Step]) {
         let names = Names::of(plan.uid);
+        let (before, after) = match (&plan.before, &plan.after) {
+            // What was to lead to it is what was refused.
+            (Before::Nothing, Some(after)) => return self.delete_layout(&names, None, after),
+            (Before::Layout(before), Some(after)) => (before, after),
+            _ => return,
+        };
         if done.contains(&Step::Additions) {
-            let added = plan.additions();
-            self.delete_verdicts(&names, added.iter().map(|(cgroup, _)| cgroup.id()));
+            let added = elements.added.iter().map(|(cgroup, _)| cgroup.id());
+            self.delete_verdicts(&names, added);
             self.level_rules(&names, &before.levels, before.enforced);
         }
         if done.contains(&Step::Chains) {

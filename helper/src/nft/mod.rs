@@ -38,7 +38,7 @@ use crate::netlink::{attributes, string};
 use crate::peer::Uid;
 use crate::snapshot::Records;
 use ffi::table_flags::{OWNER, PERSIST};
-use plan::Step;
+use plan::{ElementChanges, Step};
 use socket::{Failure, NetfilterSocket};
 use transaction::Transaction;
 
@@ -192,8 +192,8 @@ impl Nftables {
         Ok(self.socket.carry_out(&transaction.finish())?)
     }
 
-    /// Carries a plan out, or nothing of it. What changes a policy that is in force takes as many transactions
-    /// as it has steps; if one is refused, the ones before it are taken back.
+    /// Carries a plan out, or nothing of it. A user's first policy, and what changes one that is in force, takes as
+    /// many transactions as it has steps; if one is refused, the ones before it are taken back.
     ///
     /// # Errors
     /// If the kernel refuses; it holds what it held before.
@@ -201,9 +201,11 @@ impl Nftables {
         if plan.is_empty() {
             return Ok(());
         }
-        let steps: Vec<Step> = Step::ALL.into_iter().filter(|s| s.has_work(plan)).collect();
+        let elements = plan.element_changes();
+        let has_work = |step: &Step| step.has_work(plan, &elements);
+        let steps: Vec<Step> = Step::ALL.into_iter().filter(has_work).collect();
         if steps.len() > 1 {
-            return self.commit_steps(plan, &steps);
+            return self.commit_steps(plan, &elements, &steps);
         }
         let mut transaction = self.transaction();
         transaction.plan(plan);
@@ -212,14 +214,19 @@ impl Nftables {
 
     /// In between, what there is has no stamp: it is neither the one layout nor the other, and a helper that is
     /// started then takes it over as it takes over what no snapshot knows.
-    fn commit_steps(&self, plan: &Plan, steps: &[Step]) -> Result<(), Error> {
+    fn commit_steps(
+        &self,
+        plan: &Plan,
+        elements: &ElementChanges<'_>,
+        steps: &[Step],
+    ) -> Result<(), Error> {
         let mut done = Vec::new();
         for &step in steps {
             let mut transaction = self.transaction();
             if done.is_empty() {
                 transaction.unstamp(plan);
             }
-            transaction.step(plan, step);
+            transaction.step(plan, elements, step);
             if steps.last() == Some(&step) {
                 transaction.stamp(plan);
             }
@@ -237,7 +244,7 @@ impl Nftables {
             }
             if !done.is_empty() {
                 let mut transaction = self.transaction();
-                transaction.take_back(plan, &done);
+                transaction.take_back(plan, elements, &done);
                 match self.socket.carry_out(&transaction.finish()) {
                     Ok(()) => {}
                     Err(Failure::Refused(refusal) | Failure::Unknown(refusal)) => {

@@ -325,6 +325,8 @@ pub struct Plan {
 pub(super) enum Step {
     /// Chains that elements will lead to.
     Chains,
+    /// What leads to the chains of a user who had none.
+    Entrance,
     /// Control groups that had no element.
     Additions,
     /// Those that have another verdict, and the rest.
@@ -334,17 +336,27 @@ pub(super) enum Step {
 }
 
 impl Step {
-    pub(super) const ALL: [Self; 4] = [
+    pub(super) const ALL: [Self; 5] = [
         Self::Chains,
+        Self::Entrance,
         Self::Additions,
         Self::Changes,
         Self::Deletions,
     ];
 
     /// Whether the kernel has to do anything in this step.
-    pub(super) fn has_work(self, plan: &Plan) -> bool {
-        let (Before::Layout(before), Some(after)) = (&plan.before, &plan.after) else {
-            return false;
+    pub(super) fn has_work(self, plan: &Plan, elements: &ElementChanges<'_>) -> bool {
+        let (before, after) = match (&plan.before, &plan.after) {
+            // Nothing leads to the system's policy: it is what every packet comes by.
+            (Before::Nothing, Some(_)) => {
+                return match self {
+                    Self::Chains => true,
+                    Self::Entrance => plan.uid != Uid::ROOT,
+                    Self::Additions | Self::Changes | Self::Deletions => false,
+                };
+            }
+            (Before::Layout(before), Some(after)) => (before, after),
+            _ => return false,
         };
         match self {
             Self::Chains => {
@@ -354,12 +366,13 @@ impl Step {
                         .keys()
                         .any(|p| !before.proxies.contains_key(p))
             }
-            Self::Additions => !plan.additions().is_empty(),
+            Self::Entrance => false,
+            Self::Additions => !elements.added.is_empty(),
             Self::Changes => {
                 let changed = |(name, old): (&ProxyName, &Proxy)| {
                     after.proxies.get(name).is_some_and(|new| new != old)
                 };
-                !plan.changes().is_empty()
+                !elements.changed.is_empty()
                     || before.proxies.iter().any(changed)
                     || before.bypass != after.bypass
                     || before.gateway != after.gateway
@@ -369,7 +382,7 @@ impl Step {
             Self::Deletions => {
                 let goes = |proxy| !after.proxies.contains_key(proxy);
                 let levels = before.levels.union(&after.levels);
-                !plan.deletions().is_empty()
+                !elements.deleted.is_empty()
                     || levels.count() > after.levels.len()
                     || before.enforced != after.enforced
                     || !before.holds.is_subset(&after.holds)
@@ -379,26 +392,29 @@ impl Step {
     }
 }
 
+/// What a plan does to single elements.
+pub(super) struct ElementChanges<'p> {
+    /// What has had none.
+    pub(super) added: Vec<&'p (OwnedControlGroup, Element)>,
+    /// What has one and gets another.
+    pub(super) changed: Vec<&'p (OwnedControlGroup, Element)>,
+    /// What has one and will have none.
+    pub(super) deleted: Vec<ControlGroupId>,
+}
+
 impl Plan {
-    /// What has had no element.
-    pub(super) fn additions(&self) -> Vec<(OwnedControlGroup, Element)> {
+    /// What this does to single elements.
+    pub(super) fn element_changes(&self) -> ElementChanges<'_> {
         let had: BTreeSet<_> = self.delete.iter().collect();
-        let added = self.add.iter().filter(|(c, _)| !had.contains(&c.id()));
-        added.cloned().collect()
-    }
-
-    /// What has an element and gets another.
-    pub(super) fn changes(&self) -> Vec<(OwnedControlGroup, Element)> {
-        let had: BTreeSet<_> = self.delete.iter().collect();
-        let changed = self.add.iter().filter(|(c, _)| had.contains(&c.id()));
-        changed.cloned().collect()
-    }
-
-    /// What has an element and will have none.
-    pub(super) fn deletions(&self) -> Vec<ControlGroupId> {
-        let has: BTreeSet<_> = self.add.iter().map(|(cgroup, _)| cgroup.id()).collect();
-        let gone = self.delete.iter().filter(|id| !has.contains(id));
-        gone.copied().collect()
+        let (changed, added): (Vec<&(OwnedControlGroup, Element)>, _) =
+            self.add.iter().partition(|(c, _)| had.contains(&c.id()));
+        let kept: BTreeSet<_> = changed.iter().map(|(cgroup, _)| cgroup.id()).collect();
+        let gone = self.delete.iter().filter(|id| !kept.contains(id));
+        ElementChanges {
+            added,
+            changed,
+            deleted: gone.copied().collect(),
+        }
     }
 
     /// Whether the kernel holds all of it already.

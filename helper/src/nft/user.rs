@@ -7,7 +7,7 @@ use nftnl::MsgType;
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{Hold, Layout, Plan, Proxy};
+use super::plan::{ElementChanges, Hold, Layout, Proxy};
 use super::rule::{Family, Protocol};
 use super::ruleset::{ENFORCED, MARKS, OPENS, PROXY_UIDS, SESSIONS, SYSTEM, SYSTEM_UIDS, USERS};
 use super::transaction::Transaction;
@@ -15,7 +15,13 @@ use crate::cgroup::ControlGroupId;
 use crate::mark::Mark;
 
 impl Transaction<'_> {
-    pub(super) fn create_user(&mut self, names: &Names, layout: &Layout, plan: &Plan) {
+    /// All that a user has. Nothing leads there yet, but for the system's policy, which every packet comes by.
+    pub(super) fn create_user(
+        &mut self,
+        names: &Names,
+        layout: &Layout,
+        elements: &ElementChanges<'_>,
+    ) {
         self.add_set(&names.cgroups, KeyType::ControlGroup, Content::Numbers);
         self.add_set(&names.choices, KeyType::Mark, Content::Verdicts);
         self.add_set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
@@ -43,16 +49,17 @@ impl Transaction<'_> {
         }
         self.bypass_elements(names, layout);
         self.level_rules(names, &layout.levels, layout.enforced);
-        self.add_verdicts(names, layout, &plan.additions());
+        self.add_verdicts(names, layout, &elements.added);
         if names.is_system() {
             self.gateway(names, layout);
-        } else {
-            self.lead_to_user(names, layout.subtree.id());
         }
     }
 
     /// The elements that lead from a user's control group to that user's chains.
     pub(super) fn lead_to_user(&mut self, names: &Names, subtree: ControlGroupId) {
+        if names.is_system() {
+            return;
+        }
         for (map, chain) in [(USERS, &names.user), (OPENS, &names.open)] {
             self.map_to_chain(map, KeyType::ControlGroup, &subtree.to_bytes(), chain);
         }

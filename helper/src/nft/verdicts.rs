@@ -167,7 +167,7 @@ impl Transaction<'_> {
         &mut self,
         names: &Names,
         layout: &Layout,
-        verdicts: &[(OwnedControlGroup, plan::Element)],
+        verdicts: &[&(OwnedControlGroup, plan::Element)],
     ) {
         let mut map = self.set(&names.cgroups, KeyType::ControlGroup, Content::Numbers);
         for (cgroup, element) in verdicts {
