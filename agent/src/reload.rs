@@ -40,11 +40,12 @@ pub struct Loader {
 
 impl Loader {
     /// Loads the configuration for the first time. From then on its file is watched: before the
-    /// control groups, which may leave no watches over.
+    /// control groups, which may leave no watches over. If it is wrong, the last value says how, and the source is
+    /// nobody's configuration: a right one is waited for.
     ///
     /// # Errors
-    /// If it is wrong, or the user named a file that is not there.
-    pub fn start(file: ConfigFile) -> Result<(Self, Source), LoadError> {
+    /// If the user named a file that is not there.
+    pub fn start(file: ConfigFile) -> Result<(Self, Source, Option<String>), LoadError> {
         let changes = Changes::watch(&file.path);
         let mut loader = Self {
             file,
@@ -65,15 +66,29 @@ impl Loader {
                     None => tracing::info!("there is no {name}: everything goes direct"),
                 }
                 let config = environment.unwrap_or_else(Config::without_file);
-                return Ok((loader, Source { config, file: None }));
+                return Ok((loader, Source { config, file: None }, None));
             }
-            Err(error) => return Err(error),
+            Err(error @ LoadError::Missing(_)) => return Err(error),
+            Err(error) => {
+                let why = say(&error);
+                let source = Source {
+                    config: Config::without_file(),
+                    file: Some(path),
+                };
+                return Ok((loader, source, Some(why)));
+            }
         };
-        let Loaded { config, findings } = config::parse(&path, &bytes, loader.file.scope)?;
-        log(&findings);
+        let loaded = config::parse(&path, &bytes, loader.file.scope);
         loader.last = Some(bytes);
+        let (config, why) = match loaded {
+            Ok(Loaded { config, findings }) => {
+                log(&findings);
+                (config, None)
+            }
+            Err(error) => (Config::without_file(), Some(say(&error))),
+        };
         let file = Some(path);
-        Ok((loader, Source { config, file }))
+        Ok((loader, Source { config, file }, why))
     }
 
     /// Loads the file again and puts it into force, if it has changed or `always`.
@@ -86,9 +101,7 @@ impl Loader {
             Err(error) => {
                 // To go direct because an editor took the file away for a moment would be a leak.
                 self.last = None;
-                let why = chain(&error);
-                tracing::error!("{why}");
-                return refuse(agent, why);
+                return refuse(agent, say(&error));
             }
         };
         let loaded = config::parse(path, &bytes, self.file.scope);
@@ -103,17 +116,20 @@ impl Loader {
                     file: Some(path.clone()),
                 });
             }
-            Err(LoadError::Invalid(findings)) => {
-                log(&findings);
-                refuse(agent, findings.errors_in_one_line());
-            }
-            Err(error) => {
-                let why = chain(&error);
-                tracing::error!("{why}");
-                refuse(agent, why);
-            }
+            Err(error) => refuse(agent, say(&error)),
         }
     }
+}
+
+/// Logs why there is no configuration, and returns it in one line.
+fn say(error: &LoadError) -> String {
+    if let LoadError::Invalid(findings) = error {
+        log(findings);
+        return findings.errors_in_one_line();
+    }
+    let why = chain(error);
+    tracing::error!("{why}");
+    why
 }
 
 /// Logs what was found in a file.
@@ -126,11 +142,17 @@ pub fn log(findings: &Findings) {
     }
 }
 
-/// Keeps the old configuration for a reason that has been logged.
+/// Keeps the old configuration, if there is one, for a reason that has been logged.
 fn refuse(agent: &Agent, why: String) {
-    tracing::error!("the old configuration stays in force");
     agent.state_mut().config_error = Some(why);
-    agent.tell();
+    match agent.state().awaited_configuration() {
+        // It tells the service manager.
+        Some(_) => agent.wake(),
+        None => {
+            tracing::error!("the old configuration stays in force");
+            agent.tell();
+        }
+    }
 }
 
 /// Reloads when the file changes or `hangup` comes, for ever.
@@ -146,8 +168,11 @@ pub async fn run(
                 if received.is_none() {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
-                notify::reloading();
-                agent.state_mut().reloading = true;
+                // Before it was ready there is nothing that it could be ready with again.
+                if agent.state().ready {
+                    notify::reloading();
+                    agent.state_mut().reloading = true;
+                }
                 // Whoever asks for a reload may have raised a limit of inotify's.
                 {
                     let mut watcher = watcher.borrow_mut();

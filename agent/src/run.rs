@@ -38,7 +38,7 @@ pub struct Options {
 /// Why the agent can't run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The configuration is wrong.
+    /// The configuration that the user named is not there.
     #[error(transparent)]
     Config(#[from] LoadError),
     /// Another agent is there, or the socket can't be made.
@@ -74,7 +74,12 @@ async fn serve(options: Options) -> Result<(), Error> {
     let mut hand_over = signal(SignalKind::user_defined1()).map_err(Error::Start)?;
     let hangup = signal(SignalKind::hangup()).map_err(Error::Start)?;
 
-    let (loader, source) = Loader::start(options.config)?;
+    let (loader, source, config_error) = Loader::start(options.config)?;
+    if config_error.is_some() {
+        tracing::error!(
+            "waiting for the configuration to be mended; until then nothing is told to the helper"
+        );
+    }
     // cgtproxy-exec and status do without the agent's socket, applications do not do without rules.
     let socket = match Socket::listen(&options.socket) {
         Ok(socket) => Some(socket),
@@ -84,7 +89,10 @@ async fn serve(options: Options) -> Result<(), Error> {
             None
         }
     };
-    let agent = Rc::new(Agent::new(options.subtree.clone(), source));
+    let agent = Rc::new(Agent::new(options.subtree.clone(), source, config_error));
+    if let Some(awaited) = agent.state().awaited_configuration() {
+        notify::status(&awaited);
+    }
     let monitor = agent.state().source().config.monitor;
     let (mut sources, watcher) = watch::open(options.subtree, monitor);
     let watcher = Rc::new(RefCell::new(watcher));

@@ -293,6 +293,10 @@ enum Verdict {
 }
 
 fn judge(state: &State, path: &ControlGroupPath, name: &str, target: &str) -> Verdict {
+    // Nobody knows yet which targets there are.
+    if let Some(awaited) = state.awaited_configuration() {
+        return Verdict::NotYet(awaited);
+    }
     let config = &state.source().config;
     let Some(wanted) = config.target(target) else {
         let parameters = json!({ "name": target, "known": config.target_names() });

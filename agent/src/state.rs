@@ -42,8 +42,11 @@ pub struct State {
     pub link: Link,
     /// Counts the helper's transactions in this session.
     pub generation: i64,
-    /// What is wrong with the configuration that was to replace the one in force.
+    /// What is wrong with the configuration that was to replace the one in force, or to be the first one.
     pub config_error: Option<String>,
+    /// There was no configuration yet that is right: nothing may be said to the helper, since it would take away what
+    /// is left of an earlier agent's policy.
+    unconfigured: bool,
     /// What the helper refused last, if that still stands.
     pub problem: Option<String>,
     /// A reload is under way, and the service manager waits for its end.
@@ -52,6 +55,8 @@ pub struct State {
     pub relay: Relay,
     /// It was said that the policy is in force, in this session.
     pub announced: bool,
+    /// The service manager was told that the policy is in force, in some session.
+    pub ready: bool,
     /// How well control groups are noticed.
     pub watching: Watching,
     source: Rc<Source>,
@@ -62,17 +67,19 @@ pub struct State {
 }
 
 impl State {
-    fn new(subtree: Subtree, source: Source) -> Self {
+    fn new(subtree: Subtree, source: Source, config_error: Option<String>) -> Self {
         let tree = Tree::new(subtree.prefix(), source.config.rules.clone());
         Self {
             subtree,
             link: Link::Broken("the helper has not answered yet".into()),
             generation: 0,
-            config_error: None,
+            unconfigured: config_error.is_some(),
+            config_error,
             problem: None,
             reloading: false,
             relay: Relay::default(),
             announced: false,
+            ready: false,
             watching: Watching::default(),
             source: Rc::new(source),
             accepted: None,
@@ -103,6 +110,23 @@ impl State {
     #[must_use]
     pub fn has_root(&self) -> bool {
         !self.tree.is_empty()
+    }
+
+    /// That there was no configuration yet that is right, and what is wrong with the one there is.
+    #[must_use]
+    pub fn awaited_configuration(&self) -> Option<String> {
+        let why = self.config_error.as_deref().unwrap_or_default();
+        self.unconfigured
+            .then(|| format!("waiting for the configuration to be mended: {why}"))
+    }
+
+    /// What has to come before anything can be said to the helper, in a sentence.
+    #[must_use]
+    pub fn awaited(&self) -> Option<String> {
+        self.awaited_configuration().or_else(|| {
+            let root = self.subtree.to_wire(&ControlGroupPath::root());
+            (!self.has_root()).then(|| format!("waiting for the control group {root}"))
+        })
     }
 
     /// Whether the helper holds all that it should.
@@ -136,7 +160,7 @@ impl State {
     pub fn next_call(&mut self) -> Option<Call> {
         // Without a control group there is nothing to hold a policy for; when it comes back everything
         // is said anew.
-        if !self.has_root() {
+        if self.unconfigured || !self.has_root() {
             return None;
         }
         self.ledger.next(&self.tree)
@@ -192,6 +216,8 @@ impl State {
     }
 
     fn replace_config(&mut self, source: Source) {
+        self.unconfigured = false;
+        self.config_error = None;
         self.tree.replace_rules(source.config.rules.clone());
         self.source = Rc::new(source);
         self.ledger.replace_all();
@@ -244,11 +270,12 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that knows no control group yet.
+    /// An agent that knows no control group yet. With an error, `source` only stands for a configuration that is still
+    /// to come.
     #[must_use]
-    pub fn new(subtree: Subtree, source: Source) -> Self {
+    pub fn new(subtree: Subtree, source: Source, config_error: Option<String>) -> Self {
         Self {
-            state: RefCell::new(State::new(subtree, source)),
+            state: RefCell::new(State::new(subtree, source, config_error)),
             work: Notify::new(),
             calling: Cell::new(false),
             changed: watch::Sender::new(()),
@@ -267,11 +294,7 @@ impl Agent {
 
     /// Puts another configuration into force.
     pub fn replace_config(&self, source: Source) {
-        {
-            let mut state = self.state_mut();
-            state.config_error = None;
-            state.replace_config(source);
-        }
+        self.state_mut().replace_config(source);
         self.wake();
     }
 

@@ -427,19 +427,63 @@ fn a_broken_configuration_is_refused_and_the_old_one_stays() {
 }
 
 #[test]
-fn a_broken_configuration_at_the_start_is_an_error_with_its_place() {
+fn a_broken_configuration_at_the_start_is_waited_out() {
+    const BROKEN: &str = "version: 1\nruls: []\n";
     sandbox(|sb| {
-        let _helper = sb.helper().start();
+        let helper = sb.helper().config("grace-seconds: 60").start();
         let alice = sb.user(1001);
-        let mut service = alice.agent("version: 1\nruls: []\n").spawn();
-        assert_eq!(service.wait().code(), Some(1));
-        let log = service.log();
-        assert!(
-            log.contains("config.yaml:2:1") && log.contains("rules"),
-            "{log}"
-        );
-        assert!(!service.has_notified("READY=1"));
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let mut service = alice.agent(BROKEN).spawn();
+        service.wait_log("config.yaml:2:1: unknown key 'ruls'");
+        let waits = || {
+            wait_until("it waits", || {
+                let (_, status, _) = agent(&alice, &["status"]);
+                status.contains("not connected: waiting for the configuration to be mended: ")
+                    && status
+                        .matches("config.yaml:2:1: unknown key 'ruls'")
+                        .count()
+                        == 2
+            });
+        };
+        waits();
+        let app = scope(&alice, "any").app();
+        expect(sb, &app, direct);
         assert_eq!(objects_of(sb, 1001), Vec::<String>::new());
+        assert!(!service.has_notified("READY=1"));
+        service.write_config(CONFIG);
+        service.wait_ready();
+        expect(sb, &app, by("mihomo"));
+        let tracker = scope(&alice, "tracker");
+        Agent::of(&alice).wait_for_verdict(&tracker, "drop");
+        let tracker = tracker.app();
+        let (traffic, rules) = (Steady::start(sb, &app), objects_of(sb, 1001));
+
+        // What an agent leaves that was killed is not taken away by one that waits, nor when that one is stopped.
+        let held = || {
+            traffic.assert_proxied("mihomo");
+            traffic.assert_none_strayed(sb, &["mihomo"]);
+            expect(sb, &tracker, dropped);
+            assert_eq!(objects_of(sb, 1001), rules);
+        };
+        service.write_config(BROKEN);
+        service.kill();
+        service.begin_again();
+        waits();
+        held();
+        assert!(service.stop().success());
+        held();
+        service.begin_again();
+        waits();
+        held();
+        assert!(!service.has_notified("READY=1"));
+        service.write_config(CONFIG);
+        service.wait_ready();
+        held();
+        assert!(
+            !helper.log().contains("removed the policy"),
+            "{}",
+            helper.log()
+        );
     });
 }
 

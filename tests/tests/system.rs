@@ -372,6 +372,54 @@ fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
     });
 }
 
+/// Its start ends without success when it has taken long enough, and the unit goes on starting.
+#[test]
+fn an_agent_waits_for_a_configuration_that_is_broken_when_it_starts() {
+    sandbox(|sb| {
+        let system = boot(sb);
+        let alice = system.alice();
+        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        write_config(&system, alice, "version: 1\nruls: []\n");
+        let start = ["systemctl", "--user", "enable", "--now", "cgtproxy-agent"];
+        let started = system.output_as(alice, &start);
+        assert!(!started.status.success(), "{started:?}");
+        let property = |name: &str| system.user_property(alice, AGENT, name);
+        let is = |state: &str| {
+            assert_eq!(property("ActiveState"), state);
+            assert_eq!(property("NRestarts"), "0");
+            property("MainPID")
+        };
+        let process = is("activating");
+        // It is said in every place in which one looks.
+        let sentence = "config.yaml:2:1: unknown key 'ruls'";
+        assert!(property("StatusText").contains(sentence));
+        let journal = system.user_journal(alice, AGENT);
+        assert_eq!(journal.matches(sentence).count(), 1, "{journal}");
+        assert!(journal.contains("timed out"), "{journal}");
+        let shown = system.run_as(alice, &["cgtproxy-agent", "status"]);
+        assert!(shown.contains(sentence), "{shown}");
+        let command = ["cgtproxy-exec", "mihomo", "sh", "-c", "echo ran"];
+        let refused = system.output_as(alice, &command);
+        assert_eq!(refused.status.code(), Some(NOT_RUN));
+        assert_eq!(text(&refused.stdout), "");
+        assert!(text(&refused.stderr).contains(sentence), "{refused:?}");
+
+        write_config(&system, alice, CONFIG);
+        wait_until("it is ready", || property("ActiveState") == "active");
+        assert_eq!(is("active"), process);
+        expect(sb, &desktop_app(&system, alice, "browser"), by("mihomo"));
+        // And stopped while it waits.
+        write_config(&system, alice, "version: 1\nruls: []\n");
+        let user = |verb| ["systemctl", "--user", verb, "--no-block", AGENT];
+        system.run_as(alice, &user("restart"));
+        wait_until("it waits again", || {
+            property("StatusText").contains(sentence)
+        });
+        system.run_as(alice, &["systemctl", "--user", "stop", AGENT]);
+        is("inactive");
+    });
+}
+
 #[test]
 fn the_daemons_are_confined_and_clean_up_after_themselves() {
     sandbox(|sb| {

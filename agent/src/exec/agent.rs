@@ -100,8 +100,8 @@ impl Agent {
         Ok(Self(Connection::open(socket).await?))
     }
 
-    /// All names of targets, and why they are not in force if they are not.
-    pub(crate) async fn targets(&mut self) -> Result<(Vec<String>, Option<String>), Error> {
+    /// All names of targets, why they are not in force if they are not, and whether they are not those of the file.
+    pub(crate) async fn targets(&mut self) -> Result<(Vec<String>, Option<String>, bool), Error> {
         let call = self.0.call("GetStatus", GetStatus_Args {});
         let status: GetStatus_Reply = timeout_at(Instant::now() + PATIENCE, call)
             .await
@@ -113,16 +113,18 @@ impl Agent {
             true => None,
             false => Some(status.problem.unwrap_or_else(|| "not yet".to_owned())),
         };
-        Ok((known, problem))
+        Ok((known, problem, status.configError.is_some()))
     }
 
     /// Fails unless the agent has a target of this name, in force.
     pub(crate) async fn check_target(&mut self, name: &str) -> Result<(), Error> {
         let deadline = Instant::now() + HELPER_PATIENCE;
         loop {
-            let (known, problem) = self.targets().await?;
+            let (known, problem, unconfigured) = self.targets().await?;
             // A wrong name is wrong with or without a helper, and the more useful thing to hear.
-            if !known.iter().any(|known| known == name) {
+            let known_or_to_come =
+                known.iter().any(|known| known == name) || unconfigured && problem.is_some();
+            if !known_or_to_come {
                 let name = name.to_owned();
                 return Err(Error::UnknownTarget { name, known });
             }

@@ -158,7 +158,7 @@ fn run(options: Options) -> Result<(), Error> {
 
 /// Prints all targets.
 async fn list() -> Result<(), Error> {
-    let (mut targets, _) = Agent::connect(default_socket(config::Scope::User))
+    let (mut targets, ..) = Agent::connect(default_socket(config::Scope::User))
         .await?
         .targets()
         .await?;

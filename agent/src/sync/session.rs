@@ -292,9 +292,9 @@ impl Session<'_> {
 
     /// There is nothing to say.
     fn settled(&self) {
-        let (settled, has_root) = {
+        let (settled, awaited) = {
             let state = self.agent.state();
-            (state.is_settled(), state.has_root())
+            (state.is_settled(), state.awaited())
         };
         // Until the relay has said where it listens, what goes to it is refused.
         if settled && self.agent.state().awaits_relay() {
@@ -305,14 +305,17 @@ impl Session<'_> {
                 self.agent.state_mut().announced = false;
             }
             announce(self.agent);
-        } else if !has_root {
+        } else if let Some(awaited) = awaited {
             let mut state = self.agent.state_mut();
-            let root = state.subtree.to_wire(&ControlGroupPath::root());
-            let waiting = format!("waiting for the control group {root}");
-            if state.link != Link::Broken(waiting.clone()) {
-                notify::status(&waiting);
-                tracing::info!("{waiting}");
-                state.link = Link::Broken(waiting);
+            if state.link != Link::Broken(awaited.clone()) {
+                notify::status(&awaited);
+                // What is wrong with a configuration was logged when it was read.
+                if state.awaited_configuration().is_none() {
+                    tracing::info!("{awaited}");
+                }
+                state.link = Link::Broken(awaited);
+                drop(state);
+                self.agent.tell();
             }
         }
         finish_reload(self.agent);
@@ -365,6 +368,7 @@ fn announce(agent: &Agent) {
     tracing::info!("the policy is in force: {text}");
     notify::status(&format!("In force: {text}"));
     notify::ready();
+    agent.state_mut().ready = true;
 }
 
 /// Ends a reload, if one is under way, as far as the service manager is concerned.

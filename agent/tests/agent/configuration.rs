@@ -1,5 +1,6 @@
 //! Configurations that change.
 
+use cgtproxy_proto::agent::GetStatus_Reply;
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -161,7 +162,7 @@ fn a_file_that_is_a_link_is_followed() {
 }
 
 #[test]
-fn a_file_that_the_user_names_must_be_there_and_right() {
+fn a_file_that_the_user_names_must_be_there() {
     let world = World::new("");
     let mut command = world.command();
     command.args(["--config", "/nonexistent/c.yaml"]);
@@ -170,11 +171,57 @@ fn a_file_that_the_user_names_must_be_there_and_right() {
         (code, said.as_str()),
         (Some(1), "<3>there is no file /nonexistent/c.yaml\n")
     );
-    let world = World::new("version: 1\nrule: []\n");
-    let (code, _, said) = crate::world::output(world.command());
-    assert_eq!(code, Some(1));
-    assert!(
-        said.contains("config.yaml:2:1: unknown key 'rule'"),
-        "{said}"
-    );
+}
+
+#[test]
+fn one_that_is_wrong_at_the_start_is_waited_for() {
+    const WRONG: &str = "version: 1\nrule: []\n";
+    let mut world = World::new(WRONG);
+    world.make(&["drop-1", "one"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    agent.says("config.yaml:2:1: unknown key 'rule'");
+    agent.says("waiting for the configuration to be mended");
+    let waits = |s: &GetStatus_Reply, place: &str| {
+        let (problem, error) = (s.problem.as_deref(), s.configError.as_deref());
+        !s.connected
+            && problem.is_some_and(|p| p.starts_with("waiting for the config") && p.contains(place))
+            && error.is_some_and(|e| e.contains(place))
+    };
+    world.notified("STATUS=waiting for the configuration to be mended: ");
+    agent.wait("what it waits for", |s| waits(s, "config.yaml:2:1"));
+    // Another mistake, and another file name.
+    world.write("version: 1\nrules:\n  - match: '('\n    drop: true\n");
+    agent.wait("the other mistake", |s| waits(s, "config.yaml:3:13"));
+    world.notified("STATUS=waiting for the configuration to be mended: ");
+    std::fs::remove_file(&world.config).unwrap();
+    agent.wait("no file", |s| waits(s, "there is no file"));
+    // It is no reload when there is nothing to be ready with again.
+    agent.signal(Signal::HUP);
+    world.make(&["two"]);
+    agent.wait("the new one", |s| s.controlGroups.len() == 4);
+    assert!(!world.is_notified("READY=1"));
+    assert_eq!(world.helper.books().calls, [] as [&str; 0]);
+    assert_eq!(agent.count("the old configuration stays"), 0);
+    world.write(CONFIG);
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    world.notified("READY=1");
+    assert_eq!(world.helper.books().calls, ["ReplacePolicy"]);
+    let status = agent.wait("it to be in force", |s| s.connected);
+    assert_eq!((status.configError, status.problem), (None, None));
+    // From then on it is as with any other.
+    world.write(WRONG);
+    agent.says("the old configuration stays in force");
+}
+
+#[test]
+fn one_that_waits_takes_nothing_away() {
+    let mut world = World::new("version: 2");
+    world.helper.start();
+    let mut agent = world.agent();
+    world.notified("STATUS=waiting for the configuration to be mended: ");
+    agent.wait("what it waits for", |s| s.configError.is_some());
+    agent.signal(Signal::TERM);
+    assert!(agent.process.wait().unwrap().success());
+    assert_eq!(world.helper.books().calls, [] as [&str; 0]);
 }

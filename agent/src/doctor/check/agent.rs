@@ -138,7 +138,12 @@ fn configuration(facts: &Facts) -> Option<Finding> {
                 "config-not-in-force",
                 format!("the configuration has a mistake: {error}"),
             )
-            .effect("The configuration that was there before it is still in force.")
+            .effect(match status.connected {
+                true => "The configuration that was there before it is still in force.",
+                false => {
+                    "The agent waits for the file to be mended, and none of your rules is in force."
+                }
+            })
             .advice(format!("'{check}' lists all that is wrong with the file"))
             .command(check),
         );
@@ -149,7 +154,7 @@ fn configuration(facts: &Facts) -> Option<Finding> {
                 "config-wrong",
                 format!("the configuration is of no use: {why}"),
             )
-            .effect("The agent does not start with it.")
+            .effect("An agent that starts with it waits for it to be mended.")
             .advice(format!("'{check}' lists all that is wrong with the file"))
             .command(check),
         ),
