@@ -214,6 +214,20 @@ fn sigpipe_ends_the_command() {
         .unwrap();
     drop(child.stdout.take());
     assert_eq!(child.wait().unwrap().signal(), Some(13));
+    // And what the command runs, whether the caller ignores the signal or not.
+    let pipe = "yes | head -n 1; echo ${PIPESTATUS[@]}";
+    for ignored in ["--default-signal=PIPE", "--ignore-signal=PIPE"] {
+        let output = session
+            .wrapped("env", [ignored], ["direct", "bash", "-c", pipe])
+            .output()
+            .unwrap();
+        assert_eq!(
+            stdout(&output),
+            "y\n141 0\n",
+            "{ignored}: {}",
+            stderr(&output)
+        );
+    }
 }
 
 #[test]
