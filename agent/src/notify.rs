@@ -1,34 +1,33 @@
 //! What the service manager is told. Without one, nothing.
 
-use sd_notify::NotifyState;
+use std::io;
+
+use cgtproxy_proto::notify;
 
 use crate::text::chain;
 
 /// The agent does its work.
 pub fn ready() {
-    send(&[NotifyState::Ready]);
+    told(notify::ready());
 }
 
 /// A sentence for `systemctl status`.
 pub fn status(text: &str) {
-    send(&[NotifyState::Status(text)]);
+    told(notify::status(text));
 }
 
 /// The configuration is being loaded; [`ready`] ends it.
 pub fn reloading() {
-    match NotifyState::monotonic_usec_now() {
-        Ok(now) => send(&[NotifyState::Reloading, now]),
-        Err(error) => tracing::debug!("can't tell the time: {}", chain(&error)),
-    }
+    told(notify::reloading());
 }
 
 /// The agent ends.
 pub fn stopping() {
-    send(&[NotifyState::Stopping]);
+    told(notify::stopping());
 }
 
-fn send(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
+fn told(told: io::Result<()>) {
+    if let Err(error) = told {
         tracing::debug!("can't notify the service manager: {}", chain(&error));
     }
 }

@@ -21,9 +21,9 @@ use cgtproxy_helper::route::{self, Family, Routing};
 use cgtproxy_helper::server::Server;
 use cgtproxy_helper::snapshot::{self, Snapshot};
 use cgtproxy_helper::state::State;
+use cgtproxy_proto::notify;
 use clap::Parser;
 use listenfd::ListenFd;
-use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -162,13 +162,13 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
             server.await_grace(uid, grace);
         }
         server.guard(monitor);
-        notify(&[NotifyState::Ready]);
+        told(notify::ready());
         tokio::join!(server.run(listener), async {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            notify(&[NotifyState::Stopping]);
+            told(notify::stopping());
             shutdown.cancel();
         });
         Ok(())
@@ -205,8 +205,8 @@ fn activation() -> io::Result<(Option<UnixListener>, Option<File>)> {
     Ok((listener, stored))
 }
 
-fn notify(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
+fn told(told: io::Result<()>) {
+    if let Err(error) = told {
         tracing::warn!("can't notify systemd: {error}");
     }
 }

@@ -16,9 +16,9 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
+use cgtproxy_proto::notify;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use rustix::io::Errno;
-use sd_notify::NotifyState;
 
 use crate::mark::MarkRange;
 use crate::nft::{Layout, Stamp};
@@ -146,7 +146,7 @@ impl Snapshot {
                 end: length,
                 ..Self::at(Place::File(file))
             },
-            None if std::env::var_os("NOTIFY_SOCKET").is_some() => match new_file() {
+            None if std::env::var_os(notify::VARIABLE).is_some() => match new_file() {
                 Ok(file) => Self::at(Place::File(file)),
                 Err(error) => {
                     tracing::warn!("can't leave a snapshot for the next helper: {error}");
@@ -262,11 +262,7 @@ fn new_file() -> io::Result<File> {
         file => file,
     }?;
     // In place of one that was thrown away: there is room for one.
-    sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(NAME)])?;
-    sd_notify::notify_with_fds(
-        &[NotifyState::FdStore, NotifyState::FdName(NAME)],
-        &[file.as_fd()],
-    )?;
+    notify::store(NAME, file.as_fd())?;
     Ok(file.into())
 }
 

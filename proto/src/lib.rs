@@ -1,5 +1,5 @@
 //! The Varlink interfaces of cgtproxy, and what the two sides of them share: how control groups and
-//! proxies are named, how messages are framed, how a method is called and served.
+//! proxies are named, how messages are framed, how a method is called and served, what the service manager is told.
 //!
 //! `org.cgtproxy.Helper` is what the privileged helper offers to agents, `org.cgtproxy.Agent` what an
 //! agent offers to its own user's programs, `org.cgtproxy.Relay` what a relay offers to the agent. The `.varlink` files beside this one are the contract.
@@ -11,6 +11,7 @@ pub mod interface;
 pub mod limits;
 pub mod message;
 pub mod name;
+pub mod notify;
 pub mod path;
 pub mod service;
 

@@ -3,13 +3,15 @@
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::time::Duration;
 
 use cgtproxy_tests::agent::Agent;
 use cgtproxy_tests::sandbox::{Cgroup, HELPER_UID, Sandbox, Service, User, proxied, sandbox};
 use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, to_proxy, verdict};
 use cgtproxy_tests::steady::Steady;
-use cgtproxy_tests::wait::wait_until;
+use cgtproxy_tests::wait::{DEADLINE, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -163,9 +165,7 @@ fn nothing_is_lost_while_the_helper_is_stopped() {
                 .starts_with("app-tracker-")
                 && group.path() != early.directory()
             {
-                expected.push(std::os::unix::fs::MetadataExt::ino(
-                    &group.metadata().expect("it is there"),
-                ));
+                expected.push(group.metadata().expect("it is there").ino());
             }
         }
         expected.sort_unstable();
@@ -189,6 +189,88 @@ fn nothing_is_lost_while_the_helper_is_stopped() {
         traffic.assert_none_strayed(sb, &["mihomo"]);
         let grown = resident(helper.pid()).saturating_sub(before);
         assert!(grown < 16 * 1024, "the helper has grown by {grown} KiB");
+    });
+}
+
+/// A service manager that reads nothing, with its queue full, halts neither daemon at its start, nor when it reloads
+/// or ends; it is told when it reads again.
+#[test]
+fn a_service_manager_that_does_not_read_halts_nobody() {
+    sandbox(|sb| {
+        const DEAF: &str = "/run/deaf";
+        let manager = UnixDatagram::bind(DEAF).expect("/run is ours");
+        fs::set_permissions(DEAF, fs::Permissions::from_mode(0o666)).expect("it is ours");
+        let noise = UnixDatagram::unbound().expect("a socket");
+        noise.connect(DEAF).expect("somebody is bound to it");
+        noise.set_nonblocking(true).expect("a socket");
+        let mut full = 0;
+        while noise.send(b"NOISE=1").is_ok() {
+            full += 1;
+        }
+
+        let mut helper = sb.helper().env("NOTIFY_SOCKET", DEAF).spawn();
+        wait_until("the helper serves", || UnixStream::connect(SOCKET).is_ok());
+        let alice = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let mut service = alice.agent(CONFIG).env("NOTIFY_SOCKET", DEAF).spawn();
+        wait_until("the agent's policy is in force", || {
+            let status = alice.run("cgtproxy-agent", &["status"]).stdout;
+            String::from_utf8_lossy(&status).starts_with("Helper:         connected\n")
+        });
+        let (app, tracker) = (scope(&alice, "any").app(), scope(&alice, "tracker"));
+        let mut agent = Agent::of(&alice);
+        for round in 0..3 {
+            service.write_config(&format!(
+                "{CONFIG}  - {{match: round-{round}, drop: true}}\n"
+            ));
+            service.reload();
+            let new = scope(&alice, &format!("round-{round}"));
+            agent.wait_for_verdict(&new, "drop");
+            agent.wait_for_verdict(&tracker, "drop");
+            for to in sb.destinations() {
+                assert_eq!(app.udp(to), proxied("mihomo", to));
+                assert!(new.app().udp(to).is_dropped());
+            }
+        }
+
+        // Now it reads.
+        manager.set_read_timeout(Some(DEADLINE)).expect("a socket");
+        let read = || {
+            let mut buffer = [0; 4096];
+            let length = manager.recv(&mut buffer).expect("there is more");
+            String::from_utf8_lossy(&buffer[..length]).into_owned()
+        };
+        for _ in 0..full {
+            assert_eq!(read(), "NOISE=1");
+        }
+        let mut told: Vec<String> = Vec::new();
+        while told.iter().filter(|line| *line == "READY=1").count() < 2
+            || !told.iter().any(|line| line.starts_with("STATUS=In force"))
+        {
+            told.push(read());
+        }
+        // In order, and of each kind no more than the last, besides the one that was on its way.
+        // (Both daemons say that they are ready; the last to say so comes after all that the helper says.)
+        let place = |said: &str| told.iter().rposition(|line| line == said);
+        let places = [
+            "FDSTOREREMOVE=1\nFDNAME=snapshot",
+            "FDSTORE=1\nFDNAME=snapshot",
+            "READY=1",
+        ]
+        .map(place);
+        assert!(places.is_sorted() && places[0].is_some(), "{told:?}");
+        assert!(
+            told.iter()
+                .filter(|line| line.starts_with("RELOADING=1"))
+                .count()
+                <= 2,
+            "{told:?}"
+        );
+
+        // And no more.
+        while noise.send(b"NOISE=2").is_ok() {}
+        assert!(service.stop().success());
+        assert!(helper.stop().success());
     });
 }
 

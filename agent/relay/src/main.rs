@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
+use cgtproxy_proto::notify;
 use cgtproxy_relay::cli::Arguments;
 use cgtproxy_relay::fake::Fakes;
 use cgtproxy_relay::original::Originals;
@@ -17,7 +18,6 @@ use cgtproxy_relay::relay::{Relay, Shared};
 use cgtproxy_relay::service;
 use clap::Parser;
 use listenfd::ListenFd;
-use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::LocalSet;
 
@@ -108,7 +108,7 @@ async fn serve(arguments: &Arguments, listener: UnixListener) -> Result<(), Erro
         Fakes::new(names_file()),
     );
     let relay = Rc::new(Relay::new(shared));
-    notify(NotifyState::Ready);
+    told(notify::ready());
     let save = async {
         loop {
             tokio::time::sleep(SAVE).await;
@@ -121,13 +121,13 @@ async fn serve(arguments: &Arguments, listener: UnixListener) -> Result<(), Erro
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    notify(NotifyState::Stopping);
+    told(notify::stopping());
     relay.save();
     Ok(())
 }
 
-fn notify(state: NotifyState<'_>) {
-    if let Err(error) = sd_notify::notify(&[state]) {
+fn told(told: io::Result<()>) {
+    if let Err(error) = told {
         tracing::debug!("can't notify the service manager: {error}");
     }
 }
