@@ -3,12 +3,15 @@
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
 use std::fs;
+use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cgtproxy_tests::agent::Agent;
-use cgtproxy_tests::sandbox::{Cgroup, HELPER_UID, Sandbox, Service, User, proxied, sandbox};
+use cgtproxy_tests::sandbox::{
+    App, Cgroup, Connection, HELPER_UID, Sandbox, Server, Service, User, proxied, sandbox,
+};
 use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, to_proxy, verdict};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::{DEADLINE, wait_until};
@@ -190,6 +193,169 @@ fn nothing_is_lost_while_the_helper_is_stopped() {
         let grown = resident(helper.pid()).saturating_sub(before);
         assert!(grown < 16 * 1024, "the helper has grown by {grown} KiB");
     });
+}
+
+/// The same for as long as it takes for a timer to run out, if anybody had one: here it is the time that counts. Control
+/// groups are made and removed and processes are moved all the while, of two users.
+#[test]
+fn nobody_notices_a_helper_that_is_stopped_for_ten_seconds() {
+    sandbox(|sb| {
+        const STOPPED: Duration = Duration::from_secs(10);
+        let mut helper = sb.helper().start();
+        let users = [(1001, "alices", "7890"), (1002, "bobs", "7891")];
+        let mut sides: Vec<_> = users
+            .into_iter()
+            .map(|(uid, name, port)| {
+                let user = sb.user(uid);
+                let number = port.parse().expect("a number");
+                let proxy = sb.tproxy(name).uid(uid).port(number).start();
+                let service = user.agent(&CONFIG.replace("7890", port)).start();
+                let early = scope(&user, "tracker-early");
+                let mut agent = Agent::of(&user);
+                agent.wait_for_verdict(&early, "drop");
+                let app = scope(&user, "any").app();
+                let traffic = Steady::start(sb, &app);
+                let open: Vec<_> = sb
+                    .destinations()
+                    .map(|to| (to, app.open_tcp(to).expect("the proxy answers")))
+                    .into();
+                let nomad = scope(&user, "nomad").app();
+                let before = agent.generation();
+                Side {
+                    user,
+                    name,
+                    service,
+                    agent,
+                    early,
+                    traffic,
+                    open,
+                    app,
+                    nomad,
+                    before,
+                    _proxy: proxy,
+                }
+            })
+            .collect();
+
+        helper.signal(Signal::SIGSTOP);
+        let begin = Instant::now();
+        let mut round = 0;
+        while begin.elapsed() < STOPPED {
+            for side in &sides {
+                let directory = side.user.cgroup("app.slice").directory();
+                let directory = directory.to_str().expect("ASCII");
+                // Ten come, and those of the last time go but for one, whose name is used again.
+                let (last, next) = (round % 2, 1 - round % 2);
+                side.user.shell(&format!(
+                    "cd {directory}
+                     mkdir app-tracker-{round}-kept.scope
+                     seq -f app-tracker-{next}-%g.scope 0 9 | xargs mkdir -p
+                     seq -f app-tracker-{last}-%g.scope 0 8 | xargs rmdir 2>/dev/null || true"
+                ));
+                // A process that moves has the verdict of where it is, which the kernel knows by itself.
+                move_to(&side.nomad, &side.early);
+                for to in sb.destinations() {
+                    assert!(side.nomad.udp(to).is_dropped());
+                    sb.assert_nothing_left_for(to.ip());
+                }
+                move_to(&side.nomad, &scope(&side.user, "nomad"));
+                side.assert_proxied(sb);
+            }
+            round += 1;
+        }
+        assert!(round > 1, "there was time for {round} rounds");
+        helper.signal(Signal::SIGCONT);
+
+        for side in &mut sides {
+            let slice = side.user.cgroup("app.slice");
+            let trackers = fs::read_dir(slice.directory())
+                .expect("it is there")
+                .flatten();
+            let mut expected: Vec<u64> = trackers
+                .filter(|group| {
+                    group
+                        .file_name()
+                        .to_string_lossy()
+                        .starts_with("app-tracker-")
+                })
+                .map(|group| group.metadata().expect("it is there").ino())
+                .collect();
+            assert!(expected.len() > round);
+            expected.push(slice.id());
+            expected.sort_unstable();
+            let map = format!("cgroups-{}", side.user.uid());
+            wait_until("the kernel has what there is", || {
+                mapped_ids(sb, &map) == expected
+            });
+            wait_until("the agent has heard of it", || {
+                let status = side.agent.status();
+                let groups = status["controlGroups"].as_array().expect("a list");
+                groups.iter().all(|group| group["inForce"] == true)
+            });
+            // The helper knows what the kernel has.
+            let known = Session::of(&side.user).status();
+            assert_eq!(known["controlGroups"], json!(expected.len()));
+            assert_eq!(known["session"], "active");
+            for name in [
+                format!("tracker-{}-kept", round - 1),
+                "tracker-0-9".to_owned(),
+            ] {
+                let late = scope(&side.user, &name).app();
+                for to in sb.destinations() {
+                    assert!(late.udp(to).is_dropped(), "{name}");
+                    assert!(late.tcp(to).is_dropped(), "{name}");
+                }
+            }
+            side.assert_proxied(sb);
+            // The session is the same one, and so are the processes.
+            assert!(side.agent.generation() > side.before);
+            assert!(side.service.is_running());
+            for end in ["trying again", "lost the helper", "closed the connection"] {
+                assert!(!side.service.log().contains(end), "{}", side.service.log());
+            }
+        }
+        assert!(helper.is_running());
+        for end in ["an agent is gone", "removed the policy"] {
+            assert!(!helper.log().contains(end), "{}", helper.log());
+        }
+    });
+}
+
+/// A user with all that must not notice anything.
+struct Side {
+    user: User,
+    name: &'static str,
+    service: Service,
+    agent: Agent,
+    early: Cgroup,
+    traffic: Steady,
+    open: Vec<(SocketAddr, Connection)>,
+    app: App,
+    nomad: App,
+    /// The helper's transactions before.
+    before: u64,
+    _proxy: Server,
+}
+
+impl Side {
+    #[track_caller]
+    fn assert_proxied(&self, sb: &Sandbox) {
+        for (to, open) in &self.open {
+            assert_eq!(open.ask(), proxied(self.name, *to));
+        }
+        for to in sb.destinations() {
+            for app in [&self.app, &self.nomad] {
+                assert_eq!(app.tcp(to), proxied(self.name, to));
+            }
+        }
+        self.traffic.assert_proxied(self.name);
+        self.traffic.assert_none_strayed(sb, &[self.name]);
+    }
+}
+
+fn move_to(app: &App, cgroup: &Cgroup) {
+    let processes = cgroup.directory().join("cgroup.procs");
+    fs::write(processes, app.pid().to_string()).expect("root may move it");
 }
 
 /// A service manager that reads nothing, with its queue full, halts neither daemon at its start, nor when it reloads
