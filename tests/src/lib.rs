@@ -15,6 +15,8 @@ mod host_cgroup;
 pub mod installed;
 pub mod others;
 pub mod package;
+pub mod proxies;
+pub mod relayed;
 pub mod sandbox;
 pub mod session;
 pub mod steady;

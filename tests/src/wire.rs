@@ -259,6 +259,15 @@ pub enum AppOrder {
         /// How many.
         bytes: u64,
     },
+    /// Connect, hear this until the server ends its direction, and only then send so many bytes, and end.
+    HearOut {
+        /// Where to.
+        to: SocketAddr,
+        /// All that the server says.
+        greeting: String,
+        /// How many.
+        bytes: u64,
+    },
     /// Make TCP connections, write to each for as long as somebody takes it, read nothing, and keep them.
     Hoard {
         /// Where to.

@@ -5,7 +5,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use cgtproxy_tests::agent::Agent;
-use cgtproxy_tests::sandbox::{App, INTERNET_V4, Outcome, Sandbox, Service, User, sandbox};
+use cgtproxy_tests::relayed::{Relayed, config};
+use cgtproxy_tests::sandbox::{App, INTERNET_V4, Outcome, Program, Sandbox, sandbox};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::{Afterwards, Speech};
 
@@ -18,67 +19,28 @@ const WAITING: u64 = 8 * 1024;
 /// What a SOCKS5 server says that does whatever it is asked for.
 const GRANTED: [u8; 12] = [5, 0, 5, 0, 0, 1, 0, 0, 0, 0, 0, 0];
 
-/// Everything of an application's goes through this upstream.
-struct Bed {
-    _helper: Service,
-    relay: Service,
-    _agent: Service,
-    user: User,
-    app: App,
+/// The relay's own limit.
+const CONNECTIONS: u32 = 8192;
+
+fn bed(sb: &Sandbox, upstream: &str, connections: u32) -> Relayed {
+    let builder = Relayed::builder(sb).connections(connections);
+    builder.start(&config(&format!("upstream: '{upstream}'")))
 }
 
-fn bed(sb: &Sandbox, upstream: &str, connections: u32) -> Bed {
-    bed_with(sb, connections, |config| {
-        *config += &format!("  own: {{upstream: '{upstream}'}}\n");
-        *config += "rules: [{match: /app-a, proxy: own}]\n";
-    })
+/// Another application, for which the kernel has that proxy.
+fn other_app(bed: &Relayed, name: &str, proxy: &str) -> App {
+    let cgroup = bed.user.cgroup(format!("app.slice/{name}.scope"));
+    Agent::of(&bed.user).wait_for_verdict(&cgroup, proxy);
+    cgroup.app()
 }
 
-/// With what is written after `proxies:`.
-fn bed_with(sb: &Sandbox, connections: u32, write: impl FnOnce(&mut String)) -> Bed {
-    let helper = sb.helper().config("limits: {proxies: 64}").start();
-    let user = sb.user(1001);
-    let limit = connections.to_string();
-    let relay = user
-        .relay()
-        .argument("--connections")
-        .argument(limit)
-        .start();
-    let app = user.cgroup("app.slice/app-a.scope").app();
-    let mut config = "version: 1\nproxies:\n".to_owned();
-    write(&mut config);
-    let agent = user.agent(&config).start();
-    Bed {
-        _helper: helper,
-        relay,
-        _agent: agent,
-        user,
-        app,
-    }
-}
-
-impl Bed {
-    /// What a command of the agent's prints.
-    fn agent(&self, command: &str) -> String {
-        let output = self.user.run("cgtproxy-agent", &[command]);
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    }
-
-    /// Another application, for which the kernel has that proxy.
-    fn other_app(&self, name: &str, proxy: &str) -> App {
-        let cgroup = self.user.cgroup(format!("app.slice/{name}.scope"));
-        Agent::of(&self.user).wait_for_verdict(&cgroup, proxy);
-        cgroup.app()
-    }
-
-    fn assert_memory(&self, bound: u64) {
-        let peak = self.relay.peak_memory();
-        assert!(peak < bound, "{peak} KiB, and {bound} are allowed");
-    }
+fn assert_memory(bed: &Relayed, bound: u64) {
+    let peak = bed.relay.peak_memory();
+    assert!(peak < bound, "{peak} KiB, and {bound} are allowed");
 }
 
 /// A server on the internet at the port for SOCKS, which says that.
-fn speaker(sb: &Sandbox, say: &[u8], then: Afterwards) -> cgtproxy_tests::sandbox::Program {
+fn speaker(sb: &Sandbox, say: &[u8], then: Afterwards) -> Program {
     let speech = Speech {
         say: say.to_vec(),
         then,
@@ -89,13 +51,14 @@ fn speaker(sb: &Sandbox, say: &[u8], then: Afterwards) -> cgtproxy_tests::sandbo
 #[test]
 fn datagrams_that_wait_for_a_silent_server_are_bounded() {
     sandbox(|sb| {
+        let _helper = sb.helper().start();
         let _server = speaker(sb, &[], Afterwards::Hold);
-        let bed = bed(sb, "socks5://192.0.2.2:1080", 8192);
+        let bed = bed(sb, "socks5://192.0.2.2:1080", CONNECTIONS);
         let [to, _] = sb.destinations();
         // 38 megabytes, more than the bound.
         const FLOWS: u32 = 40;
         bed.app.send_datagrams(to, FLOWS, 16, 60_000);
-        bed.assert_memory(BASE + u64::from(FLOWS) * CONNECTION + WAITING);
+        assert_memory(&bed, BASE + u64::from(FLOWS) * CONNECTION + WAITING);
         sb.assert_nothing_left_for(to.ip());
     });
 }
@@ -103,8 +66,9 @@ fn datagrams_that_wait_for_a_silent_server_are_bounded() {
 #[test]
 fn a_server_that_does_not_greet_is_down() {
     sandbox(|sb| {
+        let _helper = sb.helper().start();
         let _server = speaker(sb, &[], Afterwards::Hold);
-        let bed = bed(sb, "socks5://192.0.2.2:1080", 8192);
+        let bed = bed(sb, "socks5://192.0.2.2:1080", CONNECTIONS);
         let [to, _] = sb.destinations();
         assert_eq!(bed.app.end_of_one(to), Outcome::Closed);
         let status = bed.agent("status");
@@ -118,18 +82,19 @@ fn a_server_that_does_not_greet_is_down() {
 #[test]
 fn a_proxy_that_answers_no_request_is_down() {
     sandbox(|sb| {
+        let _helper = sb.helper().start();
         let _http = speaker(sb, &[], Afterwards::Hold);
         let greets = Speech {
             say: vec![5, 0],
             then: Afterwards::Hold,
         };
         let _socks = sb.speaker(SocketAddr::new(INTERNET_V4, 1081), &greets);
-        let bed = bed_with(sb, 8192, |config| {
-            *config += "  a: {upstream: 'http://192.0.2.2:1080'}\n";
-            *config += "  b: {upstream: 'socks5://192.0.2.2:1081'}\n";
-            *config += "rules: [{match: /app-a, proxy: a}, {match: /app-b, proxy: b}]\n";
-        });
-        let other = bed.other_app("app-b", "b");
+        let bed = Relayed::builder(sb).start(
+            "version: 1\nproxies:\n  a: {upstream: 'http://192.0.2.2:1080'}\n  \
+             b: {upstream: 'socks5://192.0.2.2:1081'}\n\
+             rules: [{match: /app-a, proxy: a}, {match: /app-b, proxy: b}]\n",
+        );
+        let other = other_app(&bed, "app-b", "b");
         let [to, _] = sb.destinations();
         let _open = [&bed.app, &other].map(|app| app.open_tcp(to).expect("the relay is there"));
         // While it goes on waiting, as the destination may be what is slow.
@@ -165,25 +130,26 @@ fn whoever_talks_nonsense_is_left() {
         cases.push(("socks5", GRANTED[..length].to_vec(), Afterwards::Close));
     }
     sandbox(|sb| {
-        let mut bed = bed_with(sb, 8192, |config| {
-            let mut rules = String::new();
-            for (port, (scheme, ..)) in (2000..).zip(&cases) {
-                *config += &format!("  p{port}: {{upstream: '{scheme}://192.0.2.2:{port}'}}\n");
-                rules += &format!("  - {{match: /app-{port}, proxy: p{port}}}\n");
-            }
-            *config += &format!("rules:\n{rules}");
-        });
+        let _helper = sb.helper().config("limits: {proxies: 64}").start();
+        let mut config = "version: 1\nproxies:\n".to_owned();
+        let mut rules = String::new();
+        for (port, (scheme, ..)) in (2000..).zip(&cases) {
+            config += &format!("  p{port}: {{upstream: '{scheme}://192.0.2.2:{port}'}}\n");
+            rules += &format!("  - {{match: /app-{port}, proxy: p{port}}}\n");
+        }
+        config += &format!("rules:\n{rules}");
+        let mut bed = Relayed::builder(sb).start(&config);
         for (port, (_, say, then)) in (2000..).zip(cases) {
             let speech = Speech { say, then };
             let _server = sb.speaker(SocketAddr::new(INTERNET_V4, port), &speech);
-            let app = bed.other_app(&format!("app-{port}"), &format!("p{port}"));
+            let app = other_app(&bed, &format!("app-{port}"), &format!("p{port}"));
             for to in sb.destinations() {
                 assert_eq!(app.end_of_one(to), Outcome::Closed, "{speech:?}");
                 sb.assert_nothing_left_for(to.ip());
             }
             assert!(bed.relay.is_running());
         }
-        bed.assert_memory(BASE);
+        assert_memory(&bed, BASE);
     });
 }
 
@@ -200,6 +166,7 @@ fn connections_at_the_limit_whose_reader_is_stuck_stay_within_the_bound() {
     sandbox(|sb| {
         small_buffers(sb);
         // It grants everything, and then reads nothing.
+        let _helper = sb.helper().start();
         let _server = speaker(sb, &GRANTED, Afterwards::Hold);
         let mut bed = bed(sb, "socks5://192.0.2.2:1080", LIMIT);
         let [to, other] = sb.destinations();
@@ -207,7 +174,7 @@ fn connections_at_the_limit_whose_reader_is_stuck_stay_within_the_bound() {
         wait_until("bytes of each connection to have got there", || {
             sb.unread_connections(1080) >= LIMIT as usize
         });
-        bed.assert_memory(BASE + u64::from(LIMIT) * CONNECTION);
+        assert_memory(&bed, BASE + u64::from(LIMIT) * CONNECTION);
         for to in [to, other] {
             let outcome = bed.app.end_of_one(to);
             assert_eq!(outcome, Outcome::Closed, "one more than there may be");

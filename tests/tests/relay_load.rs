@@ -4,37 +4,29 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use cgtproxy_tests::sandbox::{App, INTERNET_V4, INTERNET_V6, PORTS, Sandbox, Service, sandbox};
+use cgtproxy_tests::relayed::Relayed;
+use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, PORTS, Sandbox, sandbox};
 use cgtproxy_tests::wire::Transport::Tcp;
 
 /// How many megabytes go there and back, unless CGTPROXY_TEST_BULK says otherwise.
 const MEGABYTES: u64 = 256;
 
-/// An application that goes through a SOCKS5 server.
-fn bed(sb: &Sandbox, server: IpAddr) -> (App, [Service; 3]) {
-    let helper = sb.helper().start();
-    let user = sb.user(1001);
-    let relay = user.relay().start();
-    let app = user.cgroup("app.slice/app-a.scope").app();
+fn bed(sb: &Sandbox, server: IpAddr) -> Relayed {
     let upstream = SocketAddr::new(server, 1080);
-    let config = format!(
-        "version: 1\nproxies: {{own: {{upstream: 'socks5://{upstream}'}}}}\n\
-         rules: [{{match: /app-a, proxy: own}}]\n"
-    );
-    let agent = user.agent(&config).start();
-    (app, [helper, relay, agent])
+    Relayed::through(sb, &format!("socks5://{upstream}"))
 }
 
 #[test]
 fn two_hundred_destinations_of_one_socket_keep_apart() {
     sandbox(|sb| {
         let _server = sb.socks_server(SocketAddr::new(INTERNET_V4, 1080));
-        let (app, _services) = bed(sb, INTERNET_V4);
+        let _helper = sb.helper().start();
+        let bed = bed(sb, INTERNET_V4);
         let at = |ip| SocketAddr::new(ip, PORTS[3]);
         let v4: Vec<_> = (0..200).map(|_| at(sb.fresh_v4())).collect();
         let v6: Vec<_> = (0..200).map(|_| at(sb.fresh_v6())).collect();
         for destinations in [v4, v6] {
-            app.ping_pong(destinations, 3);
+            bed.app.ping_pong(destinations, 3);
         }
     });
 }
@@ -43,12 +35,13 @@ fn two_hundred_destinations_of_one_socket_keep_apart() {
 fn ten_thousand_short_connections_are_carried_on() {
     sandbox(|sb| {
         let _server = sb.socks_server(SocketAddr::new(INTERNET_V6, 1080));
-        let (_, [_helper, relay, _agent]) = bed(sb, INTERNET_V6);
-        let before = relay.open_descriptors();
+        let _helper = sb.helper().start();
+        let bed = bed(sb, INTERNET_V6);
+        let before = bed.relay.open_descriptors();
         let [v4, v6] = sb.destinations();
         std::thread::scope(|scope| {
             for to in [v4, v6, v4, v6] {
-                let app = sb.user(1001).cgroup("app.slice/app-a.scope").app();
+                let app = bed.user.cgroup("app.slice/app-a.scope").app();
                 scope.spawn(move || {
                     for _ in 0..50 {
                         let tally = app.burst(Tcp, to, 50);
@@ -59,7 +52,7 @@ fn ten_thousand_short_connections_are_carried_on() {
         });
         // What ended is gone, but for connections that wait for the next one.
         cgtproxy_tests::wait::wait_until("all descriptors to be closed", || {
-            relay.open_descriptors() <= before + 4
+            bed.relay.open_descriptors() <= before + 4
         });
     });
 }
@@ -73,9 +66,11 @@ fn each_byte_arrives_in_order_and_ends_are_passed_on() {
     sandbox(|sb| {
         let _server = sb.socks_server(SocketAddr::new(INTERNET_V4, 1080));
         let _echo = sb.echo_server(7777);
-        let (app, _services) = bed(sb, INTERNET_V4);
+        let _helper = sb.helper().start();
+        let bed = bed(sb, INTERNET_V4);
         for to in sb.destinations() {
-            app.bulk(SocketAddr::new(to.ip(), 7777), megabytes << 19);
+            bed.app
+                .bulk(SocketAddr::new(to.ip(), 7777), megabytes << 19);
         }
     });
 }

@@ -5,13 +5,10 @@
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 
-use cgtproxy_tests::sandbox::{
-    App, INTERNET_V4, Outcome, PORTS, Program, Sandbox, Service, User, sandbox,
-};
+use cgtproxy_tests::proxies::microsocks;
+use cgtproxy_tests::relayed::Relayed;
+use cgtproxy_tests::sandbox::{Outcome, PORTS, Program, Sandbox, Service, sandbox};
 use cgtproxy_tests::wait::wait_until;
-
-const CONFIG: &str = "version: 1\nproxies: {own: {upstream: 'socks5h://192.0.2.2:1080'}}\n\
-                      rules: [{match: /app-a, proxy: own}]\n";
 
 /// What only those on the internet know, with an address of each family.
 const V4_NAME: &str = "four.example";
@@ -20,10 +17,8 @@ const V6_NAME: &str = "six.example";
 /// An application whose names a SOCKS5 server looks up.
 struct Bed {
     _server: Program,
-    _services: [Service; 2],
-    relay: Service,
-    user: User,
-    app: App,
+    _helper: Service,
+    relayed: Relayed,
     to: [SocketAddr; 2],
 }
 
@@ -34,33 +29,24 @@ impl Bed {
         let hosts = format!("{} {V4_NAME}\n{} {V6_NAME}\n", to[0].ip(), to[1].ip());
         fs::write("/run/hosts", hosts).expect("/run is ours");
         sb.run(&["mount", "--bind", "/run/hosts", "/etc/hosts"]);
-        let at = SocketAddr::new(INTERNET_V4, 1080);
-        let server = sb
-            .internet_program(&["microsocks", "-i", "0.0.0.0", "-p", "1080"])
-            .listening(at);
+        let server = microsocks(sb, &[]);
         let helper = sb.helper().start();
-        let user = sb.user(1001);
-        let relay = user.relay().start();
-        let app = user.cgroup("app.slice/app-a.scope").app();
-        let agent = user.agent(CONFIG).start();
         Self {
             _server: server,
-            _services: [helper, agent],
-            relay,
-            user,
-            app,
+            _helper: helper,
+            relayed: Relayed::through(sb, "socks5h://192.0.2.2:1080"),
             to,
         }
     }
 
     /// The address that an application is told, by a server that is never asked.
     fn look_up(&self, sb: &Sandbox, name: &str, kind: &str) -> IpAddr {
-        let cgroup = self.user.cgroup("app.slice/app-a.scope/dig");
+        let cgroup = self.relayed.user.cgroup("app.slice/app-a.scope/dig");
         let servers = [sb.fresh_v4(), sb.fresh_v6()];
         let mut answers = servers.map(|server| {
             let server = format!("@{server}");
             let argv = ["dig", "+short", "+tries=1", &server, name, kind];
-            let answer = self.user.output(&cgroup, &argv);
+            let answer = self.relayed.user.output(&cgroup, &argv);
             answer.trim().parse::<IpAddr>().expect("one address")
         });
         answers.sort();
@@ -70,19 +56,17 @@ impl Bed {
 
     /// What becomes of a connection there, in the end.
     fn tcp(&self, to: IpAddr) -> Outcome {
-        let to = SocketAddr::new(to, PORTS[0]);
-        Outcome::in_the_end(|| self.app.tcp(to))
+        self.relayed.tcp(SocketAddr::new(to, PORTS[0]))
     }
 
     fn names(&self) -> std::path::PathBuf {
-        self.user.home().join(".local/state/cgtproxy/names")
+        self.relayed.user.home().join(".local/state/cgtproxy/names")
     }
 
     fn start_again(&mut self) {
-        self.relay.start_again();
+        self.relayed.relay.start_again();
         wait_until("the relay to be found again", || {
-            let output = self.user.run("cgtproxy-agent", &["doctor"]);
-            !String::from_utf8_lossy(&output.stdout).contains("[relay-missing]")
+            !self.relayed.agent("doctor").contains("[relay-missing]")
         });
     }
 }
@@ -104,7 +88,7 @@ fn addresses_of_both_families_stand_for_a_name_and_no_query_leaves() {
         }
         assert_eq!(sb.queries_left(), 0);
         // The counter counts: another application's query does leave.
-        let other = bed.user.cgroup("app.slice/app-b.scope").app();
+        let other = bed.relayed.user.cgroup("app.slice/app-b.scope").app();
         let server = SocketAddr::new(sb.fresh_v4(), 53);
         assert_eq!(other.udp(server), cgtproxy_tests::sandbox::direct(server));
         assert_eq!(sb.queries_left(), 1);
@@ -118,7 +102,7 @@ fn a_name_keeps_its_addresses_over_restarts_until_they_expire() {
         let fake = bed.look_up(sb, V4_NAME, "A");
         let to = bed.to[0];
         // Told to end, it writes the names down; killed, it has done so some seconds before.
-        bed.relay.stop();
+        bed.relayed.relay.stop();
         bed.start_again();
         assert_eq!(bed.tcp(fake), Outcome::Redirected { to });
         assert_eq!(bed.look_up(sb, V4_NAME, "A"), fake);
@@ -126,12 +110,12 @@ fn a_name_keeps_its_addresses_over_restarts_until_they_expire() {
         wait_until("the name to be written down", || {
             fs::read_to_string(bed.names()).is_ok_and(|text| text.contains(V6_NAME))
         });
-        bed.relay.kill();
+        bed.relayed.relay.kill();
         bed.start_again();
         assert_eq!(bed.look_up(sb, V6_NAME, "A"), second);
         assert_eq!(bed.tcp(second), Outcome::Redirected { to: bed.to[1] });
         // A day later nobody knows what the first stood for, and nothing goes there.
-        bed.relay.stop();
+        bed.relayed.relay.stop();
         let text = fs::read_to_string(bed.names()).expect("it was written");
         let day = 24 * 60 * 60;
         let aged: Vec<String> = text

@@ -3,58 +3,22 @@
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 
 use cgtproxy_tests::others::unpack_servers;
-use cgtproxy_tests::sandbox::{
-    App, INTERNET_V4, INTERNET_V6, Outcome, Program, Sandbox, Service, User, sandbox,
-};
+use cgtproxy_tests::proxies::dante;
+use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, config};
+use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, Outcome, Program, Sandbox, User, sandbox};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::{Afterwards, Speech};
 
 /// Where sshd and stunnel are unpacked.
 const SERVERS: &str = "/run/servers";
 
-/// Everything of an application's goes through this upstream.
-struct Bed {
-    user: User,
-    app: App,
-    _services: [Service; 2],
-}
-
-fn bed(sb: &Sandbox, uid: u32, upstream: &str, certificates: &str) -> Bed {
-    let user = sb.user(uid);
-    let relay = user.relay().env("SSL_CERT_FILE", certificates).start();
-    let app = user.cgroup("app.slice/app-a.scope").app();
-    let config = format!(
-        "version: 1\nproxies: {{own: {{upstream: '{upstream}'}}}}\nrules: [{{match: /app-a, proxy: own}}]\n"
-    );
-    let agent = user.agent(&config).start();
-    Bed {
-        user,
-        app,
-        _services: [relay, agent],
-    }
-}
-
-impl Bed {
-    fn tcp(&self, to: SocketAddr) -> Outcome {
-        Outcome::in_the_end(|| self.app.tcp(to))
-    }
-
-    /// What a command of the agent's prints.
-    fn agent(&self, command: &str) -> String {
-        let output = self.user.run("cgtproxy-agent", &[command]);
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    }
-}
-
-#[track_caller]
-fn assert_from_the_internet(outcome: &Outcome, to: SocketAddr) {
-    let inside: [IpAddr; 3] = [to.ip(), INTERNET_V4, INTERNET_V6];
-    let is = matches!(outcome, Outcome::Direct { seen_as } if inside.contains(seen_as));
-    assert!(is, "{to}: {outcome:?}");
+fn bed(sb: &Sandbox, uid: u32, upstream: &str, certificates: &str) -> Relayed {
+    let builder = Relayed::builder(sb).uid(uid).certificates(certificates);
+    builder.start(&config(&format!("upstream: '{upstream}'")))
 }
 
 /// A command that runs one of the unpacked programs with its libraries.
@@ -132,6 +96,7 @@ fn ssh_is_a_proxy_and_nothing_goes_direct_without_it() {
             assert_from_the_internet(&bed.tcp(to), to);
             assert_eq!(other.tcp(to), cgtproxy_tests::sandbox::direct(to));
         }
+        bed.assert_ends_are_passed_on(sb);
         // Names are looked up where sshd is.
         let [to, _] = sb.destinations();
         fs::write("/run/hosts", format!("{} secret.example\n", to.ip())).expect("/run is ours");
@@ -188,6 +153,7 @@ fn stunnel(sb: &Sandbox) -> [Program; 2] {
             '[right]' 'accept = 192.0.2.2:8443' 'connect = 192.0.2.2:3128' 'cert = /run/tls/right.both' \\
             '[wrong]' 'accept = 192.0.2.2:8444' 'connect = 192.0.2.2:3128' 'cert = /run/tls/wrong.both' \\
             '[stuck]' 'accept = 192.0.2.2:8445' 'connect = 192.0.2.2:3129' 'cert = /run/tls/right.both' \\
+            '[ends]' 'accept = 192.0.2.2:8446' 'connect = 192.0.2.2:3130' 'cert = /run/tls/right.both' \\
             > stunnel.conf
         printf '%s\\n' 'Port 3128' 'Listen 192.0.2.2' 'Timeout 60' 'MaxClients 50' 'BasicAuth me secret' > tiny.conf";
     sb.run(&["sh", "-euc", certificates]);
@@ -244,6 +210,17 @@ fn a_proxy_within_tls_must_prove_who_it_is() {
 }
 
 #[test]
+fn either_side_may_end_first_within_tls() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _servers = stunnel(sb);
+        let _proxy = sb.http_proxy(SocketAddr::new(INTERNET_V4, 3130));
+        let bed = bed(sb, 1001, "https://192.0.2.2:8446", "/run/tls/ours.pem");
+        bed.assert_ends_are_passed_on(sb);
+    });
+}
+
+#[test]
 fn connections_within_tls_stay_within_the_bound() {
     /// What docs/how-it-works.md says, in KiB, without connections and for each.
     const BASE: u64 = 16 * 1024;
@@ -267,31 +244,10 @@ fn connections_within_tls_stay_within_the_bound() {
         wait_until("bytes of each connection to have got there", || {
             sb.unread_connections(3129) >= CONNECTIONS as usize
         });
-        let peak = bed._services[0].peak_memory();
+        let peak = bed.relay.peak_memory();
         let bound = BASE + u64::from(CONNECTIONS) * CONNECTION;
         assert!(peak < bound, "{peak} KiB, and {bound} are allowed");
     });
-}
-
-/// Dante on the internet, at this address.
-fn dante(sb: &Sandbox, at: IpAddr) -> Program {
-    let config = format!(
-        "logoutput: stderr\n\
-         internal: {at} port = 1080\n\
-         external: 192.0.2.2\n\
-         external: 2001:db8::2\n\
-         external.rotation: same-same\n\
-         clientmethod: none\nsocksmethod: none\n\
-         user.privileged: root\nuser.unprivileged: root\n\
-         client pass {{ from: 0/0 to: 0/0 }}\n\
-         client pass {{ from: ::/0 to: ::/0 }}\n\
-         socks pass {{ from: 0/0 to: 0/0 protocol: tcp udp }}\n\
-         socks pass {{ from: ::/0 to: ::/0 protocol: tcp udp }}\n\
-         socks pass {{ from: ::/0 to: 0/0 protocol: tcp udp }}\n"
-    );
-    fs::write("/run/danted.conf", config).expect("/run is ours");
-    sb.internet_program(&["danted", "-f", "/run/danted.conf"])
-        .listening(SocketAddr::new(at, 1080))
 }
 
 #[test]

@@ -2,10 +2,11 @@
 
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use cgtproxy_tests::installed::{AGENT, Installed};
-use cgtproxy_tests::sandbox::{App, INTERNET_V4, INTERNET_V6, Outcome, Sandbox, direct, sandbox};
+use cgtproxy_tests::relayed::came_from_the_internet;
+use cgtproxy_tests::sandbox::{App, INTERNET_V4, Sandbox, direct, sandbox};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::SystemUser;
 use cgtproxy_tests::wait::{wait_for, wait_until};
@@ -19,11 +20,6 @@ const EXPOSURE: u32 = 65;
 /// Everything, the relay's own packets too if that were possible.
 const CONFIG: &str = "version: 1\nproxies: {own: {upstream: 'socks5://192.0.2.2:1080'}}\n\
                       rules: [{match: /, proxy: own}]\n";
-
-fn came_from_the_internet(outcome: &Outcome, to: SocketAddr) -> bool {
-    let inside: [IpAddr; 3] = [to.ip(), INTERNET_V4, INTERNET_V6];
-    matches!(outcome, Outcome::Direct { seen_as } if inside.contains(seen_as))
-}
 
 /// Insists that whoever is asked is asked by the proxy, in the end, and by nobody else.
 #[track_caller]

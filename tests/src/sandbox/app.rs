@@ -320,6 +320,20 @@ impl App {
         self.done(&AppOrder::Bulk { to, bytes });
     }
 
+    /// Connects to a server that says `greeting` and ends that direction; then sends it so many bytes, and ends the
+    /// other one.
+    ///
+    /// # Panics
+    /// When it says something else, or does not take them.
+    #[track_caller]
+    pub fn hear_out(&self, to: SocketAddr, greeting: &str, bytes: u64) {
+        self.done(&AppOrder::HearOut {
+            to,
+            greeting: greeting.to_owned(),
+            bytes,
+        });
+    }
+
     #[track_caller]
     fn done(&self, order: &AppOrder) {
         match self.order(order) {

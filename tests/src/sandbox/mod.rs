@@ -156,10 +156,16 @@ impl Sandbox {
     /// When it does not listen.
     #[track_caller]
     pub fn socks_server(&self, at: std::net::SocketAddr) -> Program {
-        let program = launch::binary("cgtproxy-testapp");
-        let program = program.to_str().expect("a path of our own");
-        self.internet_program(&[program, "socks", &at.to_string()])
-            .listening(at)
+        self.on_internet(&["socks", &at.to_string()], at)
+    }
+
+    /// A proxy on the internet that knows CONNECT of HTTP, and passes on the end of each direction by itself.
+    ///
+    /// # Panics
+    /// When it does not listen.
+    #[track_caller]
+    pub fn http_proxy(&self, at: std::net::SocketAddr) -> Program {
+        self.on_internet(&["http", &at.to_string()], at)
     }
 
     /// A server on the internet that says the same to everybody, whatever it is asked.
@@ -168,11 +174,8 @@ impl Sandbox {
     /// When it does not listen.
     #[track_caller]
     pub fn speaker(&self, at: std::net::SocketAddr, speech: &Speech) -> Program {
-        let program = launch::binary("cgtproxy-testapp");
-        let program = program.to_str().expect("a path of our own");
         let speech = serde_json::to_string(speech).expect("it has names for all it has");
-        self.internet_program(&[program, "speaker", &at.to_string(), &speech])
-            .listening(at)
+        self.on_internet(&["speaker", &at.to_string(), &speech], at)
     }
 
     /// A server with every address of the internet's, which sends back whatever it is sent, and ends when that does.
@@ -181,10 +184,28 @@ impl Sandbox {
     /// When it does not listen.
     #[track_caller]
     pub fn echo_server(&self, port: u16) -> Program {
+        let at = std::net::SocketAddr::new(INTERNET_V4, port);
+        self.on_internet(&["echo", &format!("[::]:{port}")], at)
+    }
+
+    /// A server with every address of the internet's, which greets, ends that direction at once, and hears what comes
+    /// until the other one ends. What that was is in its [log](Program::log); see [`App::hear_out`].
+    ///
+    /// # Panics
+    /// When it does not listen.
+    #[track_caller]
+    pub fn listener(&self, port: u16, greeting: &str) -> Program {
+        let at = std::net::SocketAddr::new(INTERNET_V4, port);
+        self.on_internet(&["listener", &format!("[::]:{port}"), greeting], at)
+    }
+
+    /// A server of the test bed's own on the internet.
+    #[track_caller]
+    fn on_internet(&self, role: &[&str], at: std::net::SocketAddr) -> Program {
         let program = launch::binary("cgtproxy-testapp");
         let program = program.to_str().expect("a path of our own");
-        self.internet_program(&[program, "echo", &format!("[::]:{port}")])
-            .listening(std::net::SocketAddr::new(INTERNET_V4, port))
+        self.internet_program(&[&[program], role].concat())
+            .listening(at)
     }
 
     /// The helper, to be configured and started.

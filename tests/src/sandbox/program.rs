@@ -1,7 +1,8 @@
 //! Programs of others that run in the sandbox: servers of the distribution's.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::sync::Arc;
 
@@ -12,14 +13,15 @@ use crate::wait::wait_until;
 /// A running program. Dropped, it is killed.
 pub struct Program {
     child: Child,
+    log: PathBuf,
 }
 
 impl Program {
     #[track_caller]
     pub(crate) fn start(world: &Arc<World>, launch: Launch, argv: &[&str]) -> Self {
         let (program, arguments) = argv.split_first().expect("a program");
-        let log = File::create(world.new_log(program.rsplit('/').next().unwrap_or(program)))
-            .expect("a file in our own directory");
+        let path = world.new_log(program.rsplit('/').next().unwrap_or(program));
+        let log = File::create(&path).expect("a file in our own directory");
         let child = launch
             .command(program)
             .args(arguments)
@@ -28,7 +30,7 @@ impl Program {
             .stderr(log)
             .spawn()
             .unwrap_or_else(|e| panic!("cannot start {program}: {e}"));
-        Self { child }
+        Self { child, log: path }
     }
 
     /// Waits until somebody listens there.
@@ -39,6 +41,11 @@ impl Program {
     pub fn listening(self, at: SocketAddr) -> Self {
         wait_until("somebody to listen", || TcpStream::connect(at).is_ok());
         self
+    }
+
+    /// All it has written to stdout and stderr.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
     /// Kills it.

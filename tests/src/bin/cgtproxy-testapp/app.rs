@@ -1,6 +1,6 @@
 //! An application: does on the network what the harness tells it, one step at a time.
 
-mod bulk;
+pub(crate) mod bulk;
 mod crowd;
 mod flow;
 mod hoard;
@@ -116,6 +116,11 @@ impl App {
                 .extend(hoard::send_datagrams(to, sockets, count, bytes)?),
             AppOrder::PingPong { to, rounds } => ping_pong::run(&to, rounds)?,
             AppOrder::Bulk { to, bytes } => bulk::run(to, bytes)?,
+            AppOrder::HearOut {
+                to,
+                greeting,
+                bytes,
+            } => bulk::hear_out(to, &greeting, bytes)?,
             AppOrder::Hoard { to, connections } => {
                 self.kept.extend(hoard::hoard(to, connections)?);
             }

@@ -11,6 +11,7 @@
 
 mod app;
 mod boot;
+mod http;
 mod init;
 mod launch;
 mod lines;
@@ -27,7 +28,8 @@ use std::ffi::OsString;
 
 const USAGE: &str = "usage: cgtproxy-testapp sandbox CGROUP BIN-DIR CMD… | init BIN-DIR CMD… \
                      | launch CGROUP CMD… | boot CGROUP ROOT NOTIFY-SOCKET | boot-init ROOT NOTIFY-SOCKET \
-                     | serve JSON | socks ADDRESS | speaker ADDRESS JSON | echo ADDRESS | app | starts JSON \
+                     | serve JSON | socks ADDRESS | http ADDRESS | speaker ADDRESS JSON \
+                     | echo ADDRESS | listener ADDRESS GREETING | app | starts JSON \
                      | pipe SOCKET | watches PID COUNT | netlink PROTOCOL PORT";
 
 fn main() {
@@ -42,11 +44,16 @@ fn main() {
         (Some("boot-init"), [root, notify]) => boot::boot_init(root, notify),
         (Some("serve"), [spec]) => server::serve(spec.to_str().expect("JSON is UTF-8")),
         (Some("socks"), [address]) => socks::serve(address.to_str().expect("an address")),
+        (Some("http"), [address]) => http::serve(address.to_str().expect("an address")),
         (Some("speaker"), [address, speech]) => {
             let speech = lines::parse(speech.to_str().expect("JSON is UTF-8").as_bytes());
             speaker::serve(address.to_str().expect("an address"), &speech);
         }
         (Some("echo"), [address]) => speaker::echo(address.to_str().expect("an address")),
+        (Some("listener"), [address, greeting]) => speaker::listen(
+            address.to_str().expect("an address"),
+            greeting.to_str().expect("text"),
+        ),
         (Some("app"), []) => app::run(),
         (Some("starts"), [spec]) => starts::run(spec.to_str().expect("JSON is UTF-8")),
         (Some("pipe"), [socket]) => pipe::run(socket),

@@ -71,7 +71,8 @@ fn named(name: &[u8]) -> Option<IpAddr> {
     label.replace('-', ".").parse().ok()
 }
 
-fn connect(to: SocketAddr) -> Result<TcpStream> {
+/// A connection to somebody, from the internet's own address.
+pub(crate) fn connect(to: SocketAddr) -> Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
     socket.bind(&own(to).into())?;
     socket.connect(&to.into())?;
@@ -88,7 +89,8 @@ fn own(to: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, 0)
 }
 
-fn carry(client: TcpStream, server: TcpStream) -> Result<()> {
+/// Carries bytes both ways, and passes on the end of each.
+pub(crate) fn carry(client: TcpStream, server: TcpStream) -> Result<()> {
     let (mut from_client, mut to_server) = (client.try_clone()?, server.try_clone()?);
     let up = thread::spawn(move || {
         let _ = copy(&mut from_client, &mut to_server);

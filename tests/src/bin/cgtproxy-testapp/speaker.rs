@@ -1,10 +1,12 @@
 //! Servers that do not care what they are asked.
 
 use std::io::{Result, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
 
 use cgtproxy_tests::wire::{Afterwards, Speech};
+
+use crate::app::bulk;
 
 /// Serves until it is killed.
 pub(crate) fn serve(address: &str, speech: &Speech) {
@@ -33,7 +35,25 @@ pub(crate) fn echo(address: &str) {
             let (mut from, mut to) = (&client, &client);
             // A client that goes away in the middle is what tests do.
             let _ = std::io::copy(&mut from, &mut to);
-            let _ = client.shutdown(std::net::Shutdown::Write);
+            let _ = client.shutdown(Shutdown::Write);
+        });
+    }
+}
+
+/// Greets, ends that direction, and says on the standard output what comes until the other one ends.
+pub(crate) fn listen(address: &str, greeting: &str) {
+    let listener = TcpListener::bind(address).expect("an address of the internet's");
+    for mut client in listener.incoming().flatten() {
+        let greeting = greeting.to_owned();
+        thread::spawn(move || {
+            let heard = client
+                .write_all(greeting.as_bytes())
+                .and_then(|()| client.shutdown(Shutdown::Write))
+                .and_then(|()| bulk::receive(&mut client));
+            match heard {
+                Ok(count) => println!("heard {count} bytes to the end"),
+                Err(error) => println!("heard no end: {error}"),
+            }
         });
     }
 }
