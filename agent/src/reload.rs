@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use inotify::{EventMask, Inotify, WatchMask, Watches};
 use tokio::signal::unix::Signal;
 
-use crate::config::{self, Config, Findings, LoadError, Loaded, Scope, Severity};
+use crate::config::{self, Config, Environment, Findings, LoadError, Loaded, Scope, Severity};
 use crate::notify;
 use crate::state::{Agent, Source};
 use crate::text::{chain, printable};
@@ -57,15 +57,24 @@ impl Loader {
             Ok(bytes) => bytes,
             Err(LoadError::Missing(_)) if !loader.file.explicit => {
                 let name = printable(&path.to_string_lossy());
-                let environment = Config::from_environment(|name| std::env::var(name).ok());
-                match &environment {
-                    Some(_) => tracing::info!(
-                        "there is no {name}: everything goes direct, and 'cgtproxy-exec proxy' uses the proxy \
-                         of the environment"
-                    ),
-                    None => tracing::info!("there is no {name}: everything goes direct"),
+                let environment = Environment::read(|name| std::env::var(name).ok());
+                for (variable, why) in environment.unusable {
+                    tracing::warn!("the proxy in {variable} can't be used: {why}");
                 }
-                let config = environment.unwrap_or_else(Config::without_file);
+                let config = match environment.proxy {
+                    Some((variable, upstream)) => {
+                        tracing::info!(
+                            "there is no {name}: everything goes direct, and 'cgtproxy-exec proxy' uses {upstream}, \
+                             which {variable} names"
+                        );
+                        Config::with_proxy(upstream)
+                    }
+                    None => {
+                        tracing::info!("there is no {name}: everything goes direct");
+                        None
+                    }
+                };
+                let config = config.unwrap_or_else(Config::without_file);
                 return Ok((loader, Source { config, file: None }, None));
             }
             Err(error @ LoadError::Missing(_)) => return Err(error),

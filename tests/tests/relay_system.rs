@@ -5,8 +5,9 @@
 use std::net::SocketAddr;
 
 use cgtproxy_tests::installed::{AGENT, Installed};
+use cgtproxy_tests::proxies::tinyproxy;
 use cgtproxy_tests::relayed::came_from_the_internet;
-use cgtproxy_tests::sandbox::{App, INTERNET_V4, Sandbox, direct, sandbox};
+use cgtproxy_tests::sandbox::{App, INTERNET_V4, Outcome, Sandbox, direct, sandbox};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::SystemUser;
 use cgtproxy_tests::wait::{wait_for, wait_until};
@@ -62,6 +63,50 @@ fn without_a_configuration_the_environments_proxy_is_there() {
         let output = system.output_as(bob, &["cgtproxy-exec", "proxy", "true"]);
         assert!(!output.status.success());
         assert!(relay_is(&installed, bob, "inactive"));
+    });
+}
+
+#[test]
+fn the_environments_http_proxy_is_used_too() {
+    const PAGE: &str = "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n";
+    sandbox(|sb| {
+        let _server = tinyproxy(sb, "");
+        let _pages = sb.listener(8000, PAGE);
+        let installed = Installed::boot(sb, "", |_| {});
+        let system = &installed.system;
+        let (alice, bob) = (system.alice(), system.bob());
+        // As people write them. Nobody is at the other one.
+        let environments = [
+            (alice, &["http_proxy=192.0.2.2:3128"][..]),
+            (
+                bob,
+                &[
+                    "http_proxy=http://192.0.2.2:1",
+                    "HTTPS_PROXY=http://192.0.2.2:3128/",
+                ],
+            ),
+        ];
+        for (user, variables) in environments {
+            let set = ["systemctl", "--user", "set-environment"];
+            system.run_as(user, &[&set, variables].concat());
+            system.run_as(user, &["systemctl", "--user", "enable", "--now", AGENT]);
+            for to in sb.destinations() {
+                let page = format!("http://{}/", SocketAddr::new(to.ip(), 8000));
+                // To curl itself it is a page like any other.
+                let curl = ["curl", "--silent", "--show-error", "--noproxy", "*", &page];
+                let by = ["cgtproxy-exec", "proxy"];
+                assert_eq!(system.run_as(user, &[&by[..], &curl].concat()), "hello\n");
+                sb.assert_nothing_left_for(to.ip());
+                // Without, it goes where it went.
+                assert_eq!(system.run_as(user, &curl), "hello\n");
+                assert!(!sb.deliveries(to.ip()).is_empty());
+            }
+            let app = system.app_as(user, &["cgtproxy-exec", "proxy"]);
+            for to in sb.destinations() {
+                assert_eq!(app.udp(to), Outcome::Forbidden, "no HTTP proxy carries UDP");
+                sb.assert_nothing_left_for(to.ip());
+            }
+        }
     });
 }
 

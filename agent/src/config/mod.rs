@@ -1,5 +1,6 @@
 //! The user's configuration file: what it means, once what was typed has been found right.
 
+mod environment;
 mod finding;
 mod migrate;
 mod network;
@@ -20,6 +21,7 @@ use cgtproxy_proto::name::ProxyName;
 use crate::policy::{DEFAULT_PROXY, ExecSlices, Rules, Start, Target};
 use crate::watch::Monitor;
 
+pub use environment::Environment;
 pub use finding::{Excerpt, Finding, Findings, Place, Severity};
 pub use migrate::migrate;
 pub use network::Network;
@@ -138,21 +140,10 @@ impl Config {
         }
     }
 
-    /// What holds without a file where the environment names a proxy, as for curl: everything goes direct, but
-    /// `cgtproxy-exec proxy` uses it. None if it names none that is of use; `variable` reads it.
+    /// What holds without a file where the environment names a proxy: everything goes direct, but `cgtproxy-exec proxy`
+    /// uses it.
     #[must_use]
-    pub fn from_environment(variable: impl Fn(&str) -> Option<String>) -> Option<Self> {
-        let names = [
-            "all_proxy",
-            "ALL_PROXY",
-            "https_proxy",
-            "HTTPS_PROXY",
-            "http_proxy",
-        ];
-        let upstream: Upstream = names
-            .into_iter()
-            .filter_map(variable)
-            .find_map(|url| url.parse().ok())?;
+    pub fn with_proxy(upstream: Upstream) -> Option<Self> {
         let name: Rc<ProxyName> = Rc::new(DEFAULT_PROXY.parse().ok()?);
         let fake_dns = upstream.scheme != Scheme::Socks5;
         let config = Self::without_file();
