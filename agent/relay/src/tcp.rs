@@ -4,7 +4,6 @@ use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -86,14 +85,16 @@ async fn carry(client: &mut TcpStream, entry: &Entry) -> bool {
     };
     let upstream = entry.upstream();
     let began = Instant::now();
-    let mut connecting = pin!(upstream.connect(&target));
+    // On the heap, for as long as it takes: an open connection holds half as much without it.
+    let mut connecting = Box::pin(upstream.connect(&target));
     let connected = match timeout(upstream::SILENCE, connecting.as_mut()).await {
         Ok(connected) => connected,
         Err(_) => {
             entry.reached(began, Err(&Error::Silent));
-            connecting.await
+            connecting.as_mut().await
         }
     };
+    drop(connecting);
     let (mut server, early) = match connected {
         Ok(connected) => {
             entry.reached(began, Ok(()));

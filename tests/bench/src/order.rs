@@ -91,6 +91,8 @@ pub(crate) enum Task {
     Requests { count: usize },
     /// The same for several at once, so often in all: connections a second.
     Rush { count: usize },
+    /// Connect so often and keep all connections until it is told to end.
+    Hold { connections: usize },
     /// Exchange so many datagrams with several destinations: round trips a second.
     Datagrams { count: usize },
 }
@@ -130,6 +132,8 @@ pub(crate) enum Order {
     Packets { place: Place, blocks: usize },
     /// Have an application do something beyond a relay: numbers, as its task has them.
     Errand { way: Way, cores: Cores, task: Task },
+    /// Have an application hold connections through the relay, which are idle or whose ends don't read: [`Held`].
+    Hold { connections: usize, stuck: bool },
     /// Let the daemons idle: [`Idle`]s.
     Idle { milliseconds: u64 },
     /// Simulate so many users' agents in all, each with so many control groups.
@@ -190,6 +194,14 @@ pub(crate) struct Start {
     pub(crate) in_force: u64,
     /// Until `READY=1`.
     pub(crate) ready: u64,
+}
+
+/// What the relay uses, in bytes.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Held {
+    pub(crate) resident: u64,
+    /// Shared with no file.
+    pub(crate) anonymous: u64,
 }
 
 /// What a daemon uses.

@@ -35,6 +35,7 @@ impl Errand {
     /// Does it, and prints what is to be known about it: JSON.
     pub(crate) fn run(self) {
         let printed = match self.task {
+            Task::Hold { connections } => return self.hold(connections),
             Task::Bulk { bytes } => vec![self.bulk(bytes)],
             Task::Requests { count } => (0..count).map(|_| self.request()).collect(),
             Task::Rush { count } => vec![self.rush(count)],

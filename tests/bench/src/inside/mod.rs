@@ -4,6 +4,7 @@ mod arrivals;
 mod burst;
 mod client;
 mod daemons;
+mod held;
 mod packets;
 mod relay;
 mod restore;
@@ -39,6 +40,7 @@ pub(crate) fn measure(sandbox: &Sandbox, kind: Kind) -> ExitCode {
             Order::Start => say(&site.start()),
             Order::Packets { place, blocks } => say(&site.packets(place, blocks)),
             Order::Errand { way, cores, task } => say(&site.errand(way, cores, task)),
+            Order::Hold { connections, stuck } => say(&site.hold(connections, stuck)),
             Order::Idle { milliseconds } => say(&site.idle(milliseconds)),
             Order::Users { users, groups } => say(&site.add_users(users, groups)),
             Order::Updates { count } => say(&site.updates(count)),

@@ -67,9 +67,9 @@ impl Site<'_> {
             (Way::Carried, _) => (Place::Proxied, through_socks, None),
         };
         let relay = self.relay_pid(way);
-        let server = self.socks.get_or_insert_with(|| Server::start("--socks"));
+        let server = self.socks_server();
         let [first, second] = processors(cores);
-        pin(server.0.id(), first);
+        pin(server, first);
         if let Some(relay) = relay {
             pin(relay, second);
         }
@@ -88,6 +88,12 @@ impl Site<'_> {
             .expect("the test application");
         assert!(output.status.success());
         serde_json::from_slice(&output.stdout).expect("numbers")
+    }
+
+    /// The SOCKS5 server's process; started, if it is not there.
+    pub(super) fn socks_server(&mut self) -> u32 {
+        let server = self.socks.get_or_insert_with(|| Server::start("--socks"));
+        server.0.id()
     }
 
     /// The process through which connections come that way; started, if it is not there.

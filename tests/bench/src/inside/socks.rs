@@ -4,10 +4,11 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
+use super::held::{Crowd, PAUSE};
 use super::relay::answer;
 
 pub(super) const PORT: u16 = 1080;
@@ -22,23 +23,25 @@ const WORKERS: usize = 64;
 /// Serves until it is killed.
 pub(crate) fn serve() {
     let listener = Arc::new(TcpListener::bind(ADDRESS).expect("a port"));
+    let kept = Arc::new(Mutex::new(Crowd::default()));
     for _ in 0..WORKERS {
-        let listener = listener.clone();
+        let (listener, kept) = (listener.clone(), kept.clone());
         thread::spawn(move || {
             for connection in listener.incoming().flatten() {
                 // An application that is killed has made its measurement fail already.
-                let _ = attend(connection);
+                let _ = attend(connection, &kept);
             }
         });
     }
     print!(".");
     io::stdout().flush().expect("somebody waits for it");
     loop {
-        thread::park();
+        kept.lock().expect("nobody panics").push();
+        thread::sleep(PAUSE);
     }
 }
 
-fn attend(mut connection: TcpStream) -> io::Result<()> {
+fn attend(mut connection: TcpStream, kept: &Mutex<Crowd>) -> io::Result<()> {
     connection.set_nodelay(true)?;
     let mut buffer = [0; 512];
     // Whoever speaks SOCKS5 waits for each answer before going on.
@@ -54,7 +57,13 @@ fn attend(mut connection: TcpStream) -> io::Result<()> {
     match buffer[1] {
         CONNECT => {
             connection.write_all(&[5, 0, 0, 1, 0, 0, 0, 0, 0, 0])?;
-            answer(connection);
+            let port = u16::from_be_bytes([buffer[length - 2], buffer[length - 1]]);
+            let mut kept = kept.lock().expect("nobody panics");
+            let answered = kept.keep(connection, port);
+            drop(kept);
+            if let Some(connection) = answered {
+                answer(connection);
+            }
         }
         ASSOCIATE => {
             let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;

@@ -1,12 +1,15 @@
 //! What cgtproxy-relay costs an application that could have spoken SOCKS5 itself.
 
 use crate::cli::Options;
-use crate::order::{Cores, Kind, Order, Task, Way};
+use crate::order::{Cores, Held, Kind, Order, Task, Way};
 use crate::report::Report;
 use crate::stats::median;
 use crate::yard::Yard;
 
 const SOCKS: &str = "socks";
+
+/// How many connections the relay takes.
+const CONNECTIONS: usize = 8192;
 
 /// One line of the comparison: samples for each of the yards.
 struct Case {
@@ -80,6 +83,35 @@ pub(super) fn run(options: &Options, report: &mut Report) {
         }
         targets(report, case);
     }
+    drop(yards);
+    memory(options, report);
+}
+
+/// What the relay uses with as many connections as it takes.
+fn memory(options: &Options, report: &mut Report) {
+    let connections = options.number(CONNECTIONS, 100);
+    let megabytes = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    // As docs/how-it-works.md has it.
+    let bound = 16.0 + 40.0 * connections as f64 / 1024.0;
+    for (stuck, what) in [(false, "idle"), (true, "with slow readers at both ends")] {
+        let held: Held = Yard::start(Kind::Relay).order(&Order::Hold { connections, stuck });
+        let what = format!("{connections} open connections, {what}");
+        let name = Kind::Relay.name();
+        for (kind, bytes) in [
+            ("resident", held.resident),
+            ("resident, anonymous", held.anonymous),
+        ] {
+            let what = format!("{what}, {kind}");
+            report.add(SOCKS, what, name, " MB", &[megabytes(bytes)]);
+        }
+        report.at_most(
+            SOCKS,
+            format!("{what}, resident"),
+            megabytes(held.resident),
+            bound,
+            " MB",
+        );
+    }
 }
 
 fn targets(report: &mut Report, case: &Case) {
@@ -97,6 +129,6 @@ fn targets(report: &mut Report, case: &Case) {
             let what = format!("{}, against the TPROXY server", case.what);
             report.at_least(SOCKS, what, relay / tproxy, 1.0, "×");
         }
-        Task::Datagrams { .. } => {}
+        Task::Datagrams { .. } | Task::Hold { .. } => {}
     }
 }
