@@ -4,12 +4,12 @@ use std::io;
 use std::net::IpAddr;
 
 use netlink_packet_core::{
-    DefaultNla, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload, NetlinkSerializable, Nla as _,
+    DecodeError, DefaultNla, Emitable, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable, Nla as _, Parseable,
 };
+use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP};
 use netlink_packet_sock_diag::inet::nlas::Nla;
@@ -37,6 +37,37 @@ const TRANSPARENT: u8 = if cfg!(target_endian = "little") {
 /// that takes connections.
 const UNCONNECTED: u32 = 1 << 7;
 const LISTENING: u32 = 1 << 10;
+
+/// What is asked for (linux/rtnetlink.h).
+const RTM_GETROUTE: u16 = 26;
+const RTM_GETRULE: u16 = 34;
+
+/// A message of rtnetlink that asks for a dump, or is part of one. `RouteNetlinkMessage` would do, and bring what takes
+/// links, queues and neighbours apart into every agent.
+struct Dumped<M, const GET: u16>(M);
+
+impl<M: Emitable, const GET: u16> NetlinkSerializable for Dumped<M, GET> {
+    fn message_type(&self) -> u16 {
+        GET
+    }
+
+    fn buffer_len(&self) -> usize {
+        self.0.buffer_len()
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        self.0.emit(buffer);
+    }
+}
+
+/// Nothing but what was asked for is in a dump.
+impl<M: Parseable<[u8]>, const GET: u16> NetlinkDeserializable for Dumped<M, GET> {
+    type Error = DecodeError;
+
+    fn deserialize(_: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        M::parse(payload).map(Self)
+    }
+}
 
 /// Asks for a dump and hands each object of it to `each`.
 fn dump<M>(protocol: isize, request: M, mut each: impl FnMut(M)) -> io::Result<()>
@@ -82,15 +113,10 @@ pub fn rules() -> Look<Vec<Rule>> {
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut request = RuleMessage::default();
         request.header.family = family;
-        let dumped = dump(
-            NETLINK_ROUTE,
-            RouteNetlinkMessage::GetRule(request),
-            |message| {
-                if let RouteNetlinkMessage::NewRule(message) = message {
-                    rules.push(rule(&message));
-                }
-            },
-        );
+        let request = Dumped::<_, RTM_GETRULE>(request);
+        let dumped = dump(NETLINK_ROUTE, request, |Dumped(message)| {
+            rules.push(rule(&message));
+        });
         match dumped {
             // A kernel without IPv6.
             Err(error) if family == AddressFamily::Inet6 && no_family(&error) => {}
@@ -156,26 +182,18 @@ pub fn routing_tables() -> Look<Vec<(Family, u32)>> {
     ] {
         let mut request = RouteMessage::default();
         request.header.address_family = family;
-        let dumped = dump(
-            NETLINK_ROUTE,
-            RouteNetlinkMessage::GetRoute(request),
-            |message| {
-                let RouteNetlinkMessage::NewRoute(route) = message else {
-                    return;
-                };
-                let everything = route.header.destination_prefix_length == 0;
-                if everything && route.header.kind == RouteType::Local {
-                    let long = route
-                        .attributes
-                        .iter()
-                        .find_map(|attribute| match attribute {
-                            RouteAttribute::Table(table) => Some(*table),
-                            _ => None,
-                        });
-                    tables.push((kind, long.unwrap_or(route.header.table.into())));
-                }
-            },
-        );
+        let request = Dumped::<_, RTM_GETROUTE>(request);
+        let dumped = dump(NETLINK_ROUTE, request, |Dumped(route)| {
+            let everything = route.header.destination_prefix_length == 0;
+            if everything && route.header.kind == RouteType::Local {
+                let mut attributes = route.attributes.iter();
+                let long = attributes.find_map(|attribute| match attribute {
+                    RouteAttribute::Table(table) => Some(*table),
+                    _ => None,
+                });
+                tables.push((kind, long.unwrap_or(route.header.table.into())));
+            }
+        });
         match dumped {
             Err(error) if kind == Family::Ipv6 && no_family(&error) => {}
             dumped => dumped.map_err(|error| error.to_string())?,
