@@ -6,12 +6,14 @@
     reason = "a panic is a failed test"
 )]
 
+use std::fs;
 use std::net::{IpAddr, SocketAddr};
 
 use cgtproxy_tests::sandbox::{
     App, Connection, Host, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::Session;
+use cgtproxy_tests::system::System;
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{self, Tcp, Udp};
 use serde_json::{Value, json};
@@ -490,5 +492,77 @@ fn hosts_on_a_bridge_speak_to_each_other_undisturbed() {
         assert_eq!(proxy.arrivals().len(), before);
         call(0);
         expect_proxied(sb, &apps[0]);
+    });
+}
+
+/// Root's agent and the helper as their units run them, with nothing but the machine's file to go by.
+#[test]
+fn the_machines_file_says_what_is_diverted() {
+    const FILE: &str = "/etc/cgtproxy/config.yaml";
+    const AGENT: &str = "cgtproxy-agent-system.service";
+    sandbox(|sb| {
+        let config = |interfaces: &str, port: u16| {
+            format!(
+                "version: 1\ntproxies: {{company: {{port: {port}}}}}\nrules: []\n\
+                 gateway: {{interfaces: [{interfaces}], tproxy: company}}\n"
+            )
+        };
+        let system = System::builder(sb)
+            .install_project()
+            .install(|root| {
+                let file = root.join(&FILE[1..]);
+                fs::create_dir_all(file.parent().expect("a file")).expect("the overlay is ours");
+                fs::write(file, config("lan0", 7890)).expect("the overlay is ours");
+            })
+            .boot();
+        let write = |text: &str| {
+            let script = "printf %s \"$1\" >\"$2.new\" && mv \"$2.new\" \"$2\"";
+            system.run(&["sh", "-c", script, "sh", text, FILE]);
+        };
+        let _first = sb.tproxy("company").uid(0).port(7890).start();
+        let _second = sb.tproxy("other").uid(0).port(7891).start();
+        let hosts = ["lan0", "lan1"].map(|interface| sb.host_behind(interface));
+        let [lan0, lan1] = hosts.each_ref().map(Host::app);
+        let direct = |app: &App, host: &Host| expect(sb, app, |_, to| host.direct(to));
+        direct(&lan0, &hosts[0]);
+        system.run(&[
+            "systemctl",
+            "enable",
+            "--now",
+            "cgtproxy-helper.socket",
+            AGENT,
+        ]);
+
+        expect_proxied(sb, &lan0);
+        direct(&lan1, &hosts[1]);
+        let service = system.app(&["systemd-run", "--quiet", "--collect", "--pipe", "--wait"]);
+        expect(sb, &service, |_, to| cgtproxy_tests::sandbox::direct(to));
+        // Both daemons anew, one after the other: no packet of a host's goes direct.
+        let open = open(sb, &lan0);
+        for disruption in [
+            &["systemctl", "restart", AGENT][..],
+            &["systemctl", "kill", "--signal=KILL", AGENT],
+            &["systemctl", "restart", "cgtproxy-helper.service"],
+        ] {
+            system.run(disruption);
+            expect_proxied(sb, &lan0);
+            go_on(&open, |to| proxied("company", to));
+        }
+        // The file edited: the other interface, and another port.
+        write(&config("lan1", 7891));
+        system.run(&["systemctl", "reload", AGENT]);
+        let interfaces = || sb.run(&["nft", "list", "set", "inet", "cgtproxy", "interfaces"]);
+        wait_until("the other interface", || interfaces().contains("lan1"));
+        direct(&lan0, &hosts[0]);
+        expect(sb, &lan1, |_, to| proxied("other", to));
+        // A file that is wrong changes nothing, and is said to be.
+        write(&config("lan0, lan0/1", 7890));
+        wait_until("it says what is wrong", || {
+            system.journal(AGENT).contains("config.yaml:4:")
+        });
+        direct(&lan0, &hosts[0]);
+        expect(sb, &lan1, |_, to| proxied("other", to));
+        system.run(&["systemctl", "stop", AGENT]);
+        direct(&lan1, &hosts[1]);
     });
 }

@@ -298,3 +298,115 @@ fn a_bus_that_goes_and_a_manager_that_starts_anew_lose_nothing() {
         bed.wait_for_monitors(&["dbus"], true);
     });
 }
+
+/// Root's agent follows the system's own units, over the system's bus.
+fn the_systems_units_are_followed(arguments: &str, monitors: &[&str], degraded: bool) {
+    const SYSTEM_AGENT: &str = "cgtproxy-agent-system.service";
+    sandbox(|sb| {
+        let system = System::builder(sb)
+            .install_project()
+            .install(|root| {
+                let write = |path: &str, text: &str| {
+                    let file = root.join(path);
+                    fs::create_dir_all(file.parent().expect("a file")).expect("it is ours");
+                    fs::write(file, text).expect("the overlay is ours");
+                };
+                let config = format!("{DROP_EACH}monitor: dbus\n");
+                write("etc/cgtproxy/config.yaml", &config);
+                let command = format!("/usr/bin/cgtproxy-agent --system {arguments}");
+                write(
+                    &format!("etc/systemd/system/{SYSTEM_AGENT}.d/test.conf"),
+                    &format!("[Service]\nExecStart=\nExecStart={command}\n"),
+                );
+                write(
+                    "etc/systemd/system/app-burst@.service",
+                    "[Service]\nExecStart=/bin/sleep infinity\n[Unit]\nStartLimitIntervalSec=0\n",
+                );
+            })
+            .boot();
+        let enable = ["enable", "--now", "cgtproxy-helper.socket", SYSTEM_AGENT];
+        let systemctl = |arguments: &[&str]| {
+            system.run(&[&["systemctl"], arguments].concat());
+        };
+        systemctl(&enable);
+        let top = system.cgroup_directory("/system.slice");
+        let wait_for_all = |count: usize| {
+            wait_for(&format!("{count} units in the kernel"), || {
+                let made = applications_below(&top);
+                let mapped = mapped_ids_now(sb, "cgroups-0")?;
+                let sound = made.len() == count && mapped.len() == count;
+                (sound && mapped.iter().all(|id| made.contains(id))).then_some(made)
+            })
+        };
+        let status = || -> Value {
+            let output = system.output(&["cgtproxy-agent", "--system", "status", "--json"]);
+            serde_json::from_slice(&output.stdout).unwrap_or_default()
+        };
+        let wait_for_monitors = || {
+            wait_until(&format!("to be watched by {monitors:?}"), || {
+                let status = status();
+                status["monitors"] == json!(monitors)
+                    && status["monitorProblem"].is_string() == degraded
+            });
+        };
+        wait_for_all(0);
+        wait_for_monitors();
+        // A service in a slice that is there, and one in a slice that is not.
+        for place in [
+            &["--unit=app-one"][..],
+            &["--unit=app-two", "--slice=system-new.slice"],
+        ] {
+            let run = ["systemd-run", "--quiet", "--collect", "--pipe", "--wait"];
+            let app = system.app(&[&run, place].concat());
+            wait_for_all(1);
+            for to in sb.destinations() {
+                for transport in [Tcp, Udp] {
+                    assert!(app.ask(transport, to).is_dropped(), "{transport:?} {to}");
+                }
+                sb.assert_nothing_left_for(to.ip());
+            }
+            drop(app);
+            wait_for_all(0);
+        }
+        // The same unit with another control group each time, and many at once.
+        systemctl(&["start", "app-burst@0"]);
+        let mut before = wait_for_all(1);
+        for _ in 0..5 {
+            systemctl(&["restart", "app-burst@0"]);
+            let now = wait_for_all(1);
+            assert_ne!(now, before, "another control group");
+            before = now;
+        }
+        let names: Vec<String> = (1..50).map(|n| format!("app-burst@{n}.service")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        systemctl(&[&["start"], &names[..]].concat());
+        wait_for_all(50);
+        systemctl(&[&["stop", "--no-block"], &names[..]].concat());
+        wait_for_all(1);
+        // A bus that is killed, and a manager that starts anew.
+        for disruption in [
+            &["kill", "--signal=KILL", "dbus.service"][..],
+            &["daemon-reexec"],
+        ] {
+            systemctl(disruption);
+            systemctl(&["start", "app-burst@1"]);
+            systemctl(&["stop", "app-burst@0"]);
+            wait_for_all(1);
+            systemctl(&["start", "app-burst@0"]);
+            systemctl(&["stop", "app-burst@1"]);
+            wait_for_all(1);
+            wait_for_monitors();
+        }
+        assert_eq!(system.property(SYSTEM_AGENT, "NRestarts"), "0");
+    });
+}
+
+#[test]
+fn the_systems_units_are_followed_over_its_bus() {
+    the_systems_units_are_followed("", &["dbus"], false);
+}
+
+#[test]
+fn the_systems_units_are_followed_over_its_bus_where_cgroupfs_can_not_be_seen() {
+    the_systems_units_are_followed("--cgroup-root /nowhere", &["dbus"], true);
+}
