@@ -1,6 +1,5 @@
 //! The ways to systemd over D-Bus.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 
@@ -25,62 +24,39 @@ pub(crate) fn said(error: &zbus::Error) -> String {
     }
 }
 
-/// Where the user's systemd can be reached, the most usual address first.
+/// A bus that systemd may have its name on, as a D-Bus address.
+///
+/// On its own socket (`systemd/private`) systemd calls itself `org.freedesktop.systemd1`, which is no unique name, and
+/// zbus takes no message from such a sender.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Address {
-    /// A bus it may have its name on, as a D-Bus address.
-    Bus(String),
-    /// The socket on which it speaks D-Bus itself, for systems without a bus per user.
-    Private(PathBuf),
-}
+pub(crate) struct Address(pub(crate) String);
 
 impl Address {
-    /// All addresses that are worth a try.
+    /// All that are worth a try to reach the user's systemd, the most usual one first.
     pub(crate) fn all(session_bus: Option<&str>, runtime: &Path) -> Vec<Self> {
         // A variable left over from another session, or by dbus-run-session, names a bus without
-        // a systemd on it: hence the others, even when it is set.
+        // a systemd on it: hence the user's own, even when it is set.
         let given = session_bus.unwrap_or_default().split(';');
         let mut all: Vec<_> = given
             .filter(|a| !a.is_empty())
-            .map(|a| Self::Bus(a.to_owned()))
+            .map(|a| Self(a.to_owned()))
             .collect();
-        let own = Self::Bus(format!("unix:path={}", escape(&runtime.join("bus"))));
+        let own = Self(format!("unix:path={}", escape(&runtime.join("bus"))));
         if !all.contains(&own) {
             all.push(own);
         }
-        all.push(Self::Private(runtime.join("systemd/private")));
         all
     }
 
-    /// All addresses of the system's own systemd.
+    /// That of the system's own systemd.
     pub(crate) fn system() -> Vec<Self> {
-        vec![
-            Self::Bus("unix:path=/run/dbus/system_bus_socket".to_owned()),
-            Self::Private("/run/systemd/private".into()),
-        ]
-    }
-
-    /// As a person knows it.
-    pub(crate) fn name(&self) -> String {
-        match self {
-            Self::Bus(address) => address.clone(),
-            Self::Private(path) => path.display().to_string(),
-        }
+        vec![Self("unix:path=/run/dbus/system_bus_socket".to_owned())]
     }
 
     /// Connects. Whether a systemd is at the other end is not known yet.
     pub(crate) async fn open(&self) -> zbus::Result<Manager> {
-        let (connection, destination) = match self {
-            Self::Bus(address) => (Builder::address(&**address).build().await?, Some(SYSTEMD)),
-            Self::Private(path) => {
-                let stream = UnixStream::connect(path).map_err(zbus::Error::from)?;
-                (Builder::unix_stream(stream).p2p().build().await?, None)
-            }
-        };
-        Ok(Manager {
-            connection,
-            destination,
-        })
+        let connection = Builder::address(&*self.0).build().await?;
+        Ok(Manager { connection })
     }
 }
 
@@ -101,8 +77,6 @@ fn escape(path: &Path) -> String {
 /// A connection to a systemd.
 pub(crate) struct Manager {
     pub(crate) connection: Connection,
-    /// Its name on the bus, if it is reached by one.
-    pub(crate) destination: Option<&'static str>,
 }
 
 impl Manager {
@@ -112,7 +86,7 @@ impl Manager {
         B: serde::Serialize + zbus::zvariant::DynamicType,
     {
         self.connection
-            .call_method(self.destination, MANAGER_PATH, Some(MANAGER), method, body)
+            .call_method(Some(SYSTEMD), MANAGER_PATH, Some(MANAGER), method, body)
             .await
     }
 }
@@ -141,21 +115,16 @@ mod tests {
     #[test]
     fn every_way_to_systemd_is_tried_once() {
         let runtime = Path::new("/run/user/1000");
-        let own = Address::Bus("unix:path=/run/user/1000/bus".into());
-        let private = Address::Private("/run/user/1000/systemd/private".into());
-        assert_eq!(Address::all(None, runtime), [own.clone(), private.clone()]);
+        let bus = |address: &str| Address(address.to_owned());
+        let own = bus("unix:path=/run/user/1000/bus");
+        assert_eq!(Address::all(None, runtime), [own.clone()]);
         assert_eq!(
             Address::all(Some("unix:path=/run/user/1000/bus"), runtime),
-            [own.clone(), private.clone()]
+            [own.clone()]
         );
         assert_eq!(
             Address::all(Some("unix:path=/tmp/a;unix:abstract=b"), runtime),
-            [
-                Address::Bus("unix:path=/tmp/a".into()),
-                Address::Bus("unix:abstract=b".into()),
-                own,
-                private
-            ]
+            [bus("unix:path=/tmp/a"), bus("unix:abstract=b"), own]
         );
         assert_eq!(escape(Path::new("/tmp/ä;b")), "/tmp/%c3%a4%3bb");
     }

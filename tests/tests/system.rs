@@ -372,6 +372,37 @@ fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
     });
 }
 
+#[test]
+fn a_command_needs_the_users_bus_and_no_other() {
+    sandbox(|sb| {
+        let system = boot(sb);
+        let alice = system.alice();
+        enable(&system, alice, CONFIG);
+        wait_in_force(&system, alice);
+        // A variable of another session's.
+        let elsewhere = ["env", "DBUS_SESSION_BUS_ADDRESS=unix:path=/nonexistent"];
+        let dropped = [&elsewhere[..], &["cgtproxy-exec", "drop"]].concat();
+        expect_dropped(sb, &system.app_as(alice, &dropped));
+        let bus = |verb| {
+            let command = ["systemctl", "--user", verb, "dbus.socket", "dbus.service"];
+            system.run_as(alice, &command);
+        };
+        bus("stop");
+        let echo = ["cgtproxy-exec", "drop", "echo", "ran"];
+        let refused = system.output_as(alice, &echo);
+        assert_eq!(refused.status.code(), Some(NOT_RUN), "{refused:?}");
+        assert_eq!(text(&refused.stdout), "");
+        let why = text(&refused.stderr);
+        assert!(
+            why.contains("can't reach your systemd user manager"),
+            "{why}"
+        );
+        assert!(why.contains("/bus: ") && why.lines().count() == 1, "{why}");
+        bus("start");
+        assert_eq!(system.run_as(alice, &echo), "ran\n");
+    });
+}
+
 /// Its start ends without success when it has taken long enough, and the unit goes on starting.
 #[test]
 fn an_agent_waits_for_a_configuration_that_is_broken_when_it_starts() {

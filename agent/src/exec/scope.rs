@@ -151,7 +151,7 @@ impl Scope {
             for address in addresses {
                 match connect(address).await {
                     Ok(manager) => return start(&manager, self, pid).await,
-                    Err(error) => failures.push((address.name(), error)),
+                    Err(error) => failures.push((address.0.clone(), error)),
                 }
             }
             Err(Error::NoManager(failures))

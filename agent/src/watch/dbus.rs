@@ -27,7 +27,7 @@ use zbus::{Connection, MessageStream, OwnedObjectPath, Variant};
 
 use super::Hint;
 use crate::subtree::Subtree;
-use crate::systemd::{Address, MANAGER, MANAGER_PATH, Manager, runtime_directory, said};
+use crate::systemd::{Address, MANAGER, MANAGER_PATH, Manager, SYSTEMD, runtime_directory, said};
 
 /// The interface that all units have.
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
@@ -102,10 +102,6 @@ impl Follower {
                 Address::all(session_bus.as_deref(), &runtime_directory())
             }
         };
-        // On its own socket systemd says that it is 'org.freedesktop.systemd1', which is no unique
-        // name, and zbus takes no message from such a sender.
-        let buses = addresses.into_iter();
-        let addresses = buses.filter(|a| matches!(a, Address::Bus(_))).collect();
         let (sender, reports) = mpsc::channel(REPORTS);
         let task = tokio::task::spawn_local(follow(subtree.clone(), addresses, sender));
         Self {
@@ -162,14 +158,14 @@ async fn follow(subtree: Subtree, addresses: Vec<Address>, reports: mpsc::Sender
                         End::Stopped => return,
                         End::Lost(why) if session.announced => {
                             back_off = RECONNECT.0;
-                            failures = vec![format!("{}: {why}", address.name())];
+                            failures = vec![format!("{}: {why}", address.0)];
                             break;
                         }
                         End::Lost(why) => why,
                     }
                 }
             };
-            failures.push(format!("{}: {why}", address.name()));
+            failures.push(format!("{}: {why}", address.0));
         }
         if reports
             .send(Report::Lost(failures.join("; ")))
@@ -228,7 +224,6 @@ struct Unit {
 struct Session<'a> {
     subtree: &'a Subtree,
     connection: &'a Connection,
-    destination: Option<&'static str>,
     reports: &'a mpsc::Sender<Report>,
     /// Who systemd is on the bus; what others send is ignored.
     owner: Option<String>,
@@ -249,7 +244,6 @@ impl<'a> Session<'a> {
         Self {
             subtree,
             connection: &manager.connection,
-            destination: manager.destination,
             reports,
             owner: None,
             units: HashMap::new(),
@@ -265,14 +259,12 @@ impl<'a> Session<'a> {
     async fn run(&mut self) -> Result<std::convert::Infallible, End> {
         let mut stream = MessageStream::from(self.connection);
         stream.set_max_queued(NonZeroUsize::new(QUEUE).unwrap_or(NonZeroUsize::MIN));
-        if self.destination.is_some() {
-            for rule in MATCHES {
-                let call = Message::method_call(BUS_PATH, "AddMatch")
-                    .destination(BUS)
-                    .interface(BUS)
-                    .build(&rule)?;
-                self.ask(call, Question::Setup);
-            }
+        for rule in MATCHES {
+            let call = Message::method_call(BUS_PATH, "AddMatch")
+                .destination(BUS)
+                .interface(BUS)
+                .build(&rule)?;
+            self.ask(call, Question::Setup);
         }
         // Without a subscriber systemd sends no signals.
         self.ask_manager("Subscribe", &(), Question::Setup)?;
@@ -327,11 +319,10 @@ impl<'a> Session<'a> {
     where
         B: serde::Serialize + zbus::zvariant::DynamicType,
     {
-        let call = Message::method_call(object, method).interface(interface);
-        match self.destination {
-            Some(name) => call.destination(name).build(body),
-            None => call.build(body),
-        }
+        Message::method_call(object, method)
+            .destination(SYSTEMD)
+            .interface(interface)
+            .build(body)
     }
 
     fn ask_manager<B>(&mut self, method: &str, body: &B, question: Question) -> zbus::Result<()>

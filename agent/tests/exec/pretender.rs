@@ -56,7 +56,7 @@ impl Default for Behaviour {
     }
 }
 
-/// A runtime directory with the sockets of an agent and a systemd in it.
+/// A runtime directory with the sockets of an agent and of a bus with nobody but a systemd on it.
 pub(crate) struct Session {
     pub(crate) directory: tempfile::TempDir,
     asked: Arc<Mutex<Vec<Asked>>>,
@@ -86,9 +86,8 @@ impl Session {
                 .build()
                 .unwrap();
             runtime.block_on(async {
-                std::fs::create_dir(path.join("systemd")).unwrap();
                 std::fs::create_dir(path.join("cgtproxy")).unwrap();
-                let systemd = tokio::net::UnixListener::bind(path.join("systemd/private")).unwrap();
+                let systemd = tokio::net::UnixListener::bind(path.join("bus")).unwrap();
                 let agent = pretender
                     .behaviour
                     .agent
@@ -194,7 +193,11 @@ impl Pretender {
             }
             let method = call.header().member().unwrap().to_string();
             match &*method {
-                "Subscribe" => connection.reply(&call.header(), &()).await.unwrap(),
+                // What every client of a bus asks of it.
+                "Hello" => connection.reply(&call.header(), &":1.7").await.unwrap(),
+                "AddMatch" | "RemoveMatch" | "Subscribe" => {
+                    connection.reply(&call.header(), &()).await.unwrap()
+                }
                 "StartTransientUnit" => {
                     let scope = self.start(&call);
                     let job = |id: u32| -> OwnedObjectPath {

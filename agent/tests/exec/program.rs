@@ -262,7 +262,7 @@ fn no_wait_does_without_the_agent_but_not_without_the_slice() {
     };
     assert_eq!(slice, "cgtproxy-mihomo.slice");
 
-    std::fs::remove_file(session.directory.path().join("systemd/private")).unwrap();
+    std::fs::remove_file(session.directory.path().join("bus")).unwrap();
     let output = session.run(["--no-wait", "mihomo", "echo", "ran"]);
     assert_refused(&output, 125, &["systemd user manager", "/nonexistent"]);
 }
