@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 use crate::fake::Fakes;
 use crate::relay::Entry;
-use crate::tcp::reset;
+use crate::tcp::{self, reset};
 
 /// How long an application may keep an answer, in seconds: one that goes direct from now on asks again soon.
 const TTL: u32 = 10;
@@ -80,27 +80,12 @@ pub(crate) async fn run_udp(socket: Rc<UdpSocket>, entry: Rc<Entry>) {
 
 /// Answers queries over TCP until the proxy is gone.
 pub(crate) async fn run_tcp(listener: TcpListener, entry: Rc<Entry>) {
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = entry.gone.cancelled() => return,
-        };
-        match accepted {
-            Ok((stream, _)) => match entry.shared.connections.clone().try_acquire_owned() {
-                Ok(permit) => {
-                    let entry = entry.clone();
-                    tokio::task::spawn_local(async move {
-                        let _permit = permit;
-                        converse(stream, &entry).await;
-                    });
-                }
-                Err(_) => reset(&stream),
-            },
-            Err(error) => {
-                tracing::warn!("can't accept a connection: {error}");
-                tokio::time::sleep(BACK_OFF).await;
-            }
-        }
+    while let Some((stream, permit)) = tcp::accept(&listener, &entry).await {
+        let entry = entry.clone();
+        tokio::task::spawn_local(async move {
+            let _permit = permit;
+            converse(stream, &entry).await;
+        });
     }
 }
 

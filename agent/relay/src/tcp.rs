@@ -25,17 +25,24 @@ const KEEPALIVE: Duration = Duration::from_secs(120);
 
 /// Accepts connections until the proxy is gone.
 pub(crate) async fn run(listener: TcpListener, entry: Rc<Entry>) {
+    while let Some((stream, permit)) = accept(&listener, &entry).await {
+        tokio::task::spawn_local(serve(stream, entry.clone(), permit));
+    }
+}
+
+/// The next connection that there is room for; none any more once the proxy is gone.
+pub(crate) async fn accept(
+    listener: &TcpListener,
+    entry: &Entry,
+) -> Option<(TcpStream, OwnedSemaphorePermit)> {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = entry.gone.cancelled() => return,
+            () = entry.gone.cancelled() => return None,
         };
         match accepted {
             Ok((stream, _)) => match entry.shared.connections.clone().try_acquire_owned() {
-                Ok(permit) => {
-                    let entry = entry.clone();
-                    tokio::task::spawn_local(serve(stream, entry, permit));
-                }
+                Ok(permit) => return Some((stream, permit)),
                 Err(_) => {
                     let limit = entry.shared.limit;
                     tracing::debug!("refused a connection: there are {limit} already");
