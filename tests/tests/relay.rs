@@ -8,6 +8,7 @@ use cgtproxy_tests::proxies::{dante, microsocks, tinyproxy};
 use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, came_from_the_internet, config};
 use cgtproxy_tests::sandbox::{INTERNET_V4, Outcome, Sandbox, direct, sandbox};
 use cgtproxy_tests::wait::wait_until;
+use serde_json::Value;
 
 #[test]
 fn tcp_goes_through_a_socks_server() {
@@ -34,6 +35,31 @@ fn udp_goes_through_a_socks_server() {
         let flow = bed.app.open_udp(to);
         for _ in 0..3 {
             assert_from_the_internet(&Outcome::in_the_end(|| flow.ask()), to);
+        }
+    });
+}
+
+#[test]
+fn a_flow_is_forgotten_before_the_kernel_forgets_it() {
+    sandbox(|sb| {
+        // Of the whole network: three seconds for the relay.
+        let short = "echo 5 > /proc/sys/net/netfilter/nf_conntrack_udp_timeout";
+        sb.run(&["sh", "-ec", short]);
+        let _server = dante(sb, INTERNET_V4);
+        let _helper = sb.helper().start();
+        let bed = Relayed::through(sb, "socks5://192.0.2.2:1080");
+        let flows = || {
+            let status = bed.user.run("cgtproxy-agent", &["status", "--json"]);
+            let status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
+            status["relay"]["upstreams"][0]["flows"].as_u64()
+        };
+        let [to, _] = sb.destinations();
+        let socket = bed.app.open_udp(to);
+        // The same socket begins another one afterwards.
+        for _ in 0..2 {
+            assert_from_the_internet(&Outcome::in_the_end(|| socket.ask()), to);
+            assert_eq!(flows(), Some(1));
+            wait_until("the flow to be over", || flows() == Some(0));
         }
     });
 }
@@ -122,7 +148,7 @@ fn passwords(sb: &Sandbox, right: &str, wrong: &str) {
 }
 
 #[test]
-fn an_http_proxy_carries_tcp_and_refuses_udp() {
+fn an_http_proxy_carries_tcp_and_refuses_udp_or_leaves_it_alone() {
     sandbox(|sb| {
         let _server = tinyproxy(sb, "");
         let _helper = sb.helper().start();
@@ -131,6 +157,15 @@ fn an_http_proxy_carries_tcp_and_refuses_udp() {
             assert_from_the_internet(&bed.tcp(to), to);
             assert_eq!(bed.app.udp(to), Outcome::Forbidden);
             sb.assert_nothing_left_for(to.ip());
+        }
+        // If it is to be left alone, it goes direct, and TCP goes on as before.
+        bed.agent
+            .write_config(&config("upstream: 'http://192.0.2.2:3128', no-udp: true"));
+        let [to, _] = sb.destinations();
+        wait_until("UDP to go direct", || bed.app.udp(to) == direct(to));
+        for to in sb.destinations() {
+            assert_eq!(bed.app.udp(to), direct(to));
+            assert_from_the_internet(&bed.tcp(to), to);
         }
     });
 }

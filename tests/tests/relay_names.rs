@@ -6,7 +6,7 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 
 use cgtproxy_tests::proxies::microsocks;
-use cgtproxy_tests::relayed::Relayed;
+use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, config};
 use cgtproxy_tests::sandbox::{Outcome, PORTS, Program, Sandbox, Service, sandbox};
 use cgtproxy_tests::wait::wait_until;
 
@@ -24,6 +24,11 @@ struct Bed {
 
 impl Bed {
     fn new(sb: &Sandbox) -> Self {
+        Self::with(sb, "")
+    }
+
+    /// With another line of configuration.
+    fn with(sb: &Sandbox, line: &str) -> Self {
         sb.count_queries();
         let to = sb.destinations();
         let hosts = format!("{} {V4_NAME}\n{} {V6_NAME}\n", to[0].ip(), to[1].ip());
@@ -34,7 +39,8 @@ impl Bed {
         Self {
             _server: server,
             _helper: helper,
-            relayed: Relayed::through(sb, "socks5h://192.0.2.2:1080"),
+            relayed: Relayed::builder(sb)
+                .start(&(config("upstream: 'socks5h://192.0.2.2:1080'") + line)),
             to,
         }
     }
@@ -92,6 +98,24 @@ fn addresses_of_both_families_stand_for_a_name_and_no_query_leaves() {
         let server = SocketAddr::new(sb.fresh_v4(), 53);
         assert_eq!(other.udp(server), cgtproxy_tests::sandbox::direct(server));
         assert_eq!(sb.queries_left(), 1);
+    });
+}
+
+#[test]
+fn addresses_come_from_networks_of_ones_own_choice() {
+    sandbox(|sb| {
+        let bed = Bed::with(sb, "fake-addresses: [10.99.0.0/16, 'fd00:99::/64']\n");
+        let v4 = bed.look_up(sb, V4_NAME, "A");
+        let v6 = bed.look_up(sb, V4_NAME, "AAAA");
+        assert!(v4.to_string().starts_with("10.99."), "{v4}");
+        assert!(v6.to_string().starts_with("fd00:99:"), "{v6}");
+        for fake in [v4, v6] {
+            assert_eq!(bed.tcp(fake), Outcome::Redirected { to: bed.to[0] });
+            sb.assert_nothing_left_for(fake);
+        }
+        // What was in the networks that there are otherwise is an address like any other.
+        let [to, _] = sb.destinations();
+        assert_from_the_internet(&bed.relayed.tcp(to), to);
     });
 }
 

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use cgtproxy_proto::agent::{ControlGroup, GetStatus_Args, GetStatus_Reply};
 use cgtproxy_proto::relay::GetStatus_Reply as RelayStatus;
+use serde::Serialize;
+use serde_json::{Value, json};
 
 use super::Error;
 use super::client::Agent;
@@ -13,24 +15,45 @@ use crate::config::Scope;
 use crate::relay;
 use crate::text::printable;
 
-/// Asks the agent and prints what it says.
+/// What both say, for programs.
+#[derive(Serialize)]
+struct WithRelay<'a> {
+    #[serde(flatten)]
+    agent: &'a GetStatus_Reply,
+    /// Of those who have one: its own answer, or why there is none.
+    relay: Option<Value>,
+}
+
+/// Asks the agent, and the relay if there is one, and prints what they say.
 pub(super) fn run(json: bool, scope: Scope) -> Result<ExitCode, Error> {
     let status: GetStatus_Reply = Agent::connect(scope)?
         .call("GetStatus", GetStatus_Args {})
         .map_err(Error::Call)?;
+    // Only who has a relay asks it: asking starts it.
+    let relayed = status
+        .targets
+        .iter()
+        .any(|target| target.relayed == Some(true));
+    let relay = match relayed {
+        true => Some(relay_status()?),
+        false => None,
+    };
     let mut out = io::BufWriter::new(io::stdout().lock());
     if json {
-        serde_json::to_writer_pretty(&mut out, &status).map_err(io::Error::from)?;
+        let relay = relay.map(|status| match status {
+            Ok(status) => json!(status),
+            Err(why) => json!({ "problem": why }),
+        });
+        let all = WithRelay {
+            agent: &status,
+            relay,
+        };
+        serde_json::to_writer_pretty(&mut out, &all).map_err(io::Error::from)?;
         writeln!(out)?;
     } else {
         print(&mut out, &status)?;
-        // Only who has a relay asks it: asking starts it.
-        let relayed = status
-            .targets
-            .iter()
-            .any(|target| target.relayed == Some(true));
-        if relayed {
-            print_relay(&mut out, relay_status()?.as_ref())?;
+        if let Some(relay) = relay {
+            print_relay(&mut out, relay.as_ref())?;
         }
     }
     out.flush()?;
