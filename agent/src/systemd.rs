@@ -114,17 +114,16 @@ mod tests {
 
     #[test]
     fn every_way_to_systemd_is_tried_once() {
-        let runtime = Path::new("/run/user/1000");
-        let bus = |address: &str| Address(address.to_owned());
-        let own = bus("unix:path=/run/user/1000/bus");
-        assert_eq!(Address::all(None, runtime), [own.clone()]);
+        let all = |given| -> Vec<String> {
+            let all = Address::all(given, Path::new("/run/user/1000"));
+            all.into_iter().map(|Address(bus)| bus).collect()
+        };
+        let own = "unix:path=/run/user/1000/bus";
+        assert_eq!(all(None), [own]);
+        assert_eq!(all(Some(own)), [own]);
         assert_eq!(
-            Address::all(Some("unix:path=/run/user/1000/bus"), runtime),
-            [own.clone()]
-        );
-        assert_eq!(
-            Address::all(Some("unix:path=/tmp/a;unix:abstract=b"), runtime),
-            [bus("unix:path=/tmp/a"), bus("unix:abstract=b"), own]
+            all(Some("unix:path=/tmp/a;unix:abstract=b")),
+            ["unix:path=/tmp/a", "unix:abstract=b", own]
         );
         assert_eq!(escape(Path::new("/tmp/ä;b")), "/tmp/%c3%a4%3bb");
     }
