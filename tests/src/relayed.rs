@@ -64,28 +64,41 @@ impl Relayed {
         Outcome::in_the_end(|| self.app.tcp(to))
     }
 
-    /// Insists that either side may end what it says and still hears the other out, byte by byte: a server that ends
-    /// first, with and without a word before that, and an application that does.
+    /// Insists that either side may end what it says and still hears the other out, byte by byte.
     ///
     /// # Panics
     /// When something does not arrive.
     #[track_caller]
     pub fn assert_ends_are_passed_on(&self, sandbox: &Sandbox) {
+        self.assert_servers_may_end_first(sandbox);
+        let _echo = sandbox.echo_server(7777);
+        for to in sandbox.destinations() {
+            for bytes in BYTES {
+                self.app.bulk(SocketAddr::new(to.ip(), 7777), bytes);
+            }
+        }
+    }
+
+    /// Insists on that for a server that ends first, with and without a word before that.
+    ///
+    /// # Panics
+    /// When something does not arrive.
+    #[track_caller]
+    pub fn assert_servers_may_end_first(&self, sandbox: &Sandbox) {
         let first = [(7001, "and that is all"), (7002, "")];
         let servers = first.map(|(port, greeting)| sandbox.listener(port, greeting));
-        let _echo = sandbox.echo_server(7777);
         let mut number = 0;
         for to in sandbox.destinations() {
-            let at = |port| SocketAddr::new(to.ip(), port);
             for bytes in BYTES {
                 for (server, (port, greeting)) in servers.iter().zip(first) {
                     // A length of its own for each, to know it by.
                     number += 1;
-                    self.app.hear_out(at(port), greeting, bytes + number);
-                    let heard = format!("heard {} bytes to the end\n", bytes + number);
+                    let bytes = bytes + number;
+                    self.app
+                        .hear_out(SocketAddr::new(to.ip(), port), greeting, bytes);
+                    let heard = format!("heard {bytes} bytes to the end\n");
                     wait_until(&heard, || server.log().contains(&heard));
                 }
-                self.app.bulk(at(7777), bytes);
             }
         }
     }

@@ -210,13 +210,15 @@ fn a_proxy_within_tls_must_prove_who_it_is() {
 }
 
 #[test]
-fn either_side_may_end_first_within_tls() {
+fn a_server_may_end_first_within_tls() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
         let _servers = stunnel(sb);
         let _proxy = sb.http_proxy(SocketAddr::new(INTERNET_V4, 3130));
         let bed = bed(sb, 1001, "https://192.0.2.2:8446", "/run/tls/ours.pem");
-        bed.assert_ends_are_passed_on(sb);
+        // Only that: where the application ends first, stunnel throws away what it has not read from a proxy that ends
+        // afterwards ('Read socket closed (HUP)').
+        bed.assert_servers_may_end_first(sb);
     });
 }
 
