@@ -451,6 +451,28 @@ fn an_agent_waits_for_a_configuration_that_is_broken_when_it_starts() {
     });
 }
 
+/// What the helper's unit says of families of addresses, tried by root with all capabilities: of itself the helper tries
+/// no other.
+fn no_socket_but_local_ones_and_netlink(system: &System) {
+    // UNIX and netlink; IPv4, IPv6, packets, Bluetooth, the kernel's cryptography, virtual machines.
+    let families = ["1", "16", "2", "10", "17", "31", "38", "40"];
+    let script = "for (@ARGV) { print socket(my $s, $_, SOCK_RAW, 0) ? 'made' : $!{EAFNOSUPPORT} ? 'no' : 'other', ' ' }";
+    let tried = |restriction: &[&str]| {
+        let run = ["systemd-run", "--quiet", "--collect", "--pipe", "--wait"];
+        let perl = ["perl", "-MSocket", "-MErrno", "-e", script];
+        system.run(&[&run, restriction, &perl, &families].concat())
+    };
+    let of_unit = system.property(HELPER, "RestrictAddressFamilies");
+    let restriction = format!("--property=RestrictAddressFamilies={of_unit}");
+    assert_eq!(tried(&[&restriction]), "made made no no no no no no ");
+    // Without it, the kernel knows the first five at least.
+    let without = tried(&[]);
+    assert!(
+        without.split(' ').take(5).all(|said| said != "no"),
+        "{without}"
+    );
+}
+
 #[test]
 fn the_daemons_are_confined_and_clean_up_after_themselves() {
     sandbox(|sb| {
@@ -508,6 +530,7 @@ fn the_daemons_are_confined_and_clean_up_after_themselves() {
             exposure.is_some_and(|exposure| exposure <= 1.2),
             "{analysis}"
         );
+        no_socket_but_local_ones_and_netlink(&system);
         let mode = system.run(&["stat", "-c", "%a", "/run/cgtproxy/helper.sock"]);
         assert_eq!(mode.trim(), "666");
 
