@@ -2,20 +2,13 @@
 //! direction by itself, which tinyproxy does not.
 
 use std::io::{Error, Read, Result, Write};
-use std::net::{TcpListener, TcpStream};
-use std::thread;
+use std::net::TcpStream;
 
-use crate::socks::{carry, connect};
+use crate::socks::{carry, connect, take_clients};
 
 /// Serves until it is killed.
 pub(crate) fn serve(address: &str) {
-    let listener = TcpListener::bind(address).expect("an address of the internet's");
-    for client in listener.incoming().flatten() {
-        thread::spawn(move || {
-            // A client that goes away in the middle is what tests do.
-            let _ = attend(client);
-        });
-    }
+    take_clients(address, attend);
 }
 
 fn attend(mut client: TcpStream) -> Result<()> {

@@ -21,6 +21,11 @@ const REFUSED: u8 = 5;
 
 /// Serves until it is killed.
 pub(crate) fn serve(address: &str) {
+    take_clients(address, attend);
+}
+
+/// Has each client attended to until the program is killed.
+pub(crate) fn take_clients(address: &str, attend: fn(TcpStream) -> Result<()>) {
     let listener = TcpListener::bind(address).expect("an address of the internet's");
     for client in listener.incoming().flatten() {
         thread::spawn(move || {
