@@ -67,14 +67,20 @@ async fn idle(agents: &Agents, linger: Duration) {
 async fn accept(listener: UnixListener, relay: &Rc<Relay>, agents: &Rc<Agents>) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     let own = rustix::process::geteuid().as_raw();
+    let mut told = false;
     loop {
         let Ok(slot) = slots.clone().acquire_owned().await else {
             return;
         };
         let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+            Ok((stream, _)) => {
+                told = false;
+                stream
+            }
             Err(error) => {
-                tracing::warn!("can't accept a connection: {error}");
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!("can't accept a connection, and tries on: {error}");
+                }
                 tokio::time::sleep(BACK_OFF).await;
                 continue;
             }

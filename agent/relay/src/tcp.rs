@@ -35,6 +35,7 @@ pub(crate) async fn accept(
     listener: &TcpListener,
     entry: &Entry,
 ) -> Option<(TcpStream, OwnedSemaphorePermit)> {
+    let mut told = false;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -50,7 +51,9 @@ pub(crate) async fn accept(
                 }
             },
             Err(error) => {
-                tracing::warn!("can't accept a connection: {error}");
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!("can't accept a connection, and tries on: {error}");
+                }
                 tokio::time::sleep(BACK_OFF).await;
             }
         }
