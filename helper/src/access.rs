@@ -81,6 +81,7 @@ mod tests {
 
     // Debian's static accounts: daemon is user 1 in group 1, games user 5 with the primary group 60.
     #[test]
+    #[cfg_attr(miri, ignore = "asks the user database")]
     fn deny_comes_before_allow_and_nothing_means_everybody() {
         let (daemon, games, nobody_there) =
             (Uid::for_test(1), Uid::for_test(5), Uid::for_test(987_654));

@@ -387,6 +387,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the user database")]
     fn takes_every_key() {
         let config = parse(
             "mark-mask: 0x00f00000\nroute-table: 4000\nrule-priority: 900\ngrace-seconds: 1\n\
@@ -408,6 +409,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the user database")]
     fn says_what_is_wrong() {
         for (text, part) in [
             ("mark-mask: 1", "at least two bits"),

@@ -152,7 +152,10 @@ mod tests {
 
     #[test]
     fn gives_out_each_mark_once() {
-        for mask in [0xff00_0000, 0x0000_00c1, 0x8000_0001, 0x00f0_0f00] {
+        // The others have 127 marks each, which take Miri a minute.
+        let few = if cfg!(miri) { 2 } else { 4 };
+        let masks = [0x0000_00c1, 0x8000_0001, 0xff00_0000, 0x00f0_0f00];
+        for mask in masks.into_iter().take(few) {
             let range = MarkRange::new(mask).unwrap();
             let mut marks = MarkAllocator::new(range);
             let mut seen = BTreeSet::new();

@@ -444,6 +444,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a minute, for what the others do as well")]
     fn the_oldest_names_make_room() {
         let mut fakes = Fakes::new(None);
         fakes.set_networks(Networks::parse(Some("10.0.0.0/26"), None).unwrap());
@@ -462,6 +463,7 @@ mod tests {
 
     proptest! {
         #[test]
+        #[cfg_attr(miri, ignore = "texts that are made of a pattern take minutes")]
         fn no_file_panics(text in "(\\PC{0,20}|[0-9]{1,5} [0-9]{1,5} [a-bA-B.]{1,3}|\n){0,20}") {
             let mut fakes = Fakes::new(None);
             let header = fakes.header();

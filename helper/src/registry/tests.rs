@@ -182,6 +182,7 @@ proptest! {
     /// refuses, and whenever the helper is killed, with its snapshot or without: what the registry knows is what
     /// the kernel has.
     #[test]
+    #[cfg_attr(miri, ignore = "minutes for a single case")]
     fn knows_what_the_kernel_has(
         calls in proptest::collection::vec((0usize..3, call(), any::<bool>(), any::<u64>()), 1..40)
     ) {
