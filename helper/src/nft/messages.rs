@@ -296,12 +296,12 @@ fn life(uid: Uid, count: u64) -> Vec<Plan> {
 #[test]
 fn a_table_and_its_base() {
     for flags in [0, OWNER | PERSIST] {
-        for fresh in [true, false] {
+        for (fresh, system) in [(true, false), (false, false), (false, true)] {
             let found = transaction(|transaction| {
                 transaction.add_table(flags);
                 transaction.delete_table();
                 transaction.add_table(flags);
-                transaction.base(&[0, 990, 1000], fresh);
+                transaction.base(&[0, 990, 1000], fresh, system);
             });
             found.has(&["cgtproxy", "version-6", "output", "forward", "proxy-uids"]);
             let keys = &found.keys[&NEW_SET_ELEMENTS];

@@ -151,7 +151,7 @@ impl Nftables {
         let mut inherited = this.inherited(snapshot)?;
         if adopted {
             let mut base = this.transaction();
-            base.base(&this.proxy_uids, false);
+            base.base(&this.proxy_uids, false, inherited.contains_key(&Uid::ROOT));
             this.socket.transact(&base.finish()).map_err(Error::Base)?;
         } else {
             // What is not known as a whole goes with the old table.
@@ -325,7 +325,7 @@ impl Nftables {
     /// The whole table, which is not there.
     fn add_all(&self, transaction: &mut Transaction<'_>, plans: &[Plan]) {
         transaction.add_table(self.flags());
-        transaction.base(&self.proxy_uids, true);
+        transaction.base(&self.proxy_uids, true, false);
         for plan in plans {
             transaction.plan(plan);
         }

@@ -15,7 +15,7 @@
 //!   map stamps { type uid : mark }            # a user : the name of that user's layout, no mark of a packet's
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
 //!   set interfaces { type ifname }            # from where forwarded traffic is diverted
-//!   chain output         { type route hook output priority mangle; … goto enforced }
+//!   chain output         { type route hook output priority mangle; … goto enforced, or open }
 //!   chain output-nat     { type nat hook output priority dstnat; … }
 //!   chain prerouting     { type filter hook prerouting priority mangle; … goto gateway }
 //!   chain prerouting-nat { type nat hook prerouting priority dstnat; … }
@@ -106,9 +106,9 @@ const USER_LEVEL: u32 = 3;
 pub(super) const SYSTEM_UIDS: [(u32, u32); 2] = [(1, 999), (61184, 65519)];
 
 impl Transaction<'_> {
-    /// Everything that no user owns. What is there already stays, its rules are written anew, but for those
-    /// of the system's policy, unless the table is `fresh`.
-    pub(super) fn base(&mut self, proxy_uids: &[u32], fresh: bool) {
+    /// Everything that no user owns. What is there already, unless the table is `fresh`, stays, and its rules are
+    /// written anew, but for those of the system's policy if there is one.
+    pub(super) fn base(&mut self, proxy_uids: &[u32], fresh: bool, system: bool) {
         self.add_chain(VERSION);
         self.add_set(USERS, KeyType::ControlGroup, Content::Verdicts);
         self.add_set(OPENS, KeyType::ControlGroup, Content::Verdicts);
@@ -132,9 +132,12 @@ impl Transaction<'_> {
         self.add_base_chain(FORWARD, ChainType::Filter, Hook::Forward, mangle);
         self.outgoing_rules();
         self.forward_rules();
-        if fresh {
-            self.no_system_rules();
+        if system {
+            self.lead_to_system();
         } else {
+            self.no_system_rules();
+        }
+        if !fresh {
             // There may be proxies, whose agents come back later.
             self.tproxy_chains();
         }
@@ -142,15 +145,6 @@ impl Transaction<'_> {
 
     fn outgoing_rules(&mut self) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
-        self.add_rules(
-            OUTPUT,
-            [
-                // ct direction reply return
-                &|rule| rule.ct_direction_reply().leave(),
-                // goto enforced
-                &|rule| rule.goto(ENFORCED),
-            ],
-        );
         self.flush_chain(SESSIONS);
         self.add_rules(
             SESSIONS,
@@ -221,18 +215,16 @@ impl Transaction<'_> {
         self.add_rules(
             DELIVERY,
             [
-                // Nearly every packet has no mark and ends this rule here. Whose it is says the connection's
-                // mark, which nobody but a rule can set: a program with CAP_NET_RAW may give its packets any mark
-                // (SO_MARK), and another user's proxy would take them for that user's.
-                // meta mark & DIVERT != 0 iif lo ct mark & MASK vmap @deliver
-                &|rule| {
-                    rule.meta_mark_has(divert)
-                        .iif_lo()
-                        .ct_mark_vmap(mask, DELIVER)
-                },
+                // Nearly every packet is nothing of ours and ends here.
+                // meta mark & DIVERT == 0 return
+                &|rule| rule.meta_mark_lacks(divert).leave(),
+                // Whose it is says the connection's mark, which nobody but a rule can set: a program with CAP_NET_RAW
+                // may give its packets any mark (SO_MARK), and another user's proxy would take them for that user's.
+                // iif lo ct mark & MASK vmap @deliver
+                &|rule| rule.iif_lo().ct_mark_vmap(mask, DELIVER),
                 // What is diverted to nobody reaches nobody.
-                // meta mark & DIVERT != 0 iif lo drop
-                &|rule| rule.meta_mark_has(divert).iif_lo().drop(),
+                // iif lo drop
+                &|rule| rule.iif_lo().drop(),
             ],
         );
         self.add_base_chain(
@@ -361,14 +353,30 @@ impl Transaction<'_> {
         );
     }
 
+    /// The first chain of every packet that leaves, where the system has a policy.
+    pub(super) fn lead_to_system(&mut self) {
+        self.flush_chain(OUTPUT);
+        self.add_rules(
+            OUTPUT,
+            [
+                // ct direction reply return
+                &|rule| rule.ct_direction_reply().leave(),
+                // goto enforced
+                &|rule| rule.goto(ENFORCED),
+            ],
+        );
+    }
+
     /// The chains of the system's policy when there is none. What they would lead to in several steps stands
-    /// in the first of them, since every packet of the machine comes by.
+    /// in the first chain of all, since every packet of the machine comes by.
     pub(super) fn no_system_rules(&mut self) {
         let divert = self.marks.divert();
-        self.flush_chain(ENFORCED);
+        self.flush_chain(OUTPUT);
         self.add_rules(
-            ENFORCED,
+            OUTPUT,
             [
+                // ct direction reply return
+                &|rule| rule.ct_direction_reply().leave(),
                 // socket cgroupv2 level 3 vmap @users
                 &|rule| rule.socket_cgroupv2_vmap(USER_LEVEL, USERS),
                 // ct mark & DIVERT == 0 return
@@ -377,6 +385,7 @@ impl Transaction<'_> {
                 &|rule| rule.goto(OPEN),
             ],
         );
+        self.flush_chain(ENFORCED);
         self.flush_chain(SYSTEM);
         self.add_rules(
             SYSTEM,

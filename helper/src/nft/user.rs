@@ -51,6 +51,7 @@ impl Transaction<'_> {
         self.level_rules(names, &layout.levels, layout.enforced);
         self.add_verdicts(names, layout, &elements.added);
         if names.is_system() {
+            self.lead_to_system();
             self.gateway(names, layout);
         }
     }
