@@ -7,8 +7,9 @@
 )]
 
 use std::fs;
+use std::path::Path;
 
-use cgtproxy_tests::sandbox::{Sandbox, applications_below, sandbox};
+use cgtproxy_tests::sandbox::{App, Sandbox, applications_below, sandbox};
 use cgtproxy_tests::session::mapped_ids_now;
 use cgtproxy_tests::system::{System, SystemUser};
 use cgtproxy_tests::wait::{wait_for, wait_until};
@@ -137,16 +138,7 @@ impl<'a> Bed<'a> {
     fn wait_for(&self, count: usize, known: usize) -> Vec<u64> {
         let map = format!("cgroups-{}", self.alice().uid());
         let top = self.system.cgroup_directory(&self.alice().service());
-        wait_for(
-            &format!("{known} of {count} applications in the kernel"),
-            || {
-                let made = applications_below(&top);
-                // A user manager that starts anew gets its policy a moment later.
-                let mapped = mapped_ids_now(self.sb, &map)?;
-                let sound = made.len() == count && mapped.len() == known;
-                (sound && mapped.iter().all(|id| made.contains(id))).then_some(made)
-            },
-        )
+        wait_for_mapped(self.sb, &map, &top, count, known)
     }
 
     fn status(&self) -> Value {
@@ -168,13 +160,34 @@ impl<'a> Bed<'a> {
     fn assert_dropped(&self, by: &[&str]) {
         let app = self.system.app_as(self.alice(), by);
         self.wait_for_all(1);
-        for to in self.sb.destinations() {
-            for transport in [Tcp, Udp] {
-                let outcome = app.ask(transport, to);
-                assert!(outcome.is_dropped(), "{transport:?} {to}: {outcome:?}");
-            }
-            self.sb.assert_nothing_left_for(to.ip());
+        expect_dropped(self.sb, &app);
+    }
+}
+
+/// Waits until there are so many applications below a control group and the map has so many of them, and nothing else.
+#[track_caller]
+fn wait_for_mapped(sb: &Sandbox, map: &str, top: &Path, count: usize, known: usize) -> Vec<u64> {
+    wait_for(
+        &format!("{known} of {count} applications in the kernel"),
+        || {
+            let made = applications_below(top);
+            // A user manager that starts anew gets its policy a moment later.
+            let mapped = mapped_ids_now(sb, map)?;
+            let sound = made.len() == count && mapped.len() == known;
+            (sound && mapped.iter().all(|id| made.contains(id))).then_some(made)
+        },
+    )
+}
+
+/// Insists that nothing comes through, and that nothing leaves.
+#[track_caller]
+fn expect_dropped(sb: &Sandbox, app: &App) {
+    for to in sb.destinations() {
+        for transport in [Tcp, Udp] {
+            let outcome = app.ask(transport, to);
+            assert!(outcome.is_dropped(), "{transport:?} {to}: {outcome:?}");
         }
+        sb.assert_nothing_left_for(to.ip());
     }
 }
 
@@ -330,14 +343,7 @@ fn the_systems_units_are_followed(arguments: &str, monitors: &[&str], degraded: 
         };
         systemctl(&enable);
         let top = system.cgroup_directory("/system.slice");
-        let wait_for_all = |count: usize| {
-            wait_for(&format!("{count} units in the kernel"), || {
-                let made = applications_below(&top);
-                let mapped = mapped_ids_now(sb, "cgroups-0")?;
-                let sound = made.len() == count && mapped.len() == count;
-                (sound && mapped.iter().all(|id| made.contains(id))).then_some(made)
-            })
-        };
+        let wait_for_all = |count| wait_for_mapped(sb, "cgroups-0", &top, count, count);
         let status = || -> Value {
             let output = system.output(&["cgtproxy-agent", "--system", "status", "--json"]);
             serde_json::from_slice(&output.stdout).unwrap_or_default()
@@ -359,12 +365,7 @@ fn the_systems_units_are_followed(arguments: &str, monitors: &[&str], degraded: 
             let run = ["systemd-run", "--quiet", "--collect", "--pipe", "--wait"];
             let app = system.app(&[&run, place].concat());
             wait_for_all(1);
-            for to in sb.destinations() {
-                for transport in [Tcp, Udp] {
-                    assert!(app.ask(transport, to).is_dropped(), "{transport:?} {to}");
-                }
-                sb.assert_nothing_left_for(to.ip());
-            }
+            expect_dropped(sb, &app);
             drop(app);
             wait_for_all(0);
         }
