@@ -204,7 +204,7 @@ impl Nftables {
         let elements = plan.element_changes();
         let has_work = |step: &Step| step.has_work(plan, &elements);
         let steps: Vec<Step> = Step::ALL.into_iter().filter(has_work).collect();
-        if steps.len() > 1 {
+        if !steps.is_empty() {
             return self.commit_steps(plan, &elements, &steps);
         }
         let mut transaction = self.transaction();
