@@ -80,10 +80,9 @@ impl Outlook {
         if std::str::from_utf8(path).is_err() {
             return Below::Something;
         }
-        let mut beginning = path.to_vec();
-        if !path.ends_with(b"/") {
-            beginning.push(b'/');
-        }
+        // The root's path is the only one that has that slash already.
+        let path = path.strip_suffix(b"/").unwrap_or(path);
+        let beginning = [path, b"/"].concat();
         let stays = match self.stays {
             Stays::Always => matches(&beginning),
             Stays::BeforeTheSlash => matches(path),
@@ -219,6 +218,7 @@ mod tests {
         let pattern = Pattern::new("^/x/").unwrap();
         assert_eq!(pattern.below(b"/x/\xff"), Something);
         assert_eq!(Pattern::new("^/a").unwrap().below(b"/"), Something);
+        assert_eq!(Pattern::new(r"/\B").unwrap().below(b"/"), Something);
     }
 
     proptest! {
