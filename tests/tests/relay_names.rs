@@ -69,10 +69,12 @@ impl Bed {
         self.relayed.user.home().join(".local/state/cgtproxy/names")
     }
 
-    fn start_again(&mut self) {
+    /// A relay that has ended is started again. It has other ports, which the kernel learns by and by.
+    fn start_again(&mut self, sb: &Sandbox) {
         self.relayed.relay.start_again();
+        let [to, _] = sb.destinations();
         wait_until("the relay to be found again", || {
-            !self.relayed.agent("doctor").contains("[relay-missing]")
+            self.relayed.tcp(to) != Outcome::Refused
         });
     }
 }
@@ -127,7 +129,7 @@ fn a_name_keeps_its_addresses_over_restarts_until_they_expire() {
         let to = bed.to[0];
         // Told to end, it writes the names down; killed, it has done so some seconds before.
         bed.relayed.relay.stop();
-        bed.start_again();
+        bed.start_again(sb);
         assert_eq!(bed.tcp(fake), Outcome::Redirected { to });
         assert_eq!(bed.look_up(sb, V4_NAME, "A"), fake);
         let second = bed.look_up(sb, V6_NAME, "A");
@@ -135,7 +137,7 @@ fn a_name_keeps_its_addresses_over_restarts_until_they_expire() {
             fs::read_to_string(bed.names()).is_ok_and(|text| text.contains(V6_NAME))
         });
         bed.relayed.relay.kill();
-        bed.start_again();
+        bed.start_again(sb);
         assert_eq!(bed.look_up(sb, V6_NAME, "A"), second);
         assert_eq!(bed.tcp(second), Outcome::Redirected { to: bed.to[1] });
         // A day later nobody knows what the first stood for, and nothing goes there.
@@ -153,7 +155,7 @@ fn a_name_keeps_its_addresses_over_restarts_until_they_expire() {
             })
             .collect();
         fs::write(bed.names(), aged.concat()).expect("root may");
-        bed.start_again();
+        bed.start_again(sb);
         // Whether the reset comes before connect(2) returns or after it.
         let outcome = bed.tcp(fake);
         assert!(
