@@ -23,8 +23,10 @@ const CGROUP2_SUPER_MAGIC: u32 = 0x6367_7270;
 /// Where systemd mounts cgroup v2: alone, or beside the v1 hierarchies of a hybrid machine.
 const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
-/// The deepest level that nftables can match (nft_socket_init, net/netfilter/nft_socket.c).
-pub(crate) const DEEPEST_LEVEL: u32 = 255;
+/// The deepest level at which a control group can have a verdict of its own. nftables could match 255 (nft_socket_init,
+/// net/netfilter/nft_socket.c), but the rules look at every level at which any user has a verdict, and nobody has a
+/// use for that many: an application is at level 5, and a container in a container at level 12.
+pub(crate) const DEEPEST_LEVEL: u32 = 20;
 
 /// openat2(2) gives up with EAGAIN when something is renamed or mounted meanwhile.
 const OPEN_ATTEMPTS: usize = 16;
@@ -98,7 +100,7 @@ pub enum Unavailable {
     /// The kernel does not let it be opened.
     #[error("the control group can't be opened")]
     Unreadable,
-    /// nftables can't match a level that deep.
+    /// No rule looks that deep.
     #[error("the control group is more than {DEEPEST_LEVEL} levels deep")]
     TooDeep,
     /// The kernel lacks memory or file descriptors, or others rename too much meanwhile. That says

@@ -2,6 +2,10 @@
 
 use std::collections::BTreeSet;
 
+/// However many bits a mask has, no more proxies than this have a mark: the number of a mark has to fit into 24 bits
+/// beside a few others.
+const MOST_MARKS: u32 = (1 << 23) - 1;
+
 /// The mark that leads a packet to one proxy. It has the divert bit, and no bit outside the range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mark(u32);
@@ -62,7 +66,7 @@ impl MarkRange {
     #[must_use]
     pub fn capacity(self) -> u32 {
         // Number 0 is left out: without the divert bit it would be the mark of everything else.
-        (1u32 << (self.mask.count_ones() - 1)) - 1
+        ((1u32 << (self.mask.count_ones() - 1)) - 1).min(MOST_MARKS)
     }
 
     /// The mark with this number, which is spread over the bits of the mask from the lowest up.
@@ -81,6 +85,22 @@ impl MarkRange {
         Mark(value)
     }
 
+    /// The number of this mark, from 1 to [`Self::capacity`].
+    #[must_use]
+    pub fn number(self, mark: Mark) -> u32 {
+        let mut bits = self.mask & !self.divert();
+        let (mut number, mut place) = (0, 1u32);
+        while bits != 0 {
+            let lowest = bits & bits.wrapping_neg();
+            if mark.0 & lowest != 0 {
+                number |= place;
+            }
+            place <<= 1;
+            bits &= !lowest;
+        }
+        number
+    }
+
     /// The conntrack mark of this proxy's hijacked DNS queries, which are not diverted.
     #[must_use]
     pub fn dns_value(self, mark: Mark) -> u32 {
@@ -90,8 +110,10 @@ impl MarkRange {
     /// Whether a mark is one of this range.
     #[must_use]
     pub fn has(self, mark: Mark) -> bool {
-        let number = mark.0 & !self.divert();
-        mark.0 & !self.mask == 0 && mark.0 & self.divert() != 0 && number != 0
+        let outside = mark.0 & !self.mask != 0;
+        !outside
+            && mark.0 & self.divert() != 0
+            && (1..=self.capacity()).contains(&self.number(mark))
     }
 }
 
@@ -161,6 +183,7 @@ mod tests {
             let mut seen = BTreeSet::new();
             while let Some(mark) = marks.allocate() {
                 assert!(range.has(mark));
+                assert_eq!(range.mark(range.number(mark)), mark);
                 assert!(seen.insert(mark));
             }
             assert_eq!(seen.len(), range.capacity() as usize);
@@ -190,12 +213,19 @@ mod tests {
     }
 
     #[test]
+    fn numbers_end_where_there_is_no_room_for_more() {
+        let range = MarkRange::new(0xffff_ffff).unwrap();
+        assert!(range.has(range.mark(MOST_MARKS)));
+        assert!(!range.has(range.mark(MOST_MARKS + 1)));
+    }
+
+    #[test]
     fn a_mask_of_one_bit_is_too_small() {
         assert_eq!(MarkRange::new(0x8000_0000), Err(MaskTooSmall));
         assert_eq!(MarkRange::new(0), Err(MaskTooSmall));
         assert_eq!(
             MarkRange::new(0xffff_ffff).map(MarkRange::capacity),
-            Ok(0x7fff_ffff)
+            Ok(0x007f_ffff)
         );
     }
 }

@@ -27,6 +27,11 @@ impl Uid {
         (uid.to_string() == name).then_some(uid)
     }
 
+    /// One that was found in the kernel's own table.
+    pub(crate) fn found(uid: u32) -> Self {
+        Self(uid)
+    }
+
     /// A number for a test.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn for_test(uid: u32) -> Self {

@@ -335,6 +335,11 @@ impl Registry {
     #[must_use]
     pub fn remove(&self, uid: Uid) -> Staged {
         let before = self.before(uid);
+        let delete = match self.users.get(&uid) {
+            Some(Entry::Policy(user)) => user.cgroups.values().map(|(c, _)| c.id()).collect(),
+            Some(Entry::Known(known)) => known.elements.iter().map(|(c, _)| c.id()).collect(),
+            Some(Entry::LeftBehind(_)) | None => Vec::new(),
+        };
         let mut marks = self.marks.clone();
         for (_, mark) in marks_of(&before) {
             marks.free(mark);
@@ -346,7 +351,7 @@ impl Registry {
                 had: self.stamp(uid),
                 after: None,
                 stamp: Stamp::draw(),
-                delete: Vec::new(),
+                delete,
                 add: Vec::new(),
             },
             marks: Some(marks),
@@ -510,7 +515,6 @@ impl Registry {
     ) -> Result<(BTreeMap<ProxyName, Proxy>, MarkAllocator), Refused> {
         let mut marks = self.marks.clone();
         let mut kept = BTreeMap::new();
-        let mut numbers = numbers_of(before);
         let names: BTreeSet<_> = requests
             .iter()
             .map(|request| request.name.clone())
@@ -535,22 +539,11 @@ impl Registry {
                 Some(&mark) => mark,
                 None => marks.allocate().ok_or(Refused::NoMarksLeft)?,
             };
-            let number = match numbers.get(&name) {
-                Some(&number) => number,
-                // Not one of a proxy that goes in the same transaction.
-                None => {
-                    let free = (0..).find(|n| numbers.values().all(|used| used != n));
-                    let number = free.unwrap_or(u32::MAX);
-                    numbers.insert(name.clone(), number);
-                    number
-                }
-            };
             if proxies
                 .insert(
                     name.clone(),
                     Proxy {
                         mark,
-                        number,
                         delivery,
                         exceptions,
                         reject_udp,
@@ -571,18 +564,6 @@ fn stamp_of(before: Option<(&Rc<Layout>, Stamp)>, after: &Layout) -> Stamp {
     match before {
         Some((layout, stamp)) if **layout == *after => stamp,
         _ => Stamp::draw(),
-    }
-}
-
-/// The numbers of the proxies that a policy has.
-fn numbers_of(before: &Before) -> BTreeMap<ProxyName, u32> {
-    match before {
-        Before::Layout(layout) => {
-            let proxies = layout.proxies.iter();
-            proxies.map(|(name, p)| (name.clone(), p.number)).collect()
-        }
-        Before::LeftBehind(left) => left.numbers.clone(),
-        Before::Nothing => BTreeMap::new(),
     }
 }
 

@@ -93,35 +93,45 @@ pub fn verdict(path: &str, verdict: &str) -> Value {
     json!({ "controlGroup": path, "verdict": verdict })
 }
 
-/// The ids of the control groups in a map, in ascending order.
+/// The ids of the control groups that have a verdict of a user's (0: of the system's), in ascending order.
 ///
 /// # Panics
-/// When there is no such map, or nft says something else than a map.
+/// When that user has no policy, or nft says something else than a map.
 #[track_caller]
-pub fn mapped_ids(sb: &Sandbox, map: &str) -> Vec<u64> {
-    mapped_ids_now(sb, map).unwrap_or_else(|| panic!("there is no map {map}"))
+pub fn mapped_ids(sb: &Sandbox, uid: u32) -> Vec<u64> {
+    mapped_ids_now(sb, uid).unwrap_or_else(|| panic!("{uid} has no policy"))
 }
 
-/// The same; none if there is no such map now, as while a user has no policy.
+/// The same; none while that user has no policy.
 ///
 /// # Panics
 /// When nft says something else than a map.
-pub fn mapped_ids_now(_: &Sandbox, map: &str) -> Option<Vec<u64>> {
+pub fn mapped_ids_now(_: &Sandbox, uid: u32) -> Option<Vec<u64>> {
+    let map = if uid == 0 { "cgroups-0" } else { "cgroups" };
     // Without cgroupfs nft prints the ids as they are. With it, it walks the whole tree for each.
-    let list = format!("umount -l /sys/fs/cgroup; nft -j list map inet cgtproxy {map}");
+    let list = format!(
+        "umount -l /sys/fs/cgroup
+         nft -j -n list map inet cgtproxy users && nft -j list map inet cgtproxy {map}"
+    );
     let output = crate::command::output_with_input(&["unshare", "-m", "sh", "-c", &list], "");
     if !output.status.success() {
         return None;
     }
-    let listed: Value = serde_json::from_slice(&output.stdout).expect("nft prints JSON");
-    let objects = listed["nftables"].as_array().expect("a list");
-    let map = objects
-        .iter()
-        .find_map(|object| object.get("map"))
-        .expect("a map");
-    let elements = map["elem"].as_array().into_iter().flatten();
-    let id = |element: &Value| element[0].as_str().and_then(|id| id.parse().ok());
+    let listed = serde_json::Deserializer::from_slice(&output.stdout).into_iter::<Value>();
+    let mut maps = listed.map(|listed| {
+        let listed = listed.expect("nft prints JSON");
+        let objects = listed["nftables"].as_array().expect("a list");
+        let map = objects.iter().find_map(|object| object.get("map"));
+        let elements = map.expect("a map")["elem"].as_array().cloned();
+        elements.unwrap_or_default()
+    });
+    let (users, elements) = (maps.next()?, maps.next()?);
+    users.iter().find(|user| user[0] == json!(uid))?;
+    let whose = |element: &&Value| element[0]["elem"]["comment"] == json!(uid.to_string());
+    let id = |element: &Value| element[0]["elem"]["val"].as_str()?.parse().ok();
     let mut ids: Vec<u64> = elements
+        .iter()
+        .filter(whose)
         .map(|element| id(element).unwrap_or_else(|| panic!("{element}")))
         .collect();
     ids.sort_unstable();

@@ -61,15 +61,6 @@ fn scope(user: &User, name: &str) -> Cgroup {
     user.cgroup(format!("app.slice/app-{name}.scope"))
 }
 
-/// What is left of a user in the kernel.
-fn objects_of(sb: &Sandbox, uid: u32) -> Vec<String> {
-    let uid = uid.to_string();
-    let mut objects = sb.chains();
-    objects.extend(sb.maps());
-    objects.retain(|name| name.split('-').any(|part| part == uid));
-    objects
-}
-
 /// Runs `cgtproxy-agent` to its end: its exit status, stdout and stderr.
 fn agent(user: &User, arguments: &[&str]) -> (Option<i32>, String, String) {
     let output = user.run("cgtproxy-agent", arguments);
@@ -153,14 +144,12 @@ fn verdicts_follow_control_groups_as_they_come_and_go() {
                 agent.wait_for_verdict(&cgroup, "drop");
                 let mut ids = vec![slice, cgroup.id()];
                 ids.sort_unstable();
-                assert_eq!(mapped_ids(sb, "cgroups-1001"), ids, "round {round}");
+                assert_eq!(mapped_ids(sb, 1001), ids, "round {round}");
                 let app = cgroup.app();
                 expect(sb, &app, dropped);
                 drop(app);
                 cgroup.remove();
-                wait_until("its verdict is gone", || {
-                    mapped_ids(sb, "cgroups-1001") == [slice]
-                });
+                wait_until("its verdict is gone", || mapped_ids(sb, 1001) == [slice]);
             }
             alice.shell("cd /sys/fs/cgroup/user.slice/*/user@1001.service/app.slice; rmdir -p a.slice/b.slice");
         }
@@ -180,7 +169,7 @@ fn a_catch_all_is_one_element_and_what_inherits_causes_no_update() {
         }
         let _agent = alice.agent(config).start();
         let mut agent = Agent::of(&alice);
-        assert_eq!(mapped_ids(sb, "cgroups-1001"), [alice.service().id()]);
+        assert_eq!(mapped_ids(sb, 1001), [alice.service().id()]);
         let before = (
             agent.generation(),
             Session::of(&alice).status()["generation"].clone(),
@@ -200,7 +189,7 @@ fn a_catch_all_is_one_element_and_what_inherits_causes_no_update() {
             Session::of(&alice).status()["generation"].clone(),
         );
         assert_eq!(after, before);
-        assert_eq!(mapped_ids(sb, "cgroups-1001"), [alice.service().id()]);
+        assert_eq!(mapped_ids(sb, 1001), [alice.service().id()]);
     });
 }
 
@@ -225,7 +214,7 @@ fn five_thousand_control_groups_in_a_burst_are_all_found_and_all_forgotten() {
             let made = applications_below(&alice.service().directory());
             assert_eq!(made.len(), 5000);
             wait_until("all of them are in the kernel", || {
-                mapped_ids(sb, "cgroups-1001") == made
+                mapped_ids(sb, 1001) == made
             });
             let last = alice.cgroup("app.slice/a-25.slice/b.slice/app-100.scope");
             agent.wait_for_verdict(&last, "drop");
@@ -244,7 +233,7 @@ fn five_thousand_control_groups_in_a_burst_are_all_found_and_all_forgotten() {
                  rmdir a-*/b.slice a-*"
             ));
             wait_until("all of them are forgotten", || {
-                mapped_ids(sb, "cgroups-1001").is_empty()
+                mapped_ids(sb, 1001).is_empty()
             });
             let left = agent.status()["controlGroups"].clone();
             let left: Vec<_> = left.as_array().expect("a list").iter().collect();
@@ -264,7 +253,7 @@ fn the_same_path_a_thousand_times_ends_with_the_right_id() {
         alice.shell(&script.replace("DIR", directory.to_str().expect("ASCII")));
         let cgroup = scope(&alice, "a");
         wait_until("the last one is in the kernel", || {
-            mapped_ids(sb, "cgroups-1001") == [cgroup.id()]
+            mapped_ids(sb, 1001) == [cgroup.id()]
         });
         Agent::of(&alice).wait_for_verdict(&cgroup, "drop");
         expect(sb, &cgroup.app(), dropped);
@@ -273,7 +262,7 @@ fn the_same_path_a_thousand_times_ends_with_the_right_id() {
         Agent::of(&alice).wait_for_verdict(&other, "drop");
         let mut both = [cgroup.id(), other.id()];
         both.sort_unstable();
-        assert_eq!(mapped_ids(sb, "cgroups-1001"), both);
+        assert_eq!(mapped_ids(sb, 1001), both);
     });
 }
 
@@ -448,7 +437,7 @@ fn a_broken_configuration_at_the_start_is_waited_out() {
         waits();
         let app = scope(&alice, "any").app();
         expect(sb, &app, direct);
-        assert_eq!(objects_of(sb, 1001), Vec::<String>::new());
+        assert_eq!(sb.objects_of(1001), Vec::<String>::new());
         assert!(!service.has_notified("READY=1"));
         service.write_config(CONFIG);
         service.wait_ready();
@@ -456,14 +445,14 @@ fn a_broken_configuration_at_the_start_is_waited_out() {
         let tracker = scope(&alice, "tracker");
         Agent::of(&alice).wait_for_verdict(&tracker, "drop");
         let tracker = tracker.app();
-        let (traffic, rules) = (Steady::start(sb, &app), objects_of(sb, 1001));
+        let (traffic, rules) = (Steady::start(sb, &app), sb.objects_of(1001));
 
         // What an agent leaves that was killed is not taken away by one that waits, nor when that one is stopped.
         let held = || {
             traffic.assert_proxied("mihomo");
             traffic.assert_none_strayed(sb, &["mihomo"]);
             expect(sb, &tracker, dropped);
-            assert_eq!(objects_of(sb, 1001), rules);
+            assert_eq!(sb.objects_of(1001), rules);
         };
         service.write_config(BROKEN);
         service.kill();
@@ -619,7 +608,7 @@ fn sigterm_removes_the_rules_and_is_a_success() {
             Agent::of(&alice).wait_for_verdict(&cgroup, "drop");
             assert!(socket.exists());
             assert_eq!(service.stop().code(), Some(0), "round {round}");
-            assert_eq!(objects_of(sb, 1001), Vec::<String>::new());
+            assert_eq!(sb.objects_of(1001), Vec::<String>::new());
             expect(sb, &cgroup.app(), direct);
             assert!(!socket.exists());
             assert!(service.has_notified("STOPPING=1"));
@@ -640,7 +629,7 @@ fn it_is_ready_once_its_first_full_state_is_in_the_kernel() {
         ));
         let made = applications_below(&alice.service().directory());
         let mut service = alice.agent(DROP_EACH).start();
-        assert_eq!(mapped_ids(sb, "cgroups-1001"), made);
+        assert_eq!(mapped_ids(sb, 1001), made);
         // And without a helper it waits.
         service.stop();
         helper.stop();
@@ -656,7 +645,7 @@ fn it_is_ready_once_its_first_full_state_is_in_the_kernel() {
         assert!(!service.has_notified("READY=1"));
         let _helper = sb.helper().start();
         service.wait_ready();
-        assert_eq!(mapped_ids(sb, "cgroups-1001"), made);
+        assert_eq!(mapped_ids(sb, 1001), made);
         // It said so once, not at every attempt.
         assert_eq!(service.log().matches("no helper listens").count(), 1);
     });
@@ -672,7 +661,7 @@ fn no_helper_at_the_start_and_not_even_its_directory() {
         assert!(!service.has_notified("READY=1"));
         let _helper = sb.helper().start();
         service.wait_ready();
-        assert_eq!(mapped_ids(sb, "cgroups-1001"), [cgroup.id()]);
+        assert_eq!(mapped_ids(sb, 1001), [cgroup.id()]);
     });
 }
 
@@ -770,13 +759,11 @@ fn names_of_any_kind_are_judged_and_shown() {
         }
         let mut all: Vec<_> = early.iter().chain(&late).map(Cgroup::id).collect();
         all.sort_unstable();
-        wait_until("only those are left", || {
-            mapped_ids(sb, "cgroups-1001") == all
-        });
+        wait_until("only those are left", || mapped_ids(sb, 1001) == all);
         for cgroup in early.iter().chain(&late) {
             cgroup.remove();
         }
-        wait_until("none is left", || mapped_ids(sb, "cgroups-1001").is_empty());
+        wait_until("none is left", || mapped_ids(sb, 1001).is_empty());
     });
 }
 
@@ -973,6 +960,6 @@ fn a_user_manager_that_starts_again_gets_its_policy_again() {
         let cgroup = scope(&alice, "a");
         Agent::of(&alice).wait_for_verdict(&cgroup, "drop");
         expect(sb, &cgroup.app(), dropped);
-        assert_eq!(mapped_ids(sb, "cgroups-1001"), [cgroup.id()]);
+        assert_eq!(mapped_ids(sb, 1001), [cgroup.id()]);
     });
 }

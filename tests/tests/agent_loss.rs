@@ -102,13 +102,6 @@ fn wait_for(user: &User, session: &str) {
     });
 }
 
-fn objects(sb: &Sandbox) -> Vec<String> {
-    let mut objects = sb.chains();
-    objects.extend(sb.maps());
-    objects.retain(|name| name.split('-').any(|part| part == "1001"));
-    objects
-}
-
 #[test]
 fn drops_and_holds_are_kept_and_the_rest_is_released() {
     sandbox(|sb| {
@@ -132,7 +125,11 @@ fn drops_and_holds_are_kept_and_the_rest_is_released() {
         // In the middle of what it was saying to the proxy.
         assert!(matches!(open.ask(), Outcome::Refused | Outcome::Closed));
         apps.assert_kept(sb);
-        assert!(!objects(sb).iter().any(|name| name.contains("mihomo")));
+        assert!(
+            !sb.objects_of(1001)
+                .iter()
+                .any(|name| name.contains("mihomo"))
+        );
         assert_eq!(Session::of(&user).status()["proxies"], json!([]));
         let late = user.cgroup("app.slice/app-tracker.scope/late").app();
         assert!(late.udp(to).is_dropped());
@@ -151,7 +148,7 @@ fn drops_and_holds_are_kept_and_the_rest_is_released() {
         apps.assert_kept(sb);
         let mut session = take(&user);
         session.call("RemovePolicy", json!({}));
-        assert_eq!(objects(sb), Vec::<String>::new());
+        assert_eq!(sb.objects_of(1001), Vec::<String>::new());
     });
 }
 
@@ -166,12 +163,12 @@ fn what_is_kept_outlives_the_helper() {
         drop(take(&user));
         wait_for(&user, "kept");
         let steady = Steady::start(sb, &apps.dropped);
-        let kept = objects(sb);
+        let kept = sb.objects_of(1001);
         helper.kill();
         apps.assert_kept(sb);
         helper.start_again();
         wait_for(&user, "kept");
-        assert_eq!(objects(sb), kept);
+        assert_eq!(sb.objects_of(1001), kept);
         apps.assert_kept(sb);
 
         // All end at once. Nothing says to the next helper what the proxies' rules are, so they stay.
@@ -193,7 +190,7 @@ fn what_is_kept_outlives_the_helper() {
         apps.assert_with_agent(sb);
         steady.assert_nothing_left(sb);
         session.call("RemovePolicy", json!({}));
-        assert_eq!(objects(sb), Vec::<String>::new());
+        assert_eq!(sb.objects_of(1001), Vec::<String>::new());
     });
 }
 
@@ -206,7 +203,7 @@ fn everything_goes_direct_if_the_administrator_says_so() {
         let apps = Apps::of(&user);
         drop(take(&user));
         wait_for(&user, "none");
-        assert_eq!(objects(sb), Vec::<String>::new());
+        assert_eq!(sb.objects_of(1001), Vec::<String>::new());
         for to in sb.destinations() {
             assert_eq!(apps.dropped.udp(to), direct(to));
             assert_eq!(apps.held.udp(to), direct(to));
@@ -248,7 +245,7 @@ fn everything_is_dropped_if_the_administrator_says_so() {
         apps.assert_with_agent(sb);
         steady.assert_nothing_left(sb);
         session.call("RemovePolicy", json!({}));
-        assert_eq!(objects(sb), Vec::<String>::new());
+        assert_eq!(sb.objects_of(1001), Vec::<String>::new());
     });
 }
 
@@ -274,7 +271,7 @@ fn nothing_is_kept_for_a_user_who_is_gone() {
         log_out(&user);
         let user = sb.user(1001);
         wait_for(&user, "none");
-        assert_eq!(objects(sb), Vec::<String>::new());
+        assert_eq!(sb.objects_of(1001), Vec::<String>::new());
         helper.wait_log("removed what was kept of a policy whose user is gone");
 
         // The manager ends with its agent: there is nobody left when the grace is over.
@@ -283,7 +280,7 @@ fn nothing_is_kept_for_a_user_who_is_gone() {
         log_out(&user);
         drop(session);
         wait_for(&sb.user(1001), "none");
-        assert_eq!(objects(sb), Vec::<String>::new());
+        assert_eq!(sb.objects_of(1001), Vec::<String>::new());
     });
 }
 

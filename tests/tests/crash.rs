@@ -101,7 +101,7 @@ fn verdicts_and_open_connections_outlive_a_killed_helper() {
                 }
             };
             let traffic = destinations.map(|to| app.traffic(Udp, to));
-            let marks = sb.run(&["nft", "list", "map", "inet", "cgtproxy", "marks-1001"]);
+            let marks = sb.run(&["nft", "list", "map", "inet", "cgtproxy", "marks"]);
             check();
             for _ in 0..5 {
                 helper.kill();
@@ -113,7 +113,7 @@ fn verdicts_and_open_connections_outlive_a_killed_helper() {
                 take(&mut session, &user);
                 check();
                 assert_eq!(
-                    sb.run(&["nft", "list", "map", "inet", "cgtproxy", "marks-1001"]),
+                    sb.run(&["nft", "list", "map", "inet", "cgtproxy", "marks"]),
                     marks,
                     "a proxy keeps its mark",
                 );
@@ -145,7 +145,7 @@ fn what_a_killed_helper_left_goes_when_no_agent_comes_back() {
             helper.kill();
             drop(session);
             helper.start_again();
-            assert!(sb.run(&["nft", "list", "chains"]).contains("user-1001"));
+            assert!(sb.run(&["nft", "list", "chains"]).contains("proxy-1001-"));
             wait_until("the grace is over", || sb.map_elements("users").is_empty());
             assert!(!sb.run(&["nft", "list", "ruleset"]).contains("1001"));
             for to in sb.destinations() {
@@ -326,7 +326,7 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
             .replace(uid, id, &subtree, policy(&["old"]), assign("old"))
             .expect("it is taken");
         // Somebody takes a chain away that goes with the old proxy.
-        sb.nft("flush map inet cgtproxy resolve; delete chain inet cgtproxy resolve-0-old");
+        sb.nft("flush map inet cgtproxy divert; delete chain inet cgtproxy divert-0-old");
         let kernel = sb.run(&["nft", "list", "ruleset"]);
         let known = format!("{:?}", state.registry());
         // A new proxy, which comes first in the transaction, then the end of the old one.

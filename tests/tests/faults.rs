@@ -334,7 +334,7 @@ fn an_answer_that_is_lost_leaves_no_doubt() {
         let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
         let app = user.cgroup(APP).app();
         let dropped = user.cgroup("app.slice/app-drop.scope").app();
-        let before = mapped_ids(sb, "cgroups-1001");
+        let before = mapped_ids(sb, 1001);
         let change =
             json!({ "assign": [verdict(APP, "direct")], "remove": ["app.slice/app-drop.scope"] });
         {
@@ -345,7 +345,7 @@ fn an_answer_that_is_lost_leaves_no_doubt() {
             assert!(why.contains("perhaps"), "{why}");
         }
         // The kernel has made the change, and nobody knew: what was refused is not there.
-        assert_eq!(mapped_ids(sb, "cgroups-1001"), before);
+        assert_eq!(mapped_ids(sb, 1001), before);
         for to in sb.destinations() {
             assert_eq!(app.tcp(to), proxied("mihomo", to));
             assert!(dropped.udp(to).is_dropped());

@@ -182,6 +182,31 @@ fn a_hold_outlives_the_agent_and_the_helper() {
 /// However its drop is said from one policy to the next: by its slice or by itself, with chains of its own or
 /// without, at a level that was looked at before or was not. (Made in a single transaction, such changes let a few
 /// packets out in nearly every run of this.)
+/// Proxies and assignments that let nothing out of [`SCOPE`], each in its own way.
+fn all_drop() -> Vec<(Value, Value)> {
+    vec![
+        (json!([]), json!([plain(SLICE, "drop")])),
+        (json!([]), json!([plain(SCOPE, "drop")])),
+        (json!([]), json!([held(SLICE, "direct", None)])),
+        (
+            mihomo(),
+            json!([
+                held(SLICE, "proxy", Some("mihomo")),
+                held(SCOPE, "drop", None)
+            ]),
+        ),
+        (
+            json!([]),
+            json!([plain(SLICE, "drop"), plain(SCOPE, "dropAll")]),
+        ),
+        (mihomo(), json!([held(SLICE, "drop", None)])),
+        (
+            json!([]),
+            json!([plain(SLICE, "direct"), plain(SCOPE, "drop")]),
+        ),
+    ]
+}
+
 #[test]
 fn nothing_leaves_while_a_drop_is_said_otherwise() {
     sandbox(|sb| {
@@ -189,27 +214,7 @@ fn nothing_leaves_while_a_drop_is_said_otherwise() {
         let user = sb.user(1001);
         let app = user.cgroup(SCOPE).app();
         let mut session = Session::of(&user);
-        let mut policies = vec![
-            (json!([]), json!([plain(SLICE, "drop")])),
-            (json!([]), json!([plain(SCOPE, "drop")])),
-            (json!([]), json!([held(SLICE, "direct", None)])),
-            (
-                mihomo(),
-                json!([
-                    held(SLICE, "proxy", Some("mihomo")),
-                    held(SCOPE, "drop", None)
-                ]),
-            ),
-            (
-                json!([]),
-                json!([plain(SLICE, "drop"), plain(SCOPE, "dropAll")]),
-            ),
-            (mihomo(), json!([held(SLICE, "drop", None)])),
-            (
-                json!([]),
-                json!([plain(SLICE, "direct"), plain(SCOPE, "drop")]),
-            ),
-        ];
+        let mut policies = all_drop();
         let (proxies, assignments) = policies[0].clone();
         session.replace(proxies, json!([]), assignments);
         // It takes a packet that is among the rules at the very moment: so there is always one.
@@ -226,6 +231,38 @@ fn nothing_leaves_while_a_drop_is_said_otherwise() {
             let step = round % policies.len();
             policies.rotate_left(step);
             policies.swap(0, 1);
+        }
+        drop(app);
+        for to in to {
+            sb.assert_nothing_left_for(to.ip());
+        }
+    });
+}
+
+#[test]
+fn nothing_leaves_while_what_a_killed_helper_left_is_taken_over() {
+    sandbox(|sb| {
+        let mut helper = sb.helper().start();
+        let user = sb.user(1001);
+        let app = user.cgroup(SCOPE).app();
+        let policies = all_drop();
+        let replace = |round: usize| {
+            let (proxies, assignments) = policies[round % policies.len()].clone();
+            Session::of(&user).replace(proxies, json!([]), assignments);
+        };
+        replace(0);
+        let to = sb.destinations();
+        for to in to {
+            app.pour(to);
+        }
+        wait_until("it pours", || app.poured() > 1_000);
+        // Each comes after each other one.
+        for distance in 1..policies.len() {
+            for round in 0..policies.len() {
+                helper.kill();
+                helper.start_again();
+                replace(round * distance);
+            }
         }
         drop(app);
         for to in to {

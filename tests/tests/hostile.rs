@@ -147,7 +147,7 @@ fn whoever_connects_calls_and_hangs_up_as_fast_as_it_goes_disturbs_nobody() {
             one_change(sb, &mut quiet, round);
             round += 1;
         }
-        assert_eq!(mapped_ids(sb, "cgroups-1002").len(), round);
+        assert_eq!(mapped_ids(sb, 1002).len(), round);
         let kib = peak(helper.pid());
         assert!(kib < MEMORY, "the helper held {kib} KiB");
     });
@@ -305,12 +305,12 @@ fn agents_in_a_loop_leave_nothing_and_disturb_nobody() {
         });
         let app = victim.app();
         wait_until("the loud user's rules are gone", || {
-            !sb.maps().iter().any(|map| map == "cgroups-1001")
+            sb.objects_of(LOUD).is_empty()
         });
         for to in sb.destinations() {
             assert_eq!(app.tcp(to), direct(to));
         }
-        assert_eq!(mapped_ids(sb, "cgroups-1002").len(), ROUNDS);
+        assert_eq!(mapped_ids(sb, 1002).len(), ROUNDS);
     });
 }
 
@@ -350,7 +350,7 @@ fn a_control_group_that_is_replaced_all_the_time_is_nobody_elses() {
             }
             over.store(true, Ordering::Relaxed);
         });
-        let of_quiet = mapped_ids(sb, "cgroups-1002");
+        let of_quiet = mapped_ids(sb, 1002);
         let own: Vec<u64> = {
             let cgroups = (0..ROUNDS).map(|n| {
                 sb.user(QUIET)
@@ -362,7 +362,7 @@ fn a_control_group_that_is_replaced_all_the_time_is_nobody_elses() {
             own
         };
         assert_eq!(of_quiet, own);
-        for id in mapped_ids(sb, "cgroups-1001") {
+        for id in mapped_ids(sb, 1001) {
             assert!(!own.contains(&id));
         }
     });

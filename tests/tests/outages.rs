@@ -141,7 +141,7 @@ fn nothing_is_lost_while_the_helper_is_stopped() {
             let trackers = groups.iter().filter(|group| group["target"] == "drop");
             trackers.count() == 151
         });
-        assert_eq!(mapped_ids(sb, "cgroups-1001").len(), 2);
+        assert_eq!(mapped_ids(sb, 1001).len(), 2);
         // Calls of others pile up in their connections.
         let bob = sb.user(1002);
         let mut waiting: Vec<_> = (0..16)
@@ -174,7 +174,7 @@ fn nothing_is_lost_while_the_helper_is_stopped() {
         expected.sort_unstable();
         assert_eq!(expected.len(), 152);
         wait_until("all verdicts are in force", || {
-            mapped_ids(sb, "cgroups-1001") == expected
+            mapped_ids(sb, 1001) == expected
         });
         for name in ["tracker-0", "tracker-200", "tracker-399"] {
             let late = scope(&alice, name).app();
@@ -283,9 +283,8 @@ fn nobody_notices_a_helper_that_is_stopped_for_ten_seconds() {
             assert!(expected.len() > round);
             expected.push(slice.id());
             expected.sort_unstable();
-            let map = format!("cgroups-{}", side.user.uid());
             wait_until("the kernel has what there is", || {
-                mapped_ids(sb, &map) == expected
+                mapped_ids(sb, side.user.uid()) == expected
             });
             wait_until("the agent has heard of it", || {
                 let status = side.agent.status();
@@ -641,7 +640,7 @@ fn both_daemons_without_descriptors_forget_nothing() {
             expected.push(alice.cgroup("app.slice").id());
             expected.sort_unstable();
             wait_until("nothing else is in the kernel", || {
-                mapped_ids(sb, "cgroups-1001") == expected
+                mapped_ids(sb, 1001) == expected
             });
             for group in late {
                 group.remove();

@@ -7,15 +7,6 @@ use cgtproxy_tests::session::{Session, mapped_ids, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
 use serde_json::json;
 
-/// What is left of a user in the kernel.
-fn objects_of(sb: &Sandbox, uid: u32) -> Vec<String> {
-    let uid = uid.to_string();
-    let mut objects = sb.chains();
-    objects.extend(sb.maps());
-    objects.retain(|name| name.split('-').any(|part| part == uid));
-    objects
-}
-
 #[test]
 fn a_second_agent_is_told_so() {
     sandbox(|sb| {
@@ -62,13 +53,13 @@ fn its_end_removes_exactly_its_own_objects_after_the_grace() {
             json!([to_proxy("", "p")]),
         );
         stays.replace(proxies, json!(["10.0.0.0/8"]), json!([verdict("", "drop")]));
-        let before = objects_of(sb, 1002);
+        let before = sb.objects_of(1002);
         drop(session);
         assert_eq!(Session::of(&user).status()["session"], "grace");
-        assert_ne!(objects_of(sb, 1001), Vec::<String>::new());
-        wait_until("the grace is over", || objects_of(sb, 1001).is_empty());
+        assert_ne!(sb.objects_of(1001), Vec::<String>::new());
+        wait_until("the grace is over", || sb.objects_of(1001).is_empty());
         assert_eq!(Session::of(&user).status()["session"], "none");
-        assert_eq!(objects_of(sb, 1002), before);
+        assert_eq!(sb.objects_of(1002), before);
         for to in sb.destinations() {
             assert_eq!(app.tcp(to), direct(to));
             assert!(others_app.udp(to).is_dropped());
@@ -130,7 +121,7 @@ fn the_same_path_again_gets_the_new_id() {
                 cgroup.remove();
             }
         }
-        assert_eq!(mapped_ids(sb, "cgroups-1001"), [last]);
+        assert_eq!(mapped_ids(sb, 1001), [last]);
         let app = user.cgroup("app.slice/app-a.scope").app();
         assert!(app.udp(sb.destinations()[0]).is_dropped());
     });
@@ -142,7 +133,7 @@ fn levels_are_there_only_while_they_are_used() {
         let _helper = sb.helper().start();
         let user = sb.user(1001);
         let levels = || {
-            let rules = sb.run(&["nft", "list", "chain", "inet", "cgtproxy", "user-1001"]);
+            let rules = sb.run(&["nft", "list", "chain", "inet", "cgtproxy", "sessions"]);
             rules
                 .split("level ")
                 .skip(1)
@@ -168,6 +159,46 @@ fn levels_are_there_only_while_they_are_used() {
         assert_eq!(levels(), [3]);
         session.replace(json!([]), json!([]), json!([]));
         assert_eq!(levels(), Vec::<u32>::new());
+    });
+}
+
+#[test]
+fn verdicts_are_found_however_deep_control_groups_are() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        // user@1001.service is at level 3.
+        let at = |level: usize| vec!["x"; level - 3].join("/");
+        let app = |level: usize| user.cgroup(at(level)).app();
+        let apps = [5, 8, 9, 12, 20, 21].map(|level| (level, app(level)));
+        let mut session = Session::of(&user);
+        let dropped = |levels: &[usize]| {
+            for (level, app) in &apps {
+                for to in sb.destinations() {
+                    match levels.contains(level) {
+                        true => assert!(app.udp(to).is_dropped(), "{level}"),
+                        false => assert_eq!(app.udp(to), direct(to), "{level}"),
+                    }
+                }
+            }
+        };
+        let replace = |session: &mut Session, verdicts: &[(usize, &str)]| {
+            let assignment = |(level, what): &(usize, &str)| verdict(&at(*level), what);
+            let all: Vec<_> = verdicts.iter().map(assignment).collect();
+            session.replace(json!([]), json!([]), json!(all));
+        };
+        replace(&mut session, &[(5, "drop")]);
+        dropped(&[5, 8, 9, 12, 20, 21]);
+        replace(&mut session, &[(8, "drop"), (12, "direct")]);
+        dropped(&[8, 9]);
+        replace(&mut session, &[(20, "drop"), (5, "drop"), (9, "direct")]);
+        dropped(&[5, 8, 20, 21]);
+        replace(&mut session, &[(9, "drop")]);
+        dropped(&[9, 12, 20, 21]);
+        let too_deep = json!({ "assign": [verdict(&at(21), "drop")], "remove": [] });
+        let skipped = &session.call("UpdateAssignments", too_deep)["skipped"];
+        assert_eq!(skipped[0]["reason"], "tooDeep");
+        dropped(&[9, 12, 20, 21]);
     });
 }
 
@@ -204,12 +235,12 @@ fn five_thousand_control_groups_come_and_go() {
         session.replace(json!([]), json!([]), json!(all));
         let mut ids: Vec<_> = cgroups.iter().map(|cgroup| cgroup.id()).collect();
         ids.sort_unstable();
-        assert_eq!(mapped_ids(sb, "cgroups-1001"), ids);
+        assert_eq!(mapped_ids(sb, 1001), ids);
         session.call(
             "UpdateAssignments",
             json!({ "assign": [], "remove": paths }),
         );
-        assert!(mapped_ids(sb, "cgroups-1001").is_empty());
+        assert!(mapped_ids(sb, 1001).is_empty());
     });
 }
 

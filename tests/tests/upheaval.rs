@@ -7,7 +7,6 @@ use cgtproxy_tests::installed::{AGENT, HELPER, Installed};
 use cgtproxy_tests::sandbox::{App, Sandbox, Server, direct, proxied, sandbox};
 use cgtproxy_tests::session::{mapped_ids, mapped_ids_now};
 use cgtproxy_tests::steady::Steady;
-use cgtproxy_tests::system::SystemUser;
 use cgtproxy_tests::wait::wait_until;
 
 const CONFIG: &str = r"
@@ -114,15 +113,6 @@ fn kill_stop_and_upgrade(sb: &Sandbox, helper: &str) {
     assert!(runs(&installed, &agent(), "/usr/bin/cgtproxy-agent"));
 }
 
-/// What is left of a user in the kernel.
-fn objects_of(sb: &Sandbox, user: &SystemUser) -> Vec<String> {
-    let uid = user.uid().to_string();
-    let mut objects = sb.chains();
-    objects.extend(sb.maps());
-    objects.retain(|name| name.split('-').any(|part| part == uid));
-    objects
-}
-
 #[test]
 fn a_user_manager_that_is_started_again_has_its_policy_again() {
     sandbox(|sb| {
@@ -136,7 +126,6 @@ fn a_user_manager_that_is_started_again_has_its_policy_again() {
         let bobs = installed.desktop_app(bob, "browser");
         installed.wait_in_force(bob);
         let traffic = Steady::start(sb, &bobs);
-        let map = format!("cgroups-{}", alice.uid());
         let manager = format!("user@{}.service", alice.uid());
         let mut known = Vec::new();
         for manner in [
@@ -149,7 +138,7 @@ fn a_user_manager_that_is_started_again_has_its_policy_again() {
             installed.wait_in_force(alice);
             installed.expect(&browser, |to| proxied("mihomo", to));
             installed.expect_dropped(&tracker);
-            let ids = mapped_ids(sb, &map);
+            let ids = mapped_ids(sb, alice.uid());
             assert!(ids.iter().all(|id| !known.contains(id)), "{ids:?}");
             known = ids;
             // Its applications go with it.
@@ -157,7 +146,9 @@ fn a_user_manager_that_is_started_again_has_its_policy_again() {
             drop((browser, tracker));
             if manner.contains(&"kill") {
                 // Nobody says goodbye, and nobody comes back.
-                wait_until("its policy is gone", || objects_of(sb, alice).is_empty());
+                wait_until("its policy is gone", || {
+                    sb.objects_of(alice.uid()).is_empty()
+                });
             }
             traffic.assert_proxied("bobs");
             system.run(&["systemctl", "start", &manager]);
@@ -195,7 +186,9 @@ fn nothing_is_left_of_a_user_who_is_deleted() {
         let manager = format!("user@{}.service", bob.uid());
         system.run(&["systemctl", "kill", "--signal=KILL", &manager]);
         drop(bobs);
-        wait_until("nothing is left of bob", || objects_of(sb, bob).is_empty());
+        wait_until("nothing is left of bob", || {
+            sb.objects_of(bob.uid()).is_empty()
+        });
         assert!(
             !sb.run(&["nft", "list", "ruleset"])
                 .contains(&bob.uid().to_string())
@@ -220,13 +213,12 @@ fn a_helper_knows_what_the_one_before_it_had_in_force() {
         let (_mihomo, browser, tracker) = alices_desktop(sb, &installed);
         let to = sb.destinations();
         let open = to.map(|to| browser.open_tcp(to).expect("the proxy answers"));
-        let map = format!("cgroups-{}", alice.uid());
-        let ids = mapped_ids(sb, &map);
+        let ids = mapped_ids(sb, alice.uid());
         // The agent does not come back for now.
         let agent = system.user_property(alice, AGENT, "MainPID");
         system.run(&["kill", "-STOP", &agent]);
         let holds = |what: &str| {
-            assert_eq!(mapped_ids(sb, &map), ids, "{what}");
+            assert_eq!(mapped_ids(sb, alice.uid()), ids, "{what}");
             for (open, to) in open.iter().zip(to) {
                 assert_eq!(open.ask(), proxied("mihomo", to), "{what}");
             }
@@ -257,7 +249,9 @@ fn a_helper_knows_what_the_one_before_it_had_in_force() {
         }
         drop(traffic);
         sb.nft("flush ruleset");
-        wait_until("the table is back", || sb.maps().contains(&map));
+        wait_until("the table is back", || {
+            mapped_ids_now(sb, alice.uid()).is_some()
+        });
         holds("flushed before the agent is back");
         system.run(&["kill", "-CONT", &agent]);
         installed.wait_in_force(alice);
@@ -391,7 +385,7 @@ fn a_snapshot_that_does_not_fit_is_thrown_away() {
                 ];
                 let output = system.output(&status);
                 String::from_utf8_lossy(&output.stdout).contains("machine")
-                    && mapped_ids_now(sb, "cgroups-0").is_some_and(|ids| !ids.is_empty())
+                    && mapped_ids_now(sb, 0).is_some_and(|ids| !ids.is_empty())
             });
         };
         in_force();
@@ -450,12 +444,11 @@ fn a_snapshot_that_does_not_fit_is_thrown_away() {
         for traffic in &traffic {
             traffic.assert_nothing_left(sb);
         }
-        let maps = ["cgroups-0".to_owned(), format!("cgroups-{}", alice.uid())];
-        let ids = maps.each_ref().map(|map| mapped_ids(sb, map));
+        let uids = [0, alice.uid()];
+        let ids = uids.map(|uid| mapped_ids(sb, uid));
         sb.nft("flush ruleset");
         wait_until("the table is back", || {
-            maps.each_ref().map(|map| mapped_ids_now(sb, map))
-                == ids.each_ref().map(|ids| Some(ids.clone()))
+            uids.map(|uid| mapped_ids_now(sb, uid)) == ids.each_ref().map(|ids| Some(ids.clone()))
         });
         installed.expect(&browser, |to| proxied("mihomo", to));
         installed.expect(&web, |to| proxied("machine", to));

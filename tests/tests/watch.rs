@@ -29,7 +29,7 @@ fn wait_for_all(sb: &Sandbox, user: &User, count: usize) {
     let made = applications_below(&user.service().directory());
     assert_eq!(made.len(), count);
     wait_until("all of them, and no others, are in the kernel", || {
-        mapped_ids(sb, "cgroups-1001") == made
+        mapped_ids(sb, 1001) == made
     });
 }
 

@@ -136,9 +136,8 @@ impl<'a> Bed<'a> {
     /// Waits until there are so many applications and the kernel has so many of them, and no others.
     #[track_caller]
     fn wait_for(&self, count: usize, known: usize) -> Vec<u64> {
-        let map = format!("cgroups-{}", self.alice().uid());
         let top = self.system.cgroup_directory(&self.alice().service());
-        wait_for_mapped(self.sb, &map, &top, count, known)
+        wait_for_mapped(self.sb, self.alice().uid(), &top, count, known)
     }
 
     fn status(&self) -> Value {
@@ -164,15 +163,16 @@ impl<'a> Bed<'a> {
     }
 }
 
-/// Waits until there are so many applications below a control group and the map has so many of them, and nothing else.
+/// Waits until there are so many applications below a control group and so many of them have a verdict of a user's (0: of
+/// the system's), and nothing else has.
 #[track_caller]
-fn wait_for_mapped(sb: &Sandbox, map: &str, top: &Path, count: usize, known: usize) -> Vec<u64> {
+fn wait_for_mapped(sb: &Sandbox, uid: u32, top: &Path, count: usize, known: usize) -> Vec<u64> {
     wait_for(
         &format!("{known} of {count} applications in the kernel"),
         || {
             let made = applications_below(top);
             // A user manager that starts anew gets its policy a moment later.
-            let mapped = mapped_ids_now(sb, map)?;
+            let mapped = mapped_ids_now(sb, uid)?;
             let sound = made.len() == count && mapped.len() == known;
             (sound && mapped.iter().all(|id| made.contains(id))).then_some(made)
         },
@@ -343,7 +343,7 @@ fn the_systems_units_are_followed(arguments: &str, monitors: &[&str], degraded: 
         };
         systemctl(&enable);
         let top = system.cgroup_directory("/system.slice");
-        let wait_for_all = |count| wait_for_mapped(sb, "cgroups-0", &top, count, count);
+        let wait_for_all = |count| wait_for_mapped(sb, 0, &top, count, count);
         let status = || -> Value {
             let output = system.output(&["cgtproxy-agent", "--system", "status", "--json"]);
             serde_json::from_slice(&output.stdout).unwrap_or_default()

@@ -439,7 +439,7 @@ fn skip_reason(reason: &SkipReason) -> &'static str {
         SkipReason::notOwned => "it belongs to another user",
         SkipReason::notControlGroup => "it is no control group of this user's",
         SkipReason::unreadable => "the helper can't open it",
-        SkipReason::tooDeep => "it is nested deeper than nftables can match",
+        SkipReason::tooDeep => "it is nested deeper than any rule looks",
     }
 }
 

@@ -35,9 +35,8 @@ pub(crate) struct Objects {
 }
 
 impl Objects {
-    pub(crate) fn left_behind(&self, uid: Uid) -> LeftBehind {
-        let elements = self.elements.values();
-        self.layout.left_behind(uid, self.stamp, elements)
+    pub(crate) fn left_behind(&self) -> LeftBehind {
+        self.layout.left_behind(self.stamp, self.elements.values())
     }
 
     /// Levels can be told of those only below which something is held.
@@ -100,7 +99,7 @@ impl Table {
             }
             Before::LeftBehind(left) => {
                 let before = before.expect("there is something of this user's");
-                assert_eq!(before.left_behind(plan.uid), *left);
+                assert_eq!(before.left_behind(), *left);
                 Default::default()
             }
         };
@@ -109,8 +108,8 @@ impl Table {
             held.remove(id);
         }
         let Some(layout) = plan.after.as_deref() else {
-            // The map of the elements goes with the layout.
             assert!(plan.add.is_empty(), "nowhere to add it");
+            assert!(elements.is_empty(), "not all of it is deleted");
             return;
         };
         for (cgroup, element) in &plan.add {
@@ -149,7 +148,7 @@ impl Table {
                     assert_eq!(*layout, objects.layout, "the snapshot has another layout");
                     Inherited::Known(objects.known())
                 }
-                None => Inherited::LeftBehind(objects.left_behind(uid)),
+                None => Inherited::LeftBehind(objects.left_behind()),
             };
             (uid, left)
         };

@@ -1,58 +1,44 @@
 //! From a plan to the changes of the ruleset that carry it out: all at once where there was nothing or will be nothing,
 //! and else step by step.
 
-use nftnl::MsgType;
+use std::collections::BTreeSet;
 
-use super::ffi::{Content, Element, KeyType};
+use super::ffi::Element;
 use super::names::Names;
-use super::plan::{Before, ElementChanges, Layout, LeftBehind, Plan, Stamp, Step};
+use super::plan::{Before, ElementChanges, Layout, Plan, Stamp, Step};
 use super::ruleset::STAMPS;
+use super::shared::Shared;
 use super::transaction::Transaction;
-use crate::cgroup::ControlGroupId;
 use crate::peer::Uid;
 
 impl Transaction<'_> {
     /// One user's change.
-    pub(super) fn plan(&mut self, plan: &Plan) {
+    pub(super) fn plan(&mut self, plan: &Plan, shared: &Shared) {
         let names = Names::of(plan.uid);
+        let elements = plan.element_changes(shared);
         match (&plan.before, &plan.after) {
             (Before::Nothing, None) => {}
-            (Before::Nothing | Before::Layout(_), Some(_)) => {
-                let elements = plan.element_changes();
+            (_, Some(_)) => {
                 for step in Step::ALL {
                     if step.has_work(plan, &elements) {
-                        self.step(plan, &elements, step);
+                        self.step(plan, &elements, step, shared);
                     }
                 }
             }
-            (Before::Layout(before), None) => {
-                let subtree = Some(before.subtree.id()).filter(|_| !names.is_system());
-                self.delete_layout(&names, subtree, before);
-            }
-            (Before::LeftBehind(left), Some(after)) => self.take_over(&names, left, after, plan),
-            (Before::LeftBehind(left), None) => {
-                let proxies = left.proxies.iter().map(|(name, mark)| (name, *mark));
-                self.delete_user(&names, left.subtree, proxies, &left.holds);
+            (Before::Layout(before), None) => self.delete_user(&names, before, &elements, shared),
+            (Before::LeftBehind(_), None) => {
+                self.delete_remnants(&names, shared.left(plan.uid), shared);
             }
         }
         self.unstamp(plan);
         self.stamp(plan);
     }
 
-    /// Everything that a user has, and what leads there from this control group.
-    fn delete_layout(&mut self, names: &Names, subtree: Option<ControlGroupId>, layout: &Layout) {
-        let proxies = layout
-            .proxies
-            .iter()
-            .map(|(name, proxy)| (name, proxy.mark));
-        self.delete_user(names, subtree, proxies, &layout.holds);
-    }
-
     /// The layout that the kernel has is not that of before any more.
     pub(super) fn unstamp(&mut self, plan: &Plan) {
         if !plan.keeps_layout() && plan.had.is_some() {
             let key = plan.uid.value().to_ne_bytes();
-            self.delete_element(STAMPS, KeyType::Uid, &key);
+            self.delete_element(STAMPS, &key);
         }
     }
 
@@ -64,44 +50,8 @@ impl Transaction<'_> {
     }
 
     fn add_stamp(&mut self, uid: Uid, stamp: Stamp) {
-        let mut stamps = self.set(STAMPS, KeyType::Uid, Content::Numbers);
-        stamps.push(&uid.value().to_ne_bytes(), Element::Number(stamp.value()));
-        self.write_elements(&stamps, MsgType::Add);
-    }
-
-    /// What is there is made to be what is wanted without a look at what it was. No chain or map that is needed
-    /// is deleted, only filled anew: a packet that is on its way through them finds every element, either as
-    /// it was or as it is to be, while one of a map that is deleted finds none.
-    fn take_over(&mut self, names: &Names, left: &LeftBehind, after: &Layout, plan: &Plan) {
-        if let Some(subtree) = left.subtree {
-            self.lead_nowhere(subtree);
-        }
-        for map in names.verdict_maps() {
-            self.flush_set(map);
-        }
-        for &mark in left.proxies.values() {
-            self.delete_proxy_elements(names, mark);
-        }
-        for set in [&names.choices, &names.bypass4, &names.bypass6] {
-            self.flush_set(set);
-        }
-        let holds: Vec<_> = left.holds.iter().map(|hold| names.hold(hold)).collect();
-        for chain in names.own_chains().into_iter().chain(&holds) {
-            self.flush_chain(chain);
-        }
-        for proxy in left.proxies.keys() {
-            self.flush_proxy(names, proxy);
-        }
-        self.create_user(names, after, &plan.element_changes());
-        self.lead_to_user(names, after.subtree.id());
-        for proxy in left.proxies.keys() {
-            if !after.proxies.contains_key(proxy) {
-                self.delete_proxy_chains(names, proxy);
-            }
-        }
-        for hold in left.holds.difference(&after.holds) {
-            self.delete_chain(&names.hold(hold));
-        }
+        let (key, value) = (uid.value().to_ne_bytes(), stamp.value().to_ne_bytes());
+        self.add_element(STAMPS, &key, Element::Value(&value));
     }
 
     /// One step of a change of what a user has.
@@ -110,26 +60,39 @@ impl Transaction<'_> {
     /// finds in maps what is in force at each look-up (nft_do_chain, net/netfilter/nf_tables_core.c). So no step
     /// may take away what a rule looks for before there is what stands in its place, nor lead to a chain that
     /// the rules of before the step know as empty: that chain would let the packet go.
-    pub(super) fn step(&mut self, plan: &Plan, elements: &ElementChanges<'_>, step: Step) {
+    pub(super) fn step(
+        &mut self,
+        plan: &Plan,
+        elements: &ElementChanges<'_>,
+        step: Step,
+        shared: &Shared,
+    ) {
         let names = Names::of(plan.uid);
         let (before, after) = match (&plan.before, &plan.after) {
             (Before::Nothing, Some(after)) => {
                 match step {
-                    Step::Chains => self.create_user(&names, after, elements),
-                    Step::Entrance => self.lead_to_user(&names, after.subtree.id()),
-                    Step::Additions | Step::Changes | Step::Deletions => {}
+                    Step::Chains => self.create_user(&names, after),
+                    Step::Additions => self.lead_to_user(&names, after, elements, shared),
+                    Step::Changes | Step::Deletions => {}
                 }
                 return;
             }
             (Before::Layout(before), Some(after)) => (before, after),
-            _ => return,
+            (Before::LeftBehind(_), Some(after)) => {
+                let left = shared.left(plan.uid);
+                return self.take_over(&names, left, after, elements, step, shared);
+            }
+            (_, None) => return,
         };
         match step {
-            Step::Entrance => {}
             Step::Chains => {
+                if before.bypass.is_empty() {
+                    self.create_bypass(&names, after);
+                }
                 for (name, proxy) in &after.proxies {
-                    if !before.proxies.contains_key(name) {
-                        self.create_proxy(&names, name, proxy);
+                    match before.proxies.get(name) {
+                        Some(old) => self.create_chains_between(&names, name, old, proxy),
+                        None => self.create_proxy(&names, after, name, proxy),
                     }
                 }
                 for hold in after.holds.difference(&before.holds) {
@@ -137,9 +100,9 @@ impl Transaction<'_> {
                 }
             }
             Step::Additions => {
-                let levels = before.levels.union(&after.levels).copied().collect();
-                let enforced = before.enforced || after.enforced;
-                self.level_rules_between(&names, before, &levels, enforced);
+                let (levels, enforced) = both(before, after);
+                let from = (&before.levels, before.enforced);
+                self.level_rules(&names, from, (&levels, enforced), shared);
                 self.add_verdicts(&names, after, &elements.added);
             }
             Step::Changes => {
@@ -150,43 +113,49 @@ impl Transaction<'_> {
             }
             Step::Deletions => {
                 self.delete_verdicts(&names, elements.deleted.iter().copied());
-                if before.levels != after.levels || before.enforced != after.enforced {
-                    self.level_rules(&names, &after.levels, after.enforced);
-                }
+                let (levels, enforced) = both(before, after);
+                let to = (&after.levels, after.enforced);
+                self.level_rules(&names, (&levels, enforced), to, shared);
                 for hold in before.holds.difference(&after.holds) {
-                    self.delete_hold(&names, before, hold);
+                    self.delete_hold(&names, before, hold, shared);
                 }
-                for (name, proxy) in &before.proxies {
-                    if !after.proxies.contains_key(name) {
-                        self.drop_proxy(&names, name, proxy);
-                    }
+                self.drop_proxies(&names, before, after);
+                if after.bypass.is_empty() {
+                    self.delete_bypass(&names, before);
                 }
             }
         }
     }
 
     /// Takes back what these first steps have added.
-    pub(super) fn take_back(&mut self, plan: &Plan, elements: &ElementChanges<'_>, done: &[Step]) {
+    pub(super) fn take_back(
+        &mut self,
+        plan: &Plan,
+        elements: &ElementChanges<'_>,
+        done: &[Step],
+        shared: &Shared,
+    ) {
         let names = Names::of(plan.uid);
         let (before, after) = match (&plan.before, &plan.after) {
             // What was to lead to it is what was refused.
-            (Before::Nothing, Some(after)) => return self.delete_layout(&names, None, after),
+            (Before::Nothing, Some(after)) => return self.delete_layout(&names, after, shared),
             (Before::Layout(before), Some(after)) => (before, after),
             _ => return,
         };
         if done.contains(&Step::Additions) {
             let added = elements.added.iter().map(|(cgroup, _)| cgroup.id());
             self.delete_verdicts(&names, added);
-            self.level_rules(&names, &before.levels, before.enforced);
+            let (levels, enforced) = both(before, after);
+            let to = (&before.levels, before.enforced);
+            self.level_rules(&names, (&levels, enforced), to, shared);
         }
         if done.contains(&Step::Chains) {
             for hold in after.holds.difference(&before.holds) {
-                self.delete_hold(&names, after, hold);
+                self.delete_hold(&names, after, hold, shared);
             }
-            for (name, proxy) in &after.proxies {
-                if !before.proxies.contains_key(name) {
-                    self.drop_proxy(&names, name, proxy);
-                }
+            self.drop_proxies(&names, after, before);
+            if before.bypass.is_empty() {
+                self.delete_bypass(&names, after);
             }
         }
         if let Some(had) = plan.had.filter(|_| !plan.keeps_layout()) {
@@ -194,31 +163,59 @@ impl Transaction<'_> {
         }
     }
 
+    /// Deletes the proxies that this layout has and that one has not, and chains that they do not need any more.
+    fn drop_proxies(&mut self, names: &Names, from: &Layout, to: &Layout) {
+        for (name, proxy) in &from.proxies {
+            let kept = to.proxies.get(name);
+            if kept.is_none() {
+                let leads = names.leads_of_proxy(self.marks, name, proxy);
+                self.delete_leads(leads.keys());
+            }
+            let needed = kept.map(|kept| names.of_proxy(name, kept));
+            let needed = needed.unwrap_or_default();
+            let chains = || names.of_proxy(name, proxy).into_iter();
+            for chain in chains().filter(|chain| !needed.contains(chain)) {
+                self.flush_chain(&chain);
+                self.delete_chain(&chain);
+            }
+        }
+    }
+
     /// What a user's layout has in both, and says otherwise.
     fn change_layout(&mut self, names: &Names, before: &Layout, after: &Layout) {
+        // What proxies' rules say besides what their proxies are.
+        let elsewhere =
+            before.subtree != after.subtree || before.bypass.is_empty() != after.bypass.is_empty();
         for (name, proxy) in &after.proxies {
             // Its mark is the same: a proxy keeps it for as long as the policy has its name.
-            if before.proxies.get(name).is_some_and(|old| old != proxy) {
-                self.change_proxy(names, name, proxy);
+            match before.proxies.get(name) {
+                Some(old) if old != proxy || elsewhere => {
+                    self.change_proxy(names, after, name, old, proxy);
+                }
+                _ => {}
             }
         }
         if before.bypass != after.bypass {
-            self.flush_set(&names.bypass4);
-            self.flush_set(&names.bypass6);
-            self.bypass_elements(names, after);
+            self.system_drop_rules(names, after);
+            if !before.bypass.is_empty() && !after.bypass.is_empty() {
+                self.flush_set(&names.bypass4);
+                self.flush_set(&names.bypass6);
+                self.bypass_elements(names, after);
+            }
         }
         if before.gateway != after.gateway
             || (after.gateway.is_some() && before.proxies != after.proxies)
+            || (after.gateway.is_some() && elsewhere)
         {
             self.gateway(names, after);
         }
-        if before.subtree != after.subtree {
-            if !names.is_system() {
-                self.lead_nowhere(before.subtree.id());
-                self.lead_to_user(names, after.subtree.id());
-            }
-            self.flush_chain(&names.owner);
-            self.owner_rules(names, after);
-        }
+        self.change_leads(&names.lead_of_drop(before), &names.lead_of_drop(after));
+        self.change_leads(&names.lead_of_user(before), &names.lead_of_user(after));
     }
+}
+
+/// What rules look at that see what two layouts have.
+fn both(one: &Layout, other: &Layout) -> (BTreeSet<u32>, bool) {
+    let levels = one.levels.union(&other.levels);
+    (levels.copied().collect(), one.enforced || other.enforced)
 }

@@ -17,6 +17,8 @@ use nftnl::nftnl_sys::{self as sys, libc};
 use nftnl::{MsgType, NlMsg, ProtoFamily, Rule, Table};
 use tokio::io::unix::AsyncFd;
 
+use crate::peer::Uid;
+
 /// Turns libnftnl's null for "no memory" into an abort, as the standard library and the `nftnl`
 /// crate do: these allocations are a few dozen bytes.
 fn allocated<T>(pointer: *mut T) -> NonNull<T> {
@@ -88,6 +90,10 @@ pub(super) enum KeyType {
     Interface,
     /// `cgroupsv2`: the 64-bit id of a control group
     ControlGroup,
+    /// `inet_service`: a port in network byte order
+    Port,
+    /// `mark . uid`
+    MarkAndUid,
 }
 
 impl KeyType {
@@ -95,31 +101,33 @@ impl KeyType {
         match self {
             Self::Ipv4 => 7,
             Self::Ipv6 => 8,
+            Self::Port => 13,
             Self::Mark => 19,
             Self::Uid => 24,
             Self::Interface => 41,
             Self::ControlGroup => 46,
+            // One after the other, six bits for each (TYPE_BITS).
+            Self::MarkAndUid => Self::Mark.number() << 6 | Self::Uid.number(),
         }
     }
 
     /// In bytes.
     fn length(self) -> u32 {
         match self {
+            Self::Port => 2,
             Self::Ipv4 | Self::Mark | Self::Uid => 4,
-            Self::ControlGroup => 8,
+            Self::ControlGroup | Self::MarkAndUid => 8,
             Self::Ipv6 | Self::Interface => 16,
         }
     }
 
-    /// The set's user data that tells `nft list` the byte order of keys: type 0
-    /// (`NFTNL_UDATA_SET_KEYBYTEORDER`), length 4, then 1 for the host's order or 2 for the network's.
-    fn byte_order(self) -> [u8; 6] {
-        let order: u32 = match self {
+    /// In which order `nft list` takes the bytes: 1 for the host's, 2 for the network's, 0 where each part has its own.
+    fn byte_order(self) -> u32 {
+        match self {
+            Self::MarkAndUid => 0,
             Self::Mark | Self::Uid | Self::Interface | Self::ControlGroup => 1,
-            Self::Ipv4 | Self::Ipv6 => 2,
-        };
-        let [a, b, c, d] = order.to_ne_bytes();
-        [0, 4, a, b, c, d]
+            Self::Ipv4 | Self::Ipv6 | Self::Port => 2,
+        }
     }
 }
 
@@ -132,8 +140,8 @@ pub(super) enum Content {
     Intervals,
     /// A verdict for each key.
     Verdicts,
-    /// A number for each key, which is shown as a mark.
-    Numbers,
+    /// A value of this type for each key.
+    Values(KeyType),
 }
 
 /// A named set or map, and elements to add to it or to delete from it.
@@ -153,8 +161,33 @@ pub(super) enum Element<'a> {
     Goto(&'a CStr),
     /// `key : drop`
     Drop,
-    /// `key : number`
-    Number(u32),
+    /// `key : return`
+    Return,
+    /// `key : value`
+    Value(&'a [u8]),
+}
+
+/// Whose an element is, which nft shows as its comment.
+pub(super) struct Comment(Vec<u8>);
+
+impl Comment {
+    /// As libnftnl's `struct nftnl_udata` is laid out: the type, which is 0 for a comment
+    /// (`NFTNL_UDATA_SET_ELEM_COMMENT`), the length, and a string that ends with a NUL.
+    pub(super) fn new(uid: Uid) -> Self {
+        let text = uid.to_string();
+        // A uid has at most ten digits.
+        let length = text.len() as u8 + 1;
+        Self([&[0, length], text.as_bytes(), &[0]].concat())
+    }
+
+    /// Who is named in an element's user data.
+    pub(super) fn parse(data: &[u8]) -> Option<Uid> {
+        let [0, length, text @ ..] = data else {
+            return None;
+        };
+        let text = text.get(..usize::from(*length))?.strip_suffix(&[0])?;
+        Uid::from_name(str::from_utf8(text).ok()?)
+    }
 }
 
 impl<'a> Set<'a> {
@@ -166,7 +199,13 @@ impl<'a> Set<'a> {
         key: KeyType,
         content: Content,
     ) -> Self {
-        let order = key.byte_order();
+        // User data that tells nft the byte order: type 0 (`NFTNL_UDATA_SET_KEYBYTEORDER`) or 1
+        // (`NFTNL_UDATA_SET_DATABYTEORDER`), the length, then the order.
+        let mut order = [&[0, 4][..], &key.byte_order().to_ne_bytes()].concat();
+        if let Content::Values(value) = content {
+            order.extend([1, 4]);
+            order.extend(value.byte_order().to_ne_bytes());
+        }
         // SAFETY: the set is fresh from the allocator; names are NUL-terminated, `order` is valid
         // for its own length, and the setters copy all of them.
         let set = unsafe {
@@ -189,7 +228,7 @@ impl<'a> Set<'a> {
         let flags = match content {
             Content::Keys => 0,
             Content::Intervals => libc::NFT_SET_INTERVAL as u32,
-            Content::Verdicts | Content::Numbers => libc::NFT_SET_MAP as u32,
+            Content::Verdicts | Content::Values(_) => libc::NFT_SET_MAP as u32,
         };
         // SAFETY: the set is alive until this value is dropped.
         unsafe {
@@ -198,8 +237,8 @@ impl<'a> Set<'a> {
                 let verdict = libc::NFT_DATA_VERDICT;
                 sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_DATA_TYPE as u16, verdict);
             }
-            if content == Content::Numbers {
-                let (kind, length) = (KeyType::Mark.number(), KeyType::Mark.length());
+            if let Content::Values(value) = content {
+                let (kind, length) = (value.number(), value.length());
                 sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_DATA_TYPE as u16, kind);
                 sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_DATA_LEN as u16, length);
             }
@@ -209,8 +248,18 @@ impl<'a> Set<'a> {
 
     /// Adds an element to those that [`Self::elements`] writes. `key` has the length of the set's keys.
     pub(super) fn push(&mut self, key: &[u8], element: Element<'_>) {
-        // SAFETY: the element is fresh from the allocator; `key` is valid for its own length, a number
-        // for its own, and chain names are NUL-terminated; all are copied. The set takes the element over and
+        self.push_with(key, element, None);
+    }
+
+    /// Adds an element, perhaps with a comment.
+    pub(super) fn push_with(
+        &mut self,
+        key: &[u8],
+        element: Element<'_>,
+        comment: Option<&Comment>,
+    ) {
+        // SAFETY: the element is fresh from the allocator; `key`, a value and a comment are valid for their own
+        // lengths, and chain names are NUL-terminated; all are copied. The set takes the element over and
         // frees it with itself.
         unsafe {
             let raw = allocated(sys::nftnl_set_elem_alloc()).as_ptr();
@@ -239,14 +288,26 @@ impl<'a> Set<'a> {
                     let drop = libc::NF_DROP as u32;
                     sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_VERDICT as u16, drop);
                 }
-                Element::Number(number) => {
+                Element::Return => {
+                    let verdict = libc::NFT_RETURN as u32;
+                    sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_VERDICT as u16, verdict);
+                }
+                Element::Value(value) => {
                     sys::nftnl_set_elem_set(
                         raw,
                         sys::NFTNL_SET_ELEM_DATA as u16,
-                        (&raw const number).cast::<c_void>(),
-                        size_of_val(&number) as u32,
+                        value.as_ptr().cast::<c_void>(),
+                        value.len() as u32,
                     );
                 }
+            }
+            if let Some(Comment(data)) = comment {
+                sys::nftnl_set_elem_set(
+                    raw,
+                    sys::NFTNL_SET_ELEM_USERDATA as u16,
+                    data.as_ptr().cast::<c_void>(),
+                    data.len() as u32,
+                );
             }
             sys::nftnl_set_elem_add(self.set.as_ptr(), raw);
         }
@@ -396,8 +457,8 @@ pub(super) enum Found {
     Key,
     /// A verdict, which is then taken: `vmap @set`.
     Verdict,
-    /// A number, which takes the key's place in register 1: `map @set`.
-    Number,
+    /// A value, which takes the key's place in register 1: `map @set`.
+    Value,
 }
 
 /// Looks register 1 up in a named set or map. Without such a key, the rule does not match.
@@ -417,7 +478,7 @@ impl Expression for Lookup<'_> {
         let to = match self.found {
             Found::Key => None,
             Found::Verdict => Some(libc::NFT_REG_VERDICT as u32),
-            Found::Number => Some(Register::Reg1.to_raw()),
+            Found::Value => Some(Register::Reg1.to_raw()),
         };
         // SAFETY: the expression is alive, the name NUL-terminated and copied.
         unsafe {
@@ -450,6 +511,21 @@ impl Expression for PacketMark {
             &[
                 (sys::NFTNL_EXPR_META_KEY, libc::NFT_META_MARK as u32),
                 (attribute, register.to_raw()),
+            ],
+        )
+    }
+}
+
+/// `meta skuid`: loads the packet's owner into the second four bytes of register 1 (`NFT_REG32_01`).
+pub(super) struct OwnerBehind;
+
+impl Expression for OwnerBehind {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        expression(
+            c"meta",
+            &[
+                (sys::NFTNL_EXPR_META_KEY, libc::NFT_META_SKUID as u32),
+                (sys::NFTNL_EXPR_META_DREG, libc::NFT_REG32_01 as u32),
             ],
         )
     }

@@ -8,8 +8,8 @@ use nftnl::MsgType;
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
 use super::plan::{Gateway, Layout, Proxy};
-use super::rule::{Family, Protocol};
-use super::ruleset::{DELIVER, FORWARDED, GATEWAY, INTERFACES, MARKS};
+use super::rule::Protocol;
+use super::ruleset::{DELIVER, DIVERT, FORWARDED, GATEWAY, INTERFACES};
 use super::transaction::Transaction;
 
 /// `IFNAMSIZ` (linux/if.h): nftables' keys are that long.
@@ -33,7 +33,7 @@ impl Transaction<'_> {
         if let Some((gateway, proxy)) =
             gateway.and_then(|gateway| Some((gateway, layout.proxies.get(&gateway.proxy)?)))
         {
-            self.new_forwarded_rules(names, gateway, proxy);
+            self.new_forwarded_rules(names, layout, gateway, proxy);
         }
     }
 
@@ -63,15 +63,21 @@ impl Transaction<'_> {
                 // ct direction reply return
                 &|rule| rule.ct_direction_reply().leave(),
                 // One whose proxy is not there any more ends in the forward chain.
-                // ct mark & MASK vmap @marks
-                &|rule| rule.ct_mark_vmap(mask, MARKS),
+                // ct mark & MASK vmap @divert
+                &|rule| rule.ct_mark_vmap(mask, DIVERT),
                 // ct status confirmed return
                 &|rule| rule.ct_confirmed().leave(),
             ],
         );
     }
 
-    fn new_forwarded_rules(&mut self, names: &Names, gateway: &Gateway, proxy: &Proxy) {
+    fn new_forwarded_rules(
+        &mut self,
+        names: &Names,
+        layout: &Layout,
+        gateway: &Gateway,
+        proxy: &Proxy,
+    ) {
         let mut interfaces = self.set(INTERFACES, KeyType::Interface, Content::Keys);
         for interface in &gateway.interfaces {
             interfaces.push(&key(interface), Element::Key);
@@ -95,13 +101,12 @@ impl Transaction<'_> {
         }
         self.exception_rules(FORWARDED, proxy.exceptions);
         let (divert, reject_udp) = (names.divert(&gateway.proxy), proxy.reject_udp);
+        if !layout.bypass.is_empty() {
+            self.bypass_rules(names, FORWARDED);
+        }
         self.add_rules(
             FORWARDED,
             [
-                // ip daddr @bypass4-0 return
-                &|rule| rule.daddr_in(Family::Ipv4, &names.bypass4).leave(),
-                // ip6 daddr @bypass6-0 return
-                &|rule| rule.daddr_in(Family::Ipv6, &names.bypass6).leave(),
                 // meta l4proto tcp goto divert-0-NAME
                 &|rule| rule.l4proto(Protocol::Tcp).goto(&divert),
                 // meta l4proto udp goto divert-0-NAME, or reject

@@ -1,19 +1,21 @@
 //! What an earlier helper left in the table, read back.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::rc::Rc;
 
 use cgtproxy_proto::name::ProxyName;
 use rustix::io::Errno;
 
+use super::ffi::Comment;
 use super::names::{self, Names};
 use super::plan::{Element, Inherited, Known, Layout, LeftBehind, Stamp};
+use super::shared::{Remnants, Shared};
 use super::socket::Dump;
-use super::verdicts::{holds_back, meaning, proxy_number};
-use super::{Error, Nftables, TABLE, ruleset};
+use super::verdicts::{holds_back, meaning};
+use super::{Error, Nftables, TABLE, leads, ruleset};
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
-use crate::mark::Mark;
+use crate::mark::{Mark, MarkRange};
 use crate::netlink::{Refusal, attribute, attributes, string};
 use crate::peer::Uid;
 use crate::snapshot::Records;
@@ -24,168 +26,282 @@ const ATTEMPTS: usize = 8;
 /// What an element of a map leads to.
 enum Value {
     Chain(String),
-    Number(u32),
-    /// A verdict without a chain.
+    Data(Vec<u8>),
+    /// A verdict without a chain, or nothing.
     Other,
 }
 
-impl Nftables {
-    /// The users whose objects an earlier helper left. A transaction makes or deletes all of a
-    /// user's objects, so one chain stands for the rest.
-    pub(super) fn inherited(&self, snapshot: &Records) -> Result<BTreeMap<Uid, Inherited>, Error> {
-        let chains = self.chains()?;
-        let mut stamps = BTreeMap::new();
-        for (key, value) in self.elements(ruleset::STAMPS)? {
-            if let (Some(uid), Value::Number(stamp)) = (key.first_chunk(), value) {
-                stamps.insert(u32::from_ne_bytes(*uid), Stamp::found(stamp));
-            }
+impl Value {
+    fn number(&self) -> Option<u32> {
+        match self {
+            Self::Data(data) => Some(u32::from_ne_bytes(*data.first_chunk()?)),
+            Self::Chain(_) | Self::Other => None,
         }
-        let mut left: BTreeMap<Uid, LeftBehind> = BTreeMap::new();
+    }
+}
+
+/// An element as it is dumped.
+struct Found {
+    key: Vec<u8>,
+    value: Value,
+    /// Whose it is, if that is noted.
+    whose: Option<Uid>,
+}
+
+impl Found {
+    fn id(&self) -> Option<ControlGroupId> {
+        self.key
+            .first_chunk()
+            .copied()
+            .map(ControlGroupId::from_bytes)
+    }
+
+    /// The first four bytes of the key.
+    fn number(&self) -> Option<u32> {
+        Some(u32::from_ne_bytes(*self.key.first_chunk()?))
+    }
+}
+
+/// What is in the table of all users.
+#[derive(Default)]
+struct Contents {
+    chains: BTreeSet<String>,
+    stamps: BTreeMap<Uid, Stamp>,
+    subtrees: BTreeMap<Uid, ControlGroupId>,
+    /// The proxies' marks.
+    proxies: BTreeMap<Uid, BTreeMap<ProxyName, Mark>>,
+    /// Control groups and their numbers.
+    cgroups: BTreeMap<Uid, Vec<(ControlGroupId, u32)>>,
+    /// Those of the system's policy whose verdict is not enforced.
+    free: BTreeSet<ControlGroupId>,
+}
+
+impl Contents {
+    /// Who has anything there.
+    fn users(&self) -> BTreeSet<Uid> {
+        let chains = self.chains.iter().filter_map(|chain| names::owner(chain));
+        let uids = self.stamps.keys().chain(self.subtrees.keys());
+        uids.chain(self.cgroups.keys())
+            .copied()
+            .chain(chains)
+            .collect()
+    }
+
+    /// A user's objects, if they are what the layout says.
+    fn known(&self, marks: MarkRange, uid: Uid, stamp: Stamp, layout: &Layout) -> Option<Known> {
+        let names = Names::of(uid);
+        let has = |chain: CString| {
+            chain
+                .to_str()
+                .is_ok_and(|chain| self.chains.contains(chain))
+        };
+        if !names.chains(layout).into_iter().all(has) {
+            return None;
+        }
+        let mut elements = Vec::new();
+        for &(id, number) in self.cgroups.get(&uid).into_iter().flatten() {
+            let (verdict, held) = meaning(marks, layout, number)?;
+            let element = Element {
+                verdict,
+                hold: held.is_some(),
+                enforced: names.is_system() && !self.free.contains(&id),
+            };
+            // What is held is one level deeper.
+            let level = held.map_or(0, |level| level - 1);
+            elements.push((OwnedControlGroup::found(id, level), element));
+        }
+        Some(Known {
+            layout: Rc::new(layout.clone()),
+            stamp,
+            elements,
+        })
+    }
+
+    /// What can be told of a user's objects that no layout describes.
+    fn left_behind(&self, uid: Uid) -> LeftBehind {
+        let cgroups = self.cgroups.get(&uid).into_iter().flatten();
+        LeftBehind {
+            subtree: self.subtrees.get(&uid).copied(),
+            proxies: self.proxies.get(&uid).cloned().unwrap_or_default(),
+            holds_back: cgroups.into_iter().any(|(_, number)| holds_back(*number)),
+            stamp: self.stamps.get(&uid).copied(),
+        }
+    }
+}
+
+impl Nftables {
+    /// What an earlier helper left of users, and what they have together.
+    pub(super) fn inherited(
+        &self,
+        snapshot: &Records,
+    ) -> Result<(BTreeMap<Uid, Inherited>, Shared), Error> {
+        let contents = self.contents()?;
         let mut inherited = BTreeMap::new();
-        for chain in &chains {
-            let Some(uid) = chain
-                .strip_prefix(names::DROP_PREFIX)
-                .and_then(Uid::from_name)
-            else {
-                continue;
-            };
-            let stamp = stamps.get(&uid.value()).copied();
+        let mut layouts = BTreeMap::new();
+        let mut left = BTreeMap::new();
+        for uid in contents.users() {
+            let stamp = contents.stamps.get(&uid).copied();
             let layout = stamp.and_then(|stamp| Some((stamp, snapshot.get(uid, stamp)?)));
-            let known = match layout {
-                Some((stamp, layout)) => self.known(uid, stamp, layout, &chains)?,
-                None => None,
-            };
-            match known {
+            let known =
+                layout.and_then(|(stamp, layout)| contents.known(self.marks, uid, stamp, layout));
+            let found = match known {
                 Some(known) => {
-                    inherited.insert(uid, Inherited::Known(known));
+                    layouts.insert(uid, Rc::clone(&known.layout));
+                    Inherited::Known(known)
                 }
-                None => left.entry(uid).or_default().stamp = stamp,
-            }
+                None => {
+                    left.insert(uid, Remnants::default());
+                    Inherited::LeftBehind(contents.left_behind(uid))
+                }
+            };
+            inherited.insert(uid, found);
         }
         if !left.is_empty() {
-            self.read_back(&mut left, &chains)?;
+            self.remnants(&contents, &mut left)?;
             // One line, however many users there are.
             tracing::info!(
                 "of what an earlier helper left, that of {} users is not in a snapshot: it is replaced as a whole",
                 left.len()
             );
         }
-        inherited.extend(
-            left.into_iter()
-                .map(|(uid, left)| (uid, Inherited::LeftBehind(left))),
-        );
-        Ok(inherited)
+        Ok((inherited, Shared::found(layouts, left)))
     }
 
-    /// A user's objects, if they are what the layout says.
-    fn known(
-        &self,
-        uid: Uid,
-        stamp: Stamp,
-        layout: &Layout,
-        chains: &BTreeSet<String>,
-    ) -> Result<Option<Known>, Error> {
-        let names = Names::of(uid);
-        let proxies = layout
-            .proxies
-            .keys()
-            .flat_map(|proxy| names.of_proxy(proxy));
-        let holds = layout.holds.iter().map(|hold| names.hold(hold));
-        let own = names.own_chains().into_iter().cloned();
-        let mut expected = own.chain(proxies).chain(holds);
-        if !expected.all(|chain| chain.to_str().is_ok_and(|chain| chains.contains(chain))) {
-            return Ok(None);
+    /// Reads the maps that tell of users.
+    fn contents(&self) -> Result<Contents, Error> {
+        let mut contents = Contents {
+            chains: self.chains()?,
+            ..Contents::default()
+        };
+        let uid = |found: &Found| found.number().map(Uid::found);
+        for found in self.elements(ruleset::STAMPS)? {
+            if let (Some(uid), Some(stamp)) = (uid(&found), found.value.number()) {
+                contents.stamps.insert(uid, Stamp::found(stamp));
+            }
         }
-        let mut free = BTreeSet::new();
-        if names.is_system() {
-            let sessions = ruleset::SESSIONS.to_str().ok();
-            for (key, value) in self.elements(ruleset::ENFORCED)? {
-                if let Value::Chain(chain) = value
-                    && Some(chain.as_str()) == sessions
+        for found in self.elements(ruleset::USERS)? {
+            if let (Some(uid), Value::Data(id)) = (uid(&found), &found.value)
+                && let Some(&id) = id.first_chunk()
+            {
+                contents
+                    .subtrees
+                    .insert(uid, ControlGroupId::from_bytes(id));
+            }
+        }
+        for found in self.elements(ruleset::MARKS)? {
+            if let (Value::Chain(chain), Some(mark)) = (&found.value, found.number())
+                && let Some((uid, name)) = names::proxy_of(chain)
+            {
+                let proxies = contents.proxies.entry(uid).or_default();
+                proxies.insert(name, Mark::adopted(mark));
+            }
+        }
+        for found in self.elements(ruleset::ENFORCED)? {
+            if let (Value::Chain(chain), Some(id)) = (&found.value, found.id())
+                && Some(chain.as_str()) == ruleset::SESSIONS.to_str().ok()
+            {
+                contents.free.insert(id);
+            }
+        }
+        for map in [ruleset::CGROUPS, Names::of(Uid::ROOT).cgroups()] {
+            for found in self.elements(map)? {
+                if let (Some(uid), Some(id), Some(number)) =
+                    (found.whose, found.id(), found.value.number())
                 {
-                    free.insert(key);
+                    contents.cgroups.entry(uid).or_default().push((id, number));
                 }
             }
         }
-        let mut elements = Vec::new();
-        for (key, value) in self.elements(&names.cgroups)? {
-            let (Some(&id), Value::Number(number)) = (key.first_chunk(), value) else {
-                return Ok(None);
-            };
-            let Some((verdict, held)) = meaning(layout, number) else {
-                return Ok(None);
-            };
-            let element = Element {
-                verdict,
-                hold: held.is_some(),
-                enforced: names.is_system() && !free.contains(&key),
-            };
-            // What is held is one level deeper.
-            let level = held.map_or(0, |level| level - 1);
-            let cgroup = OwnedControlGroup::found(ControlGroupId::from_bytes(id), level);
-            elements.push((cgroup, element));
-        }
-        let layout = Rc::new(layout.clone());
-        Ok(Some(Known {
-            layout,
-            stamp,
-            elements,
-        }))
+        Ok(contents)
     }
 
-    /// What the kernel itself says of users' objects.
-    fn read_back(
+    /// All objects of these users.
+    fn remnants(
         &self,
-        left: &mut BTreeMap<Uid, LeftBehind>,
-        chains: &BTreeSet<String>,
+        contents: &Contents,
+        left: &mut BTreeMap<Uid, Remnants>,
     ) -> Result<(), Error> {
-        for (key, value) in self.elements(ruleset::USERS)? {
-            let Value::Chain(chain) = value else { continue };
-            let uid = chain
-                .strip_prefix(names::USER_PREFIX)
-                .and_then(Uid::from_name);
-            if let (Some(left), Some(&id)) =
-                (uid.and_then(|uid| left.get_mut(&uid)), key.first_chunk())
-            {
-                left.subtree = Some(ControlGroupId::from_bytes(id));
+        for chain in &contents.chains {
+            if let Some(left) = names::owner(chain).and_then(|uid| left.get_mut(&uid)) {
+                left.chains.extend(CString::new(chain.as_str()));
             }
         }
-        for (&uid, left) in left {
-            left.holds = chains
-                .iter()
-                .filter_map(|chain| names::parse_hold(uid, chain))
-                .collect();
-            let verdicts = self.elements(&Names::of(uid).cgroups)?;
-            left.holds_back = verdicts
-                .iter()
-                .any(|(_, value)| matches!(value, Value::Number(number) if holds_back(*number)));
-            for (name, mark) in self.proxies(uid, &names::marks(uid), names::DIVERT_PREFIX)? {
-                left.proxies.insert(name, Mark::adopted(mark));
+        // Whose a mark is.
+        let mut marks = BTreeMap::new();
+        for (&uid, proxies) in &contents.proxies {
+            for &mark in proxies.values() {
+                marks.insert(mark.value(), uid);
+                marks.insert(self.marks.dns_value(mark), uid);
             }
-            for (name, number) in
-                self.proxies(uid, &Names::of(uid).choices, names::TPROXY_PREFIX)?
-            {
-                left.numbers
-                    .extend(proxy_number(number).map(|number| (name, number)));
+        }
+        let chains = [ruleset::SYSTEM, ruleset::SESSIONS, ruleset::DEEP];
+        let [system, mut sessions, deep] = self.levels_of(chains)?;
+        sessions.extend(deep);
+        for (&uid, left) in &mut *left {
+            left.levels = match uid {
+                Uid::ROOT => system.clone(),
+                _ => sessions.clone(),
+            };
+            let cgroups = contents.cgroups.get(&uid).into_iter().flatten();
+            left.cgroups = cgroups.map(|(id, _)| *id).collect();
+            let key = uid.value().to_ne_bytes().to_vec();
+            if contents.subtrees.contains_key(&uid) {
+                left.places.insert((ruleset::USERS, key));
+            }
+        }
+        let by_chain = [
+            ruleset::CHOICES,
+            Names::of(Uid::ROOT).choices(),
+            ruleset::DROPS,
+        ];
+        for map in by_chain.into_iter().chain(leads::BY_MARK) {
+            for found in self.elements(map)? {
+                let chain = match &found.value {
+                    Value::Chain(chain) => names::owner(chain),
+                    Value::Data(_) | Value::Other => None,
+                };
+                let mark = || found.number().and_then(|mark| marks.get(&mark)).copied();
+                let uid = chain.or_else(|| mark().filter(|_| !by_chain.contains(&map)));
+                if let Some(left) = uid.and_then(|uid| left.get_mut(&uid)) {
+                    left.places.insert((map, found.key));
+                }
             }
         }
         Ok(())
     }
 
-    /// The proxies to whose chains of this kind a map leads, and by which keys.
-    fn proxies(&self, uid: Uid, map: &CStr, prefix: &str) -> Result<Vec<(ProxyName, u32)>, Error> {
-        let prefix = format!("{prefix}{uid}-");
-        let mut proxies = Vec::new();
-        for (key, value) in self.elements(map)? {
-            let Value::Chain(chain) = value else { continue };
-            let name = chain
-                .strip_prefix(&prefix)
-                .and_then(|name| name.parse().ok());
-            if let (Some(name), Some(key)) = (name, key.first_chunk()) {
-                proxies.push((name, u32::from_ne_bytes(*key)));
+    /// The levels that the rules of each of these chains look at.
+    fn levels_of<const N: usize>(&self, chains: [&CStr; N]) -> Result<[BTreeSet<u32>; N], Error> {
+        // enum nft_rule_attributes, nft_list_attributes, nft_expr_attributes, nft_socket_attributes
+        const RULE_TABLE: u16 = 1;
+        const RULE_CHAIN: u16 = 2;
+        const RULE_EXPRESSIONS: u16 = 4;
+        const EXPRESSION_NAME: u16 = 1;
+        const EXPRESSION_DATA: u16 = 2;
+        const SOCKET_LEVEL: u16 = 3;
+        let is =
+            |value: Option<&[u8]>, name: &CStr| value.map(string).as_deref() == name.to_str().ok();
+        let mut levels = [const { BTreeSet::new() }; N];
+        for rule in self.read(Dump::Rules, &[])? {
+            if !is(attribute(&rule, RULE_TABLE), TABLE) {
+                continue;
+            }
+            let chain = attribute(&rule, RULE_CHAIN);
+            let mut each = chains.iter().zip(&mut levels);
+            let Some((_, levels)) = each.find(|(name, _)| is(chain, name)) else {
+                continue;
+            };
+            for expression in attributes(attribute(&rule, RULE_EXPRESSIONS).unwrap_or_default()) {
+                let expression = expression.value();
+                let name = attribute(expression, EXPRESSION_NAME).map(string);
+                let data = attribute(expression, EXPRESSION_DATA).unwrap_or_default();
+                let level = attribute(data, SOCKET_LEVEL).and_then(<[u8]>::first_chunk);
+                if let (Some("socket"), Some(level)) = (name.as_deref(), level) {
+                    levels.insert(u32::from_be_bytes(*level));
+                }
             }
         }
-        Ok(proxies)
+        Ok(levels)
     }
 
     /// The names of the table's chains.
@@ -203,7 +319,7 @@ impl Nftables {
     }
 
     /// A map's keys and what they lead to. A map that is not there has none.
-    fn elements(&self, map: &CStr) -> Result<Vec<(Vec<u8>, Value)>, Error> {
+    fn elements(&self, map: &CStr) -> Result<Vec<Found>, Error> {
         // enum nft_set_elem_list_attributes, nft_list_attributes, nft_set_elem_attributes,
         // nft_data_attributes, nft_verdict_attributes
         const LIST_TABLE: u16 = 1;
@@ -211,6 +327,7 @@ impl Nftables {
         const LIST_ELEMENTS: u16 = 3;
         const ELEMENT_KEY: u16 = 1;
         const ELEMENT_DATA: u16 = 2;
+        const ELEMENT_USER_DATA: u16 = 6;
         const DATA_VALUE: u16 = 1;
         const DATA_VERDICT: u16 = 2;
         const VERDICT_CHAIN: u16 = 2;
@@ -236,13 +353,17 @@ impl Nftables {
                 let data = attribute(element, ELEMENT_DATA).unwrap_or_default();
                 let chain = attribute(data, DATA_VERDICT)
                     .and_then(|verdict| attribute(verdict, VERDICT_CHAIN));
-                let number = attribute(data, DATA_VALUE).and_then(<[u8]>::first_chunk);
-                let value = match (chain, number) {
+                let value = match (chain, attribute(data, DATA_VALUE)) {
                     (Some(chain), _) => Value::Chain(string(chain)),
-                    (None, Some(number)) => Value::Number(u32::from_ne_bytes(*number)),
+                    (None, Some(data)) => Value::Data(data.to_vec()),
                     (None, None) => Value::Other,
                 };
-                elements.extend(key.map(|key| (key.to_vec(), value)));
+                let whose = attribute(element, ELEMENT_USER_DATA).and_then(Comment::parse);
+                elements.extend(key.map(|key| Found {
+                    key: key.to_vec(),
+                    value,
+                    whose,
+                }));
             }
         }
         Ok(elements)

@@ -13,11 +13,13 @@ use cgtproxy_proto::name::ProxyName;
 use nftnl::{FinalizedBatch, MsgType, ProtoFamily, Table, nft_nlmsg_maxsize};
 
 use super::ffi::table_flags::{OWNER, PERSIST};
-use super::ffi::{Content, Element, KeyType};
+use super::ffi::{Comment, Content, Element, KeyType};
+use super::names::Names;
 use super::plan::{
     Before, Bypass, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, Plan, Proxy, Stamp,
     Verdict,
 };
+use super::shared::{Remnants, Shared};
 use super::transaction::Transaction;
 use super::{PROBE, TABLE, probe};
 use crate::cgroup::OwnedControlGroup;
@@ -184,7 +186,6 @@ pub(crate) fn layout(system: bool) -> Layout {
         let all = number == 1;
         let proxy_of = Proxy {
             mark: allocator.allocate().unwrap(),
-            number,
             delivery,
             exceptions: Exceptions {
                 no_tcp: all,
@@ -251,6 +252,27 @@ fn elements(count: u64) -> Vec<(OwnedControlGroup, super::plan::Element)> {
         .collect()
 }
 
+/// What a helper finds that knows nothing of a life's first layout.
+fn left(uid: Uid) -> Shared {
+    let names = Names::of(uid);
+    let layout = layout(uid == Uid::ROOT);
+    let leads = |(name, proxy)| names.leads_of_proxy(marks(), name, proxy);
+    let remnants = Remnants {
+        chains: names.chains(&layout),
+        places: layout
+            .proxies
+            .iter()
+            .flat_map(leads)
+            .map(|(place, _)| place)
+            .collect(),
+        cgroups: (10..20)
+            .map(|id| OwnedControlGroup::for_test(id, 4).id())
+            .collect(),
+        levels: layout.levels,
+    };
+    Shared::found(BTreeMap::new(), [(uid, remnants)].into())
+}
+
 /// What becomes of a policy, from nothing to nothing.
 fn life(uid: Uid, count: u64) -> Vec<Plan> {
     let layout = Rc::new(layout(uid == Uid::ROOT));
@@ -265,7 +287,7 @@ fn life(uid: Uid, count: u64) -> Vec<Plan> {
     let changed = Rc::new(changed);
     let elements = elements(count);
     let delete = elements.iter().map(|(cgroup, _)| cgroup.id()).collect();
-    let left = layout.left_behind(uid, Stamp::draw(), elements.iter().map(|(_, e)| e));
+    let left = layout.left_behind(Stamp::draw(), elements.iter().map(|(_, e)| e));
     let plan = |before, after, delete, add| Plan {
         uid,
         had: match &before {
@@ -301,14 +323,17 @@ fn a_table_and_its_base() {
                 transaction.add_table(flags);
                 transaction.delete_table();
                 transaction.add_table(flags);
-                transaction.base(&[0, 990, 1000], fresh, system);
+                let mut shared = Shared::default();
+                if system {
+                    shared.carried_out(&life(Uid::ROOT, 0)[0]);
+                }
+                transaction.base(&[0, 990, 1000], &shared, fresh);
             });
-            found.has(&["cgtproxy", "version-6", "output", "forward", "proxy-uids"]);
+            found.has(&["cgtproxy", "version-7", "output", "forward", "proxy-uids"]);
+            assert_eq!(found.strings.contains("delivery"), !fresh);
             let keys = &found.keys[&NEW_SET_ELEMENTS];
-            assert_eq!(
-                *keys,
-                [0_u32, 990, 1000].map(|uid| uid.to_ne_bytes().to_vec())
-            );
+            let uids = [0_u32, 990, 1000].map(|uid| uid.to_ne_bytes().to_vec());
+            assert!(keys.starts_with(&uids), "{keys:?}");
         }
     }
 }
@@ -330,8 +355,13 @@ fn whole_lives_of_policies() {
     const COUNT: u64 = 3000;
     for uid in [Uid::ROOT, Uid::for_test(1000)] {
         let mut strings = BTreeSet::new();
+        let mut shared = Shared::default();
         for plan in life(uid, COUNT) {
-            let found = transaction(|transaction| transaction.plan(&plan));
+            if let Before::LeftBehind(_) = plan.before {
+                shared = left(uid);
+            }
+            let found = transaction(|transaction| transaction.plan(&plan, &shared));
+            shared.carried_out(&plan);
             let maps = if uid == Uid::ROOT { 2 } else { 1 };
             for (kind, count) in [
                 (NEW_SET_ELEMENTS, plan.add.len()),
@@ -351,20 +381,32 @@ fn whole_lives_of_policies() {
             strings,
             ..Found::default()
         };
-        for prefix in [
-            "drop", "guard", "owner", "cgroups", "choices", "bypass4", "bypass6",
-        ] {
+        let system = uid == Uid::ROOT;
+        found.has(&match system {
+            true => ["drop-system", "cgroups-0", "choices-0", "enforced"],
+            false => ["drop-1000", "cgroups", "choices", "drops"],
+        });
+        found.has(&["users", "stamps", "marks", "ports", "resolve", "receive"]);
+        for prefix in ["bypass4", "bypass6"] {
             found.has(&[&format!("{prefix}-{uid}")]);
         }
-        for prefix in [
-            "tproxy", "divert", "deliver", "dns", "resolve", "redirect", "receive",
-        ] {
-            for proxy in ["tproxy", "redirect", "nobody"] {
-                found.has(&[&format!("{prefix}-{uid}-{proxy}")]);
-            }
+        for proxy in ["tproxy", "redirect", "nobody"] {
+            found.has(&[&format!("proxy-{uid}-{proxy}")]);
+            let divert = format!("divert-{uid}-{proxy}");
+            assert_eq!(found.strings.contains(&divert), system);
         }
-        for verdict in ["direct", "drop", "drop-all", "tproxy"] {
-            found.has(&[&format!("hold-{uid}-5-{verdict}")]);
+        for proxy in ["tproxy", "redirect"] {
+            found.has(&[&format!("dns-{uid}-{proxy}")]);
+            found.has(&[&format!("resolve-{uid}-{proxy}")]);
+        }
+        found.has(&[&format!("redirect-{uid}-redirect")]);
+        for proxy in ["redirect", "nobody"] {
+            found.has(&[&format!("receive-{uid}-{proxy}")]);
+        }
+        found.has(&[&format!("hold-{uid}-5-tproxy")]);
+        for verdict in ["direct", "drop", "drop-all", "_released"] {
+            let whose = if system { "0-" } else { "" };
+            found.has(&[&format!("hold-{whose}5-{verdict}")]);
         }
         // Every kind of expression.
         found.has(&[
@@ -379,12 +421,7 @@ fn whole_lives_of_policies() {
             "payload",
             "reject",
             "socket",
-            "tproxy",
         ]);
-        if uid == Uid::ROOT {
-            // `skuid FIRST-LAST` is the system's only.
-            found.has(&["byteorder"]);
-        }
     }
 }
 
@@ -395,7 +432,7 @@ fn elements_of_every_kind() {
         Content::Keys,
         Content::Intervals,
         Content::Verdicts,
-        Content::Numbers,
+        Content::Values(KeyType::Mark),
     ];
     for (key, length) in [
         (KeyType::Ipv4, 4),
@@ -404,26 +441,34 @@ fn elements_of_every_kind() {
         (KeyType::Uid, 4),
         (KeyType::Interface, 16),
         (KeyType::ControlGroup, 8),
+        (KeyType::Port, 2),
+        (KeyType::MarkAndUid, 8),
     ] {
         for content in contents {
             let keys = (0..COUNT).map(|number| {
-                let mut key = number.to_be_bytes().to_vec();
+                let number = number.to_be_bytes();
+                let mut key = number.last_chunk::<2>().unwrap().to_vec();
+                key.extend_from_slice(&number[..2]);
                 key.resize(length, 0xff);
                 key
             });
             let found = transaction(|transaction| {
                 transaction.add_set(c"some-set", key, content);
                 let mut set = transaction.set(c"some-set", key, content);
+                let whose = Comment::new(Uid::for_test(u32::MAX));
                 for (number, key) in (0..).zip(keys.clone()) {
+                    let value = u32::to_ne_bytes(number);
                     let element = match content {
                         Content::Keys => Element::Key,
                         Content::Intervals if number % 2 == 0 => Element::Key,
                         Content::Intervals => Element::IntervalEnd,
-                        Content::Verdicts if number % 2 == 0 => Element::Drop,
+                        Content::Verdicts if number % 3 == 0 => Element::Drop,
+                        Content::Verdicts if number % 3 == 1 => Element::Return,
                         Content::Verdicts => Element::Goto(c"some-chain"),
-                        Content::Numbers => Element::Number(number),
+                        Content::Values(_) => Element::Value(&value),
                     };
-                    set.push(&key, element);
+                    let comment = Some(&whose).filter(|_| number % 2 == 0);
+                    set.push_with(&key, element, comment);
                 }
                 transaction.write_elements(&set, MsgType::Add);
                 transaction.write_elements(&set, MsgType::Del);

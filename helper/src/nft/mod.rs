@@ -5,6 +5,7 @@ mod ffi;
 mod foreign;
 mod gateway;
 mod inherit;
+mod leads;
 #[cfg(test)]
 pub(crate) mod messages;
 mod names;
@@ -13,7 +14,9 @@ mod probe;
 mod proxy;
 mod rule;
 mod ruleset;
+mod shared;
 mod socket;
+mod take_over;
 mod transaction;
 mod user;
 mod verdicts;
@@ -39,6 +42,7 @@ use crate::peer::Uid;
 use crate::snapshot::Records;
 use ffi::table_flags::{OWNER, PERSIST};
 use plan::{ElementChanges, Step};
+use shared::Shared;
 use socket::{Failure, NetfilterSocket};
 use transaction::Transaction;
 
@@ -51,7 +55,7 @@ pub(crate) fn fuzz(object: &[u8]) {
         if let Some(uid) = Uid::from_name(&name) {
             assert_eq!(uid.to_string(), name);
         }
-        let _ = names::parse_hold(Uid::ROOT, &name);
+        let _ = names::owner(&name);
     }
 }
 
@@ -60,7 +64,7 @@ pub(crate) fn fuzz(object: &[u8]) {
 pub(crate) fn batch(plan: &Plan, marks: MarkRange) -> nftnl::FinalizedBatch {
     let table = Table::new(TABLE, ProtoFamily::Inet);
     let mut transaction = Transaction::new(&table, marks);
-    transaction.plan(plan);
+    transaction.plan(plan, &Shared::default());
     transaction.finish()
 }
 
@@ -118,6 +122,8 @@ pub struct Nftables {
     marks: MarkRange,
     proxy_uids: Vec<u32>,
     owned: bool,
+    /// What the table holds, as far as users have it together.
+    shared: Shared,
 }
 
 impl Nftables {
@@ -145,14 +151,16 @@ impl Nftables {
             marks,
             proxy_uids: proxy_uids.to_vec(),
             owned: false,
+            shared: Shared::default(),
         };
         this.owned = this.kernel_keeps_owned_tables()? && own;
         let adopted = this.adopt()?;
-        let mut inherited = this.inherited(snapshot)?;
+        let (mut inherited, shared) = this.inherited(snapshot)?;
         if adopted {
             let mut base = this.transaction();
-            base.base(&this.proxy_uids, false, inherited.contains_key(&Uid::ROOT));
+            base.base(&this.proxy_uids, &shared, false);
             this.socket.transact(&base.finish()).map_err(Error::Base)?;
+            this.shared = shared;
         } else {
             // What is not known as a whole goes with the old table.
             inherited.retain(|_, left| matches!(left, Inherited::Known(_)));
@@ -188,8 +196,10 @@ impl Nftables {
         // There must be a table to delete.
         transaction.add_table(self.flags());
         transaction.delete_table();
-        self.add_all(&mut transaction, plans);
-        Ok(self.socket.carry_out(&transaction.finish())?)
+        let shared = self.add_all(&mut transaction, plans);
+        self.socket.carry_out(&transaction.finish())?;
+        self.shared = shared;
+        Ok(())
     }
 
     /// Carries a plan out, or nothing of it. A user's first policy, and what changes one that is in force, takes as
@@ -201,15 +211,18 @@ impl Nftables {
         if plan.is_empty() {
             return Ok(());
         }
-        let elements = plan.element_changes();
+        let elements = plan.element_changes(&self.shared);
         let has_work = |step: &Step| step.has_work(plan, &elements);
         let steps: Vec<Step> = Step::ALL.into_iter().filter(has_work).collect();
-        if !steps.is_empty() {
-            return self.commit_steps(plan, &elements, &steps);
+        if steps.is_empty() {
+            let mut transaction = self.transaction();
+            transaction.plan(plan, &self.shared);
+            self.socket.carry_out(&transaction.finish())?;
+        } else {
+            self.commit_steps(plan, &elements, &steps)?;
         }
-        let mut transaction = self.transaction();
-        transaction.plan(plan);
-        Ok(self.socket.carry_out(&transaction.finish())?)
+        self.shared.carried_out(plan);
+        Ok(())
     }
 
     /// In between, what there is has no stamp: it is neither the one layout nor the other, and a helper that is
@@ -226,7 +239,7 @@ impl Nftables {
             if done.is_empty() {
                 transaction.unstamp(plan);
             }
-            transaction.step(plan, elements, step);
+            transaction.step(plan, elements, step, &self.shared);
             if steps.last() == Some(&step) {
                 transaction.stamp(plan);
             }
@@ -238,13 +251,15 @@ impl Nftables {
                 Err(Failure::Refused(refusal)) => refusal,
                 Err(unknown) => return Err(unknown.into()),
             };
-            // The verdicts that were replaced are known to the policy alone.
-            if done.contains(&Step::Changes) {
+            // The verdicts that were replaced are known to the policy alone, and what an earlier helper had to
+            // nobody.
+            let unknown = matches!(plan.before, Before::LeftBehind(_)) && !done.is_empty();
+            if done.contains(&Step::Changes) || unknown {
                 return Err(Error::Unknown(refusal));
             }
             if !done.is_empty() {
                 let mut transaction = self.transaction();
-                transaction.take_back(plan, elements, &done);
+                transaction.take_back(plan, elements, &done, &self.shared);
                 match self.socket.carry_out(&transaction.finish()) {
                     Ok(()) => {}
                     Err(Failure::Refused(refusal) | Failure::Unknown(refusal)) => {
@@ -270,6 +285,7 @@ impl Nftables {
             marks,
             proxy_uids: Vec::new(),
             owned: false,
+            shared: Shared::default(),
         };
         let mut transaction = this.transaction();
         transaction.delete_table();
@@ -312,23 +328,28 @@ impl Nftables {
     }
 
     /// Makes the table anew in place of one of another layout.
-    fn recreate(&self, plans: &[Plan]) -> Result<(), Error> {
+    fn recreate(&mut self, plans: &[Plan]) -> Result<(), Error> {
         let mut transaction = self.transaction();
         transaction.delete_table();
-        self.add_all(&mut transaction, plans);
+        let shared = self.add_all(&mut transaction, plans);
         match self.socket.transact(&transaction.finish()) {
-            Err(refusal) if refusal.errno == Errno::PERM => Err(Error::Owned(refusal)),
-            result => result.map_err(Error::Base),
+            Err(refusal) if refusal.errno == Errno::PERM => return Err(Error::Owned(refusal)),
+            result => result.map_err(Error::Base)?,
         }
+        self.shared = shared;
+        Ok(())
     }
 
     /// The whole table, which is not there.
-    fn add_all(&self, transaction: &mut Transaction<'_>, plans: &[Plan]) {
+    fn add_all(&self, transaction: &mut Transaction<'_>, plans: &[Plan]) -> Shared {
+        let mut shared = Shared::default();
         transaction.add_table(self.flags());
-        transaction.base(&self.proxy_uids, true, false);
+        transaction.base(&self.proxy_uids, &shared, true);
         for plan in plans {
-            transaction.plan(plan);
+            transaction.plan(plan, &shared);
+            shared.carried_out(plan);
         }
+        shared
     }
 
     /// Makes the table, or takes over the one that is there; false if that has another layout.

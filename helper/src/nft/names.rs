@@ -1,27 +1,31 @@
 //! Names of objects in the table. Everything that is a user's carries the uid.
 
+use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 
 use cgtproxy_proto::name::ProxyName;
 
-use super::plan::{Hold, Verdict};
-use super::ruleset::{ENFORCED, MARKS, OPEN, SYSTEM};
+use super::plan::{Delivery, Hold, Layout, Proxy, Verdict};
+use super::ruleset::{
+    CGROUPS, CHOICES, DELIVER, DELIVER_SYSTEM, DROP, DROP_SYSTEM, ENFORCED, GUARD, GUARD_SYSTEM,
+};
 use crate::peer::Uid;
 
-/// The prefix of a chain that diverts to a proxy, as dumps are searched for it.
-pub(super) const DIVERT_PREFIX: &str = "divert-";
-/// The prefix of a chain that chooses what is diverted to a proxy, as dumps are searched for it.
-pub(super) const TPROXY_PREFIX: &str = "tproxy-";
-/// The prefix of a user's first chain, as dumps are searched for it.
-pub(super) const USER_PREFIX: &str = "user-";
-/// The prefix of a chain that everybody with a policy has, as dumps are searched for it.
-pub(super) const DROP_PREFIX: &str = "drop-";
+/// The prefix of a chain that every proxy has.
+const PROXY_PREFIX: &str = "proxy-";
 
-const DIRECT: &str = "direct";
-const DROP: &str = "drop";
-const DROP_ALL: &str = "drop-all";
-/// No proxy's name begins like that.
-const RELEASED: &str = "_released";
+/// What the name of a chain begins with that is a user's, as dumps are searched for it.
+const PREFIXES: [&str; 8] = [
+    PROXY_PREFIX,
+    "divert-",
+    "dns-",
+    "resolve-",
+    "redirect-",
+    "receive-",
+    "drop-",
+    HOLD_PREFIX,
+];
+const HOLD_PREFIX: &str = "hold-";
 
 /// A name made of our own prefixes, a number and a proxy's name, none of which has a NUL.
 fn name(text: String) -> CString {
@@ -32,14 +36,8 @@ fn name(text: String) -> CString {
 /// has in any case.
 pub(super) struct Names {
     pub(super) uid: Uid,
-    pub(super) user: CString,
-    pub(super) open: CString,
+    /// The chain of a user who drops, but for bypassed destinations; there while there are any.
     pub(super) drop: CString,
-    pub(super) guard: CString,
-    pub(super) owner: CString,
-    pub(super) cgroups: CString,
-    pub(super) choices: CString,
-    pub(super) marks: CString,
     pub(super) bypass4: CString,
     pub(super) bypass6: CString,
 }
@@ -48,36 +46,10 @@ impl Names {
     pub(super) fn of(uid: Uid) -> Self {
         Self {
             uid,
-            user: match uid {
-                Uid::ROOT => SYSTEM.to_owned(),
-                uid => name(format!("{USER_PREFIX}{uid}")),
-            },
-            open: match uid {
-                Uid::ROOT => OPEN.to_owned(),
-                uid => name(format!("open-{uid}")),
-            },
-            drop: name(format!("{DROP_PREFIX}{uid}")),
-            guard: name(format!("guard-{uid}")),
-            owner: name(format!("owner-{uid}")),
-            cgroups: name(format!("cgroups-{uid}")),
-            choices: name(format!("choices-{uid}")),
-            marks: marks(uid),
+            drop: name(format!("drop-{uid}")),
             bypass4: name(format!("bypass4-{uid}")),
             bypass6: name(format!("bypass6-{uid}")),
         }
-    }
-
-    /// No proxy can be named as another target is.
-    pub(super) fn hold(&self, hold: &Hold) -> CString {
-        let verdict = match &hold.verdict {
-            Verdict::Direct => DIRECT,
-            Verdict::Drop => DROP,
-            Verdict::DropAll => DROP_ALL,
-            Verdict::Proxy(proxy) => proxy.as_str(),
-            Verdict::Released => RELEASED,
-        };
-        let (prefix, level) = (hold_prefix(self.uid), hold.level);
-        name(format!("{prefix}{level}-{verdict}"))
     }
 
     /// Whether these are those of the system's policy.
@@ -85,55 +57,70 @@ impl Names {
         self.uid == Uid::ROOT
     }
 
-    /// Where packets go that the policy says nothing about.
-    pub(super) fn rest(&self) -> &'static CStr {
-        if self.is_system() { OPEN } else { SYSTEM }
+    /// One of these: the system's, or that of all users.
+    fn either(&self, system: &'static CStr, users: &'static CStr) -> &'static CStr {
+        if self.is_system() { system } else { users }
     }
 
-    /// The chains that come and go with the policy, but for those of its proxies.
-    pub(super) fn own_chains(&self) -> Vec<&CString> {
-        let mut chains = vec![&self.drop, &self.guard, &self.owner];
-        if !self.is_system() {
-            chains.extend([&self.user, &self.open]);
-        }
-        chains
+    /// The map from control groups to numbers.
+    pub(super) fn cgroups(&self) -> &'static CStr {
+        self.either(c"cgroups-0", CGROUPS)
     }
 
-    /// The sets and maps that come and go with the policy.
-    pub(super) fn own_sets(&self) -> [&CStr; 5] {
-        let other: &CStr = if self.is_system() {
-            ENFORCED
-        } else {
-            &self.marks
-        };
-        [
-            &self.cgroups,
-            &self.choices,
-            other,
-            &self.bypass4,
-            &self.bypass6,
-        ]
+    /// The map that says what the numbers mean.
+    pub(super) fn choices(&self) -> &'static CStr {
+        self.either(c"choices-0", CHOICES)
+    }
+
+    /// The chain that what is dropped goes to.
+    pub(super) fn dropping(&self) -> &'static CStr {
+        self.either(DROP_SYSTEM, DROP)
+    }
+
+    /// The chain of packets that are to be delivered.
+    pub(super) fn deliver(&self) -> &'static CStr {
+        self.either(DELIVER_SYSTEM, DELIVER)
+    }
+
+    /// The delivery guard.
+    pub(super) fn guard(&self) -> &'static CStr {
+        self.either(GUARD_SYSTEM, GUARD)
     }
 
     /// The maps that have every control group of the policy as a key.
-    pub(super) fn verdict_maps(&self) -> Vec<&CStr> {
-        let mut maps = vec![self.cgroups.as_c_str()];
+    pub(super) fn verdict_maps(&self) -> Vec<&'static CStr> {
+        let mut maps = vec![self.cgroups()];
         if self.is_system() {
             maps.push(ENFORCED);
         }
         maps
     }
 
-    pub(super) fn tproxy(&self, proxy: &ProxyName) -> CString {
-        name(format!("{TPROXY_PREFIX}{}-{proxy}", self.uid))
+    /// The chain of control groups below which everything is held. All users have one together where it leads to
+    /// nothing of any of them. No proxy can be named as another target is.
+    pub(super) fn hold(&self, hold: &Hold) -> CString {
+        let verdict = match &hold.verdict {
+            Verdict::Direct => "direct",
+            Verdict::Drop => "drop",
+            Verdict::DropAll => "drop-all",
+            Verdict::Proxy(proxy) => proxy.as_str(),
+            // No proxy's name begins like that.
+            Verdict::Released => "_released",
+        };
+        let level = hold.level;
+        if hold.is_common() && !self.is_system() {
+            name(format!("{HOLD_PREFIX}{level}-{verdict}"))
+        } else {
+            name(format!("{HOLD_PREFIX}{}-{level}-{verdict}", self.uid))
+        }
+    }
+
+    pub(super) fn proxy(&self, proxy: &ProxyName) -> CString {
+        name(format!("{PROXY_PREFIX}{}-{proxy}", self.uid))
     }
 
     pub(super) fn divert(&self, proxy: &ProxyName) -> CString {
-        name(format!("{DIVERT_PREFIX}{}-{proxy}", self.uid))
-    }
-
-    pub(super) fn deliver(&self, proxy: &ProxyName) -> CString {
-        name(format!("deliver-{}-{proxy}", self.uid))
+        name(format!("divert-{}-{proxy}", self.uid))
     }
 
     pub(super) fn dns(&self, proxy: &ProxyName) -> CString {
@@ -152,45 +139,86 @@ impl Names {
         name(format!("receive-{}-{proxy}", self.uid))
     }
 
-    /// All chains of a proxy.
-    pub(super) fn of_proxy(&self, proxy: &ProxyName) -> [CString; 7] {
-        [
-            self.tproxy(proxy),
-            self.divert(proxy),
-            self.deliver(proxy),
-            self.dns(proxy),
-            self.resolve(proxy),
-            self.redirect(proxy),
-            self.receive(proxy),
-        ]
+    /// All chains of a proxy. The kernel goes over every chain of the machine with every transaction
+    /// (nf_tables_commit, net/netfilter/nf_tables_api.c): there is none that has nothing to do.
+    pub(super) fn of_proxy(&self, name: &ProxyName, proxy: &Proxy) -> Vec<CString> {
+        let mut chains = vec![self.proxy(name)];
+        if self.is_system() {
+            chains.push(self.divert(name));
+        }
+        if proxy.dns_hijack.is_some() {
+            chains.extend([self.dns(name), self.resolve(name)]);
+        }
+        if matches!(proxy.delivery, Delivery::Redirect(Some(_))) {
+            chains.push(self.redirect(name));
+        }
+        if proxy.is_translated() {
+            chains.push(self.receive(name));
+        }
+        chains
+    }
+
+    /// All chains that a layout needs besides those that the table has in any case.
+    pub(super) fn chains(&self, layout: &Layout) -> BTreeSet<CString> {
+        let proxies = layout.proxies.iter();
+        let mut chains: BTreeSet<_> = proxies
+            .flat_map(|(name, proxy)| self.of_proxy(name, proxy))
+            .collect();
+        if !layout.bypass.is_empty() && !self.is_system() {
+            chains.insert(self.drop.clone());
+        }
+        chains.extend(layout.holds.iter().map(|hold| self.hold(hold)));
+        chains
     }
 }
 
-/// The name of a user's map of marks.
-pub(super) fn marks(uid: Uid) -> CString {
-    match uid {
-        Uid::ROOT => MARKS.to_owned(),
-        uid => name(format!("marks-{uid}")),
+/// Whose chain this is, if it is one user's alone.
+pub(super) fn owner(chain: &str) -> Option<Uid> {
+    let rest = PREFIXES
+        .iter()
+        .find_map(|prefix| chain.strip_prefix(prefix))?;
+    let (uid, rest) = rest.split_once('-').unwrap_or((rest, ""));
+    // `hold-LEVEL-VERDICT` is everybody's.
+    if chain.starts_with(HOLD_PREFIX) {
+        rest.split_once('-')?.0.parse::<u32>().ok()?;
     }
+    Uid::from_name(uid)
 }
 
-/// What the names of a user's chains begin with that hold what is below a control group.
-fn hold_prefix(uid: Uid) -> String {
-    format!("hold-{uid}-")
+/// Whose proxy's chain this is, and which proxy's.
+pub(super) fn proxy_of(chain: &str) -> Option<(Uid, ProxyName)> {
+    let (uid, name) = chain.strip_prefix(PROXY_PREFIX)?.split_once('-')?;
+    Some((Uid::from_name(uid)?, name.parse().ok()?))
 }
 
-/// Which chain of that kind has this name, if one has.
-pub(super) fn parse_hold(uid: Uid, chain: &str) -> Option<Hold> {
-    let (level, verdict) = chain.strip_prefix(&hold_prefix(uid))?.split_once('-')?;
-    let verdict = match verdict {
-        DIRECT => Verdict::Direct,
-        DROP => Verdict::Drop,
-        DROP_ALL => Verdict::DropAll,
-        RELEASED => Verdict::Released,
-        proxy => Verdict::Proxy(proxy.parse().ok()?),
-    };
-    Some(Hold {
-        level: level.parse().ok()?,
-        verdict,
-    })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chains_tell_whose_they_are() {
+        for (chain, uid) in [
+            ("proxy-1000-mihomo", Some(1000)),
+            ("proxy-0-a-b", Some(0)),
+            ("drop-1000", Some(1000)),
+            ("hold-1000-5-mihomo", Some(1000)),
+            ("hold-1000-5-a-b", Some(1000)),
+            ("hold-5-direct", None),
+            ("hold-5-_released", None),
+            ("drop", None),
+            ("drop-system", None),
+            ("deliver-system", None),
+            ("sessions-deep", None),
+            ("proxy-01000-mihomo", None),
+            ("proxy-4294967296-mihomo", None),
+            ("version-7", None),
+        ] {
+            assert_eq!(owner(chain), uid.map(Uid::for_test), "{chain}");
+        }
+        let mihomo = "mihomo".parse().unwrap();
+        let uid = Uid::for_test(1000);
+        assert_eq!(proxy_of("proxy-1000-mihomo"), Some((uid, mihomo)));
+        assert_eq!(proxy_of("proxy-1000-drop"), None);
+        assert_eq!(proxy_of("dns-1000-mihomo"), None);
+    }
 }

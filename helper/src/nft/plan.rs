@@ -9,6 +9,8 @@ use std::rc::Rc;
 use cgtproxy_proto::interface::InterfaceName;
 use cgtproxy_proto::name::ProxyName;
 
+use super::names::Names;
+use super::shared::Shared;
 use crate::cgroup::{ControlGroupId, DEEPEST_LEVEL, OwnedControlGroup};
 use crate::mark::Mark;
 use crate::peer::Uid;
@@ -70,6 +72,12 @@ pub struct Hold {
 }
 
 impl Hold {
+    /// Whether all users can have one chain for it: it leads to nothing of any of them.
+    #[must_use]
+    pub fn is_common(&self) -> bool {
+        !matches!(self.verdict, Verdict::Proxy(_))
+    }
+
     /// The chain that an element at `level` needs, if it needs one: where nothing leaves anyway there
     /// is nothing to hold, and what is too deep for nftables is never told apart from its parent.
     #[must_use]
@@ -145,8 +153,6 @@ pub struct Gateway {
 pub struct Proxy {
     /// In force as long as the proxy is in the user's policy.
     pub mark: Mark,
-    /// Tells it apart from the policy's other proxies, from 0 up, for as long.
-    pub number: u32,
     /// Where it listens.
     pub delivery: Delivery,
     /// What goes direct.
@@ -157,6 +163,14 @@ pub struct Proxy {
     pub dns_hijack: Option<DnsHijack>,
 }
 
+impl Proxy {
+    /// Whether anything that it takes is translated, and only the user's own sockets may receive it.
+    pub(super) fn is_translated(&self) -> bool {
+        let own = self.dns_hijack.as_ref().is_some_and(|hijack| hijack.own);
+        own || matches!(self.delivery, Delivery::Redirect(_))
+    }
+}
+
 /// Destinations that neither a proxy nor a drop touches: ranges in ascending order that neither
 /// overlap nor touch, first and last address included.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -165,6 +179,14 @@ pub struct Bypass {
     pub ipv4: Vec<(Ipv4Addr, Ipv4Addr)>,
     /// IPv6.
     pub ipv6: Vec<(Ipv6Addr, Ipv6Addr)>,
+}
+
+impl Bypass {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ipv4.is_empty() && self.ipv6.is_empty()
+    }
 }
 
 /// The name of a layout. The kernel has it beside the layout, and changes both in one transaction; no other
@@ -216,21 +238,15 @@ impl Layout {
     /// What a helper that does not know this layout can read of it.
     pub(crate) fn left_behind<'a>(
         &self,
-        uid: Uid,
         stamp: Stamp,
         elements: impl IntoIterator<Item = &'a Element>,
     ) -> LeftBehind {
-        let proxies = || self.proxies.iter();
+        let proxies = self.proxies.iter();
         LeftBehind {
-            // Nothing leads to the system's policy: it is what every packet comes by.
-            subtree: Some(self.subtree.id()).filter(|_| uid != Uid::ROOT),
-            proxies: proxies()
+            subtree: Some(self.subtree.id()),
+            proxies: proxies
                 .map(|(name, proxy)| (name.clone(), proxy.mark))
                 .collect(),
-            numbers: proxies()
-                .map(|(name, proxy)| (name.clone(), proxy.number))
-                .collect(),
-            holds: self.holds.clone(),
             holds_back: elements.into_iter().any(Element::holds_back),
             stamp: Some(stamp),
         }
@@ -240,14 +256,10 @@ impl Layout {
 /// A user's objects that a helper before this one left in the kernel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LeftBehind {
-    /// The control group that leads to them, if one does.
+    /// The control group that everything was in, if it is known.
     pub subtree: Option<ControlGroupId>,
     /// The proxies that have chains, with their marks.
     pub proxies: BTreeMap<ProxyName, Mark>,
-    /// What they are told apart by, as far as that can be read.
-    pub numbers: BTreeMap<ProxyName, u32>,
-    /// The chains for control groups below which everything is held.
-    pub holds: BTreeSet<Hold>,
     /// Whether anything is dropped or held.
     pub holds_back: bool,
     /// The name of their layout, if it has one.
@@ -325,9 +337,7 @@ pub struct Plan {
 pub(super) enum Step {
     /// Chains that elements will lead to.
     Chains,
-    /// What leads to the chains of a user who had none.
-    Entrance,
-    /// Control groups that had no element.
+    /// Control groups that had no element. For a user who had nothing, all that leads to the chains.
     Additions,
     /// Those that have another verdict, and the rest.
     Changes,
@@ -336,9 +346,8 @@ pub(super) enum Step {
 }
 
 impl Step {
-    pub(super) const ALL: [Self; 5] = [
+    pub(super) const ALL: [Self; 4] = [
         Self::Chains,
-        Self::Entrance,
         Self::Additions,
         Self::Changes,
         Self::Deletions,
@@ -347,27 +356,20 @@ impl Step {
     /// Whether the kernel has to do anything in this step.
     pub(super) fn has_work(self, plan: &Plan, elements: &ElementChanges<'_>) -> bool {
         let (before, after) = match (&plan.before, &plan.after) {
-            // Nothing leads to the system's policy: it is what every packet comes by.
-            (Before::Nothing, Some(_)) => {
-                return match self {
-                    Self::Chains => true,
-                    Self::Entrance => plan.uid != Uid::ROOT,
-                    Self::Additions | Self::Changes | Self::Deletions => false,
-                };
-            }
+            (Before::Nothing, Some(_)) => return matches!(self, Self::Chains | Self::Additions),
             (Before::Layout(before), Some(after)) => (before, after),
-            _ => return false,
+            (Before::LeftBehind(_), Some(_)) => return true,
+            (_, None) => return false,
+        };
+        let lacks = |one: &Layout, other: &Layout| {
+            let names = Names::of(plan.uid);
+            !Rc::ptr_eq(before, after) && !names.chains(one).is_superset(&names.chains(other))
         };
         match self {
             Self::Chains => {
-                !after.holds.is_subset(&before.holds)
-                    || after
-                        .proxies
-                        .keys()
-                        .any(|p| !before.proxies.contains_key(p))
+                lacks(before, after) || (before.bypass.is_empty() && !after.bypass.is_empty())
             }
-            Self::Entrance => false,
-            Self::Additions => !elements.added.is_empty(),
+            Self::Additions => !elements.added.is_empty() || (after.enforced && !before.enforced),
             Self::Changes => {
                 let changed = |(name, old): (&ProxyName, &Proxy)| {
                     after.proxies.get(name).is_some_and(|new| new != old)
@@ -380,13 +382,12 @@ impl Step {
                     || before.subtree != after.subtree
             }
             Self::Deletions => {
-                let goes = |proxy| !after.proxies.contains_key(proxy);
                 let levels = before.levels.union(&after.levels);
                 !elements.deleted.is_empty()
                     || levels.count() > after.levels.len()
                     || before.enforced != after.enforced
-                    || !before.holds.is_subset(&after.holds)
-                    || before.proxies.keys().any(goes)
+                    || lacks(after, before)
+                    || (after.bypass.is_empty() && !before.bypass.is_empty())
             }
         }
     }
@@ -404,16 +405,19 @@ pub(super) struct ElementChanges<'p> {
 
 impl Plan {
     /// What this does to single elements.
-    pub(super) fn element_changes(&self) -> ElementChanges<'_> {
-        let had: BTreeSet<_> = self.delete.iter().collect();
+    pub(super) fn element_changes(&self, shared: &Shared) -> ElementChanges<'_> {
+        let had: BTreeSet<_> = match self.before {
+            Before::LeftBehind(_) => shared.left(self.uid).cgroups.iter().collect(),
+            Before::Nothing | Before::Layout(_) => self.delete.iter().collect(),
+        };
         let (changed, added): (Vec<&(OwnedControlGroup, Element)>, _) =
             self.add.iter().partition(|(c, _)| had.contains(&c.id()));
         let kept: BTreeSet<_> = changed.iter().map(|(cgroup, _)| cgroup.id()).collect();
-        let gone = self.delete.iter().filter(|id| !kept.contains(id));
+        let gone = had.into_iter().filter(|id| !kept.contains(id));
         ElementChanges {
+            deleted: gone.copied().collect(),
             added,
             changed,
-            deleted: gone.copied().collect(),
         }
     }
 

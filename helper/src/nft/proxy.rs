@@ -6,11 +6,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use cgtproxy_proto::name::ProxyName;
 
-use super::ffi::KeyType;
 use super::names::Names;
-use super::plan::{Delivery, DnsHijack, Exceptions, Proxy};
-use super::rule::{Family, Protocol};
-use super::ruleset::{DELIVER, DIVERT, GUARD, RECEIVE, RESOLVE};
+use super::plan::{Delivery, DnsHijack, Exceptions, Layout, Proxy};
+use super::rule::{Family, Protocol, RuleBuilder};
+use super::ruleset::REFUSE;
 use super::transaction::Transaction;
 use crate::mark::Mark;
 
@@ -18,98 +17,155 @@ use crate::mark::Mark;
 const DNS_PORT: u16 = 53;
 
 impl Transaction<'_> {
-    pub(super) fn create_proxy(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
-        for chain in names.of_proxy(name) {
+    /// A proxy's chains, and what leads from its mark and its number to them.
+    pub(super) fn create_proxy(
+        &mut self,
+        names: &Names,
+        layout: &Layout,
+        name: &ProxyName,
+        proxy: &Proxy,
+    ) {
+        for chain in names.of_proxy(name, proxy) {
             self.add_chain(&chain);
         }
-        self.proxy_rules(names, name, proxy);
-        self.proxy_elements(names, name, proxy.mark);
-        self.proxy_choice(names, name, proxy);
+        self.proxy_rules(names, layout, name, proxy);
+        self.add_leads(&names.leads_of_proxy(self.marks, name, proxy));
+    }
+
+    /// The chains that a proxy comes to need.
+    pub(super) fn create_chains_between(
+        &mut self,
+        names: &Names,
+        name: &ProxyName,
+        before: &Proxy,
+        after: &Proxy,
+    ) {
+        let had = names.of_proxy(name, before);
+        for chain in names.of_proxy(name, after) {
+            if !had.contains(&chain) {
+                self.add_chain(&chain);
+            }
+        }
     }
 
     /// Another port, other exceptions, another DNS server: the mark stays.
-    pub(super) fn change_proxy(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
-        self.flush_proxy(names, name);
-        self.proxy_rules(names, name, proxy);
+    pub(super) fn change_proxy(
+        &mut self,
+        names: &Names,
+        layout: &Layout,
+        name: &ProxyName,
+        before: &Proxy,
+        after: &Proxy,
+    ) {
+        self.proxy_rules(names, layout, name, after);
+        let leads = |proxy| names.leads_of_proxy(self.marks, name, proxy);
+        let (had, has) = (leads(before), leads(after));
+        self.change_leads(&had, &has);
     }
 
-    pub(super) fn flush_proxy(&mut self, names: &Names, name: &ProxyName) {
-        for chain in names.of_proxy(name) {
+    /// The rules of a proxy's chains, in place of those that they have.
+    pub(super) fn proxy_rules(
+        &mut self,
+        names: &Names,
+        layout: &Layout,
+        name: &ProxyName,
+        proxy: &Proxy,
+    ) {
+        for chain in names.of_proxy(name, proxy) {
             self.flush_chain(&chain);
         }
-    }
-
-    pub(super) fn delete_proxy_chains(&mut self, names: &Names, name: &ProxyName) {
-        for chain in names.of_proxy(name) {
-            self.delete_chain(&chain);
-        }
-    }
-
-    /// The elements that lead from a proxy's mark to its chains.
-    pub(super) fn proxy_elements(&mut self, names: &Names, name: &ProxyName, mark: Mark) {
-        let key = mark.value().to_ne_bytes();
-        self.map_to_chain(&names.marks, KeyType::Mark, &key, &names.divert(name));
-        self.map_to_chain(DIVERT, KeyType::Mark, &key, &names.divert(name));
-        self.map_to_chain(DELIVER, KeyType::Mark, &key, &names.deliver(name));
-        self.map_to_chain(GUARD, KeyType::Mark, &key, &names.guard);
-        let dns = self.marks.dns_value(mark).to_ne_bytes();
-        self.map_to_chain(RESOLVE, KeyType::Mark, &dns, &names.resolve(name));
-        self.map_to_chain(RESOLVE, KeyType::Mark, &key, &names.redirect(name));
-        for key in [&key, &dns] {
-            self.map_to_chain(RECEIVE, KeyType::Mark, key, &names.receive(name));
-        }
-    }
-
-    pub(super) fn delete_proxy_elements(&mut self, names: &Names, mark: Mark) {
-        for map in [names.marks.as_c_str(), DIVERT, DELIVER, GUARD] {
-            self.delete_element(map, KeyType::Mark, &mark.value().to_ne_bytes());
-        }
-        for mark in [mark.value(), self.marks.dns_value(mark)] {
-            for map in [RESOLVE, RECEIVE] {
-                self.delete_element(map, KeyType::Mark, &mark.to_ne_bytes());
-            }
-        }
-    }
-
-    /// The rules of a proxy's chains, which are empty.
-    pub(super) fn proxy_rules(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
-        if proxy.dns_hijack.is_some() || matches!(proxy.delivery, Delivery::Redirect(_)) {
-            self.nat_chains();
-        }
-        self.tproxy_rules(names, name, proxy);
-        let divert = names.divert(name);
         match proxy.delivery {
-            Delivery::Tproxy(port) => {
+            Delivery::Tproxy(_) => {
                 self.tproxy_chains();
-                self.divert_rules(&divert, proxy.mark);
-                self.deliver_rules(names, &names.deliver(name), port.get());
+                self.delivery_rules(names.deliver(), names.guard());
             }
-            Delivery::Redirect(Some(port)) => {
-                self.translate_rules(&divert, proxy.mark);
-                self.redirect_rules(&names.redirect(name), port.get());
-            }
-            Delivery::Redirect(None) => self.refuse_rules(&divert),
+            Delivery::Redirect(_) => self.nat_chains(),
         }
-        self.receive_rules(names, name, proxy);
+        self.open_rules(names, layout, name, proxy);
+        self.new_rules(names, layout, name, proxy);
+        if names.is_system() {
+            self.divert_rules(&names.divert(name), proxy);
+        }
+        if let Delivery::Redirect(Some(port)) = proxy.delivery {
+            self.redirect_rules(&names.redirect(name), port.get());
+        }
+        if proxy.is_translated() {
+            self.owner_rules(&names.receive(name), layout);
+        }
         if let Some(hijack) = &proxy.dns_hijack {
+            self.nat_chains();
             self.dns_rules(&names.dns(name), proxy.mark, hijack);
             self.resolve_rules(&names.resolve(name), hijack);
         }
     }
 
+    /// Connections that have this proxy's mark go on to it, whatever the verdict is by now. A packet comes here from
+    /// its control group's verdict, or by its mark alone: then it has to be of the user whose proxy this is, for
+    /// the mark may have been another user's when the connection began.
+    fn open_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
+        let chain = names.proxy(name);
+        let (mask, mark) = (self.marks.mask(), proxy.mark.value());
+        let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
+        if matches!(proxy.delivery, Delivery::Redirect(_)) {
+            // A connection that was open before this proxy was what it is now: its packets would leave as they
+            // are.
+            // ct mark & MASK == MARK ct status & (confirmed | dnat) == confirmed goto refuse
+            self.add_rules(
+                &chain,
+                [&|rule| rule.ct_mark_is(mask, mark).ct_not_redirected().goto(REFUSE)],
+            );
+        }
+        if !names.is_system() {
+            self.add_rules(
+                &chain,
+                [
+                    // ct mark & MASK == MARK socket cgroupv2 level LEVEL SUBTREE meta mark set … accept
+                    &|rule| {
+                        let rule = rule.ct_mark_is(mask, mark).socket_cgroupv2(level, &id);
+                        go_on(rule, proxy, mask)
+                    },
+                    // ct mark & MASK == MARK socket cgroupv2 level LEVEL != SUBTREE goto refuse
+                    &|rule| {
+                        rule.ct_mark_is(mask, mark)
+                            .socket_cgroupv2_not(level, &id)
+                            .goto(REFUSE)
+                    },
+                ],
+            );
+        }
+        // What the kernel says by itself to a proxy, when the application's socket is gone: the last
+        // acknowledgement of a connection, or that there is none. The proxy would wait for it, and refuse the next
+        // connection from the same port.
+        // ct mark & MASK == MARK meta mark set meta mark & ~MASK | MARK accept
+        self.add_rules(
+            &chain,
+            [&|rule| go_on(rule.ct_mark_is(mask, mark), proxy, mask)],
+        );
+    }
+
     /// Whether a connection is diverted is decided at its first packet.
-    fn tproxy_rules(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
-        let chain = names.tproxy(name);
-        let (divert, dns) = (names.divert(name), names.dns(name));
-        // ct status confirmed goto open-UID
-        self.add_rules(&chain, [&|rule| rule.ct_confirmed().goto(&names.open)]);
+    fn new_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
+        let chain = names.proxy(name);
+        // One that is open goes on directly, or to another proxy.
+        // ct status confirmed return
+        self.add_rules(&chain, [&|rule| rule.ct_confirmed().leave()]);
+        if !names.is_system() {
+            // No verdict of one user's is about another's control groups. Should ever an element be wrong, then
+            // nobody's packets get to this proxy by it.
+            // socket cgroupv2 level LEVEL != SUBTREE return
+            let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
+            self.add_rules(
+                &chain,
+                [&|rule| rule.socket_cgroupv2_not(level, &id).leave()],
+            );
+        }
         if let Some(hijack) = &proxy.dns_hijack {
+            let dns = names.dns(name);
             for address in &hijack.addresses {
                 self.query_rules(&chain, address, hijack.tcp, &dns);
             }
         }
         self.exception_rules(&chain, proxy.exceptions);
-        let reject_udp = proxy.reject_udp;
         self.add_rules(
             &chain,
             [
@@ -119,16 +175,21 @@ impl Transaction<'_> {
                 // No proxy could reach it: the address says nothing without an interface.
                 // ip6 daddr fe80::/10 return
                 &|rule| rule.daddr_link_local().leave(),
-                // ip daddr @bypass4-UID return
-                &|rule| rule.daddr_in(Family::Ipv4, &names.bypass4).leave(),
-                // ip6 daddr @bypass6-UID return
-                &|rule| rule.daddr_in(Family::Ipv6, &names.bypass6).leave(),
-                // meta l4proto tcp goto divert-UID-NAME
-                &|rule| rule.l4proto(Protocol::Tcp).goto(&divert),
-                // meta l4proto udp goto divert-UID-NAME, or reject
+            ],
+        );
+        if !layout.bypass.is_empty() {
+            self.bypass_rules(names, &chain);
+        }
+        let mask = self.marks.mask();
+        self.add_rules(
+            &chain,
+            [
+                // meta l4proto tcp ct mark set … meta mark set … accept
+                &|rule| take(rule.l4proto(Protocol::Tcp), proxy, mask),
+                // meta l4proto udp ct mark set … meta mark set … accept, or reject
                 &|rule| match rule.l4proto(Protocol::Udp) {
-                    rule if reject_udp => rule.reject(),
-                    rule => rule.goto(&divert),
+                    rule if proxy.reject_udp => rule.reject(),
+                    rule => take(rule, proxy, mask),
                 },
             ],
         );
@@ -167,51 +228,21 @@ impl Transaction<'_> {
         }
     }
 
-    fn divert_rules(&mut self, chain: &CStr, mark: Mark) {
-        let (mask, value) = (self.marks.mask(), mark.value());
+    /// What is forwarded is marked, and then delivered where it came from.
+    fn divert_rules(&mut self, chain: &CStr, proxy: &Proxy) {
+        let (mask, mark) = (self.marks.mask(), proxy.mark.value());
+        if matches!(proxy.delivery, Delivery::Redirect(_)) {
+            // Nothing from elsewhere may go to a loopback address.
+            // goto refuse
+            return self.add_rules(chain, [&|rule| rule.goto(REFUSE)]);
+        }
         self.add_rules(
             chain,
             [
                 // ct mark set ct mark & ~MASK | MARK
-                &|rule| rule.ct_mark_set(mask, value),
+                &|rule| rule.ct_mark_set(mask, mark),
                 // meta mark set meta mark & ~MASK | MARK
-                &|rule| rule.meta_mark_set(mask, value),
-            ],
-        );
-    }
-
-    /// The packet stays as it is until the nat chain has its turn, which sees the first packet of a
-    /// connection only.
-    fn translate_rules(&mut self, chain: &CStr, mark: Mark) {
-        let (mask, value) = (self.marks.mask(), mark.value());
-        self.add_rules(
-            chain,
-            [
-                // A connection that was open before this proxy was what it is now: its packets
-                // would leave as they are.
-                // meta l4proto tcp ct status & (confirmed | dnat) == confirmed reject with tcp reset
-                &|rule| {
-                    rule.l4proto(Protocol::Tcp)
-                        .ct_not_redirected()
-                        .reject_with_tcp_reset()
-                },
-                // ct status & (confirmed | dnat) == confirmed reject
-                &|rule| rule.ct_not_redirected().reject(),
-                // ct mark set ct mark & ~MASK | MARK
-                &|rule| rule.ct_mark_set(mask, value),
-            ],
-        );
-    }
-
-    /// Nobody listens yet.
-    fn refuse_rules(&mut self, chain: &CStr) {
-        self.add_rules(
-            chain,
-            [
-                // meta l4proto tcp reject with tcp reset
-                &|rule| rule.l4proto(Protocol::Tcp).reject_with_tcp_reset(),
-                // reject
-                &|rule| rule.reject(),
+                &|rule| rule.meta_mark_set(mask, mark),
             ],
         );
     }
@@ -223,36 +254,34 @@ impl Transaction<'_> {
         }
     }
 
-    /// Who may receive what was translated: a DNS server that the user named, wherever it is, and
-    /// nobody but the user otherwise.
-    fn receive_rules(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
-        let chain = names.receive(name);
-        let divert = self.marks.divert();
-        if matches!(proxy.delivery, Delivery::Tproxy(_)) {
-            // ct mark & DIVERT != 0 return
-            self.add_rules(&chain, [&|rule| rule.ct_mark_has(divert).leave()]);
-        }
-        if !proxy.dns_hijack.as_ref().is_some_and(|hijack| hijack.own) {
-            // ct mark & DIVERT == 0 return
-            self.add_rules(&chain, [&|rule| rule.ct_mark_lacks(divert).leave()]);
-        }
-        // goto owner-UID
-        self.add_rules(&chain, [&|rule| rule.goto(&names.owner)]);
-    }
-
-    /// Once the packet has its socket, the delivery guard looks whose it is. Without a listener `tproxy` ends its
-    /// rule, and the packet is refused.
-    fn deliver_rules(&mut self, names: &Names, chain: &CStr, port: u16) {
+    /// A translated packet reaches only a socket that was made below the user's own subtree.
+    ///
+    /// Unlike one that `tproxy` delivers, it does not have its socket yet, so `skuid` knows nothing;
+    /// `socket` looks for it, and knows its control group.
+    fn owner_rules(&mut self, chain: &CStr, layout: &Layout) {
+        let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
         self.add_rules(
             chain,
             [
-                // meta l4proto tcp tproxy to :PORT goto guard-UID
-                &|rule| rule.l4proto(Protocol::Tcp).tproxy(port).goto(&names.guard),
-                // meta l4proto udp tproxy to :PORT goto guard-UID
-                &|rule| rule.l4proto(Protocol::Udp).tproxy(port).goto(&names.guard),
+                // meta l4proto tcp ct state != new return
+                &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
+                // socket cgroupv2 level LEVEL SUBTREE return
+                &|rule| rule.socket_cgroupv2(level, &id).leave(),
+                // Whoever else has the port.
+                // meta l4proto tcp socket wildcard { 0, 1 } reject with tcp reset
+                &|rule| {
+                    rule.l4proto(Protocol::Tcp)
+                        .socket_is_full()
+                        .reject_with_tcp_reset()
+                },
+                // The rest of an earlier connection from the same port, which was let in, and whose
+                // listener takes this one too.
+                // meta l4proto tcp socket transparent { 0, 1 } return
+                &|rule| rule.l4proto(Protocol::Tcp).socket_exists().leave(),
+                // goto refuse
+                &|rule| rule.goto(REFUSE),
             ],
         );
-        self.refuse_rules(chain);
     }
 
     /// The first packet of a DNS query: it is marked for translation, unless it goes to the
@@ -283,5 +312,27 @@ impl Transaction<'_> {
             // dnat ip to ADDRESS:PORT, dnat ip6 to [ADDRESS]:PORT
             self.add_rules(chain, [&|rule| rule.dnat(*address, hijack.port.get())]);
         }
+    }
+}
+
+/// What becomes of packets of a connection that goes to this proxy.
+fn go_on<'a>(rule: RuleBuilder<'a>, proxy: &Proxy, mask: u32) -> RuleBuilder<'a> {
+    match proxy.delivery {
+        Delivery::Tproxy(_) => rule.meta_mark_set(mask, proxy.mark.value()).accept(),
+        Delivery::Redirect(Some(_)) => rule.accept(),
+        // Nobody listens yet.
+        Delivery::Redirect(None) => rule.goto(REFUSE),
+    }
+}
+
+/// What becomes of the first packet of a connection that is to go to this proxy.
+fn take<'a>(rule: RuleBuilder<'a>, proxy: &Proxy, mask: u32) -> RuleBuilder<'a> {
+    match proxy.delivery {
+        // A packet that is to be translated stays as it is until the nat chain has its turn, which sees the first
+        // packet of a connection only.
+        Delivery::Tproxy(_) | Delivery::Redirect(Some(_)) => {
+            go_on(rule.ct_mark_set(mask, proxy.mark.value()), proxy, mask)
+        }
+        Delivery::Redirect(None) => go_on(rule, proxy, mask),
     }
 }

@@ -14,7 +14,8 @@ use nftnl::{Chain, ProtoFamily, Rule};
 use crate::route::LOOPBACK_INDEX;
 
 use super::ffi::{
-    ConntrackDirection, DestinationType, Found, Lookup, NetworkByteOrder, PacketMark, Tproxy,
+    ConntrackDirection, DestinationType, Found, Lookup, NetworkByteOrder, OwnerBehind, PacketMark,
+    Tproxy,
 };
 
 /// Protocol numbers of IPPROTO_TCP and IPPROTO_UDP (linux/in.h).
@@ -123,6 +124,12 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Eq, id)
     }
 
+    /// `socket cgroupv2 level LEVEL != ID`: there is a socket, and it is elsewhere.
+    pub(super) fn socket_cgroupv2_not(self, level: u32, id: &[u8]) -> Self {
+        self.with(&Socket::new(SocketKey::CgroupV2, level))
+            .compare(CmpOp::Neq, id)
+    }
+
     /// `socket wildcard { 0, 1 }`: there is a socket, which is not the rest of a closed connection.
     pub(super) fn socket_is_full(self) -> Self {
         self.with(&Socket::new(SocketKey::Wildcard, 0))
@@ -151,7 +158,7 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Socket::new(SocketKey::CgroupV2, level))
             .with(&Lookup {
                 set: map,
-                found: Found::Number,
+                found: Found::Value,
             })
             .with(&PacketMark::Load(Register::Reg2))
             .with(&PacketMark::Store(Register::Reg1))
@@ -172,6 +179,24 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Conntrack::Mark { set: false })
             .with(&Bitwise::new(mask, 0u32))
             .vmap(map)
+    }
+
+    /// `ct mark & MASK == MARK`
+    pub(super) fn ct_mark_is(self, mask: u32, mark: u32) -> Self {
+        self.with(&Conntrack::Mark { set: false })
+            .with(&Bitwise::new(mask, 0u32))
+            .compare(CmpOp::Eq, mark)
+    }
+
+    /// `ct mark & MASK . meta skuid @SET`
+    pub(super) fn ct_mark_and_skuid_in(self, mask: u32, set: &CStr) -> Self {
+        self.with(&Conntrack::Mark { set: false })
+            .with(&Bitwise::new(mask, 0u32))
+            .with(&OwnerBehind)
+            .with(&Lookup {
+                set,
+                found: Found::Key,
+            })
     }
 
     /// `meta mark & MASK vmap @MAP`
@@ -360,11 +385,6 @@ impl<'a> RuleBuilder<'a> {
         self.with(&DestinationType).compare(CmpOp::Neq, UNICAST)
     }
 
-    /// `meta skuid UID`
-    pub(super) fn skuid(self, uid: u32) -> Self {
-        self.with(&Meta::SkUid).compare(CmpOp::Eq, uid)
-    }
-
     /// `meta skuid >= 0`: there is a socket, and somebody has it open.
     pub(super) fn skuid_known(self) -> Self {
         self.with(&Meta::SkUid).compare(CmpOp::Gte, 0u32)
@@ -392,6 +412,19 @@ impl<'a> RuleBuilder<'a> {
             .with(&Tproxy)
     }
 
+    /// `tproxy to :ct mark & MASK map @PORTS`. Without a listener the rule does not match.
+    ///
+    /// nft shows it without the port: it prints a port that is written there, and no other (tproxy_stmt_print).
+    pub(super) fn tproxy_by_ct_mark(self, mask: u32, ports: &CStr) -> Self {
+        self.with(&Conntrack::Mark { set: false })
+            .with(&Bitwise::new(mask, 0u32))
+            .with(&Lookup {
+                set: ports,
+                found: Found::Value,
+            })
+            .with(&Tproxy)
+    }
+
     /// `jump CHAIN`
     pub(super) fn jump(self, chain: &CStr) -> Self {
         self.with(&Verdict::Jump {
@@ -406,7 +439,12 @@ impl<'a> RuleBuilder<'a> {
         })
     }
 
-    /// `return`: from here on cgtproxy leaves the packet alone.
+    /// `accept`: from here on cgtproxy leaves the packet alone.
+    pub(super) fn accept(self) -> Self {
+        self.with(&Verdict::Accept)
+    }
+
+    /// `return`
     pub(super) fn leave(self) -> Self {
         self.with(&Verdict::Return)
     }

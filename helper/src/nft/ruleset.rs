@@ -2,20 +2,24 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-6 { }                       # the format of this table
-//!   map users   { type cgroupsv2 : verdict }  # user@1000.service : goto user-1000
-//!   map opens   { type cgroupsv2 : verdict }  # user@1000.service : goto open-1000
-//!   map marks   { type mark : verdict }       # a mark of a proxy of the system's : goto divert-0-mihomo
-//!   map deliver { type mark : verdict }       # a proxy's mark : goto deliver-1000-mihomo
-//!   map divert  { type mark : verdict }       # a proxy's mark : goto divert-1000-mihomo
-//!   map guard   { type mark : verdict }       # a proxy's mark : goto guard-1000
+//!   chain version-7 { }                       # the format of this table
+//!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
+//!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
+//!   map marks   { type mark : verdict }       # a proxy's mark : goto proxy-1000-mihomo
+//!   map drops   { type cgroupsv2 : verdict }  # user@1000.service : goto drop-1000
+//!   map deliver { type mark : verdict }       # a proxy's mark : goto deliver
+//!   map ports   { type mark : inet_service }  # a proxy's mark : where it listens
+//!   map guard   { type mark : verdict }       # a proxy's mark : goto guard
+//!   set owners  { type mark . uid }           # a proxy's mark, and whose sockets may receive what has it
+//!   map divert  { type mark : verdict }       # a mark of a proxy of the system's : goto divert-0-mihomo
 //!   map resolve { type mark : verdict }       # a proxy's DNS mark : goto resolve-1000-mihomo
 //!                                             # a proxy's mark : goto redirect-1000-mihomo
 //!   map receive { type mark : verdict }       # both : goto receive-1000-mihomo
-//!   map stamps { type uid : mark }            # a user : the name of that user's layout, no mark of a packet's
+//!   map users   { type uid : cgroupsv2 }      # whoever has a policy : user@1000.service
+//!   map stamps  { type uid : mark }           # a user : the name of that user's layout, no mark of a packet's
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
 //!   set interfaces { type ifname }            # from where forwarded traffic is diverted
-//!   chain output         { type route hook output priority mangle; … goto enforced, or open }
+//!   chain output         { type route hook output priority mangle; … goto enforced, or … }
 //!   chain output-nat     { type nat hook output priority dstnat; … }
 //!   chain prerouting     { type filter hook prerouting priority mangle; … goto gateway }
 //!   chain prerouting-nat { type nat hook prerouting priority dstnat; … }
@@ -25,25 +29,32 @@
 //!   chain postrouting    { type filter hook postrouting priority mangle; … }
 //!   chain enforced { … goto sessions }        # what the system's policy enforces
 //!   chain sessions { … goto system }          # users' own verdicts
-//!   chain system   { … goto open }            # what the system's policy says besides
-//!   chain open     { … }                      # nobody's verdict: open connections go on
-//!   chain gateway { … }   chain forwarded { … }   # what the system's policy says of forwarded packets
+//!   chain sessions-deep { … goto system }     # the same for sockets deeper than level 8
+//!   chain system   { … }                      # what the system's policy says besides
+//!   chain open     { jump enforced, or sessions; … }  # connections to proxies go on as they began
+//!   chain drop     { … }   chain refuse  { … }
+//!   chain deliver  { … }   chain guard   { … }
+//!   chain drop-system { … }   chain deliver-system { … }   chain guard-system { … }
+//!   chain gateway  { … }   chain forwarded { … }   # what the system's policy says of forwarded packets
 //!
-//!   map cgroups-1000 { type cgroupsv2 : mark }  # a control group : a number, no mark of a packet's
-//!   map choices-1000 { type mark : verdict }    # that number : goto tproxy-1000-mihomo
-//!   map marks-1000   { type mark : verdict }  # a proxy's mark : goto divert-1000-mihomo
-//!   set bypass4-1000 { type ipv4_addr; flags interval }
+//!   set bypass4-1000 { type ipv4_addr; flags interval }    # these three while there is anything to bypass
 //!   set bypass6-1000 { type ipv6_addr; flags interval }
-//!   chain user-1000 { … }   chain open-1000 { … }   chain drop-1000 { … }   chain guard-1000 { … }
-//!   chain owner-1000 { … }
-//!   chain tproxy-1000-mihomo { … }   chain divert-1000-mihomo { … }   chain deliver-1000-mihomo { … }
-//!   chain dns-1000-mihomo { … }      chain resolve-1000-mihomo { … }
-//!   chain redirect-1000-mihomo { … }  chain receive-1000-mihomo { … }
+//!   chain drop-1000 { … }
+//!   chain proxy-1000-mihomo { … }
+//!   chain dns-1000-mihomo { … }      chain resolve-1000-mihomo { … }    # with dns-hijack
+//!   chain redirect-1000-mihomo { … }  chain receive-1000-mihomo { … }   # if it is no TPROXY server
 //!   chain hold-1000-5-mihomo { … }            # control groups at level 4, below which all is held
+//!   chain hold-5-direct { … }                 # the same where all users can have one
 //! }
 //! ```
 //!
-//! The system's policy is that of root: its objects have the number 0, but for the chains and maps above
+//! Users share the rules that every packet goes through and the maps that these look into. The kernel goes over
+//! every chain with every transaction, so that each chain of each user makes every other user's changes slower;
+//! and a packet that had to find its user first would look up one thing more. What is one user's is that all the
+//! same: an element's key is a control group below that user's own or a mark of that user's proxy, and chains
+//! have the uid in their names.
+//!
+//! The system's policy is that of root: its objects have the number 0, but for the chains above
 //! that stand in for those with a user's number. They are there without a policy too, so that nothing else
 //! depends on whether there is one.
 //!
@@ -52,31 +63,48 @@
 //! of the rules; only drops look at every packet. It is by that mark that a packet is delivered. A hijacked DNS
 //! query carries the same mark without the divert bit, as its conntrack mark only: it is not diverted but
 //! translated. So is what goes to a proxy that is no TPROXY server; its conntrack mark has the divert bit.
+//!
+//! Connections that are open to a proxy leave the first chain at once, for `open`, and those of services have left it
+//! before. What is left is not diverted, or not yet: what the chains that decide return leaves as it is.
 
+use std::collections::BTreeSet;
 use std::ffi::CStr;
 
 use nftnl::{ChainType, Hook, MsgType};
 
 use super::ffi::{Content, Element, KeyType};
 use super::rule::Protocol;
+use super::shared::Shared;
 use super::transaction::Transaction;
 
 /// The chain that says how this table is laid out. A table without it is made anew.
-pub(super) const VERSION: &CStr = c"version-6";
-pub(super) const USERS: &CStr = c"users";
-pub(super) const OPENS: &CStr = c"opens";
+pub(super) const VERSION: &CStr = c"version-7";
+pub(super) const CGROUPS: &CStr = c"cgroups";
+pub(super) const CHOICES: &CStr = c"choices";
 pub(super) const MARKS: &CStr = c"marks";
+pub(super) const DROPS: &CStr = c"drops";
+pub(super) const PORTS: &CStr = c"ports";
+pub(super) const OWNERS: &CStr = c"owners";
+pub(super) const USERS: &CStr = c"users";
 pub(super) const INTERFACES: &CStr = c"interfaces";
 /// The map of the chain of this name: every control group of the system's policy.
 pub(super) const ENFORCED: &CStr = c"enforced";
 pub(super) const SESSIONS: &CStr = c"sessions";
+/// The same for sockets that are deeper than [`SHALLOW`].
+pub(super) const DEEP: &CStr = c"sessions-deep";
 pub(super) const SYSTEM: &CStr = c"system";
 pub(super) const OPEN: &CStr = c"open";
+pub(super) const DROP: &CStr = c"drop";
+pub(super) const DROP_SYSTEM: &CStr = c"drop-system";
+pub(super) const REFUSE: &CStr = c"refuse";
 pub(super) const GATEWAY: &CStr = c"gateway";
 pub(super) const FORWARDED: &CStr = c"forwarded";
+/// A map, and the chain that it leads to, as those of the next one are.
 pub(super) const DELIVER: &CStr = c"deliver";
-pub(super) const DIVERT: &CStr = c"divert";
 pub(super) const GUARD: &CStr = c"guard";
+pub(super) const DELIVER_SYSTEM: &CStr = c"deliver-system";
+pub(super) const GUARD_SYSTEM: &CStr = c"guard-system";
+pub(super) const DIVERT: &CStr = c"divert";
 pub(super) const RESOLVE: &CStr = c"resolve";
 pub(super) const RECEIVE: &CStr = c"receive";
 pub(super) const STAMPS: &CStr = c"stamps";
@@ -102,20 +130,28 @@ const PRIORITY_DSTNAT: i32 = -100;
 /// The level of user@UID.service: user.slice, user-UID.slice, user@UID.service.
 const USER_LEVEL: u32 = 3;
 
+/// Sockets that are no deeper than this pay for no level below it: an application is at level 5, what a terminal or a
+/// container starts at 6 or 7. However deep one user's control groups are, the packets of others need not know.
+const SHALLOW: u32 = 8;
+
 /// The uids of system users: systemd's uids-gids document.
 pub(super) const SYSTEM_UIDS: [(u32, u32); 2] = [(1, 999), (61184, 65519)];
 
 impl Transaction<'_> {
     /// Everything that no user owns. What is there already, unless the table is `fresh`, stays, and its rules are
     /// written anew, but for those of the system's policy if there is one.
-    pub(super) fn base(&mut self, proxy_uids: &[u32], fresh: bool, system: bool) {
+    pub(super) fn base(&mut self, proxy_uids: &[u32], shared: &Shared, fresh: bool) {
         self.add_chain(VERSION);
-        self.add_set(USERS, KeyType::ControlGroup, Content::Verdicts);
-        self.add_set(OPENS, KeyType::ControlGroup, Content::Verdicts);
-        for map in [MARKS, DELIVER, DIVERT, GUARD, RESOLVE, RECEIVE] {
+        let group = KeyType::ControlGroup;
+        self.add_set(CGROUPS, group, Content::Values(KeyType::Mark));
+        self.add_set(DROPS, group, Content::Verdicts);
+        for map in [CHOICES, MARKS, DELIVER, DIVERT, GUARD, RESOLVE, RECEIVE] {
             self.add_set(map, KeyType::Mark, Content::Verdicts);
         }
-        self.add_set(STAMPS, KeyType::Uid, Content::Numbers);
+        self.add_set(PORTS, KeyType::Mark, Content::Values(KeyType::Port));
+        self.add_set(OWNERS, KeyType::MarkAndUid, Content::Keys);
+        self.add_set(USERS, KeyType::Uid, Content::Values(group));
+        self.add_set(STAMPS, KeyType::Uid, Content::Values(KeyType::Mark));
         self.add_set(INTERFACES, KeyType::Interface, Content::Keys);
         self.add_set(PROXY_UIDS, KeyType::Uid, Content::Keys);
         self.flush_set(PROXY_UIDS);
@@ -124,68 +160,118 @@ impl Transaction<'_> {
             uids.push(&uid.to_ne_bytes(), Element::Key);
         }
         self.write_elements(&uids, MsgType::Add);
-        for chain in [ENFORCED, SESSIONS, SYSTEM, OPEN, GATEWAY, FORWARDED] {
+        for chain in [
+            ENFORCED,
+            SESSIONS,
+            DEEP,
+            SYSTEM,
+            OPEN,
+            DROP,
+            DROP_SYSTEM,
+            REFUSE,
+            DELIVER,
+            DELIVER_SYSTEM,
+            GUARD,
+            GUARD_SYSTEM,
+            GATEWAY,
+            FORWARDED,
+        ] {
             self.add_chain(chain);
         }
+        self.common_choices(CHOICES, DROP, Element::Goto(SYSTEM));
         let mangle = PRIORITY_MANGLE;
         self.add_base_chain(OUTPUT, ChainType::Route, Hook::Out, mangle);
         self.add_base_chain(FORWARD, ChainType::Filter, Hook::Forward, mangle);
-        self.outgoing_rules();
+        self.first_rules(&shared.all_levels(), shared.has_system());
+        self.drop_and_refuse_rules();
+        self.guard_rules();
         self.forward_rules();
-        if system {
-            self.lead_to_system();
-        } else {
-            self.no_system_rules();
-        }
         if !fresh {
             // There may be proxies, whose agents come back later.
             self.tproxy_chains();
         }
     }
 
-    fn outgoing_rules(&mut self) {
-        let (mask, divert) = (self.marks.mask(), self.marks.divert());
-        self.flush_chain(SESSIONS);
+    fn drop_and_refuse_rules(&mut self) {
+        self.flush_chain(DROP);
         self.add_rules(
-            SESSIONS,
+            DROP,
             [
-                // socket cgroupv2 level 3 vmap @users
-                &|rule| rule.socket_cgroupv2_vmap(USER_LEVEL, USERS),
-                // goto system
-                &|rule| rule.goto(SYSTEM),
+                // socket cgroupv2 level 3 vmap @drops
+                &|rule| rule.socket_cgroupv2_vmap(USER_LEVEL, DROPS),
+                // drop
+                &|rule| rule.drop(),
             ],
         );
-        self.flush_chain(OPEN);
+        self.flush_chain(REFUSE);
         self.add_rules(
-            OPEN,
+            REFUSE,
             [
-                // ct mark & DIVERT == 0 return
-                &|rule| rule.ct_mark_lacks(divert).leave(),
-                // ct mark & MASK vmap @marks
-                &|rule| rule.ct_mark_vmap(mask, MARKS),
-                // A user's own proxy has it, whatever the system says of new connections.
-                // socket cgroupv2 level 3 vmap @opens
-                &|rule| rule.socket_cgroupv2_vmap(USER_LEVEL, OPENS),
-                // A connection to a proxy whose user has no policy any more: it must not go on
-                // directly, in the middle of what it was saying.
-                // meta skuid >= 0 ct mark & DIVERT != 0 meta l4proto tcp reject with tcp reset
-                &|rule| {
-                    rule.skuid_known()
-                        .ct_mark_has(divert)
-                        .l4proto(Protocol::Tcp)
-                        .reject_with_tcp_reset()
-                },
-                // meta skuid >= 0 ct mark & DIVERT != 0 reject
-                &|rule| rule.skuid_known().ct_mark_has(divert).reject(),
-                // What the kernel says by itself to a proxy, when the application's socket is
-                // gone: the last acknowledgement of a connection, or that there is none. The
-                // proxy would wait for it, and refuse the next connection from the same port.
-                // ct mark & MASK vmap @divert
-                &|rule| rule.ct_mark_vmap(mask, DIVERT),
-                // ct mark & DIVERT != 0 drop
-                &|rule| rule.ct_mark_has(divert).drop(),
+                // meta l4proto tcp reject with tcp reset
+                &|rule| rule.l4proto(Protocol::Tcp).reject_with_tcp_reset(),
+                // reject
+                &|rule| rule.reject(),
             ],
         );
+    }
+
+    /// Once the packet has its socket, the delivery guard looks whose it is. Without a listener `tproxy` ends its
+    /// rule, and the packet is refused. Not every kernel has `tproxy`, so nothing is there before a proxy needs it.
+    pub(super) fn delivery_rules(&mut self, chain: &CStr, guard: &CStr) {
+        let mask = self.marks.mask();
+        self.flush_chain(chain);
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            // meta l4proto PROTOCOL tproxy to :ct mark & MASK map @ports goto GUARD
+            self.add_rules(
+                chain,
+                [&|rule| {
+                    rule.l4proto(protocol)
+                        .tproxy_by_ct_mark(mask, PORTS)
+                        .goto(guard)
+                }],
+            );
+        }
+        // goto refuse
+        self.add_rules(chain, [&|rule| rule.goto(REFUSE)]);
+    }
+
+    /// A diverted packet reaches only a socket of the same user, or of an allowed uid.
+    ///
+    /// TCP is looked at when a connection opens: after that its packets belong to a socket that
+    /// was let in, and while that waits to be accepted it has no owner that `skuid` could see
+    /// (nft_meta_get_eval_skugid wants a file). UDP is looked at packet by packet.
+    ///
+    /// Services have users of their own: the system's policy takes proxies of every system user.
+    fn guard_rules(&mut self) {
+        let mask = self.marks.mask();
+        for chain in [GUARD, GUARD_SYSTEM] {
+            self.flush_chain(chain);
+            self.add_rules(
+                chain,
+                [
+                    // meta l4proto tcp ct state != new return
+                    &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
+                    // meta skuid @proxy-uids return
+                    &|rule| rule.skuid_in(PROXY_UIDS).leave(),
+                ],
+            );
+        }
+        // ct mark & MASK . meta skuid @owners return
+        self.add_rules(
+            GUARD,
+            [&|rule| rule.ct_mark_and_skuid_in(mask, OWNERS).leave()],
+        );
+        for (first, last) in SYSTEM_UIDS {
+            // meta skuid FIRST-LAST return
+            self.add_rules(
+                GUARD_SYSTEM,
+                [&|rule| rule.skuid_from_to(first, last).leave()],
+            );
+        }
+        for chain in [GUARD, GUARD_SYSTEM] {
+            // goto refuse
+            self.add_rules(chain, [&|rule| rule.goto(REFUSE)]);
+        }
     }
 
     /// The chains that translate. They are there from the first proxy on that needs them, since every packet
@@ -353,49 +439,81 @@ impl Transaction<'_> {
         );
     }
 
-    /// The first chain of every packet that leaves, where the system has a policy.
-    pub(super) fn lead_to_system(&mut self) {
-        self.flush_chain(OUTPUT);
+    /// The chains that packets come by before anything is known of them: users' own verdicts at these levels, and
+    /// those of the system's policy around them, if there is one.
+    pub(super) fn first_rules(&mut self, levels: &BTreeSet<u32>, system: bool) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        for chain in [OUTPUT, OPEN, SESSIONS, DEEP] {
+            self.flush_chain(chain);
+        }
         self.add_rules(
             OUTPUT,
             [
                 // ct direction reply return
                 &|rule| rule.ct_direction_reply().leave(),
-                // goto enforced
-                &|rule| rule.goto(ENFORCED),
+                // ct mark & DIVERT != 0 goto open
+                &|rule| rule.ct_mark_has(divert).goto(OPEN),
+            ],
+        );
+        let first = if system {
+            // goto enforced
+            self.add_rules(OUTPUT, [&|rule| rule.goto(ENFORCED)]);
+            ENFORCED
+        } else {
+            // Every packet of the machine comes by: it need not go anywhere.
+            self.session_rules(OUTPUT, levels, system);
+            SESSIONS
+        };
+        self.session_rules(SESSIONS, levels, system);
+        if levels.last() > Some(&SHALLOW) {
+            self.deepest_session_rules(DEEP, levels, system);
+        }
+        self.add_rules(
+            OPEN,
+            [
+                // A verdict may be to drop.
+                // jump enforced, or sessions
+                &|rule| rule.jump(first),
+                // A proxy's chain knows its own connections.
+                // ct mark & MASK vmap @marks
+                &|rule| rule.ct_mark_vmap(mask, MARKS),
+                // A connection to a proxy that is not in the policy any more: it must not go on directly, in
+                // the middle of what it was saying.
+                // meta skuid >= 0 goto refuse
+                &|rule| rule.skuid_known().goto(REFUSE),
+                // What the kernel says by itself.
+                // drop
+                &|rule| rule.drop(),
             ],
         );
     }
 
-    /// The chains of the system's policy when there is none. What they would lead to in several steps stands
-    /// in the first chain of all, since every packet of the machine comes by.
-    pub(super) fn no_system_rules(&mut self) {
-        let divert = self.marks.divert();
-        self.flush_chain(OUTPUT);
-        self.add_rules(
-            OUTPUT,
-            [
-                // ct direction reply return
-                &|rule| rule.ct_direction_reply().leave(),
-                // socket cgroupv2 level 3 vmap @users
-                &|rule| rule.socket_cgroupv2_vmap(USER_LEVEL, USERS),
-                // ct mark & DIVERT == 0 return
-                &|rule| rule.ct_mark_lacks(divert).leave(),
-                // goto open
-                &|rule| rule.goto(OPEN),
-            ],
-        );
-        self.flush_chain(ENFORCED);
-        self.flush_chain(SYSTEM);
-        self.add_rules(
-            SYSTEM,
-            [
-                // ct mark & DIVERT == 0 return
-                &|rule| rule.ct_mark_lacks(divert).leave(),
-                // goto open
-                &|rule| rule.goto(OPEN),
-            ],
-        );
+    /// Users' own verdicts, for sockets that are deeper than others need to know in a chain of their own.
+    fn session_rules(&mut self, chain: &CStr, levels: &BTreeSet<u32>, system: bool) {
+        if levels.last() > Some(&SHALLOW) {
+            // socket cgroupv2 level 9 != 0 goto sessions-deep
+            let deep = SHALLOW + 1;
+            self.add_rules(chain, [&|rule| rule.socket_as_deep_as(deep).goto(DEEP)]);
+        }
+        let shallow = levels.range(..=SHALLOW).copied().collect();
+        self.deepest_session_rules(chain, &shallow, system);
+    }
+
+    fn deepest_session_rules(&mut self, chain: &CStr, levels: &BTreeSet<u32>, system: bool) {
+        self.level_rules_of(chain, levels, |rule, level| {
+            rule.socket_cgroupv2_map_vmap(level, CGROUPS, CHOICES)
+        });
+        if system {
+            // goto system
+            self.add_rules(chain, [&|rule| rule.goto(SYSTEM)]);
+        }
+    }
+
+    /// The system has no policy any more.
+    pub(super) fn no_system(&mut self) {
+        for chain in [ENFORCED, SYSTEM, DROP_SYSTEM] {
+            self.flush_chain(chain);
+        }
         self.no_gateway();
     }
 }

@@ -91,6 +91,7 @@ impl<'a> Transaction<'a> {
         }
     }
 
+    /// A set or map. What it is counts where it is made; elements are written by its name alone.
     pub(super) fn set(&mut self, name: &CStr, key: KeyType, content: Content) -> Set<'a> {
         let id = self.next_set_id;
         self.next_set_id += 1;
@@ -119,15 +120,15 @@ impl<'a> Transaction<'a> {
         }
     }
 
-    pub(super) fn delete_element(&mut self, set: &CStr, key: KeyType, value: &[u8]) {
-        let mut set = self.set(set, key, Content::Keys);
-        set.push(value, Element::Key);
+    pub(super) fn delete_element(&mut self, set: &CStr, key: &[u8]) {
+        let mut set = self.set(set, KeyType::Mark, Content::Keys);
+        set.push(key, Element::Key);
         self.write_elements(&set, MsgType::Del);
     }
 
-    pub(super) fn map_to_chain(&mut self, map: &CStr, key: KeyType, value: &[u8], chain: &CStr) {
-        let mut map = self.set(map, key, Content::Verdicts);
-        map.push(value, Element::Goto(chain));
-        self.write_elements(&map, MsgType::Add);
+    pub(super) fn add_element(&mut self, set: &CStr, key: &[u8], element: Element<'_>) {
+        let mut set = self.set(set, KeyType::Mark, Content::Keys);
+        set.push(key, element);
+        self.write_elements(&set, MsgType::Add);
     }
 }

@@ -1,275 +1,226 @@
 //! What a user has in the table: chains and sets with that user's number in their names.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::ffi::CStr;
 
-use cgtproxy_proto::name::ProxyName;
 use nftnl::MsgType;
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{ElementChanges, Hold, Layout, Proxy};
-use super::rule::{Family, Protocol};
-use super::ruleset::{ENFORCED, MARKS, OPENS, PROXY_UIDS, SESSIONS, SYSTEM, SYSTEM_UIDS, USERS};
+use super::plan::{ElementChanges, Layout};
+use super::rule::Family;
+use super::ruleset::{DROP_SYSTEM, ENFORCED, SESSIONS, SYSTEM};
+use super::shared::Shared;
 use super::transaction::Transaction;
-use crate::cgroup::ControlGroupId;
-use crate::mark::Mark;
 
 impl Transaction<'_> {
-    /// All that a user has. Nothing leads there yet, but for the system's policy, which every packet comes by.
-    pub(super) fn create_user(
-        &mut self,
-        names: &Names,
-        layout: &Layout,
-        elements: &ElementChanges<'_>,
-    ) {
-        self.add_set(&names.cgroups, KeyType::ControlGroup, Content::Numbers);
-        self.add_set(&names.choices, KeyType::Mark, Content::Verdicts);
-        self.add_set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
-        self.add_set(&names.bypass6, KeyType::Ipv6, Content::Intervals);
+    /// A user's chains and sets, with what leads from marks and numbers to them. No control group has such a
+    /// number yet.
+    pub(super) fn create_user(&mut self, names: &Names, layout: &Layout) {
         if names.is_system() {
-            self.add_set(ENFORCED, KeyType::ControlGroup, Content::Verdicts);
-        } else {
-            self.add_set(&names.marks, KeyType::Mark, Content::Verdicts);
+            self.create_system_sets(names);
         }
-        for chain in names.own_chains() {
-            self.add_chain(chain);
-        }
-        if !names.is_system() {
-            self.open_rules(names);
-        }
-        self.drop_rules(names);
-        self.guard_rules(names);
-        self.owner_rules(names, layout);
-        self.common_choices(names);
+        self.create_bypass(names, layout);
+        self.system_drop_rules(names, layout);
         for (name, proxy) in &layout.proxies {
-            self.create_proxy(names, name, proxy);
+            self.create_proxy(names, layout, name, proxy);
         }
         for hold in &layout.holds {
             self.create_hold(names, layout, hold);
         }
-        self.bypass_elements(names, layout);
-        self.level_rules(names, &layout.levels, layout.enforced);
-        self.add_verdicts(names, layout, &elements.added);
-        if names.is_system() {
-            self.lead_to_system();
-            self.gateway(names, layout);
-        }
+        self.add_leads(&names.lead_of_user(layout));
     }
 
-    /// The elements that lead from a user's control group to that user's chains.
-    pub(super) fn lead_to_user(&mut self, names: &Names, subtree: ControlGroupId) {
+    /// What leads packets to a user who had nothing.
+    pub(super) fn lead_to_user(
+        &mut self,
+        names: &Names,
+        layout: &Layout,
+        elements: &ElementChanges<'_>,
+        shared: &Shared,
+    ) {
+        self.add_leads(&names.lead_of_drop(layout));
+        let levels = shared.levels_with(names.uid, Some(&layout.levels));
         if names.is_system() {
+            self.system_level_rules(names, &layout.levels, layout.enforced);
+            self.first_rules(&levels, true);
+            self.gateway(names, layout);
+        } else if levels != shared.all_levels() {
+            self.first_rules(&levels, shared.has_system());
+        }
+        self.add_verdicts(names, layout, &elements.added);
+    }
+
+    /// Rules that look at these levels, and whether any verdict is enforced, in place of rules that look at those.
+    pub(super) fn level_rules(
+        &mut self,
+        names: &Names,
+        from: (&BTreeSet<u32>, bool),
+        to: (&BTreeSet<u32>, bool),
+        shared: &Shared,
+    ) {
+        if from == to {
             return;
         }
-        for (map, chain) in [(USERS, &names.user), (OPENS, &names.open)] {
-            self.map_to_chain(map, KeyType::ControlGroup, &subtree.to_bytes(), chain);
-        }
-    }
-
-    pub(super) fn lead_nowhere(&mut self, subtree: ControlGroupId) {
-        for map in [USERS, OPENS] {
-            self.delete_element(map, KeyType::ControlGroup, &subtree.to_bytes());
-        }
-    }
-
-    pub(super) fn drop_proxy(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
-        self.delete_proxy_elements(names, proxy.mark);
-        self.delete_proxy_choice(names, proxy);
-        self.flush_proxy(names, name);
-        self.delete_proxy_chains(names, name);
-    }
-
-    /// References go before what they refer to: elements, then rules, then sets and chains.
-    pub(super) fn delete_user<'p>(
-        &mut self,
-        names: &Names,
-        subtree: Option<ControlGroupId>,
-        proxies: impl Iterator<Item = (&'p ProxyName, Mark)>,
-        holds: &BTreeSet<Hold>,
-    ) {
-        let proxies: BTreeMap<&ProxyName, Mark> = proxies.collect();
-        if let Some(subtree) = subtree {
-            self.lead_nowhere(subtree);
-        }
+        let (levels, enforced) = to;
         if names.is_system() {
-            self.no_system_rules();
+            return self.system_level_rules(names, levels, enforced);
         }
-        for map in names.verdict_maps() {
-            self.flush_set(map);
-        }
-        for &mark in proxies.values() {
-            self.delete_proxy_elements(names, mark);
-        }
-        self.flush_set(&names.choices);
-        let holds: Vec<_> = holds.iter().map(|hold| names.hold(hold)).collect();
-        for chain in names.own_chains().into_iter().chain(&holds) {
-            self.flush_chain(chain);
-        }
-        for proxy in proxies.keys() {
-            self.flush_proxy(names, proxy);
-        }
-        for set in names.own_sets() {
-            self.delete_set(set);
-        }
-        for proxy in proxies.keys() {
-            self.delete_proxy_chains(names, proxy);
-        }
-        for chain in names.own_chains().into_iter().chain(&holds) {
-            self.delete_chain(chain);
+        let all = |own| shared.levels_with(names.uid, Some(own));
+        let levels = all(levels);
+        if levels != all(from.0) {
+            self.first_rules(&levels, shared.has_system());
         }
     }
 
-    /// Rules that look at these levels, if those of before don't.
-    pub(super) fn level_rules_between(
+    pub(super) fn system_level_rules(
         &mut self,
         names: &Names,
-        before: &Layout,
         levels: &BTreeSet<u32>,
         enforced: bool,
     ) {
-        if before.levels != *levels || before.enforced != enforced {
-            self.level_rules(names, levels, enforced);
-        }
-    }
-
-    pub(super) fn level_rules(&mut self, names: &Names, levels: &BTreeSet<u32>, enforced: bool) {
-        self.flush_chain(&names.user);
-        self.level_rules_of(&names.user, levels, |rule, level| {
-            rule.socket_cgroupv2_map_vmap(level, &names.cgroups, &names.choices)
+        self.flush_chain(SYSTEM);
+        self.level_rules_of(SYSTEM, levels, |rule, level| {
+            rule.socket_cgroupv2_map_vmap(level, names.cgroups(), names.choices())
         });
+        self.flush_chain(ENFORCED);
+        if enforced {
+            self.level_rules_of(ENFORCED, levels, |rule, level| {
+                rule.socket_cgroupv2_vmap(level, ENFORCED)
+            });
+        }
+        // goto sessions
+        self.add_rules(ENFORCED, [&|rule| rule.goto(SESSIONS)]);
+    }
+
+    /// References go before what they refer to: elements, then rules, then sets and chains.
+    pub(super) fn delete_user(
+        &mut self,
+        names: &Names,
+        layout: &Layout,
+        elements: &ElementChanges<'_>,
+        shared: &Shared,
+    ) {
         if names.is_system() {
-            // goto open
-            self.add_rules(SYSTEM, [&|rule| rule.goto(names.rest())]);
-            self.flush_chain(ENFORCED);
-            if enforced {
-                self.level_rules_of(ENFORCED, levels, |rule, level| {
-                    rule.socket_cgroupv2_vmap(level, ENFORCED)
-                });
+            self.no_system();
+            for map in names.verdict_maps() {
+                self.flush_set(map);
             }
-            // goto sessions
-            self.add_rules(ENFORCED, [&|rule| rule.goto(SESSIONS)]);
+            self.first_rules(&shared.levels_with(names.uid, None), false);
         } else {
-            // goto system
-            self.add_rules(&names.user, [&|rule| rule.goto(names.rest())]);
-        }
-    }
-
-    /// Connections that are open go on as they began, whether a user's verdict or the system's was the
-    /// reason, and everything else goes direct.
-    fn open_rules(&mut self, names: &Names) {
-        let (mask, divert) = (self.marks.mask(), self.marks.divert());
-        self.add_rules(
-            &names.open,
-            [
-                // ct mark & DIVERT == 0 return
-                &|rule| rule.ct_mark_lacks(divert).leave(),
-                // ct mark & MASK vmap @marks-UID
-                &|rule| rule.ct_mark_vmap(mask, &names.marks),
-                // ct mark & MASK vmap @marks
-                &|rule| rule.ct_mark_vmap(mask, MARKS),
-                // The connection's proxy is not in the policy any more, or is another user's by
-                // now: the connection ends, and never goes on directly.
-                // ct mark & DIVERT != 0 meta l4proto tcp reject with tcp reset
-                &|rule| {
-                    rule.ct_mark_has(divert)
-                        .l4proto(Protocol::Tcp)
-                        .reject_with_tcp_reset()
-                },
-                // ct mark & DIVERT != 0 reject
-                &|rule| rule.ct_mark_has(divert).reject(),
-            ],
-        );
-    }
-
-    /// Every protocol is dropped, and open connections too.
-    fn drop_rules(&mut self, names: &Names) {
-        self.add_rules(
-            &names.drop,
-            [
-                // ip daddr @bypass4-UID goto open-UID
-                &|rule| {
-                    rule.daddr_in(Family::Ipv4, &names.bypass4)
-                        .goto(&names.open)
-                },
-                // ip6 daddr @bypass6-UID goto open-UID
-                &|rule| {
-                    rule.daddr_in(Family::Ipv6, &names.bypass6)
-                        .goto(&names.open)
-                },
-                // drop
-                &|rule| rule.drop(),
-            ],
-        );
-    }
-
-    /// A diverted packet reaches only a socket of the same user, or of an allowed uid.
-    ///
-    /// TCP is looked at when a connection opens: after that its packets belong to a socket that
-    /// was let in, and while that waits to be accepted it has no owner that `skuid` could see
-    /// (nft_meta_get_eval_skugid wants a file). UDP is looked at packet by packet.
-    ///
-    /// Services have users of their own: the system's policy takes proxies of every system user.
-    fn guard_rules(&mut self, names: &Names) {
-        let uid = names.uid.value();
-        self.add_rules(
-            &names.guard,
-            [
-                // meta l4proto tcp ct state != new return
-                &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
-                // meta skuid UID return
-                &|rule| rule.skuid(uid).leave(),
-                // meta skuid @proxy-uids return
-                &|rule| rule.skuid_in(PROXY_UIDS).leave(),
-            ],
-        );
-        if names.is_system() {
-            for (first, last) in SYSTEM_UIDS {
-                // meta skuid FIRST-LAST return
-                self.add_rules(
-                    &names.guard,
-                    [&|rule| rule.skuid_from_to(first, last).leave()],
-                );
+            self.delete_leads(names.lead_of_drop(layout).keys());
+            self.delete_verdicts(names, elements.deleted.iter().copied());
+            let levels = shared.levels_with(names.uid, None);
+            if levels != shared.all_levels() {
+                self.first_rules(&levels, shared.has_system());
             }
         }
-        self.add_rules(
-            &names.guard,
-            [
-                // meta l4proto tcp reject with tcp reset
-                &|rule| rule.l4proto(Protocol::Tcp).reject_with_tcp_reset(),
-                // reject
-                &|rule| rule.reject(),
-            ],
-        );
+        self.delete_layout(names, layout, shared);
     }
 
-    /// A translated packet reaches only a socket that was made below the user's own subtree.
-    ///
-    /// Unlike one that `tproxy` delivers, it does not have its socket yet, so `skuid` knows nothing;
-    /// `socket` looks for it, and knows its control group.
-    pub(super) fn owner_rules(&mut self, names: &Names, layout: &Layout) {
-        let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
+    /// A user's chains and sets, to which nothing leads but marks and numbers.
+    pub(super) fn delete_layout(&mut self, names: &Names, layout: &Layout, shared: &Shared) {
+        let mut leads = names.lead_of_user(layout);
+        for (name, proxy) in &layout.proxies {
+            leads.extend(names.leads_of_proxy(self.marks, name, proxy));
+        }
+        self.delete_leads(leads.keys());
+        for hold in &layout.holds {
+            self.delete_hold(names, layout, hold, shared);
+        }
+        let proxies = || layout.proxies.iter();
+        let chains = || proxies().flat_map(|(name, proxy)| names.of_proxy(name, proxy));
+        for chain in chains() {
+            self.flush_chain(&chain);
+        }
+        for chain in chains() {
+            self.delete_chain(&chain);
+        }
+        if names.is_system() {
+            self.flush_chain(DROP_SYSTEM);
+            self.delete_system_sets(names);
+        }
+        self.delete_bypass(names, layout);
+    }
+
+    /// The sets that only the system's policy has.
+    pub(super) fn create_system_sets(&mut self, names: &Names) {
+        let group = KeyType::ControlGroup;
+        self.add_set(names.cgroups(), group, Content::Values(KeyType::Mark));
+        self.add_set(names.choices(), KeyType::Mark, Content::Verdicts);
+        self.add_set(ENFORCED, group, Content::Verdicts);
+        self.common_choices(names.choices(), DROP_SYSTEM, Element::Return);
+    }
+
+    pub(super) fn delete_system_sets(&mut self, names: &Names) {
+        self.flush_set(names.choices());
+        for set in [names.cgroups(), names.choices(), ENFORCED] {
+            self.delete_set(set);
+        }
+    }
+
+    /// The sets of bypassed destinations, if there are any, and a user's chain for what is dropped but for them.
+    pub(super) fn create_bypass(&mut self, names: &Names, layout: &Layout) {
+        if layout.bypass.is_empty() {
+            return;
+        }
+        self.add_set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
+        self.add_set(&names.bypass6, KeyType::Ipv6, Content::Intervals);
+        self.bypass_elements(names, layout);
+        if !names.is_system() {
+            self.add_chain(&names.drop);
+            self.drop_rules(names);
+        }
+    }
+
+    /// What a user drops but for bypassed destinations: every protocol, and open connections too.
+    pub(super) fn drop_rules(&mut self, names: &Names) {
+        self.flush_chain(&names.drop);
+        self.bypass_rules(names, &names.drop);
+        // drop
+        self.add_rules(&names.drop, [&|rule| rule.drop()]);
+    }
+
+    /// What [`Self::create_bypass`] made, when no rule looks at it any more.
+    pub(super) fn delete_bypass(&mut self, names: &Names, layout: &Layout) {
+        if layout.bypass.is_empty() {
+            return;
+        }
+        if !names.is_system() {
+            self.flush_chain(&names.drop);
+            self.delete_chain(&names.drop);
+        }
+        self.delete_bypass_sets(names);
+    }
+
+    pub(super) fn delete_bypass_sets(&mut self, names: &Names) {
+        for set in [&names.bypass4, &names.bypass6] {
+            self.delete_set(set);
+        }
+    }
+
+    /// The same for what the system's policy drops, whether anything is bypassed or not.
+    pub(super) fn system_drop_rules(&mut self, names: &Names, layout: &Layout) {
+        if !names.is_system() {
+            return;
+        }
+        self.flush_chain(DROP_SYSTEM);
+        if !layout.bypass.is_empty() {
+            self.bypass_rules(names, DROP_SYSTEM);
+        }
+        // drop
+        self.add_rules(DROP_SYSTEM, [&|rule| rule.drop()]);
+    }
+
+    /// Bypassed destinations leave the chain.
+    pub(super) fn bypass_rules(&mut self, names: &Names, chain: &CStr) {
         self.add_rules(
-            &names.owner,
+            chain,
             [
-                // meta l4proto tcp ct state != new return
-                &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
-                // socket cgroupv2 level LEVEL SUBTREE return
-                &|rule| rule.socket_cgroupv2(level, &id).leave(),
-                // Whoever else has the port.
-                // meta l4proto tcp socket wildcard { 0, 1 } reject with tcp reset
-                &|rule| {
-                    rule.l4proto(Protocol::Tcp)
-                        .socket_is_full()
-                        .reject_with_tcp_reset()
-                },
-                // The rest of an earlier connection from the same port, which was let in, and whose
-                // listener takes this one too.
-                // meta l4proto tcp socket transparent { 0, 1 } return
-                &|rule| rule.l4proto(Protocol::Tcp).socket_exists().leave(),
-                // meta l4proto tcp reject with tcp reset
-                &|rule| rule.l4proto(Protocol::Tcp).reject_with_tcp_reset(),
-                // reject
-                &|rule| rule.reject(),
+                // ip daddr @bypass4-UID return
+                &|rule| rule.daddr_in(Family::Ipv4, &names.bypass4).leave(),
+                // ip6 daddr @bypass6-UID return
+                &|rule| rule.daddr_in(Family::Ipv6, &names.bypass6).leave(),
             ],
         );
     }

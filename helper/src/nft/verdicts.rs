@@ -11,38 +11,42 @@
 use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 
-use cgtproxy_proto::name::ProxyName;
 use nftnl::MsgType;
 
-use super::ffi::{Content, Element, KeyType};
+use super::ffi::{Comment, Content, Element, KeyType};
 use super::names::Names;
 use super::plan::{self, Hold, Layout, Proxy, Verdict};
 use super::rule::RuleBuilder;
-use super::ruleset::{ENFORCED, SESSIONS};
+use super::ruleset::{ENFORCED, SESSIONS, SYSTEM};
+use super::shared::Shared;
 use super::transaction::Transaction;
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
+use crate::mark::MarkRange;
 
 /// What a number means: its upper 24 bits. The lower eight are the level of what is held, or 0.
 const DIRECT: u32 = 1 << 8;
 const DROP: u32 = 2 << 8;
 const DROP_ALL: u32 = 3 << 8;
 const RELEASED: u32 = 4 << 8;
-/// The first proxy's.
-const PROXY: u32 = 16 << 8;
+/// What proxies' numbers come after.
+const PROXY: u32 = 16;
 
-/// The number of a proxy. A message has no room for so many that they would not fit.
-fn of_proxy(proxy: &Proxy) -> u32 {
-    PROXY.saturating_add(proxy.number.saturating_mul(1 << 8))
+/// The number of a proxy: of its mark, which is no other user's.
+pub(super) fn of_proxy(marks: MarkRange, proxy: &Proxy) -> u32 {
+    (PROXY + marks.number(proxy.mark)) << 8
 }
 
 /// The number of a verdict; with what is held below, if anything is.
-fn of_verdict(layout: &Layout, verdict: &Verdict, held: Option<&Hold>) -> u32 {
+fn of_verdict(marks: MarkRange, layout: &Layout, verdict: &Verdict, held: Option<&Hold>) -> u32 {
     let number = match verdict {
         Verdict::Direct => DIRECT,
         Verdict::Drop => DROP,
         Verdict::DropAll => DROP_ALL,
         // A verdict names a proxy that the layout has: without one, no rule matches.
-        Verdict::Proxy(name) => layout.proxies.get(name).map_or(0, of_proxy),
+        Verdict::Proxy(name) => layout
+            .proxies
+            .get(name)
+            .map_or(0, |proxy| of_proxy(marks, proxy)),
         Verdict::Released => RELEASED,
     };
     number | held.map_or(0, |hold| hold.level)
@@ -50,7 +54,11 @@ fn of_verdict(layout: &Layout, verdict: &Verdict, held: Option<&Hold>) -> u32 {
 
 /// What such a number of this layout's means: the verdict, and the level of what is held. None if it means
 /// nothing.
-pub(super) fn meaning(layout: &Layout, number: u32) -> Option<(Verdict, Option<u32>)> {
+pub(super) fn meaning(
+    marks: MarkRange,
+    layout: &Layout,
+    number: u32,
+) -> Option<(Verdict, Option<u32>)> {
     let (verdict, level) = (number & !0xff, number & 0xff);
     let proxies = layout.proxies.keys().cloned().map(Verdict::Proxy);
     let mut verdicts = [
@@ -61,13 +69,8 @@ pub(super) fn meaning(layout: &Layout, number: u32) -> Option<(Verdict, Option<u
     ]
     .into_iter()
     .chain(proxies);
-    let verdict = verdicts.find(|known| of_verdict(layout, known, None) == verdict)?;
+    let verdict = verdicts.find(|known| of_verdict(marks, layout, known, None) == verdict)?;
     Some((verdict, Some(level).filter(|&level| level != 0)))
-}
-
-/// Which proxy's number this is, if it is one's and says nothing of what is held.
-pub(super) fn proxy_number(number: u32) -> Option<u32> {
-    (number >= PROXY && number & 0xff == 0).then(|| (number - PROXY) >> 8)
 }
 
 /// Whether with this number anything is dropped or held.
@@ -75,8 +78,9 @@ pub(super) fn holds_back(number: u32) -> bool {
     matches!(number & !0xff, DROP | DROP_ALL) || number & 0xff != 0
 }
 
-fn of_hold(layout: &Layout, hold: &Hold) -> u32 {
-    of_verdict(layout, &hold.verdict, Some(hold))
+/// The number of control groups below which everything is held.
+pub(super) fn of_hold(marks: MarkRange, layout: &Layout, hold: &Hold) -> u32 {
+    of_verdict(marks, layout, &hold.verdict, Some(hold))
 }
 
 impl Transaction<'_> {
@@ -95,30 +99,20 @@ impl Transaction<'_> {
                 // meta skuid >= 0 socket cgroupv2 level 0 …
                 self.add_rules(chain, [&|rule| look(rule.skuid_known(), level)]);
             } else {
-                // socket cgroupv2 level LEVEL map @cgroups-UID vmap @choices-UID
+                // socket cgroupv2 level LEVEL map @cgroups vmap @choices
                 self.add_rules(chain, [&|rule| look(rule, level)]);
             }
         }
     }
 
     /// What the numbers mean that every policy has.
-    pub(super) fn common_choices(&mut self, names: &Names) {
-        let mut map = self.set(&names.choices, KeyType::Mark, Content::Verdicts);
-        map.push(&DIRECT.to_ne_bytes(), Element::Goto(&names.open));
-        map.push(&DROP.to_ne_bytes(), Element::Goto(&names.drop));
+    pub(super) fn common_choices(&mut self, choices: &CStr, drop: &CStr, released: Element<'_>) {
+        let mut map = self.set(choices, KeyType::Mark, Content::Verdicts);
+        map.push(&DIRECT.to_ne_bytes(), Element::Return);
+        map.push(&DROP.to_ne_bytes(), Element::Goto(drop));
         map.push(&DROP_ALL.to_ne_bytes(), Element::Drop);
-        map.push(&RELEASED.to_ne_bytes(), Element::Goto(names.rest()));
+        map.push(&RELEASED.to_ne_bytes(), released);
         self.write_elements(&map, MsgType::Add);
-    }
-
-    pub(super) fn proxy_choice(&mut self, names: &Names, name: &ProxyName, proxy: &Proxy) {
-        let number = of_proxy(proxy).to_ne_bytes();
-        self.map_to_chain(&names.choices, KeyType::Mark, &number, &names.tproxy(name));
-    }
-
-    pub(super) fn delete_proxy_choice(&mut self, names: &Names, proxy: &Proxy) {
-        let number = of_proxy(proxy).to_ne_bytes();
-        self.delete_element(&names.choices, KeyType::Mark, &number);
     }
 
     /// The control groups' own sockets have their verdict. A socket that is deeper comes here only if
@@ -129,22 +123,37 @@ impl Transaction<'_> {
     pub(super) fn create_hold(&mut self, names: &Names, layout: &Layout, hold: &Hold) {
         let chain = names.hold(hold);
         self.add_chain(&chain);
-        // socket cgroupv2 level LEVEL != 0 drop
-        self.add_rules(&chain, [&|rule| rule.socket_as_deep_as(hold.level).drop()]);
-        match chain_of(names, &hold.verdict) {
-            // goto CHAIN
-            Some(decided) => self.add_rules(&chain, [&|rule| rule.goto(&decided)]),
-            // drop
-            None => self.add_rules(&chain, [&|rule| rule.drop()]),
-        }
-        let number = of_hold(layout, hold).to_ne_bytes();
-        self.map_to_chain(&names.choices, KeyType::Mark, &number, &chain);
+        self.flush_chain(&chain);
+        let decided = decision(names, &hold.verdict);
+        self.add_rules(
+            &chain,
+            [
+                // socket cgroupv2 level LEVEL != 0 drop
+                &|rule| rule.socket_as_deep_as(hold.level).drop(),
+                // goto CHAIN, return or drop
+                &|rule| match &decided {
+                    Decision::Goto(chain) => rule.goto(chain),
+                    Decision::Return => rule.leave(),
+                    Decision::Drop => rule.drop(),
+                },
+            ],
+        );
+        self.add_leads(&names.lead_of_hold(self.marks, layout, hold));
     }
 
-    pub(super) fn delete_hold(&mut self, names: &Names, layout: &Layout, hold: &Hold) {
+    /// Unless another user has it too.
+    pub(super) fn delete_hold(
+        &mut self,
+        names: &Names,
+        layout: &Layout,
+        hold: &Hold,
+        shared: &Shared,
+    ) {
+        if hold.is_common() && !names.is_system() && shared.is_held_elsewhere(names.uid, hold) {
+            return;
+        }
         let chain = names.hold(hold);
-        let number = of_hold(layout, hold).to_ne_bytes();
-        self.delete_element(&names.choices, KeyType::Mark, &number);
+        self.delete_leads(names.lead_of_hold(self.marks, layout, hold).keys());
         self.flush_chain(&chain);
         self.delete_chain(&chain);
     }
@@ -155,7 +164,7 @@ impl Transaction<'_> {
         ids: impl Iterator<Item = ControlGroupId> + Clone,
     ) {
         for map in names.verdict_maps() {
-            let mut deleted = self.set(map, KeyType::ControlGroup, Content::Numbers);
+            let mut deleted = self.set(map, KeyType::ControlGroup, Content::Keys);
             for id in ids.clone() {
                 deleted.push(&id.to_bytes(), Element::Key);
             }
@@ -169,43 +178,56 @@ impl Transaction<'_> {
         layout: &Layout,
         verdicts: &[&(OwnedControlGroup, plan::Element)],
     ) {
-        let mut map = self.set(&names.cgroups, KeyType::ControlGroup, Content::Numbers);
+        let content = Content::Values(KeyType::Mark);
+        let mut map = self.set(names.cgroups(), KeyType::ControlGroup, content);
+        let whose = Comment::new(names.uid);
         for (cgroup, element) in verdicts {
             let hold = Hold::of(cgroup.level(), element);
-            let number = of_verdict(layout, &element.verdict, hold.as_ref());
-            map.push(&cgroup.id().to_bytes(), Element::Number(number));
+            let number = of_verdict(self.marks, layout, &element.verdict, hold.as_ref());
+            let number = number.to_ne_bytes();
+            map.push_with(
+                &cgroup.id().to_bytes(),
+                Element::Value(&number),
+                Some(&whose),
+            );
         }
         self.write_elements(&map, MsgType::Add);
         if names.is_system() {
             let mut map = self.set(ENFORCED, KeyType::ControlGroup, Content::Verdicts);
             for (cgroup, element) in verdicts {
-                let key = cgroup.id().to_bytes();
-                if !element.enforced {
+                let decided = match Hold::of(cgroup.level(), element) {
                     // It may be in one whose verdict is enforced.
-                    map.push(&key, Element::Goto(SESSIONS));
-                    continue;
-                }
-                let chain = match Hold::of(cgroup.level(), element) {
-                    Some(hold) => Some(names.hold(&hold)),
-                    None => chain_of(names, &element.verdict),
+                    _ if !element.enforced => Decision::Goto(SESSIONS.to_owned()),
+                    Some(hold) => Decision::Goto(names.hold(&hold)),
+                    None => decision(names, &element.verdict),
                 };
-                match &chain {
-                    Some(chain) => map.push(&key, Element::Goto(chain)),
-                    None => map.push(&key, Element::Drop),
-                }
+                let element = match &decided {
+                    Decision::Goto(chain) => Element::Goto(chain),
+                    Decision::Return => Element::Return,
+                    Decision::Drop => Element::Drop,
+                };
+                map.push(&cgroup.id().to_bytes(), element);
             }
             self.write_elements(&map, MsgType::Add);
         }
     }
 }
 
-/// The chain for packets with this verdict; none if it is to drop them all.
-fn chain_of(names: &Names, verdict: &Verdict) -> Option<CString> {
+/// What becomes of packets with a verdict.
+enum Decision {
+    Goto(CString),
+    Return,
+    Drop,
+}
+
+fn decision(names: &Names, verdict: &Verdict) -> Decision {
     match verdict {
-        Verdict::Direct => Some(names.open.clone()),
-        Verdict::Drop => Some(names.drop.clone()),
-        Verdict::DropAll => None,
-        Verdict::Proxy(proxy) => Some(names.tproxy(proxy)),
-        Verdict::Released => Some(names.rest().to_owned()),
+        Verdict::Direct => Decision::Return,
+        Verdict::Drop => Decision::Goto(names.dropping().to_owned()),
+        Verdict::DropAll => Decision::Drop,
+        Verdict::Proxy(proxy) => Decision::Goto(names.proxy(proxy)),
+        // Users' go on to the system's policy; after that there is nothing.
+        Verdict::Released if names.is_system() => Decision::Return,
+        Verdict::Released => Decision::Goto(SYSTEM.to_owned()),
     }
 }

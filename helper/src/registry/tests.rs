@@ -37,7 +37,7 @@ fn assert_consistent(registry: &Registry, table: &Table) {
                 continue;
             }
             (Some(Entry::LeftBehind(left)), Some(objects)) => {
-                assert_eq!(*left, objects.left_behind(uid));
+                assert_eq!(*left, objects.left_behind());
                 for &mark in left.proxies.values() {
                     assert!(marks.insert(mark), "two proxies have one mark");
                     assert!(registry.marks.is_used(mark));
@@ -298,8 +298,6 @@ fn what_was_left_behind_keeps_its_marks() {
             (name(2), Mark::adopted(0x8100_0000)),
         ]
         .into(),
-        numbers: [(name(1), 4)].into(),
-        holds: BTreeSet::new(),
         holds_back: false,
         stamp: None,
     };

@@ -43,7 +43,6 @@ struct BypassRecord {
 struct ProxyRecord {
     name: String,
     mark: u32,
-    number: u32,
     delivery: DeliveryRecord,
     /// No TCP, UDP, IPv4, IPv6.
     exceptions: [bool; 4],
@@ -80,7 +79,6 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout) -> Vec<u8> {
     let proxies = layout.proxies.iter().map(|(name, proxy)| ProxyRecord {
         name: name.to_string(),
         mark: proxy.mark.value(),
-        number: proxy.number,
         delivery: match proxy.delivery {
             Delivery::Tproxy(port) => DeliveryRecord::Tproxy(port),
             Delivery::Redirect(port) => DeliveryRecord::Redirect(port),
@@ -199,7 +197,6 @@ fn proxy(record: ProxyRecord, range: MarkRange) -> Option<(ProxyName, Proxy)> {
     let [no_tcp, no_udp, no_ipv4, no_ipv6] = record.exceptions;
     let proxy = Proxy {
         mark,
-        number: record.number,
         delivery: match record.delivery {
             DeliveryRecord::Tproxy(port) => Delivery::Tproxy(port),
             DeliveryRecord::Redirect(port) => Delivery::Redirect(port),

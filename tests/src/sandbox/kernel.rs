@@ -89,6 +89,16 @@ impl Sandbox {
         self.objects("map")
     }
 
+    /// What the table `inet cgtproxy` has of a user: the rules and elements that name the uid.
+    pub fn objects_of(&self, uid: u32) -> Vec<String> {
+        let uid = uid.to_string();
+        let listing = output_with_input(&["nft", "-n", "list", "table", "inet", "cgtproxy"], "");
+        let text = String::from_utf8_lossy(&listing.stdout);
+        let parts = text.split(['\n', ',', '{', '}']).map(str::trim);
+        let named = |part: &&str| part.split(|c: char| !c.is_ascii_digit()).any(|n| n == uid);
+        parts.filter(named).map(str::to_owned).collect()
+    }
+
     /// Whether the table `inet cgtproxy` exists.
     pub fn has_table(&self) -> bool {
         // As text: nft 1.0.6 prints half a JSON document for a table with a flag it does not know.

@@ -189,7 +189,7 @@ impl<'a> Site<'a> {
                     _ => config(),
                 };
                 this.agent = Some(this.user.agent(&config).start());
-                this.counter = counter("cgtproxy", "cgroups-1001");
+                this.counter = counter("cgtproxy", "cgroups");
             }
         }
         this

@@ -1,0 +1,174 @@
+//! From what an earlier helper left, and no snapshot describes, to what is wanted.
+//!
+//! That goes by the same steps as any other change. What is known of what is there is its names: which chains there
+//! are, which elements, and at which levels rules look. Chains and elements that stay are filled anew.
+
+use super::ffi::{Content, KeyType};
+use super::leads::{Leads, Place};
+use super::names::Names;
+use super::plan::{ElementChanges, Layout, Step};
+use super::shared::{Remnants, Shared};
+use super::transaction::Transaction;
+
+impl Transaction<'_> {
+    /// One step on the way to a layout.
+    pub(super) fn take_over(
+        &mut self,
+        names: &Names,
+        left: &Remnants,
+        after: &Layout,
+        elements: &ElementChanges<'_>,
+        step: Step,
+        shared: &Shared,
+    ) {
+        match step {
+            Step::Chains => self.take_over_chains(names, left, after),
+            Step::Additions => {
+                let drop = names.lead_of_drop(after);
+                self.add_leads(&drop.into_iter().filter(|(p, _)| is_new(left, p)).collect());
+                let levels = left.levels.union(&after.levels).copied().collect();
+                if names.is_system() {
+                    // Whether anything was enforced is not known.
+                    self.system_level_rules(names, &levels, true);
+                } else {
+                    let levels = shared.levels_with(names.uid, Some(&levels));
+                    self.first_rules(&levels, shared.has_system());
+                }
+                self.add_verdicts(names, after, &elements.added);
+            }
+            Step::Changes => {
+                let changed = elements.changed.iter().map(|(cgroup, _)| cgroup.id());
+                self.delete_verdicts(names, changed);
+                self.add_verdicts(names, after, &elements.changed);
+                for (name, proxy) in &after.proxies {
+                    if left.chains.contains(&names.proxy(name)) {
+                        self.proxy_rules(names, after, name, proxy);
+                    }
+                }
+                let leads = self.all_leads(names, after);
+                let stay = leads.keys().filter(|place| !is_new(left, place));
+                self.delete_leads(stay);
+                // What is there already is as it is to be.
+                self.add_leads(&leads);
+                if names.is_system() {
+                    self.system_drop_rules(names, after);
+                    self.gateway(names, after);
+                }
+            }
+            Step::Deletions => {
+                self.delete_verdicts(names, elements.deleted.iter().copied());
+                if names.is_system() {
+                    self.system_level_rules(names, &after.levels, after.enforced);
+                } else {
+                    let levels = shared.levels_with(names.uid, Some(&after.levels));
+                    self.first_rules(&levels, shared.has_system());
+                }
+                let leads = self.all_leads(names, after);
+                let gone = left
+                    .places
+                    .iter()
+                    .filter(|place| !leads.contains_key(place));
+                self.delete_leads(gone);
+                let needed = names.chains(after);
+                let chains = || left.chains.difference(&needed);
+                for chain in chains() {
+                    self.flush_chain(chain);
+                }
+                for chain in chains() {
+                    self.delete_chain(chain);
+                }
+                if after.bypass.is_empty() {
+                    self.delete_bypass_sets(names);
+                }
+            }
+        }
+    }
+
+    fn take_over_chains(&mut self, names: &Names, left: &Remnants, after: &Layout) {
+        if names.is_system() {
+            self.create_system_sets(names);
+        }
+        self.fill_bypass_sets(names, after);
+        let needed = names.chains(after);
+        for chain in needed.difference(&left.chains) {
+            self.add_chain(chain);
+        }
+        if needed.contains(&names.drop) {
+            self.drop_rules(names);
+        }
+        let mut leads = Leads::new();
+        for (name, proxy) in &after.proxies {
+            if !left.chains.contains(&names.proxy(name)) {
+                self.proxy_rules(names, after, name, proxy);
+                leads.extend(names.leads_of_proxy(self.marks, name, proxy));
+            }
+        }
+        leads.retain(|place, _| is_new(left, place));
+        self.add_leads(&leads);
+        for hold in &after.holds {
+            if !left.chains.contains(&names.hold(hold)) {
+                self.create_hold(names, after, hold);
+            }
+        }
+    }
+
+    /// All that leads to a layout, but for control groups.
+    fn all_leads(&self, names: &Names, layout: &Layout) -> Leads {
+        let mut leads = names.lead_of_user(layout);
+        leads.extend(names.lead_of_drop(layout));
+        for (name, proxy) in &layout.proxies {
+            leads.extend(names.leads_of_proxy(self.marks, name, proxy));
+        }
+        for hold in &layout.holds {
+            leads.extend(names.lead_of_hold(self.marks, layout, hold));
+        }
+        leads
+    }
+
+    /// The end of what was left.
+    pub(super) fn delete_remnants(&mut self, names: &Names, left: &Remnants, shared: &Shared) {
+        if names.is_system() {
+            self.no_system();
+            self.create_system_sets(names);
+            for map in names.verdict_maps() {
+                self.flush_set(map);
+            }
+        } else {
+            self.delete_verdicts(names, left.cgroups.iter().copied());
+        }
+        let system = shared.has_system() && !names.is_system();
+        self.first_rules(&shared.levels_with(names.uid, None), system);
+        self.delete_leads(&left.places);
+        for chain in &left.chains {
+            self.flush_chain(chain);
+        }
+        for chain in &left.chains {
+            self.delete_chain(chain);
+        }
+        if names.is_system() {
+            self.delete_system_sets(names);
+        }
+        // Whether they are there is not known.
+        self.add_bypass_sets(names);
+        self.delete_bypass_sets(names);
+    }
+
+    /// The sets of bypassed destinations with what is to be in them, whether they are there or not.
+    fn fill_bypass_sets(&mut self, names: &Names, layout: &Layout) {
+        self.add_bypass_sets(names);
+        for set in [&names.bypass4, &names.bypass6] {
+            self.flush_set(set);
+        }
+        self.bypass_elements(names, layout);
+    }
+
+    fn add_bypass_sets(&mut self, names: &Names) {
+        self.add_set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
+        self.add_set(&names.bypass6, KeyType::Ipv6, Content::Intervals);
+    }
+}
+
+/// Whether there is no element at this place.
+fn is_new(left: &Remnants, place: &Place) -> bool {
+    !left.places.contains(place)
+}
