@@ -133,6 +133,44 @@ fn verdicts_and_open_connections_outlive_a_killed_helper() {
 }
 
 #[test]
+fn what_a_helper_with_another_mask_left_is_taken_over_whole() {
+    sandbox(|sb| {
+        let mut helper = sb.helper().config("mark-mask: 0xff000000").start();
+        let user = sb.user(1001);
+        let app = user.cgroup(APP).app();
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let hijack = json!({ "ipv4": "192.0.2.53", "port": 53 });
+        let proxies = json!([
+            { "name": "mihomo", "port": 7890, "dnsHijack": hijack },
+            { "name": "other", "port": 7000, "redirect": true, "dnsHijack": hijack },
+        ]);
+        let replace = || {
+            let mut session = Session::of(&user);
+            session.replace(proxies.clone(), json!([]), json!([to_proxy(APP, "mihomo")]));
+            session
+        };
+        drop(replace());
+        for mask in ["0x00ff0000", "0x00000700", "0xff000000"] {
+            helper.kill();
+            helper.write_config(&format!("mark-mask: {mask}"));
+            helper.start_again();
+            let mut session = replace();
+            for to in sb.destinations() {
+                assert_eq!(app.tcp(to), proxied("mihomo", to));
+                assert_eq!(app.udp(to), proxied("mihomo", to));
+            }
+            if mask == "0xff000000" {
+                session.call("RemovePolicy", json!({}));
+            }
+        }
+        for map in ["marks", "deliver", "ports", "guard", "resolve", "receive"] {
+            assert_eq!(sb.map_elements(map), [], "{map}");
+        }
+        assert!(sb.objects_of(1001).is_empty());
+    });
+}
+
+#[test]
 fn what_a_killed_helper_left_goes_when_no_agent_comes_back() {
     sandbox(|sb| {
         for config in OWN_TABLE {

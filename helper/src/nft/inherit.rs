@@ -229,9 +229,12 @@ impl Nftables {
         // Whose a mark is.
         let mut marks = BTreeMap::new();
         for (&uid, proxies) in &contents.proxies {
-            for &mark in proxies.values() {
-                marks.insert(mark.value(), uid);
-                marks.insert(self.marks.dns_value(mark), uid);
+            marks.extend(proxies.values().map(|mark| (mark.value(), uid)));
+        }
+        // Those of DNS queries, too, whatever the mask was with which they were made.
+        for found in self.elements(ruleset::RESOLVE)? {
+            if let (Value::Chain(chain), Some(mark)) = (&found.value, found.number()) {
+                marks.extend(names::owner(chain).map(|uid| (mark, uid)));
             }
         }
         let chains = [ruleset::SYSTEM, ruleset::SESSIONS, ruleset::DEEP];
