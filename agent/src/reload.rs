@@ -245,24 +245,31 @@ impl Changes {
         self.names.clear();
         let real = self.path.canonicalize().ok();
         for path in [Some(&self.path), real.as_ref()].into_iter().flatten() {
-            for above in path.ancestors() {
-                let (Some(name), Some(directory)) = (above.file_name(), above.parent()) else {
-                    break;
-                };
+            let mut above = path.as_path();
+            // The directory for it was not there when it was to be watched.
+            let mut was_missing = false;
+            while let (Some(name), Some(directory)) = (above.file_name(), above.parent()) {
                 self.names.insert(name.to_owned());
                 let directory = match directory.as_os_str().is_empty() {
                     true => Path::new("."),
                     false => directory,
                 };
                 match watches.add(directory, mask) {
+                    // It was made before what it is in was watched: nothing will tell of it.
+                    Ok(_) if was_missing && above.is_dir() => {
+                        above = path;
+                        was_missing = false;
+                        continue;
+                    }
                     Ok(_) => {
                         self.said = false;
                         break;
                     }
                     // It may be made.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    Err(_) if self.said => {}
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => was_missing = true,
+                    Err(_) if self.said => was_missing = false,
                     Err(error) => {
+                        was_missing = false;
                         self.said = true;
                         tracing::warn!(
                             "can't watch '{}' for changes of the configuration: {}; reload it \
@@ -272,6 +279,7 @@ impl Changes {
                         );
                     }
                 }
+                above = directory;
             }
         }
     }
@@ -311,5 +319,35 @@ impl Changes {
         !event.mask.contains(EventMask::CREATE)
             || event.mask.contains(EventMask::ISDIR)
             || std::fs::symlink_metadata(&self.path).is_ok_and(|m| m.is_symlink() || m.nlink() > 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// The directory that is watched is not always there when the next one is made in it.
+    #[tokio::test]
+    async fn a_file_is_seen_however_many_directories_are_made_for_it() {
+        for round in 0..300 {
+            let home = tempfile::tempdir().unwrap();
+            let path = home.path().join("a/b/c/d/e/config.yaml");
+            let mut changes = Changes::watch(&path);
+            let write = {
+                let path = path.clone();
+                std::thread::spawn(move || {
+                    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                    std::fs::write(&path, "version: 1\n").unwrap();
+                })
+            };
+            while !path.exists() {
+                let next = tokio::time::timeout(Duration::from_secs(20), changes.next());
+                next.await
+                    .unwrap_or_else(|_| panic!("not seen in round {round}"));
+            }
+            write.join().unwrap();
+        }
     }
 }
