@@ -157,7 +157,14 @@ fn levels_are_there_only_while_they_are_used() {
             json!({ "assign": [], "remove": ["a/b", "a/b/c"] }),
         );
         assert_eq!(levels(), [3]);
-        session.replace(json!([]), json!([]), json!([]));
+        // One more may stay for whoever needs it next.
+        session.assign(json!([verdict("a/b", "drop")]));
+        session.call(
+            "UpdateAssignments",
+            json!({ "assign": [], "remove": ["a/b"] }),
+        );
+        assert_eq!(levels(), [5, 3]);
+        session.call("RemovePolicy", json!({}));
         assert_eq!(levels(), Vec::<u32>::new());
     });
 }

@@ -215,14 +215,21 @@ impl Nftables {
         let has_work = |step: &Step| step.has_work(plan, &elements);
         let steps: Vec<Step> = Step::ALL.into_iter().filter(has_work).collect();
         if steps.is_empty() {
-            let mut transaction = self.transaction();
-            transaction.plan(plan, &self.shared);
-            self.socket.carry_out(&transaction.finish())?;
+            self.carry_out(|transaction| transaction.plan(plan, &self.shared))?;
         } else {
             self.commit_steps(plan, &elements, &steps)?;
         }
         self.shared.carried_out(plan);
         Ok(())
+    }
+
+    fn carry_out(&self, fill: impl FnOnce(&mut Transaction<'_>)) -> Result<(), Failure> {
+        let looked_at = self.shared.looked_at();
+        let mut transaction = self.transaction();
+        fill(&mut transaction);
+        self.socket
+            .carry_out(&transaction.finish())
+            .inspect_err(|_| self.shared.look_again_at(looked_at))
     }
 
     /// In between, what there is has no stamp: it is neither the one layout nor the other, and a helper that is
@@ -235,15 +242,16 @@ impl Nftables {
     ) -> Result<(), Error> {
         let mut done = Vec::new();
         for &step in steps {
-            let mut transaction = self.transaction();
-            if done.is_empty() {
-                transaction.unstamp(plan);
-            }
-            transaction.step(plan, elements, step, &self.shared);
-            if steps.last() == Some(&step) {
-                transaction.stamp(plan);
-            }
-            let refusal = match self.socket.carry_out(&transaction.finish()) {
+            let carried_out = self.carry_out(|transaction| {
+                if done.is_empty() {
+                    transaction.unstamp(plan);
+                }
+                transaction.step(plan, elements, step, &self.shared);
+                if steps.last() == Some(&step) {
+                    transaction.stamp(plan);
+                }
+            });
+            let refusal = match carried_out {
                 Ok(()) => {
                     done.push(step);
                     continue;
@@ -258,9 +266,10 @@ impl Nftables {
                 return Err(Error::Unknown(refusal));
             }
             if !done.is_empty() {
-                let mut transaction = self.transaction();
-                transaction.take_back(plan, elements, &done, &self.shared);
-                match self.socket.carry_out(&transaction.finish()) {
+                let taken_back = self.carry_out(|transaction| {
+                    transaction.take_back(plan, elements, &done, &self.shared);
+                });
+                match taken_back {
                     Ok(()) => {}
                     Err(Failure::Refused(refusal) | Failure::Unknown(refusal)) => {
                         return Err(Error::Unknown(refusal));

@@ -182,7 +182,7 @@ impl Transaction<'_> {
         let mangle = PRIORITY_MANGLE;
         self.add_base_chain(OUTPUT, ChainType::Route, Hook::Out, mangle);
         self.add_base_chain(FORWARD, ChainType::Filter, Hook::Forward, mangle);
-        self.first_rules(&shared.all_levels(), shared.has_system());
+        self.first_rules(&shared.looked_at(), shared.has_system());
         self.drop_and_refuse_rules();
         self.guard_rules();
         self.forward_rules();

@@ -1,6 +1,7 @@
 //! What users have together: rules that look at every level at which any of them has a verdict, and chains that lead
 //! to nothing of any of them.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::rc::Rc;
@@ -28,12 +29,21 @@ pub(super) struct Remnants {
 pub(super) struct Shared {
     layouts: BTreeMap<Uid, Rc<Layout>>,
     left: BTreeMap<Uid, Remnants>,
+    /// The levels that rules look at once the transaction in the making is carried out.
+    looked_at: RefCell<BTreeSet<u32>>,
 }
 
 impl Shared {
     /// A table in which these are.
     pub(super) fn found(layouts: BTreeMap<Uid, Rc<Layout>>, left: BTreeMap<Uid, Remnants>) -> Self {
-        Self { layouts, left }
+        let shared = Self {
+            layouts,
+            left,
+            looked_at: RefCell::default(),
+        };
+        let levels = shared.levels_with(Uid::ROOT, None);
+        shared.looked_at.replace(levels);
+        shared
     }
 
     /// The table is now as this plan makes it.
@@ -74,17 +84,29 @@ impl Shared {
     }
 
     /// The levels that the rules look at.
-    pub(super) fn all_levels(&self) -> BTreeSet<u32> {
-        let users = self.layouts.iter().filter(|(uid, _)| **uid != Uid::ROOT);
-        let mut levels: BTreeSet<u32> = users
-            .flat_map(|(_, layout)| &layout.levels)
-            .copied()
-            .collect();
-        let mut left = self.left.iter();
-        if let Some((_, left)) = left.find(|(uid, _)| **uid != Uid::ROOT) {
-            levels.extend(&left.levels);
+    pub(super) fn looked_at(&self) -> BTreeSet<u32> {
+        self.looked_at.borrow().clone()
+    }
+
+    /// Has the rules look at these levels. None if they can stay as they are: one level more does no harm, and may be
+    /// needed again by the next control group. To write them takes longer than all else that a new one needs.
+    pub(super) fn look_at(&self, needed: BTreeSet<u32>) -> Option<BTreeSet<u32>> {
+        let spare = self.looked_at.borrow().difference(&needed).count();
+        if spare <= 1 && needed.is_subset(&self.looked_at.borrow()) {
+            return None;
         }
-        levels
+        self.look_only_at(needed)
+    }
+
+    /// Has the rules look at these levels and at no other. None if they do.
+    pub(super) fn look_only_at(&self, needed: BTreeSet<u32>) -> Option<BTreeSet<u32>> {
+        let before = self.looked_at.replace(needed.clone());
+        (before != needed).then_some(needed)
+    }
+
+    /// A transaction was not carried out: the rules look at what they looked at before it.
+    pub(super) fn look_again_at(&self, levels: BTreeSet<u32>) {
+        self.looked_at.replace(levels);
     }
 
     /// Whether the system has a policy.

@@ -31,8 +31,10 @@ impl Transaction<'_> {
                     // Whether anything was enforced is not known.
                     self.system_level_rules(names, &levels, true);
                 } else {
-                    let levels = shared.levels_with(names.uid, Some(&levels));
-                    self.first_rules(&levels, shared.has_system());
+                    let needed = shared.levels_with(names.uid, Some(&levels));
+                    if let Some(levels) = shared.look_at(needed) {
+                        self.first_rules(&levels, shared.has_system());
+                    }
                 }
                 self.add_verdicts(names, after, &elements.added);
             }
@@ -60,8 +62,10 @@ impl Transaction<'_> {
                 if names.is_system() {
                     self.system_level_rules(names, &after.levels, after.enforced);
                 } else {
-                    let levels = shared.levels_with(names.uid, Some(&after.levels));
-                    self.first_rules(&levels, shared.has_system());
+                    let needed = shared.levels_with(names.uid, Some(&after.levels));
+                    if let Some(levels) = shared.look_only_at(needed) {
+                        self.first_rules(&levels, shared.has_system());
+                    }
                 }
                 let leads = self.all_leads(names, after);
                 let gone = left
@@ -136,8 +140,11 @@ impl Transaction<'_> {
         } else {
             self.delete_verdicts(names, left.cgroups.iter().copied());
         }
-        let system = shared.has_system() && !names.is_system();
-        self.first_rules(&shared.levels_with(names.uid, None), system);
+        if names.is_system() {
+            self.first_rules(&shared.looked_at(), false);
+        } else if let Some(levels) = shared.look_only_at(shared.levels_with(names.uid, None)) {
+            self.first_rules(&levels, shared.has_system());
+        }
         self.delete_leads(&left.places);
         for chain in &left.chains {
             self.flush_chain(chain);

@@ -40,13 +40,15 @@ impl Transaction<'_> {
         shared: &Shared,
     ) {
         self.add_leads(&names.lead_of_drop(layout));
-        let levels = shared.levels_with(names.uid, Some(&layout.levels));
         if names.is_system() {
             self.system_level_rules(names, &layout.levels, layout.enforced);
-            self.first_rules(&levels, true);
+            self.first_rules(&shared.looked_at(), true);
             self.gateway(names, layout);
-        } else if levels != shared.all_levels() {
-            self.first_rules(&levels, shared.has_system());
+        } else {
+            let needed = shared.levels_with(names.uid, Some(&layout.levels));
+            if let Some(levels) = shared.look_at(needed) {
+                self.first_rules(&levels, shared.has_system());
+            }
         }
         self.add_verdicts(names, layout, &elements.added);
     }
@@ -66,9 +68,8 @@ impl Transaction<'_> {
         if names.is_system() {
             return self.system_level_rules(names, levels, enforced);
         }
-        let all = |own| shared.levels_with(names.uid, Some(own));
-        let levels = all(levels);
-        if levels != all(from.0) {
+        let needed = shared.levels_with(names.uid, Some(levels));
+        if let Some(levels) = shared.look_at(needed) {
             self.first_rules(&levels, shared.has_system());
         }
     }
@@ -106,12 +107,12 @@ impl Transaction<'_> {
             for map in names.verdict_maps() {
                 self.flush_set(map);
             }
-            self.first_rules(&shared.levels_with(names.uid, None), false);
+            self.first_rules(&shared.looked_at(), false);
         } else {
             self.delete_leads(names.lead_of_drop(layout).keys());
             self.delete_verdicts(names, elements.deleted.iter().copied());
-            let levels = shared.levels_with(names.uid, None);
-            if levels != shared.all_levels() {
+            let needed = shared.levels_with(names.uid, None);
+            if let Some(levels) = shared.look_only_at(needed) {
                 self.first_rules(&levels, shared.has_system());
             }
         }
