@@ -198,9 +198,7 @@ impl Transaction<'_> {
         if before.bypass != after.bypass {
             self.system_drop_rules(names, after);
             if !before.bypass.is_empty() && !after.bypass.is_empty() {
-                self.flush_set(&names.bypass4);
-                self.flush_set(&names.bypass6);
-                self.bypass_elements(names, after);
+                self.replace_bypass_elements(names, after);
             }
         }
         if before.gateway != after.gateway

@@ -509,11 +509,19 @@ impl Transaction<'_> {
         }
     }
 
+    /// The same, if they are to look at other levels.
+    pub(super) fn first_rules_at(&mut self, levels: Option<BTreeSet<u32>>, shared: &Shared) {
+        if let Some(levels) = levels {
+            self.first_rules(&levels, shared.has_system());
+        }
+    }
+
     /// The system has no policy any more.
-    pub(super) fn no_system(&mut self) {
+    pub(super) fn no_system(&mut self, shared: &Shared) {
         for chain in [ENFORCED, SYSTEM, DROP_SYSTEM] {
             self.flush_chain(chain);
         }
         self.no_gateway();
+        self.first_rules(&shared.looked_at(), false);
     }
 }

@@ -3,7 +3,6 @@
 //! That goes by the same steps as any other change. What is known of what is there is its names: which chains there
 //! are, which elements, and at which levels rules look. Chains and elements that stay are filled anew.
 
-use super::ffi::{Content, KeyType};
 use super::leads::{Leads, Place};
 use super::names::Names;
 use super::plan::{ElementChanges, Layout, Step};
@@ -32,9 +31,7 @@ impl Transaction<'_> {
                     self.system_level_rules(names, &levels, true);
                 } else {
                     let needed = shared.levels_with(names.uid, Some(&levels));
-                    if let Some(levels) = shared.look_at(needed) {
-                        self.first_rules(&levels, shared.has_system());
-                    }
+                    self.first_rules_at(shared.look_at(needed), shared);
                 }
                 self.add_verdicts(names, after, &elements.added);
             }
@@ -63,9 +60,7 @@ impl Transaction<'_> {
                     self.system_level_rules(names, &after.levels, after.enforced);
                 } else {
                     let needed = shared.levels_with(names.uid, Some(&after.levels));
-                    if let Some(levels) = shared.look_only_at(needed) {
-                        self.first_rules(&levels, shared.has_system());
-                    }
+                    self.first_rules_at(shared.look_only_at(needed), shared);
                 }
                 let leads = self.all_leads(names, after);
                 let gone = left
@@ -74,13 +69,7 @@ impl Transaction<'_> {
                     .filter(|place| !leads.contains_key(place));
                 self.delete_leads(gone);
                 let needed = names.chains(after);
-                let chains = || left.chains.difference(&needed);
-                for chain in chains() {
-                    self.flush_chain(chain);
-                }
-                for chain in chains() {
-                    self.delete_chain(chain);
-                }
+                self.delete_chains(left.chains.difference(&needed));
                 if after.bypass.is_empty() {
                     self.delete_bypass_sets(names);
                 }
@@ -92,7 +81,8 @@ impl Transaction<'_> {
         if names.is_system() {
             self.create_system_sets(names);
         }
-        self.fill_bypass_sets(names, after);
+        self.add_bypass_sets(names);
+        self.replace_bypass_elements(names, after);
         let needed = names.chains(after);
         for chain in needed.difference(&left.chains) {
             self.add_chain(chain);
@@ -132,46 +122,24 @@ impl Transaction<'_> {
     /// The end of what was left.
     pub(super) fn delete_remnants(&mut self, names: &Names, left: &Remnants, shared: &Shared) {
         if names.is_system() {
-            self.no_system();
+            self.no_system(shared);
             self.create_system_sets(names);
             for map in names.verdict_maps() {
                 self.flush_set(map);
             }
         } else {
             self.delete_verdicts(names, left.cgroups.iter().copied());
-        }
-        if names.is_system() {
-            self.first_rules(&shared.looked_at(), false);
-        } else if let Some(levels) = shared.look_only_at(shared.levels_with(names.uid, None)) {
-            self.first_rules(&levels, shared.has_system());
+            let needed = shared.levels_with(names.uid, None);
+            self.first_rules_at(shared.look_only_at(needed), shared);
         }
         self.delete_leads(&left.places);
-        for chain in &left.chains {
-            self.flush_chain(chain);
-        }
-        for chain in &left.chains {
-            self.delete_chain(chain);
-        }
+        self.delete_chains(&left.chains);
         if names.is_system() {
             self.delete_system_sets(names);
         }
         // Whether they are there is not known.
         self.add_bypass_sets(names);
         self.delete_bypass_sets(names);
-    }
-
-    /// The sets of bypassed destinations with what is to be in them, whether they are there or not.
-    fn fill_bypass_sets(&mut self, names: &Names, layout: &Layout) {
-        self.add_bypass_sets(names);
-        for set in [&names.bypass4, &names.bypass6] {
-            self.flush_set(set);
-        }
-        self.bypass_elements(names, layout);
-    }
-
-    fn add_bypass_sets(&mut self, names: &Names) {
-        self.add_set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
-        self.add_set(&names.bypass6, KeyType::Ipv6, Content::Intervals);
     }
 }
 

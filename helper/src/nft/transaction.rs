@@ -56,6 +56,19 @@ impl<'a> Transaction<'a> {
         self.batch.add(&Chain::new(chain, self.table), MsgType::Del);
     }
 
+    /// They may lead to each other.
+    pub(super) fn delete_chains<C: AsRef<CStr>>(
+        &mut self,
+        chains: impl IntoIterator<Item = C> + Clone,
+    ) {
+        for chain in chains.clone() {
+            self.flush_chain(chain.as_ref());
+        }
+        for chain in chains {
+            self.delete_chain(chain.as_ref());
+        }
+    }
+
     /// A deletion that names no rule deletes all of a chain.
     pub(super) fn flush_chain(&mut self, chain: &CStr) {
         let chain = Chain::new(chain, self.table);

@@ -46,9 +46,7 @@ impl Transaction<'_> {
             self.gateway(names, layout);
         } else {
             let needed = shared.levels_with(names.uid, Some(&layout.levels));
-            if let Some(levels) = shared.look_at(needed) {
-                self.first_rules(&levels, shared.has_system());
-            }
+            self.first_rules_at(shared.look_at(needed), shared);
         }
         self.add_verdicts(names, layout, &elements.added);
     }
@@ -69,9 +67,7 @@ impl Transaction<'_> {
             return self.system_level_rules(names, levels, enforced);
         }
         let needed = shared.levels_with(names.uid, Some(levels));
-        if let Some(levels) = shared.look_at(needed) {
-            self.first_rules(&levels, shared.has_system());
-        }
+        self.first_rules_at(shared.look_at(needed), shared);
     }
 
     pub(super) fn system_level_rules(
@@ -103,18 +99,15 @@ impl Transaction<'_> {
         shared: &Shared,
     ) {
         if names.is_system() {
-            self.no_system();
+            self.no_system(shared);
             for map in names.verdict_maps() {
                 self.flush_set(map);
             }
-            self.first_rules(&shared.looked_at(), false);
         } else {
             self.delete_leads(names.lead_of_drop(layout).keys());
             self.delete_verdicts(names, elements.deleted.iter().copied());
             let needed = shared.levels_with(names.uid, None);
-            if let Some(levels) = shared.look_only_at(needed) {
-                self.first_rules(&levels, shared.has_system());
-            }
+            self.first_rules_at(shared.look_only_at(needed), shared);
         }
         self.delete_layout(names, layout, shared);
     }
@@ -129,14 +122,8 @@ impl Transaction<'_> {
         for hold in &layout.holds {
             self.delete_hold(names, layout, hold, shared);
         }
-        let proxies = || layout.proxies.iter();
-        let chains = || proxies().flat_map(|(name, proxy)| names.of_proxy(name, proxy));
-        for chain in chains() {
-            self.flush_chain(&chain);
-        }
-        for chain in chains() {
-            self.delete_chain(&chain);
-        }
+        let proxies = layout.proxies.iter();
+        self.delete_chains(proxies.flat_map(|(name, proxy)| names.of_proxy(name, proxy)));
         if names.is_system() {
             self.flush_chain(DROP_SYSTEM);
             self.delete_system_sets(names);
@@ -165,8 +152,7 @@ impl Transaction<'_> {
         if layout.bypass.is_empty() {
             return;
         }
-        self.add_set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
-        self.add_set(&names.bypass6, KeyType::Ipv6, Content::Intervals);
+        self.add_bypass_sets(names);
         self.bypass_elements(names, layout);
         if !names.is_system() {
             self.add_chain(&names.drop);
@@ -192,6 +178,11 @@ impl Transaction<'_> {
             self.delete_chain(&names.drop);
         }
         self.delete_bypass_sets(names);
+    }
+
+    pub(super) fn add_bypass_sets(&mut self, names: &Names) {
+        self.add_set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
+        self.add_set(&names.bypass6, KeyType::Ipv6, Content::Intervals);
     }
 
     pub(super) fn delete_bypass_sets(&mut self, names: &Names) {
@@ -226,7 +217,15 @@ impl Transaction<'_> {
         );
     }
 
-    pub(super) fn bypass_elements(&mut self, names: &Names, layout: &Layout) {
+    /// What is bypassed, in place of what was.
+    pub(super) fn replace_bypass_elements(&mut self, names: &Names, layout: &Layout) {
+        for set in [&names.bypass4, &names.bypass6] {
+            self.flush_set(set);
+        }
+        self.bypass_elements(names, layout);
+    }
+
+    fn bypass_elements(&mut self, names: &Names, layout: &Layout) {
         let mut ipv4 = self.set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
         for (first, last) in &layout.bypass.ipv4 {
             ipv4.push(&first.octets(), Element::Key);
