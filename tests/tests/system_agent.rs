@@ -97,17 +97,6 @@ fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
     }
 }
 
-#[track_caller]
-fn expect_dropped(sb: &Sandbox, app: &App) {
-    for to in sb.destinations() {
-        for transport in [Tcp, Udp] {
-            let outcome = app.ask(transport, to);
-            assert!(outcome.is_dropped(), "{transport:?} {to}: {outcome:?}");
-        }
-        sb.assert_nothing_left_for(to.ip());
-    }
-}
-
 fn by(proxy: &str) -> impl Fn(SocketAddr) -> Outcome {
     move |to| proxied(proxy, to)
 }
@@ -159,7 +148,7 @@ fn the_originals_example_works_unedited() {
         let parsec = scope(&system, alice, "app.slice", parsec);
         wait_in_force(&system, None);
         expect(sb, &open, direct);
-        expect_dropped(sb, &dropped);
+        sb.expect_dropped(&dropped);
         expect(sb, &through, by(PROXY));
         expect(sb, &parsec, direct);
 
@@ -209,13 +198,13 @@ fn the_originals_example_works_unedited() {
             let said: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
             said["controlGroup"]["target"] == "drop" && said["controlGroup"]["inForce"] == true
         });
-        expect_dropped(sb, &goes);
+        sb.expect_dropped(&goes);
         expect(sb, &by_rule, by("own"));
 
         // Without the user's agent the system's verdict holds.
         system.run_as(alice, &["systemctl", "--user", "stop", "cgtproxy-agent"]);
         expect(sb, &by_rule, by(PROXY));
-        expect_dropped(sb, &goes);
+        sb.expect_dropped(&goes);
     });
 }
 
@@ -329,7 +318,7 @@ fn restarts_and_kills_of_the_machines_agent_leave_no_gap() {
         let holds = || {
             traffic.assert_proxied(PROXY);
             traffic.assert_none_strayed(sb, &[PROXY]);
-            expect_dropped(sb, &dropped);
+            sb.expect_dropped(&dropped);
         };
         holds();
         let pid = || system.property(AGENT, "MainPID");

@@ -9,11 +9,10 @@
 use std::fs;
 use std::path::Path;
 
-use cgtproxy_tests::sandbox::{App, Sandbox, applications_below, sandbox};
+use cgtproxy_tests::sandbox::{Sandbox, applications_below, sandbox};
 use cgtproxy_tests::session::mapped_ids_now;
 use cgtproxy_tests::system::{System, SystemUser};
 use cgtproxy_tests::wait::{wait_for, wait_until};
-use cgtproxy_tests::wire::Transport::{Tcp, Udp};
 use serde_json::{Value, json};
 
 /// Every application is dropped, by a verdict of its own.
@@ -159,7 +158,7 @@ impl<'a> Bed<'a> {
     fn assert_dropped(&self, by: &[&str]) {
         let app = self.system.app_as(self.alice(), by);
         self.wait_for_all(1);
-        expect_dropped(self.sb, &app);
+        self.sb.expect_dropped(&app);
     }
 }
 
@@ -177,18 +176,6 @@ fn wait_for_mapped(sb: &Sandbox, uid: u32, top: &Path, count: usize, known: usiz
             (sound && mapped.iter().all(|id| made.contains(id))).then_some(made)
         },
     )
-}
-
-/// Insists that nothing comes through, and that nothing leaves.
-#[track_caller]
-fn expect_dropped(sb: &Sandbox, app: &App) {
-    for to in sb.destinations() {
-        for transport in [Tcp, Udp] {
-            let outcome = app.ask(transport, to);
-            assert!(outcome.is_dropped(), "{transport:?} {to}: {outcome:?}");
-        }
-        sb.assert_nothing_left_for(to.ip());
-    }
 }
 
 /// What holds whatever tells of control groups.
@@ -365,7 +352,7 @@ fn the_systems_units_are_followed(arguments: &str, monitors: &[&str], degraded: 
             let run = ["systemd-run", "--quiet", "--collect", "--pipe", "--wait"];
             let app = system.app(&[&run, place].concat());
             wait_for_all(1);
-            expect_dropped(sb, &app);
+            sb.expect_dropped(&app);
             drop(app);
             wait_for_all(0);
         }

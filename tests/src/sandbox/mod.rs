@@ -37,7 +37,7 @@ pub use service::{AgentBuilder, HELPER_UID, HelperBuilder, RelayBuilder, Service
 pub use user::User;
 pub use varlink::Varlink;
 
-use crate::wire::{ServerKind, Speech};
+use crate::wire::{ServerKind, Speech, Transport};
 pub(crate) use world::World;
 
 /// Runs the body in a sandbox of its own.
@@ -239,6 +239,21 @@ impl Sandbox {
     pub fn deliveries(&self, destination: IpAddr) -> Vec<Delivery> {
         self.world.settle();
         network::deliveries(destination)
+    }
+
+    /// Insists that nothing of an application's comes through, and that nothing leaves.
+    ///
+    /// # Panics
+    /// When something did.
+    #[track_caller]
+    pub fn expect_dropped(&self, app: &App) {
+        for to in self.destinations() {
+            for transport in [Transport::Tcp, Transport::Udp] {
+                let outcome = app.ask(transport, to);
+                assert!(outcome.is_dropped(), "{transport:?} {to}: {outcome:?}");
+            }
+            self.assert_nothing_left_for(to.ip());
+        }
     }
 
     /// Insists that no packet at all has left for that address.
