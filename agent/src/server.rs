@@ -12,13 +12,12 @@ use cgtproxy_proto::agent::{
     self as wire, AwaitTarget_Args, AwaitTarget_Reply, Explain_Args, Explain_Reply, GetStatus_Reply,
 };
 use cgtproxy_proto::limits::PATH_BYTES;
-use cgtproxy_proto::message::MessageReader;
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::{
-    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve,
+    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve_stream,
 };
 use serde_json::json;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -161,12 +160,14 @@ pub async fn run(socket: &Socket, agent: &Rc<Agent>, watcher: &Rc<RefCell<Watche
             Ok(peer) if peer.uid() == own || peer.uid() == 0 => {}
             _ => continue,
         }
-        let connection = Connection {
+        let mut connection = Connection {
             agent: agent.clone(),
             watcher: watcher.clone(),
         };
         tokio::task::spawn_local(async move {
-            connection.serve(stream).await;
+            if let Err(error) = serve_stream(stream, MESSAGE_BYTES, &mut connection).await {
+                tracing::debug!("a connection ended: {}", chain(&error));
+            }
             drop(slot);
         });
     }
@@ -179,14 +180,6 @@ struct Connection {
 }
 
 impl Connection {
-    async fn serve(mut self, stream: UnixStream) {
-        let (read, mut write) = stream.into_split();
-        let mut messages = MessageReader::new(read, MESSAGE_BYTES);
-        if let Err(error) = serve(&mut messages, &mut write, &mut self).await {
-            tracing::debug!("a connection ended: {}", chain(&error));
-        }
-    }
-
     fn status(&self) -> GetStatus_Reply {
         let state = self.agent.state();
         let groups: Vec<_> = state

@@ -72,10 +72,9 @@ fn read(method: &str, arguments: Value, assignments: usize) {
         .unwrap();
     let mut reader = Reader { read: 0 };
     counted(&mut || {
-        let mut messages = MessageReader::new(&message[..], MESSAGE_BYTES);
-        runtime
-            .block_on(serve(&mut messages, &mut Vec::new(), &mut reader))
-            .unwrap();
+        let stream = tokio::io::join(&message[..], Vec::new());
+        let mut messages = MessageReader::new(stream, MESSAGE_BYTES);
+        runtime.block_on(serve(&mut messages, &mut reader)).unwrap();
     });
     assert_eq!(reader.read, assignments);
 }

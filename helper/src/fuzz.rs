@@ -153,11 +153,13 @@ async fn converse(
 ) -> Vec<u8> {
     let quotas = Quotas::new(state.borrow().config.limits);
     let connection = quotas.connect(uid).expect("it is the first");
-    let mut messages = MessageReader::new(bytes, MESSAGE_BYTES);
     let mut session = Session::new(Peer::for_test(uid), connection, id, Rc::clone(state));
     let mut replies = Vec::new();
+    let stream = tokio::io::join(bytes, &mut replies);
+    let mut messages = MessageReader::new(stream, MESSAGE_BYTES);
     // What is no message ends the connection.
-    let _ = serve(&mut messages, &mut replies, &mut session).await;
+    let _ = serve(&mut messages, &mut session).await;
+    drop(messages);
     replies
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::message::MessageReader;
 use cgtproxy_proto::service::{Fault, ServeError, serve};
+use cgtproxy_proto::stream::Stream;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
@@ -247,10 +248,16 @@ impl Server {
         id: ConnectionId,
     ) {
         let uid = peer.uid();
-        let (read, mut write) = stream.into_split();
-        let mut messages = MessageReader::with_budget(read, MESSAGE_BYTES, connection.budget());
+        let stream = match Stream::new(stream) {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!(uid = uid.value(), "can't serve a connection: {error}");
+                return;
+            }
+        };
+        let mut messages = MessageReader::with_budget(stream, MESSAGE_BYTES, connection.budget());
         let mut session = Session::new(peer, connection, id, Rc::clone(&self.state));
-        match serve(&mut messages, &mut write, &mut session).await {
+        match serve(&mut messages, &mut session).await {
             Ok(()) | Err(ServeError::Write(_)) => {}
             Err(error) => tracing::debug!(uid = uid.value(), "ended a connection: {error}"),
         }

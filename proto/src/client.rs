@@ -10,11 +10,11 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
 use crate::limits::MESSAGE_BYTES;
 use crate::message::{MessageReader, ReadError};
 use crate::service::Fault;
+use crate::stream::Stream;
 
 /// Replies may be longer than calls: a status lists every control group.
 const REPLY_BYTES: usize = 16 * MESSAGE_BYTES;
@@ -53,26 +53,24 @@ fn details(parameters: &Value) -> String {
 /// A connection on which methods are called, one at a time.
 #[derive(Debug)]
 pub struct Client {
-    messages: MessageReader<OwnedReadHalf>,
-    stream: OwnedWriteHalf,
+    messages: MessageReader<Stream>,
 }
 
 impl Client {
     /// Connects to the socket at `path`.
     ///
     /// # Errors
-    /// As connect(2).
+    /// As connect(2), and if the runtime can't wait for the socket.
     pub async fn connect(path: &Path) -> io::Result<Self> {
-        Ok(Self::over(UnixStream::connect(path).await?))
+        let stream = Stream::new(UnixStream::connect(path).await?)?;
+        Ok(Self::over(stream))
     }
 
     /// Calls methods over an open connection.
     #[must_use]
-    pub fn over(stream: UnixStream) -> Self {
-        let (read, write) = stream.into_split();
+    pub fn over(stream: Stream) -> Self {
         Self {
-            messages: MessageReader::new(read, REPLY_BYTES),
-            stream: write,
+            messages: MessageReader::new(stream, REPLY_BYTES),
         }
     }
 
@@ -94,7 +92,7 @@ impl Client {
         message.push(0);
         // A peer that refuses a message does so before it has read all of it, and closes:
         // what it said is still there to be read.
-        if let Err(error) = self.stream.write_all(&message).await
+        if let Err(error) = self.messages.stream_mut().write_all(&message).await
             && !matches!(
                 error.kind(),
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset

@@ -14,6 +14,7 @@ pub mod name;
 pub mod notify;
 pub mod path;
 pub mod service;
+pub mod stream;
 
 /// `org.cgtproxy.Helper`, as generated from its description.
 #[allow(

@@ -76,6 +76,11 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
         }
     }
 
+    /// Where the messages come from.
+    pub fn stream_mut(&mut self) -> &mut R {
+        &mut self.stream
+    }
+
     /// Whether the last message had to be waited for.
     #[must_use]
     pub fn waited(&self) -> bool {

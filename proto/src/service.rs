@@ -12,9 +12,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::UnixStream;
 use varlink::{GetInterfaceDescriptionReply, ServiceInfo};
 
 use crate::message::{Budget, MessageReader, ReadError};
+use crate::stream::Stream;
 
 /// A declared error, as it is sent to the caller.
 #[derive(Debug, Clone, PartialEq)]
@@ -168,15 +170,13 @@ pub enum ServeError {
 /// # Errors
 /// If the peer breaks the protocol or a limit, or the connection fails. The connection is of no
 /// use after that.
-pub async fn serve<R, B, W, S>(
+pub async fn serve<R, B, S>(
     messages: &mut MessageReader<R, B>,
-    stream: &mut W,
     service: &mut S,
 ) -> Result<(), ServeError>
 where
-    R: AsyncRead + Unpin,
+    R: AsyncRead + AsyncWrite + Unpin,
     B: Budget,
-    W: AsyncWrite + Unpin,
     S: Service,
 {
     loop {
@@ -190,7 +190,7 @@ where
                     ReadError::Io(_) => None,
                 };
                 if let Some(fault) = fault {
-                    send(stream, Err(fault)).await?;
+                    send(messages.stream_mut(), Err(fault)).await?;
                 }
                 return Err(error.into());
             }
@@ -199,9 +199,22 @@ where
         let call = Call::parse(&message).ok_or(ServeError::Protocol)?;
         let answer = dispatch(service, &call).await;
         if !call.oneway.unwrap_or(false) {
-            send(stream, answer).await?;
+            send(messages.stream_mut(), answer).await?;
         }
     }
+}
+
+/// As [`serve`], for one that has just been accepted, with messages of at most `limit` bytes.
+///
+/// # Errors
+/// As [`serve`], and if the runtime can't wait for the connection.
+pub async fn serve_stream<S: Service>(
+    stream: UnixStream,
+    limit: usize,
+    service: &mut S,
+) -> Result<(), ServeError> {
+    let stream = Stream::new(stream).map_err(ReadError::Io)?;
+    serve(&mut MessageReader::new(stream, limit), service).await
 }
 
 /// A call, as varlink.org's Method-Call page has it. `more` is of no use: no method of ours replies more than once.
@@ -300,7 +313,6 @@ const SERVICE_DESCRIPTION: &str = include_str!("org.varlink.service.varlink");
 mod tests {
     use super::*;
     use crate::client::{CallError, Client};
-    use tokio::net::UnixStream;
 
     struct Echo;
 
@@ -340,9 +352,9 @@ mod tests {
             .unwrap();
         runtime.block_on(async {
             let (ours, theirs) = UnixStream::pair().unwrap();
-            let (read, mut write) = theirs.into_split();
+            let (ours, theirs) = (Stream::new(ours).unwrap(), Stream::new(theirs).unwrap());
             let served = async move {
-                let _ = serve(&mut MessageReader::new(read, limit), &mut write, &mut Echo).await;
+                let _ = serve(&mut MessageReader::new(theirs, limit), &mut Echo).await;
             };
             let (output, ()) = tokio::join!(test(Client::over(ours)), served);
             output

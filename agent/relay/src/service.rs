@@ -7,12 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cgtproxy_proto::limits::MESSAGE_BYTES;
-use cgtproxy_proto::message::MessageReader;
 use cgtproxy_proto::relay::{
     self as wire, Configure_Args, Configure_Reply, GetStatus_Reply, Listener, UpstreamStatus,
 };
 use cgtproxy_proto::service::{
-    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve,
+    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve_stream,
 };
 use serde_json::json;
 use tokio::net::UnixListener;
@@ -95,9 +94,7 @@ async fn accept(listener: UnixListener, relay: &Rc<Relay>, agents: &Rc<Agents>) 
             counted: false,
         };
         tokio::task::spawn_local(async move {
-            let (read, mut write) = stream.into_split();
-            let mut messages = MessageReader::new(read, MESSAGE_BYTES);
-            if let Err(error) = serve(&mut messages, &mut write, &mut connection).await {
+            if let Err(error) = serve_stream(stream, MESSAGE_BYTES, &mut connection).await {
                 tracing::debug!("ended a connection: {error}");
             }
             drop(slot);

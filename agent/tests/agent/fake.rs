@@ -12,10 +12,9 @@ use cgtproxy_proto::helper::{
     UpdateAssignments_Args, Verdict,
 };
 use cgtproxy_proto::limits::MESSAGE_BYTES;
-use cgtproxy_proto::message::MessageReader;
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::{
-    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve,
+    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve_stream,
 };
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
@@ -170,10 +169,8 @@ impl Drop for Helper {
 }
 
 async fn connection(stream: UnixStream, shared: Arc<Shared>) {
-    let (read, mut write) = stream.into_split();
-    let mut messages = MessageReader::new(read, MESSAGE_BYTES);
     let mut service = Connection(shared);
-    let _ = serve(&mut messages, &mut write, &mut service).await;
+    let _ = serve_stream(stream, MESSAGE_BYTES, &mut service).await;
     service.0.books.lock().unwrap().session = false;
     service.0.changed.notify_all();
 }

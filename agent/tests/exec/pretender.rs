@@ -9,9 +9,8 @@ use std::thread;
 use cgtproxy_proto::agent::{
     AwaitTarget_Args, AwaitTarget_Reply, DESCRIPTION, GetStatus_Reply, INTERFACE, Target,
 };
-use cgtproxy_proto::message::MessageReader;
 use cgtproxy_proto::service::{
-    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve,
+    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve_stream,
 };
 use futures_core::Stream;
 use serde_json::json;
@@ -160,13 +159,7 @@ impl Pretender {
             let (stream, _) = listener.accept().await.unwrap();
             let mut service = self.clone();
             tokio::spawn(async move {
-                let (read, mut write) = stream.into_split();
-                let _ = serve(
-                    &mut MessageReader::new(read, 10_000),
-                    &mut write,
-                    &mut service,
-                )
-                .await;
+                let _ = serve_stream(stream, 10_000, &mut service).await;
             });
         }
     }
