@@ -1,9 +1,10 @@
 //! Takes hints from where they come, and looks for what nobody tells of.
 
 use std::cell::RefCell;
+use std::pin::Pin;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::dbus::{Follower, Report};
 use super::inotify::{Event, Events, Watches};
@@ -51,6 +52,7 @@ pub struct Sources {
     crowded: u32,
     /// Until when events are left where they are because so much happens.
     rest: Option<Instant>,
+    alarm: Alarm,
     follower: Option<Follower>,
     /// systemd has told of everything.
     connected: bool,
@@ -76,6 +78,7 @@ pub fn open(subtree: Subtree, monitor: Monitor) -> (Sources, Watcher) {
         call: None,
         crowded: 0,
         rest: None,
+        alarm: Alarm(None),
         follower: None,
         connected: false,
         lost: String::new(),
@@ -170,8 +173,7 @@ impl Sources {
                         tokio::task::yield_now().await;
                     }
                 }
-                () = sleep_until(quiet.unwrap_or_else(Instant::now)), if quiet.is_some() => {}
-                () = sleep_until(rescan.unwrap_or_else(Instant::now)), if rescan.is_some() => {}
+                () = self.alarm.goes_off(quiet.into_iter().chain(rescan).min()) => {}
                 // There may be another configuration, or the call may be over.
                 _ = changed.changed() => {}
                 () = tokio::task::yield_now(), if !idle => {}
@@ -409,6 +411,25 @@ impl Sources {
         let problem =
             (!problems.is_empty()).then(|| format!("{}: {consequence}", problems.join(", and ")));
         Watching { by, problem }
+    }
+}
+
+/// A timer that may go off too early, but not too late. To set one for each call to the helper, none of which ever goes
+/// off, takes the runtime longer than all else that it does for the call, while the helper may wait for the
+/// processor.
+struct Alarm(Option<Pin<Box<Sleep>>>);
+
+impl Alarm {
+    /// Returns at that time at the latest; never if there is none. Cancel safe.
+    async fn goes_off(&mut self, at: Option<Instant>) {
+        let Some(at) = at else {
+            return std::future::pending().await;
+        };
+        let timer = self.0.get_or_insert_with(|| Box::pin(sleep_until(at)));
+        if timer.is_elapsed() || timer.deadline() > at {
+            timer.as_mut().reset(at);
+        }
+        timer.as_mut().await;
     }
 }
 
