@@ -21,7 +21,7 @@ use cgtproxy_helper::route::{self, Family, Routing};
 use cgtproxy_helper::server::Server;
 use cgtproxy_helper::snapshot::{self, Snapshot};
 use cgtproxy_helper::state::State;
-use cgtproxy_proto::notify;
+use cgtproxy_proto::{notify, scheduling};
 use clap::Parser;
 use listenfd::ListenFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -119,6 +119,9 @@ fn remove(arguments: &Arguments) -> Result<(), Error> {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Error> {
+    if let Err(error) = scheduling::take_short_turns() {
+        tracing::debug!("can't ask for short slices: {error}");
+    }
     let config = Config::load(arguments.config.as_deref())?;
     let root = Root::open(arguments.cgroup_root.as_deref())?;
     // The socket comes first: two helpers would fight over the table, and one socket is what

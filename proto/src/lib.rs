@@ -4,7 +4,7 @@
 //! `org.cgtproxy.Helper` is what the privileged helper offers to agents, `org.cgtproxy.Agent` what an
 //! agent offers to its own user's programs, `org.cgtproxy.Relay` what a relay offers to the agent. The `.varlink` files beside this one are the contract.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod client;
 pub mod interface;
@@ -13,6 +13,7 @@ pub mod message;
 pub mod name;
 pub mod notify;
 pub mod path;
+pub mod scheduling;
 pub mod service;
 pub mod stream;
 
