@@ -30,6 +30,8 @@ pub(crate) fn ruleset(level: usize) -> String {
 
 /// Gives every control group that comes in this directory the verdict `drop`, until it is killed.
 pub(crate) fn run(directory: &Path) {
+    // As the daemons do.
+    cgtproxy_proto::scheduling::take_short_turns().expect("nobody forbids it");
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC).expect("an inotify instance");
     let events = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_DELETE | AddWatchFlags::IN_ONLYDIR;
     inotify.add_watch(directory, events).expect("a directory");

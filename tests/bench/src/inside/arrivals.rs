@@ -27,8 +27,7 @@ impl Site<'_> {
             let directory = self.base.join(name);
             let start = now();
             self.make(std::slice::from_ref(&directory));
-            let born = birth::sender(&directory, patience, Duration::ZERO).expect("a process");
-            let sent = born.sent().expect("it reports");
+            let sent = birth::send_at_once(&directory, patience).expect("a process");
             samples.push(Sample {
                 first: sent.first - start,
                 in_force: sent.dropped.map(|at| at - start),

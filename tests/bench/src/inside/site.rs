@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::UdpSocket;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -25,6 +26,10 @@ const LEVEL: usize = 5;
 
 /// The longest that anything may take before it counts as never.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How many control groups the original is given at once. It takes note of 1024 that it has not looked at yet, and of no
+/// more.
+const ORIGINAL_TAKES: usize = 256;
 
 /// The user's configuration, which the original understands too.
 pub(super) fn config() -> String {
@@ -216,6 +221,10 @@ impl<'a> Site<'a> {
     /// Makes control groups that have a verdict of their own until there are so many.
     pub(super) fn map(&mut self, groups: usize) {
         let missing = groups.saturating_sub(self.mapped);
+        if self.kind == Kind::Original && missing > ORIGINAL_TAKES {
+            self.map(groups - ORIGINAL_TAKES);
+            return self.map(groups);
+        }
         let before = self.elements();
         let made: Vec<PathBuf> = (0..missing)
             .map(|_| {
@@ -392,13 +401,28 @@ fn floor_program(directory: &Path) -> Child {
 fn original() -> Child {
     let path = Path::new("/run/original.yaml");
     fs::write(path, config()).expect("/run is ours");
+    journal();
+    // It says things twice if its standard error is a character device, be it /dev/null.
+    let errors = fs::File::create("/run/original.log").expect("/run is ours");
     Command::new("cgtproxy")
         .arg("--config")
         .arg(path)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
+        .stderr(errors)
         .spawn()
         .expect("the original can be started")
+}
+
+/// Takes what the original tells the journal, and forgets it: without a journal it complains of that each time.
+fn journal() {
+    let path = Path::new("/run/systemd/journal/socket");
+    fs::create_dir_all(path.with_file_name("")).expect("/run is ours");
+    let socket = UnixDatagram::bind(path).expect("/run is ours");
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while socket.recv(&mut buffer).is_ok() {}
+    });
 }
 
 /// The control group root, inside.

@@ -28,102 +28,77 @@ pub(super) fn run(options: &Options, report: &mut Report) {
         }
         let unwatched: Vec<f64> = bursts[0].iter().map(|b| b.mkdir as f64).collect();
         let unwatched = median(&unwatched);
+        let mut each = Vec::new();
         for (yard, bursts) in yards.iter().zip(&bursts) {
-            let of = |field: fn(&Burst) -> f64| -> Vec<f64> { bursts.iter().map(field).collect() };
             let name = yard.kind.name();
-            let what = |what: &str| format!("{groups} {shape}, {what}");
-            report.add(
-                BURST,
-                what("mkdir"),
-                name,
-                " ms",
-                &of(|b| b.mkdir as f64 / 1e6),
-            );
-            if yard.kind == Kind::None {
+            let mut add = |what: &str, unit, of: &dyn Fn(&Burst) -> f64| {
+                let values: Vec<f64> = bursts.iter().map(of).collect();
                 report.add(
                     BURST,
-                    what("rmdir"),
+                    format!("{groups} {shape}, {what}"),
                     name,
-                    " ms",
-                    &of(|b| b.rmdir as f64 / 1e6),
-                );
+                    unit,
+                    &values,
+                )
+            };
+            add("mkdir", " ms", &|b| b.mkdir as f64 / 1e6);
+            add("rmdir", " ms", &|b| b.rmdir as f64 / 1e6);
+            if yard.kind == Kind::None {
                 continue;
             }
-            report.add(
-                BURST,
-                what("all in force"),
-                name,
-                " ms",
-                &of(|b| b.in_force as f64 / 1e6),
-            );
-            report.add(
-                BURST,
-                what("rmdir"),
-                name,
-                " ms",
-                &of(|b| b.rmdir as f64 / 1e6),
-            );
-            report.add(
-                BURST,
-                what("all gone"),
-                name,
-                " ms",
-                &of(|b| b.gone as f64 / 1e6),
-            );
-            let each = groups as f64 * 1000.0;
-            let cpu: Vec<f64> = bursts.iter().map(|b| b.cpu as f64 / each).collect();
-            report.add(BURST, what("daemons' CPU for each"), name, " µs", &cpu);
-            let cpu: Vec<f64> = bursts.iter().map(|b| b.cpu_removal as f64 / each).collect();
-            report.add(
-                BURST,
-                what("daemons' CPU for each removal"),
-                name,
-                " µs",
-                &cpu,
-            );
-            report.add(
-                BURST,
-                what("never in force"),
-                name,
-                "",
-                &of(|b| b.missing as f64),
-            );
-            report.add(
-                BURST,
-                what("left for ever"),
-                name,
-                "",
-                &of(|b| b.stale as f64),
-            );
+            // Otherwise it is how long somebody waited for what did not come.
+            if bursts.iter().all(|b| b.missing == 0) {
+                add("all in force", " ms", &|b| b.in_force as f64 / 1e6);
+            }
+            if bursts.iter().all(|b| b.stale == 0) {
+                add("all gone", " ms", &|b| b.gone as f64 / 1e6);
+            }
+            let handled = |b: &Burst| (groups - b.missing.min(groups)).max(1) as f64 * 1000.0;
+            let cpu = add("CPU for each that got a verdict", " µs", &|b| {
+                b.cpu as f64 / handled(b)
+            });
+            each.push((yard.kind, cpu.median));
+            add("CPU for each removal", " µs", &|b| {
+                b.cpu_removal as f64 / handled(b)
+            });
+            add("never in force", "", &|b| b.missing as f64);
+            add("left for ever", "", &|b| b.stale as f64);
             if yard.kind == Kind::Ours {
-                let sum =
-                    |field: fn(&Burst) -> usize| bursts.iter().map(field).sum::<usize>() as f64;
-                report.at_most(
-                    BURST,
-                    format!("{shape}, never in force"),
-                    sum(|b| b.missing),
-                    0.0,
-                    "",
-                );
-                report.at_most(
-                    BURST,
-                    format!("{shape}, left for ever"),
-                    sum(|b| b.stale),
-                    0.0,
-                    "",
-                );
-                let ratio = median(&of(|b| b.in_force as f64 / b.mkdir as f64));
-                report.at_most(
-                    BURST,
-                    format!("{shape}, all in force against mkdir"),
-                    ratio,
-                    1.5,
-                    "×",
-                );
-                let ratio = median(&of(|b| b.in_force as f64)) / unwatched;
-                let what = format!("{shape}, all in force against mkdir that nobody watches");
-                report.at_most(BURST, what, ratio, 1.5, "×");
+                targets(report, shape, bursts, unwatched);
             }
         }
+        let of = |kind| each.iter().find(|(k, _)| *k == kind).map(|(_, each)| each);
+        if let (Some(ours), Some(original)) = (of(Kind::Ours), of(Kind::Original)) {
+            let what = format!("{shape}, CPU for each, against the original");
+            report.at_most(BURST, what, ours / original, 1.0 / 3.0, "×");
+        }
     }
+}
+
+fn targets(report: &mut Report, shape: &str, bursts: &[Burst], unwatched: f64) {
+    let of = |field: fn(&Burst) -> f64| -> Vec<f64> { bursts.iter().map(field).collect() };
+    let mut at_most = |what: &str, measured, most, unit| {
+        report.at_most(BURST, format!("{shape}, {what}"), measured, most, unit);
+    };
+    at_most(
+        "never in force",
+        of(|b| b.missing as f64).iter().sum(),
+        0.0,
+        "",
+    );
+    at_most(
+        "left for ever",
+        of(|b| b.stale as f64).iter().sum(),
+        0.0,
+        "",
+    );
+    let ratio = median(&of(|b| b.in_force as f64 / b.mkdir as f64));
+    at_most("all in force against mkdir", ratio, 1.5, "×");
+    let ratio = median(&of(|b| b.in_force as f64)) / unwatched;
+    at_most(
+        "all in force against mkdir that nobody watches",
+        ratio,
+        1.5,
+        "×",
+    );
 }
