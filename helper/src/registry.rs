@@ -182,6 +182,7 @@ impl Registry {
         if let Some(gateway) = &policy.gateway {
             known(&proxies, &Verdict::Proxy(gateway.proxy.clone()))?;
         }
+        // One by one, in order, which leaves room in the tree for those that come later.
         let mut cgroups = BTreeMap::new();
         let mut census = Census::default();
         for (path, element) in assignments {

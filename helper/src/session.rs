@@ -393,8 +393,7 @@ pub(crate) fn assignments(
     parameter: &str,
     assignments: Vec<Assignment>,
 ) -> Result<BTreeMap<ControlGroupPath, Element>, Error> {
-    let mut elements = BTreeMap::new();
-    for (index, assignment) in assignments.into_iter().enumerate() {
+    let element = |(index, assignment): (usize, Assignment)| {
         let invalid = |field: &str| Error::Parameter(format!("{parameter}[{index}].{field}"));
         let path = ControlGroupPath::from_wire(&assignment.controlGroup)
             .map_err(|_| invalid("controlGroup"))?;
@@ -415,9 +414,10 @@ pub(crate) fn assignments(
             hold: assignment.hold.unwrap_or(false),
             enforced,
         };
-        elements.insert(path, element);
-    }
-    Ok(elements)
+        Ok((path, element))
+    };
+    // All at once: they are mostly in order, so that no place has to be looked for.
+    assignments.into_iter().enumerate().map(element).collect()
 }
 
 /// The address must be of the right family; the field's name is what is wrong otherwise.

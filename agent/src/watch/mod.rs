@@ -204,6 +204,9 @@ impl Watcher {
             let mut found = Vec::new();
             // Whoever watches it will say so.
             let _ = self.children(&path, &mut found);
+            // In order, so that each one's place in a tree is beside that of the one before, which is in the
+            // processor's cache.
+            found.sort_unstable();
             let nested = contains_more_than(&directory, found.len());
             for child in found {
                 observer.added(child.clone());
