@@ -123,6 +123,7 @@ pub(crate) fn sender(cgroup: &Path, patience: Duration, pause: Duration) -> io::
 }
 
 /// What a child does that has its parent's memory.
+#[cfg(target_arch = "x86_64")]
 struct Errand {
     patience: Duration,
     seen: [u64; 3],
