@@ -3,7 +3,6 @@
 use crate::cli::Options;
 use crate::order::{Kind, Nursery, Order, Sample, Starts};
 use crate::report::Report;
-use crate::yard::Yard;
 
 /// What was published of the original on this kernel, measured with another harness; microseconds.
 const ORIGINAL: (f64, f64) = (665.0, 4600.0);
@@ -12,11 +11,7 @@ const FIRST_SEND: &str = "first-send";
 
 pub(super) fn latency(options: &Options, report: &mut Report) {
     let kinds = [Kind::None, Kind::Floor, Kind::Ours];
-    let mut yards: Vec<Yard> = kinds
-        .into_iter()
-        .chain(super::original())
-        .map(Yard::start)
-        .collect();
+    let mut yards = super::yards(&kinds);
     let (rounds, count) = options.number((25, 40), (2, 5));
     let others = options.number(2000, 100);
     let mut medians = Vec::new();
@@ -118,12 +113,7 @@ pub(super) fn latency(options: &Options, report: &mut Report) {
 }
 
 pub(super) fn first_send(options: &Options, report: &mut Report) {
-    let kinds = [Kind::Floor, Kind::Ours, Kind::Closed];
-    let mut yards: Vec<Yard> = kinds
-        .into_iter()
-        .chain(super::original())
-        .map(Yard::start)
-        .collect();
+    let mut yards = super::yards(&[Kind::Floor, Kind::Ours, Kind::Closed]);
     let (rounds, count) = options.number((20, 100), (1, 20));
     let others = options.number(2000, 100);
     for (groups, among) in [(0, "alone".to_owned()), (others, format!("among {others}"))] {

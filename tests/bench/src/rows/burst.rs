@@ -4,7 +4,6 @@ use crate::cli::Options;
 use crate::order::{Burst, Kind, Order};
 use crate::report::Report;
 use crate::stats::median;
-use crate::yard::Yard;
 
 const BURST: &str = "burst";
 
@@ -18,8 +17,7 @@ pub(super) fn run(options: &Options, report: &mut Report) {
         if !nested {
             kinds.push(Kind::Floor);
         }
-        kinds.extend(super::original());
-        let mut yards: Vec<Yard> = kinds.into_iter().map(Yard::start).collect();
+        let mut yards = super::yards(&kinds);
         let mut bursts: Vec<Vec<Burst>> = vec![Vec::new(); yards.len()];
         for _ in 0..rounds {
             for (yard, bursts) in yards.iter_mut().zip(&mut bursts) {

@@ -14,6 +14,7 @@ mod users;
 use crate::cli::Options;
 use crate::order::Kind;
 use crate::report::Report;
+use crate::yard::Yard;
 
 /// Measures the rows that are asked for.
 pub(crate) fn run(options: &Options, report: &mut Report) {
@@ -34,6 +35,16 @@ pub(crate) fn run(options: &Options, report: &mut Report) {
             other => unreachable!("the command line knows no '{other}'"),
         }
     }
+}
+
+/// A yard for each of these, and one for the original where it is installed.
+fn yards(kinds: &[Kind]) -> Vec<Yard> {
+    kinds
+        .iter()
+        .copied()
+        .chain(original())
+        .map(Yard::start)
+        .collect()
 }
 
 /// The original is measured where it is installed.
