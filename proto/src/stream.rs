@@ -5,7 +5,7 @@
 //! nothing to do, and may do it on the very processor that the other side needs to deal with the message.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -17,11 +17,17 @@ use tokio::net::unix::pipe::{Receiver, Sender};
 
 /// A connected stream socket.
 #[derive(Debug)]
-pub struct Stream {
-    /// The socket, for which the runtime waits as for the reading end of a pipe.
-    socket: Receiver,
-    /// A copy of the descriptor, for which it waits as for the writing end of one; there while the socket is full.
-    full: Option<Sender>,
+pub struct Stream(Waiting);
+
+/// What the runtime waits for.
+#[derive(Debug)]
+enum Waiting {
+    /// Something to read, as from the reading end of a pipe.
+    Read(Receiver),
+    /// Room to write, as at the writing end of one: while the socket is full.
+    Write(Sender),
+    /// Nothing: it could not be told to wait for something else.
+    Nothing,
 }
 
 impl Stream {
@@ -31,10 +37,39 @@ impl Stream {
     /// If the runtime can't wait for it.
     pub fn new(stream: UnixStream) -> io::Result<Self> {
         let socket = OwnedFd::from(stream.into_std()?);
-        Ok(Self {
-            socket: Receiver::from_owned_fd_unchecked(socket)?,
-            full: None,
-        })
+        let socket = Receiver::from_owned_fd_unchecked(socket)?;
+        Ok(Self(Waiting::Read(socket)))
+    }
+
+    /// The socket, for reading.
+    fn reader(&mut self) -> io::Result<&mut Receiver> {
+        if let Waiting::Write(_) = self.0 {
+            self.0 = Waiting::Read(Receiver::from_owned_fd_unchecked(self.take()?)?);
+        }
+        match &mut self.0 {
+            Waiting::Read(socket) => Ok(socket),
+            Waiting::Write(_) | Waiting::Nothing => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// The socket, for writing when there is room.
+    fn writer(&mut self) -> io::Result<&mut Sender> {
+        if let Waiting::Read(_) = self.0 {
+            self.0 = Waiting::Write(Sender::from_owned_fd_unchecked(self.take()?)?);
+        }
+        match &mut self.0 {
+            Waiting::Write(socket) => Ok(socket),
+            Waiting::Read(_) | Waiting::Nothing => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// The socket itself, which nobody waits for any more.
+    fn take(&mut self) -> io::Result<OwnedFd> {
+        match std::mem::replace(&mut self.0, Waiting::Nothing) {
+            Waiting::Read(socket) => socket.into_nonblocking_fd(),
+            Waiting::Write(socket) => socket.into_nonblocking_fd(),
+            Waiting::Nothing => Err(io::ErrorKind::NotConnected.into()),
+        }
     }
 }
 
@@ -44,7 +79,7 @@ impl AsyncRead for Stream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_read(context, buffer)
+        Pin::new(self.reader()?).poll_read(context, buffer)
     }
 }
 
@@ -54,19 +89,14 @@ impl AsyncWrite for Stream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let this = &mut *self;
-        let full = match &mut this.full {
-            Some(full) => full,
-            none => match send(&this.socket, bytes, SendFlags::NOSIGNAL) {
-                Err(Errno::AGAIN) => {
-                    let copy = this.socket.as_fd().try_clone_to_owned()?;
-                    none.insert(Sender::from_owned_fd_unchecked(copy)?)
-                }
+        if let Waiting::Read(socket) = &self.0 {
+            match send(socket, bytes, SendFlags::NOSIGNAL) {
+                Err(Errno::AGAIN) => {}
                 sent => return Poll::Ready(sent.map_err(Into::into)),
-            },
-        };
-        let written = ready!(Pin::new(full).poll_write(context, bytes));
-        this.full = None;
+            }
+        }
+        let written = ready!(Pin::new(self.writer()?).poll_write(context, bytes));
+        self.reader()?;
         Poll::Ready(written)
     }
 
@@ -74,8 +104,8 @@ impl AsyncWrite for Stream {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(shutdown(&self.socket, Shutdown::Write).map_err(Into::into))
+    fn poll_shutdown(mut self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(shutdown(self.reader()?, Shutdown::Write).map_err(Into::into))
     }
 }
 
@@ -107,7 +137,7 @@ mod tests {
             let mut read = Vec::new();
             let writing = async {
                 one.write_all(&sent).await.unwrap();
-                assert!(one.full.is_none());
+                assert!(matches!(one.0, Waiting::Read(_)));
                 one.shutdown().await.unwrap();
                 one
             };
