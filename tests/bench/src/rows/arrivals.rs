@@ -10,11 +10,10 @@ const LATENCY: &str = "latency";
 const FIRST_SEND: &str = "first-send";
 
 pub(super) fn latency(options: &Options, report: &mut Report) {
-    let kinds = [Kind::None, Kind::Floor, Kind::Ours];
-    let mut yards = super::yards(&kinds);
+    let mut yards = super::yards(&[Kind::None, Kind::Floor, Kind::Ours]);
     let (rounds, count) = options.number((25, 40), (2, 5));
     let others = options.number(2000, 100);
-    let mut medians = Vec::new();
+    let mut summaries = Vec::new();
     for (groups, among) in [(0, "alone".to_owned()), (others, format!("among {others}"))] {
         for yard in &mut yards {
             yard.order::<()>(&Order::Map { groups });
@@ -25,48 +24,33 @@ pub(super) fn latency(options: &Options, report: &mut Report) {
                 samples.extend(yard.order::<Vec<Sample>>(&Order::Latency { count }));
             }
         }
-        let mut of = |kind: Kind| {
-            let position = yards
-                .iter()
-                .position(|y| y.kind == kind)
-                .expect("it is there");
-            let samples = &samples[position];
-            let micros = |of: fn(&Sample) -> u64| -> Vec<f64> {
-                samples.iter().map(|s| of(s) as f64 / 1000.0).collect()
+        for (yard, samples) in yards.iter().zip(&samples) {
+            let name = yard.kind.name();
+            let mut add = |what: String, of: fn(&Sample) -> u64| {
+                let micros: Vec<f64> = samples.iter().map(|s| of(s) as f64 / 1000.0).collect();
+                report.add(LATENCY, what, name, " µs", &micros)
             };
-            if kind == Kind::None {
-                let what = format!("mkdir to first send, {among}");
-                return report.add(LATENCY, what, kind.name(), " µs", &micros(|s| s.first));
+            if yard.kind == Kind::None {
+                add(format!("mkdir to first send, {among}"), |s| s.first);
+                continue;
             }
             let lost = samples.iter().filter(|s| s.in_force.is_none()).count();
-            assert_eq!(
-                lost,
-                0,
-                "{}: {lost} control groups never got a verdict",
-                kind.name()
-            );
+            assert_eq!(lost, 0, "{name}: {lost} control groups never got a verdict");
             let what = format!("mkdir to verdict in force, {among}");
-            report.add(
-                LATENCY,
-                what,
-                kind.name(),
-                " µs",
-                &micros(|s| s.in_force.unwrap_or(0)),
-            )
-        };
-        for kind in kinds.into_iter().chain(super::original()) {
-            let summary = of(kind);
-            if kind != Kind::None {
-                medians.push(summary);
-            }
+            let summary = add(what, |s| s.in_force.unwrap_or(0));
+            summaries.push(((yard.kind, groups), summary));
         }
     }
-    // With the original, if it is there.
-    let each = medians.len() / 2;
-    let [floor, ours, floor_among, ours_among] = [0, 1, each, each + 1].map(|n| medians[n]);
-    let (original, whose) = match medians.get(2) {
-        Some(measured) if each > 2 => ((measured.median, measured.p99), "the original's"),
-        _ => (ORIGINAL, "the original's (published)"),
+    let of = |kind, groups| {
+        let found = summaries.iter().find(|(of, _)| *of == (kind, groups));
+        found.map(|(_, summary)| *summary)
+    };
+    let measured = |kind, groups| of(kind, groups).expect("it was measured");
+    let (floor, floor_among) = (measured(Kind::Floor, 0), measured(Kind::Floor, others));
+    let (ours, ours_among) = (measured(Kind::Ours, 0), measured(Kind::Ours, others));
+    let (original, whose) = match of(Kind::Original, 0) {
+        Some(measured) => ((measured.median, measured.p99), "the original's"),
+        None => (ORIGINAL, "the original's (published)"),
     };
     report.at_most(
         LATENCY,
