@@ -414,9 +414,8 @@ impl Sources {
     }
 }
 
-/// A timer that may go off too early, but not too late. To set one for each call to the helper, none of which ever goes
-/// off, takes the runtime longer than all else that it does for the call, while the helper may wait for the
-/// processor.
+/// A timer that may go off too early, but not too late. To set one for each call to the helper, which hardly ever goes
+/// off, costs the runtime three system calls, while the helper may wait for the processor.
 struct Alarm(Option<Pin<Box<Sleep>>>);
 
 impl Alarm {
