@@ -198,6 +198,7 @@ impl Registry {
             levels: census.levels(),
             holds: census.holds(),
             enforced: census.enforced(),
+            holds_back: census.holds_back(),
             gateway: policy.gateway,
         });
         let mut changes = Changes::default();
@@ -298,7 +299,11 @@ impl Registry {
                 census.add(*cgroup, element);
             }
         }
-        let same = census.is_of(&user.layout) && subtree == user.layout.subtree;
+        // What starts next is often what has just ended: it is one change later that nobody looks for it any more.
+        let holds_back = census.holds_back() || user.census.holds_back();
+        let same = census.is_of(&user.layout)
+            && holds_back == user.layout.holds_back
+            && subtree == user.layout.subtree;
         let layout = if same {
             Rc::clone(&user.layout)
         } else {
@@ -307,6 +312,7 @@ impl Registry {
                 levels: census.levels(),
                 holds: census.holds(),
                 enforced: census.enforced(),
+                holds_back,
                 ..Layout::clone(&user.layout)
             })
         };

@@ -314,6 +314,17 @@ fn a_changed_rule_leaves_open_connections_as_they_began() {
             let outcome = connection.ask();
             assert!(outcome.is_dropped(), "{outcome:?}");
         }
+
+        // So does the next one, when for two changes nothing has been dropped and no rule looks at open connections.
+        for _ in 0..2 {
+            session.assign(json!([verdict(APP, "direct")]));
+        }
+        let began_later = open(&direct);
+        session.assign(json!([verdict(APP, "drop")]));
+        for (connection, _) in &began_later {
+            let outcome = connection.ask();
+            assert!(outcome.is_dropped(), "{outcome:?}");
+        }
     });
 }
 

@@ -129,6 +129,10 @@ impl Table {
                 held.insert(cgroup.id(), hold.level);
             }
         }
+        assert!(
+            layout.holds_back || !elements.values().any(Element::holds_back),
+            "what is open would not be dropped"
+        );
         let layout = layout.clone();
         let stamp = plan.stamp;
         let objects = Objects {

@@ -1,8 +1,6 @@
 //! From a plan to the changes of the ruleset that carry it out: all at once where there was nothing or will be nothing,
 //! and else step by step.
 
-use std::collections::BTreeSet;
-
 use super::ffi::Element;
 use super::names::Names;
 use super::plan::{Before, ElementChanges, Layout, Plan, Stamp, Step};
@@ -100,9 +98,8 @@ impl Transaction<'_> {
                 }
             }
             Step::Additions => {
-                let (levels, enforced) = both(before, after);
-                let from = (&before.levels, before.enforced);
-                self.level_rules(&names, from, (&levels, enforced), shared);
+                let both = before.looks_of_both(after);
+                self.level_rules(&names, &before.looks(), &both, shared);
                 self.add_verdicts(&names, after, &elements.added);
             }
             Step::Changes => {
@@ -113,9 +110,8 @@ impl Transaction<'_> {
             }
             Step::Deletions => {
                 self.delete_verdicts(&names, elements.deleted.iter().copied());
-                let (levels, enforced) = both(before, after);
-                let to = (&after.levels, after.enforced);
-                self.level_rules(&names, (&levels, enforced), to, shared);
+                let both = before.looks_of_both(after);
+                self.level_rules(&names, &both, &after.looks(), shared);
                 for hold in before.holds.difference(&after.holds) {
                     self.delete_hold(&names, before, hold, shared);
                 }
@@ -145,9 +141,8 @@ impl Transaction<'_> {
         if done.contains(&Step::Additions) {
             let added = elements.added.iter().map(|(cgroup, _)| cgroup.id());
             self.delete_verdicts(&names, added);
-            let (levels, enforced) = both(before, after);
-            let to = (&before.levels, before.enforced);
-            self.level_rules(&names, (&levels, enforced), to, shared);
+            let both = before.looks_of_both(after);
+            self.level_rules(&names, &both, &before.looks(), shared);
         }
         if done.contains(&Step::Chains) {
             for hold in after.holds.difference(&before.holds) {
@@ -210,10 +205,4 @@ impl Transaction<'_> {
         self.change_leads(&names.lead_of_drop(before), &names.lead_of_drop(after));
         self.change_leads(&names.lead_of_user(before), &names.lead_of_user(after));
     }
-}
-
-/// What rules look at that see what two layouts have.
-fn both(one: &Layout, other: &Layout) -> (BTreeSet<u32>, bool) {
-    let levels = one.levels.union(&other.levels);
-    (levels.copied().collect(), one.enforced || other.enforced)
 }

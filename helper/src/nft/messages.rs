@@ -221,6 +221,7 @@ pub(crate) fn layout(system: bool) -> Layout {
             .map(|verdict| Hold { level: 5, verdict })
             .collect(),
         enforced: system,
+        holds_back: true,
         gateway: system.then(|| Gateway {
             interfaces: ["br0", "a-name-of-15-ch"]
                 .into_iter()
@@ -284,6 +285,7 @@ fn life(uid: Uid, count: u64) -> Vec<Plan> {
     changed.levels.remove(&5);
     changed.holds.clear();
     changed.enforced = false;
+    changed.holds_back = false;
     let changed = Rc::new(changed);
     let elements = elements(count);
     let delete = elements.iter().map(|(cgroup, _)| cgroup.id()).collect();

@@ -229,8 +229,40 @@ pub struct Layout {
     pub holds: BTreeSet<Hold>,
     /// Whether any of those verdicts is enforced.
     pub enforced: bool,
+    /// Whether anything is dropped or held, or was when it last changed: then packets of open connections are looked
+    /// at too.
+    pub holds_back: bool,
     /// What is forwarded.
     pub gateway: Option<Gateway>,
+}
+
+/// What rules look at for a layout.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Looks {
+    pub(super) levels: BTreeSet<u32>,
+    /// Those that are enforced, before all others.
+    pub(super) enforced: bool,
+    /// Packets of open connections too.
+    pub(super) holds_back: bool,
+}
+
+impl Layout {
+    pub(super) fn looks(&self) -> Looks {
+        Looks {
+            levels: self.levels.clone(),
+            enforced: self.enforced,
+            holds_back: self.holds_back,
+        }
+    }
+
+    /// What sees what either of two layouts has.
+    pub(super) fn looks_of_both(&self, other: &Self) -> Looks {
+        Looks {
+            levels: self.levels.union(&other.levels).copied().collect(),
+            enforced: self.enforced || other.enforced,
+            holds_back: self.holds_back || other.holds_back,
+        }
+    }
 }
 
 #[cfg(any(test, fuzzing))]
@@ -369,7 +401,11 @@ impl Step {
             Self::Chains => {
                 lacks(before, after) || (before.bypass.is_empty() && !after.bypass.is_empty())
             }
-            Self::Additions => !elements.added.is_empty() || (after.enforced && !before.enforced),
+            Self::Additions => {
+                !elements.added.is_empty()
+                    || (after.enforced && !before.enforced)
+                    || (after.holds_back && !before.holds_back)
+            }
             Self::Changes => {
                 let changed = |(name, old): (&ProxyName, &Proxy)| {
                     after.proxies.get(name).is_some_and(|new| new != old)
@@ -386,6 +422,7 @@ impl Step {
                 !elements.deleted.is_empty()
                     || levels.count() > after.levels.len()
                     || before.enforced != after.enforced
+                    || (before.holds_back && !after.holds_back)
                     || lacks(after, before)
                     || (after.bypass.is_empty() && !before.bypass.is_empty())
             }

@@ -31,7 +31,7 @@
 //!   chain sessions { … goto system }          # users' own verdicts
 //!   chain sessions-deep { … goto system }     # the same for sockets deeper than level 8
 //!   chain system   { … }                      # what the system's policy says besides
-//!   chain open     { jump enforced, or sessions; … }  # connections to proxies go on as they began
+//!   chain open     { … }                      # connections to proxies go on as they began
 //!   chain drop     { … }   chain refuse  { … }
 //!   chain deliver  { … }   chain guard   { … }
 //!   chain drop-system { … }   chain deliver-system { … }   chain guard-system { … }
@@ -60,7 +60,8 @@
 //!
 //! The mark of a proxy has the divert bit, by which the `ip rule` sends a packet back in over lo.
 //! The connection keeps it as its conntrack mark, so that it goes on as it began whatever becomes
-//! of the rules; only drops look at every packet. It is by that mark that a packet is delivered. A hijacked DNS
+//! of the rules; only drops look at every packet, and there are such rules only while anything is dropped or held.
+//! It is by that mark that a packet is delivered. A hijacked DNS
 //! query carries the same mark without the divert bit, as its conntrack mark only: it is not diverted but
 //! translated. So is what goes to a proxy that is no TPROXY server; its conntrack mark has the divert bit.
 //!
@@ -74,7 +75,7 @@ use nftnl::{ChainType, Hook, MsgType};
 
 use super::ffi::{Content, Element, KeyType};
 use super::rule::Protocol;
-use super::shared::Shared;
+use super::shared::{LookedAt, Shared};
 use super::transaction::Transaction;
 
 /// The chain that says how this table is laid out. A table without it is made anew.
@@ -441,10 +442,22 @@ impl Transaction<'_> {
 
     /// The chains that packets come by before anything is known of them: users' own verdicts at these levels, and
     /// those of the system's policy around them, if there is one.
-    pub(super) fn first_rules(&mut self, levels: &BTreeSet<u32>, system: bool) {
+    ///
+    /// Where nothing is dropped or held, a connection that is open goes on as it began: no verdict changes that.
+    pub(super) fn first_rules(&mut self, looked_at: &LookedAt, system: bool) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        let levels = &looked_at.levels;
         for chain in [OUTPUT, OPEN, SESSIONS, DEEP] {
             self.flush_chain(chain);
+        }
+        if !looked_at.open {
+            self.add_rules(
+                OUTPUT,
+                [
+                    // ct mark & DIVERT == 0 ct status confirmed return
+                    &|rule| rule.ct_mark_lacks(divert).ct_confirmed().leave(),
+                ],
+            );
         }
         self.add_rules(
             OUTPUT,
@@ -468,12 +481,13 @@ impl Transaction<'_> {
         if levels.last() > Some(&SHALLOW) {
             self.deepest_session_rules(DEEP, levels, system);
         }
+        if looked_at.open {
+            // jump enforced, or sessions
+            self.add_rules(OPEN, [&|rule| rule.jump(first)]);
+        }
         self.add_rules(
             OPEN,
             [
-                // A verdict may be to drop.
-                // jump enforced, or sessions
-                &|rule| rule.jump(first),
                 // A proxy's chain knows its own connections.
                 // ct mark & MASK vmap @marks
                 &|rule| rule.ct_mark_vmap(mask, MARKS),
@@ -509,10 +523,10 @@ impl Transaction<'_> {
         }
     }
 
-    /// The same, if they are to look at other levels.
-    pub(super) fn first_rules_at(&mut self, levels: Option<BTreeSet<u32>>, shared: &Shared) {
-        if let Some(levels) = levels {
-            self.first_rules(&levels, shared.has_system());
+    /// The same, if they are to look at something else.
+    pub(super) fn first_rules_at(&mut self, looked_at: Option<LookedAt>, shared: &Shared) {
+        if let Some(looked_at) = looked_at {
+            self.first_rules(&looked_at, shared.has_system());
         }
     }
 

@@ -7,7 +7,7 @@ use std::ffi::CString;
 use std::rc::Rc;
 
 use super::leads::Place;
-use super::plan::{Hold, Layout, Plan};
+use super::plan::{Hold, Layout, Looks, Plan};
 use crate::cgroup::ControlGroupId;
 use crate::peer::Uid;
 
@@ -24,13 +24,23 @@ pub(super) struct Remnants {
     pub(super) levels: BTreeSet<u32>,
 }
 
+/// What the rules look at that every packet comes by.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct LookedAt {
+    /// The levels at which some user's control group has a verdict.
+    pub(super) levels: BTreeSet<u32>,
+    /// Packets of open connections too: anything is dropped or held, or may be. Otherwise connections go on as they
+    /// began whatever the verdict is.
+    pub(super) open: bool,
+}
+
 /// What is in the table of each user.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Shared {
     layouts: BTreeMap<Uid, Rc<Layout>>,
     left: BTreeMap<Uid, Remnants>,
-    /// The levels that rules look at once the transaction in the making is carried out.
-    looked_at: RefCell<BTreeSet<u32>>,
+    /// What rules look at once the transaction in the making is carried out.
+    looked_at: RefCell<LookedAt>,
 }
 
 impl Shared {
@@ -41,8 +51,8 @@ impl Shared {
             left,
             looked_at: RefCell::default(),
         };
-        let levels = shared.levels_with(Uid::ROOT, None);
-        shared.looked_at.replace(levels);
+        let needed = shared.needed(None, None);
+        shared.looked_at.replace(needed);
         shared
     }
 
@@ -66,47 +76,68 @@ impl Shared {
         self.left.get(&uid).unwrap_or(&NOTHING)
     }
 
-    /// The levels at which some user has a verdict, if what `uid` has is this.
-    pub(super) fn levels_with(&self, uid: Uid, own: Option<&BTreeSet<u32>>) -> BTreeSet<u32> {
-        let others = self.layouts.iter().filter(|(other, _)| **other != uid);
-        let mut levels: BTreeSet<u32> = others
-            .filter(|(other, _)| **other != Uid::ROOT)
-            .flat_map(|(_, layout)| &layout.levels)
-            .copied()
-            .collect();
-        levels.extend(own.filter(|_| uid != Uid::ROOT).into_iter().flatten());
-        let mut left = self.left.iter().filter(|(other, _)| **other != uid);
-        // Each has all users'.
-        if let Some((_, left)) = left.find(|(other, _)| **other != Uid::ROOT) {
-            levels.extend(&left.levels);
-        }
-        levels
+    /// What rules have to look at, if what `uid` has needs this.
+    pub(super) fn needed_with(&self, uid: Uid, own: Option<&Looks>) -> LookedAt {
+        self.needed(Some(uid), own)
     }
 
-    /// The levels that the rules look at.
-    pub(super) fn looked_at(&self) -> BTreeSet<u32> {
+    fn needed(&self, uid: Option<Uid>, own: Option<&Looks>) -> LookedAt {
+        let mut needed = LookedAt::default();
+        if let Some(own) = own {
+            needed.open = own.holds_back;
+            if uid != Some(Uid::ROOT) {
+                needed.levels.clone_from(&own.levels);
+            }
+        }
+        for (other, layout) in self
+            .layouts
+            .iter()
+            .filter(|(other, _)| Some(**other) != uid)
+        {
+            needed.open |= layout.holds_back;
+            if *other != Uid::ROOT {
+                needed.levels.extend(&layout.levels);
+            }
+        }
+        let mut left = self.left.iter().filter(|(other, _)| Some(**other) != uid);
+        needed.open |= left.clone().next().is_some();
+        // Each has all users'.
+        if let Some((_, left)) = left.find(|(other, _)| **other != Uid::ROOT) {
+            needed.levels.extend(&left.levels);
+        }
+        needed
+    }
+
+    /// What the rules look at.
+    pub(super) fn looked_at(&self) -> LookedAt {
         self.looked_at.borrow().clone()
     }
 
-    /// Has the rules look at these levels. None if they can stay as they are: one level more does no harm, and may be
+    /// Has the rules look at this. None if they can stay as they are: one level more does no harm, and may be
     /// needed again by the next control group. To write them takes longer than all else that a new one needs.
-    pub(super) fn look_at(&self, needed: BTreeSet<u32>) -> Option<BTreeSet<u32>> {
-        let spare = self.looked_at.borrow().difference(&needed).count();
-        if spare <= 1 && needed.is_subset(&self.looked_at.borrow()) {
+    pub(super) fn look_at(&self, needed: LookedAt) -> Option<LookedAt> {
+        let spare = self
+            .looked_at
+            .borrow()
+            .levels
+            .difference(&needed.levels)
+            .count();
+        let has_all = needed.levels.is_subset(&self.looked_at.borrow().levels);
+        if spare <= 1 && has_all && needed.open == self.looked_at.borrow().open {
             return None;
         }
         self.look_only_at(needed)
     }
 
-    /// Has the rules look at these levels and at no other. None if they do.
-    pub(super) fn look_only_at(&self, needed: BTreeSet<u32>) -> Option<BTreeSet<u32>> {
+    /// Has the rules look at this and at nothing else. None if they do.
+    pub(super) fn look_only_at(&self, needed: LookedAt) -> Option<LookedAt> {
         let before = self.looked_at.replace(needed.clone());
         (before != needed).then_some(needed)
     }
 
     /// A transaction was not carried out: the rules look at what they looked at before it.
-    pub(super) fn look_again_at(&self, levels: BTreeSet<u32>) {
-        self.looked_at.replace(levels);
+    pub(super) fn look_again_at(&self, before: LookedAt) {
+        self.looked_at.replace(before);
     }
 
     /// Whether the system has a policy.

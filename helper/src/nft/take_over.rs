@@ -5,7 +5,7 @@
 
 use super::leads::{Leads, Place};
 use super::names::Names;
-use super::plan::{ElementChanges, Layout, Step};
+use super::plan::{ElementChanges, Layout, Looks, Step};
 use super::shared::{Remnants, Shared};
 use super::transaction::Transaction;
 
@@ -25,14 +25,17 @@ impl Transaction<'_> {
             Step::Additions => {
                 let drop = names.lead_of_drop(after);
                 self.add_leads(&drop.into_iter().filter(|(p, _)| is_new(left, p)).collect());
-                let levels = left.levels.union(&after.levels).copied().collect();
+                // Whether anything was enforced, dropped or held is not known.
+                let looks = Looks {
+                    levels: left.levels.union(&after.levels).copied().collect(),
+                    enforced: true,
+                    holds_back: true,
+                };
                 if names.is_system() {
-                    // Whether anything was enforced is not known.
-                    self.system_level_rules(names, &levels, true);
-                } else {
-                    let needed = shared.levels_with(names.uid, Some(&levels));
-                    self.first_rules_at(shared.look_at(needed), shared);
+                    self.system_level_rules(names, &looks.levels, looks.enforced);
                 }
+                let needed = shared.needed_with(names.uid, Some(&looks));
+                self.first_rules_at(shared.look_at(needed), shared);
                 self.add_verdicts(names, after, &elements.added);
             }
             Step::Changes => {
@@ -58,10 +61,9 @@ impl Transaction<'_> {
                 self.delete_verdicts(names, elements.deleted.iter().copied());
                 if names.is_system() {
                     self.system_level_rules(names, &after.levels, after.enforced);
-                } else {
-                    let needed = shared.levels_with(names.uid, Some(&after.levels));
-                    self.first_rules_at(shared.look_only_at(needed), shared);
                 }
+                let needed = shared.needed_with(names.uid, Some(&after.looks()));
+                self.first_rules_at(shared.look_only_at(needed), shared);
                 let leads = self.all_leads(names, after);
                 let gone = left
                     .places
@@ -121,6 +123,7 @@ impl Transaction<'_> {
 
     /// The end of what was left.
     pub(super) fn delete_remnants(&mut self, names: &Names, left: &Remnants, shared: &Shared) {
+        let changed = shared.look_only_at(shared.needed_with(names.uid, None));
         if names.is_system() {
             self.no_system(shared);
             self.create_system_sets(names);
@@ -129,8 +132,7 @@ impl Transaction<'_> {
             }
         } else {
             self.delete_verdicts(names, left.cgroups.iter().copied());
-            let needed = shared.levels_with(names.uid, None);
-            self.first_rules_at(shared.look_only_at(needed), shared);
+            self.first_rules_at(changed, shared);
         }
         self.delete_leads(&left.places);
         self.delete_chains(&left.chains);

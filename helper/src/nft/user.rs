@@ -7,7 +7,7 @@ use nftnl::MsgType;
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{ElementChanges, Layout};
+use super::plan::{ElementChanges, Layout, Looks};
 use super::rule::Family;
 use super::ruleset::{DROP_SYSTEM, ENFORCED, SESSIONS, SYSTEM};
 use super::shared::Shared;
@@ -40,33 +40,28 @@ impl Transaction<'_> {
         shared: &Shared,
     ) {
         self.add_leads(&names.lead_of_drop(layout));
+        let needed = shared.needed_with(names.uid, Some(&layout.looks()));
+        let changed = shared.look_at(needed);
         if names.is_system() {
             self.system_level_rules(names, &layout.levels, layout.enforced);
             self.first_rules(&shared.looked_at(), true);
             self.gateway(names, layout);
         } else {
-            let needed = shared.levels_with(names.uid, Some(&layout.levels));
-            self.first_rules_at(shared.look_at(needed), shared);
+            self.first_rules_at(changed, shared);
         }
         self.add_verdicts(names, layout, &elements.added);
     }
 
-    /// Rules that look at these levels, and whether any verdict is enforced, in place of rules that look at those.
-    pub(super) fn level_rules(
-        &mut self,
-        names: &Names,
-        from: (&BTreeSet<u32>, bool),
-        to: (&BTreeSet<u32>, bool),
-        shared: &Shared,
-    ) {
+    /// Rules that look at this in place of rules that look at that.
+    pub(super) fn level_rules(&mut self, names: &Names, from: &Looks, to: &Looks, shared: &Shared) {
         if from == to {
             return;
         }
-        let (levels, enforced) = to;
-        if names.is_system() {
-            return self.system_level_rules(names, levels, enforced);
+        let same = from.levels == to.levels && from.enforced == to.enforced;
+        if names.is_system() && !same {
+            self.system_level_rules(names, &to.levels, to.enforced);
         }
-        let needed = shared.levels_with(names.uid, Some(levels));
+        let needed = shared.needed_with(names.uid, Some(to));
         self.first_rules_at(shared.look_at(needed), shared);
     }
 
@@ -98,6 +93,7 @@ impl Transaction<'_> {
         elements: &ElementChanges<'_>,
         shared: &Shared,
     ) {
+        let changed = shared.look_only_at(shared.needed_with(names.uid, None));
         if names.is_system() {
             self.no_system(shared);
             for map in names.verdict_maps() {
@@ -106,8 +102,7 @@ impl Transaction<'_> {
         } else {
             self.delete_leads(names.lead_of_drop(layout).keys());
             self.delete_verdicts(names, elements.deleted.iter().copied());
-            let needed = shared.levels_with(names.uid, None);
-            self.first_rules_at(shared.look_only_at(needed), shared);
+            self.first_rules_at(changed, shared);
         }
         self.delete_layout(names, layout, shared);
     }

@@ -11,6 +11,7 @@ pub(super) struct Census {
     levels: BTreeMap<u32, usize>,
     holds: BTreeMap<Hold, usize>,
     enforced: usize,
+    holding_back: usize,
 }
 
 impl Census {
@@ -20,6 +21,7 @@ impl Census {
             *self.holds.entry(hold).or_default() += 1;
         }
         self.enforced += usize::from(element.enforced);
+        self.holding_back += usize::from(element.holds_back());
     }
 
     pub(super) fn remove(&mut self, cgroup: OwnedControlGroup, element: &Element) {
@@ -28,6 +30,7 @@ impl Census {
             decrement(&mut self.holds, &hold);
         }
         self.enforced -= usize::from(element.enforced);
+        self.holding_back -= usize::from(element.holds_back());
     }
 
     pub(super) fn levels(&self) -> BTreeSet<u32> {
@@ -40,6 +43,10 @@ impl Census {
 
     pub(super) fn enforced(&self) -> bool {
         self.enforced > 0
+    }
+
+    pub(super) fn holds_back(&self) -> bool {
+        self.holding_back > 0
     }
 
     /// Whether a layout has just the parts that are needed.

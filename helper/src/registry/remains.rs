@@ -62,6 +62,7 @@ impl Registry {
                 .filter_map(|(cgroup, element)| Hold::of(cgroup.level(), element))
                 .collect(),
             enforced: rest.iter().any(|(_, element)| element.enforced),
+            holds_back: true,
             ..Layout::clone(layout)
         });
         let mut changes = Changes::default();

@@ -75,6 +75,10 @@ fn assert_consistent(registry: &Registry, table: &Table) {
             known.values().any(|element| element.enforced),
             "the enforced verdicts are looked up while there are any"
         );
+        assert!(
+            user.layout.holds_back || !known.values().any(Element::holds_back),
+            "packets of open connections are looked at while anything is dropped"
+        );
         if let Some(gateway) = &user.layout.gateway {
             assert!(user.layout.proxies.contains_key(&gateway.proxy));
         }
@@ -329,4 +333,41 @@ fn what_was_left_behind_keeps_its_marks() {
         .map(|proxy| proxy.mark.value())
         .collect();
     assert_eq!(marks, [0x8500_0000, 0x8100_0000]);
+}
+
+/// As long as nothing was dropped, nobody looks at what is open; and not for one that comes and goes do the rules change
+/// each time.
+#[test]
+fn open_connections_are_looked_at_for_drops_and_one_change_longer() {
+    let mut registry = Registry::new(Limits::default(), MarkRange::new(0xff00_0000).unwrap());
+    let uid = Uid::for_test(1000);
+    let subtree = OwnedControlGroup::for_test(1, 3);
+    let open = |path: &ControlGroupPath| {
+        let number = u64::from(path.as_bytes()[1]);
+        Some(OwnedControlGroup::for_test(number, 4))
+    };
+    let policy = PolicyRequest {
+        subtree,
+        proxies: Vec::new(),
+        bypass_entries: 0,
+        bypass: Bypass::default(),
+        gateway: None,
+    };
+    let staged = registry.replace(uid, policy, elements(vec![(0, 0, 0)]), open);
+    registry.apply(staged.unwrap());
+    let (direct, dropped, held) = (0, 1, 1);
+    for (assigned, removed, looked_at) in [
+        (vec![(1, direct, 0)], vec![], false),
+        (vec![(2, dropped, 0)], vec![], true),
+        (vec![], vec![2], true),
+        (vec![(2, direct, held)], vec![], true),
+        (vec![], vec![2], true),
+        (vec![], vec![1], false),
+    ] {
+        let removed = removed.into_iter().map(path).collect();
+        let staged = registry.update(uid, subtree, elements(assigned), removed, open);
+        registry.apply(staged.unwrap());
+        let (layout, ..) = registry.policy(uid).unwrap();
+        assert_eq!(layout.holds_back, looked_at);
+    }
 }

@@ -31,6 +31,7 @@ struct Record {
     enforced: bool,
     /// Interfaces, and the proxy.
     gateway: Option<(Vec<String>, String)>,
+    holds_back: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -128,6 +129,7 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout) -> Vec<u8> {
             let interfaces = gateway.interfaces.iter().map(ToString::to_string);
             (interfaces.collect(), gateway.proxy.to_string())
         }),
+        holds_back: layout.holds_back,
     };
     // Nothing in it is of a kind that can't be written.
     bincode::serde::encode_to_vec(&record, bincode::config::standard()).unwrap_or_default()
@@ -157,6 +159,7 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
         levels: record.levels,
         holds: BTreeSet::new(),
         enforced: record.enforced,
+        holds_back: record.holds_back,
         gateway: None,
     };
     let known = |name: String| {

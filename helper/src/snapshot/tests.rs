@@ -28,6 +28,7 @@ fn layout(level: u32) -> Layout {
             verdict: Verdict::Drop,
         }]),
         enforced: false,
+        holds_back: false,
         gateway: None,
     }
 }
