@@ -2,12 +2,14 @@
 
 use super::finding::{Finding, Findings, Place, Severity};
 use super::yaml::{Node, Value};
+use crate::policy::PatternCompiler;
 use crate::text::printable;
 
 /// Collects findings.
 #[derive(Debug)]
 pub(crate) struct Reader<'t> {
     pub(crate) text: &'t str,
+    pub(crate) patterns: PatternCompiler,
     findings: Findings,
     /// The newest finding, to which something may still be added.
     last: Option<Finding>,
@@ -32,6 +34,7 @@ impl<'t> Reader<'t> {
     pub(crate) fn new(text: &'t str, findings: Findings) -> Self {
         Self {
             text,
+            patterns: PatternCompiler::default(),
             findings,
             last: None,
         }

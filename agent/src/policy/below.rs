@@ -1,14 +1,9 @@
 //! What a pattern says about paths that begin with one: whether a control group that is made below another
 //! can be matched, or can't fail to be.
 
-use std::cell::RefCell;
-
-use regex_automata::hybrid::dfa::{Cache, DFA};
-use regex_automata::nfa::thompson::{self, WhichCaptures};
-use regex_automata::{Anchored, Input};
 use regex_syntax::hir::{Dot, Hir, HirKind, Look, LookSet};
 
-use super::selector::REGEX_BYTES;
+use super::automaton::Automaton;
 
 /// Which control groups below one are selected, those included that are not there yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,17 +29,11 @@ enum Stays {
 }
 
 /// What there is to know about a pattern beside its matches.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Outlook {
     stays: Stays,
-    /// For patterns that are tied to the path's beginning, which can be found not to match any more.
-    anchored: Option<Anchor>,
-}
-
-#[derive(Debug, Clone)]
-struct Anchor {
-    dfa: DFA,
-    cache: RefCell<Cache>,
+    /// It is tied to the path's beginning, and can be found not to match any more.
+    anchored: bool,
 }
 
 impl Outlook {
@@ -67,15 +56,14 @@ impl Outlook {
         } else {
             Stays::Perhaps
         };
-        let is_anchored = hir.properties().look_set_prefix().contains(Look::Start);
         Self {
             stays,
-            anchored: is_anchored.then(|| Anchor::new(hir)).flatten(),
+            anchored: hir.properties().look_set_prefix().contains(Look::Start),
         }
     }
 
-    /// What it says about paths that begin with this one and a slash. `matches` is the pattern itself.
-    pub(super) fn below(&self, path: &[u8], matches: impl Fn(&[u8]) -> bool) -> Below {
+    /// What it says about paths that begin with this one and a slash. The automaton is the pattern's own.
+    pub(super) fn below(self, path: &[u8], automaton: &Automaton) -> Below {
         // What is not UTF-8 is matched in two readings.
         if std::str::from_utf8(path).is_err() {
             return Below::Something;
@@ -84,64 +72,16 @@ impl Outlook {
         let path = path.strip_suffix(b"/").unwrap_or(path);
         let beginning = [path, b"/"].concat();
         let stays = match self.stays {
-            Stays::Always => matches(&beginning),
-            Stays::BeforeTheSlash => matches(path),
+            Stays::Always => automaton.matches(&beginning),
+            Stays::BeforeTheSlash => automaton.matches(path),
             Stays::Perhaps => false,
         };
         if stays {
             return Below::Everything;
         }
-        match &self.anchored {
-            Some(anchor) => anchor.follow(&beginning).unwrap_or(Below::Something),
-            None => Below::Something,
-        }
-    }
-}
-
-impl Anchor {
-    /// None if the automaton would be too large: then nothing is known.
-    fn new(hir: &Hir) -> Option<Self> {
-        let nfa = thompson::Compiler::new()
-            .configure(
-                thompson::Config::new()
-                    .utf8(false)
-                    .which_captures(WhichCaptures::None)
-                    .nfa_size_limit(Some(REGEX_BYTES)),
-            )
-            .build_from_hir(hir)
-            .ok()?;
-        let dfa = DFA::builder()
-            .configure(
-                DFA::config()
-                    .unicode_word_boundary(true)
-                    .cache_capacity(REGEX_BYTES)
-                    .skip_cache_capacity_check(true),
-            )
-            .build_from_nfa(nfa)
-            .ok()?;
-        let cache = RefCell::new(dfa.create_cache());
-        Some(Self { dfa, cache })
-    }
-
-    /// Follows the automaton through the beginning of a path. None if it gives up on the way.
-    fn follow(&self, beginning: &[u8]) -> Option<Below> {
-        let mut cache = self.cache.borrow_mut();
-        let input = Input::new(beginning).anchored(Anchored::Yes);
-        let mut state = self.dfa.start_state_forward(&mut cache, &input).ok()?;
-        for &byte in beginning {
-            state = self.dfa.next_state(&mut cache, state, byte).ok()?;
-            if state.is_match() {
-                // A match is seen one byte late, so that it has taken what follows it into account.
-                return Some(Below::Everything);
-            }
-            if state.is_dead() {
-                return Some(Below::Nothing);
-            }
-            if state.is_quit() {
-                return None;
-            }
-        }
-        None
+        let follow = || automaton.follow(&beginning);
+        let followed = self.anchored.then(follow).flatten();
+        followed.unwrap_or(Below::Something)
     }
 }
 

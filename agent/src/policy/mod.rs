@@ -6,6 +6,7 @@
 //! 3. Without one at the subtree's root: direct.
 
 mod application;
+mod automaton;
 mod below;
 mod exec_slices;
 mod names;
@@ -23,7 +24,7 @@ pub use application::{application_ids, unescape};
 pub use below::Below;
 pub use exec_slices::{DEFAULT_PROXY, ExecSlices};
 pub use names::Names;
-pub use selector::{Pattern, PatternError, Selector};
+pub use selector::{Pattern, PatternCompiler, PatternError, Selector};
 pub use subject::Subject;
 pub use tree::{Shared, Tree, View};
 

@@ -4,9 +4,9 @@ use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 
-use regex::bytes::{Regex, RegexBuilder};
 use regex_syntax::hir::Hir;
 
+use super::automaton::{Automaton, Compiler};
 use super::below::Outlook;
 use super::{Below, Names, Subject};
 
@@ -67,7 +67,7 @@ impl Selector {
     #[must_use]
     pub fn covers(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Match(a), Self::Match(b)) => a.regex.as_str() == b.regex.as_str(),
+            (Self::Match(a), Self::Match(b)) => a.text == b.text,
             (Self::App(a), Self::App(b))
             | (Self::Unit(a), Self::Unit(b))
             | (Self::Unit(a), Self::Slice(b))
@@ -89,17 +89,13 @@ impl fmt::Display for Selector {
     }
 }
 
-/// How large one compiled expression may get, in bytes; also what its lazily built automaton may use.
-/// The largest that people write for applications take a tenth of it.
-pub(super) const REGEX_BYTES: usize = 1 << 20;
-
 /// An unanchored regular expression in RE2's syntax.
 #[derive(Debug, Clone)]
 pub struct Pattern {
-    regex: Regex,
+    text: String,
     catch_all: bool,
-    /// An automaton, which is a thousand bytes before it has a state.
-    outlook: Box<Outlook>,
+    outlook: Outlook,
+    automaton: Box<Automaton>,
 }
 
 /// Why a pattern is not a regular expression.
@@ -112,37 +108,54 @@ pub struct PatternError {
     pub span: Option<Range<usize>>,
 }
 
-impl Pattern {
+/// Compiles patterns. One for many of them takes less time than one for each.
+#[derive(Debug)]
+pub struct PatternCompiler(Compiler);
+
+impl Default for PatternCompiler {
+    fn default() -> Self {
+        Self(Compiler::new())
+    }
+}
+
+impl PatternCompiler {
     /// Compiles a pattern.
     ///
     /// # Errors
     /// If it is not a regular expression or too large a one.
-    pub fn new(pattern: &str) -> Result<Self, PatternError> {
+    pub fn compile(&self, pattern: &str) -> Result<Pattern, PatternError> {
         let expanded = expand_quotes(pattern);
-        // Parsed on its own first, because the regex crate does not say where an error is.
         let hir = regex_syntax::ParserBuilder::new()
             .utf8(false)
             .build()
             .parse(&expanded)
             .map_err(|error| syntax_error(&error, matches!(expanded, Cow::Borrowed(_))))?;
-        let regex = RegexBuilder::new(&expanded)
-            .size_limit(REGEX_BYTES)
-            .dfa_size_limit(REGEX_BYTES)
-            .build()
-            .map_err(|error| PatternError {
-                message: match error {
-                    regex::Error::CompiledTooBig(limit) => {
-                        format!("the regular expression needs more than {limit} bytes of memory")
-                    }
-                    other => other.to_string(),
-                },
-                span: None,
-            })?;
-        Ok(Self {
-            regex,
+        let automaton = self.0.compile(&hir).map_err(|error| PatternError {
+            message: match error.size_limit() {
+                Some(limit) => {
+                    format!("the regular expression needs more than {limit} bytes of memory")
+                }
+                None => error.to_string(),
+            },
+            span: None,
+        })?;
+        Ok(Pattern {
             catch_all: is_catch_all(pattern, &hir),
-            outlook: Box::new(Outlook::new(&hir)),
+            outlook: Outlook::new(&hir),
+            automaton: Box::new(automaton),
+            text: expanded.into_owned(),
         })
+    }
+}
+
+impl Pattern {
+    /// Compiles one pattern.
+    ///
+    /// # Errors
+    /// As [`PatternCompiler::compile`].
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn new(pattern: &str) -> Result<Self, PatternError> {
+        PatternCompiler::default().compile(pattern)
     }
 
     /// Which paths it matches that begin with `path` and a slash.
@@ -150,7 +163,7 @@ impl Pattern {
     pub fn below(&self, path: &[u8]) -> Below {
         match self.catch_all {
             true => Below::Everything,
-            false => self.outlook.below(path, |path| self.matches(path)),
+            false => self.outlook.below(path, &self.automaton),
         }
     }
 
@@ -159,17 +172,17 @@ impl Pattern {
     pub fn matches(&self, path: &[u8]) -> bool {
         // A byte that is not UTF-8 counts as one unknown character, as in RE2: '.' matches it.
         // Otherwise a file name with such a byte would slip by a rule that ends in '.*$'.
-        self.regex.is_match(path)
+        self.automaton.matches(path)
             || match String::from_utf8_lossy(path) {
                 Cow::Borrowed(_) => false,
-                Cow::Owned(lossy) => self.regex.is_match(lossy.as_bytes()),
+                Cow::Owned(lossy) => self.automaton.matches(lossy.as_bytes()),
             }
     }
 }
 
 impl fmt::Display for Pattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.regex.as_str())
+        f.write_str(&self.text)
     }
 }
 
@@ -225,7 +238,7 @@ fn expand_quotes(pattern: &str) -> Cow<'_, str> {
         expanded.push_str(before);
         if let Some(quoted) = escape.strip_prefix(r"\Q") {
             let (literal, after) = quoted.split_once(r"\E").unwrap_or((quoted, ""));
-            expanded.push_str(&regex::escape(literal));
+            expanded.push_str(&regex_syntax::escape(literal));
             rest = after;
         } else {
             let end = 1 + escape.chars().nth(1).map_or(0, char::len_utf8);
@@ -241,6 +254,7 @@ fn expand_quotes(pattern: &str) -> Cow<'_, str> {
 #[cfg(test)]
 mod tests {
     use cgtproxy_proto::path::ControlGroupPath;
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -269,6 +283,25 @@ mod tests {
         assert!(matches(r"^/x/a.b$", b"/x/a\xffb"));
         assert!(matches(r"(?-u:\xff)", b"/x/a\xffb"));
         assert!(!matches(r"^/y", b"/x/a\xffb"));
+    }
+
+    proptest! {
+        /// The regex crate is made of the same automata, and of others.
+        #[test]
+        #[cfg_attr(miri, ignore = "minutes for a few patterns")]
+        fn matches_what_regex_does(
+            pattern in r"\^?(/|a|b|\.|\[\^/\]\+|\[ab\]|\.\*\??|a\{2,3\}|\(a\|b/\)|\\d|\\w\+|\\b|\\B|\$|\(\?i\)|\(\?m:\^\)|\(\?-u:\\xff\)|x\?|é){0,6}\$?",
+            path in proptest::collection::vec(
+                prop_oneof![3 => Just(b'/'), 6 => b'a'..b'd', 2 => b'0'..b'3', 1 => any::<u8>()],
+                0..12,
+            ),
+        ) {
+            let Ok(ours) = Pattern::new(&pattern) else { return Ok(()) };
+            let theirs = regex::bytes::Regex::new(&pattern).unwrap();
+            let lossy = String::from_utf8_lossy(&path);
+            let expected = theirs.is_match(&path) || theirs.is_match(lossy.as_bytes());
+            prop_assert_eq!(ours.matches(&path), expected);
+        }
     }
 
     #[test]

@@ -288,7 +288,7 @@ fn control_groups(reader: &mut Reader<'_>, node: &Node, key: &str) -> Selected {
             Some((_, "service")) if in_manager && plain => selected.units.push(name.to_owned()),
             _ => selected
                 .patterns
-                .push(format!("^{}(?:/|$)", regex::escape(path))),
+                .push(format!("^{}(?:/|$)", regex_syntax::escape(path))),
         }
     }
     // After what it has in it.

@@ -2,7 +2,8 @@
 
 use std::sync::LazyLock;
 
-use regex::Regex;
+use regex_automata::Input;
+use regex_automata::nfa::thompson::pikevm::PikeVM;
 
 use super::write::names;
 
@@ -26,18 +27,20 @@ const UNIT: &str = r"(?:[a-z-]+\\?\.slice/)*(?P<unit>[^/()|]+\\\.service)\$?";
 /// `NAME.slice`, or what is in it.
 const SLICE: &str = r"(?:[a-z-]+\\?\.slice/)*(?P<slice>[^/()|]+\\\.slice)(?:/|/\.\*|/\.\+)?\$?";
 
-static FORM: LazyLock<Option<Regex>> = LazyLock::new(|| {
+static FORM: LazyLock<Option<PikeVM>> = LazyLock::new(|| {
     let prefix = PREFIX.replace("ANY", ANY_USER);
-    Regex::new(&format!("^{prefix}(?:{APP}|{UNIT}|{SLICE})$")).ok()
+    PikeVM::new(&format!("^{prefix}(?:{APP}|{UNIT}|{SLICE})$")).ok()
 });
 
 /// The selector that says in a line what an expression spells out: `app: ID`. None if it is not surely one.
 pub(super) fn selector(expression: &str) -> Option<String> {
     // Whether a group is captured is all the same here, and so is whether a slash is escaped.
     let plain = expression.replace("(?:", "(").replace(r"\/", "/");
-    let form = FORM.as_ref()?.captures(&plain)?;
-    if let Some(id) = form.name("id") {
-        let ids = id.as_str();
+    let form = FORM.as_ref()?;
+    let mut found = form.create_captures();
+    form.captures(&mut form.create_cache(), Input::new(&plain), &mut found);
+    let group = |name| plain.get(found.get_group_by_name(name)?.range());
+    if let Some(ids) = group("id") {
         let alternatives = ids.strip_prefix('(').and_then(|s| s.strip_suffix(')'));
         let ids: Option<Vec<_>> = alternatives
             .unwrap_or(ids)
@@ -46,12 +49,12 @@ pub(super) fn selector(expression: &str) -> Option<String> {
             .collect();
         return Some(format!("app: {}", names(&ids?)));
     }
-    if let Some(unit) = form.name("unit") {
-        let unit = literal(unit.as_str())?;
+    if let Some(unit) = group("unit") {
+        let unit = literal(unit)?;
         // That of a service manager is above all that it starts.
         return (!unit.starts_with("user@")).then(|| format!("unit: {}", names(&[unit])));
     }
-    let slice = literal(form.name("slice")?.as_str())?;
+    let slice = literal(group("slice")?)?;
     let name = slice.strip_suffix(".slice")?;
     (name != "user" && !name.starts_with("user-"))
         .then(|| format!("slice: {}", names(&[name.into()])))

@@ -134,7 +134,7 @@ impl Reader<'_> {
 
     fn pattern(&mut self, node: &Node) -> Option<Pattern> {
         let text = self.text(node, "'match'")?;
-        match Pattern::new(&text) {
+        match self.patterns.compile(&text) {
             Ok(pattern) => Some(pattern),
             Err(PatternError { message, span }) => {
                 let span = span.unwrap_or(0..text.len());
