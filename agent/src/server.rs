@@ -234,7 +234,7 @@ impl Connection {
         let mut groups = state.tree().iter();
         groups
             .find(|(path, _)| path.name() == Some(unit))
-            .map(|(path, _)| (**path).clone())
+            .map(|(path, _)| path.clone())
     }
 
     /// Word of a control group that was made a moment ago may be on its way.

@@ -9,7 +9,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 use tokio::sync::{Notify, watch};
 
 use crate::config::Config;
-use crate::policy::{Shared, Tree};
+use crate::policy::Tree;
 use crate::relay::Relay;
 use crate::subtree::Subtree;
 use crate::sync::{Call, Ledger};
@@ -225,27 +225,19 @@ impl State {
 }
 
 impl Observer for State {
-    fn added(&mut self, path: ControlGroupPath) -> Shared {
-        if let Some(parent) = path.parent()
-            && !self.tree.contains(&parent)
-        {
-            self.added(parent);
-        }
-        match self.tree.add(path.clone()) {
-            Some(path) => {
-                if path.as_bytes().is_empty() && self.accepted.is_some() {
-                    // The helper hangs everything on this one control group.
-                    self.ledger.replace_all();
-                } else if self.tree.element(&path).is_some() {
-                    self.ledger.touch(&path);
-                }
-                path
+    fn added(&mut self, path: ControlGroupPath) -> ControlGroupPath {
+        let (ledger, accepted) = (&mut self.ledger, self.accepted.is_some());
+        self.tree.take_in(path, &mut |path, element| {
+            if path.as_bytes().is_empty() && accepted {
+                // The helper hangs everything on this one control group.
+                ledger.replace_all();
+            } else if element {
+                ledger.touch(path);
             }
-            None => Shared::new(path),
-        }
+        })
     }
 
-    fn removed(&mut self, path: &ControlGroupPath) -> Vec<Shared> {
+    fn removed(&mut self, path: &ControlGroupPath) -> Vec<ControlGroupPath> {
         let removed = self.tree.remove(path);
         for path in &removed {
             self.ledger.renew(path);

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::rc::Rc;
 
 use crate::limits::{COMPONENT_BYTES, PATH_BYTES};
 
@@ -13,8 +14,10 @@ use crate::limits::{COMPONENT_BYTES, PATH_BYTES};
 ///
 /// A name in cgroupfs is any bytes but `/` and NUL, and JSON has only Unicode: in messages `%` and every
 /// byte that is not part of valid UTF-8 is written `%XX`.
+///
+/// Several tables hold one path: a clone is the same bytes once more.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct ControlGroupPath(Vec<u8>);
+pub struct ControlGroupPath(Rc<[u8]>);
 
 /// Why a path cannot name a control group below a root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -56,24 +59,14 @@ impl ControlGroupPath {
         if bytes.is_empty() {
             return Ok(Self::root());
         }
-        if bytes.contains(&0) {
-            return Err(InvalidPath::Nul);
-        }
         if bytes.starts_with(b"/") {
             return Err(InvalidPath::Absolute);
         }
         if bytes.len() > PATH_BYTES {
             return Err(InvalidPath::TooLong);
         }
-        for component in bytes.split(|&b| b == b'/') {
-            match component {
-                b"" => return Err(InvalidPath::EmptyComponent),
-                b"." | b".." => return Err(InvalidPath::Dots),
-                _ if component.len() > COMPONENT_BYTES => return Err(InvalidPath::TooLong),
-                _ => {}
-            }
-        }
-        Ok(Self(bytes.to_vec()))
+        bytes.split(|&b| b == b'/').try_for_each(component)?;
+        Ok(Self(bytes.into()))
     }
 
     /// Takes a path as a message has it.
@@ -168,11 +161,21 @@ impl ControlGroupPath {
     /// The control group that this one is in; none for the root.
     #[must_use]
     pub fn parent(&self) -> Option<Self> {
-        if self.0.is_empty() {
-            return None;
+        let (parent, _) = self.split_last()?;
+        Some(Self(parent.into()))
+    }
+
+    /// The path of the control group that this one is in, and its name there; none for the root.
+    #[must_use]
+    pub fn split_last(&self) -> Option<(&[u8], &[u8])> {
+        match self.0.iter().rposition(|&b| b == b'/') {
+            _ if self.0.is_empty() => None,
+            None => Some((&[], &self.0)),
+            Some(end) => {
+                let (parent, name) = self.0.split_at(end);
+                Some((parent, name.strip_prefix(b"/")?))
+            }
         }
-        let end = self.0.iter().rposition(|&b| b == b'/').unwrap_or(0);
-        Some(Self(self.0.get(..end).unwrap_or_default().to_vec()))
     }
 
     /// The control group `name` in this one.
@@ -189,7 +192,11 @@ impl ControlGroupPath {
             bytes.push(b'/');
         }
         bytes.extend_from_slice(name);
-        Self::from_bytes(&bytes)
+        if bytes.len() > PATH_BYTES {
+            return Err(InvalidPath::TooLong);
+        }
+        component(name)?;
+        Ok(Self(bytes.into()))
     }
 
     /// Whether this is `other` or below it.
@@ -198,8 +205,18 @@ impl ControlGroupPath {
         other.0.is_empty()
             || self
                 .0
-                .strip_prefix(other.0.as_slice())
+                .strip_prefix(&*other.0)
                 .is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
+    }
+}
+
+fn component(name: &[u8]) -> Result<(), InvalidPath> {
+    match name {
+        b"" => Err(InvalidPath::EmptyComponent),
+        b"." | b".." => Err(InvalidPath::Dots),
+        _ if name.contains(&0) => Err(InvalidPath::Nul),
+        _ if name.len() > COMPONENT_BYTES => Err(InvalidPath::TooLong),
+        _ => Ok(()),
     }
 }
 

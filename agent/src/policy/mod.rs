@@ -26,7 +26,7 @@ pub use exec_slices::{DEFAULT_PROXY, ExecSlices};
 pub use names::Names;
 pub use selector::{Pattern, PatternCompiler, PatternError, Selector};
 pub use subject::Subject;
-pub use tree::{Shared, Tree, View};
+pub use tree::{Tree, View};
 
 /// What happens to a control group's packets.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

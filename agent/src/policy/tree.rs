@@ -9,9 +9,6 @@ use cgtproxy_proto::path::ControlGroupPath;
 
 use super::{Choice, Element, Rules, Start, Target};
 
-/// A path that several tables hold.
-pub type Shared = Rc<ControlGroupPath>;
-
 /// One control group.
 #[derive(Debug, Clone)]
 struct Group {
@@ -31,7 +28,7 @@ pub struct Tree {
     prefix: Vec<u8>,
     rules: Rc<Rules>,
     /// In the order of the paths, parents come before their children.
-    groups: BTreeMap<Shared, Group>,
+    groups: BTreeMap<ControlGroupPath, Group>,
 }
 
 /// One control group as [`Tree::get`] and [`Tree::iter`] show it.
@@ -91,7 +88,7 @@ impl Tree {
     }
 
     /// All control groups, parents before children.
-    pub fn iter(&self) -> impl Iterator<Item = (&Shared, View<'_>)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&ControlGroupPath, View<'_>)> {
         self.groups.iter().map(|(path, group)| (path, group.view()))
     }
 
@@ -117,7 +114,7 @@ impl Tree {
     }
 
     /// The minimal cover, parents before children.
-    pub fn cover(&self) -> impl Iterator<Item = (&Shared, &Element)> {
+    pub fn cover(&self) -> impl Iterator<Item = (&ControlGroupPath, &Element)> {
         self.groups
             .iter()
             .filter(|(_, group)| group.mapped)
@@ -139,26 +136,43 @@ impl Tree {
 
     /// A control group has come. Returns the path as it is kept, or none if it was known. Ancestors
     /// that were not are taken in as well, for a control group is never without them.
-    pub fn add(&mut self, path: ControlGroupPath) -> Option<Shared> {
-        if self.groups.contains_key(&path) {
-            return None;
+    pub fn add(&mut self, path: ControlGroupPath) -> Option<ControlGroupPath> {
+        let mut added = None;
+        self.take_in(path, &mut |path, _| added = Some(path.clone()));
+        added
+    }
+
+    /// The same. `new` is told of each that was not known, parents first, and whether it is part of the cover.
+    pub fn take_in(
+        &mut self,
+        path: ControlGroupPath,
+        new: &mut dyn FnMut(&ControlGroupPath, bool),
+    ) -> ControlGroupPath {
+        if let Some((path, _)) = self.groups.get_key_value(&path) {
+            return path.clone();
         }
         let parent = path.parent();
-        if let Some(parent) = &parent
-            && !self.groups.contains_key(parent)
-        {
-            self.add(parent.clone());
-        }
-        let above = parent.and_then(|parent| self.groups.get(&parent));
-        let group = judge(&self.rules, &self.prefix, &path, above);
-        let path = Shared::new(path);
+        let group = loop {
+            let above = match &parent {
+                None => None,
+                Some(parent) => match self.groups.get(parent) {
+                    Some(above) => Some(above),
+                    None => {
+                        self.take_in(parent.clone(), new);
+                        continue;
+                    }
+                },
+            };
+            break judge(&self.rules, &self.prefix, &path, above);
+        };
+        new(&path, group.mapped);
         self.groups.insert(path.clone(), group);
-        Some(path)
+        path
     }
 
     /// A control group has gone, and with it everything below. Returns all that were known.
-    pub fn remove(&mut self, path: &ControlGroupPath) -> Vec<Shared> {
-        let removed: Vec<Shared> = self.below(path).cloned().collect();
+    pub fn remove(&mut self, path: &ControlGroupPath) -> Vec<ControlGroupPath> {
+        let removed: Vec<ControlGroupPath> = self.below(path).cloned().collect();
         for path in &removed {
             self.groups.remove(path);
         }
@@ -169,7 +183,7 @@ impl Tree {
     pub fn below<'a>(
         &'a self,
         path: &'a ControlGroupPath,
-    ) -> impl Iterator<Item = &'a Shared> + 'a {
+    ) -> impl Iterator<Item = &'a ControlGroupPath> + 'a {
         let this = self.groups.get_key_value(path).map(|(path, _)| path);
         // Not from the path itself on: between it and its children come all the siblings whose
         // names begin with its name. No name is smaller than this one. A path that is too long for
@@ -441,9 +455,9 @@ mod tests {
                     }
                 }
             }
-            let known: BTreeSet<_> = tree.iter().map(|(p, _)| (**p).clone()).collect();
+            let known: BTreeSet<_> = tree.iter().map(|(p, _)| p.clone()).collect();
             prop_assert_eq!(&known, &exist);
-            let cover: BTreeMap<_, _> = tree.cover().map(|(p, t)| ((**p).clone(), t.clone())).collect();
+            let cover: BTreeMap<_, _> = tree.cover().map(|(p, t)| (p.clone(), t.clone())).collect();
             for p in &exist {
                 let meant = plain_reading(&rules, p);
                 let held = kernel(&cover, p);

@@ -32,17 +32,17 @@ impl Kernel {
             Call::Update { assign, remove } => (assign, remove),
         };
         for path in remove {
-            self.0.remove(&**path);
+            self.0.remove(path);
         }
         let mut skipped = Vec::new();
         for (path, element) in assign {
-            match disk.get(&**path) {
+            match disk.get(path) {
                 Some(id) => {
-                    self.0.insert((**path).clone(), (*id, element.clone()));
+                    self.0.insert(path.clone(), (*id, element.clone()));
                 }
                 None => {
-                    self.0.remove(&**path);
-                    skipped.push(((**path).clone(), SkipReason::missing));
+                    self.0.remove(path);
+                    skipped.push((path.clone(), SkipReason::missing));
                 }
             }
         }
@@ -190,7 +190,7 @@ impl Agent {
             .tree
             .iter()
             .filter(|(path, _)| !disk.contains_key(path))
-            .map(|(path, _)| (**path).clone())
+            .map(|(path, _)| path.clone())
             .collect();
         for path in gone {
             self.removed(&path);

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use cgtproxy_proto::path::ControlGroupPath;
 
 use super::wire;
-use crate::policy::{Element, Pattern, Rule, Rules, Selector, Shared, Start, Target, Tree};
+use crate::policy::{Element, Pattern, Rule, Rules, Selector, Start, Target, Tree};
 use crate::sync::{Call, Ledger};
 use counter::{counted, within_bound};
 
@@ -48,7 +48,7 @@ fn tree(scopes: usize) -> Tree {
     tree
 }
 
-fn cover(tree: &Tree) -> Vec<(Shared, Element)> {
+fn cover(tree: &Tree) -> Vec<(ControlGroupPath, Element)> {
     tree.cover()
         .map(|(path, element)| (path.clone(), element.clone()))
         .collect()

@@ -10,7 +10,7 @@ use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use crate::policy::{Element, Shared, Target, Tree};
+use crate::policy::{Element, Target, Tree};
 
 /// How long the control groups of one call may get, in bytes; proxies and bypass entries come on top.
 const CALL_BYTES: usize = MESSAGE_BYTES / 2;
@@ -28,21 +28,21 @@ struct Held {
 struct Flight {
     replace: bool,
     /// With whether another control group has got the path since it was sent.
-    assigned: BTreeMap<Shared, Held>,
-    removed: Vec<Shared>,
+    assigned: BTreeMap<ControlGroupPath, Held>,
+    removed: Vec<ControlGroupPath>,
 }
 
 /// A call to the helper.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Call {
     /// Replace everything by this.
-    Replace(Vec<(Shared, Element)>),
+    Replace(Vec<(ControlGroupPath, Element)>),
     /// Change this.
     Update {
         /// These get a verdict.
-        assign: Vec<(Shared, Element)>,
+        assign: Vec<(ControlGroupPath, Element)>,
         /// These have none of their own any more.
-        remove: Vec<Shared>,
+        remove: Vec<ControlGroupPath>,
     },
 }
 
@@ -51,10 +51,10 @@ pub enum Call {
 pub struct Ledger {
     /// Everything must be sent.
     replace: bool,
-    held: BTreeMap<Shared, Held>,
-    dirty: BTreeSet<Shared>,
+    held: BTreeMap<ControlGroupPath, Held>,
+    dirty: BTreeSet<ControlGroupPath>,
     flight: Option<Flight>,
-    skipped: BTreeMap<Shared, SkipReason>,
+    skipped: BTreeMap<ControlGroupPath, SkipReason>,
     /// How long the control groups of one call may get, in bytes.
     pub(super) limit: usize,
 }
@@ -74,12 +74,15 @@ impl Default for Ledger {
 
 impl Ledger {
     /// What a control group should have may have changed.
-    pub fn touch(&mut self, path: &Shared) {
-        self.dirty.insert(path.clone());
+    pub fn touch(&mut self, path: &ControlGroupPath) {
+        // Whoever sends everything looks at everything.
+        if !self.replace {
+            self.dirty.insert(path.clone());
+        }
     }
 
     /// The control group at this path is gone; another one may be there already.
-    pub fn renew(&mut self, path: &Shared) {
+    pub fn renew(&mut self, path: &ControlGroupPath) {
         self.skipped.remove(path);
         if let Some(held) = self.held.get_mut(path) {
             held.stale = true;
@@ -166,9 +169,11 @@ impl Ledger {
                 self.dirty.insert(path.clone());
             } else {
                 assign.push((path.clone(), element.clone()));
-                flight.assigned.insert(path.clone(), fresh(element));
             }
         }
+        // All at once: they are in order.
+        let sent = assign.iter();
+        flight.assigned = sent.map(|(p, e)| (p.clone(), fresh(e))).collect();
         self.flight = Some(flight);
         Call::Replace(assign)
     }
@@ -324,7 +329,7 @@ mod tests {
     }
 
     fn shown(call: Option<Call>) -> String {
-        let assigned = |list: Vec<(Shared, Element)>| {
+        let assigned = |list: Vec<(ControlGroupPath, Element)>| {
             let list: Vec<_> = list
                 .iter()
                 .map(|(p, t)| format!("{}={t}", p.to_wire()))
@@ -443,17 +448,17 @@ mod tests {
                 }
             };
             for path in remove {
-                self.held.remove(&**path);
+                self.held.remove(path);
             }
             let mut skipped = Vec::new();
             for (path, target) in assign {
-                match disk.get(&**path) {
+                match disk.get(path) {
                     Some(id) => {
-                        self.held.insert((**path).clone(), (*id, target.clone()));
+                        self.held.insert(path.clone(), (*id, target.clone()));
                     }
                     None => {
-                        self.held.remove(&**path);
-                        skipped.push(((**path).clone(), SkipReason::missing));
+                        self.held.remove(path);
+                        skipped.push((path.clone(), SkipReason::missing));
                     }
                 }
             }

@@ -4,9 +4,10 @@
 use std::borrow::Cow;
 
 use cgtproxy_proto::helper::{Gateway, Proxy, Verdict};
+use cgtproxy_proto::path::ControlGroupPath;
 use serde::Serialize;
 
-use crate::policy::{Element, Shared, Target};
+use crate::policy::{Element, Target};
 
 /// The parameters of `ReplacePolicy`.
 #[derive(Debug, Serialize)]
@@ -43,11 +44,11 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
-pub(super) fn assignments(list: &[(Shared, Element)]) -> Vec<Assignment<'_>> {
+pub(super) fn assignments(list: &[(ControlGroupPath, Element)]) -> Vec<Assignment<'_>> {
     list.iter().map(assignment).collect()
 }
 
-fn assignment((path, element): &(Shared, Element)) -> Assignment<'_> {
+fn assignment((path, element): &(ControlGroupPath, Element)) -> Assignment<'_> {
     let (verdict, proxy) = match &element.target {
         Target::Direct => (Verdict::direct, None),
         Target::Drop => (Verdict::drop, None),
@@ -81,7 +82,7 @@ mod tests {
             enforce,
         };
         let proxy = Target::Proxy(Rc::new("p".parse().unwrap()));
-        let list: Vec<(Shared, Element)> = [
+        let list: Vec<(ControlGroupPath, Element)> = [
             (&b""[..], element(Target::Direct, false, false)),
             (b"a.slice", element(Target::Drop, true, false)),
             (b"a%b/\xff", element(Target::DropAll, false, true)),
@@ -90,7 +91,7 @@ mod tests {
         .into_iter()
         .map(|(path, element)| {
             let path = ControlGroupPath::from_bytes(path).unwrap();
-            (Shared::new(path), element)
+            (path, element)
         })
         .collect();
         let yes = |value: bool| value.then_some(true);

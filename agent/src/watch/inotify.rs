@@ -14,9 +14,9 @@ use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
 use tokio::net::unix::pipe::Receiver;
 
 use super::Hint;
-use crate::policy::Shared;
 use crate::subtree::Subtree;
 use crate::text::printable;
+use cgtproxy_proto::path::ControlGroupPath;
 
 /// How many bytes of events are read at once.
 const BUFFER_BYTES: usize = 16 * 1024;
@@ -166,7 +166,7 @@ enum Watched {
     /// The directory of this index above the subtree's root.
     Ancestor(usize),
     /// A control group.
-    Group(Shared),
+    Group(ControlGroupPath),
 }
 
 /// The watches on a subtree.
@@ -210,7 +210,7 @@ impl Watches {
     }
 
     /// The control group that a watch is on, if it is on one.
-    pub(super) fn group(&self, watch: &WatchDescriptor) -> Option<&Shared> {
+    pub(super) fn group(&self, watch: &WatchDescriptor) -> Option<&ControlGroupPath> {
         match self.watched.get(&watch.get_watch_descriptor_id())? {
             Watched::Group(path) => Some(path),
             Watched::Ancestor(_) => None,
@@ -218,7 +218,7 @@ impl Watches {
     }
 
     /// Notes which control group a watch is on.
-    pub(super) fn assign(&mut self, watch: &WatchDescriptor, path: Shared) {
+    pub(super) fn assign(&mut self, watch: &WatchDescriptor, path: ControlGroupPath) {
         self.watched
             .insert(watch.get_watch_descriptor_id(), Watched::Group(path));
     }

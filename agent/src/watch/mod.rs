@@ -24,7 +24,6 @@ use cgtproxy_proto::path::ControlGroupPath;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::policy::Shared;
 use crate::subtree::Subtree;
 use crate::text::{chain, printable};
 
@@ -36,9 +35,9 @@ const HOME: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC
 /// Who is told of control groups.
 pub trait Observer {
     /// A control group is there. It may be known already. Returns the path as it is kept.
-    fn added(&mut self, path: ControlGroupPath) -> Shared;
+    fn added(&mut self, path: ControlGroupPath) -> ControlGroupPath;
     /// A control group is gone, with everything below. Returns all that were known.
-    fn removed(&mut self, path: &ControlGroupPath) -> Vec<Shared>;
+    fn removed(&mut self, path: &ControlGroupPath) -> Vec<ControlGroupPath>;
     /// Events were lost: any control group may be another one than before.
     fn lost_track(&mut self);
 }
@@ -124,7 +123,7 @@ pub struct Watcher {
     monitor: Monitor,
     /// None if inotify is not to be used, or can't be.
     watches: Option<inotify::Watches>,
-    groups: BTreeMap<Shared, Known>,
+    groups: BTreeMap<ControlGroupPath, Known>,
     /// Those that should be watched and are not.
     unwatched: BTreeSet<ControlGroupPath>,
     /// Those of which it is not known what is in them.
@@ -237,7 +236,7 @@ impl Watcher {
                 seen.insert(path);
             }
         }
-        let gone: Vec<Shared> = self
+        let gone: Vec<ControlGroupPath> = self
             .groups
             .keys()
             .filter(|path| !seen.contains(*path))
@@ -404,7 +403,7 @@ impl Watcher {
                 there.insert(path);
             }
         }
-        let gone = self.groups.keys().filter(|path| !there.contains(&***path));
+        let gone = self.groups.keys().filter(|path| !there.contains(*path));
         for path in gone.cloned().collect::<Vec<_>>() {
             self.gone(&path, observer);
         }
@@ -435,7 +434,11 @@ impl Watcher {
     }
 
     /// Watches a control group and reports it, or that it is gone.
-    fn enter(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) -> Option<Shared> {
+    fn enter(
+        &mut self,
+        path: &ControlGroupPath,
+        observer: &mut dyn Observer,
+    ) -> Option<ControlGroupPath> {
         tracing::trace!("looking at {path:?}");
         let directory = self.directory(path);
         let watch = match self.watch(path, &directory) {
@@ -475,7 +478,7 @@ impl Watcher {
             _ => None,
         };
         if let Some(other) = holder
-            && *other != *path
+            && other != *path
         {
             self.gone(&other, observer);
             return self.enter(path, observer);
