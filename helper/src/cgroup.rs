@@ -325,23 +325,25 @@ impl Subtree {
     /// If it is not there, or not this user's.
     pub fn open(&self, path: &ControlGroupPath) -> Result<OwnedControlGroup, Unavailable> {
         let level = level(self.cgroup.level, path)?;
-        let (Some(parent), Some(name)) = (path.parent(), path.name()) else {
+        let Some((parent, name)) = path.split_last() else {
             return Ok(self.cgroup);
         };
         let mut opened = self.opened.borrow_mut();
         let Opened { parent: last, room } = &mut *opened;
-        let directory = if parent.as_bytes().is_empty() {
+        let directory = if parent.is_empty() {
             &self.directory
         } else {
-            let directory = match last.take() {
-                Some((path, directory)) if path == parent => directory,
+            let parent = match last.take() {
+                Some(last) if last.0.as_bytes() == parent => last,
                 other => {
                     // Not one descriptor more than are kept back.
                     drop(other);
-                    open_beneath(&self.directory, &parent, &self.spare, room)?
+                    let parent = path.parent().ok_or(Unavailable::NotControlGroup)?;
+                    let directory = open_beneath(&self.directory, &parent, &self.spare, room)?;
+                    (parent, directory)
                 }
             };
-            &last.insert((parent, directory)).1
+            &last.insert(parent).1
         };
         // A name is one component and none of '.' and '..', a link is not followed, and a mount that lies over the
         // directory has another number than the one on which it all began. So this is what openat2(2) would lead to.

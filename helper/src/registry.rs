@@ -182,15 +182,13 @@ impl Registry {
         if let Some(gateway) = &policy.gateway {
             known(&proxies, &Verdict::Proxy(gateway.proxy.clone()))?;
         }
-        // One by one, in order, which leaves room in the tree for those that come later.
-        let mut cgroups = BTreeMap::new();
         let mut census = Census::default();
-        for (path, element) in assignments {
-            if let Some(cgroup) = open(&path) {
-                census.add(cgroup, &element);
-                cgroups.insert(path, (cgroup, element));
-            }
-        }
+        let opened = assignments.into_iter().filter_map(|(path, element)| {
+            let cgroup = open(&path)?;
+            census.add(cgroup, &element);
+            Some((path, (cgroup, element)))
+        });
+        let cgroups: BTreeMap<_, _> = opened.collect();
         let layout = Rc::new(Layout {
             subtree: policy.subtree,
             proxies,

@@ -66,12 +66,6 @@ fn decrement<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) {
     }
 }
 
-/// An element before and after a change.
-type Difference<'a> = (
-    Option<(OwnedControlGroup, &'a Element)>,
-    Option<(OwnedControlGroup, &'a Element)>,
-);
-
 /// What the kernel is told of an element: a hold that holds nothing is none.
 fn told((cgroup, element): (OwnedControlGroup, &Element)) -> (&Verdict, Option<u32>, bool) {
     let hold = Hold::of(cgroup.level(), element);
@@ -84,26 +78,38 @@ fn told((cgroup, element): (OwnedControlGroup, &Element)) -> (&Verdict, Option<u
 
 /// Which elements the kernel has to delete and to add.
 #[derive(Debug, Default)]
-pub(super) struct Changes<'a>(BTreeMap<ControlGroupId, Difference<'a>>);
+pub(super) struct Changes<'a>(Vec<(When, OwnedControlGroup, &'a Element)>);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum When {
+    Before,
+    After,
+}
 
 impl<'a> Changes<'a> {
     pub(super) fn had(&mut self, cgroup: OwnedControlGroup, element: &'a Element) {
-        self.0.entry(cgroup.id()).or_default().0 = Some((cgroup, element));
+        self.0.push((When::Before, cgroup, element));
     }
 
     pub(super) fn has(&mut self, cgroup: OwnedControlGroup, element: &'a Element) {
-        self.0.entry(cgroup.id()).or_default().1 = Some((cgroup, element));
+        self.0.push((When::After, cgroup, element));
     }
 
-    pub(super) fn finish(self) -> (Vec<ControlGroupId>, Vec<(OwnedControlGroup, Element)>) {
+    pub(super) fn finish(mut self) -> (Vec<ControlGroupId>, Vec<(OwnedControlGroup, Element)>) {
         let mut delete = Vec::new();
         let mut add = Vec::new();
-        for (id, (before, after)) in self.0 {
+        self.0.sort_by_key(|(_, cgroup, _)| cgroup.id());
+        for same in self.0.chunk_by(|(_, a, _), (_, b, _)| a.id() == b.id()) {
+            let last = |wanted| {
+                let found = same.iter().rfind(|(when, ..)| *when == wanted);
+                found.map(|&(_, cgroup, element)| (cgroup, element))
+            };
+            let (before, after) = (last(When::Before), last(When::After));
             if before.map(told) == after.map(told) {
                 continue;
             }
-            if before.is_some() {
-                delete.push(id);
+            if let Some((cgroup, _)) = before {
+                delete.push(cgroup.id());
             }
             if let Some((cgroup, element)) = after {
                 add.push((cgroup, element.clone()));
