@@ -43,6 +43,8 @@ pub(crate) enum Role {
     Relay,
     Socks,
     Errand(Errand),
+    /// Says what time it is and becomes this program.
+    Become(Vec<String>),
 }
 
 /// All that can be measured, in the order in which it is.
@@ -75,6 +77,7 @@ pub(crate) fn parse(arguments: &[String]) -> Result<Role, String> {
         ["--errand", errand] => serde_json::from_str(errand)
             .map(Role::Errand)
             .map_err(|e| e.to_string()),
+        ["--become", ..] => Ok(Role::Become(arguments[1..].to_vec())),
         ["--help" | "-h"] => Ok(Role::Help),
         _ => options(&words).map(Role::Bench),
     }

@@ -53,6 +53,7 @@ fn main() -> ExitCode {
             errand.run();
             ExitCode::SUCCESS
         }
+        Ok(Role::Become(words)) => inside::become_program(&words),
         Ok(Role::Help) => {
             print!("{}", cli::HELP);
             ExitCode::SUCCESS

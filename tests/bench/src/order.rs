@@ -115,11 +115,20 @@ pub(crate) enum Loss {
     Rules,
 }
 
+/// What becomes of control groups that are only there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Mapped {
+    /// What they send is dropped.
+    Dropped,
+    /// What they send goes to the proxy.
+    Proxied,
+}
+
 /// What is to be measured.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
-    /// Make control groups with a verdict of their own until there are so many.
-    Map { groups: usize },
+    /// Make control groups with this verdict of their own until there are so many with any.
+    Map { groups: usize, verdict: Mapped },
     /// Have a process born in a new control group and look when its traffic obeys: [`Sample`]s.
     Latency { count: usize },
     /// Have a static program executed in a new control group whose first act is a send: [`Starts`].

@@ -24,6 +24,7 @@ pub(crate) use packets::send_packets;
 pub(crate) use relay::serve as serve_relay;
 use site::Site;
 pub(crate) use socks::serve as serve_socks;
+pub(crate) use start::become_program;
 
 /// Measures until nobody asks for more.
 pub(crate) fn measure(sandbox: &Sandbox, kind: Kind) -> ExitCode {
@@ -33,7 +34,7 @@ pub(crate) fn measure(sandbox: &Sandbox, kind: Kind) -> ExitCode {
         let line = line.expect("a line");
         let order = serde_json::from_str(&line).expect("an order");
         match order {
-            Order::Map { groups } => say(&site.map(groups)),
+            Order::Map { groups, verdict } => say(&site.map(groups, verdict)),
             Order::Latency { count } => say(&site.latency(count)),
             Order::FirstSend { count, nursery } => say(&site.first_sends(count, nursery)),
             Order::Burst { groups, nested } => say(&site.burst(groups, nested)),

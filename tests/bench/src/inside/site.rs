@@ -16,7 +16,7 @@ use super::socks;
 use super::users::Users;
 use crate::floor;
 use crate::netlink::Counter;
-use crate::order::{Kind, Place};
+use crate::order::{Kind, Mapped, Place};
 
 /// The user whose control groups are looked at.
 pub(super) const UID: u32 = 1001;
@@ -58,7 +58,7 @@ rules:
     drop: true
   - match: /direct-[^/]*\\.scope$
     direct: true
-  - match: /proxied\\.slice$
+  - match: /(proxied\\.slice|mapped-[^/]*\\.scope)$
     {target}
 "
     )
@@ -219,16 +219,20 @@ impl<'a> Site<'a> {
     }
 
     /// Makes control groups that have a verdict of their own until there are so many.
-    pub(super) fn map(&mut self, groups: usize) {
+    pub(super) fn map(&mut self, groups: usize, verdict: Mapped) {
         let missing = groups.saturating_sub(self.mapped);
         if self.kind == Kind::Original && missing > ORIGINAL_TAKES {
-            self.map(groups - ORIGINAL_TAKES);
-            return self.map(groups);
+            self.map(groups - ORIGINAL_TAKES, verdict);
+            return self.map(groups, verdict);
         }
         let before = self.elements();
+        let prefix = match verdict {
+            Mapped::Dropped => "bench-map",
+            Mapped::Proxied => "mapped",
+        };
         let made: Vec<PathBuf> = (0..missing)
             .map(|_| {
-                let name = format!("bench-map-{}.scope", self.fresh());
+                let name = format!("{prefix}-{}.scope", self.fresh());
                 self.base.join(name)
             })
             .collect();

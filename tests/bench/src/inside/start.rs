@@ -1,15 +1,16 @@
 //! How long an agent takes to start.
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::site::{PATIENCE, Site, UID};
+use super::site::{PATIENCE, Site, UID, this_program};
 use crate::birth::{self, now};
 use crate::order::Start;
 
@@ -31,9 +32,10 @@ impl Site<'_> {
         std::fs::set_permissions(socket, PermissionsExt::from_mode(0o666)).expect("ours");
         notify.set_read_timeout(Some(PATIENCE)).expect("a time");
         let home = self.user.home();
-        let mut command = Command::new("/run/testbed/bin/cgtproxy-agent");
+        let mut command = this_program();
         command
-            .args(["run", "--socket", "/run/cgtproxy/helper.sock", "--config"])
+            .args(["--become", "/run/testbed/bin/cgtproxy-agent", "run"])
+            .args(["--socket", "/run/cgtproxy/helper.sock", "--config"])
             .arg(home.join(".config/cgtproxy/config.yaml"))
             .env_clear()
             .env("HOME", &home)
@@ -42,11 +44,15 @@ impl Site<'_> {
             .uid(UID)
             .gid(UID)
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null());
         let born = birth::sender(&last, PATIENCE, PAUSE).expect("a process");
-        let start = now();
         let mut agent = command.spawn().expect("the agent can be started");
+        let mut line = String::new();
+        BufReader::new(agent.stdout.take().expect("piped"))
+            .read_line(&mut line)
+            .expect("it says when");
+        let start: u64 = line.trim().parse().expect("a time");
         let mut buffer = [0; 4096];
         let ready = loop {
             let length = notify.recv(&mut buffer).expect("the agent gets ready");
@@ -60,6 +66,18 @@ impl Site<'_> {
         agent.wait().expect("it ends");
         Start { in_force, ready }
     }
+}
+
+/// Says what time it is, and becomes a program: so starting one takes from execve(2) on, and not the time in which this
+/// large process is copied.
+pub(crate) fn become_program(words: &[String]) -> ExitCode {
+    let [program, arguments @ ..] = words else {
+        return ExitCode::FAILURE;
+    };
+    println!("{}", now());
+    let error = Command::new(program).args(arguments).exec();
+    eprintln!("{program}: {error}");
+    ExitCode::FAILURE
 }
 
 fn find(bytes: &[u8], what: &[u8]) -> bool {

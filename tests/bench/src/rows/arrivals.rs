@@ -1,7 +1,7 @@
 //! A control group comes: when does its traffic obey, and what leaves before?
 
 use crate::cli::Options;
-use crate::order::{Kind, Nursery, Order, Sample, Starts};
+use crate::order::{Kind, Mapped, Nursery, Order, Sample, Starts};
 use crate::report::Report;
 
 /// What was published of the original on this kernel, measured with another harness; microseconds.
@@ -16,7 +16,10 @@ pub(super) fn latency(options: &Options, report: &mut Report) {
     let mut summaries = Vec::new();
     for (groups, among) in [(0, "alone".to_owned()), (others, format!("among {others}"))] {
         for yard in &mut yards {
-            yard.order::<()>(&Order::Map { groups });
+            yard.order::<()>(&Order::Map {
+                groups,
+                verdict: Mapped::Dropped,
+            });
         }
         let mut samples = vec![Vec::new(); yards.len()];
         for _ in 0..rounds {
@@ -103,7 +106,10 @@ pub(super) fn first_send(options: &Options, report: &mut Report) {
     for (groups, among) in [(0, "alone".to_owned()), (others, format!("among {others}"))] {
         let mut sums = vec![Starts::default(); yards.len()];
         for yard in &mut yards {
-            yard.order::<()>(&Order::Map { groups });
+            yard.order::<()>(&Order::Map {
+                groups,
+                verdict: Mapped::Dropped,
+            });
         }
         for _ in 0..rounds {
             for (yard, sum) in yards.iter_mut().zip(&mut sums) {

@@ -1,7 +1,7 @@
 //! What the daemons use when nothing happens.
 
 use crate::cli::Options;
-use crate::order::{Idle, Kind, Order};
+use crate::order::{Idle, Kind, Mapped, Order};
 use crate::report::Report;
 use crate::yard::Yard;
 
@@ -11,7 +11,10 @@ pub(super) fn run(options: &Options, report: &mut Report) {
     let milliseconds = options.number(60_000, 1000);
     for kind in [Kind::Ours].into_iter().chain(super::original()) {
         let mut yard = Yard::start(kind);
-        yard.order::<()>(&Order::Map { groups: 30 });
+        yard.order::<()>(&Order::Map {
+            groups: 30,
+            verdict: Mapped::Dropped,
+        });
         // What starting left to be done.
         yard.order::<Vec<Idle>>(&Order::Idle { milliseconds: 500 });
         for process in yard.order::<Vec<Idle>>(&Order::Idle { milliseconds }) {

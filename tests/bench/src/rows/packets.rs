@@ -1,7 +1,7 @@
 //! What a packet costs, beside what it costs without any ruleset.
 
 use crate::cli::Options;
-use crate::order::{Kind, Order, Place};
+use crate::order::{Kind, Mapped, Order, Place};
 use crate::report::Report;
 use crate::stats::median;
 use crate::yard::Yard;
@@ -21,25 +21,39 @@ struct Case {
     at: Option<f64>,
 }
 
+/// What packets have been sent from in each of the yards, and what is said of each.
+const PLACES: [(Place, &str); 3] = [
+    (Place::Direct, "direct application"),
+    (Place::Unmatched, "unmatched application"),
+    (Place::NoSession, "no session"),
+];
+
+/// The yards.
+const NONE: usize = 0;
+const CONNTRACK: usize = 1;
+const LAYOUT: usize = 2;
+const OURS: usize = 3;
+const OURS_MANY: usize = 5;
+const OURS_DEEP: usize = 6;
+const OURS_DROPPING: usize = 7;
+
 pub(super) fn run(options: &Options, report: &mut Report) {
+    let few = 10;
     let many = options.number(10_000, 200);
     let (rounds, blocks) = options.number((40, 150), (3, 20));
-    let mut yards = vec![
-        Yard::start(Kind::None),
-        Yard::start(Kind::Conntrack),
-        Yard::start(Kind::Layout),
-        Yard::start(Kind::Ours),
-        Yard::start(Kind::Layout),
-        Yard::start(Kind::Ours),
-        Yard::start(Kind::Ours),
-    ];
-    let apps = [
-        (Place::Direct, "direct application"),
-        (Place::Unmatched, "unmatched application"),
-        (Place::NoSession, "no session"),
-    ];
+    let mut yards = [
+        Kind::None,
+        Kind::Conntrack,
+        Kind::Layout,
+        Kind::Ours,
+        Kind::Layout,
+        Kind::Ours,
+        Kind::Ours,
+        Kind::Ours,
+    ]
+    .map(Yard::start);
     let mut cases = Vec::new();
-    let mut case = |what: String, yards: &[Yard], yard: usize, place, at| {
+    let mut case = |what: String, yard: usize, place, at| {
         cases.push(Case {
             what,
             kind: yards[yard].kind,
@@ -50,25 +64,33 @@ pub(super) fn run(options: &Options, report: &mut Report) {
             at,
         });
     };
-    case("any application".into(), &yards, 0, Place::NoSession, None);
-    case("any application".into(), &yards, 1, Place::NoSession, None);
-    for (groups, first) in [(10, 2), (many, 4)] {
+    for yard in [NONE, CONNTRACK] {
+        case("any application".into(), yard, Place::NoSession, None);
+    }
+    for (groups, first) in [(few, LAYOUT), (many, LAYOUT + 2)] {
         for yard in [first, first + 1] {
-            yards[yard].order::<()>(&Order::Map { groups });
-            for (place, name) in apps {
+            for (place, name) in PLACES {
                 let what = format!("{name}, {groups} control groups");
-                case(what, &yards, yard, place, Some(groups as f64));
+                case(what, yard, place, Some(groups as f64));
             }
         }
     }
-    yards[6].order::<()>(&Order::Map { groups: 10 });
-    case(
-        "direct application at level 12".into(),
-        &yards,
-        6,
-        Place::DirectDeep,
-        None,
-    );
+    let deep = "direct application at level 12".into();
+    case(deep, OURS_DEEP, Place::DirectDeep, None);
+    for (place, name) in PLACES {
+        let what = format!("{name}, {few} control groups that are dropped");
+        case(what, OURS_DROPPING, place, None);
+    }
+    for (yard, groups, verdict) in [
+        (LAYOUT, few, Mapped::Proxied),
+        (OURS, few, Mapped::Proxied),
+        (LAYOUT + 2, many, Mapped::Proxied),
+        (OURS_MANY, many, Mapped::Proxied),
+        (OURS_DEEP, few, Mapped::Proxied),
+        (OURS_DROPPING, few, Mapped::Dropped),
+    ] {
+        yards[yard].order::<()>(&Order::Map { groups, verdict });
+    }
 
     for _ in 0..rounds {
         let mut none = f64::NAN;
@@ -95,48 +117,30 @@ pub(super) fn run(options: &Options, report: &mut Report) {
 }
 
 fn targets(report: &mut Report, cases: &[Case], many: usize) {
-    let added = |kind: Kind, place: Place, at: Option<f64>| {
-        let case = cases
-            .iter()
-            .find(|c| (c.kind, c.place, c.at) == (kind, place, at));
+    let added = |yard: usize, place: Place| {
+        let case = cases.iter().find(|c| (c.yard, c.place) == (yard, place));
         median(&case.expect("it was measured").added)
     };
-    let conntrack = added(Kind::Conntrack, Place::NoSession, None);
-    for (place, name) in [
-        (Place::Direct, "direct application"),
-        (Place::Unmatched, "unmatched application"),
-        (Place::NoSession, "no session"),
-    ] {
-        let few = Some(10.0);
-        let (ours, theirs) = (
-            added(Kind::Ours, place, few),
-            added(Kind::Layout, place, few),
-        );
-        report.at_most(
-            PACKETS,
-            format!("{name}, against the original's layout"),
-            ours / theirs,
-            0.5,
-            "×",
-        );
-        let ratio = (ours - conntrack) / (theirs - conntrack);
-        report.at_most(
-            PACKETS,
-            format!("{name}, beyond conntrack"),
-            ratio,
-            1.0 / 3.0,
-            "×",
-        );
-        let ratio = added(Kind::Ours, place, Some(many as f64)) / ours;
-        report.at_most(
-            PACKETS,
-            format!("{name}, {many} control groups against 10"),
-            ratio,
-            1.1,
-            "×",
-        );
+    let conntrack = added(CONNTRACK, Place::NoSession);
+    for (place, name) in PLACES {
+        let theirs = added(LAYOUT, place);
+        let mut against = |ours: f64, name: &str| {
+            let what = format!("{name}, against the original's layout");
+            report.at_most(PACKETS, what, ours / theirs, 0.5, "×");
+            let what = format!("{name}, beyond conntrack");
+            let ratio = (ours - conntrack) / (theirs - conntrack);
+            report.at_most(PACKETS, what, ratio, 1.0 / 3.0, "×");
+        };
+        let ours = added(OURS, place);
+        against(ours, name);
+        let dropping = format!("{name} while others are dropped");
+        against(added(OURS_DROPPING, place), &dropping);
+        let what = format!("{name}, {many} control groups against 10");
+        report.at_most(PACKETS, what, added(OURS_MANY, place) / ours, 1.1, "×");
     }
-    let deep = added(Kind::Ours, Place::DirectDeep, None);
-    let flat = added(Kind::Ours, Place::Direct, Some(10.0));
+    let (deep, flat) = (
+        added(OURS_DEEP, Place::DirectDeep),
+        added(OURS, Place::Direct),
+    );
     report.at_most(PACKETS, "level 12 against level 5", deep / flat, 1.1, "×");
 }

@@ -1,7 +1,7 @@
 //! Another program takes things away.
 
 use crate::cli::Options;
-use crate::order::{Kind, Loss, Order};
+use crate::order::{Kind, Loss, Mapped, Order};
 use crate::report::Report;
 use crate::yard::Yard;
 
@@ -11,7 +11,10 @@ pub(super) fn run(options: &Options, report: &mut Report) {
     let count = options.number(100, 3);
     for groups in options.number(vec![10, 2000], vec![10]) {
         let mut yard = Yard::start(Kind::Unprotected);
-        yard.order::<()>(&Order::Map { groups });
+        yard.order::<()>(&Order::Map {
+            groups,
+            verdict: Mapped::Dropped,
+        });
         for (loss, name) in [
             (Loss::Ruleset, "nft flush ruleset"),
             (Loss::Rules, "ip rule flush"),

@@ -1,7 +1,7 @@
 //! An agent starts where control groups are already.
 
 use crate::cli::Options;
-use crate::order::{Kind, Order, Start};
+use crate::order::{Kind, Mapped, Order, Start};
 use crate::report::Report;
 use crate::yard::Yard;
 
@@ -16,7 +16,10 @@ pub(super) fn run(options: &Options, report: &mut Report) {
     let mut yard = Yard::start(Kind::Ours);
     for (groups, most) in sizes {
         // Where an agent runs, it maps them. It is stopped by the first start.
-        yard.order::<()>(&Order::Map { groups });
+        yard.order::<()>(&Order::Map {
+            groups,
+            verdict: Mapped::Dropped,
+        });
         let starts: Vec<Start> = (0..rounds).map(|_| yard.order(&Order::Start)).collect();
         let of = |field: fn(&Start) -> u64| -> Vec<f64> {
             starts.iter().map(|s| field(s) as f64 / 1e6).collect()
