@@ -309,6 +309,7 @@ fn a_changed_rule_leaves_open_connections_as_they_began() {
         }
 
         // A drop takes effect at once.
+        assert!(!sb.open_connections_are_looked_at());
         session.assign(json!([verdict(APP, "drop")]));
         for (connection, _) in all() {
             let outcome = connection.ask();
@@ -316,9 +317,10 @@ fn a_changed_rule_leaves_open_connections_as_they_began() {
         }
 
         // So does the next one, when for two changes nothing has been dropped and no rule looks at open connections.
-        for _ in 0..2 {
-            session.assign(json!([verdict(APP, "direct")]));
-        }
+        session.assign(json!([verdict(APP, "direct")]));
+        assert!(sb.open_connections_are_looked_at());
+        session.assign(json!([verdict(APP, "direct")]));
+        assert!(!sb.open_connections_are_looked_at());
         let began_later = open(&direct);
         session.assign(json!([verdict(APP, "drop")]));
         for (connection, _) in &began_later {
