@@ -133,6 +133,55 @@ fn verdicts_and_open_connections_outlive_a_killed_helper() {
 }
 
 #[test]
+fn open_connections_that_are_dropped_stay_so_whoever_comes_after_the_helper() {
+    sandbox(|sb| {
+        for config in OWN_TABLE {
+            let mut helper = sb.helper().config(config).start();
+            let user = sb.user(1001);
+            let app = user.cgroup(APP).app();
+            let none = || json!([]);
+            let mut session = Session::of(&user);
+            session.replace(none(), none(), none());
+            let open = sb.destinations().map(|to| (app.open_udp(to), to));
+            let are_direct = || {
+                for (connection, to) in &open {
+                    assert_eq!(connection.ask(), direct(*to));
+                }
+            };
+            let are_dropped = || {
+                for (connection, _) in &open {
+                    assert!(connection.ask().is_dropped());
+                }
+            };
+            are_direct();
+            let dropped = json!([verdict(APP, "drop")]);
+            session.assign(dropped.clone());
+            for _ in 0..2 {
+                helper.kill();
+                are_dropped();
+                helper.start_again();
+                are_dropped();
+                session = Session::of(&user);
+                session.replace(none(), none(), dropped.clone());
+                are_dropped();
+            }
+            session.replace(none(), none(), none());
+            assert!(!sb.open_connections_are_looked_at());
+            are_direct();
+            helper.kill();
+            helper.start_again();
+            are_direct();
+            session = Session::of(&user);
+            session.replace(none(), none(), dropped);
+            are_dropped();
+            session.call("RemovePolicy", json!({}));
+            are_direct();
+            helper.stop();
+        }
+    });
+}
+
+#[test]
 fn what_a_helper_with_another_mask_left_is_taken_over_whole() {
     sandbox(|sb| {
         let mut helper = sb.helper().config("mark-mask: 0xff000000").start();

@@ -82,7 +82,10 @@ impl Sandbox {
     /// Whether packets of open connections that are not diverted are looked at: what they cost is all that tells.
     pub fn open_connections_are_looked_at(&self) -> bool {
         let chain = self.nft_json(&["list", "chain", "inet", "cgtproxy", "output"]);
-        !chain.expect("it is there").to_string().contains("confirmed")
+        !chain
+            .expect("it is there")
+            .to_string()
+            .contains("confirmed")
     }
 
     /// The names of the chains in the table `inet cgtproxy`.
