@@ -1,5 +1,6 @@
 //! What a transaction is to bring about: the one thing that can be committed.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -237,9 +238,9 @@ pub struct Layout {
 }
 
 /// What rules look at for a layout.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Looks {
-    pub(super) levels: BTreeSet<u32>,
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Looks<'a> {
+    pub(super) levels: Cow<'a, BTreeSet<u32>>,
     /// Those that are enforced, before all others.
     pub(super) enforced: bool,
     /// Packets of open connections too.
@@ -247,18 +248,21 @@ pub(super) struct Looks {
 }
 
 impl Layout {
-    pub(super) fn looks(&self) -> Looks {
+    pub(super) fn looks(&self) -> Looks<'_> {
         Looks {
-            levels: self.levels.clone(),
+            levels: Cow::Borrowed(&self.levels),
             enforced: self.enforced,
             holds_back: self.holds_back,
         }
     }
 
     /// What sees what either of two layouts has.
-    pub(super) fn looks_of_both(&self, other: &Self) -> Looks {
+    pub(super) fn looks_of_both(&self, other: &Self) -> Looks<'_> {
         Looks {
-            levels: self.levels.union(&other.levels).copied().collect(),
+            levels: match other.levels.is_subset(&self.levels) {
+                true => Cow::Borrowed(&self.levels),
+                false => Cow::Owned(self.levels.union(&other.levels).copied().collect()),
+            },
             enforced: self.enforced || other.enforced,
             holds_back: self.holds_back || other.holds_back,
         }

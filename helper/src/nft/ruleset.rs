@@ -77,6 +77,7 @@ use super::ffi::{Content, Element, KeyType};
 use super::rule::Protocol;
 use super::shared::{LookedAt, Shared};
 use super::transaction::Transaction;
+use crate::peer::Uid;
 
 /// The chain that says how this table is laid out. A table without it is made anew.
 pub(super) const VERSION: &CStr = c"version-7";
@@ -536,6 +537,7 @@ impl Transaction<'_> {
             self.flush_chain(chain);
         }
         self.no_gateway();
+        shared.look_only_at(Uid::ROOT, None);
         self.first_rules(&shared.looked_at(), false);
     }
 }

@@ -76,34 +76,29 @@ impl Shared {
         self.left.get(&uid).unwrap_or(&NOTHING)
     }
 
-    /// What rules have to look at, if what `uid` has needs this.
-    pub(super) fn needed_with(&self, uid: Uid, own: Option<&Looks>) -> LookedAt {
-        self.needed(Some(uid), own)
-    }
-
-    fn needed(&self, uid: Option<Uid>, own: Option<&Looks>) -> LookedAt {
+    /// What rules have to look at, if what `uid` has needs this. None: no user is left out.
+    fn needed(&self, uid: Option<Uid>, own: Option<&Looks<'_>>) -> LookedAt {
         let mut needed = LookedAt::default();
         if let Some(own) = own {
             needed.open = own.holds_back;
             if uid != Some(Uid::ROOT) {
-                needed.levels.clone_from(&own.levels);
+                needed.levels.extend(&*own.levels);
             }
         }
-        for (other, layout) in self
-            .layouts
-            .iter()
-            .filter(|(other, _)| Some(**other) != uid)
-        {
+        let is_other = |other: &Uid| Some(*other) != uid;
+        for (other, layout) in self.layouts.iter().filter(|(other, _)| is_other(other)) {
             needed.open |= layout.holds_back;
             if *other != Uid::ROOT {
                 needed.levels.extend(&layout.levels);
             }
         }
-        let mut left = self.left.iter().filter(|(other, _)| Some(**other) != uid);
-        needed.open |= left.clone().next().is_some();
-        // Each has all users'.
-        if let Some((_, left)) = left.find(|(other, _)| **other != Uid::ROOT) {
-            needed.levels.extend(&left.levels);
+        for (other, left) in self.left.iter().filter(|(other, _)| is_other(other)) {
+            needed.open = true;
+            if *other != Uid::ROOT {
+                needed.levels.extend(&left.levels);
+                // Each has all users'.
+                break;
+            }
         }
         needed
     }
@@ -113,24 +108,27 @@ impl Shared {
         self.looked_at.borrow().clone()
     }
 
-    /// Has the rules look at this. None if they can stay as they are: one level more does no harm, and may be
-    /// needed again by the next control group. To write them takes longer than all else that a new one needs.
-    pub(super) fn look_at(&self, needed: LookedAt) -> Option<LookedAt> {
-        let spare = self
-            .looked_at
-            .borrow()
-            .levels
-            .difference(&needed.levels)
-            .count();
-        let has_all = needed.levels.is_subset(&self.looked_at.borrow().levels);
-        if spare <= 1 && has_all && needed.open == self.looked_at.borrow().open {
-            return None;
+    /// Has the rules look at what is needed if what `uid` has needs this. None if they can stay as they are: one level
+    /// more does no harm, and may be needed again by the next control group. To write them takes longer than all else
+    /// that a new one needs.
+    pub(super) fn look_at(&self, uid: Uid, own: &Looks<'_>) -> Option<LookedAt> {
+        let needed = self.needed(Some(uid), Some(own));
+        {
+            let LookedAt { levels, open } = &*self.looked_at.borrow();
+            let spare = levels.difference(&needed.levels).count();
+            if spare <= 1 && needed.levels.is_subset(levels) && needed.open == *open {
+                return None;
+            }
         }
-        self.look_only_at(needed)
+        self.replace(needed)
     }
 
-    /// Has the rules look at this and at nothing else. None if they do.
-    pub(super) fn look_only_at(&self, needed: LookedAt) -> Option<LookedAt> {
+    /// The same, and at nothing else. None if they do.
+    pub(super) fn look_only_at(&self, uid: Uid, own: Option<&Looks<'_>>) -> Option<LookedAt> {
+        self.replace(self.needed(Some(uid), own))
+    }
+
+    fn replace(&self, needed: LookedAt) -> Option<LookedAt> {
         let before = self.looked_at.replace(needed.clone());
         (before != needed).then_some(needed)
     }

@@ -3,6 +3,8 @@
 //! That goes by the same steps as any other change. What is known of what is there is its names: which chains there
 //! are, which elements, and at which levels rules look. Chains and elements that stay are filled anew.
 
+use std::borrow::Cow;
+
 use super::leads::{Leads, Place};
 use super::names::Names;
 use super::plan::{ElementChanges, Layout, Looks, Step};
@@ -27,15 +29,14 @@ impl Transaction<'_> {
                 self.add_leads(&drop.into_iter().filter(|(p, _)| is_new(left, p)).collect());
                 // Whether anything was enforced, dropped or held is not known.
                 let looks = Looks {
-                    levels: left.levels.union(&after.levels).copied().collect(),
+                    levels: Cow::Owned(left.levels.union(&after.levels).copied().collect()),
                     enforced: true,
                     holds_back: true,
                 };
                 if names.is_system() {
                     self.system_level_rules(names, &looks.levels, looks.enforced);
                 }
-                let needed = shared.needed_with(names.uid, Some(&looks));
-                self.first_rules_at(shared.look_at(needed), shared);
+                self.first_rules_at(shared.look_at(names.uid, &looks), shared);
                 self.add_verdicts(names, after, &elements.added);
             }
             Step::Changes => {
@@ -62,8 +63,8 @@ impl Transaction<'_> {
                 if names.is_system() {
                     self.system_level_rules(names, &after.levels, after.enforced);
                 }
-                let needed = shared.needed_with(names.uid, Some(&after.looks()));
-                self.first_rules_at(shared.look_only_at(needed), shared);
+                let changed = shared.look_only_at(names.uid, Some(&after.looks()));
+                self.first_rules_at(changed, shared);
                 let leads = self.all_leads(names, after);
                 let gone = left
                     .places
@@ -123,7 +124,6 @@ impl Transaction<'_> {
 
     /// The end of what was left.
     pub(super) fn delete_remnants(&mut self, names: &Names, left: &Remnants, shared: &Shared) {
-        let changed = shared.look_only_at(shared.needed_with(names.uid, None));
         if names.is_system() {
             self.no_system(shared);
             self.create_system_sets(names);
@@ -132,7 +132,7 @@ impl Transaction<'_> {
             }
         } else {
             self.delete_verdicts(names, left.cgroups.iter().copied());
-            self.first_rules_at(changed, shared);
+            self.first_rules_at(shared.look_only_at(names.uid, None), shared);
         }
         self.delete_leads(&left.places);
         self.delete_chains(&left.chains);

@@ -40,8 +40,7 @@ impl Transaction<'_> {
         shared: &Shared,
     ) {
         self.add_leads(&names.lead_of_drop(layout));
-        let needed = shared.needed_with(names.uid, Some(&layout.looks()));
-        let changed = shared.look_at(needed);
+        let changed = shared.look_at(names.uid, &layout.looks());
         if names.is_system() {
             self.system_level_rules(names, &layout.levels, layout.enforced);
             self.first_rules(&shared.looked_at(), true);
@@ -53,7 +52,13 @@ impl Transaction<'_> {
     }
 
     /// Rules that look at this in place of rules that look at that.
-    pub(super) fn level_rules(&mut self, names: &Names, from: &Looks, to: &Looks, shared: &Shared) {
+    pub(super) fn level_rules(
+        &mut self,
+        names: &Names,
+        from: &Looks<'_>,
+        to: &Looks<'_>,
+        shared: &Shared,
+    ) {
         if from == to {
             return;
         }
@@ -61,8 +66,7 @@ impl Transaction<'_> {
         if names.is_system() && !same {
             self.system_level_rules(names, &to.levels, to.enforced);
         }
-        let needed = shared.needed_with(names.uid, Some(to));
-        self.first_rules_at(shared.look_at(needed), shared);
+        self.first_rules_at(shared.look_at(names.uid, to), shared);
     }
 
     pub(super) fn system_level_rules(
@@ -93,7 +97,6 @@ impl Transaction<'_> {
         elements: &ElementChanges<'_>,
         shared: &Shared,
     ) {
-        let changed = shared.look_only_at(shared.needed_with(names.uid, None));
         if names.is_system() {
             self.no_system(shared);
             for map in names.verdict_maps() {
@@ -102,7 +105,7 @@ impl Transaction<'_> {
         } else {
             self.delete_leads(names.lead_of_drop(layout).keys());
             self.delete_verdicts(names, elements.deleted.iter().copied());
-            self.first_rules_at(changed, shared);
+            self.first_rules_at(shared.look_only_at(names.uid, None), shared);
         }
         self.delete_layout(names, layout, shared);
     }
