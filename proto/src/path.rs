@@ -155,7 +155,7 @@ impl ControlGroupPath {
     /// Its last component; none for the root.
     #[must_use]
     pub fn name(&self) -> Option<&[u8]> {
-        self.components().next_back()
+        self.split_last().map(|(_, name)| name)
     }
 
     /// The control group that this one is in; none for the root.
@@ -168,14 +168,9 @@ impl ControlGroupPath {
     /// The path of the control group that this one is in, and its name there; none for the root.
     #[must_use]
     pub fn split_last(&self) -> Option<(&[u8], &[u8])> {
-        match self.0.iter().rposition(|&b| b == b'/') {
-            _ if self.0.is_empty() => None,
-            None => Some((&[], &self.0)),
-            Some(end) => {
-                let (parent, name) = self.0.split_at(end);
-                Some((parent, name.strip_prefix(b"/")?))
-            }
-        }
+        let mut parts = self.0.rsplitn(2, |&b| b == b'/');
+        let name = parts.next().filter(|name| !name.is_empty())?;
+        Some((parts.next().unwrap_or_default(), name))
     }
 
     /// The control group `name` in this one.
@@ -210,6 +205,7 @@ impl ControlGroupPath {
     }
 }
 
+/// What a component must be, but for slashes.
 fn component(name: &[u8]) -> Result<(), InvalidPath> {
     match name {
         b"" => Err(InvalidPath::EmptyComponent),

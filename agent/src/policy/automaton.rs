@@ -12,14 +12,14 @@ use super::Below;
 
 /// How large one automaton may get, in bytes; also what those of its states may use that are built when they are
 /// needed. The largest expressions that people write for applications take a tenth of it.
-pub(super) const AUTOMATON_BYTES: usize = 1 << 20;
+const AUTOMATON_BYTES: usize = 1 << 20;
 
 /// Makes automata, one after the other. What it needs for it is larger than they are.
 #[derive(Debug)]
 pub(super) struct Compiler(thompson::Compiler);
 
-impl Compiler {
-    pub(super) fn new() -> Self {
+impl Default for Compiler {
+    fn default() -> Self {
         let mut compiler = thompson::Compiler::new();
         compiler.configure(
             thompson::Config::new()
@@ -29,7 +29,9 @@ impl Compiler {
         );
         Self(compiler)
     }
+}
 
+impl Compiler {
     /// The automaton of an expression.
     ///
     /// # Errors

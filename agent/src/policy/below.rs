@@ -79,9 +79,10 @@ impl Outlook {
         if stays {
             return Below::Everything;
         }
-        let follow = || automaton.follow(&beginning);
-        let followed = self.anchored.then(follow).flatten();
-        followed.unwrap_or(Below::Something)
+        match self.anchored {
+            true => automaton.follow(&beginning).unwrap_or(Below::Something),
+            false => Below::Something,
+        }
     }
 }
 

@@ -109,14 +109,8 @@ pub struct PatternError {
 }
 
 /// Compiles patterns. One for many of them takes less time than one for each.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct PatternCompiler(Compiler);
-
-impl Default for PatternCompiler {
-    fn default() -> Self {
-        Self(Compiler::new())
-    }
-}
 
 impl PatternCompiler {
     /// Compiles a pattern.

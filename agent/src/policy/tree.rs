@@ -134,15 +134,17 @@ impl Tree {
         }
     }
 
-    /// A control group has come. Returns the path as it is kept, or none if it was known. Ancestors
-    /// that were not are taken in as well, for a control group is never without them.
-    pub fn add(&mut self, path: ControlGroupPath) -> Option<ControlGroupPath> {
+    /// As [`Self::take_in`], or none if it was known.
+    #[cfg(test)]
+    pub(crate) fn add(&mut self, path: ControlGroupPath) -> Option<ControlGroupPath> {
         let mut added = None;
         self.take_in(path, &mut |path, _| added = Some(path.clone()));
         added
     }
 
-    /// The same. `new` is told of each that was not known, parents first, and whether it is part of the cover.
+    /// A control group has come. Returns the path as it is kept. Ancestors that were not known are taken in as well,
+    /// for a control group is never without them. `new` is told of each that was not known, parents first, and
+    /// whether it is part of the cover.
     pub fn take_in(
         &mut self,
         path: ControlGroupPath,

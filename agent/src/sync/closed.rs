@@ -166,16 +166,12 @@ struct Agent {
 
 impl Agent {
     fn added(&mut self, path: ControlGroupPath) {
-        if let Some(parent) = path.parent()
-            && !self.tree.contains(&parent)
-        {
-            self.added(parent);
-        }
-        if let Some(path) = self.tree.add(path)
-            && self.tree.element(&path).is_some()
-        {
-            self.ledger.touch(&path);
-        }
+        let ledger = &mut self.ledger;
+        self.tree.take_in(path, &mut |path, element| {
+            if element {
+                ledger.touch(path);
+            }
+        });
     }
 
     fn removed(&mut self, path: &ControlGroupPath) {

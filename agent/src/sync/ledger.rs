@@ -172,8 +172,8 @@ impl Ledger {
             }
         }
         // All at once: they are in order.
-        let sent = assign.iter();
-        flight.assigned = sent.map(|(p, e)| (p.clone(), fresh(e))).collect();
+        let sent = assign.iter().map(|(p, e)| (p.clone(), fresh(e)));
+        flight.assigned = sent.collect();
         self.flight = Some(flight);
         Call::Replace(assign)
     }
@@ -196,20 +196,20 @@ impl Ledger {
         let mut news = Vec::new();
         let mut still = BTreeMap::new();
         for (path, reason) in skipped {
-            let Some((shared, sent)) = flight.assigned.remove_entry(&path) else {
+            let Some(sent) = flight.assigned.remove(&path) else {
                 continue;
             };
             // What the helper had under this path is not what was meant now.
-            if let Some(held) = self.held.get_mut(&shared) {
+            if let Some(held) = self.held.get_mut(&path) {
                 held.stale = true;
             }
             if sent.stale {
                 continue;
             }
-            if self.skipped.get(&shared) != Some(&reason) {
-                news.push((path, reason.clone()));
+            if self.skipped.get(&path) != Some(&reason) {
+                news.push((path.clone(), reason.clone()));
             }
-            still.insert(shared, reason);
+            still.insert(path, reason);
         }
         for path in flight.assigned.keys() {
             self.skipped.remove(path);

@@ -89,10 +89,7 @@ mod tests {
             ("a.slice/\u{e9}\"".as_bytes(), element(proxy, true, true)),
         ]
         .into_iter()
-        .map(|(path, element)| {
-            let path = ControlGroupPath::from_bytes(path).unwrap();
-            (path, element)
-        })
+        .map(|(path, element)| (ControlGroupPath::from_bytes(path).unwrap(), element))
         .collect();
         let yes = |value: bool| value.then_some(true);
         let meant =

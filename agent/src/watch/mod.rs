@@ -483,19 +483,19 @@ impl Watcher {
             self.gone(&other, observer);
             return self.enter(path, observer);
         }
-        let shared = observer.added(path.clone());
+        let kept = observer.added(path.clone());
         let id = match &watch {
             Some(watch) => {
                 if let Some(watches) = &mut self.watches {
-                    watches.assign(watch, shared.clone());
+                    watches.assign(watch, kept.clone());
                 }
                 self.unwatched.remove(path);
                 None
             }
             None => id,
         };
-        self.groups.insert(shared.clone(), Known { watch, id });
-        Some(shared)
+        self.groups.insert(kept.clone(), Known { watch, id });
+        Some(kept)
     }
 
     /// Watches a directory, if inotify is to be used and can.
