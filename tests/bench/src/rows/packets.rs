@@ -21,7 +21,7 @@ struct Case {
     at: Option<f64>,
 }
 
-/// What packets have been sent from in each of the yards, and what is said of each.
+/// Where packets are sent from, and what that is called.
 const PLACES: [(Place, &str); 3] = [
     (Place::Direct, "direct application"),
     (Place::Unmatched, "unmatched application"),
@@ -33,6 +33,7 @@ const NONE: usize = 0;
 const CONNTRACK: usize = 1;
 const LAYOUT: usize = 2;
 const OURS: usize = 3;
+const LAYOUT_MANY: usize = 4;
 const OURS_MANY: usize = 5;
 const OURS_DEEP: usize = 6;
 const OURS_DROPPING: usize = 7;
@@ -67,8 +68,8 @@ pub(super) fn run(options: &Options, report: &mut Report) {
     for yard in [NONE, CONNTRACK] {
         case("any application".into(), yard, Place::NoSession, None);
     }
-    for (groups, first) in [(few, LAYOUT), (many, LAYOUT + 2)] {
-        for yard in [first, first + 1] {
+    for (groups, pair) in [(few, [LAYOUT, OURS]), (many, [LAYOUT_MANY, OURS_MANY])] {
+        for yard in pair {
             for (place, name) in PLACES {
                 let what = format!("{name}, {groups} control groups");
                 case(what, yard, place, Some(groups as f64));
@@ -84,7 +85,7 @@ pub(super) fn run(options: &Options, report: &mut Report) {
     for (yard, groups, verdict) in [
         (LAYOUT, few, Mapped::Proxied),
         (OURS, few, Mapped::Proxied),
-        (LAYOUT + 2, many, Mapped::Proxied),
+        (LAYOUT_MANY, many, Mapped::Proxied),
         (OURS_MANY, many, Mapped::Proxied),
         (OURS_DEEP, few, Mapped::Proxied),
         (OURS_DROPPING, few, Mapped::Dropped),
