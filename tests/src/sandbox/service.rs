@@ -548,8 +548,23 @@ impl Service {
     /// # Panics
     /// When it does not run.
     pub fn open_descriptors(&self) -> u64 {
-        let open = fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("it is running");
-        open.count() as u64
+        let open = || fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("it is running");
+        // While it does something, it may have one open that is not there to stay.
+        wait_for("a moment in which it sleeps", || {
+            let before = self.sleeps()?;
+            let count = open().count() as u64;
+            (self.sleeps()? == before).then_some(count)
+        })
+    }
+
+    /// How often it has gone to sleep, if it is asleep (proc(5)).
+    fn sleeps(&self) -> Option<String> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()));
+        let status = status.expect("it is running");
+        let line = |name| status.lines().find(|line| line.starts_with(name));
+        let is_asleep = line("State:")?.contains("S (sleeping)");
+        let sleeps = line("voluntary_ctxt_switches:")?;
+        is_asleep.then(|| sleeps.to_owned())
     }
 
     /// Tells it to read its config again.
