@@ -11,8 +11,8 @@ use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::config::Limits;
 use crate::mark::{Mark, MarkAllocator, MarkRange};
 use crate::nft::{
-    Before, Bypass, Delivery, DnsHijack, Element, Exceptions, Gateway, Inherited, Known, Layout,
-    LeftBehind, Plan, Proxy, Stamp, Verdict,
+    Before, Bypass, BypassList, Delivery, DnsHijack, Element, Exceptions, Gateway, Inherited,
+    Known, Layout, LeftBehind, Plan, Proxy, Stamp, Verdict,
 };
 use crate::peer::Uid;
 
@@ -192,7 +192,7 @@ impl Registry {
         let layout = Rc::new(Layout {
             subtree: policy.subtree,
             proxies,
-            bypass: policy.bypass,
+            bypass: self.list_of(policy.bypass),
             levels: census.levels(),
             holds: census.holds(),
             enforced: census.enforced(),
@@ -501,6 +501,31 @@ impl Registry {
             Entry::Known(known) => Some(known.layout.subtree.id()),
             Entry::LeftBehind(left) => left.subtree,
         }
+    }
+
+    /// The list of these destinations: the one that the table has already, or another one.
+    fn list_of(&self, destinations: Bypass) -> Option<BypassList> {
+        if destinations.is_empty() {
+            return None;
+        }
+        let lists = || {
+            self.layouts()
+                .filter_map(|(.., layout)| layout.bypass.as_ref())
+        };
+        if let Some(list) = lists().find(|list| *list.destinations == destinations) {
+            return Some(list.clone());
+        }
+        let mut used: BTreeSet<u32> = lists().map(|list| list.number).collect();
+        for entry in self.users.values() {
+            if let Entry::LeftBehind(left) = entry {
+                used.extend(&left.lists);
+            }
+        }
+        let number = (1..=u32::MAX).find(|number| !used.contains(number))?;
+        Some(BypassList {
+            number,
+            destinations: Rc::new(destinations),
+        })
     }
 
     fn before(&self, uid: Uid) -> Before {

@@ -3,6 +3,7 @@
 
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
+use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::os::unix::net::UnixStream;
 
@@ -235,10 +236,49 @@ fn what_a_killed_helper_left_goes_when_no_agent_comes_back() {
             assert!(sb.run(&["nft", "list", "chains"]).contains("proxy-1001-"));
             wait_until("the grace is over", || sb.map_elements("users").is_empty());
             assert!(!sb.run(&["nft", "list", "ruleset"]).contains("1001"));
+            assert_eq!(sb.bypass_lists(), 0);
             for to in sb.destinations() {
                 assert_eq!(app.udp(to), direct(to));
             }
             helper.stop();
+        }
+    });
+}
+
+/// Nobody knows what is in them, nor whose they are: they go with the last user who may have one.
+#[test]
+fn bypass_lists_that_a_killed_helper_left_go_once_nobody_can_have_them() {
+    sandbox(|sb| {
+        let mut helper = sb.helper().start();
+        let users = [sb.user(1001), sb.user(1002), sb.user(1003)];
+        let [v4, v6] = sb.destinations();
+        let apps = users.each_ref().map(|user| user.cgroup(APP).app());
+        let replace = |user, bypass: SocketAddr| {
+            let mut session = Session::of(user);
+            let list = json!([bypass.ip()]);
+            session.replace(json!([]), list, json!([verdict(APP, "drop")]));
+            session
+        };
+        let sessions = [(0, v4), (1, v4), (2, v6)].map(|(n, list)| replace(&users[n], list));
+        assert_eq!(sb.bypass_lists(), 2);
+        helper.kill();
+        drop(sessions);
+        helper.start_again();
+        let mut sessions = Vec::new();
+        // Each comes back with the same, with another one, and with none of what was left.
+        for (n, list, lists) in [(0, v4, 3), (2, v4, 3), (1, v6, 2)] {
+            sessions.push(replace(&users[n], list));
+            assert_eq!(sb.bypass_lists(), lists);
+            for to in [v4, v6] {
+                match to == list {
+                    true => assert_eq!(apps[n].udp(to), direct(to)),
+                    false => assert!(apps[n].udp(to).is_dropped()),
+                }
+            }
+        }
+        for (session, lists) in sessions.iter_mut().zip([2, 1, 0]) {
+            session.call("RemovePolicy", json!({}));
+            assert_eq!(sb.bypass_lists(), lists);
         }
     });
 }

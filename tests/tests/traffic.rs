@@ -267,6 +267,68 @@ fn drop_spares_the_bypass_list_and_drop_all_spares_nothing() {
     });
 }
 
+/// Each goes by what that user bypasses, whoever else bypasses the same, did, or comes to; and the kernel has no list
+/// twice, and none that nobody has any more.
+#[test]
+fn users_who_bypass_the_same_share_one_list() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let users = [(1001, 7001, "one"), (1002, 7002, "two")];
+        let [v4, v6] = sb.destinations();
+        let mut each = users.map(|(uid, port, name)| {
+            let user = sb.user(uid);
+            let proxy = sb.tproxy(name).uid(uid).port(port).start();
+            let dropped = user.cgroup("app.slice/app-dropped.scope").app();
+            let proxied = user.cgroup(APP).app();
+            (Session::of(&user), proxy, dropped, proxied)
+        });
+        let replace = |session: &mut Session, (_, port, name), bypassed: Option<SocketAddr>| {
+            let list: Vec<_> = bypassed.iter().map(SocketAddr::ip).collect();
+            session.replace(
+                json!([{ "name": name, "port": port }]),
+                json!(list),
+                json!([
+                    verdict("app.slice/app-dropped.scope", "drop"),
+                    to_proxy(APP, name)
+                ]),
+            );
+        };
+        let mut bypassed = [None, None];
+        for ((session, ..), user) in each.iter_mut().zip(users) {
+            replace(session, user, None);
+        }
+        // Who changes, to what, and how many lists there are then.
+        for (who, to, lists) in [
+            (0, Some(v4), 1),
+            (1, Some(v4), 1),
+            (0, Some(v6), 2),
+            (1, None, 1),
+            (1, Some(v6), 1),
+            (0, Some(v4), 2),
+            (0, Some(v6), 1),
+            (1, None, 1),
+            (0, None, 0),
+        ] {
+            replace(&mut each[who].0, users[who], to);
+            bypassed[who] = to;
+            assert_eq!(sb.bypass_lists(), lists);
+            for ((_, _, dropped, to_proxy), (bypassed, (.., name))) in
+                each.iter().zip(bypassed.into_iter().zip(users))
+            {
+                for to in [v4, v6] {
+                    if bypassed == Some(to) {
+                        assert_eq!(dropped.udp(to), direct(to));
+                        assert_eq!(to_proxy.udp(to), direct(to));
+                    } else {
+                        assert!(dropped.udp(to).is_dropped());
+                        assert_eq!(to_proxy.udp(to), proxied(name, to));
+                    }
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn a_changed_rule_leaves_open_connections_as_they_began() {
     sandbox(|sb| {

@@ -4,7 +4,7 @@
 #![allow(clippy::expect_used)]
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
@@ -17,8 +17,8 @@ use super::Kernel;
 use crate::cgroup::{ControlGroupId, OwnedControlGroup, Root, Subtree, subtree_path};
 use crate::config::Config;
 use crate::nft::{
-    self, Before, Element, Hold, Inherited, Known, Layout, LeftBehind, MarkWriter, Plan, Refusal,
-    Stamp,
+    self, Before, BypassList, Element, Hold, Inherited, Known, Layout, LeftBehind, MarkWriter,
+    Plan, Refusal, Stamp,
 };
 use crate::peer::{Peer, Uid};
 use crate::route::{self, Family};
@@ -35,8 +35,19 @@ pub(crate) struct Objects {
 }
 
 impl Objects {
-    pub(crate) fn left_behind(&self) -> LeftBehind {
-        self.layout.left_behind(self.stamp, self.elements.values())
+    /// What can be read of it where the table has these bypass lists.
+    fn left_behind(&self, lists: BTreeSet<u32>) -> LeftBehind {
+        let elements = self.elements.values();
+        self.layout.left_behind(self.stamp, elements, lists)
+    }
+
+    /// That this is what was once read of it.
+    #[track_caller]
+    pub(crate) fn assert_read(&self, left: &LeftBehind) {
+        assert_eq!(self.left_behind(left.lists.clone()), *left);
+        if let Some(list) = &self.layout.bypass {
+            assert!(left.lists.contains(&list.number), "a list went unseen");
+        }
     }
 
     /// Levels can be told of those only below which something is held.
@@ -99,7 +110,7 @@ impl Table {
             }
             Before::LeftBehind(left) => {
                 let before = before.expect("there is something of this user's");
-                assert_eq!(before.left_behind(), *left);
+                before.assert_read(left);
                 Default::default()
             }
         };
@@ -134,6 +145,13 @@ impl Table {
             "what is open would not be dropped"
         );
         let layout = layout.clone();
+        for other in self.lists() {
+            let same = layout
+                .bypass
+                .iter()
+                .all(|list| list.number != other.number || list.destinations == other.destinations);
+            assert!(same, "two bypass lists have one number");
+        }
         let stamp = plan.stamp;
         let objects = Objects {
             layout,
@@ -144,6 +162,12 @@ impl Table {
         self.0.insert(plan.uid, objects);
     }
 
+    /// The bypass lists of all users.
+    fn lists(&self) -> impl Iterator<Item = &BypassList> {
+        let objects = self.0.values();
+        objects.filter_map(|objects| objects.layout.bypass.as_ref())
+    }
+
     /// What a helper that starts reads back, with this snapshot.
     pub(crate) fn inherited(&self, snapshot: &Records) -> BTreeMap<Uid, Inherited> {
         let left = |(&uid, objects): (&Uid, &Objects)| {
@@ -152,7 +176,10 @@ impl Table {
                     assert_eq!(*layout, objects.layout, "the snapshot has another layout");
                     Inherited::Known(objects.known())
                 }
-                None => Inherited::LeftBehind(objects.left_behind()),
+                None => {
+                    let lists = self.lists().map(|list| list.number);
+                    Inherited::LeftBehind(objects.left_behind(lists.collect()))
+                }
             };
             (uid, left)
         };

@@ -69,7 +69,7 @@ impl Transaction<'_> {
         let (before, after) = match (&plan.before, &plan.after) {
             (Before::Nothing, Some(after)) => {
                 match step {
-                    Step::Chains => self.create_user(&names, after),
+                    Step::Chains => self.create_user(&names, after, shared),
                     Step::Additions => self.lead_to_user(&names, after, elements, shared),
                     Step::Changes | Step::Deletions => {}
                 }
@@ -84,8 +84,8 @@ impl Transaction<'_> {
         };
         match step {
             Step::Chains => {
-                if before.bypass.is_empty() {
-                    self.create_bypass(&names, after);
+                if before.bypass != after.bypass {
+                    self.create_list(&names, after, shared);
                 }
                 for (name, proxy) in &after.proxies {
                     match before.proxies.get(name) {
@@ -116,8 +116,8 @@ impl Transaction<'_> {
                     self.delete_hold(&names, before, hold, shared);
                 }
                 self.drop_proxies(&names, before, after);
-                if after.bypass.is_empty() {
-                    self.delete_bypass(&names, before);
+                if before.bypass != after.bypass {
+                    self.delete_list(&names, before, shared);
                 }
             }
         }
@@ -149,8 +149,8 @@ impl Transaction<'_> {
                 self.delete_hold(&names, after, hold, shared);
             }
             self.drop_proxies(&names, after, before);
-            if before.bypass.is_empty() {
-                self.delete_bypass(&names, after);
+            if before.bypass != after.bypass {
+                self.delete_list(&names, after, shared);
             }
         }
         if let Some(had) = plan.had.filter(|_| !plan.keeps_layout()) {
@@ -179,8 +179,7 @@ impl Transaction<'_> {
     /// What a user's layout has in both, and says otherwise.
     fn change_layout(&mut self, names: &Names, before: &Layout, after: &Layout) {
         // What proxies' rules say besides what their proxies are.
-        let elsewhere =
-            before.subtree != after.subtree || before.bypass.is_empty() != after.bypass.is_empty();
+        let elsewhere = before.subtree != after.subtree || before.bypass != after.bypass;
         for (name, proxy) in &after.proxies {
             // Its mark is the same: a proxy keeps it for as long as the policy has its name.
             match before.proxies.get(name) {
@@ -192,9 +191,6 @@ impl Transaction<'_> {
         }
         if before.bypass != after.bypass {
             self.system_drop_rules(names, after);
-            if !before.bypass.is_empty() && !after.bypass.is_empty() {
-                self.replace_bypass_elements(names, after);
-            }
         }
         if before.gateway != after.gateway
             || (after.gateway.is_some() && before.proxies != after.proxies)

@@ -101,8 +101,8 @@ impl Transaction<'_> {
         }
         self.exception_rules(FORWARDED, proxy.exceptions);
         let (divert, reject_udp) = (names.divert(&gateway.proxy), proxy.reject_udp);
-        if !layout.bypass.is_empty() {
-            self.bypass_rules(names, FORWARDED);
+        if let Some(list) = &layout.bypass {
+            self.bypass_rules(list, FORWARDED);
         }
         self.add_rules(
             FORWARDED,

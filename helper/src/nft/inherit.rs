@@ -8,7 +8,7 @@ use cgtproxy_proto::name::ProxyName;
 use rustix::io::Errno;
 
 use super::ffi::Comment;
-use super::names::{self, Names};
+use super::names::{self, ListNames, Names};
 use super::plan::{Element, Inherited, Known, Layout, LeftBehind, Stamp};
 use super::shared::{Remnants, Shared};
 use super::socket::Dump;
@@ -95,7 +95,9 @@ impl Contents {
                 .to_str()
                 .is_ok_and(|chain| self.chains.contains(chain))
         };
-        if !names.chains(layout).into_iter().all(has) {
+        let list = layout.bypass.as_ref();
+        let drop = list.map(|list| ListNames::of(list.number).drop);
+        if !names.chains(layout).into_iter().chain(drop).all(has) {
             return None;
         }
         let mut elements = Vec::new();
@@ -125,7 +127,14 @@ impl Contents {
             proxies: self.proxies.get(&uid).cloned().unwrap_or_default(),
             holds_back: cgroups.into_iter().any(|(_, number)| holds_back(*number)),
             stamp: self.stamps.get(&uid).copied(),
+            lists: self.lists(),
         }
+    }
+
+    /// The numbers of all bypass lists.
+    fn lists(&self) -> BTreeSet<u32> {
+        let lists = self.chains.iter().filter_map(|chain| names::list_of(chain));
+        lists.collect()
     }
 }
 
@@ -240,6 +249,12 @@ impl Nftables {
         let chains = [ruleset::SYSTEM, ruleset::SESSIONS, ruleset::DEEP];
         let [system, mut sessions, deep] = self.levels_of(chains)?;
         sessions.extend(deep);
+        let lists = contents.lists();
+        let drops: BTreeSet<_> = self
+            .elements(ruleset::DROPS)?
+            .into_iter()
+            .map(|found| found.key)
+            .collect();
         for (&uid, left) in &mut *left {
             left.levels = match uid {
                 Uid::ROOT => system.clone(),
@@ -247,16 +262,15 @@ impl Nftables {
             };
             let cgroups = contents.cgroups.get(&uid).into_iter().flatten();
             left.cgroups = cgroups.map(|(id, _)| *id).collect();
+            left.lists.clone_from(&lists);
             let key = uid.value().to_ne_bytes().to_vec();
-            if contents.subtrees.contains_key(&uid) {
+            if let Some(subtree) = contents.subtrees.get(&uid) {
                 left.places.insert((ruleset::USERS, key));
+                let drop = (ruleset::DROPS, subtree.to_bytes().to_vec());
+                left.places.extend(drops.contains(&drop.1).then_some(drop));
             }
         }
-        let by_chain = [
-            ruleset::CHOICES,
-            Names::of(Uid::ROOT).choices(),
-            ruleset::DROPS,
-        ];
+        let by_chain = [ruleset::CHOICES, Names::of(Uid::ROOT).choices()];
         for map in by_chain.into_iter().chain(leads::BY_MARK) {
             for found in self.elements(map)? {
                 let chain = match &found.value {

@@ -6,8 +6,8 @@ use std::ffi::{CStr, CString};
 use cgtproxy_proto::name::ProxyName;
 
 use super::ffi::Element;
-use super::names::Names;
-use super::plan::{Delivery, Hold, Layout, Proxy};
+use super::names::{ListNames, Names};
+use super::plan::{BypassList, Delivery, Hold, Layout, Proxy};
 use super::ruleset::{
     DELIVER, DIVERT, DROPS, GUARD, MARKS, OWNERS, PORTS, RECEIVE, RESOLVE, USERS,
 };
@@ -105,11 +105,13 @@ impl Names {
 
     /// What leads to the destinations that a drop leaves alone.
     pub(super) fn lead_of_drop(&self, layout: &Layout) -> Leads {
-        if layout.bypass.is_empty() || self.is_system() {
-            return Leads::new();
-        }
-        let subtree = layout.subtree.id().to_bytes().to_vec();
-        [((DROPS, subtree), Lead::Goto(self.drop.clone()))].into()
+        let list = layout.bypass.as_ref().filter(|_| !self.is_system());
+        let lead = |list: &BypassList| {
+            let subtree = layout.subtree.id().to_bytes().to_vec();
+            let drop = ListNames::of(list.number).drop;
+            ((DROPS, subtree), Lead::Goto(drop))
+        };
+        list.map(lead).into_iter().collect()
     }
 }
 

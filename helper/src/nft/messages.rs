@@ -16,8 +16,8 @@ use super::ffi::table_flags::{OWNER, PERSIST};
 use super::ffi::{Comment, Content, Element, KeyType};
 use super::names::Names;
 use super::plan::{
-    Before, Bypass, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, Plan, Proxy, Stamp,
-    Verdict,
+    Before, Bypass, BypassList, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, Plan,
+    Proxy, Stamp, Verdict,
 };
 use super::shared::{Remnants, Shared};
 use super::transaction::Transaction;
@@ -160,6 +160,20 @@ fn hijack(addresses: &[IpAddr], port: u16) -> DnsHijack {
     }
 }
 
+fn list(number: u32) -> BypassList {
+    let destinations = Bypass {
+        ipv4: vec![
+            (Ipv4Addr::new(10, 0, 0, 0), Ipv4Addr::new(10, 255, 255, 255)),
+            (Ipv4Addr::new(240, 0, 0, 0), Ipv4Addr::BROADCAST),
+        ],
+        ipv6: vec![(Ipv6Addr::LOCALHOST, Ipv6Addr::from_bits(u128::MAX))],
+    };
+    BypassList {
+        number,
+        destinations: Rc::new(destinations),
+    }
+}
+
 /// A layout with a proxy of each kind, and chains for what is held below each verdict.
 pub(crate) fn layout(system: bool) -> Layout {
     let (v4, v6) = (
@@ -208,13 +222,7 @@ pub(crate) fn layout(system: bool) -> Layout {
     Layout {
         subtree: OwnedControlGroup::for_test(3, if system { 0 } else { 3 }),
         proxies,
-        bypass: Bypass {
-            ipv4: vec![
-                (Ipv4Addr::new(10, 0, 0, 0), Ipv4Addr::new(10, 255, 255, 255)),
-                (Ipv4Addr::new(240, 0, 0, 0), Ipv4Addr::BROADCAST),
-            ],
-            ipv6: vec![(Ipv6Addr::LOCALHOST, Ipv6Addr::from_bits(u128::MAX))],
-        },
+        bypass: Some(list(1)),
         levels: [0, 4, 5].into(),
         holds: verdicts
             .into_iter()
@@ -270,6 +278,7 @@ fn left(uid: Uid) -> Shared {
             .map(|id| OwnedControlGroup::for_test(id, 4).id())
             .collect(),
         levels: layout.levels,
+        lists: [1, 2].into(),
     };
     Shared::found(BTreeMap::new(), [(uid, remnants)].into())
 }
@@ -281,7 +290,7 @@ fn life(uid: Uid, count: u64) -> Vec<Plan> {
     changed.subtree = OwnedControlGroup::for_test(4, layout.subtree.level());
     changed.proxies.remove(&name("nobody"));
     changed.proxies.get_mut(&name("redirect")).unwrap().delivery = Delivery::Redirect(None);
-    changed.bypass.ipv4.clear();
+    changed.bypass = Some(list(2));
     changed.levels.remove(&5);
     changed.holds.clear();
     changed.enforced = false;
@@ -289,7 +298,8 @@ fn life(uid: Uid, count: u64) -> Vec<Plan> {
     let changed = Rc::new(changed);
     let elements = elements(count);
     let delete = elements.iter().map(|(cgroup, _)| cgroup.id()).collect();
-    let left = layout.left_behind(Stamp::draw(), elements.iter().map(|(_, e)| e));
+    let lists = [1, 2].into();
+    let left = layout.left_behind(Stamp::draw(), elements.iter().map(|(_, e)| e), lists);
     let plan = |before, after, delete, add| Plan {
         uid,
         had: match &before {
@@ -331,7 +341,7 @@ fn a_table_and_its_base() {
                 }
                 transaction.base(&[0, 990, 1000], &shared, fresh);
             });
-            found.has(&["cgtproxy", "version-7", "output", "forward", "proxy-uids"]);
+            found.has(&["cgtproxy", "version-8", "output", "forward", "proxy-uids"]);
             assert_eq!(found.strings.contains("delivery"), !fresh);
             let keys = &found.keys[&NEW_SET_ELEMENTS];
             let uids = [0_u32, 990, 1000].map(|uid| uid.to_ne_bytes().to_vec());
@@ -386,11 +396,11 @@ fn whole_lives_of_policies() {
         let system = uid == Uid::ROOT;
         found.has(&match system {
             true => ["drop-system", "cgroups-0", "choices-0", "enforced"],
-            false => ["drop-1000", "cgroups", "choices", "drops"],
+            false => ["drop", "cgroups", "choices", "drops"],
         });
         found.has(&["users", "stamps", "marks", "ports", "resolve", "receive"]);
-        for prefix in ["bypass4", "bypass6"] {
-            found.has(&[&format!("{prefix}-{uid}")]);
+        for prefix in ["bypass4", "bypass6", "drop"] {
+            found.has(&[1, 2].map(|number| &*format!("{prefix}-{number}")));
         }
         for proxy in ["tproxy", "redirect", "nobody"] {
             found.has(&[&format!("proxy-{uid}-{proxy}")]);

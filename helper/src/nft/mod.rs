@@ -1,5 +1,6 @@
 //! nftables: a [`Plan`] goes in, one transaction comes out.
 
+mod bypass;
 mod change;
 mod ffi;
 mod foreign;
@@ -30,8 +31,8 @@ use rustix::io::Errno;
 pub(crate) use ffi::watch;
 pub use foreign::MarkWriter;
 pub use plan::{
-    Before, Bypass, Delivery, DnsHijack, Element, Exceptions, Gateway, Hold, Inherited, Known,
-    Layout, LeftBehind, Plan, Proxy, Stamp, Verdict,
+    Before, Bypass, BypassList, Delivery, DnsHijack, Element, Exceptions, Gateway, Hold, Inherited,
+    Known, Layout, LeftBehind, Plan, Proxy, Stamp, Verdict,
 };
 
 use crate::mark::MarkRange;

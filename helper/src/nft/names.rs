@@ -15,17 +15,19 @@ use crate::peer::Uid;
 const PROXY_PREFIX: &str = "proxy-";
 
 /// What the name of a chain begins with that is a user's, as dumps are searched for it.
-const PREFIXES: [&str; 8] = [
+const PREFIXES: [&str; 7] = [
     PROXY_PREFIX,
     "divert-",
     "dns-",
     "resolve-",
     "redirect-",
     "receive-",
-    "drop-",
     HOLD_PREFIX,
 ];
 const HOLD_PREFIX: &str = "hold-";
+
+/// What the name of a bypass list's chain begins with.
+const DROP_PREFIX: &str = "drop-";
 
 /// A name made of our own prefixes, a number and a proxy's name, none of which has a NUL.
 fn name(text: String) -> CString {
@@ -36,20 +38,11 @@ fn name(text: String) -> CString {
 /// has in any case.
 pub(super) struct Names {
     pub(super) uid: Uid,
-    /// The chain of a user who drops, but for bypassed destinations; there while there are any.
-    pub(super) drop: CString,
-    pub(super) bypass4: CString,
-    pub(super) bypass6: CString,
 }
 
 impl Names {
     pub(super) fn of(uid: Uid) -> Self {
-        Self {
-            uid,
-            drop: name(format!("drop-{uid}")),
-            bypass4: name(format!("bypass4-{uid}")),
-            bypass6: name(format!("bypass6-{uid}")),
-        }
+        Self { uid }
     }
 
     /// Whether these are those of the system's policy.
@@ -158,18 +151,38 @@ impl Names {
         chains
     }
 
-    /// All chains that a layout needs besides those that the table has in any case.
+    /// All chains of this user's alone, and those of what is held, that a layout needs.
     pub(super) fn chains(&self, layout: &Layout) -> BTreeSet<CString> {
         let proxies = layout.proxies.iter();
         let mut chains: BTreeSet<_> = proxies
             .flat_map(|(name, proxy)| self.of_proxy(name, proxy))
             .collect();
-        if !layout.bypass.is_empty() && !self.is_system() {
-            chains.insert(self.drop.clone());
-        }
         chains.extend(layout.holds.iter().map(|hold| self.hold(hold)));
         chains
     }
+}
+
+/// The names of what a bypass list has.
+pub(super) struct ListNames {
+    /// The chain that drops, but for these destinations.
+    pub(super) drop: CString,
+    pub(super) ipv4: CString,
+    pub(super) ipv6: CString,
+}
+
+impl ListNames {
+    pub(super) fn of(number: u32) -> Self {
+        Self {
+            drop: name(format!("{DROP_PREFIX}{number}")),
+            ipv4: name(format!("bypass4-{number}")),
+            ipv6: name(format!("bypass6-{number}")),
+        }
+    }
+}
+
+/// The number of the bypass list whose chain this is.
+pub(super) fn list_of(chain: &str) -> Option<u32> {
+    chain.strip_prefix(DROP_PREFIX)?.parse().ok()
 }
 
 /// Whose chain this is, if it is one user's alone.
@@ -200,7 +213,7 @@ mod tests {
         for (chain, uid) in [
             ("proxy-1000-mihomo", Some(1000)),
             ("proxy-0-a-b", Some(0)),
-            ("drop-1000", Some(1000)),
+            ("drop-1000", None),
             ("hold-1000-5-mihomo", Some(1000)),
             ("hold-1000-5-a-b", Some(1000)),
             ("hold-5-direct", None),
@@ -211,7 +224,7 @@ mod tests {
             ("sessions-deep", None),
             ("proxy-01000-mihomo", None),
             ("proxy-4294967296-mihomo", None),
-            ("version-7", None),
+            ("version-8", None),
         ] {
             assert_eq!(owner(chain), uid.map(Uid::for_test), "{chain}");
         }
@@ -220,5 +233,8 @@ mod tests {
         assert_eq!(proxy_of("proxy-1000-mihomo"), Some((uid, mihomo)));
         assert_eq!(proxy_of("proxy-1000-drop"), None);
         assert_eq!(proxy_of("dns-1000-mihomo"), None);
+        assert_eq!(list_of("drop-7"), Some(7));
+        assert_eq!(list_of("drop-system"), None);
+        assert_eq!(list_of("drop"), None);
     }
 }

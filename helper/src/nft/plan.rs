@@ -190,6 +190,15 @@ impl Bypass {
     }
 }
 
+/// A bypass list as the table has it: in sets that have its number, once for all users who bypass the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BypassList {
+    /// No other list has it.
+    pub number: u32,
+    /// What is in it: not nothing.
+    pub destinations: Rc<Bypass>,
+}
+
 /// The name of a layout. The kernel has it beside the layout, and changes both in one transaction; no other
 /// layout has it, but by a chance of one in 2^32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -222,8 +231,8 @@ pub struct Layout {
     pub subtree: OwnedControlGroup,
     /// The policy's proxies.
     pub proxies: BTreeMap<ProxyName, Proxy>,
-    /// The policy's bypass list.
-    pub bypass: Bypass,
+    /// The policy's bypass list, unless it is empty.
+    pub bypass: Option<BypassList>,
     /// At which depths below the control group root a control group has a verdict of its own.
     pub levels: BTreeSet<u32>,
     /// The chains for control groups below which everything is held.
@@ -271,11 +280,12 @@ impl Layout {
 
 #[cfg(any(test, fuzzing))]
 impl Layout {
-    /// What a helper that does not know this layout can read of it.
+    /// What a helper that does not know this layout can read of it, and of a table that has these bypass lists.
     pub(crate) fn left_behind<'a>(
         &self,
         stamp: Stamp,
         elements: impl IntoIterator<Item = &'a Element>,
+        lists: BTreeSet<u32>,
     ) -> LeftBehind {
         let proxies = self.proxies.iter();
         LeftBehind {
@@ -285,6 +295,7 @@ impl Layout {
                 .collect(),
             holds_back: elements.into_iter().any(Element::holds_back),
             stamp: Some(stamp),
+            lists,
         }
     }
 }
@@ -300,6 +311,8 @@ pub struct LeftBehind {
     pub holds_back: bool,
     /// The name of their layout, if it has one.
     pub stamp: Option<Stamp>,
+    /// The numbers of the bypass lists that the table had, one of which may be this user's.
+    pub lists: BTreeSet<u32>,
 }
 
 /// A user's objects that a helper before this one left in the kernel, and that a snapshot describes.
@@ -403,7 +416,7 @@ impl Step {
         };
         match self {
             Self::Chains => {
-                lacks(before, after) || (before.bypass.is_empty() && !after.bypass.is_empty())
+                lacks(before, after) || (after.bypass.is_some() && before.bypass != after.bypass)
             }
             Self::Additions => {
                 !elements.added.is_empty()
@@ -428,7 +441,7 @@ impl Step {
                     || before.enforced != after.enforced
                     || (before.holds_back && !after.holds_back)
                     || lacks(after, before)
-                    || (after.bypass.is_empty() && !before.bypass.is_empty())
+                    || (before.bypass.is_some() && before.bypass != after.bypass)
             }
         }
     }

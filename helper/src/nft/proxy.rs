@@ -177,8 +177,8 @@ impl Transaction<'_> {
                 &|rule| rule.daddr_link_local().leave(),
             ],
         );
-        if !layout.bypass.is_empty() {
-            self.bypass_rules(names, &chain);
+        if let Some(list) = &layout.bypass {
+            self.bypass_rules(list, &chain);
         }
         let mask = self.marks.mask();
         self.add_rules(

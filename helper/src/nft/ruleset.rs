@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-7 { }                       # the format of this table
+//!   chain version-8 { }                       # the format of this table
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
 //!   map marks   { type mark : verdict }       # a proxy's mark : goto proxy-1000-mihomo
-//!   map drops   { type cgroupsv2 : verdict }  # user@1000.service : goto drop-1000
+//!   map drops   { type cgroupsv2 : verdict }  # user@1000.service : goto drop-1
 //!   map deliver { type mark : verdict }       # a proxy's mark : goto deliver
 //!   map ports   { type mark : inet_service }  # a proxy's mark : where it listens
 //!   map guard   { type mark : verdict }       # a proxy's mark : goto guard
@@ -37,9 +37,9 @@
 //!   chain drop-system { … }   chain deliver-system { … }   chain guard-system { … }
 //!   chain gateway  { … }   chain forwarded { … }   # what the system's policy says of forwarded packets
 //!
-//!   set bypass4-1000 { type ipv4_addr; flags interval }    # these three while there is anything to bypass
-//!   set bypass6-1000 { type ipv6_addr; flags interval }
-//!   chain drop-1000 { … }
+//!   set bypass4-1 { type ipv4_addr; flags interval }       # these three for whoever bypasses the same
+//!   set bypass6-1 { type ipv6_addr; flags interval }
+//!   chain drop-1 { … }
 //!   chain proxy-1000-mihomo { … }
 //!   chain dns-1000-mihomo { … }      chain resolve-1000-mihomo { … }    # with dns-hijack
 //!   chain redirect-1000-mihomo { … }  chain receive-1000-mihomo { … }   # if it is no TPROXY server
@@ -80,7 +80,7 @@ use super::transaction::Transaction;
 use crate::peer::Uid;
 
 /// The chain that says how this table is laid out. A table without it is made anew.
-pub(super) const VERSION: &CStr = c"version-7";
+pub(super) const VERSION: &CStr = c"version-8";
 pub(super) const CGROUPS: &CStr = c"cgroups";
 pub(super) const CHOICES: &CStr = c"choices";
 pub(super) const MARKS: &CStr = c"marks";

@@ -22,6 +22,8 @@ pub(super) struct Remnants {
     pub(super) cgroups: Vec<ControlGroupId>,
     /// At which levels rules look, all users' together.
     pub(super) levels: BTreeSet<u32>,
+    /// The bypass lists that the table had, one of which may be this user's.
+    pub(super) lists: BTreeSet<u32>,
 }
 
 /// What the rules look at that every packet comes by.
@@ -72,6 +74,7 @@ impl Shared {
             places: BTreeSet::new(),
             cgroups: Vec::new(),
             levels: BTreeSet::new(),
+            lists: BTreeSet::new(),
         };
         self.left.get(&uid).unwrap_or(&NOTHING)
     }
@@ -141,6 +144,14 @@ impl Shared {
     /// Whether the system has a policy.
     pub(super) fn has_system(&self) -> bool {
         self.layouts.contains_key(&Uid::ROOT) || self.left.contains_key(&Uid::ROOT)
+    }
+
+    /// Whether some other user has, or may have, the bypass list of this number.
+    pub(super) fn is_list_elsewhere(&self, uid: Uid, number: u32) -> bool {
+        let mut layouts = self.layouts.iter().filter(|(other, _)| **other != uid);
+        let mut left = self.left.iter().filter(|(other, _)| **other != uid);
+        layouts.any(|(_, layout)| layout.bypass.as_ref().map(|list| list.number) == Some(number))
+            || left.any(|(_, left)| left.lists.contains(&number))
     }
 
     /// Whether some other user needs, or may need, this chain that all can have together.

@@ -23,7 +23,7 @@ impl Transaction<'_> {
         shared: &Shared,
     ) {
         match step {
-            Step::Chains => self.take_over_chains(names, left, after),
+            Step::Chains => self.take_over_chains(names, left, after, shared),
             Step::Additions => {
                 let drop = names.lead_of_drop(after);
                 self.add_leads(&drop.into_iter().filter(|(p, _)| is_new(left, p)).collect());
@@ -73,25 +73,29 @@ impl Transaction<'_> {
                 self.delete_leads(gone);
                 let needed = names.chains(after);
                 self.delete_chains(left.chains.difference(&needed));
-                if after.bypass.is_empty() {
-                    self.delete_bypass_sets(names);
+                let mut lists = left.lists.clone();
+                if let Some(list) = &after.bypass {
+                    lists.remove(&list.number);
                 }
+                self.delete_lists(names, &lists, shared);
             }
         }
     }
 
-    fn take_over_chains(&mut self, names: &Names, left: &Remnants, after: &Layout) {
+    fn take_over_chains(
+        &mut self,
+        names: &Names,
+        left: &Remnants,
+        after: &Layout,
+        shared: &Shared,
+    ) {
         if names.is_system() {
             self.create_system_sets(names);
         }
-        self.add_bypass_sets(names);
-        self.replace_bypass_elements(names, after);
+        self.create_list(names, after, shared);
         let needed = names.chains(after);
         for chain in needed.difference(&left.chains) {
             self.add_chain(chain);
-        }
-        if needed.contains(&names.drop) {
-            self.drop_rules(names);
         }
         let mut leads = Leads::new();
         for (name, proxy) in &after.proxies {
@@ -139,9 +143,7 @@ impl Transaction<'_> {
         if names.is_system() {
             self.delete_system_sets(names);
         }
-        // Whether they are there is not known.
-        self.add_bypass_sets(names);
-        self.delete_bypass_sets(names);
+        self.delete_lists(names, &left.lists, shared);
     }
 }
 

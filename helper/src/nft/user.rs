@@ -1,14 +1,10 @@
 //! What a user has in the table: chains and sets with that user's number in their names.
 
 use std::collections::BTreeSet;
-use std::ffi::CStr;
-
-use nftnl::MsgType;
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
 use super::plan::{ElementChanges, Layout, Looks};
-use super::rule::Family;
 use super::ruleset::{DROP_SYSTEM, ENFORCED, SESSIONS, SYSTEM};
 use super::shared::Shared;
 use super::transaction::Transaction;
@@ -16,11 +12,11 @@ use super::transaction::Transaction;
 impl Transaction<'_> {
     /// A user's chains and sets, with what leads from marks and numbers to them. No control group has such a
     /// number yet.
-    pub(super) fn create_user(&mut self, names: &Names, layout: &Layout) {
+    pub(super) fn create_user(&mut self, names: &Names, layout: &Layout, shared: &Shared) {
         if names.is_system() {
             self.create_system_sets(names);
         }
-        self.create_bypass(names, layout);
+        self.create_list(names, layout, shared);
         self.system_drop_rules(names, layout);
         for (name, proxy) in &layout.proxies {
             self.create_proxy(names, layout, name, proxy);
@@ -126,7 +122,7 @@ impl Transaction<'_> {
             self.flush_chain(DROP_SYSTEM);
             self.delete_system_sets(names);
         }
-        self.delete_bypass(names, layout);
+        self.delete_list(names, layout, shared);
     }
 
     /// The sets that only the system's policy has.
@@ -143,103 +139,5 @@ impl Transaction<'_> {
         for set in [names.cgroups(), names.choices(), ENFORCED] {
             self.delete_set(set);
         }
-    }
-
-    /// The sets of bypassed destinations, if there are any, and a user's chain for what is dropped but for them.
-    pub(super) fn create_bypass(&mut self, names: &Names, layout: &Layout) {
-        if layout.bypass.is_empty() {
-            return;
-        }
-        self.add_bypass_sets(names);
-        self.bypass_elements(names, layout);
-        if !names.is_system() {
-            self.add_chain(&names.drop);
-            self.drop_rules(names);
-        }
-    }
-
-    /// What a user drops but for bypassed destinations: every protocol, and open connections too.
-    pub(super) fn drop_rules(&mut self, names: &Names) {
-        self.flush_chain(&names.drop);
-        self.bypass_rules(names, &names.drop);
-        // drop
-        self.add_rules(&names.drop, [&|rule| rule.drop()]);
-    }
-
-    /// What [`Self::create_bypass`] made, when no rule looks at it any more.
-    pub(super) fn delete_bypass(&mut self, names: &Names, layout: &Layout) {
-        if layout.bypass.is_empty() {
-            return;
-        }
-        if !names.is_system() {
-            self.flush_chain(&names.drop);
-            self.delete_chain(&names.drop);
-        }
-        self.delete_bypass_sets(names);
-    }
-
-    pub(super) fn add_bypass_sets(&mut self, names: &Names) {
-        self.add_set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
-        self.add_set(&names.bypass6, KeyType::Ipv6, Content::Intervals);
-    }
-
-    pub(super) fn delete_bypass_sets(&mut self, names: &Names) {
-        for set in [&names.bypass4, &names.bypass6] {
-            self.delete_set(set);
-        }
-    }
-
-    /// The same for what the system's policy drops, whether anything is bypassed or not.
-    pub(super) fn system_drop_rules(&mut self, names: &Names, layout: &Layout) {
-        if !names.is_system() {
-            return;
-        }
-        self.flush_chain(DROP_SYSTEM);
-        if !layout.bypass.is_empty() {
-            self.bypass_rules(names, DROP_SYSTEM);
-        }
-        // drop
-        self.add_rules(DROP_SYSTEM, [&|rule| rule.drop()]);
-    }
-
-    /// Bypassed destinations leave the chain.
-    pub(super) fn bypass_rules(&mut self, names: &Names, chain: &CStr) {
-        self.add_rules(
-            chain,
-            [
-                // ip daddr @bypass4-UID return
-                &|rule| rule.daddr_in(Family::Ipv4, &names.bypass4).leave(),
-                // ip6 daddr @bypass6-UID return
-                &|rule| rule.daddr_in(Family::Ipv6, &names.bypass6).leave(),
-            ],
-        );
-    }
-
-    /// What is bypassed, in place of what was.
-    pub(super) fn replace_bypass_elements(&mut self, names: &Names, layout: &Layout) {
-        for set in [&names.bypass4, &names.bypass6] {
-            self.flush_set(set);
-        }
-        self.bypass_elements(names, layout);
-    }
-
-    fn bypass_elements(&mut self, names: &Names, layout: &Layout) {
-        let mut ipv4 = self.set(&names.bypass4, KeyType::Ipv4, Content::Intervals);
-        for (first, last) in &layout.bypass.ipv4 {
-            ipv4.push(&first.octets(), Element::Key);
-            // A range up to the last address of all has no end.
-            if let Some(end) = last.to_bits().checked_add(1) {
-                ipv4.push(&end.to_be_bytes(), Element::IntervalEnd);
-            }
-        }
-        self.write_elements(&ipv4, MsgType::Add);
-        let mut ipv6 = self.set(&names.bypass6, KeyType::Ipv6, Content::Intervals);
-        for (first, last) in &layout.bypass.ipv6 {
-            ipv6.push(&first.octets(), Element::Key);
-            if let Some(end) = last.to_bits().checked_add(1) {
-                ipv6.push(&end.to_be_bytes(), Element::IntervalEnd);
-            }
-        }
-        self.write_elements(&ipv6, MsgType::Add);
     }
 }

@@ -1,5 +1,6 @@
 //! The registry against a model of the kernel.
 
+use std::net::Ipv4Addr;
 use std::num::NonZeroU16;
 
 use proptest::prelude::*;
@@ -37,7 +38,7 @@ fn assert_consistent(registry: &Registry, table: &Table) {
                 continue;
             }
             (Some(Entry::LeftBehind(left)), Some(objects)) => {
-                assert_eq!(*left, objects.left_behind());
+                objects.assert_read(left);
                 for &mark in left.proxies.values() {
                     assert!(marks.insert(mark), "two proxies have one mark");
                     assert!(registry.marks.is_used(mark));
@@ -157,6 +158,18 @@ fn path(number: u8) -> ControlGroupPath {
     ControlGroupPath::from_wire(&vec![format!("c{number}"); depth].join("/")).unwrap()
 }
 
+/// One address; with the number 0 none.
+fn bypass(number: u64) -> Bypass {
+    let address = Ipv4Addr::from(number as u32);
+    Bypass {
+        ipv4: [(address, address)]
+            .into_iter()
+            .take(number.min(1) as usize)
+            .collect(),
+        ipv6: Vec::new(),
+    }
+}
+
 fn name(number: u8) -> ProxyName {
     format!("p{number}").parse().unwrap()
 }
@@ -225,8 +238,8 @@ proptest! {
                     let policy = PolicyRequest {
                         subtree,
                         proxies: proxies.collect(),
-                        bypass_entries: 0,
-                        bypass: Bypass::default(),
+                        bypass_entries: 1,
+                        bypass: bypass(seed >> 10 & 3),
                         gateway: gateway.map(|number| Gateway {
                             interfaces: [format!("br{number}").parse().unwrap()].into(),
                             proxy: name(number),
@@ -304,6 +317,7 @@ fn what_was_left_behind_keeps_its_marks() {
         .into(),
         holds_back: false,
         stamp: None,
+        lists: BTreeSet::new(),
     };
     registry.adopt(uid, Inherited::LeftBehind(left));
     let request = |number| ProxyRequest {
@@ -370,4 +384,39 @@ fn open_connections_are_looked_at_for_drops_and_one_change_longer() {
         let (layout, ..) = registry.policy(uid).unwrap();
         assert_eq!(layout.holds_back, looked_at);
     }
+}
+
+/// One list for all who bypass the same, another one for whoever does not, and none of those that are there and that
+/// nobody knows.
+#[test]
+fn users_who_bypass_the_same_have_one_list() {
+    let mut registry = Registry::new(Limits::default(), MarkRange::new(0xff00_0000).unwrap());
+    let [one, two, stranger] = UIDS.map(Uid::for_test);
+    let left = LeftBehind {
+        lists: [1, 3].into(),
+        ..LeftBehind::default()
+    };
+    registry.adopt(stranger, Inherited::LeftBehind(left));
+    let mut number_of = |uid, bypassed| {
+        let policy = PolicyRequest {
+            subtree: OwnedControlGroup::for_test(1, 3),
+            proxies: Vec::new(),
+            bypass_entries: 1,
+            bypass: bypass(bypassed),
+            gateway: None,
+        };
+        let staged = registry.replace(uid, policy, BTreeMap::new(), |_| None);
+        registry.apply(staged.unwrap());
+        let (layout, ..) = registry.policy(uid).unwrap();
+        layout.bypass.as_ref().map(|list| list.number)
+    };
+    assert_eq!(number_of(one, 7), Some(2));
+    assert_eq!(number_of(two, 7), Some(2));
+    assert_eq!(number_of(one, 8), Some(4));
+    assert_eq!(number_of(two, 0), None);
+    assert_eq!(number_of(two, 9), Some(2));
+    assert_eq!(number_of(one, 9), Some(2));
+    // Its own are there until it has this one.
+    assert_eq!(number_of(stranger, 8), Some(4));
+    assert_eq!(number_of(one, 7), Some(1));
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
+use std::rc::Rc;
 
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::name::ProxyName;
@@ -11,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::mark::{Mark, MarkRange};
 use crate::nft::{
-    Bypass, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, Proxy, Stamp, Verdict,
+    Bypass, BypassList, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, Proxy, Stamp,
+    Verdict,
 };
 use crate::peer::Uid;
 
@@ -25,7 +27,7 @@ struct Record {
     /// Id and level.
     subtree: (u64, u32),
     proxies: Vec<ProxyRecord>,
-    bypass: BypassRecord,
+    bypass: Option<BypassRecord>,
     levels: BTreeSet<u32>,
     holds: Vec<(u32, VerdictRecord)>,
     enforced: bool,
@@ -36,6 +38,7 @@ struct Record {
 
 #[derive(Serialize, Deserialize)]
 struct BypassRecord {
+    number: u32,
     ipv4: Vec<(Ipv4Addr, Ipv4Addr)>,
     ipv6: Vec<(Ipv6Addr, Ipv6Addr)>,
 }
@@ -114,10 +117,11 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout) -> Vec<u8> {
             layout.subtree.level(),
         ),
         proxies: proxies.collect(),
-        bypass: BypassRecord {
-            ipv4: layout.bypass.ipv4.clone(),
-            ipv6: layout.bypass.ipv6.clone(),
-        },
+        bypass: layout.bypass.as_ref().map(|list| BypassRecord {
+            number: list.number,
+            ipv4: list.destinations.ipv4.clone(),
+            ipv6: list.destinations.ipv6.clone(),
+        }),
         levels: layout.levels.clone(),
         holds: layout
             .holds
@@ -152,10 +156,13 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
             .into_iter()
             .map(|proxy| self::proxy(proxy, range))
             .collect::<Option<_>>()?,
-        bypass: Bypass {
-            ipv4: record.bypass.ipv4,
-            ipv6: record.bypass.ipv6,
-        },
+        bypass: record.bypass.map(|list| BypassList {
+            number: list.number,
+            destinations: Rc::new(Bypass {
+                ipv4: list.ipv4,
+                ipv6: list.ipv6,
+            }),
+        }),
         levels: record.levels,
         holds: BTreeSet::new(),
         enforced: record.enforced,

@@ -1,10 +1,11 @@
 //! A snapshot that is written, cut, changed and grown.
 
 use std::collections::BTreeSet;
+use std::rc::Rc;
 
 use super::*;
 use crate::cgroup::OwnedControlGroup;
-use crate::nft::{Bypass, Hold, Verdict};
+use crate::nft::{Bypass, BypassList, Hold, Verdict};
 
 /// Every byte; under Miri, which takes a thousand times as long, some.
 const STEP: usize = if cfg!(miri) { 11 } else { 1 };
@@ -18,10 +19,13 @@ fn layout(level: u32) -> Layout {
     Layout {
         subtree: OwnedControlGroup::for_test(7, 3),
         proxies: BTreeMap::new(),
-        bypass: Bypass {
-            ipv4: vec![([10, 0, 0, 0].into(), [10, 255, 255, 255].into())],
-            ipv6: Vec::new(),
-        },
+        bypass: Some(BypassList {
+            number: 1,
+            destinations: Rc::new(Bypass {
+                ipv4: vec![([10, 0, 0, 0].into(), [10, 255, 255, 255].into())],
+                ipv6: Vec::new(),
+            }),
+        }),
         levels: BTreeSet::from([level]),
         holds: BTreeSet::from([Hold {
             level: level + 1,

@@ -11,7 +11,7 @@ pub struct Element {
     /// The key as nft prints it: for a cgroup, its path from the cgroup root without a leading
     /// slash, or its id if it is gone.
     pub key: String,
-    /// As in a ruleset: `return`, `goto drop-1000`, …; or a number, in a map of those.
+    /// As in a ruleset: `return`, `goto proxy-1000-mihomo`, …; or a number, in a map of those.
     pub verdict: String,
     /// What the element has counted, if it counts.
     pub packets: Option<u64>,
@@ -96,6 +96,22 @@ impl Sandbox {
     /// The names of the maps in the table `inet cgtproxy`.
     pub fn maps(&self) -> Vec<String> {
         self.objects("map")
+    }
+
+    /// How many bypass lists the table `inet cgtproxy` has, with a chain and two sets each.
+    ///
+    /// # Panics
+    /// When one lacks something.
+    pub fn bypass_lists(&self) -> usize {
+        let of = |kind, prefix| -> Vec<u32> {
+            let objects = self.objects(kind);
+            let numbers = objects.iter().filter_map(|name| name.strip_prefix(prefix));
+            numbers.filter_map(|number| number.parse().ok()).collect()
+        };
+        let chains = of("chain", "drop-");
+        assert_eq!(chains, of("set", "bypass4-"));
+        assert_eq!(chains, of("set", "bypass6-"));
+        chains.len()
     }
 
     /// What the table `inet cgtproxy` has of a user: the rules and elements that name the uid.
