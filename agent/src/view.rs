@@ -42,6 +42,7 @@ pub fn judged(
             .filter(|(giver, _)| *giver != path)
             .map(|(giver, _)| subtree.to_wire(giver)),
         execSlice: origin == Some(Origin::ExecSlice),
+        relay: (origin == Some(Origin::Relay)).then_some(true),
         inForce: false,
         skipped: None,
     }

@@ -187,19 +187,22 @@ fn the_originals_example_works_unedited() {
             CONFIG,
         ]);
         system.run(&["systemctl", "reload", AGENT]);
-        wait_until("the rule to be in force", || {
-            let output = system.output(&[
-                "cgtproxy-agent",
-                "--system",
-                "explain",
-                "--json",
-                "app-open-1.scope",
-            ]);
+        let in_force = |group: &str| {
+            let arguments = ["cgtproxy-agent", "--system", "explain", "--json", group];
+            let output = system.output(&arguments);
             let said: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-            said["controlGroup"]["target"] == "drop" && said["controlGroup"]["inForce"] == true
-        });
+            let said = &said["controlGroup"];
+            said["inForce"] == true && said["target"] == "drop"
+        };
+        wait_until("the rule to be in force", || in_force("app-open-1.scope"));
         sb.expect_dropped(&goes);
         expect(sb, &by_rule, by("own"));
+        // Nor by a name: a relay that sends for one user is that user's agent's business.
+        let scope = format!("{}/app.slice/app-open-1.scope", alice.service());
+        let named = format!("{scope}/cgtproxy-relay.service");
+        let cgroup = system.cgroup(&named);
+        wait_until("it to be known", || in_force(&named));
+        sb.expect_dropped(&cgroup.app());
 
         // Without the user's agent the system's verdict holds.
         system.run_as(alice, &["systemctl", "--user", "stop", "cgtproxy-agent"]);

@@ -180,7 +180,8 @@ fn find(subtree: &Subtree, name: &[u8]) -> Result<ControlGroupPath, Error> {
 
 /// `system_policy`: root has a policy for the machine as well.
 fn sentences(group: &ControlGroup, running: bool, system_policy: bool) -> String {
-    let undecided = group.rule.is_none() && !group.execSlice;
+    let is_relay = group.relay == Some(true);
+    let undecided = group.rule.is_none() && !group.execSlice && !is_relay;
     if system_policy && undecided {
         let path = printable(&group.path);
         return format!(
@@ -197,6 +198,7 @@ fn sentences(group: &ControlGroup, running: bool, system_policy: bool) -> String
     let from = group.inheritedFrom.as_deref().map(printable);
     let why = match (group.rule, &from) {
         _ if group.execSlice => "It is in a slice of cgtproxy-exec.".to_owned(),
+        _ if is_relay => "It is the relay, which goes direct whatever the rules say.".to_owned(),
         (Some(number), None) => format!("Rule {number} matches it."),
         (Some(number), Some(from)) => {
             format!("No rule matches it; it inherits from {from}, which rule {number} matches.")

@@ -131,6 +131,7 @@ impl Config {
             fake_addresses: FakeAddresses::default(),
             bypass: Vec::new(),
             rules: Rc::new(Rules {
+                relay: true,
                 exec_slices: Some(ExecSlices::new([])),
                 rules: Vec::new(),
                 start: Start::Open,
@@ -149,6 +150,7 @@ impl Config {
         let config = Self::without_file();
         Some(Self {
             rules: Rc::new(Rules {
+                relay: true,
                 exec_slices: Some(ExecSlices::new([&name])),
                 rules: Vec::new(),
                 start: config.rules.start,

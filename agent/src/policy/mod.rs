@@ -1,7 +1,7 @@
 //! Which verdict a control group has. Pure: nothing here reads a file or talks to anybody.
 //!
 //! 1. A control group's own verdict is that of the slice of cgtproxy-exec it is in, else that of the
-//!    first rule that matches its path.
+//!    first rule that matches its path. The unit of a user's relay goes direct before any of that.
 //! 2. Without one it inherits its parent's verdict.
 //! 3. Without one at the subtree's root: direct.
 
@@ -71,7 +71,7 @@ pub enum Origin {
     Relay,
 }
 
-/// The unit of the relay: what it sends goes direct whatever the rules say.
+/// The unit of a user's relay: what it sends goes direct whatever that user's rules say.
 pub const RELAY_UNIT: &str = "cgtproxy-relay.service";
 
 /// A control group's own verdict.
@@ -128,6 +128,9 @@ pub struct Rule {
 /// All that decides about verdicts.
 #[derive(Debug, Clone, Default)]
 pub struct Rules {
+    /// Whether the relay's unit goes direct before all else: in users' own policies. Anybody can give a control group
+    /// its name, which must not get anybody out of what root's policy enforces.
+    pub relay: bool,
     /// Stand before the rules; none if they are switched off.
     pub exec_slices: Option<ExecSlices>,
     /// In the order of the file; the first that matches decides.
@@ -141,7 +144,7 @@ impl Rules {
     /// `prefix`, with a slash before each component, from the control group root.
     #[must_use]
     pub fn choose(&self, prefix: &[u8], path: &ControlGroupPath) -> Option<Choice> {
-        if path.components().next_back() == Some(RELAY_UNIT.as_bytes()) {
+        if self.relay && path.name() == Some(RELAY_UNIT.as_bytes()) {
             return Some(Choice {
                 target: Target::Direct,
                 origin: Origin::Relay,

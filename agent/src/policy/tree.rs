@@ -262,6 +262,7 @@ mod tests {
     fn rules(list: &[(&str, Target)]) -> Rc<Rules> {
         Rc::new(Rules {
             start: Start::Open,
+            relay: false,
             exec_slices: None,
             rules: list
                 .iter()
@@ -361,6 +362,7 @@ mod tests {
                 let proxies = [Rc::new("a".parse().unwrap()), Rc::new("b".parse().unwrap())];
                 Rc::new(Rules {
                     start: if closed { Start::Closed } else { Start::Open },
+                    relay: false,
                     exec_slices: exec.then(|| ExecSlices::new(&proxies)),
                     rules: patterns
                         .into_iter()

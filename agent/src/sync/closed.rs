@@ -130,6 +130,7 @@ fn any_rules() -> impl Strategy<Value = Rc<Rules>> {
     (rules, any::<bool>()).prop_map(|(rules, exec)| {
         let proxies = ["p", "p-a"].map(|name| Rc::new(name.parse().unwrap()));
         Rc::new(Rules {
+            relay: false,
             exec_slices: exec.then(|| ExecSlices::new(&proxies)),
             rules,
             start: Start::Closed,

@@ -31,6 +31,7 @@ fn rules() -> Rc<Rules> {
     ];
     Rc::new(Rules {
         start: Start::Open,
+        relay: false,
         exec_slices: None,
         rules: rules.into_iter().map(rule).collect(),
     })

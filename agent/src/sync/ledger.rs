@@ -305,6 +305,7 @@ mod tests {
         };
         let rules = Rules {
             start: Start::Open,
+            relay: false,
             exec_slices: None,
             rules: vec![
                 rule("/d[^/]*$", Target::Drop),

@@ -167,8 +167,12 @@ impl System {
 
     /// The cgroup of a system unit that runs, for what the test bed puts into it.
     pub fn unit_cgroup(&self, unit: &str) -> Cgroup {
-        let path = self.property(unit, "ControlGroup");
-        let whole = Path::new(CGROUP).join(path.trim_start_matches('/'));
+        self.cgroup(&self.property(unit, "ControlGroup"))
+    }
+
+    /// A cgroup, by its path from the system's cgroup root; what is missing is made, and root's.
+    pub fn cgroup(&self, path: &str) -> Cgroup {
+        let whole = self.cgroup_directory(path);
         let path = whole.strip_prefix(CGROUP_ROOT).expect("it is below");
         Cgroup::create(&self.world, path, 0)
     }

@@ -158,6 +158,7 @@ impl Reader<'_> {
             bypass,
             gateway,
             rules: Rc::new(Rules {
+                relay: scope == Scope::User,
                 exec_slices,
                 rules,
                 start,
