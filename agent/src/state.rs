@@ -182,22 +182,27 @@ impl State {
         self.ledger.acknowledge(skipped)
     }
 
-    /// The last call was refused. If it was to bring a new configuration, the old one stays, which
-    /// the helper holds still. Returns whether it did so.
-    pub fn refused(&mut self, call: &Call, why: &str) -> bool {
-        let Some(old) = self.accepted.clone() else {
+    /// The last call, by this configuration, was refused. If it was to bring it into force, the old one stays, which
+    /// the helper holds still.
+    pub fn refused(&mut self, call: &Call, why: &str, sent: &Rc<Source>) -> Refused {
+        if !Rc::ptr_eq(sent, &self.source) {
             self.ledger.refuse();
-            return false;
-        };
-        if !matches!(call, Call::Replace(_)) || Rc::ptr_eq(&old, &self.source) {
-            self.ledger.refuse();
-            return false;
+            return Refused::Overtaken;
         }
-        self.config_error = Some(why.to_owned());
-        self.tree.replace_rules(old.config.rules.clone());
-        self.source = old;
-        self.ledger.keep_what_is_held(&self.tree);
-        true
+        match &self.accepted {
+            Some(old) if matches!(call, Call::Replace(_)) && !Rc::ptr_eq(old, sent) => {
+                let old = old.clone();
+                self.config_error = Some(why.to_owned());
+                self.tree.replace_rules(old.config.rules.clone());
+                self.source = old;
+                self.ledger.keep_what_is_held(&self.tree);
+                Refused::TakenBack
+            }
+            _ => {
+                self.ledger.refuse();
+                Refused::Again
+            }
+        }
     }
 
     /// The session is over: nobody knows what is in force.
@@ -222,6 +227,17 @@ impl State {
         self.source = Rc::new(source);
         self.ledger.replace_all();
     }
+}
+
+/// What becomes of a call that was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// It is said again.
+    Again,
+    /// The configuration that it was to bring is no more: the old one stays.
+    TakenBack,
+    /// Another configuration has come meanwhile, and is said instead.
+    Overtaken,
 }
 
 impl Observer for State {

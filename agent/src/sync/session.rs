@@ -25,7 +25,7 @@ use crate::config::Config;
 use crate::notify;
 use crate::policy::Start;
 use crate::relay::Relay;
-use crate::state::{Agent, Link, Source};
+use crate::state::{Agent, Link, Refused, Source};
 use crate::text::{chain, printable};
 use crate::watch::inotify::Events;
 
@@ -259,31 +259,39 @@ impl Session<'_> {
             "NoSession" => {
                 // It has forgotten us, and takes everything anew.
                 let mut state = self.agent.state_mut();
-                state.refused(call, &why);
+                state.refused(call, &why, source);
                 state.disconnected(why);
                 return None;
             }
             _ => {}
         }
-        let (rolled_back, repeated) = {
+        let (refused, repeated) = {
             let mut state = self.agent.state_mut();
-            let rolled_back = state.refused(call, &why);
+            let refused = state.refused(call, &why, source);
             let repeated = state.problem.as_ref() == Some(&why);
-            if !rolled_back {
+            if refused == Refused::Again {
                 if let Link::Broken(reason) = &mut state.link {
                     reason.clone_from(&why);
                 }
                 state.problem = Some(why.clone());
             }
-            (rolled_back, repeated)
+            (refused, repeated)
         };
-        if rolled_back {
-            let file = source.file.as_deref().map(|f| f.to_string_lossy());
-            let file = printable(&file.unwrap_or_default());
-            tracing::error!("can't put {file} into force: {why}; the old configuration stays");
-        } else if !repeated {
-            tracing::error!("{why}; trying again");
-            notify::status(&why);
+        match refused {
+            Refused::TakenBack => {
+                let file = source.file.as_deref().map(|f| f.to_string_lossy());
+                let file = printable(&file.unwrap_or_default());
+                tracing::error!("can't put {file} into force: {why}; the old configuration stays");
+            }
+            Refused::Overtaken => {
+                tracing::info!("{why}; trying the configuration that has come meanwhile");
+                return None;
+            }
+            Refused::Again if repeated => {}
+            Refused::Again => {
+                tracing::error!("{why}; trying again");
+                notify::status(&why);
+            }
         }
         finish_reload(self.agent);
         self.agent.tell();

@@ -92,6 +92,36 @@ fn one_that_the_helper_refuses_is_taken_back() {
     assert_eq!(agent.status().configError, None);
 }
 
+/// The one that the helper refuses is not the one that is in the file by then.
+#[test]
+fn one_that_is_written_while_another_is_refused_is_tried() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1", "one", "two"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    {
+        let mut books = world.helper.books();
+        books.paused = true;
+        let refusal = fault("TooManyProxies", json!({ "limit": 3 }));
+        books.faults.push_back(refusal);
+    }
+    let calls = world.helper.books().calls.len();
+    world.write(OTHER);
+    world
+        .helper
+        .wait("the first", |books| books.calls.len() > calls);
+    world.write(&OTHER.replace("one", "two"));
+    agent.wait("the second to be read", |s| {
+        let two = s.controlGroups.iter().find(|g| g.path.ends_with("/two"));
+        two.is_some_and(|two| two.target == "drop-all")
+    });
+    world.helper.resume();
+    world.helper.wait_for(&[("two", "drop-all")]);
+    agent.in_force("two");
+    assert_eq!(agent.status().configError, None);
+}
+
 #[test]
 fn a_signal_reloads_and_the_service_manager_hears_of_it() {
     let mut world = World::new(CONFIG);
