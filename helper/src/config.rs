@@ -74,7 +74,7 @@ impl Default for File {
 
 /// A user or group by number or name.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a user or group is a name or a number")]
 enum Reference {
     Number(u32),
     Name(String),
@@ -204,11 +204,15 @@ pub enum Error {
         source: io::Error,
     },
     /// The file is not a configuration.
-    #[error("'{path}' is not a configuration of the helper: {message}")]
+    #[error("{path}:{line}:{column}: {message}")]
     Parse {
         /// The file.
         path: PathBuf,
-        /// What is wrong, with line and column.
+        /// Where in it, counted from 1.
+        line: u64,
+        /// Where in the line, in characters, counted from 1.
+        column: u64,
+        /// What is wrong.
         message: String,
     },
     /// The mask has too few bits.
@@ -282,9 +286,14 @@ impl Config {
         let file = match serde_saphyr::from_str::<Option<File>>(text) {
             Ok(file) => file.unwrap_or_default(),
             Err(error) => {
+                let (line, column) = error.location().map_or((1, 1), |l| (l.line(), l.column()));
+                let message = error.without_snippet().to_string();
+                let place = format!(" at line {line}, column {column}");
                 return Err(Error::Parse {
                     path,
-                    message: error.to_string(),
+                    line,
+                    column,
+                    message: message.strip_suffix(&*place).unwrap_or(&message).into(),
                 });
             }
         };
@@ -418,13 +427,20 @@ mod tests {
             ("proxy-users: [no-such-user-here]", "no such user"),
             ("allow: {groups: [no-such-group-here]}", "allow.groups"),
             ("deny: {users: [no-such-user-here]}", "deny.users"),
-            ("deny: [daemon]", "line 1"),
+            ("deny: [daemon]", "helper.yaml:1:7: "),
             ("limits: {calls-per-second: 0}", "calls-per-second"),
             ("limits: {message-bytes: 100}", "message-bytes"),
-            ("\ngrace: 5", "line 2"),
-            ("\non-agent-loss: kept", "line 2"),
+            (
+                "\ngrace: 5",
+                "helper.yaml:2:1: unknown field `grace`, expected one of mark-mask, ",
+            ),
+            ("\non-agent-loss: kept", "helper.yaml:2:16: "),
             ("limits: {proxys: 5}", "proxys"),
-            ("[", "line 1"),
+            ("[", "helper.yaml:1:1: "),
+            (
+                "proxy-users: [1, {}]",
+                "helper.yaml:1:18: a user or group is a name or a number",
+            ),
         ] {
             let error = parse(text).unwrap_err();
             let mut message = error.to_string();

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
+use std::time::Duration;
 
 use cgtproxy_helper::cgroup::{Root, RootError};
 use cgtproxy_helper::cli::Arguments;
@@ -30,6 +31,11 @@ use tokio_util::sync::CancellationToken;
 /// The exit status for a wrong configuration (sysexits.h): starting again would not help, and the
 /// unit says so.
 const EX_CONFIG: u8 = 78;
+
+/// How long that takes where systemd has the socket. The agents that wait there have the helper started again at once,
+/// and systemd gives a socket up, with everything that its unit then removes, which does that 20 times in two seconds
+/// (`TriggerLimitBurst=`, systemd.socket(5)).
+const PAUSE: Duration = Duration::from_secs(5);
 
 /// Why the helper can't run.
 #[derive(Debug, thiserror::Error)]
@@ -73,10 +79,15 @@ fn main() -> ExitCode {
                 cause = error.source();
             }
             tracing::error!("{message}");
-            match error {
-                Error::Config(_) => ExitCode::from(EX_CONFIG),
-                _ => ExitCode::FAILURE,
+            let Error::Config(_) = error else {
+                return ExitCode::FAILURE;
+            };
+            // sd_listen_fds(3)
+            if std::env::var_os("LISTEN_FDS").is_some() {
+                told(notify::status(&message));
+                std::thread::sleep(PAUSE);
             }
+            ExitCode::from(EX_CONFIG)
         }
     }
 }

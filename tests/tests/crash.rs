@@ -337,7 +337,7 @@ fn remove_leaves_nothing_even_if_the_configuration_is_wrong() {
         let mut remove = wrong.argument("--remove").spawn();
         // And it is said, as at any other time.
         assert_eq!(remove.wait().code(), Some(78));
-        remove.wait_log("line 1");
+        remove.wait_log(":1:1: unknown field");
         assert_nothing_left(sb);
     });
 }
@@ -374,7 +374,7 @@ fn a_wrong_configuration_is_said_once_and_not_tried_again() {
         let mut helper = sb.helper().config("grace-second: 5").spawn();
         // The status for which the unit has RestartPreventExitStatus=.
         assert_eq!(helper.wait().code(), Some(78));
-        helper.wait_log("line 1");
+        helper.wait_log(":1:1: unknown field");
         assert!(!sb.has_table());
     });
 }

@@ -3,6 +3,8 @@
 
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
+use std::time::{Duration, Instant};
+
 use cgtproxy_tests::installed::{AGENT, HELPER, Installed};
 use cgtproxy_tests::sandbox::{App, Sandbox, Server, direct, proxied, sandbox};
 use cgtproxy_tests::session::{mapped_ids, mapped_ids_now};
@@ -111,6 +113,39 @@ fn kill_stop_and_upgrade(sb: &Sandbox, helper: &str) {
     system.run_as(alice, &["systemctl", "--user", "restart", AGENT]);
     goes_on("the agent upgraded", ["", &before]);
     assert!(runs(&installed, &agent(), "/usr/bin/cgtproxy-agent"));
+}
+
+/// The agents that wait have systemd start it over and over, which it would take for a socket that is of no use: with
+/// that everything would be removed.
+#[test]
+fn a_helper_with_a_wrong_configuration_takes_nothing_out_of_force() {
+    sandbox(|sb| {
+        let installed = Installed::boot(sb, "own-table: true", |_| ());
+        let system = &installed.system;
+        let alice = system.alice();
+        let (_mihomo, browser, tracker) = alices_desktop(sb, &installed);
+        let write = |text: &str| {
+            let script = "printf '%s\n' \"$1\" >/etc/cgtproxy/helper.yaml";
+            system.run(&["sh", "-c", script, "sh", text]);
+        };
+        write("grace: 5");
+        let start = Instant::now();
+        let restarted = system.output(&["systemctl", "restart", HELPER]);
+        assert!(!restarted.status.success());
+        wait_until("it has been tried again", || {
+            system.journal(HELPER).matches("helper.yaml:1:1").count() > 1
+        });
+        // What has to be started 20 times in two seconds systemd gives up.
+        assert!(start.elapsed() > Duration::from_secs(2));
+        for to in sb.destinations() {
+            assert_eq!(browser.udp(to), proxied("mihomo", to));
+            assert!(tracker.udp(to).is_dropped());
+        }
+        // Once it is mended nobody has to do anything else.
+        write("own-table: true");
+        installed.wait_in_force(alice);
+        assert_eq!(system.property(HELPER, "ActiveState"), "active");
+    });
 }
 
 #[test]

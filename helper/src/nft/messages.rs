@@ -400,7 +400,9 @@ fn whole_lives_of_policies() {
         });
         found.has(&["users", "stamps", "marks", "ports", "resolve", "receive"]);
         for prefix in ["bypass4", "bypass6", "drop"] {
-            found.has(&[1, 2].map(|number| &*format!("{prefix}-{number}")));
+            for number in [1, 2] {
+                found.has(&[&format!("{prefix}-{number}")]);
+            }
         }
         for proxy in ["tproxy", "redirect", "nobody"] {
             found.has(&[&format!("proxy-{uid}-{proxy}")]);
