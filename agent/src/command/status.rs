@@ -188,6 +188,7 @@ mod tests {
             execSlice: false,
             inForce: true,
             skipped: None,
+            relay: None,
         };
         let status = GetStatus_Reply {
             version: "1".into(),

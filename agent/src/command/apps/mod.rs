@@ -293,6 +293,7 @@ mod tests {
                 execSlice: false,
                 inForce: true,
                 skipped: None,
+                relay: None,
             },
             path,
             selector: selector.map(str::to_owned),

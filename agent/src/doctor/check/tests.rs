@@ -358,6 +358,7 @@ const BROKEN: &[(&str, Severity, Break)] = {
                 execSlice: false,
                 inForce: true,
                 skipped: None,
+                relay: None,
             }];
         }),
         ("relay-missing", Error, |f| {
