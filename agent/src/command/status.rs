@@ -156,6 +156,7 @@ fn by(group: &ControlGroup) -> String {
     let what = match (group.execSlice, group.rule) {
         (true, _) => "exec".to_owned(),
         (false, Some(number)) => format!("rule {number}"),
+        (false, None) if group.relay == Some(true) => "relay".to_owned(),
         (false, None) => return dash(),
     };
     match group.inheritedFrom {

@@ -39,7 +39,7 @@ fn check_tells_by_its_exit_status() {
         out,
         format!(
             "{file}:3:11: error: bad regular expression: unclosed group\n    a(b\n     ^\n\
-             {file}:4:11: error: there is no tproxy 'x'\n    help: there are none under 'tproxies'\n\
+             {file}:4:11: error: there is no tproxy 'x'\n    help: the file names no proxy\n\
              {file}: 2 errors\n"
         )
     );
@@ -51,7 +51,11 @@ fn check_tells_by_its_exit_status() {
 #[test]
 fn status_and_explain_show_what_is_in_force() {
     let mut world = World::new(CONFIG);
-    world.make(&["app.slice", "app.slice/a.scope"]);
+    world.make(&[
+        "app.slice",
+        "app.slice/a.scope",
+        "app.slice/cgtproxy-relay.service",
+    ]);
     world.helper.start();
     let mut agent = world.agent();
     world.notified("READY=1");
@@ -96,6 +100,13 @@ fn status_and_explain_show_what_is_in_force() {
             "{name}"
         );
     }
+    let (_, out, _) = run(&["explain", "cgtproxy-relay.service"]);
+    assert!(
+        out.contains("goes direct\n  It is the relay, which goes direct whatever the rules say.\n"),
+        "{out}"
+    );
+    let (_, out, _) = run(&["status"]);
+    assert!(out.contains("direct  relay "), "{out}");
     let (_, out, _) = run(&["explain", "--json", "a.scope"]);
     let explained: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(explained["agentRunning"], true);

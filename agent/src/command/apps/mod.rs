@@ -253,6 +253,7 @@ fn by(running: &Running) -> String {
     let group = &running.group;
     let what = match (group.execSlice, group.rule) {
         (true, _) => "cgtproxy-exec".to_owned(),
+        (false, None) if group.relay == Some(true) => "the relay".to_owned(),
         (false, None) => return dash(),
         (false, Some(number)) => match &running.selector {
             None => format!("rule {number}"),
