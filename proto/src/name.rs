@@ -20,7 +20,7 @@ pub enum InvalidProxyName {
     #[error("a proxy's name is a letter or digit, then letters, digits, '.', '_' and '-'")]
     Character,
     /// It is the name of a target that every policy has.
-    #[error("'direct' and 'drop' are targets already and can't be names of proxies")]
+    #[error("'direct', 'drop' and 'drop-all' can't be names of proxies")]
     Reserved,
 }
 

@@ -467,10 +467,10 @@ fn sentence(name: &str, fault: &Fault, closed: bool) -> String {
              group root the same for both?",
             text("controlGroup")
         ),
-        "ProxyExists" => format!("two tproxies are named '{}'", text("name")),
-        "UnknownProxy" => format!("the helper knows no tproxy '{}'", text("name")),
+        "ProxyExists" => format!("two proxies are named '{}'", text("name")),
+        "UnknownProxy" => format!("the helper knows no proxy '{}'", text("name")),
         "TooManyProxies" => format!(
-            "the administrator allows no more than {} tproxies per user",
+            "the administrator allows no more than {} proxies per user",
             number("limit")
         ),
         "TooManyBypassEntries" => format!(

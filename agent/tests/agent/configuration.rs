@@ -71,7 +71,7 @@ fn one_that_the_helper_refuses_is_taken_back() {
     let refusal = fault("TooManyProxies", json!({ "limit": 3 }));
     world.helper.books().faults.push_back(refusal);
     world.write(OTHER);
-    agent.says("no more than 3 tproxies per user; the old configuration stays");
+    agent.says("no more than 3 proxies per user; the old configuration stays");
     world.make(&["drop-2"]);
     world
         .helper
@@ -83,7 +83,7 @@ fn one_that_the_helper_refuses_is_taken_back() {
         status
             .configError
             .unwrap()
-            .contains("no more than 3 tproxies")
+            .contains("no more than 3 proxies")
     );
     assert!(status.connected && status.controlGroups.iter().all(|g| g.inForce));
     // Told to try again, it does.
@@ -98,7 +98,7 @@ fn one_that_is_written_while_another_is_refused_is_tried() {
     let mut world = World::new(CONFIG);
     world.make(&["drop-1", "one", "two"]);
     world.helper.start();
-    let mut agent = world.agent();
+    let agent = world.agent();
     world.helper.wait_for(&[("drop-1", "drop")]);
     {
         let mut books = world.helper.books();

@@ -20,6 +20,7 @@ impl Reader<'_> {
         &mut self,
         node: &Node,
         proxies: &Proxies,
+        used: &mut Vec<String>,
         scope: Scope,
     ) -> Option<Gateway> {
         if scope == Scope::User {
@@ -43,7 +44,7 @@ impl Reader<'_> {
             }
         };
         let proxy = match entries.get("tproxy") {
-            Some(node) => match self.reference(node, "tproxy", proxies, &mut Vec::new()) {
+            Some(node) => match self.reference(node, "tproxy", proxies, used) {
                 Some(Target::Proxy(name)) => {
                     self.warn_of_local_dns(node.place, proxies, name.as_str());
                     Some(name)

@@ -144,12 +144,16 @@ impl Reader<'_> {
             .get("fake-addresses")
             .map_or_else(FakeAddresses::default, |n| self.fake_addresses(n));
         self.check_fake_addresses(root, &proxies, &fake_addresses, &bypass);
+        let mut used = Vec::new();
         let rules = top
             .get("rules")
-            .map_or_else(Vec::new, |n| self.rules(n, &proxies, exec_slices, scope));
+            .map_or_else(Vec::new, |n| self.rules(n, &proxies, &mut used, scope));
         let gateway = top
             .get("gateway")
-            .and_then(|node| self.gateway(node, &proxies, scope));
+            .and_then(|node| self.gateway(node, &proxies, &mut used, scope));
+        if !exec_slices {
+            self.warn_of_unused(&proxies, &used);
+        }
         let exec_slices =
             exec_slices.then(|| ExecSlices::new(proxies.list.iter().map(|p| &p.name)));
         Some(Config {

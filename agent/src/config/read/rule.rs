@@ -18,7 +18,7 @@ impl Reader<'_> {
         &mut self,
         node: &Node,
         proxies: &Proxies,
-        exec_slices: bool,
+        used: &mut Vec<String>,
         scope: Scope,
     ) -> Vec<Rule> {
         let Value::List(items) = &node.value else {
@@ -27,26 +27,26 @@ impl Reader<'_> {
         };
         let mut rules: Vec<Rule> = Vec::new();
         let mut reached: Vec<(Place, usize, Rule)> = Vec::new();
-        let mut used: Vec<String> = Vec::new();
         for (item, number) in items.iter().zip(1usize..) {
-            let Some(rule) = self.rule(item, proxies, &mut used, scope) else {
+            let Some(rule) = self.rule(item, proxies, used, scope) else {
                 continue;
             };
             self.warn_if_unreachable(item.place, &rule, &reached);
             reached.push((item.place, number, rule.clone()));
             rules.push(rule);
         }
-        if !exec_slices {
-            for proxy in &proxies.list {
-                let name = proxy.name.as_str();
-                if !used.iter().any(|used| used == name)
-                    && let Some(place) = proxies.places.get(name)
-                {
-                    self.warning(*place, format!("no rule uses tproxy '{name}'"));
-                }
+        rules
+    }
+
+    pub(super) fn warn_of_unused(&mut self, proxies: &Proxies, used: &[String]) {
+        for proxy in &proxies.list {
+            let name = proxy.name.as_str();
+            if !used.iter().any(|used| used == name)
+                && let Some(place) = proxies.places.get(name)
+            {
+                self.warning(*place, format!("nothing uses the proxy '{name}'"));
             }
         }
-        rules
     }
 
     fn warn_if_unreachable(&mut self, place: Place, rule: &Rule, earlier: &[(Place, usize, Rule)]) {
@@ -162,7 +162,7 @@ impl Reader<'_> {
             "drop" | "drop-all" => "write 'drop: true' or 'drop: all'".to_owned(),
             _ => match nearest(&name, names.iter().copied()) {
                 Some(near) => format!("did you mean '{near}'?"),
-                None if names.is_empty() => "there are none under 'tproxies'".to_owned(),
+                None if names.is_empty() => "the file names no proxy".to_owned(),
                 None => format!("known are {}", list(&names)),
             },
         };

@@ -16,7 +16,10 @@ pub(super) fn read_text(text: &str) -> (Option<Config>, Findings) {
 
 /// Findings as `line:column: severity: message; help`.
 pub(super) fn found(text: &str) -> Vec<String> {
-    let (config, findings) = read_text(text);
+    lines(read_text(text))
+}
+
+fn lines((config, findings): (Option<Config>, Findings)) -> Vec<String> {
     assert_eq!(config.is_none(), findings.has_errors());
     findings
         .lines()
@@ -230,7 +233,7 @@ fn warns_of_rules_that_are_never_reached() {
     assert_eq!(
         found(text),
         [
-            "warning 3:12: no rule uses tproxy 'a'",
+            "warning 3:12: nothing uses the proxy 'a'",
             "warning 6:3: this rule is never reached; rule 1 in line 5 comes first and matches the \
              same",
             "warning 8:3: this rule is never reached; rule 3 in line 7 comes first and matches \
@@ -238,6 +241,15 @@ fn warns_of_rules_that_are_never_reached() {
         ]
     );
     assert!(read_text(text).0.unwrap().rules.exec_slices.is_none());
+}
+
+/// Root's configuration has no slices of cgtproxy-exec, but it may have a gateway.
+#[test]
+fn warns_of_proxies_that_nothing_uses() {
+    let text = "version: 1\ntproxies:\n  unused: {port: 1}\n  forwarded: {port: 2}\n  ruled: {port: 3}\n\
+                rules: [{match: x, tproxy: ruled}]\ngateway: {interfaces: [br0], tproxy: forwarded}\n";
+    let found = lines(read(Path::new("c.yaml"), text.as_bytes(), Scope::System));
+    assert_eq!(found, ["warning 3:3: nothing uses the proxy 'unused'"]);
 }
 
 #[test]

@@ -114,7 +114,7 @@ fn limits(facts: &Facts, groups: usize) -> Option<Finding> {
                     limits.instances
                 ),
             )
-            .effect("The agent then does not start.")
+            .effect("The agent then hears of new applications over D-Bus, or looks for them every few seconds, and their own verdict comes late.")
             .command("sudo sysctl -w fs.inotify.max_user_instances=128")
             .advice("a line in /etc/sysctl.d keeps it"),
         );
@@ -128,7 +128,7 @@ fn limits(facts: &Facts, groups: usize) -> Option<Finding> {
                 count(groups, "control group")
             ),
         )
-        .effect("New applications in what is not watched keep the verdict that they inherit.")
+        .effect("Of new applications in what is not watched the agent hears over D-Bus, or looks for them every few seconds, and their own verdict comes late.")
         .command("sudo sysctl -w fs.inotify.max_user_watches=65536")
         .advice("a line in /etc/sysctl.d keeps it")
     })

@@ -101,7 +101,7 @@ fn missing_rule(rules: &[Rule], family: Family, ours: &Ours) -> Option<Finding> 
             ),
         )
         .effect(format!(
-            "What should go through a proxy over {} leaves directly.",
+            "What should go through a TPROXY server over {} is dropped; nothing of it leaves directly.",
             name(family)
         ))
         .advice("the helper puts it back when another program removes it, and logs if it can't")
@@ -120,7 +120,7 @@ fn missing_route(tables: &[(Family, u32)], family: Family, ours: &Ours) -> Optio
             ),
         )
         .effect(format!(
-            "What should go through a proxy over {} leaves directly.",
+            "What should go through a TPROXY server over {} is dropped; nothing of it leaves directly.",
             name(family)
         ))
         .advice("the helper puts it back when another program removes it, and logs if it can't")
@@ -231,7 +231,7 @@ fn networkd(facts: &Facts) -> Option<Finding> {
             "systemd-networkd removes routing rules that it did not make, whenever it configures an interface",
         )
         .effect(
-            "The helper puts its own back at once, but what is sent in that moment leaves directly.",
+            "The helper puts its own back at once; what is to be diverted in that moment is dropped, and has to be sent again.",
         )
         .command(
             "sudo sh -c 'mkdir -p /etc/systemd/networkd.conf.d && printf \
