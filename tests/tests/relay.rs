@@ -39,12 +39,33 @@ fn udp_goes_through_a_socks_server() {
     });
 }
 
+/// Of the whole network: three seconds for the relay.
+fn short_flows(sb: &Sandbox) {
+    let short = "echo 5 > /proc/sys/net/netfilter/nf_conntrack_udp_timeout";
+    sb.run(&["sh", "-ec", short]);
+}
+
+#[test]
+fn a_flow_that_failed_begins_anew_while_the_application_goes_on() {
+    sandbox(|sb| {
+        short_flows(sb);
+        let _helper = sb.helper().start();
+        let bed = Relayed::through(sb, "socks5://192.0.2.2:1080");
+        let [to, _] = sb.destinations();
+        let socket = bed.app.open_udp(to);
+        wait_until("the proxy to be known as down", || {
+            assert!(!came_from_the_internet(&socket.ask(), to));
+            bed.agent("status").contains("Connection refused")
+        });
+        let _server = dante(sb, INTERNET_V4);
+        assert_from_the_internet(&Outcome::in_the_end(|| socket.ask()), to);
+    });
+}
+
 #[test]
 fn a_flow_is_forgotten_before_the_kernel_forgets_it() {
     sandbox(|sb| {
-        // Of the whole network: three seconds for the relay.
-        let short = "echo 5 > /proc/sys/net/netfilter/nf_conntrack_udp_timeout";
-        sb.run(&["sh", "-ec", short]);
+        short_flows(sb);
         let _server = dante(sb, INTERNET_V4);
         let _helper = sb.helper().start();
         let bed = Relayed::through(sb, "socks5://192.0.2.2:1080");

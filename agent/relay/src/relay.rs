@@ -228,6 +228,11 @@ impl Relay {
         &self.shared
     }
 
+    #[cfg(test)]
+    pub(crate) fn entry(&self, name: &str) -> Option<Rc<Entry>> {
+        self.entries.borrow().get(name).cloned()
+    }
+
     /// Takes over a configuration whose names differ. To be called within a `LocalSet`.
     ///
     /// # Errors

@@ -143,7 +143,12 @@ impl Waiting {
 }
 
 impl Flow {
+    /// Puts its end off. Not that of one that failed: the next one may fare better, and an application that goes on
+    /// sending would never get there.
     fn touch(&self) {
+        if matches!(*self.state.borrow(), State::Failed) {
+            return;
+        }
         let now = Instant::now();
         let stream = self.first_answer.get().is_some_and(|at| now > at + STREAM);
         let time = match stream {
@@ -475,6 +480,9 @@ async fn shared(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fake::Fakes;
+    use crate::original::Originals;
+    use crate::relay::{Relay, Shared, Wanted};
     use crate::upstream::Protocol;
     use tokio::io::AsyncWriteExt;
     use tokio::net::TcpListener;
@@ -518,5 +526,55 @@ mod tests {
             drop((association, control));
         };
         LocalSet::new().run_until(both).await;
+    }
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn one_that_failed_begins_anew_in_time_however_much_is_sent() {
+        let test = async {
+            let originals = Originals::new("/nonexistent".into());
+            let relay = Relay::new(Shared::new(1, originals, Fakes::new(None)));
+            let upstream = Upstream::new("own".into(), Protocol::Http, "there".into(), 1, None);
+            let wanted = Wanted {
+                upstream,
+                fake_dns: false,
+                no_ipv6: false,
+                preferred_port: None,
+            };
+            relay.configure(vec![wanted]).unwrap();
+            let entry = relay.entry("own").unwrap();
+            let listener = Rc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+            let application = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            application
+                .connect(listener.local_addr().unwrap())
+                .await
+                .unwrap();
+            let timeouts = Timeouts {
+                short: Duration::from_secs(30),
+                long: Duration::from_secs(120),
+            };
+            let (mut flows, slots) = (HashMap::new(), Slots::default());
+            let mut attempts: Vec<(u64, Weak<Flow>)> = Vec::new();
+            for second in 0..90 {
+                application.send(b"are you there?").await.unwrap();
+                listener.readable().await.unwrap();
+                receive(&listener, &entry, timeouts, &mut flows, &slots);
+                let flow = flows.values().next().unwrap();
+                if !attempts
+                    .iter()
+                    .any(|(_, known)| known.as_ptr() == Rc::as_ptr(flow))
+                {
+                    attempts.push((second, Rc::downgrade(flow)));
+                }
+                while matches!(*flow.state.borrow(), State::Waiting(_)) {
+                    tokio::task::yield_now().await;
+                }
+                assert!(matches!(*flow.state.borrow(), State::Failed));
+                tokio::time::advance(Duration::from_secs(1)).await;
+            }
+            let seconds: Vec<_> = attempts.iter().map(|(second, _)| *second).collect();
+            assert_eq!(seconds, [0, 30, 60]);
+        };
+        LocalSet::new().run_until(test).await;
     }
 }
