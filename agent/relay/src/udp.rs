@@ -318,13 +318,11 @@ pub(crate) async fn run(listener: Rc<UdpSocket>, entry: Rc<Entry>) {
                     tokio::time::sleep(BACK_OFF).await;
                 }
             }
-            _ = sweep.tick(), if !flows.is_empty() => {
+            // Opening an association may take longer than the flow that wanted it lasts.
+            _ = sweep.tick(), if !flows.is_empty() || !slots.borrow().is_empty() => {
                 let now = Instant::now();
                 flows.retain(|_, flow| flow.deadline.get() > now && !flow.is_dead());
-                slots.borrow_mut().retain(|_, slot| {
-                    // One that is not open yet has somebody waiting for it.
-                    slot.association.get().is_none_or(|a| a.strong_count() > 0)
-                });
+                forget(&slots);
             }
             () = entry.gone.cancelled() => return,
         }
@@ -477,6 +475,16 @@ async fn shared(
     }
 }
 
+/// Forgets the associations that nobody uses or waits for.
+fn forget(slots: &Slots) {
+    slots.borrow_mut().retain(|_, slot| {
+        // Whoever waits for one that is not open has the slot too; when opening it has failed, nobody does.
+        let waited_for = Rc::strong_count(slot) > 1;
+        let association = slot.association.get();
+        association.map_or(waited_for, |a| a.strong_count() > 0)
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -488,28 +496,35 @@ mod tests {
     use tokio::net::TcpListener;
     use tokio::task::LocalSet;
 
+    /// A SOCKS5 server.
+    async fn server() -> (TcpListener, Rc<Upstream>) {
+        let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = server.local_addr().unwrap().port();
+        let host = "127.0.0.1".into();
+        let upstream = Upstream::new("own".into(), Protocol::Socks5, host, port, None);
+        (server, Rc::new(upstream))
+    }
+
+    /// A connection to it that has asked for an association.
+    async fn asked(server: &TcpListener) -> TcpStream {
+        let (mut control, _) = server.accept().await.unwrap();
+        control.read_exact(&mut [0; 3]).await.unwrap();
+        control.write_all(&[5, 0]).await.unwrap();
+        control.read_exact(&mut [0; 10]).await.unwrap();
+        control
+    }
+
     #[tokio::test]
     async fn the_first_datagram_of_an_association_is_sent() {
-        let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (server, upstream) = server().await;
         let relay = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let port = server.local_addr().unwrap().port();
         let [high, low] = relay.local_addr().unwrap().port().to_be_bytes();
         let attend = async {
-            let (mut control, _) = server.accept().await.unwrap();
-            control.read_exact(&mut [0; 3]).await.unwrap();
-            control.write_all(&[5, 0]).await.unwrap();
-            control.read_exact(&mut [0; 10]).await.unwrap();
+            let mut control = asked(&server).await;
             let reply = [5, 0, 0, 1, 127, 0, 0, 1, high, low];
             control.write_all(&reply).await.unwrap();
             control
         };
-        let upstream = Rc::new(Upstream::new(
-            "own".into(),
-            Protocol::Socks5,
-            "127.0.0.1".into(),
-            port,
-            None,
-        ));
         let both = async {
             let (association, control) = tokio::join!(
                 async {
@@ -574,6 +589,44 @@ mod tests {
             }
             let seconds: Vec<_> = attempts.iter().map(|(second, _)| *second).collect();
             assert_eq!(seconds, [0, 30, 60]);
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn an_association_is_kept_for_who_waits_for_it_or_uses_it() {
+        let test = async {
+            let (server, upstream) = server().await;
+            let slots = Slots::default();
+            let source = "127.0.0.1:1".parse().unwrap();
+            let kept = || {
+                forget(&slots);
+                slots.borrow().len()
+            };
+            // Two flows of one socket, of which the second one tries when the first one has failed.
+            let both = async {
+                let shared = || shared(&slots, source, &upstream);
+                tokio::join!(shared(), shared())
+            };
+            let attend = async {
+                drop(asked(&server).await);
+                let mut control = asked(&server).await;
+                assert_eq!(kept(), 1, "one waits");
+                let granted = [5, 0, 0, 1, 127, 0, 0, 1, 0, 9];
+                control.write_all(&granted).await.unwrap();
+                control
+            };
+            let ((first, second), control) = tokio::join!(both, attend);
+            assert!(matches!(first, Err(Error::Ended)), "{first:?}");
+            assert_eq!(kept(), 1, "one is in use");
+            drop((second.unwrap(), control));
+            assert_eq!(kept(), 0);
+
+            let attend = async { drop(asked(&server).await) };
+            let (refused, ()) = tokio::join!(shared(&slots, source, &upstream), attend);
+            assert!(matches!(refused, Err(Error::Ended)), "{refused:?}");
+            assert_eq!(kept(), 0, "nobody waits any more");
+            assert_eq!(Rc::strong_count(&upstream), 1);
         };
         LocalSet::new().run_until(test).await;
     }
