@@ -8,6 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
 use rustix::net::{RecvFlags, recv};
+use rustix::time::{ClockId, clock_gettime};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
@@ -25,21 +26,32 @@ const PAUSE: Duration = Duration::from_secs(60);
 /// Connections to one proxy.
 #[derive(Debug, Default)]
 pub(crate) struct Spares {
-    waiting: RefCell<Vec<(u64, Stream)>>,
+    waiting: RefCell<Vec<Spare>>,
     /// How many are on their way.
     coming: Cell<usize>,
     last: Cell<u64>,
     not_before: Cell<Option<Instant>>,
 }
 
+/// One of them.
+#[derive(Debug)]
+struct Spare {
+    number: u64,
+    stream: Stream,
+    /// When it was made, by [`since_boot`].
+    made: Duration,
+}
+
 impl Spares {
-    /// The newest that the proxy has not closed.
+    /// The newest that the proxy has not closed, and none from before the machine was suspended: the proxy may have given
+    /// that up meanwhile, and nobody was there to hear of it.
     pub(crate) fn take(&self) -> Option<Stream> {
         let mut waiting = self.waiting.borrow_mut();
+        let now = since_boot();
         loop {
-            let (_, stream) = waiting.pop()?;
-            if is_open(&stream) {
-                return Some(stream);
+            let spare = waiting.pop()?;
+            if now.saturating_sub(spare.made) < IDLE && is_open(&spare.stream) {
+                return Some(spare.stream);
             }
         }
     }
@@ -63,7 +75,11 @@ impl Spares {
         };
         let number = self.last.get().wrapping_add(1);
         self.last.set(number);
-        self.waiting.borrow_mut().push((number, stream));
+        self.waiting.borrow_mut().push(Spare {
+            number,
+            stream,
+            made: since_boot(),
+        });
         Some(number)
     }
 
@@ -71,8 +87,13 @@ impl Spares {
     pub(crate) fn remove(&self, number: u64) {
         self.waiting
             .borrow_mut()
-            .retain(|(other, _)| *other != number);
+            .retain(|spare| spare.number != number);
     }
+}
+
+/// How long ago the machine was started, the time included in which it was suspended and tokio's clock stood still.
+fn since_boot() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::Boottime)).unwrap_or_default()
 }
 
 /// Whether the proxy has neither closed it nor, without TLS, said anything: it has been asked nothing.
@@ -193,6 +214,29 @@ mod tests {
             while upstream.spares().take().is_some() {
                 tokio::task::yield_now().await;
             }
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn what_was_made_before_the_machine_was_suspended_is_not_used() {
+        let test = async {
+            let (server, upstream) = Server::start().await;
+            let mut spare = first(&server, &upstream).await;
+            until_it_waits(&upstream).await;
+            // It wakes up: no time has passed for those who wait.
+            for spare in upstream.spares().waiting.borrow_mut().iter_mut() {
+                spare.made = spare.made.saturating_sub(IDLE);
+            }
+            let target = target();
+            let serve = async {
+                let asked = spare.read(&mut [0; 1]).await.unwrap();
+                assert_eq!(asked, 0, "nothing is asked on it");
+                let mut stream = server.greet().await;
+                grant(&mut stream).await;
+            };
+            let (connected, ()) = tokio::join!(upstream.connect(&target), serve);
+            connected.unwrap();
         };
         LocalSet::new().run_until(test).await;
     }
