@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::config::Scope;
 
-/// Decides which of your applications go direct, are dropped or go through a TPROXY server
+/// Decides which of your applications go direct, are dropped or go through a proxy
 ///
 /// Reads ~/.config/cgtproxy/config.yaml, watches the control groups of your applications and has
 /// cgtproxy-helper put their verdicts into the kernel. Needs no privilege. Without a command it runs

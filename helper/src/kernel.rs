@@ -9,7 +9,7 @@ pub(crate) mod model;
 
 /// nf_tables and policy routing, as far as the state is concerned.
 pub trait Kernel {
-    /// Carries a plan out in one transaction, or nothing of it.
+    /// Carries a plan out, or nothing of it.
     ///
     /// # Errors
     /// If the kernel refuses; it holds what it held before.

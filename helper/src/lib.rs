@@ -2,7 +2,7 @@
 //!
 //! A call travels one way: [`server`] accepts the connection and learns from the kernel whose it is
 //! ([`peer`]), [`session`] takes a message apart, [`cgroup`] opens what it names, [`registry`] turns it into a
-//! [`nft::Plan`], and [`nft`] commits that in one transaction. [`state`] holds these together, and [`kernel`] is
+//! [`nft::Plan`], and [`nft`] commits that, whole or not at all. [`state`] holds these together, and [`kernel`] is
 //! where it ends. [`snapshot`] is what a helper tells the next one.
 //! [`route`] brings marked packets back in, and [`monitor`] notices when somebody takes any of it away.
 

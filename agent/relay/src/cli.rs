@@ -7,7 +7,7 @@ use clap::Parser;
 
 /// Carries redirected connections on to SOCKS5 and HTTP proxies
 ///
-/// Runs as cgtproxy-relay.service of a user, whom it takes 'proxies' in ~/.config/cgtproxy/config.yaml for.
+/// Runs as a user's cgtproxy-relay.service, for 'proxies' in ~/.config/cgtproxy/config.yaml.
 /// cgtproxy-agent starts it and tells it what to do: there is nothing to configure here. Needs no privilege,
 /// and ends by itself when no agent has needed it for 30 seconds.
 ///

@@ -82,7 +82,7 @@ where
 }
 
 fn request(credentials: Option<&Credentials>, target: &Target) -> String {
-    // A name comes from a DNS query, and may have had any bytes in it: see `fake::printable`.
+    // A name comes from a DNS query; `fake::is_host` has let nothing through that would end a line.
     let target = target.to_string();
     let authorisation = credentials.map_or_else(String::new, |credentials| {
         let pair = format!("{}:{}", credentials.user, credentials.password);

@@ -89,7 +89,7 @@ pub enum Error {
     Owned(#[source] Refusal),
     /// The base chains are refused.
     #[error(
-        "the kernel refuses the table 'inet cgtproxy' (it needs nf_tables with socket, tproxy, fib, reject and conntrack, Linux 5.13)"
+        "the kernel refuses the table 'inet cgtproxy' (it needs nf_tables with socket, reject and conntrack, Linux 5.13)"
     )]
     Base(#[source] Refusal),
     /// What is there can't be read.
