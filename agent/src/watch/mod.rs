@@ -10,13 +10,15 @@
 mod dbus;
 pub mod inotify;
 mod run;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use ::inotify::WatchDescriptor;
@@ -134,6 +136,8 @@ pub struct Watcher {
     blind: bool,
     /// Control groups that were announced and not looked at yet.
     pending: VecDeque<ControlGroupPath>,
+    /// What was found in control groups that are to be watched later, with inodes and in order.
+    noted: BTreeMap<ControlGroupPath, Vec<(ControlGroupPath, u64)>>,
     /// This process's working directory; none if it can't be opened.
     home: Option<OwnedFd>,
     /// The control group whose directory is the working directory for the moment.
@@ -156,6 +160,7 @@ impl Watcher {
             unlisted_why: String::new(),
             blind: false,
             pending: VecDeque::new(),
+            noted: BTreeMap::new(),
             home: rustix::fs::open(".", HOME, Mode::empty()).ok(),
             here: None,
             said_exhausted: false,
@@ -187,7 +192,8 @@ impl Watcher {
 
     /// Reports what is in the whole subtree, of which nothing is known yet, and leaves it to be watched later: what
     /// is there already waits for its verdict and not for its watch. What comes or was overlooked meanwhile is found
-    /// when its parent is watched and listed.
+    /// when its parent is watched and listed, and so is what has gone: nobody tells of it, and if there is another one
+    /// at its path by then, which its inode says, that has no verdict yet.
     fn discover(&mut self, observer: &mut dyn Observer) {
         self.open_eyes();
         if self.blind {
@@ -207,12 +213,15 @@ impl Watcher {
             // processor's cache.
             found.sort_unstable();
             let nested = contains_more_than(&directory, found.len());
-            for child in found {
+            for (child, _) in &found {
                 observer.added(child.clone());
                 if nested && let Some(name) = child.name() {
                     stack.push((child.clone(), directory.join(OsStr::from_bytes(name))));
                 }
-                self.pending.push_back(child);
+                self.pending.push_back(child.clone());
+            }
+            if !found.is_empty() && !self.is_watched(&path) {
+                self.noted.insert(path, found);
             }
         }
     }
@@ -228,7 +237,7 @@ impl Watcher {
         let mut stack = vec![ControlGroupPath::root()];
         while let Some(path) = stack.pop() {
             if let Some(path) = self.enter(&path, observer) {
-                if !self.list(&path, &mut stack) {
+                if !self.list(&path, &mut stack, observer) {
                     // What is in it is as good as seen.
                     let below = self.groups.keys().filter(|other| other.is_within(&path));
                     seen.extend(below.cloned());
@@ -269,7 +278,7 @@ impl Watcher {
         if let Some(path) = self.enter(path, observer)
             && (before != self.identity(&path) || !self.is_watched(&path))
         {
-            self.list(&path, found);
+            self.list(&path, found, observer);
         }
     }
 
@@ -533,11 +542,18 @@ impl Watcher {
     }
 
     /// Adds the control groups in one to `found`. Returns whether it is known what is in it.
-    fn list(&mut self, path: &ControlGroupPath, found: &mut Vec<ControlGroupPath>) -> bool {
-        let listed = self.children(path, found);
-        match &listed {
+    fn list(
+        &mut self,
+        path: &ControlGroupPath,
+        found: &mut Vec<ControlGroupPath>,
+        observer: &mut dyn Observer,
+    ) -> bool {
+        let mut children = Vec::new();
+        let listed = self.children(path, &mut children);
+        let noted = match &listed {
             Ok(()) => {
                 self.unlisted.remove(path);
+                self.noted.remove(path)
             }
             Err(error) => {
                 self.unlisted_why = chain(error);
@@ -547,15 +563,34 @@ impl Watcher {
                     tracing::warn!("can't list '{name}': {}; trying again", chain(error));
                 }
                 self.unlisted.insert(path.clone());
+                None
+            }
+        };
+        if let Some(noted) = noted {
+            children.sort_unstable();
+            let watched = self.is_watched(path);
+            for one in noted {
+                let there = children.binary_search(&one).is_ok();
+                let (child, inode) = one;
+                if !there {
+                    self.gone(&child, observer);
+                } else if !watched {
+                    // Nor does anybody tell what happens before it is looked at itself.
+                    let id = Some(inode);
+                    let known = self.groups.entry(child);
+                    known.or_insert(Known { watch: None, id });
+                }
             }
         }
+        found.extend(children.into_iter().map(|(child, _)| child));
         listed.is_ok()
     }
 
+    /// The control groups in one, with their inodes.
     fn children(
         &self,
         path: &ControlGroupPath,
-        found: &mut Vec<ControlGroupPath>,
+        found: &mut Vec<(ControlGroupPath, u64)>,
     ) -> io::Result<()> {
         let directory = self.directory(path);
         // Each directory in it is a link to it, beside the two that every directory has. (File
@@ -574,7 +609,7 @@ impl Watcher {
             if entry.file_type().is_ok_and(|t| t.is_dir()) {
                 let name: &OsStr = &entry.file_name();
                 match path.join(name.as_bytes()) {
-                    Ok(child) => found.push(child),
+                    Ok(child) => found.push((child, entry.ino())),
                     Err(why) => tracing::warn!(
                         "can't follow '{}': {why}",
                         printable(&entry.path().to_string_lossy())
@@ -596,6 +631,7 @@ impl Watcher {
     fn forget(&mut self, path: &ControlGroupPath) {
         self.unwatched.remove(path);
         self.unlisted.remove(path);
+        self.noted.remove(path);
         if let Some(Known {
             watch: Some(watch), ..
         }) = self.groups.remove(path)

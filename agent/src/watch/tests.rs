@@ -1,0 +1,168 @@
+//! What changes at the start, between the steps of it.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use cgtproxy_proto::helper::SkipReason;
+use tempfile::TempDir;
+
+use super::*;
+use crate::config::{self, Scope};
+use crate::state::{Agent, Source};
+use crate::sync::Call;
+
+/// An agent that drops `drop-…`, and knows what is in its subtree but watches nothing below that yet.
+struct Start {
+    root: TempDir,
+    agent: Agent,
+    watcher: Watcher,
+    /// Where the watches' events come from: they are not read.
+    _sources: Sources,
+}
+
+impl Start {
+    fn with(paths: &[&str]) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let groups = root.path().join("groups");
+        for path in paths {
+            std::fs::create_dir_all(groups.join(path)).unwrap();
+        }
+        std::fs::create_dir(root.path().join("removed")).unwrap();
+        let subtree = Subtree::of_machine(groups);
+        let text = b"version: 1\nrules: [{match: '/drop-[^/]*$', drop: true}]\n";
+        let loaded = config::parse(Path::new("config.yaml"), text, Scope::User).unwrap();
+        let source = Source {
+            config: loaded.config,
+            file: None,
+        };
+        let agent = Agent::new(subtree.clone(), source, None);
+        let (sources, mut watcher) = open(subtree, Monitor::Inotify);
+        // The working directory is that of all tests.
+        watcher.home = None;
+        watcher.discover(&mut *agent.state_mut());
+        Self {
+            root,
+            agent,
+            watcher,
+            _sources: sources,
+        }
+    }
+
+    fn make(&self, path: &str) {
+        std::fs::create_dir(self.root.path().join(path)).unwrap();
+    }
+
+    fn rename(&self, from: &str, to: &str) {
+        let root = self.root.path();
+        std::fs::rename(root.join(from), root.join(to)).unwrap();
+    }
+
+    /// Puts it where nobody looks, with its inode, which no other gets meanwhile.
+    fn remove(&self, path: &str) {
+        self.rename(path, &format!("removed/{}", path.replace('/', "-")));
+    }
+
+    /// Another one at the same path.
+    fn make_again(&self, path: &str) {
+        self.remove(path);
+        self.make(path);
+    }
+
+    /// Looks at so many of those that wait for it.
+    fn look_at(&mut self, count: usize) -> bool {
+        let mut state = self.agent.state_mut();
+        self.watcher.look_at_pending(count, &mut *state)
+    }
+
+    /// Looks at everything that is still to be looked at.
+    fn watch(&mut self) {
+        while self.look_at(1) {}
+        assert!(self.watcher.noted.is_empty());
+    }
+
+    /// What is said to the helper, which passes over these as missing.
+    fn said(&self, missing: &[&str]) -> Vec<String> {
+        let mut state = self.agent.state_mut();
+        let Some(call) = state.next_call() else {
+            return Vec::new();
+        };
+        let path = |path: &&str| ControlGroupPath::from_wire(path).unwrap();
+        let skipped = missing.iter().map(|p| (path(p), SkipReason::missing));
+        let source = Rc::clone(state.source());
+        state.acknowledged(&call, 1, skipped.collect(), &source);
+        let (assign, remove) = match call {
+            Call::Replace(assign) => (assign, Vec::new()),
+            Call::Update { assign, remove } => (assign, remove),
+        };
+        let assigned = assign.iter().map(|(path, _)| path.to_wire());
+        let removed = remove.iter().map(|path| format!("-{}", path.to_wire()));
+        assigned.chain(removed).collect()
+    }
+}
+
+#[tokio::test]
+async fn one_made_again_before_what_it_is_in_is_watched_is_assigned_again() {
+    let mut start = Start::with(&["a/drop-1", "a/drop-2", "b/c/drop-3"]);
+    assert_eq!(start.said(&[]), ["a/drop-1", "a/drop-2", "b/c/drop-3"]);
+    start.make_again("groups/a/drop-1");
+    start.make_again("groups/b/c/drop-3");
+    start.watch();
+    assert_eq!(start.said(&[]), ["a/drop-1", "b/c/drop-3"]);
+    start.watcher.scan(&mut *start.agent.state_mut());
+    assert_eq!(start.said(&[]), [] as [&str; 0]);
+}
+
+#[tokio::test]
+async fn one_that_was_missing_is_assigned_when_it_is_back() {
+    let mut start = Start::with(&["a/drop-1", "a/drop-2"]);
+    start.remove("groups/a/drop-1");
+    assert_eq!(start.said(&["a/drop-1"]), ["a/drop-1", "a/drop-2"]);
+    start.make("groups/a/drop-1");
+    start.watch();
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+}
+
+#[tokio::test]
+async fn one_that_is_back_only_after_its_directory_was_listed_is_assigned_again() {
+    let mut start = Start::with(&["a/drop-1", "a/drop-2"]);
+    start.said(&[]);
+    start.remove("groups/a/drop-1");
+    // What it is in, and nothing more.
+    start.look_at(1);
+    start.make("groups/a/drop-1");
+    start.watch();
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+}
+
+#[tokio::test]
+async fn one_in_another_that_was_made_again_is_assigned_again() {
+    let mut start = Start::with(&["a/b/drop-1", "a/b/drop-2"]);
+    start.said(&[]);
+    start.make_again("groups/a/b");
+    start.make("groups/a/b/drop-1");
+    start.watch();
+    assert_eq!(start.said(&[]), ["a/b/drop-1", "-a/b/drop-2"]);
+}
+
+#[tokio::test]
+async fn what_is_looked_at_as_a_whole_first_is_no_exception() {
+    let mut start = Start::with(&["a/drop-1", "a/drop-2"]);
+    start.said(&[]);
+    start.make_again("groups/a/drop-1");
+    start.watcher.scan(&mut *start.agent.state_mut());
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+    start.watch();
+    assert_eq!(start.said(&[]), [] as [&str; 0]);
+}
+
+#[tokio::test]
+async fn without_watches_the_inode_that_was_noted_counts() {
+    let mut start = Start::with(&["a/drop-1", "a/drop-2"]);
+    start.said(&[]);
+    start.watcher.replace_watches(None);
+    // What it is in, and nothing more.
+    start.look_at(1);
+    start.make_again("groups/a/drop-1");
+    start.watch();
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+}
