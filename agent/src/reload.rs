@@ -1,14 +1,15 @@
 //! Loads the configuration: at the start, when the file changes and when the agent is told to.
 
 use std::cell::RefCell;
-use std::collections::HashSet;
-use std::ffi::OsString;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::fs::Metadata;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use inotify::{EventMask, Inotify, WatchMask, Watches};
+use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask, Watches};
 use tokio::signal::unix::Signal;
 
 use crate::config::{self, Config, Environment, Findings, LoadError, Loaded, Scope, Severity};
@@ -188,8 +189,8 @@ pub async fn run(
                     watcher.forget_what_was_said();
                     watcher.scan(&mut *agent.state_mut());
                 }
-                loader.reload(agent, true);
                 loader.changes.arm();
+                loader.reload(agent, true);
                 // The session ends the reload once the helper has taken the configuration.
                 agent.wake();
             }
@@ -198,15 +199,103 @@ pub async fn run(
     }
 }
 
+/// How many links lead to a file at most, as for the kernel.
+const LINKS: usize = 40;
+
 /// Tells when a file changes, whether or not it is there yet.
 #[derive(Debug)]
 struct Changes {
     path: PathBuf,
     inotify: Option<(Watches, Events)>,
-    /// Names whose events count.
-    names: HashSet<OsString>,
+    /// The directories that are watched, by the numbers of their watches.
+    watched: HashMap<i32, Watched>,
     /// It was said that there are no watches left.
     said: bool,
+}
+
+/// A directory that is watched.
+#[derive(Debug)]
+struct Watched {
+    watch: WatchDescriptor,
+    directory: PathBuf,
+    names: HashSet<OsString>,
+}
+
+/// What is of interest in a directory on the way to a file, beside that it stays where it is.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Interest {
+    /// Whose events count.
+    names: HashSet<OsString>,
+    /// The file is in it, or would be.
+    last: bool,
+}
+
+impl Interest {
+    /// As little as there has to be: a home directory is busy, and nobody is to be woken by that.
+    fn mask(&self) -> WatchMask {
+        let mut mask = WatchMask::MOVE_SELF | WatchMask::DELETE_SELF | WatchMask::ONLYDIR;
+        if !self.names.is_empty() {
+            mask |=
+                WatchMask::MOVED_TO | WatchMask::MOVED_FROM | WatchMask::CREATE | WatchMask::DELETE;
+        }
+        if self.last {
+            mask |= WatchMask::CLOSE_WRITE;
+        }
+        mask
+    }
+}
+
+/// The directories that lead to a file, as far as they are there, none of which is a link: each has one path, and one
+/// watch.
+fn way(file: &Path) -> BTreeMap<PathBuf, Interest> {
+    let mut way: BTreeMap<PathBuf, Interest> = BTreeMap::new();
+    let mut directory = PathBuf::new();
+    let mut ahead = components(file);
+    let mut links = 0;
+    while let Some(component) = ahead.pop() {
+        if component == ".." {
+            directory.pop();
+            continue;
+        }
+        let next = directory.join(&component);
+        if component == "/" {
+            directory = next;
+            continue;
+        }
+        let interest = way.entry(directory.clone()).or_default();
+        let found = std::fs::symlink_metadata(&next).ok();
+        if found.as_ref().is_some_and(Metadata::is_dir) && !ahead.is_empty() {
+            directory = next;
+            continue;
+        }
+        interest.names.insert(component);
+        if found.as_ref().is_some_and(Metadata::is_symlink) {
+            links += 1;
+            match std::fs::read_link(&next) {
+                Ok(target) if links <= LINKS => ahead.extend(components(&target)),
+                _ => break,
+            }
+            continue;
+        }
+        interest.last = ahead.is_empty();
+        // While somebody is in it, a directory is not said to be deleted. It is empty then: what it is in tells.
+        if interest.last
+            && found.is_none()
+            && let (Some(above), Some(name)) = (directory.parent(), directory.file_name())
+        {
+            let above = way.entry(above.to_owned()).or_default();
+            above.names.insert(name.to_owned());
+        }
+        break;
+    }
+    way
+}
+
+/// The components of a path, the first one last.
+fn components(path: &Path) -> Vec<OsString> {
+    let components = path.components().rev();
+    let named = components.filter(|component| *component != Component::CurDir);
+    named.map(|c| c.as_os_str().to_owned()).collect()
 }
 
 impl Changes {
@@ -222,66 +311,74 @@ impl Changes {
             })
             .ok();
         let mut changes = Self {
-            path: path.to_owned(),
+            // It fails where there is no working directory any more, and nothing in it either.
+            path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
             inotify,
-            names: HashSet::new(),
+            watched: HashMap::new(),
             said: false,
         };
         changes.arm();
         changes
     }
 
-    /// Watches the directories that the file, or what it is a link to, is in or would be in.
+    /// Watches the directories that lead to the file.
     fn arm(&mut self) {
+        let mut before = way(&self.path);
+        loop {
+            self.watch_all(&before);
+            // Nothing tells of what was changed before it was watched.
+            let now = way(&self.path);
+            if now == before {
+                return;
+            }
+            before = now;
+        }
+    }
+
+    /// Watches these directories and no others.
+    fn watch_all(&mut self, way: &BTreeMap<PathBuf, Interest>) {
         let Some((watches, _)) = &mut self.inotify else {
             return;
         };
-        let mask = WatchMask::CLOSE_WRITE
-            | WatchMask::MOVED_TO
-            | WatchMask::MOVED_FROM
-            | WatchMask::CREATE
-            | WatchMask::DELETE
-            | WatchMask::ONLYDIR;
-        self.names.clear();
-        let real = self.path.canonicalize().ok();
-        for path in [Some(&self.path), real.as_ref()].into_iter().flatten() {
-            let mut above = path.as_path();
-            // The directory for it was not there when it was to be watched.
-            let mut was_missing = false;
-            while let (Some(name), Some(directory)) = (above.file_name(), above.parent()) {
-                self.names.insert(name.to_owned());
-                let directory = match directory.as_os_str().is_empty() {
-                    true => Path::new("."),
-                    false => directory,
-                };
-                match watches.add(directory, mask) {
-                    // It was made before what it is in was watched: nothing will tell of it.
-                    Ok(_) if was_missing && above.is_dir() => {
-                        above = path;
-                        was_missing = false;
-                        continue;
+        let mut old = std::mem::take(&mut self.watched);
+        let mut failure = None;
+        // If there are no watches for all, then for those that are needed most.
+        let (named, others): (Vec<_>, Vec<_>) = way.iter().partition(|(_, i)| !i.names.is_empty());
+        for (directory, interest) in named.into_iter().chain(others) {
+            let watch = match watches.add(directory, interest.mask()) {
+                Ok(watch) => watch,
+                Err(error) => {
+                    // What has gone meanwhile is looked for again, and not all that is on the way may be read.
+                    let gone = [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory];
+                    if !gone.contains(&error.kind()) && !interest.names.is_empty() {
+                        failure = Some((directory, error));
                     }
-                    Ok(_) => {
-                        self.said = false;
-                        break;
-                    }
-                    // It may be made.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => was_missing = true,
-                    Err(_) if self.said => was_missing = false,
-                    Err(error) => {
-                        was_missing = false;
-                        self.said = true;
-                        tracing::warn!(
-                            "can't watch '{}' for changes of the configuration: {}; reload it \
-                             with SIGHUP",
-                            printable(&directory.to_string_lossy()),
-                            chain(&error)
-                        );
-                    }
+                    continue;
                 }
-                above = directory;
-            }
+            };
+            let id = watch.get_watch_descriptor_id();
+            old.remove(&id);
+            let watched = Watched {
+                watch,
+                directory: directory.clone(),
+                names: interest.names.clone(),
+            };
+            self.watched.insert(id, watched);
         }
+        for Watched { watch, .. } in old.into_values() {
+            // Fails where the kernel has forgotten it by itself.
+            let _ = watches.remove(watch);
+        }
+        if let Some((directory, error)) = &failure
+            && !self.said
+        {
+            tracing::warn!(
+                "can't watch '{}' for changes of the configuration: {}; reload it with SIGHUP",
+                printable(&directory.to_string_lossy()),
+                chain(error)
+            );
+        }
+        self.said = failure.is_some();
     }
 
     /// Returns when the file may have another content.
@@ -310,15 +407,23 @@ impl Changes {
         if event.mask.contains(EventMask::Q_OVERFLOW) {
             return true;
         }
-        let name = std::ffi::OsStr::from_bytes(&event.name);
-        if !self.names.contains(name) {
+        let Some(watched) = self.watched.get(&event.watch) else {
+            return false;
+        };
+        // The directory itself is not there any more, or is not what leads to the file.
+        if event.name.is_empty() {
+            return true;
+        }
+        let name = OsStr::from_bytes(&event.name);
+        if !watched.names.contains(name) {
             return false;
         }
         // A file that has just been made is empty still: its writer closes it later. A link is
         // complete at once.
         !event.mask.contains(EventMask::CREATE)
             || event.mask.contains(EventMask::ISDIR)
-            || std::fs::symlink_metadata(&self.path).is_ok_and(|m| m.is_symlink() || m.nlink() > 1)
+            || std::fs::symlink_metadata(watched.directory.join(name))
+                .is_ok_and(|m| m.is_symlink() || m.nlink() > 1)
     }
 }
 
@@ -349,5 +454,86 @@ mod tests {
             }
             write.join().unwrap();
         }
+    }
+
+    fn write(path: &Path) {
+        std::fs::write(path, "version: 1\n").unwrap();
+    }
+
+    /// How many events there are, and whether any counts.
+    fn told(changes: &mut Changes) -> (usize, bool) {
+        let (_, events) = changes.inotify.as_mut().unwrap();
+        let batch = events.fetch().unwrap();
+        (batch.len(), batch.iter().any(|event| changes.counts(event)))
+    }
+
+    #[tokio::test]
+    async fn what_happens_beside_the_way_is_nothing() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |path: &str| home.path().join(path);
+        std::fs::create_dir_all(at("real/a/b")).unwrap();
+        let bustle = |directory: &str| {
+            let (one, other) = (at(directory).join("one"), at(directory).join("other"));
+            write(&one);
+            std::fs::rename(&one, &other).unwrap();
+            std::fs::remove_file(&other).unwrap();
+            std::fs::create_dir(&one).unwrap();
+            std::fs::remove_dir(&one).unwrap();
+        };
+        write(&at("real/a/b/config.yaml"));
+        let mut changes = Changes::watch(&at("real/a/b/config.yaml"));
+        bustle("");
+        bustle("real");
+        bustle("real/a");
+        assert_eq!(told(&mut changes), (0, false), "nobody is woken");
+        bustle("real/a/b");
+        assert!(!told(&mut changes).1);
+        // A link that leads on may lead elsewhere.
+        std::os::unix::fs::symlink("real/a", at("link")).unwrap();
+        let mut changes = Changes::watch(&at("link/b/config.yaml"));
+        bustle("real");
+        bustle("real/a");
+        assert_eq!(told(&mut changes), (0, false), "nobody is woken");
+        bustle("");
+        assert!(!told(&mut changes).1);
+        std::fs::rename(at("link"), at("elsewhere")).unwrap();
+        assert!(told(&mut changes).1);
+    }
+
+    #[tokio::test]
+    async fn what_leads_to_the_file_no_more_is_left_alone() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |path: &str| home.path().join(path);
+        std::fs::create_dir(at("a")).unwrap();
+        write(&at("a/config.yaml"));
+        let mut changes = Changes::watch(&at("a/config.yaml"));
+        std::fs::rename(at("a"), at("b")).unwrap();
+        changes.next().await;
+        // That the watch has ended.
+        assert!(!told(&mut changes).1);
+        write(&at("b/config.yaml"));
+        std::fs::rename(at("b"), at("c")).unwrap();
+        std::fs::create_dir(at("a")).unwrap();
+        changes.next().await;
+        assert_eq!(told(&mut changes), (0, false));
+        write(&at("a/config.yaml"));
+        changes.next().await;
+    }
+
+    #[tokio::test]
+    async fn links_in_a_circle_are_waited_for() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |path: &str| home.path().join(path);
+        std::os::unix::fs::symlink("b", at("a")).unwrap();
+        std::fs::create_dir(at("x")).unwrap();
+        std::os::unix::fs::symlink("x/../a/.", at("b")).unwrap();
+        let mut changes = Changes::watch(&at("a/config.yaml"));
+        assert_eq!(told(&mut changes), (0, false));
+        std::fs::remove_file(at("b")).unwrap();
+        changes.next().await;
+        std::fs::create_dir(at("b")).unwrap();
+        changes.next().await;
+        write(&at("b/config.yaml"));
+        changes.next().await;
     }
 }

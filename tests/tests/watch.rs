@@ -89,8 +89,8 @@ fn with_all_watches_used_up_everything_is_still_found() {
         let _helper = sb.helper().start();
         let alice = sb.user(1001);
         in_slice(&alice, "mkdir -p deep.slice/er.slice/app-early.scope");
-        // For the configuration, the directories above the subtree, and three of it.
-        let service = alice.agent(DROP_EACH).watches(8).start();
+        // For the six directories that lead to the configuration, those above the subtree, and three of it.
+        let service = alice.agent(DROP_EACH).watches(13).start();
         wait_for_all(sb, &alice, 1);
         in_slice(&alice, "rmdir deep.slice/er.slice/app-early.scope");
         wait_for_all(sb, &alice, 0);

@@ -1,5 +1,8 @@
 //! Configurations that change.
 
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
 use cgtproxy_proto::agent::GetStatus_Reply;
 use rustix::process::Signal;
 use serde_json::json;
@@ -179,7 +182,7 @@ fn a_file_that_is_a_link_is_followed() {
     std::fs::create_dir_all(&real).unwrap();
     std::fs::write(real.join("a.yaml"), CONFIG).unwrap();
     std::fs::create_dir_all(world.config.parent().unwrap()).unwrap();
-    std::os::unix::fs::symlink(real.join("a.yaml"), &world.config).unwrap();
+    symlink(real.join("a.yaml"), &world.config).unwrap();
     world.helper.start();
     let _agent = world.agent();
     world.helper.wait_for(&[("drop-1", "drop")]);
@@ -187,8 +190,90 @@ fn a_file_that_is_a_link_is_followed() {
     world.helper.wait_for(&[("one", "drop-all")]);
     std::fs::write(real.join("b.yaml"), CONFIG).unwrap();
     std::fs::remove_file(&world.config).unwrap();
-    std::os::unix::fs::symlink(real.join("b.yaml"), &world.config).unwrap();
+    symlink(real.join("b.yaml"), &world.config).unwrap();
     world.helper.wait_for(&[("drop-1", "drop")]);
+}
+
+/// Makes a link, or lets it lead elsewhere, as `ln -sfn` does.
+fn link(target: &str, at: &Path) {
+    let new = at.with_extension("new");
+    symlink(target, &new).unwrap();
+    std::fs::rename(new, at).unwrap();
+}
+
+#[test]
+fn links_on_the_way_are_followed_wherever_they_lead() {
+    let mut world = World::new("");
+    world.make(&["drop-1", "one"]);
+    world.helper.start();
+    let at = |path: &str| world.path().join(path);
+    for directory in ["homes/1", "homes/2/cgtproxy", "dots/1", "dots/2", "dots/3"] {
+        std::fs::create_dir_all(at(directory)).unwrap();
+    }
+    link("homes/1", &at("home"));
+    link("../../dots/now", &at("homes/1/cgtproxy"));
+    link("1", &at("dots/now"));
+    link("real.yaml", &at("dots/1/config.yaml"));
+    std::fs::write(at("dots/1/real.yaml"), CONFIG).unwrap();
+    std::fs::write(at("dots/2/config.yaml"), OTHER).unwrap();
+    std::fs::write(at("dots/3/config.yaml"), OTHER).unwrap();
+    std::fs::write(at("homes/2/cgtproxy/config.yaml"), CONFIG).unwrap();
+    let _agent = world.agent();
+    let (first, second) = ([("drop-1", "drop")], [("one", "drop-all")]);
+    world.helper.wait_for(&first);
+    // From the last one to the first one.
+    link("2", &at("dots/now"));
+    world.helper.wait_for(&second);
+    std::fs::write(at("dots/2/config.yaml"), CONFIG).unwrap();
+    world.helper.wait_for(&first);
+    link("../../dots/3", &at("homes/1/cgtproxy"));
+    world.helper.wait_for(&second);
+    link("homes/2", &at("home"));
+    world.helper.wait_for(&first);
+    std::fs::write(at("homes/2/cgtproxy/config.yaml"), OTHER).unwrap();
+    world.helper.wait_for(&second);
+}
+
+#[test]
+fn a_directory_that_another_one_replaces_is_followed() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1", "one"]);
+    world.helper.start();
+    let _agent = world.agent();
+    let (first, second) = ([("drop-1", "drop")], [("one", "drop-all")]);
+    world.helper.wait_for(&first);
+    // That of the file, and what that is in.
+    let own = world.config.parent().unwrap();
+    for directory in [own, own.parent().unwrap()] {
+        std::fs::rename(directory, directory.with_extension("old")).unwrap();
+        world.write(OTHER);
+        world.helper.wait_for(&second);
+        std::fs::write(&world.config, CONFIG).unwrap();
+        world.helper.wait_for(&first);
+    }
+}
+
+#[test]
+fn a_directory_that_is_made_anew_is_followed() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1", "one"]);
+    world.helper.start();
+    let agent = world.agent();
+    let (first, second) = ([("drop-1", "drop")], [("one", "drop-all")]);
+    world.helper.wait_for(&first);
+    let own = world.config.parent().unwrap();
+    // Somebody may be in it still: the kernel does not call it deleted before they leave.
+    for somebody in [None, Some(std::fs::File::open(own).unwrap())] {
+        std::fs::remove_file(&world.config).unwrap();
+        let missing = |s: &GetStatus_Reply| s.configError.is_some();
+        agent.wait("no file", missing);
+        std::fs::remove_dir(own).unwrap();
+        world.write(OTHER);
+        world.helper.wait_for(&second);
+        drop(somebody);
+        std::fs::write(&world.config, CONFIG).unwrap();
+        world.helper.wait_for(&first);
+    }
 }
 
 #[test]

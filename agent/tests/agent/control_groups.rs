@@ -176,12 +176,15 @@ fn says_once_that_the_watches_are_used_up() {
     world.helper.start();
     let mut unshare = Command::new("unshare");
     unshare.args(["--user", "--map-root-user"]);
-    let script = r#"echo 6 > /proc/sys/user/max_inotify_watches || exit 77; exec "$@""#;
+    // Those that lead to the configuration, three above the subtree, and two of it.
+    let watches = world.config.ancestors().skip(1).count() + 3 + 2;
+    let script =
+        format!(r#"echo {watches} > /proc/sys/user/max_inotify_watches || exit 77; exec "$@""#);
     // Root of the namespace only: the agent sees uid 0, and so does this test.
     if rustix::process::getuid().as_raw() != 0 {
         return;
     }
-    let mut agent = world.agent_by(unshare, script);
+    let mut agent = world.agent_by(unshare, &script);
     agent.says("raise fs.inotify.max_user_watches");
     world
         .helper
