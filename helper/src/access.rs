@@ -44,10 +44,15 @@ impl Access {
                 .as_ref()
                 .is_some_and(|allow| !allow.gids.is_empty());
         // Only asked for where it matters: the databases may be on another machine.
-        let groups = if wants_groups {
-            groups_of(uid)?
-        } else {
-            BTreeSet::new()
+        let groups = match wants_groups {
+            true => groups_of(uid)?,
+            false => Some(BTreeSet::new()),
+        };
+        let groups = match groups {
+            Some(groups) => groups,
+            // Nobody knows of what groups it is.
+            None if !self.deny.gids.is_empty() => return Some(false),
+            None => BTreeSet::new(),
         };
         let has = |accounts: &Accounts| {
             accounts.uids.contains(&uid.value()) || !accounts.gids.is_disjoint(&groups)
@@ -56,16 +61,14 @@ impl Access {
     }
 }
 
-/// A user's groups, the primary one included; none if the databases can't be asked.
-fn groups_of(uid: Uid) -> Option<BTreeSet<u32>> {
-    let user = User::from_uid(uid.value().into()).ok()?;
-    let Some(user) = user else {
-        // A uid without an account is in no group.
-        return Some(BTreeSet::new());
+/// A user's groups, the primary one included, or that there is no such user; none if the databases can't be asked.
+fn groups_of(uid: Uid) -> Option<Option<BTreeSet<u32>>> {
+    let Some(user) = User::from_uid(uid.value().into()).ok()? else {
+        return Some(None);
     };
     let name = std::ffi::CString::new(user.name).ok()?;
     let groups = getgrouplist(&name, user.gid).ok()?;
-    Some(groups.into_iter().map(Gid::as_raw).collect())
+    Some(Some(groups.into_iter().map(Gid::as_raw).collect()))
 }
 
 #[cfg(test)]
@@ -97,6 +100,11 @@ mod tests {
             deny: accounts(&[], &[60]),
         };
         assert!(but.allows(daemon) && !but.allows(games));
+        let all_but = Access {
+            allow: None,
+            deny: accounts(&[], &[60]),
+        };
+        assert!(all_but.allows(daemon) && !all_but.allows(games) && !all_but.allows(nobody_there));
         let none = Access {
             allow: Some(Accounts::default()),
             deny: accounts(&[0], &[]),

@@ -584,6 +584,37 @@ fn the_daemons_are_confined_and_clean_up_after_themselves() {
     });
 }
 
+/// Commands that change users and groups put other files in the place of those that the helper has seen.
+#[test]
+fn whoever_comes_to_be_in_a_denied_group_is_denied() {
+    sandbox(|sb| {
+        let system = boot(sb);
+        let (alice, bob) = (system.alice(), system.bob());
+        system.run(&["groupadd", "unproxied"]);
+        let script = "mkdir -p /etc/cgtproxy && echo 'deny: {groups: [unproxied]}' >/etc/cgtproxy/helper.yaml";
+        system.run(&["sh", "-c", script]);
+        enable(&system, alice, CONFIG);
+        wait_in_force(&system, alice);
+        system.run(&["usermod", "--append", "--groups", "unproxied", "cgt-bob"]);
+        write_config(&system, bob, CONFIG);
+        // It waits for the helper.
+        let start = [
+            "systemctl",
+            "--user",
+            "start",
+            "--no-block",
+            "cgtproxy-agent",
+        ];
+        system.run_as(bob, &start);
+        wait_until("bob is told", || {
+            let output = system.output_as(bob, &["cgtproxy-agent", "status"]);
+            text(&output.stdout).contains("the administrator does not allow this user")
+        });
+        system.run(&["gpasswd", "--delete", "cgt-bob", "unproxied"]);
+        wait_in_force(&system, bob);
+    });
+}
+
 /// The entries of the helper's list of system calls, without those that another architecture has in
 /// place of one that is listed beside it.
 fn system_calls_of_the_unit() -> Vec<String> {
