@@ -5,6 +5,7 @@ use std::io;
 
 use netlink_sys::Socket;
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
+use socket2::{SockFilter, SockRef};
 use tokio::io::unix::AsyncFd;
 
 use crate::netlink::{DONT_WAIT, MESSAGE, Message, Messages, attribute, string};
@@ -38,6 +39,15 @@ const ADDRESS_LINK: std::ops::Range<usize> = 4..8;
 /// IFF_UP (linux/if.h).
 const UP: u32 = 1;
 
+/// Where a message says whose request it is about (struct nlmsghdr, linux/netlink.h).
+const PORT_OFFSET: u32 = 12;
+
+/// What a filter has to do with a packet (linux/bpf_common.h, linux/filter.h): load a word, jump if it is equal to what
+/// is there to compare, take so many bytes of the packet.
+const LOAD_WORD: u16 = 0x20;
+const JUMP_IF_EQUAL: u16 = 0x15;
+const TAKE: u16 = 0x06;
+
 /// The name of the table that a message is about: the first attribute of each kind of object.
 const TABLE_NAME: u16 = 1;
 
@@ -55,7 +65,6 @@ pub struct Monitor {
     routing: AsyncFd<Socket>,
     /// None where the kernel protects the table by itself.
     table: Option<AsyncFd<Socket>>,
-    ours: TablePort,
     table_number: u32,
 }
 
@@ -67,15 +76,14 @@ impl Monitor {
     /// # Errors
     /// As socket(2).
     pub fn open(table_number: u32, ours: TablePort, watch_table: bool) -> io::Result<Self> {
-        let routing = listen(NETLINK_ROUTE, &ROUTE_GROUPS)?;
+        let routing = listen(NETLINK_ROUTE, &ROUTE_GROUPS, None)?;
         let table = match watch_table {
-            true => Some(listen(NETLINK_NETFILTER, &[NFTABLES_GROUP])?),
+            true => Some(listen(NETLINK_NETFILTER, &[NFTABLES_GROUP], Some(ours))?),
             false => None,
         };
         Ok(Self {
             routing,
             table,
-            ours,
             table_number,
         })
     }
@@ -88,7 +96,7 @@ impl Monitor {
     pub async fn next(&self) -> io::Result<Loss> {
         let table = async {
             match &self.table {
-                Some(socket) => announced(socket, |message| self.is_about_table(message)).await,
+                Some(socket) => announced(socket, is_about_table).await,
                 None => std::future::pending().await,
             }
         };
@@ -98,13 +106,6 @@ impl Monitor {
                 lost.map(|()| Loss::Routing)
             }
         }
-    }
-
-    fn is_about_table(&self, message: &Message<'_>) -> bool {
-        // A struct nfgenmsg of four bytes comes first.
-        let attributes = message.payload.get(4..).unwrap_or_default();
-        message.port != self.ours.0
-            && attribute(attributes, TABLE_NAME).map(string).as_deref() == TABLE.to_str().ok()
     }
 
     fn is_about_routing(&self, message: &Message<'_>) -> bool {
@@ -130,14 +131,39 @@ impl Monitor {
     }
 }
 
-fn listen(protocol: isize, groups: &[u32]) -> io::Result<AsyncFd<Socket>> {
+fn is_about_table(message: &Message<'_>) -> bool {
+    // A struct nfgenmsg of four bytes comes first.
+    let attributes = message.payload.get(4..).unwrap_or_default();
+    attribute(attributes, TABLE_NAME).map(string).as_deref() == TABLE.to_str().ok()
+}
+
+/// Listens to these groups, but for what a socket of our own changes.
+fn listen(protocol: isize, groups: &[u32], ours: Option<TablePort>) -> io::Result<AsyncFd<Socket>> {
     let mut socket = Socket::new(protocol)?;
     socket.bind_auto()?;
     socket.set_non_blocking(true)?;
+    if let Some(ours) = ours {
+        leave_out(&socket, ours)?;
+    }
     for &group in groups {
         socket.add_membership(group)?;
     }
     watch(socket)
+}
+
+/// Has the kernel leave out what this port changes, before it comes into the socket's buffer: there may be more of it than
+/// there is room for, and what is lost is taken for a loss, to be mended by changing still more. A packet has messages
+/// about one transaction (nft_commit_notify, net/netfilter/nf_tables_api.c), so that the first one tells.
+fn leave_out(socket: &Socket, ours: TablePort) -> io::Result<()> {
+    // A filter reads words in network byte order.
+    let port = u32::from_be_bytes(ours.0.to_ne_bytes());
+    let filter = [
+        SockFilter::new(LOAD_WORD, 0, 0, PORT_OFFSET),
+        SockFilter::new(JUMP_IF_EQUAL, 0, 1, port),
+        SockFilter::new(TAKE, 0, 0, 0),
+        SockFilter::new(TAKE, 0, 0, u32::MAX),
+    ];
+    SockRef::from(socket).attach_filter(&filter)
 }
 
 /// Waits until a message has come that is `wanted`, and there are no more to read.

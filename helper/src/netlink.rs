@@ -44,8 +44,6 @@ impl From<io::Error> for Refusal {
 pub(crate) struct Message<'a> {
     /// Its type.
     pub(crate) kind: u16,
-    /// The socket that it answers, or that caused what it announces.
-    pub(crate) port: u32,
     /// What follows the header.
     pub(crate) payload: &'a [u8],
     flags: u16,
@@ -91,12 +89,10 @@ impl<'a> Iterator for Messages<'a> {
         let message = self.0.get(..length)?;
         let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
         let flags = u16::from_ne_bytes(message.get(6..8)?.try_into().ok()?);
-        let port = u32::from_ne_bytes(message.get(12..16)?.try_into().ok()?);
         let payload = message.get(HEADER..)?;
         self.0 = self.0.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some(Message {
             kind,
-            port,
             payload,
             flags,
         })
@@ -165,7 +161,7 @@ mod tests {
         ) {
             let mut payload = error.to_ne_bytes().to_vec();
             payload.extend(rest);
-            let _ = Message { kind: NLMSG_ERROR, port: 0, payload: &payload, flags }.refusal();
+            let _ = Message { kind: NLMSG_ERROR, payload: &payload, flags }.refusal();
         }
     }
 }

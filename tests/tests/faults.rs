@@ -293,6 +293,27 @@ fn losses_that_the_kernel_had_no_room_to_announce_are_found() {
     });
 }
 
+#[test]
+fn what_the_helper_does_itself_is_no_loss_however_much_it_is() {
+    sandbox(|sb| {
+        let (helper, user, mut session) = with_policy(sb, "own-table: false");
+        let paths: Vec<_> = (0..3000).map(|n| format!("app.slice/{n}.scope")).collect();
+        for path in &paths {
+            user.cgroup(path);
+        }
+        let all: Vec<_> = paths.iter().map(|path| verdict(path, "drop")).collect();
+        session.replace(json!([]), json!([]), json!(all));
+        let made = || sb.run(&["nft", "--handle", "list", "tables", "inet"]);
+        let before = made();
+        // It reads what was announced before it is asked again.
+        for _ in 0..20 {
+            session.status();
+        }
+        assert_eq!(made(), before, "the table is another one");
+        assert_eq!(lost_announcements(helper.pid())[1], 0);
+    });
+}
+
 /// Tells a helper that the first answer of the kernel to what it is asked next was lost, as the kernel does when it
 /// had no memory for it.
 struct LostAnswer(Child);
