@@ -4,6 +4,7 @@
 
 use cgtproxy_tests::sandbox::sandbox;
 use cgtproxy_tests::session::{SOCKET, Session, verdict};
+use cgtproxy_tests::wait::wait_until;
 use serde_json::{Value, json};
 
 fn policy(proxies: usize, bypass: usize, cgroups: usize) -> Value {
@@ -15,6 +16,37 @@ fn policy(proxies: usize, bypass: usize, cgroups: usize) -> Value {
         .map(|n| verdict(&format!("c{n}"), "drop"))
         .collect();
     json!({ "proxies": proxies, "bypass": bypass, "assignments": assignments })
+}
+
+/// Neither it nor what puts it back waits for more answers than there is room for.
+#[test]
+fn a_policy_of_many_proxies_is_taken_and_restored() {
+    sandbox(|sb| {
+        let config = "mark-mask: 0xffff0000\nlimits: {proxies: 400}\nown-table: false";
+        let _helper = sb.helper().config(config).start();
+        let user = sb.user(1001);
+        let app = user.cgroup("app.slice").app();
+        let proxies: Vec<_> = (0..400)
+            .map(|n| {
+                json!({
+                    "name": format!("p{n}"), "port": 1000 + n, "redirect": true,
+                    "dnsHijack": { "ipv4": "127.0.0.1", "port": 1053, "tcp": true },
+                })
+            })
+            .collect();
+        let mut session = Session::of(&user);
+        session.replace(
+            json!(proxies),
+            json!([]),
+            json!([verdict("app.slice", "drop")]),
+        );
+        sb.nft("flush ruleset");
+        wait_until("the table is back", || sb.has_table());
+        session.assign(json!([verdict("app.slice", "dropAll")]));
+        for to in sb.destinations() {
+            assert!(app.udp(to).is_dropped());
+        }
+    });
 }
 
 #[test]

@@ -1,7 +1,9 @@
-//! The netlink socket to nf_tables: transactions with their acknowledgements, and dumps.
+//! The netlink socket to nf_tables: transactions with the errors in them, and dumps.
 //!
 //! The kernel carries a batch out within sendmsg(2) and queues every answer before that returns
-//! (nfnetlink_rcv_batch, net/netfilter/nfnetlink.c), so answers are read without waiting.
+//! (nfnetlink_rcv_batch, net/netfilter/nfnetlink.c), so answers are read without waiting. Of what it takes it says
+//! nothing: acknowledgements of all that is in a large batch would not fit into any buffer, and one that is lost leaves
+//! it open what has become of the batch.
 
 use std::io;
 
@@ -15,11 +17,12 @@ use crate::netlink::{DONT_WAIT, HEADER, MESSAGE, Message, Messages, NLMSG_DONE, 
 /// Room for the largest batch: a policy with all the control groups that a quota allows.
 const SEND_BUFFER: usize = 16 * 1024 * 1024;
 
-/// Room for the acknowledgements of a batch: each takes about 1 KiB of this accounting.
+/// Room for the errors of a batch, of which the first one says enough: each takes about 1 KiB of this accounting.
 const RECEIVE_BUFFER: usize = 4 * 1024 * 1024;
 
 /// Flags of a request (linux/netlink.h).
 const NLM_F_REQUEST: u16 = 0x1;
+const NLM_F_ACK: u16 = 0x4;
 const NLM_F_DUMP: u16 = 0x300;
 
 /// `NFNL_SUBSYS_NFTABLES` (linux/netfilter/nfnetlink.h), the upper byte of a message's type.
@@ -82,7 +85,8 @@ impl NetfilterSocket {
     /// Sends a batch, which the kernel takes whole or not at all.
     pub(super) fn carry_out(&self, batch: &FinalizedBatch) -> Result<(), Failure> {
         // One sendmsg(2) for all pages: the kernel looks for the end of a batch in the same datagram.
-        let bytes: Vec<u8> = batch.iter().flatten().copied().collect();
+        let mut bytes: Vec<u8> = batch.iter().flatten().copied().collect();
+        ask_for_errors_alone(&mut bytes);
         self.socket
             .send(&bytes, 0)
             .map_err(|error| Failure::Refused(error.into()))?;
@@ -169,5 +173,51 @@ impl NetfilterSocket {
             }
         }
         lost.map_or(Ok(()), Err)
+    }
+}
+
+/// Takes the wish for an acknowledgement from all messages, which libnftnl and its crate put there.
+fn ask_for_errors_alone(mut batch: &mut [u8]) {
+    while let Some(&[a, b, c, d, _, _, flags @ ..]) = batch.first_chunk::<8>() {
+        let flags = u16::from_ne_bytes(flags) & !NLM_F_ACK;
+        let length = (u32::from_ne_bytes([a, b, c, d]) as usize).next_multiple_of(4);
+        if let Some(place) = batch.get_mut(6..8) {
+            place.copy_from_slice(&flags.to_ne_bytes());
+        }
+        batch = match batch.get_mut(length.max(HEADER)..) {
+            Some(next) => next,
+            None => return,
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_message_asks_for_more_than_errors() {
+        let message = |length: u32, flags: u16| {
+            let mut bytes = [
+                &length.to_ne_bytes()[..],
+                &[7, 0],
+                &flags.to_ne_bytes(),
+                &[9; 8],
+            ]
+            .concat();
+            bytes.resize((length as usize).next_multiple_of(4), 5);
+            bytes
+        };
+        let mut batch = [message(16, 0x1), message(21, 0x405), message(20, 0xffff)].concat();
+        ask_for_errors_alone(&mut batch);
+        let meant = [message(16, 0x1), message(21, 0x401), message(20, 0xfffb)].concat();
+        assert_eq!(batch, meant);
+        // Whatever is there instead.
+        for length in 0..meant.len() {
+            ask_for_errors_alone(&mut batch[..length]);
+            ask_for_errors_alone(&mut vec![0xff; length]);
+            ask_for_errors_alone(&mut vec![0; length]);
+        }
+        assert_eq!(batch, meant);
     }
 }
