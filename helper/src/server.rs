@@ -1,6 +1,7 @@
 //! The listening socket and the connections that come from it.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use cgtproxy_proto::stream::Stream;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -44,6 +46,8 @@ pub struct Server {
     state: Rc<RefCell<State>>,
     quotas: Quotas,
     tasks: TaskTracker,
+    /// Who waits for what becomes of each user's policy.
+    graces: Rc<RefCell<BTreeMap<Uid, AbortHandle>>>,
     shutdown: CancellationToken,
 }
 
@@ -56,6 +60,7 @@ impl Server {
             state,
             quotas,
             tasks: TaskTracker::new(),
+            graces: Rc::default(),
             shutdown,
         }
     }
@@ -101,13 +106,19 @@ impl Server {
     /// kept of it afterwards.
     pub fn await_grace(&self, uid: Uid, grace: u64) {
         let this = self.clone();
-        self.tasks.spawn_local(async move {
+        let wait = self.tasks.spawn_local(async move {
             // The policy stays in the kernel for the next helper.
             tokio::select! {
                 () = this.see_to(uid, grace) => {}
                 () = this.shutdown.cancelled() => {}
             }
         });
+        // A grace before this one is over, since somebody has taken it over: a user who comes and goes all the time must
+        // not have more than one.
+        let before = self.graces.borrow_mut().insert(uid, wait.abort_handle());
+        if let Some(before) = before {
+            before.abort();
+        }
     }
 
     async fn see_to(&self, uid: Uid, grace: u64) {
