@@ -24,8 +24,8 @@ const APP: &str = concat!(
 /// `NAME.service`, in whatever slices.
 const UNIT: &str = r"(?:[a-z-]+\\?\.slice/)*(?P<unit>[^/()|]+\\\.service)\$?";
 
-/// `NAME.slice`, or what is in it.
-const SLICE: &str = r"(?:[a-z-]+\\?\.slice/)*(?P<slice>[^/()|]+\\\.slice)(?:/|/\.\*|/\.\+)?\$?";
+/// What is in `NAME.slice`, that itself or not. With `$` after the name it would be that alone.
+const SLICE: &str = r"(?:[a-z-]+\\?\.slice/)*(?P<slice>[^/()|]+\\\.slice)(?:/|(?:/\.\*|/\.\+)\$?)?";
 
 static FORM: LazyLock<Option<PikeVM>> = LazyLock::new(|| {
     let prefix = PREFIX.replace("ANY", ANY_USER);
@@ -40,6 +40,11 @@ pub(super) fn selector(expression: &str) -> Option<String> {
     let mut found = form.create_captures();
     form.captures(&mut form.create_cache(), Input::new(&plain), &mut found);
     let group = |name| plain.get(found.get_group_by_name(name)?.range());
+    // Without a slash before it, it may be the end of a longer name.
+    let whole = |name| {
+        let start = found.get_group_by_name(name)?.start;
+        plain.get(..start)?.ends_with('/').then(|| group(name))?
+    };
     if let Some(ids) = group("id") {
         let alternatives = ids.strip_prefix('(').and_then(|s| s.strip_suffix(')'));
         let ids: Option<Vec<_>> = alternatives
@@ -49,12 +54,12 @@ pub(super) fn selector(expression: &str) -> Option<String> {
             .collect();
         return Some(format!("app: {}", names(&ids?)));
     }
-    if let Some(unit) = group("unit") {
+    if let Some(unit) = whole("unit") {
         let unit = literal(unit)?;
         // That of a service manager is above all that it starts.
         return (!unit.starts_with("user@")).then(|| format!("unit: {}", names(&[unit])));
     }
-    let slice = literal(group("slice")?)?;
+    let slice = literal(whole("slice")?)?;
     let name = slice.strip_suffix(".slice")?;
     (name != "user" && !name.starts_with("user-"))
         .then(|| format!("slice: {}", names(&[name.into()])))
@@ -106,6 +111,11 @@ mod tests {
             (r"\/system\.slice\/(?:one\.metacubex\.)?clash-meta\.service".into(), None),
             (r"\/user\.slice\/user-\d+\.slice/user@\d+\.service\/cgtproxy\.slice\/cgtproxy-direct\.slice\/.*".into(), Some("slice: cgtproxy-direct")),
             ("/background\\.slice/".into(), Some("slice: background")),
+            (r"/background\.slice/.*$".into(), Some("slice: background")),
+            (r"/background\.slice$".into(), None),
+            (r"background\.slice".into(), None),
+            (r"fox\.service".into(), None),
+            (r"@autostart\.service".into(), None),
             ("/user\\.slice".into(), None),
             (r"\/user\.slice\/user-1000\.slice".into(), None),
             (r"\/.*".into(), None),
