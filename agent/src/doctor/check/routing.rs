@@ -131,17 +131,20 @@ fn missing_route(tables: &[(Family, u32)], family: Family, ours: &Ours) -> Optio
 /// Rules that get to see diverted packets before ours does, and would take them.
 fn earlier(rules: &[Rule], family: Family, ours: &Ours) -> Vec<Finding> {
     let takes = |rule: &&Rule| {
-        let matches = match rule.mark {
-            // Whatever its value: a diverted packet may have any bits but ours.
-            Some((value, mask)) => mask & ours.divert == 0 || value & ours.divert != 0,
-            None => true,
+        // Whatever its value: a diverted packet may have any bits but ours.
+        let takes = match (rule.mark, rule.inverted) {
+            (Some((value, mask)), false) => mask & ours.divert == 0 || value & ours.divert != 0,
+            (Some((value, mask)), true) => {
+                mask & !ours.divert != 0 || mask & !value & ours.divert != 0
+            }
+            (None, inverted) => !inverted,
         };
         rule.ipv6 == (family == Family::Ipv6)
             && rule.priority < ours.priority
             && rule.table.is_some_and(|table| table != LOCAL)
             && !rule.narrower
             && !rule.suppressed
-            && matches != rule.inverted
+            && takes
     };
     let finding = |rule: &Rule| {
         let table = rule.table.unwrap_or_default();

@@ -302,6 +302,17 @@ const BROKEN: &[(&str, Severity, Break)] = {
             };
             add_rule(f, rule);
         }),
+        ("rule-before", Error, |f| {
+            // A mask of somebody else's bits, which a diverted packet may have or not.
+            let rule = Rule {
+                priority: 10,
+                inverted: true,
+                mark: Some((0x8888, 0xffff)),
+                table: Some(1000),
+                ..Rule::default()
+            };
+            add_rule(f, rule);
+        }),
         ("ipv6-off-on-lo", Error, |f| {
             f.network.ipv6_off_on_lo = Ok(true)
         }),
@@ -548,6 +559,14 @@ fn what_does_no_harm_is_not_found() {
         change(&mut facts);
         assert_eq!(ids(&facts), Vec::<&str>::new(), "{what}");
     }
+}
+
+#[test]
+fn nobody_is_blamed_for_a_proxy_while_the_helper_can_not_be_asked_about_it() {
+    let mut facts = fine();
+    facts.helper = Helper::Unreachable("no answer".into());
+    listeners(&mut facts)[0].uid = 991;
+    assert_eq!(ids(&facts), ["helper-unreachable"]);
 }
 
 #[test]

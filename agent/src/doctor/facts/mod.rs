@@ -258,7 +258,7 @@ pub struct System {
     pub nsswitch: Look<String>,
     /// systemd-resolved answers to nss-resolve.
     pub resolved: bool,
-    /// nscd runs.
+    /// nscd runs, and looks up names of hosts.
     pub nscd: bool,
     /// systemd-networkd runs.
     pub networkd: Look<bool>,

@@ -118,12 +118,33 @@ pub fn system(root: &Path) -> System {
             read => read.map_err(|error| error.to_string()),
         },
         resolved: UnixStream::connect("/run/systemd/resolve/io.systemd.Resolve").is_ok(),
-        nscd: UnixStream::connect("/var/run/nscd/socket").is_ok(),
+        nscd: UnixStream::connect("/var/run/nscd/socket").is_ok() && nscd_looks_up_names(),
         networkd: unit_runs(root, "systemd-networkd.service"),
         networkd_removes_rules: networkd_configuration()
             .map(|texts| removes_rules(texts.iter().map(String::as_str)))
             .map_err(|error| error.to_string()),
     }
+}
+
+/// Whether nscd answers queries for names of hosts, as far as its configuration can be read: nscd.conf(5).
+fn nscd_looks_up_names() -> bool {
+    fs::read_to_string("/etc/nscd.conf").is_ok_and(|text| caches_hosts(&text))
+}
+
+/// Without a line about it nscd does not. The last one counts.
+fn caches_hosts(text: &str) -> bool {
+    let words = |line: &str| -> Vec<String> {
+        let line = line.split('#').next().unwrap_or_default();
+        line.split_whitespace().map(str::to_owned).collect()
+    };
+    let lines = text.lines().map(words);
+    let values = lines.filter_map(|words| match words.as_slice() {
+        [key, service, value] if key == "enable-cache" && service == "hosts" => {
+            Some(value == "yes")
+        }
+        _ => None,
+    });
+    values.last().unwrap_or(false)
 }
 
 fn linux() -> Look<(u32, u32)> {
@@ -221,6 +242,21 @@ mod tests {
                     cpuset\t0\t80\t1\nnet_cls\t4\t1\t1\nnet_prio\t0\t80\t1\n";
         assert_eq!(v1_network_controllers(text), ["net_cls"]);
         assert!(v1_network_controllers("").is_empty());
+    }
+
+    #[test]
+    fn knows_what_nscd_does() {
+        for (text, caches) in [
+            ("", false),
+            ("\tenable-cache\t\thosts\t\tyes\n", true),
+            ("enable-cache passwd yes\n# enable-cache hosts yes\n", false),
+            (
+                "enable-cache hosts yes\nenable-cache hosts no # names alone\n",
+                false,
+            ),
+        ] {
+            assert_eq!(caches_hosts(text), caches, "{text}");
+        }
     }
 
     #[test]
