@@ -29,10 +29,10 @@ cgtproxy-exec() {
     *)
         if [ "$#" -ge 2 ]; then
             if [ -n "${ZSH_VERSION-}" ]; then
-                _cgtproxy_kind=$(whence -w -- "$2")
+                _cgtproxy_kind=$(whence -w -- "$2") || :
                 _cgtproxy_kind=${_cgtproxy_kind##*: }
             else
-                _cgtproxy_kind=$(type -t -- "$2")
+                _cgtproxy_kind=$(type -t -- "$2") || :
             fi
         fi
         ;;
