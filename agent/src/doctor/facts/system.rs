@@ -133,18 +133,15 @@ fn nscd_looks_up_names() -> bool {
 
 /// Without a line about it nscd does not. The last one counts.
 fn caches_hosts(text: &str) -> bool {
-    let words = |line: &str| -> Vec<String> {
+    let mut caches = false;
+    for line in text.lines() {
         let line = line.split('#').next().unwrap_or_default();
-        line.split_whitespace().map(str::to_owned).collect()
-    };
-    let lines = text.lines().map(words);
-    let values = lines.filter_map(|words| match words.as_slice() {
-        [key, service, value] if key == "enable-cache" && service == "hosts" => {
-            Some(value == "yes")
+        let words: Vec<_> = line.split_whitespace().collect();
+        if let ["enable-cache", "hosts", value] = words[..] {
+            caches = value == "yes";
         }
-        _ => None,
-    });
-    values.last().unwrap_or(false)
+    }
+    caches
 }
 
 fn linux() -> Look<(u32, u32)> {
