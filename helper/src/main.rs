@@ -32,9 +32,9 @@ use tokio_util::sync::CancellationToken;
 /// unit says so.
 const EX_CONFIG: u8 = 78;
 
-/// How long it takes to end with that where systemd has the socket. The agents that wait there have the helper started again at once,
-/// and systemd gives a socket up, with everything that its unit then removes, which does that 20 times in two seconds
-/// (`TriggerLimitBurst=`, systemd.socket(5)).
+/// How long it takes to end with that where systemd has the socket. The agents that wait there have the helper started
+/// again at once, and systemd gives a socket up, with everything that its unit then removes, which does that 20 times in
+/// two seconds (`TriggerLimitBurst=`, systemd.socket(5)).
 const PAUSE: Duration = Duration::from_secs(5);
 
 /// Why the helper can't run.
