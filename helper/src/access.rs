@@ -32,7 +32,7 @@ impl Access {
         self.decides(uid).unwrap_or(false)
     }
 
-    /// The same; none if the databases can't be asked.
+    /// The same; none if the databases can't be asked, or don't know a user who may be in a denied group.
     #[must_use]
     pub fn decides(&self, uid: Uid) -> Option<bool> {
         if uid.value() == 0 {
@@ -50,8 +50,8 @@ impl Access {
         };
         let groups = match groups {
             Some(groups) => groups,
-            // Nobody knows of what groups it is.
-            None if !self.deny.gids.is_empty() => return Some(false),
+            // Its account may be where nobody can be asked at the moment.
+            None if !self.deny.gids.is_empty() => return None,
             None => BTreeSet::new(),
         };
         let has = |accounts: &Accounts| {
@@ -105,6 +105,7 @@ mod tests {
             deny: accounts(&[], &[60]),
         };
         assert!(all_but.allows(daemon) && !all_but.allows(games) && !all_but.allows(nobody_there));
+        assert_eq!(all_but.decides(nobody_there), None);
         let none = Access {
             allow: Some(Accounts::default()),
             deny: accounts(&[0], &[]),
