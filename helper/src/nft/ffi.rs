@@ -65,7 +65,7 @@ unsafe impl NlMsg for FlaggedTable<'_> {
                 buffer.cast::<c_char>(),
                 kind as u16,
                 self.table.get_family() as u16,
-                (libc::NLM_F_CREATE | libc::NLM_F_ACK) as u16,
+                libc::NLM_F_CREATE as u16,
                 seq,
             );
             sys::nftnl_table_nlmsg_build_payload(header, table);
@@ -338,8 +338,8 @@ impl Drop for Set<'_> {
 unsafe impl NlMsg for Set<'_> {
     unsafe fn write(&self, buffer: *mut c_void, seq: u32, message: MsgType) {
         let (kind, flags) = match message {
-            MsgType::Add => (libc::NFT_MSG_NEWSET, libc::NLM_F_CREATE | libc::NLM_F_ACK),
-            MsgType::Del => (libc::NFT_MSG_DELSET, libc::NLM_F_ACK),
+            MsgType::Add => (libc::NFT_MSG_NEWSET, libc::NLM_F_CREATE),
+            MsgType::Del => (libc::NFT_MSG_DELSET, 0),
         };
         // SAFETY: `buffer` has room for the largest message (the trait's contract), the set is alive.
         unsafe {
@@ -384,7 +384,6 @@ pub(super) struct ElementMessage<'a>(&'a ElementMessages<'a>);
 // with a header is the largest message there is.
 unsafe impl NlMsg for ElementMessage<'_> {
     unsafe fn write(&self, buffer: *mut c_void, seq: u32, message: MsgType) {
-        // No acknowledgement: an element that is refused is reported all the same.
         let (kind, flags) = match message {
             MsgType::Add => (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE),
             MsgType::Del => (libc::NFT_MSG_DELSETELEM, 0),
@@ -428,7 +427,7 @@ unsafe impl NlMsg for FlushSet<'_> {
                 buffer.cast::<c_char>(),
                 libc::NFT_MSG_DELSETELEM as u16,
                 self.0.table.get_family() as u16,
-                libc::NLM_F_ACK as u16,
+                0,
                 seq,
             );
             sys::nftnl_set_elems_nlmsg_build_payload(header, set);

@@ -176,7 +176,7 @@ impl NetfilterSocket {
     }
 }
 
-/// Takes the wish for an acknowledgement from all messages, which libnftnl and its crate put there.
+/// Takes the wish for an acknowledgement from all messages: the crate puts it into those about chains and rules.
 fn ask_for_errors_alone(mut batch: &mut [u8]) {
     while let Some(&[a, b, c, d, _, _, flags @ ..]) = batch.first_chunk::<8>() {
         let flags = u16::from_ne_bytes(flags) & !NLM_F_ACK;
