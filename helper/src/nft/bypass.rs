@@ -10,7 +10,7 @@ use nftnl::MsgType;
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::{ListNames, Names};
-use super::plan::{BypassList, Layout};
+use super::plan::{Bypass, BypassList, Layout};
 use super::rule::Family;
 use super::ruleset::DROP_SYSTEM;
 use super::shared::Shared;
@@ -85,22 +85,34 @@ impl Transaction<'_> {
     }
 
     fn destinations(&mut self, sets: &ListNames, list: &BypassList) {
-        let mut ipv4 = self.set(&sets.ipv4, KeyType::Ipv4, Content::Intervals);
-        for (first, last) in &list.destinations.ipv4 {
-            ipv4.push(&first.octets(), Element::Key);
-            // A range up to the last address of all has no end.
-            if let Some(end) = last.to_bits().checked_add(1) {
-                ipv4.push(&end.to_be_bytes(), Element::IntervalEnd);
+        // A range up to the last address of all has no end.
+        let Bypass { ipv4, ipv6 } = &*list.destinations;
+        let ipv4 = ipv4.iter().map(|(first, last)| {
+            let end = last.to_bits().checked_add(1);
+            (first.octets(), end.map(u32::to_be_bytes))
+        });
+        self.ranges(&sets.ipv4, KeyType::Ipv4, ipv4);
+        let ipv6 = ipv6.iter().map(|(first, last)| {
+            let end = last.to_bits().checked_add(1);
+            (first.octets(), end.map(u128::to_be_bytes))
+        });
+        self.ranges(&sets.ipv6, KeyType::Ipv6, ipv6);
+    }
+
+    /// Adds ranges of keys, each with the key after its last one.
+    fn ranges<const N: usize>(
+        &mut self,
+        set: &CStr,
+        key: KeyType,
+        ranges: impl Iterator<Item = ([u8; N], Option<[u8; N]>)>,
+    ) {
+        let mut elements = self.set(set, key, Content::Intervals);
+        for (first, end) in ranges {
+            elements.push(&first, Element::Key);
+            if let Some(end) = end {
+                elements.push(&end, Element::IntervalEnd);
             }
         }
-        self.write_elements(&ipv4, MsgType::Add);
-        let mut ipv6 = self.set(&sets.ipv6, KeyType::Ipv6, Content::Intervals);
-        for (first, last) in &list.destinations.ipv6 {
-            ipv6.push(&first.octets(), Element::Key);
-            if let Some(end) = last.to_bits().checked_add(1) {
-                ipv6.push(&end.to_be_bytes(), Element::IntervalEnd);
-            }
-        }
-        self.write_elements(&ipv6, MsgType::Add);
+        self.write_elements(&elements, MsgType::Add);
     }
 }
