@@ -150,10 +150,8 @@ impl Config {
         let config = Self::without_file();
         Some(Self {
             rules: Rc::new(Rules {
-                relay: true,
                 exec_slices: Some(ExecSlices::new([&name])),
-                rules: Vec::new(),
-                start: config.rules.start,
+                ..Rules::clone(&config.rules)
             }),
             proxies: vec![Proxy {
                 name,
