@@ -12,7 +12,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 
 use cgtproxy_tests::agent::Agent;
-use cgtproxy_tests::sandbox::{Sandbox, Server, Service, User, proxied, sandbox};
+use cgtproxy_tests::sandbox::{Outcome, Sandbox, Server, Service, User, local, proxied, sandbox};
 use cgtproxy_tests::system::System;
 use cgtproxy_tests::wait::wait_until;
 use serde_json::Value;
@@ -290,6 +290,49 @@ fn knows_a_proxy_that_is_sent_through_itself() {
         let rule = "rules:\n  - {match: mihomo, direct: true}";
         agent.write_config(&CONFIG.replace("rules:", rule));
         wait_for(&alice, &[]);
+    });
+}
+
+#[test]
+fn knows_where_a_server_for_redirected_connections_has_to_run() {
+    const REDIRECT: &str = r"
+version: 1
+redirects:
+  redir: {port: 7892, dns-hijack: {port: 1053}}
+rules:
+  - {unit: redir, direct: true}
+  - {slice: app, proxy: redir}
+";
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let _agent = alice.agent(REDIRECT).start();
+        let cgroup = alice.cgroup("app.slice/redir.service");
+        let app = alice.cgroup("app.slice/app-a.scope");
+        Agent::of(&alice).wait_for_verdict(&app, "redir");
+        let app = app.app();
+        wait_for(&alice, &["dns-not-listening", "proxy-not-listening"]);
+        let _dns = sb.service("dns").port(1053).start();
+        wait_for(&alice, &["proxy-not-listening"]);
+        let redir = || sb.service("redir").uid(1001).port(7892);
+        // By hand, in a session that is not below the service manager: it is true that nothing gets there.
+        let outside = redir().start();
+        wait_for(&alice, &["proxy-elsewhere"]);
+        for to in sb.destinations() {
+            assert_eq!(app.tcp(to), Outcome::Refused);
+        }
+        drop(outside);
+        let _server = redir().cgroup(&cgroup).start();
+        wait_for(&alice, &[]);
+        for to in sb.destinations() {
+            let loopback = if to.is_ipv4() {
+                "127.0.0.1:7892"
+            } else {
+                "[::1]:7892"
+            };
+            let at = loopback.parse().expect("an address");
+            assert_eq!(app.tcp(to), local("redir", at));
+        }
     });
 }
 

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::proxies::{takes, way};
-use crate::doctor::facts::{Dns, Facts, Family, Listener, Proxy, Transport};
+use crate::doctor::facts::{Dns, Facts, Family, Listener, Proxy, Server, Transport};
 use crate::doctor::{Finding, Group};
 
 pub(super) fn check(facts: &Facts) -> Group {
@@ -13,12 +13,18 @@ pub(super) fn check(facts: &Facts) -> Group {
         .iter()
         .filter_map(|proxy| Some((proxy, proxy.dns.as_ref()?)))
         .collect();
-    if hijacks.is_empty() {
+    // The relay's own answers need no server, but queries have to come by as well.
+    let relay = proxies
+        .iter()
+        .any(|proxy| proxy.server == Server::Relay { fake_dns: true });
+    if hijacks.is_empty() && !relay {
         group.summary = "no dns-hijack in the configuration".to_owned();
         return group;
     }
     group.summary = "hijacked queries are answered".to_owned();
-    if let Some(listeners) = group.see("who listens where", &facts.listeners) {
+    if !hijacks.is_empty()
+        && let Some(listeners) = group.see("who listens where", &facts.listeners)
+    {
         for (proxy, dns) in &hijacks {
             group.found(silent(facts, proxy, dns, listeners));
         }

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use super::count;
 use crate::config::Scope;
-use crate::doctor::facts::{Agent, Facts, Family, Listener, Proxy, Transport};
+use crate::doctor::facts::{Agent, Facts, Family, Listener, Proxy, Server, Transport};
 use crate::doctor::{Finding, Group};
 
 /// System users, whose proxies the machine's own policy may have: systemd's uids-gids document.
@@ -14,22 +14,26 @@ const SYSTEM_UIDS: [RangeInclusive<u32>; 2] = [1..=999, 61184..=65519];
 pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("proxies");
     let proxies = facts.proxies();
+    let servers: Vec<(&Proxy, u16)> = proxies
+        .iter()
+        .filter_map(|proxy| Some((proxy, proxy.server.port()?)))
+        .collect();
     if let Some(listeners) = group.see("who listens where", &facts.listeners) {
-        group.summary = match proxies.len() {
-            0 => "none in the configuration".to_owned(),
+        group.summary = match servers.len() {
+            0 => "no tproxies or redirects in the configuration".to_owned(),
             number => format!(
                 "{} ready",
                 count(number, "proxy").replace("proxys", "proxies")
             ),
         };
-        for proxy in &proxies {
-            group.found(one(facts, proxy, listeners));
+        for (proxy, port) in servers {
+            group.found(one(facts, proxy, port, listeners));
         }
     }
     group
 }
 
-/// Whether a diverted packet finds this socket: it is delivered to 127.0.0.1 or ::1.
+/// Whether what is sent to this address, or is diverted and delivered there, finds this socket.
 pub(super) fn takes(listener: &Listener, family: Family, at: IpAddr) -> bool {
     match (listener.address, family) {
         (IpAddr::V4(address), Family::Ipv4) => address.is_unspecified() || at == address,
@@ -56,7 +60,7 @@ pub(super) fn way(transport: Transport, family: Family) -> &'static str {
     }
 }
 
-fn one(facts: &Facts, proxy: &Proxy, listeners: &[Listener]) -> Vec<Finding> {
+fn one(facts: &Facts, proxy: &Proxy, port: u16, listeners: &[Listener]) -> Vec<Finding> {
     let has_ipv6 = facts.network.ipv6 && facts.network.ipv6_off != Ok(true);
     let wanted = [
         (Transport::Tcp, Family::Ipv4, proxy.tcp && proxy.ipv4),
@@ -74,7 +78,7 @@ fn one(facts: &Facts, proxy: &Proxy, listeners: &[Listener]) -> Vec<Finding> {
     ];
     let on_port: Vec<_> = listeners
         .iter()
-        .filter(|listener| listener.port == proxy.port)
+        .filter(|listener| listener.port == port)
         .collect();
     let mut missing = Vec::new();
     let mut found: Vec<&Listener> = Vec::new();
@@ -94,16 +98,23 @@ fn one(facts: &Facts, proxy: &Proxy, listeners: &[Listener]) -> Vec<Finding> {
         }
     }
     let mut findings = Vec::new();
-    findings.extend(not_listening(proxy, &on_port, &found, &missing));
+    findings.extend(not_listening(proxy, port, &on_port, &found, &missing));
     found.dedup();
-    findings.extend(wrong_uid(facts, proxy, &found));
-    findings.extend(not_transparent(proxy, &found));
+    match proxy.server {
+        Server::Tproxy(_) => {
+            findings.extend(wrong_uid(facts, proxy, port, &found));
+            findings.extend(not_transparent(proxy, port, &found));
+        }
+        Server::Redirect(_) => findings.extend(elsewhere(facts, proxy, port, &found)),
+        Server::Relay { .. } => {}
+    }
     findings.extend(loops(facts, proxy, &found));
     findings
 }
 
 fn not_listening(
     proxy: &Proxy,
+    port: u16,
     on_port: &[&Listener],
     found: &[&Listener],
     missing: &[(Transport, Family)],
@@ -111,7 +122,7 @@ fn not_listening(
     if missing.is_empty() {
         return None;
     }
-    let (name, port) = (&proxy.name, proxy.port);
+    let name = &proxy.name;
     let ways: Vec<_> = missing.iter().map(|(t, f)| way(*t, *f)).collect();
     let ways = ways.join(", ");
     if !found.is_empty() {
@@ -133,7 +144,7 @@ fn not_listening(
             Finding::error(
                 "proxy-address",
                 format!(
-                    "port {port} of the proxy '{name}' is open on {} only; diverted packets come to \
+                    "port {port} of the proxy '{name}' is open on {} only; connections come to \
                      127.0.0.1 and ::1",
                     other.address
                 ),
@@ -156,7 +167,7 @@ fn not_listening(
 
 /// The delivery guard lets packets reach sockets of the user, of root and of `proxy-users`; the machine's also
 /// those of system users.
-fn wrong_uid(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
+fn wrong_uid(facts: &Facts, proxy: &Proxy, port: u16, found: &[&Listener]) -> Option<Finding> {
     // Without the helper nobody knows whom the administrator allows.
     let allowed = &facts.helper_status()?.proxyUids;
     let stranger = found.iter().find(|listener| {
@@ -176,8 +187,8 @@ fn wrong_uid(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Findin
         Finding::error(
             "proxy-user",
             format!(
-                "the proxy '{}' on port {} runs as uid {uid}, which may not have {whose} packets",
-                proxy.name, proxy.port
+                "the proxy '{}' on port {port} runs as uid {uid}, which may not have {whose} packets",
+                proxy.name
             ),
         )
         .effect("The delivery guard refuses every connection that is diverted to it.")
@@ -189,7 +200,7 @@ fn wrong_uid(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Findin
     )
 }
 
-fn not_transparent(proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
+fn not_transparent(proxy: &Proxy, port: u16, found: &[&Listener]) -> Option<Finding> {
     let plain = found
         .iter()
         .find(|listener| listener.transparent == Some(false))?;
@@ -201,8 +212,8 @@ fn not_transparent(proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
         Finding::error(
             "proxy-not-transparent",
             format!(
-                "the {transport} socket of the proxy '{}' on port {} is not transparent (IP_TRANSPARENT)",
-                proxy.name, proxy.port
+                "the {transport} socket of the proxy '{}' on port {port} is not transparent (IP_TRANSPARENT)",
+                proxy.name
             ),
         )
         .effect("The kernel delivers no diverted packet to it.")
@@ -210,6 +221,31 @@ fn not_transparent(proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
             "choose the proxy's tproxy kind of listener: tproxy-port in mihomo, an inbound of type tproxy \
              in sing-box, sockopt.tproxy in xray; it needs CAP_NET_ADMIN for that",
         ),
+    )
+}
+
+/// What is redirected reaches only sockets that were made below the user's own service manager.
+fn elsewhere(facts: &Facts, proxy: &Proxy, port: u16, found: &[&Listener]) -> Option<Finding> {
+    // The machine's own is everywhere.
+    if facts.scope == Scope::System {
+        return None;
+    }
+    let groups = facts.manager.groups.as_ref().ok()?;
+    found.iter().find(|listener| {
+        let outside = |id| groups.iter().all(|(group, _)| *group != id);
+        listener.control_group.is_some_and(outside)
+    })?;
+    Some(
+        Finding::error(
+            "proxy-elsewhere",
+            format!(
+                "the server of '{}' on port {port} does not run below your service manager",
+                proxy.name
+            ),
+        )
+        .effect("Every connection that is redirected to it is refused.")
+        .advice("run it as a service of yours, below user@UID.service")
+        .command("systemd-run --user --unit=NAME COMMAND"),
     )
 }
 

@@ -80,7 +80,7 @@ fn relay(facts: &mut Facts) -> &mut RelayStatus {
 fn proxy() -> Proxy {
     Proxy {
         name: "mihomo".into(),
-        port: 7890,
+        server: Server::Tproxy(7890),
         tcp: true,
         udp: true,
         ipv4: true,
@@ -91,6 +91,23 @@ fn proxy() -> Proxy {
             port: 1053,
             tcp: false,
         }),
+    }
+}
+
+/// Connections are redirected to the one proxy.
+fn redirect(facts: &mut Facts) {
+    facts.config = ConfigFile::Read(vec![Proxy {
+        server: Server::Redirect(7890),
+        ..proxy()
+    }]);
+}
+
+/// The relay carries them on.
+fn relayed(fake_dns: bool) -> Proxy {
+    Proxy {
+        server: Server::Relay { fake_dns },
+        dns: None,
+        ..proxy()
     }
 }
 
@@ -360,6 +377,22 @@ const BROKEN: &[(&str, Severity, Break)] = {
         ("proxy-not-transparent", Error, |f| {
             listeners(f)[1].transparent = Some(false)
         }),
+        ("proxy-not-listening", Error, |f| {
+            redirect(f);
+            listeners(f).retain(|l| l.port != 7890)
+        }),
+        ("proxy-incomplete", Error, |f| {
+            redirect(f);
+            listeners(f).retain(|l| l.transport != Transport::Udp || l.port != 7890)
+        }),
+        ("proxy-elsewhere", Error, |f| {
+            redirect(f);
+            listeners(f)[1].control_group = Some(9);
+        }),
+        ("dns-not-listening", Error, |f| {
+            redirect(f);
+            listeners(f).retain(|l| l.port != 1053)
+        }),
         ("proxy-loop", Error, |f| {
             agent(f).controlGroups = vec![ControlGroup {
                 path: format!("{MANAGER}/app.slice/mihomo.service"),
@@ -391,6 +424,10 @@ const BROKEN: &[(&str, Severity, Break)] = {
         ("nss-resolve", Warning, |f| {
             f.system.nsswitch = Ok("hosts: mymachines resolve [!UNAVAIL=return] files dns".into());
         }),
+        ("nss-resolve", Warning, |f| {
+            f.config = ConfigFile::Read(vec![relayed(true)]);
+            f.system.nsswitch = Ok("hosts: resolve dns".into());
+        }),
         ("nscd", Warning, |f| f.system.nscd = true),
     ]
 };
@@ -403,6 +440,42 @@ const HARMLESS: &[(&str, Break)] = &[
     }),
     ("a kernel that does not say what is transparent", |f| {
         listeners(f)[0].transparent = None
+    }),
+    ("a server for redirected connections", |f| {
+        redirect(f);
+        for listener in listeners(f) {
+            // It need not be transparent, and a user who is not known may have it, as in a namespace of its own.
+            listener.transparent = Some(false);
+            listener.uid = 991;
+        }
+    }),
+    (
+        "a kernel that does not say whose control group it is",
+        |f| {
+            redirect(f);
+            for listener in listeners(f) {
+                listener.control_group = None;
+            }
+        },
+    ),
+    (
+        "a server of the machine's own for redirected connections",
+        |f| {
+            redirect(f);
+            f.scope = Scope::System;
+            for listener in listeners(f) {
+                listener.control_group = Some(9);
+            }
+        },
+    ),
+    ("a proxy elsewhere, of which nobody listens here", |f| {
+        f.config = ConfigFile::Read(vec![relayed(true)]);
+        listeners(f).clear();
+    }),
+    ("nss-resolve where the relay answers no queries", |f| {
+        f.config = ConfigFile::Read(vec![relayed(false)]);
+        f.system.nsswitch = Ok("hosts: resolve dns".into());
+        f.system.nscd = true;
     }),
     ("nss-resolve without resolved", |f| {
         f.system.nsswitch = Ok("hosts: resolve dns".into());

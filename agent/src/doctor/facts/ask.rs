@@ -11,7 +11,7 @@ use cgtproxy_proto::helper::{
 };
 use serde::de::DeserializeOwned;
 
-use super::{Agent, ConfigFile, Dns, Helper, Proxy};
+use super::{Agent, ConfigFile, Dns, Helper, Proxy, Server};
 use crate::config::{self, LoadError};
 use crate::doctor::Look;
 use crate::reload::ConfigFile as Source;
@@ -131,27 +131,20 @@ fn no_answer() -> String {
 #[must_use]
 pub fn read_config(file: &Source) -> ConfigFile {
     match config::load(&file.path, file.scope) {
-        Ok(loaded) => ConfigFile::Read(
-            loaded
-                .config
-                .proxies
-                .iter()
-                .filter_map(configured)
-                .collect(),
-        ),
+        Ok(loaded) => ConfigFile::Read(loaded.config.proxies.iter().map(configured).collect()),
         Err(LoadError::Missing(_)) if !file.explicit => ConfigFile::Missing,
         Err(error) => ConfigFile::Wrong(chain(&error)),
     }
 }
 
-/// A TPROXY server; none if it is something else.
-fn configured(proxy: &config::Proxy) -> Option<Proxy> {
-    let config::Means::Tproxy(port) = proxy.means else {
-        return None;
-    };
-    Some(Proxy {
+fn configured(proxy: &config::Proxy) -> Proxy {
+    Proxy {
         name: proxy.name.as_str().to_owned(),
-        port: port.get(),
+        server: match proxy.means {
+            config::Means::Tproxy(port) => Server::Tproxy(port.get()),
+            config::Means::Redirect(port) => Server::Redirect(port.get()),
+            config::Means::Relay { fake_dns, .. } => Server::Relay { fake_dns },
+        },
         tcp: !proxy.no_tcp,
         udp: !proxy.no_udp,
         ipv4: !proxy.no_ipv4,
@@ -162,10 +155,11 @@ fn configured(proxy: &config::Proxy) -> Option<Proxy> {
             port: dns.port.get(),
             tcp: dns.tcp,
         }),
-    })
+    }
 }
 
-/// A TPROXY server of the policy that the helper holds; none if the agent itself is the server.
+/// A TPROXY server of the policy that the helper holds; none if it is another: whether it is the relay, only the
+/// configuration says.
 pub(super) fn in_force(proxy: &wire::Proxy) -> Option<Proxy> {
     if proxy.redirect == Some(true) {
         return None;
@@ -180,7 +174,7 @@ pub(super) fn in_force(proxy: &wire::Proxy) -> Option<Proxy> {
     });
     Some(Proxy {
         name: proxy.name.clone(),
-        port: proxy.port.try_into().ok()?,
+        server: Server::Tproxy(proxy.port.try_into().ok()?),
         tcp: !proxy.noTcp.unwrap_or(false),
         udp: !proxy.noUdp.unwrap_or(false),
         ipv4: !proxy.noIpv4.unwrap_or(false),

@@ -105,8 +105,8 @@ pub enum ConfigFile {
 pub struct Proxy {
     /// Its name.
     pub name: String,
-    /// Its port.
-    pub port: u16,
+    /// Who takes what goes there.
+    pub server: Server,
     /// TCP goes there.
     pub tcp: bool,
     /// UDP goes there.
@@ -117,6 +117,31 @@ pub struct Proxy {
     pub ipv6: bool,
     /// Where DNS queries go.
     pub dns: Option<Dns>,
+}
+
+/// How connections get to a proxy, and what listens for them on this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Server {
+    /// A TPROXY server on this port.
+    Tproxy(u16),
+    /// A server on this port, to which connections are redirected.
+    Redirect(u16),
+    /// The relay, on ports of its own choice.
+    Relay {
+        /// It answers DNS queries itself.
+        fake_dns: bool,
+    },
+}
+
+impl Server {
+    /// The port that the user has to see to; none for the relay's.
+    #[must_use]
+    pub fn port(self) -> Option<u16> {
+        match self {
+            Self::Tproxy(port) | Self::Redirect(port) => Some(port),
+            Self::Relay { .. } => None,
+        }
+    }
 }
 
 /// A server for hijacked queries.
