@@ -132,7 +132,7 @@ impl Nftables {
     /// in it: users' objects stay in force until a plan replaces or removes them. With `own`, the
     /// table is protected from other programs if the kernel can do that.
     ///
-    /// A table of another layout, or with another owner, can't be taken over: it is made anew in one transaction,
+    /// A table of another layout, for another mask of marks, or with another owner, can't be taken over: it is made anew in one transaction,
     /// with those users' objects of which the snapshot knows everything.
     ///
     /// # Errors
@@ -362,7 +362,7 @@ impl Nftables {
         shared
     }
 
-    /// Makes the table, or takes over the one that is there; false if that has another layout.
+    /// Makes the table, or takes over the one that is there; false if that has another layout or goes by other marks.
     fn adopt(&self) -> Result<bool, Error> {
         let mut transaction = self.transaction();
         transaction.add_table(self.flags());
@@ -372,9 +372,10 @@ impl Nftables {
             // The table has other flags than ours.
             Err(_) => return Ok(false),
         }
-        Ok(self
-            .chains()?
+        let version = ruleset::version(self.marks);
+        let chains = self.chains()?;
+        Ok(chains
             .iter()
-            .any(|chain| chain.as_bytes() == ruleset::VERSION.to_bytes()))
+            .any(|chain| chain.as_bytes() == version.to_bytes()))
     }
 }

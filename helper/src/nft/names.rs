@@ -30,7 +30,7 @@ const HOLD_PREFIX: &str = "hold-";
 const DROP_PREFIX: &str = "drop-";
 
 /// A name made of our own prefixes, a number and a proxy's name, none of which has a NUL.
-fn name(text: String) -> CString {
+pub(super) fn name(text: String) -> CString {
     CString::new(text).unwrap_or_default()
 }
 

@@ -69,18 +69,20 @@
 //! before. What is left is not diverted, or not yet: what the chains that decide return leaves as it is.
 
 use std::collections::BTreeSet;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 
 use nftnl::{ChainType, Hook, MsgType};
 
 use super::ffi::{Content, Element, KeyType};
+use super::names;
 use super::rule::Protocol;
 use super::shared::{LookedAt, Shared};
 use super::transaction::Transaction;
+use crate::mark::MarkRange;
 use crate::peer::Uid;
 
-/// The chain that says how this table is laid out. A table without it is made anew.
-pub(super) const VERSION: &CStr = c"version-8";
+/// How this table is laid out.
+const VERSION: u32 = 9;
 pub(super) const CGROUPS: &CStr = c"cgroups";
 pub(super) const CHOICES: &CStr = c"choices";
 pub(super) const MARKS: &CStr = c"marks";
@@ -139,11 +141,17 @@ const SHALLOW: u32 = 8;
 /// The uids of system users: systemd's uids-gids document.
 pub(super) const SYSTEM_UIDS: [(u32, u32); 2] = [(1, 999), (61184, 65519)];
 
+/// The chain that says how a table is laid out, and by which bits of marks its rules go. A table without it is made
+/// anew: under another mask, the number of one user's proxy may be that of another's.
+pub(super) fn version(marks: MarkRange) -> CString {
+    names::name(format!("version-{VERSION}-{:08x}", marks.mask()))
+}
+
 impl Transaction<'_> {
     /// Everything that no user owns. What is there already, unless the table is `fresh`, stays, and its rules are
     /// written anew, but for those of the system's policy if there is one.
     pub(super) fn base(&mut self, proxy_uids: &[u32], shared: &Shared, fresh: bool) {
-        self.add_chain(VERSION);
+        self.add_chain(&version(self.marks));
         let group = KeyType::ControlGroup;
         self.add_set(CGROUPS, group, Content::Values(KeyType::Mark));
         self.add_set(DROPS, group, Content::Verdicts);
