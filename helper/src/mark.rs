@@ -151,9 +151,14 @@ impl MarkAllocator {
         None
     }
 
-    /// Marks one as in use that the kernel has already. False if it is not of this range or taken.
+    /// Marks one as in use that the kernel has already. False if it is not of this range or taken. The next one to be
+    /// given out comes after it.
     pub fn adopt(&mut self, mark: Mark) -> bool {
-        self.range.has(mark) && self.used.insert(mark)
+        let adopted = self.range.has(mark) && self.used.insert(mark);
+        if adopted {
+            self.last = self.last.max(self.range.number(mark));
+        }
+        adopted
     }
 
     /// Whether a mark has been given out or adopted.
@@ -210,6 +215,9 @@ mod tests {
         assert!(!marks.adopt(Mark(0x8100_0001)));
         assert!(!marks.adopt(Mark(0x8000_0000)));
         assert_eq!(marks.allocate(), Some(Mark(0x8200_0000)));
+        // One that becomes free after a restart rests, too.
+        marks.free(Mark(0x8100_0000));
+        assert_eq!(marks.allocate(), Some(Mark(0x8300_0000)));
     }
 
     #[test]

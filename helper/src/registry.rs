@@ -9,7 +9,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::config::Limits;
-use crate::mark::{Mark, MarkAllocator, MarkRange};
+use crate::mark::{MarkAllocator, MarkRange};
 use crate::nft::{
     Before, Bypass, BypassList, Delivery, DnsHijack, Element, Exceptions, Gateway, Inherited,
     Known, Layout, LeftBehind, Plan, Proxy, Stamp, Verdict,
@@ -153,7 +153,7 @@ impl Registry {
             Inherited::LeftBehind(left) => Entry::LeftBehind(left),
         };
         self.users.insert(uid, entry);
-        for (_, mark) in marks_of(&self.before(uid)) {
+        for (_, mark) in self.before(uid).marks() {
             self.marks.adopt(mark);
         }
     }
@@ -346,7 +346,7 @@ impl Registry {
             Some(Entry::LeftBehind(_)) | None => Vec::new(),
         };
         let mut marks = self.marks.clone();
-        for (_, mark) in marks_of(&before) {
+        for (_, mark) in before.marks() {
             marks.free(mark);
         }
         Staged {
@@ -438,7 +438,7 @@ impl Registry {
             .map(|(&uid, _)| uid)
             .collect();
         for uid in left {
-            for (_, mark) in marks_of(&self.before(uid)) {
+            for (_, mark) in self.before(uid).marks() {
                 self.marks.free(mark);
             }
             self.users.remove(&uid);
@@ -549,11 +549,14 @@ impl Registry {
             .iter()
             .map(|request| request.name.clone())
             .collect();
-        for (name, mark) in marks_of(before) {
+        // What a mark led to is deleted in the last step of a change, what it leads to added in the first: none is given
+        // to another proxy in the change in which it becomes free.
+        let mut freed = Vec::new();
+        for (name, mark) in before.marks() {
             if names.contains(name) && marks.is_used(mark) {
                 kept.insert(name.clone(), mark);
             } else {
-                marks.free(mark);
+                freed.push(mark);
             }
         }
         let mut proxies = BTreeMap::new();
@@ -585,6 +588,9 @@ impl Registry {
                 return Err(Refused::ProxyExists(name));
             }
         }
+        for mark in freed {
+            marks.free(mark);
+        }
         Ok((proxies, marks))
     }
 }
@@ -594,23 +600,6 @@ fn stamp_of(before: Option<(&Rc<Layout>, Stamp)>, after: &Layout) -> Stamp {
     match before {
         Some((layout, stamp)) if **layout == *after => stamp,
         _ => Stamp::draw(),
-    }
-}
-
-/// The proxies that the kernel has, with their marks.
-fn marks_of(before: &Before) -> Vec<(&ProxyName, Mark)> {
-    match before {
-        Before::Nothing => Vec::new(),
-        Before::Layout(layout) => layout
-            .proxies
-            .iter()
-            .map(|(name, proxy)| (name, proxy.mark))
-            .collect(),
-        Before::LeftBehind(left) => left
-            .proxies
-            .iter()
-            .map(|(name, &mark)| (name, mark))
-            .collect(),
     }
 }
 

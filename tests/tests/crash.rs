@@ -17,7 +17,7 @@ use cgtproxy_helper::route::Routing;
 use cgtproxy_helper::snapshot::{Records, Snapshot};
 use cgtproxy_helper::state::{ConnectionId, State};
 use cgtproxy_proto::path::ControlGroupPath;
-use cgtproxy_tests::sandbox::{Rule, Sandbox, User, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{Rule, Sandbox, Service, User, direct, proxied, sandbox};
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::Udp;
@@ -129,6 +129,66 @@ fn verdicts_and_open_connections_outlive_a_killed_helper() {
             session.call("RemovePolicy", json!({}));
             helper.stop();
             assert_nothing_left(sb);
+        }
+    });
+}
+
+/// What the old one's mark leads to is deleted last, and what the new one's leads to is added first.
+#[test]
+fn a_proxy_that_is_renamed_after_a_restart_is_another_one() {
+    sandbox(|sb| {
+        let mut helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup(APP).app();
+        let mut session = Session::of(&user);
+        let named = |session: &mut Session, name: &str| {
+            session.replace(
+                json!([{ "name": name, "port": 7890 }]),
+                json!([]),
+                json!([to_proxy("", name)]),
+            );
+        };
+        named(&mut session, "before");
+        helper.kill();
+        helper.start_again();
+        let mut session = Session::of(&user);
+        named(&mut session, "before");
+        for name in ["after", "before", "after"] {
+            named(&mut session, name);
+            for to in sb.destinations() {
+                assert_eq!(app.tcp(to), proxied("mihomo", to));
+            }
+        }
+    });
+}
+
+/// Under another mask the numbers of proxies are others: what a user left there is not to be taken for somebody else's.
+#[test]
+fn what_was_left_under_another_mask_leads_to_nobody() {
+    sandbox(|sb| {
+        let (alice, bob) = (sb.user(1001), sb.user(1002));
+        let config = "own-table: false\ngrace-seconds: 600\nmark-mask: ";
+        let mut helper = sb.helper().config(&format!("{config}0xff000000")).start();
+        let proxies: Vec<_> = (1..=9)
+            .map(|number| json!({ "name": format!("p{number}"), "port": 7890 }))
+            .collect();
+        let app = alice.cgroup(APP).app();
+        Session::of(&alice).replace(json!(proxies), json!([]), json!([to_proxy("", "p9")]));
+        helper.kill();
+        std::fs::remove_file(Service::socket()).expect("it was killed");
+        let _helper = sb.helper().config(&format!("{config}0x0f000000")).start();
+        let _theirs = sb.tproxy("bob's").uid(1002).port(7000).start();
+        let theirs = bob.cgroup(APP).app();
+        Session::of(&bob).replace(
+            json!([{ "name": "p1", "port": 7000 }]),
+            json!([]),
+            json!([to_proxy("", "p1")]),
+        );
+        for to in sb.destinations() {
+            assert_eq!(theirs.udp(to), proxied("bob's", to));
+            assert_eq!(app.udp(to), direct(to));
+            assert_eq!(app.tcp(to), direct(to));
         }
     });
 }

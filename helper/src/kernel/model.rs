@@ -118,6 +118,15 @@ impl Table {
             assert!(elements.remove(id).is_some(), "deleted what is not there");
             held.remove(id);
         }
+        for (name, mark) in plan.before.marks() {
+            let after = plan.after.iter().flat_map(|layout| &layout.proxies);
+            let mut others = after.filter(|(other, _)| *other != name);
+            // EEXIST: what it led to is there until the last step.
+            assert!(
+                others.all(|(_, proxy)| proxy.mark != mark),
+                "a mark leads to two proxies"
+            );
+        }
         let Some(layout) = plan.after.as_deref() else {
             assert!(plan.add.is_empty(), "nowhere to add it");
             assert!(elements.is_empty(), "not all of it is deleted");

@@ -362,6 +362,25 @@ pub enum Before {
     LeftBehind(LeftBehind),
 }
 
+impl Before {
+    /// The proxies that the kernel has, with their marks.
+    pub(crate) fn marks(&self) -> Vec<(&ProxyName, Mark)> {
+        match self {
+            Self::Nothing => Vec::new(),
+            Self::Layout(layout) => layout
+                .proxies
+                .iter()
+                .map(|(name, proxy)| (name, proxy.mark))
+                .collect(),
+            Self::LeftBehind(left) => left
+                .proxies
+                .iter()
+                .map(|(name, &mark)| (name, mark))
+                .collect(),
+        }
+    }
+}
+
 /// One user's change. It names that user's objects only, and its control groups were opened on
 /// behalf of that user.
 #[derive(Debug, Clone)]

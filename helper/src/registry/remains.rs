@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use super::change::Changes;
-use super::{Effect, Entry, Registry, Staged, marks_of, stamp_of};
+use super::{Effect, Entry, Registry, Staged, stamp_of};
 use crate::cgroup::OwnedControlGroup;
 use crate::config::OnAgentLoss;
 use crate::nft::{Before, Element, Hold, Known, Layout, Plan, Verdict};
@@ -75,7 +75,7 @@ impl Registry {
         let (delete, add) = changes.finish();
         let before = Before::Layout(Rc::clone(layout));
         let mut marks = self.marks.clone();
-        for (_, mark) in marks_of(&before) {
+        for (_, mark) in before.marks() {
             marks.free(mark);
         }
         let new_stamp = stamp_of(Some((layout, stamp)), &after);

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::OnAgentLoss;
 use crate::kernel::model::Table;
+use crate::mark::Mark;
 use crate::nft::Hold;
 use crate::snapshot::{Memory, Snapshot};
 
@@ -346,7 +347,7 @@ fn what_was_left_behind_keeps_its_marks() {
         .values()
         .map(|proxy| proxy.mark.value())
         .collect();
-    assert_eq!(marks, [0x8500_0000, 0x8100_0000]);
+    assert_eq!(marks, [0x8500_0000, 0x8600_0000]);
 }
 
 /// As long as nothing was dropped, nobody looks at what is open; and not for one that comes and goes do the rules change
