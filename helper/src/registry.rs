@@ -297,9 +297,13 @@ impl Registry {
                 census.add(*cgroup, element);
             }
         }
-        // What starts next is often what has just ended: it is one change later that nobody looks for it any more.
+        // What starts next is often what has just ended: it is one change later that nobody looks for it any more. To
+        // write another layout down takes longer than all else that a new control group needs.
         let holds_back = census.holds_back() || user.census.holds_back();
+        let mut levels = census.levels();
+        levels.extend(user.census.levels());
         let same = census.is_of(&user.layout)
+            && levels == user.layout.levels
             && holds_back == user.layout.holds_back
             && subtree == user.layout.subtree;
         let layout = if same {
@@ -307,7 +311,7 @@ impl Registry {
         } else {
             Rc::new(Layout {
                 subtree,
-                levels: census.levels(),
+                levels,
                 holds: census.holds(),
                 enforced: census.enforced(),
                 holds_back,

@@ -156,6 +156,9 @@ fn levels_are_there_only_while_they_are_used() {
             "UpdateAssignments",
             json!({ "assign": [], "remove": ["a/b", "a/b/c"] }),
         );
+        // What starts next is often what has just ended.
+        assert_eq!(levels(), [6, 5, 3]);
+        session.assign(json!([verdict("", "direct")]));
         assert_eq!(levels(), [3]);
         // One more may stay for whoever needs it next.
         session.assign(json!([verdict("a/b", "drop")]));

@@ -49,11 +49,9 @@ impl Census {
         self.holding_back > 0
     }
 
-    /// Whether a layout has just the parts that are needed.
+    /// Whether a layout has just the parts that are needed, but for levels.
     pub(super) fn is_of(&self, layout: &Layout) -> bool {
-        self.levels.keys().eq(&layout.levels)
-            && self.holds.keys().eq(&layout.holds)
-            && self.enforced() == layout.enforced
+        self.holds.keys().eq(&layout.holds) && self.enforced() == layout.enforced
     }
 }
 

@@ -54,8 +54,8 @@ fn assert_consistent(registry: &Registry, table: &Table) {
         let known = told(user.cgroups.values());
         assert_eq!(objects.elements, known);
         let levels: BTreeSet<_> = user.cgroups.values().map(|(c, _)| c.level()).collect();
-        assert_eq!(
-            user.layout.levels, levels,
+        assert!(
+            user.layout.levels.is_superset(&levels),
             "a level is there while it is used"
         );
         let holds: BTreeSet<_> = user
@@ -385,6 +385,61 @@ fn open_connections_are_looked_at_for_drops_and_one_change_longer() {
         let (layout, ..) = registry.policy(uid).unwrap();
         assert_eq!(layout.holds_back, looked_at);
     }
+}
+
+/// The only control group at its level comes and goes: it is an element, and nothing else.
+#[test]
+fn a_level_is_looked_at_for_one_change_longer() {
+    let mut registry = Registry::new(Limits::default(), MarkRange::new(0xff00_0000).unwrap());
+    let uid = Uid::for_test(1000);
+    let subtree = OwnedControlGroup::for_test(1, 3);
+    let open = |path: &ControlGroupPath| {
+        let number = u64::from(path.as_bytes()[1]);
+        Some(OwnedControlGroup::for_test(number, 3 + path.depth() as u32))
+    };
+    let policy = PolicyRequest {
+        subtree,
+        proxies: Vec::new(),
+        bypass_entries: 0,
+        bypass: Bypass::default(),
+        gateway: None,
+    };
+    // At level 5; those of `path` are at 4, 5 and 6.
+    let lone = || elements(vec![(1, 0, 0)]);
+    let staged = registry.replace(uid, policy, lone(), open);
+    registry.apply(staged.unwrap());
+    let stamp = registry.stamp(uid);
+    for _ in 0..3 {
+        for (assigned, removed) in [
+            (BTreeMap::new(), BTreeSet::from([path(1)])),
+            (lone(), BTreeSet::new()),
+        ] {
+            let staged = registry.update(uid, subtree, assigned, removed, open);
+            let staged = staged.unwrap();
+            assert!(staged.plan().keeps_layout());
+            registry.apply(staged);
+            assert_eq!(registry.stamp(uid), stamp);
+        }
+    }
+    let elsewhere = registry.update(
+        uid,
+        subtree,
+        elements(vec![(2, 0, 0)]),
+        [path(1)].into(),
+        open,
+    );
+    registry.apply(elsewhere.unwrap());
+    let levels = |registry: &Registry| registry.policy(uid).unwrap().0.levels.clone();
+    assert_eq!(levels(&registry), [5, 6].into());
+    let again = registry.update(
+        uid,
+        subtree,
+        elements(vec![(5, 0, 0)]),
+        BTreeSet::new(),
+        open,
+    );
+    registry.apply(again.unwrap());
+    assert_eq!(levels(&registry), [6].into());
 }
 
 /// One list for all who bypass the same, another one for whoever does not, and none of those that are there and that
