@@ -107,6 +107,13 @@ impl MarkRange {
         mark.0 & !self.divert()
     }
 
+    /// The conntrack mark of connections that a TPROXY server has begun: the divert bit, and the number that no proxy
+    /// has.
+    #[must_use]
+    pub fn begun_by_proxy(self) -> u32 {
+        self.divert()
+    }
+
     /// Whether a mark is one of this range.
     #[must_use]
     pub fn has(self, mark: Mark) -> bool {

@@ -95,6 +95,15 @@ pub enum ServerOrder {
     Sync,
     /// Send echo requests to that address from every CPU and return when the replies are back.
     Flush(IpAddr),
+    /// Send a datagram that nobody has asked for (a TPROXY server only).
+    SpeakFirst {
+        /// As whom.
+        from: SocketAddr,
+        /// To whom.
+        to: SocketAddr,
+    },
+    /// Say something on every TCP connection that is open.
+    SpeakUp,
 }
 
 /// A server's reply to the harness.
@@ -107,6 +116,8 @@ pub enum ServerReport {
     Arrived(Vec<Arrival>),
     /// All echo requests were answered.
     Flushed,
+    /// It was said.
+    Said,
     /// It did not work, and why.
     Failed(String),
 }
@@ -175,6 +186,16 @@ pub enum AppOrder {
     Close {
         /// The flow.
         flow: u32,
+    },
+    /// Tell the address and port of a flow's own end.
+    Local {
+        /// The flow.
+        flow: u32,
+    },
+    /// Bind every TCP and UDP socket of a flow made from now on to this interface (SO_BINDTODEVICE).
+    Device {
+        /// Its name.
+        name: String,
     },
     /// Send one packet of a protocol of one's own (needs CAP_NET_RAW).
     Raw {
@@ -323,6 +344,8 @@ pub enum AppReport {
     Crowd(Crowd),
     /// How many, of what was asked for.
     Count(u64),
+    /// The address and port of a flow's own end.
+    Local(SocketAddr),
 }
 
 /// What became of many connections to a Varlink service.

@@ -530,6 +530,26 @@ impl Expression for OwnerBehind {
     }
 }
 
+/// `tcp flags`: loads the byte of them (RFC 9293, 3.1).
+pub(super) struct TcpFlags;
+
+impl Expression for TcpFlags {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        expression(
+            c"payload",
+            &[
+                (sys::NFTNL_EXPR_PAYLOAD_DREG, Register::Reg1.to_raw()),
+                (
+                    sys::NFTNL_EXPR_PAYLOAD_BASE,
+                    libc::NFT_PAYLOAD_TRANSPORT_HEADER as u32,
+                ),
+                (sys::NFTNL_EXPR_PAYLOAD_OFFSET, 13),
+                (sys::NFTNL_EXPR_PAYLOAD_LEN, 1),
+            ],
+        )
+    }
+}
+
 /// `tproxy to :PORT`, with the port in register 1 in network byte order.
 pub(super) struct Tproxy;
 

@@ -9,7 +9,7 @@ use super::ffi::Element;
 use super::names::{ListNames, Names};
 use super::plan::{BypassList, Delivery, Hold, Layout, Proxy};
 use super::ruleset::{
-    DELIVER, DIVERT, DROPS, GUARD, MARKS, OWNERS, PORTS, RECEIVE, RESOLVE, USERS,
+    DELIVER, DELIVER_ANSWERS, DIVERT, DROPS, GUARD, MARKS, OWNERS, PORTS, RECEIVE, RESOLVE, USERS,
 };
 use super::transaction::Transaction;
 use super::verdicts::{of_hold, of_proxy};
@@ -35,8 +35,16 @@ pub(super) enum Lead {
 pub(super) type Leads = BTreeMap<Place, Lead>;
 
 /// The maps and sets whose keys begin with a mark.
-pub(super) const BY_MARK: [&CStr; 8] = [
-    MARKS, DELIVER, PORTS, GUARD, OWNERS, DIVERT, RESOLVE, RECEIVE,
+pub(super) const BY_MARK: [&CStr; 9] = [
+    MARKS,
+    DELIVER,
+    DELIVER_ANSWERS,
+    PORTS,
+    GUARD,
+    OWNERS,
+    DIVERT,
+    RESOLVE,
+    RECEIVE,
 ];
 
 impl Names {
@@ -65,6 +73,8 @@ impl Names {
             Delivery::Tproxy(port) => {
                 let port = port.get().to_be_bytes().to_vec();
                 lead(DELIVER, &mark, Lead::Goto(self.deliver().to_owned()));
+                let answers = self.deliver_answers().to_owned();
+                lead(DELIVER_ANSWERS, &mark, Lead::Goto(answers));
                 lead(PORTS, &mark, Lead::Value(port));
                 lead(GUARD, &mark, Lead::Goto(self.guard().to_owned()));
                 // It was looked at when it was delivered.

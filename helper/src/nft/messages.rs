@@ -341,7 +341,13 @@ fn a_table_and_its_base() {
                 }
                 transaction.base(&[0, 990, 1000], &shared, fresh);
             });
-            found.has(&["cgtproxy", "version-9-ff000000", "output", "forward", "proxy-uids"]);
+            found.has(&[
+                "cgtproxy",
+                "version-9-ff000000",
+                "output",
+                "forward",
+                "proxy-uids",
+            ]);
             assert_eq!(found.strings.contains("delivery"), !fresh);
             let keys = &found.keys[&NEW_SET_ELEMENTS];
             let uids = [0_u32, 990, 1000].map(|uid| uid.to_ne_bytes().to_vec());

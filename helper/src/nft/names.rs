@@ -7,7 +7,8 @@ use cgtproxy_proto::name::ProxyName;
 
 use super::plan::{Delivery, Hold, Layout, Proxy, Verdict};
 use super::ruleset::{
-    CGROUPS, CHOICES, DELIVER, DELIVER_SYSTEM, DROP, DROP_SYSTEM, ENFORCED, GUARD, GUARD_SYSTEM,
+    CGROUPS, CHOICES, DELIVER, DELIVER_ANSWERS, DELIVER_ANSWERS_SYSTEM, DELIVER_SYSTEM, DROP,
+    DROP_SYSTEM, ENFORCED, GUARD, GUARD_ANSWERS, GUARD_ANSWERS_SYSTEM, GUARD_SYSTEM,
 };
 use crate::peer::Uid;
 
@@ -73,6 +74,16 @@ impl Names {
     /// The chain of packets that are to be delivered.
     pub(super) fn deliver(&self) -> &'static CStr {
         self.either(DELIVER_SYSTEM, DELIVER)
+    }
+
+    /// The chain that delivers answers to those for whom a TPROXY server has spoken first.
+    pub(super) fn deliver_answers(&self) -> &'static CStr {
+        self.either(DELIVER_ANSWERS_SYSTEM, DELIVER_ANSWERS)
+    }
+
+    /// Who may have them.
+    pub(super) fn guard_answers(&self) -> &'static CStr {
+        self.either(GUARD_ANSWERS_SYSTEM, GUARD_ANSWERS)
     }
 
     /// The delivery guard.

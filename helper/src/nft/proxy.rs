@@ -77,7 +77,7 @@ impl Transaction<'_> {
         match proxy.delivery {
             Delivery::Tproxy(_) => {
                 self.tproxy_chains();
-                self.delivery_rules(names.deliver(), names.guard());
+                self.delivery_rules(names);
             }
             Delivery::Redirect(_) => self.nat_chains(),
         }
@@ -143,9 +143,38 @@ impl Transaction<'_> {
         );
     }
 
+    /// An answer to somebody for whom a TPROXY server has spoken first goes to the proxy as well: the connection is
+    /// that server's and open, and whoever answers would tell its own address.
+    fn answer_rules(&mut self, chain: &CStr, proxy: &Proxy) {
+        let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
+        // ct mark & MASK == DIVERT fib daddr type != unicast return
+        self.add_rules(
+            chain,
+            [&|rule| rule.ct_mark_is(mask, begun).daddr_not_unicast().leave()],
+        );
+        let Exceptions { no_tcp, no_udp, .. } = proxy.exceptions;
+        for (protocol, _) in [(Protocol::Tcp, no_tcp), (Protocol::Udp, no_udp)]
+            .into_iter()
+            .filter(|(_, left_out)| !left_out)
+        {
+            // ct mark & MASK == DIVERT meta l4proto PROTOCOL meta mark set meta mark & ~MASK | MARK accept, or goto refuse
+            self.add_rules(
+                chain,
+                [&|rule| {
+                    let rule = rule.ct_mark_is(mask, begun).l4proto(protocol);
+                    match proxy.delivery {
+                        Delivery::Tproxy(_) => go_on(rule, proxy, mask),
+                        Delivery::Redirect(_) => rule.goto(REFUSE),
+                    }
+                }],
+            );
+        }
+    }
+
     /// Whether a connection is diverted is decided at its first packet.
     fn new_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
         let chain = names.proxy(name);
+        self.answer_rules(&chain, proxy);
         // One that is open goes on directly, or to another proxy.
         // ct status confirmed return
         self.add_rules(&chain, [&|rule| rule.ct_confirmed().leave()]);
@@ -191,6 +220,12 @@ impl Transaction<'_> {
                     rule if proxy.reject_udp => rule.reject(),
                     rule => take(rule, proxy, mask),
                 },
+                // What belongs to no connection can't be taken, and must not leave: the end of one that the kernel has
+                // forgotten (`ct state invalid`), or what another program has not tracked.
+                // meta l4proto tcp goto refuse
+                &|rule| rule.l4proto(Protocol::Tcp).goto(REFUSE),
+                // meta l4proto udp goto refuse
+                &|rule| rule.l4proto(Protocol::Udp).goto(REFUSE),
             ],
         );
     }
@@ -303,8 +338,16 @@ impl Transaction<'_> {
             }
         }
         let (mask, value) = (self.marks.mask(), self.marks.dns_value(mark));
-        // ct mark set ct mark & ~MASK | DNS-MARK
-        self.add_rules(chain, [&|rule| rule.ct_mark_set(mask, value)]);
+        self.add_rules(
+            chain,
+            [
+                // ct mark set ct mark & ~MASK | DNS-MARK accept
+                &|rule| rule.ct_mark_set(mask, value).accept(),
+                // What is not tracked can't be translated.
+                // goto refuse
+                &|rule| rule.goto(REFUSE),
+            ],
+        );
     }
 
     fn resolve_rules(&mut self, chain: &CStr, hijack: &DnsHijack) {

@@ -15,12 +15,15 @@ use crate::route::LOOPBACK_INDEX;
 
 use super::ffi::{
     ConntrackDirection, DestinationType, Found, Lookup, NetworkByteOrder, OwnerBehind, PacketMark,
-    Tproxy,
+    TcpFlags, Tproxy,
 };
 
 /// Protocol numbers of IPPROTO_TCP and IPPROTO_UDP (linux/in.h).
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+
+/// SYN among the flags of TCP (RFC 9293, 3.1).
+const SYN: u8 = 0x02;
 
 /// `NFPROTO_IPV4` and `NFPROTO_IPV6` (linux/netfilter.h).
 const IPV4: u8 = 2;
@@ -96,6 +99,20 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Neq, 0u32)
     }
 
+    /// `ct status ! confirmed`: this is the first packet of a connection.
+    pub(super) fn ct_unconfirmed(self) -> Self {
+        self.with(&Conntrack::Status)
+            .with(&Bitwise::new(ConntrackStatus::CONFIRMED.bits(), 0u32))
+            .compare(CmpOp::Eq, 0u32)
+    }
+
+    /// `ct status dnat`: its destination was changed.
+    pub(super) fn ct_redirected(self) -> Self {
+        self.with(&Conntrack::Status)
+            .with(&Bitwise::new(ConntrackStatus::DST_NAT.bits(), 0u32))
+            .compare(CmpOp::Neq, 0u32)
+    }
+
     /// `ct status & (confirmed | dnat) == confirmed`: the connection is known, and its destination was
     /// not changed.
     pub(super) fn ct_not_redirected(self) -> Self {
@@ -142,6 +159,12 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Lte, 1u8)
     }
 
+    /// `socket transparent 1`: of the sender's socket on the way out. It takes CAP_NET_ADMIN or CAP_NET_RAW to have one.
+    pub(super) fn socket_is_transparent(self) -> Self {
+        self.with(&Socket::new(SocketKey::Transparent, 0))
+            .compare(CmpOp::Eq, 1u8)
+    }
+
     /// `socket cgroupv2 level LEVEL vmap @MAP`
     pub(super) fn socket_cgroupv2_vmap(self, level: u32, map: &CStr) -> Self {
         self.with(&Socket::new(SocketKey::CgroupV2, level))
@@ -186,6 +209,24 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Conntrack::Mark { set: false })
             .with(&Bitwise::new(mask, 0u32))
             .compare(CmpOp::Eq, mark)
+    }
+
+    /// `ct mark & MASK != MARK`
+    pub(super) fn ct_mark_is_not(self, mask: u32, mark: u32) -> Self {
+        self.with(&Conntrack::Mark { set: false })
+            .with(&Bitwise::new(mask, 0u32))
+            .compare(CmpOp::Neq, mark)
+    }
+
+    /// `meta mark & MASK . meta skuid @SET`
+    pub(super) fn meta_mark_and_skuid_in(self, mask: u32, set: &CStr) -> Self {
+        self.with(&Meta::Mark { set: false })
+            .with(&Bitwise::new(mask, 0u32))
+            .with(&OwnerBehind)
+            .with(&Lookup {
+                set,
+                found: Found::Key,
+            })
     }
 
     /// `ct mark & MASK . meta skuid @SET`
@@ -261,6 +302,11 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Meta::Iif).compare(CmpOp::Eq, LOOPBACK_INDEX)
     }
 
+    /// `oif lo`
+    pub(super) fn oif_lo(self) -> Self {
+        self.with(&Meta::Oif).compare(CmpOp::Eq, LOOPBACK_INDEX)
+    }
+
     /// `oif != lo`
     pub(super) fn oif_not_lo(self) -> Self {
         self.with(&Meta::Oif).compare(CmpOp::Neq, LOOPBACK_INDEX)
@@ -286,6 +332,14 @@ impl<'a> RuleBuilder<'a> {
             Protocol::Udp => UDP,
         };
         self.with(&Meta::L4Proto).compare(CmpOp::Eq, number)
+    }
+
+    /// `tcp flags ! syn`: in the middle of a connection.
+    pub(super) fn tcp_without_syn(self) -> Self {
+        self.l4proto(Protocol::Tcp)
+            .with(&TcpFlags)
+            .with(&Bitwise::new(SYN, 0u8))
+            .compare(CmpOp::Eq, 0u8)
     }
 
     /// `meta nfproto FAMILY`
@@ -417,6 +471,17 @@ impl<'a> RuleBuilder<'a> {
     /// nft shows it without the port: it prints a port that is written there, and no other (tproxy_stmt_print).
     pub(super) fn tproxy_by_ct_mark(self, mask: u32, ports: &CStr) -> Self {
         self.with(&Conntrack::Mark { set: false })
+            .with(&Bitwise::new(mask, 0u32))
+            .with(&Lookup {
+                set: ports,
+                found: Found::Value,
+            })
+            .with(&Tproxy)
+    }
+
+    /// `tproxy to :meta mark & MASK map @PORTS`, likewise.
+    pub(super) fn tproxy_by_meta_mark(self, mask: u32, ports: &CStr) -> Self {
+        self.with(&Meta::Mark { set: false })
             .with(&Bitwise::new(mask, 0u32))
             .with(&Lookup {
                 set: ports,

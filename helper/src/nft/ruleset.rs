@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-8 { }                       # the format of this table
+//!   chain version-9-ff000000 { }              # the format of this table, and the mask of marks
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
 //!   map marks   { type mark : verdict }       # a proxy's mark : goto proxy-1000-mihomo
 //!   map drops   { type cgroupsv2 : verdict }  # user@1000.service : goto drop-1
 //!   map deliver { type mark : verdict }       # a proxy's mark : goto deliver
+//!   map deliver-answers { type mark : verdict }   # a proxy's mark : goto deliver-answers
 //!   map ports   { type mark : inet_service }  # a proxy's mark : where it listens
 //!   map guard   { type mark : verdict }       # a proxy's mark : goto guard
 //!   set owners  { type mark . uid }           # a proxy's mark, and whose sockets may receive what has it
@@ -20,21 +21,25 @@
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
 //!   set interfaces { type ifname }            # from where forwarded traffic is diverted
 //!   chain output         { type route hook output priority mangle; … goto enforced, or … }
-//!   chain output-nat     { type nat hook output priority dstnat; … }
+//!   chain output-nat     { type nat hook output priority -101; … }
 //!   chain prerouting     { type filter hook prerouting priority mangle; … goto gateway }
-//!   chain prerouting-nat { type nat hook prerouting priority dstnat; … }
+//!   chain prerouting-nat { type nat hook prerouting priority -101; … }
 //!   chain input          { type filter hook input priority mangle; … }
 //!   chain forward        { type filter hook forward priority mangle; … }
 //!   chain delivery       { type filter hook prerouting priority 2147483647; … }
 //!   chain postrouting    { type filter hook postrouting priority mangle; … }
+//!   chain loopback       { type filter hook postrouting priority mangle; … }
 //!   chain enforced { … goto sessions }        # what the system's policy enforces
 //!   chain sessions { … goto system }          # users' own verdicts
 //!   chain sessions-deep { … goto system }     # the same for sockets deeper than level 8
 //!   chain system   { … }                      # what the system's policy says besides
 //!   chain open     { … }                      # connections to proxies go on as they began
+//!   chain answers  { … goto enforced, or … }  # to somebody for whom a proxy has spoken first
 //!   chain drop     { … }   chain refuse  { … }
 //!   chain deliver  { … }   chain guard   { … }
+//!   chain deliver-answers { … }   chain guard-answers { … }
 //!   chain drop-system { … }   chain deliver-system { … }   chain guard-system { … }
+//!   chain deliver-answers-system { … }   chain guard-answers-system { … }
 //!   chain gateway  { … }   chain forwarded { … }   # what the system's policy says of forwarded packets
 //!
 //!   set bypass4-1 { type ipv4_addr; flags interval }       # these three for whoever bypasses the same
@@ -74,8 +79,8 @@ use std::ffi::{CStr, CString};
 use nftnl::{ChainType, Hook, MsgType};
 
 use super::ffi::{Content, Element, KeyType};
-use super::names;
-use super::rule::Protocol;
+use super::names::{self, Names};
+use super::rule::{Family, Protocol};
 use super::shared::{LookedAt, Shared};
 use super::transaction::Transaction;
 use crate::mark::MarkRange;
@@ -108,6 +113,11 @@ pub(super) const DELIVER: &CStr = c"deliver";
 pub(super) const GUARD: &CStr = c"guard";
 pub(super) const DELIVER_SYSTEM: &CStr = c"deliver-system";
 pub(super) const GUARD_SYSTEM: &CStr = c"guard-system";
+pub(super) const ANSWERS: &CStr = c"answers";
+pub(super) const DELIVER_ANSWERS: &CStr = c"deliver-answers";
+pub(super) const DELIVER_ANSWERS_SYSTEM: &CStr = c"deliver-answers-system";
+pub(super) const GUARD_ANSWERS: &CStr = c"guard-answers";
+pub(super) const GUARD_ANSWERS_SYSTEM: &CStr = c"guard-answers-system";
 pub(super) const DIVERT: &CStr = c"divert";
 pub(super) const RESOLVE: &CStr = c"resolve";
 pub(super) const RECEIVE: &CStr = c"receive";
@@ -121,6 +131,7 @@ const PREROUTING_NAT: &CStr = c"prerouting-nat";
 const INPUT: &CStr = c"input";
 const FORWARD: &CStr = c"forward";
 const POSTROUTING: &CStr = c"postrouting";
+const LOOPBACK: &CStr = c"loopback";
 
 /// `mangle` of the inet family (linux/netfilter_ipv4.h, NF_IP_PRI_MANGLE).
 const PRIORITY_MANGLE: i32 = -150;
@@ -128,8 +139,9 @@ const PRIORITY_MANGLE: i32 = -150;
 /// After everybody else's (NF_IP_PRI_LAST).
 const PRIORITY_LAST: i32 = i32::MAX;
 
-/// `dstnat` (NF_IP_PRI_NAT_DST).
-const PRIORITY_DSTNAT: i32 = -100;
+/// Before `dstnat` (NF_IP_PRI_NAT_DST), where everybody's are: among those of one priority, whoever came last is first
+/// (nf_hook_entries_grow, net/netfilter/core.c), and the first that translates decides.
+const PRIORITY_DSTNAT: i32 = -101;
 
 /// The level of user@UID.service: user.slice, user-UID.slice, user@UID.service.
 const USER_LEVEL: u32 = 3;
@@ -155,7 +167,16 @@ impl Transaction<'_> {
         let group = KeyType::ControlGroup;
         self.add_set(CGROUPS, group, Content::Values(KeyType::Mark));
         self.add_set(DROPS, group, Content::Verdicts);
-        for map in [CHOICES, MARKS, DELIVER, DIVERT, GUARD, RESOLVE, RECEIVE] {
+        for map in [
+            CHOICES,
+            MARKS,
+            DELIVER,
+            DELIVER_ANSWERS,
+            DIVERT,
+            GUARD,
+            RESOLVE,
+            RECEIVE,
+        ] {
             self.add_set(map, KeyType::Mark, Content::Verdicts);
         }
         self.add_set(PORTS, KeyType::Mark, Content::Values(KeyType::Port));
@@ -183,6 +204,11 @@ impl Transaction<'_> {
             DELIVER_SYSTEM,
             GUARD,
             GUARD_SYSTEM,
+            ANSWERS,
+            DELIVER_ANSWERS,
+            DELIVER_ANSWERS_SYSTEM,
+            GUARD_ANSWERS,
+            GUARD_ANSWERS_SYSTEM,
             GATEWAY,
             FORWARDED,
         ] {
@@ -227,9 +253,13 @@ impl Transaction<'_> {
 
     /// Once the packet has its socket, the delivery guard looks whose it is. Without a listener `tproxy` ends its
     /// rule, and the packet is refused. Not every kernel has `tproxy`, so nothing is there before a proxy needs it.
-    pub(super) fn delivery_rules(&mut self, chain: &CStr, guard: &CStr) {
+    pub(super) fn delivery_rules(&mut self, names: &Names) {
         let mask = self.marks.mask();
-        self.flush_chain(chain);
+        let (chain, guard) = (names.deliver(), names.guard());
+        let (answers, guard_answers) = (names.deliver_answers(), names.guard_answers());
+        for chain in [chain, answers] {
+            self.flush_chain(chain);
+        }
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             // meta l4proto PROTOCOL tproxy to :ct mark & MASK map @ports goto GUARD
             self.add_rules(
@@ -240,9 +270,20 @@ impl Transaction<'_> {
                         .goto(guard)
                 }],
             );
+            // meta l4proto PROTOCOL tproxy to :meta mark & MASK map @ports goto GUARD
+            self.add_rules(
+                answers,
+                [&|rule| {
+                    rule.l4proto(protocol)
+                        .tproxy_by_meta_mark(mask, PORTS)
+                        .goto(guard_answers)
+                }],
+            );
         }
-        // goto refuse
-        self.add_rules(chain, [&|rule| rule.goto(REFUSE)]);
+        for chain in [chain, answers] {
+            // goto refuse
+            self.add_rules(chain, [&|rule| rule.goto(REFUSE)]);
+        }
     }
 
     /// A diverted packet reaches only a socket of the same user, or of an allowed uid.
@@ -254,7 +295,8 @@ impl Transaction<'_> {
     /// Services have users of their own: the system's policy takes proxies of every system user.
     fn guard_rules(&mut self) {
         let mask = self.marks.mask();
-        for chain in [GUARD, GUARD_SYSTEM] {
+        let guards = [GUARD, GUARD_SYSTEM, GUARD_ANSWERS, GUARD_ANSWERS_SYSTEM];
+        for chain in guards {
             self.flush_chain(chain);
             self.add_rules(
                 chain,
@@ -271,14 +313,18 @@ impl Transaction<'_> {
             GUARD,
             [&|rule| rule.ct_mark_and_skuid_in(mask, OWNERS).leave()],
         );
-        for (first, last) in SYSTEM_UIDS {
-            // meta skuid FIRST-LAST return
-            self.add_rules(
-                GUARD_SYSTEM,
-                [&|rule| rule.skuid_from_to(first, last).leave()],
-            );
+        // meta mark & MASK . meta skuid @owners return
+        self.add_rules(
+            GUARD_ANSWERS,
+            [&|rule| rule.meta_mark_and_skuid_in(mask, OWNERS).leave()],
+        );
+        for chain in [GUARD_SYSTEM, GUARD_ANSWERS_SYSTEM] {
+            for (first, last) in SYSTEM_UIDS {
+                // meta skuid FIRST-LAST return
+                self.add_rules(chain, [&|rule| rule.skuid_from_to(first, last).leave()]);
+            }
         }
-        for chain in [GUARD, GUARD_SYSTEM] {
+        for chain in guards {
             // goto refuse
             self.add_rules(chain, [&|rule| rule.goto(REFUSE)]);
         }
@@ -295,6 +341,27 @@ impl Transaction<'_> {
             self.add_rules(chain, [&|rule| rule.ct_mark_vmap(mask, RESOLVE)]);
         }
         self.input_chain();
+        self.loopback_chain();
+    }
+
+    /// An application may have bound its socket to an interface (SO_BINDTODEVICE). What is translated to a loopback address
+    /// then leaves by that one (ip_route_me_harder, net/ipv4/netfilter.c).
+    fn loopback_chain(&mut self) {
+        let mask = self.marks.mask();
+        let hook = Hook::PostRouting;
+        self.add_base_chain(LOOPBACK, ChainType::Filter, hook, PRIORITY_MANGLE);
+        for family in [Family::Ipv4, Family::Ipv6] {
+            // oif != lo ip daddr 127.0.0.0/8 ct mark & MASK != 0 drop, oif != lo ip6 daddr ::1 ct mark & MASK != 0 drop
+            self.add_rules(
+                LOOPBACK,
+                [&|rule| {
+                    rule.oif_not_lo()
+                        .daddr_loopback(family)
+                        .ct_mark_has(mask)
+                        .drop()
+                }],
+            );
+        }
     }
 
     /// A diverted packet goes to lo. While the `ip rule` or its route is missing, because another program
@@ -307,6 +374,7 @@ impl Transaction<'_> {
     /// drops what has none.
     pub(super) fn tproxy_chains(&mut self) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        let begun = self.marks.begun_by_proxy();
         self.add_base_chain(DELIVERY, ChainType::Filter, Hook::PreRouting, PRIORITY_LAST);
         self.add_rules(
             DELIVERY,
@@ -314,10 +382,30 @@ impl Transaction<'_> {
                 // Nearly every packet is nothing of ours and ends here.
                 // meta mark & DIVERT == 0 return
                 &|rule| rule.meta_mark_lacks(divert).leave(),
+                // What a proxy says to the application is not diverted, though others' rules may give each packet the
+                // mark of its connection, as wg-quick's do.
+                // ct direction reply ct mark & DIVERT != 0 ct mark & MASK != DIVERT return
+                &|rule| {
+                    rule.ct_direction_reply()
+                        .ct_mark_has(divert)
+                        .ct_mark_is_not(mask, begun)
+                        .leave()
+                },
                 // Whose it is says the connection's mark, which nobody but a rule can set: a program with CAP_NET_RAW
                 // may give its packets any mark (SO_MARK), and another user's proxy would take them for that user's.
                 // iif lo ct mark & MASK vmap @deliver
                 &|rule| rule.iif_lo().ct_mark_vmap(mask, DELIVER),
+                // Answers to those for whom a proxy has spoken first have their own mark from the chain `answers` alone.
+                // iif lo ct mark & MASK == DIVERT ct direction reply meta mark & MASK vmap @deliver-answers
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_mark_is(mask, begun)
+                        .ct_direction_reply()
+                        .meta_mark_vmap(mask, DELIVER_ANSWERS)
+                },
+                // What was translated, as above.
+                // iif lo ct mark & DIVERT != 0 ct status dnat return
+                &|rule| rule.iif_lo().ct_mark_has(divert).ct_redirected().leave(),
                 // What is diverted to nobody reaches nobody.
                 // iif lo drop
                 &|rule| rule.iif_lo().drop(),
@@ -356,6 +444,7 @@ impl Transaction<'_> {
     /// where it is delivered.
     fn input_chain(&mut self) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        let begun = self.marks.begun_by_proxy();
         self.add_base_chain(INPUT, ChainType::Filter, Hook::In, PRIORITY_MANGLE);
         self.add_rules(
             INPUT,
@@ -363,6 +452,23 @@ impl Transaction<'_> {
                 // Nearly every packet is nothing of ours and ends here.
                 // meta mark & DIVERT == 0 ct mark & MASK == 0 return
                 &|rule| rule.meta_mark_lacks(divert).ct_mark_lacks(mask).leave(),
+                // What a proxy has begun; answers to it were looked at when they were delivered.
+                // ct mark & MASK == DIVERT return
+                &|rule| rule.ct_mark_is(mask, begun).leave(),
+                // What was translated, which nothing but its connection tells.
+                // iif lo ct direction original ct mark & MASK vmap @receive
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_direction_original()
+                        .ct_mark_vmap(mask, RECEIVE)
+                },
+                // iif lo ct direction reply ct mark & DIVERT != 0 return
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_direction_reply()
+                        .ct_mark_has(divert)
+                        .leave()
+                },
                 // iif lo meta mark & MASK vmap @guard
                 &|rule| rule.iif_lo().meta_mark_vmap(mask, GUARD),
                 // What is diverted to nobody reaches nobody.
@@ -411,13 +517,6 @@ impl Transaction<'_> {
                         .ct_direction_original()
                         .reject()
                 },
-                // What was translated, which nothing but its connection tells.
-                // iif lo ct direction original ct mark & MASK vmap @receive
-                &|rule| {
-                    rule.iif_lo()
-                        .ct_direction_original()
-                        .ct_mark_vmap(mask, RECEIVE)
-                },
                 // iif lo ct direction original ct mark & DIVERT != 0 drop
                 &|rule| {
                     rule.iif_lo()
@@ -455,8 +554,9 @@ impl Transaction<'_> {
     /// Where nothing is dropped or held, a connection that is open goes on as it began: no verdict changes that.
     pub(super) fn first_rules(&mut self, looked_at: &LookedAt, system: bool) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        let begun = self.marks.begun_by_proxy();
         let levels = &looked_at.levels;
-        for chain in [OUTPUT, OPEN, SESSIONS, DEEP] {
+        for chain in [OUTPUT, OPEN, ANSWERS, SESSIONS, DEEP] {
             self.flush_chain(chain);
         }
         if !looked_at.open {
@@ -471,10 +571,34 @@ impl Transaction<'_> {
         self.add_rules(
             OUTPUT,
             [
-                // ct direction reply return
-                &|rule| rule.ct_direction_reply().leave(),
+                // ct direction reply ct mark & MASK != DIVERT return
+                &|rule| {
+                    rule.ct_direction_reply()
+                        .ct_mark_is_not(mask, begun)
+                        .leave()
+                },
                 // ct mark & DIVERT != 0 goto open
                 &|rule| rule.ct_mark_has(divert).goto(OPEN),
+                // A TPROXY server speaks for somebody whom the application has not spoken to, or not for long. In TCP, that
+                // is the middle of a connection that the kernel has forgotten; its beginning is another program's.
+                // ct status ! confirmed oif lo meta l4proto udp socket transparent 1 ct mark set ct mark & ~MASK | DIVERT return
+                &|rule| {
+                    rule.ct_unconfirmed()
+                        .oif_lo()
+                        .l4proto(Protocol::Udp)
+                        .socket_is_transparent()
+                        .ct_mark_set(mask, begun)
+                        .leave()
+                },
+                // ct status ! confirmed oif lo tcp flags ! syn socket transparent 1 ct mark set ct mark & ~MASK | DIVERT return
+                &|rule| {
+                    rule.ct_unconfirmed()
+                        .oif_lo()
+                        .tcp_without_syn()
+                        .socket_is_transparent()
+                        .ct_mark_set(mask, begun)
+                        .leave()
+                },
             ],
         );
         let first = if system {
@@ -490,6 +614,28 @@ impl Transaction<'_> {
         if levels.last() > Some(&SHALLOW) {
             self.deepest_session_rules(DEEP, levels, system);
         }
+        self.add_rules(
+            OPEN,
+            [
+                // ct mark & MASK == DIVERT goto answers
+                &|rule| rule.ct_mark_is(mask, begun).goto(ANSWERS),
+            ],
+        );
+        self.add_rules(
+            ANSWERS,
+            [
+                // ct direction original return
+                &|rule| rule.ct_direction_original().leave(),
+                // Nobody but the rules that follow says to whom it goes.
+                // meta mark set meta mark & ~MASK
+                &|rule| rule.meta_mark_set(mask, 0),
+                // meta skuid >= 0 goto enforced, or sessions
+                &|rule| rule.skuid_known().goto(first),
+                // What the kernel says by itself.
+                // drop
+                &|rule| rule.drop(),
+            ],
+        );
         if looked_at.open {
             // jump enforced, or sessions
             self.add_rules(OPEN, [&|rule| rule.jump(first)]);

@@ -124,6 +124,17 @@ impl App {
         }
     }
 
+    /// Binds all TCP and UDP sockets from now on to this interface.
+    ///
+    /// # Panics
+    /// When it does not obey.
+    #[track_caller]
+    pub fn device(&self, name: &str) {
+        self.done(&AppOrder::Device {
+            name: name.to_owned(),
+        });
+    }
+
     /// Puts one datagram with this mark into the loopback interface, past everything that locally made packets go
     /// through (needs CAP_NET_RAW). Tells whether a server has had it.
     ///
@@ -399,6 +410,18 @@ impl Connection {
         }
     }
 
+    /// The address and port of its own end.
+    ///
+    /// # Panics
+    /// When it has none.
+    #[track_caller]
+    pub fn local(&self) -> SocketAddr {
+        match self.order(&AppOrder::Local { flow: self.number }) {
+            AppReport::Local(address) => address,
+            other => panic!("the end of a flow: {other:?}"),
+        }
+    }
+
     /// Waits for an answer; without one, finds out where the question has gone.
     fn conclude(&self, before: u64, token: Option<&str>) -> Result<AppReport, Outcome> {
         let mut report = self.step(PATIENCE_MS);
@@ -457,7 +480,8 @@ impl Connection {
             | AppReport::Pending
             | AppReport::Tally(_)
             | AppReport::Crowd(_)
-            | AppReport::Count(_) => {
+            | AppReport::Count(_)
+            | AppReport::Local(_) => {
                 panic!("an application reports {report:?}")
             }
         }

@@ -1,5 +1,10 @@
 //! What the kernel has: nftables, rules and routes.
 
+use std::os::fd::AsRawFd;
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
+};
 use serde_json::Value;
 
 use super::Sandbox;
@@ -51,6 +56,34 @@ impl Sandbox {
         run(command)
     }
 
+    /// Has the kernel forget all connections that it tracks, as `conntrack -F` does.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn forget_connections(&self) {
+        let socket = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkNetFilter,
+        )
+        .expect("everybody may have one");
+        // IPCTNL_MSG_CT_DELETE of NFNL_SUBSYS_CTNETLINK for all families, NLM_F_REQUEST and NLM_F_ACK
+        // (linux/netfilter/nfnetlink_conntrack.h).
+        let kind = 1_u16 << 8 | 2;
+        let mut message = [0_u8; 20];
+        message[..4].copy_from_slice(&20_u32.to_ne_bytes());
+        message[4..6].copy_from_slice(&kind.to_ne_bytes());
+        message[6..8].copy_from_slice(&5_u16.to_ne_bytes());
+        let kernel = NetlinkAddr::new(0, 0);
+        sendto(socket.as_raw_fd(), &message, &kernel, MsgFlags::empty()).expect("it is sent");
+        let mut answer = [0_u8; 1024];
+        recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty()).expect("it is answered");
+        // The error number of an NLMSG_ERROR.
+        assert_eq!(answer[16..20], [0; 4], "the kernel refuses to forget");
+    }
+
     /// Feeds a script to nft.
     ///
     /// # Panics
@@ -82,10 +115,14 @@ impl Sandbox {
     /// Whether packets of open connections that are not diverted are looked at: what they cost is all that tells.
     pub fn open_connections_are_looked_at(&self) -> bool {
         let chain = self.nft_json(&["list", "chain", "inet", "cgtproxy", "output"]);
-        !chain
-            .expect("it is there")
-            .to_string()
-            .contains("confirmed")
+        let chain = chain.expect("it is there");
+        let rules = chain["nftables"].as_array().expect("objects");
+        // Another rule is about first packets of transparent sockets.
+        let ends_them = |rule: &Value| {
+            let rule = rule.to_string();
+            rule.contains("confirmed") && !rule.contains("transparent")
+        };
+        !rules.iter().any(ends_them)
     }
 
     /// The names of the chains in the table `inet cgtproxy`.

@@ -55,6 +55,14 @@ impl Control {
         }
     }
 
+    #[track_caller]
+    fn say(&self, order: &ServerOrder) {
+        match self.process.lock().unwrap().ask(order) {
+            ServerReport::Said => {}
+            other => panic!("{}: {other:?}", self.name),
+        }
+    }
+
     pub(crate) fn arrivals(&self) -> MutexGuard<'_, Vec<Arrival>> {
         self.arrivals.lock().unwrap()
     }
@@ -152,6 +160,24 @@ impl Server {
     pub fn arrivals(&self) -> Vec<Arrival> {
         self.world.settle();
         self.control.arrivals().clone()
+    }
+
+    /// As a TPROXY server, sends a datagram as `from` that nobody has asked for.
+    ///
+    /// # Panics
+    /// When it can't.
+    #[track_caller]
+    pub fn speak_first(&self, from: SocketAddr, to: SocketAddr) {
+        self.control.say(&ServerOrder::SpeakFirst { from, to });
+    }
+
+    /// Says something on every TCP connection that is open.
+    ///
+    /// # Panics
+    /// When it can't.
+    #[track_caller]
+    pub fn speak_up(&self) {
+        self.control.say(&ServerOrder::SpeakUp);
     }
 
     /// Its process.

@@ -45,6 +45,8 @@ struct App {
     traffic: HashMap<u32, Traffic>,
     /// What sockets are marked with.
     mark: u32,
+    /// The interface that sockets are bound to.
+    device: Option<String>,
     /// Connections that are only kept.
     crowd: Vec<UnixStream>,
     /// How many calls have been written in vain.
@@ -59,10 +61,12 @@ impl App {
     fn obey(&mut self, order: AppOrder) -> std::io::Result<AppReport> {
         match order {
             AppOrder::OpenTcp { flow, to } => {
-                self.flows.insert(flow, Flow::tcp(to, self.mark)?);
+                let flow_to = Flow::tcp(to, self.mark, self.device.as_deref())?;
+                self.flows.insert(flow, flow_to);
             }
             AppOrder::OpenUdp { flow, to } => {
-                self.flows.insert(flow, Flow::udp(to, self.mark)?);
+                let flow_to = Flow::udp(to, self.mark, self.device.as_deref())?;
+                self.flows.insert(flow, flow_to);
             }
             AppOrder::OpenPing { flow, to } => {
                 self.flows.insert(flow, Flow::ping(to)?);
@@ -76,6 +80,8 @@ impl App {
             AppOrder::Close { flow } => {
                 self.flows.remove(&flow);
             }
+            AppOrder::Local { flow } => return Ok(AppReport::Local(self.flow(flow).local()?)),
+            AppOrder::Device { name } => self.device = Some(name),
             AppOrder::Raw { protocol, to } => raw::send(protocol, to)?,
             AppOrder::Mark { mark } => self.mark = mark,
             AppOrder::Inject { mark, to, token } => raw::inject(mark, to, &token)?,

@@ -119,6 +119,21 @@ impl Server {
                         let arrivals = std::mem::take(&mut self.arrivals);
                         say(&ServerReport::Arrived(arrivals));
                     }
+                    ServerOrder::SpeakFirst { from, to } => {
+                        let said = self.answer(to, from, "");
+                        match datagram::speak(from, to, &said) {
+                            Ok(()) => say(&ServerReport::Said),
+                            Err(error) => say(&ServerReport::Failed(error.to_string())),
+                        }
+                    }
+                    ServerOrder::SpeakUp => {
+                        for connection in &self.connections {
+                            let mut said = self.answer(connection.peer, connection.local, "");
+                            said.push(b'\n');
+                            (&connection.stream).write_all(&said).expect("it is open");
+                        }
+                        say(&ServerReport::Said);
+                    }
                     ServerOrder::Flush(address) => match flush::every_cpu(address) {
                         Ok(()) => say(&ServerReport::Flushed),
                         Err(error) => say(&ServerReport::Failed(error.to_string())),

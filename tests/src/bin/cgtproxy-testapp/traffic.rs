@@ -62,9 +62,9 @@ impl Traffic {
 /// One question from a new socket.
 fn ask(transport: Transport, to: SocketAddr, token: &str) -> std::io::Result<AppReport> {
     let mut flow = match transport {
-        Transport::Udp => Flow::udp(to, NO_MARK)?,
+        Transport::Udp => Flow::udp(to, NO_MARK, None)?,
         Transport::Tcp => {
-            let mut flow = Flow::tcp(to, NO_MARK)?;
+            let mut flow = Flow::tcp(to, NO_MARK, None)?;
             match flow.step(PATIENCE)? {
                 AppReport::Connected => flow,
                 other => return Ok(other),
@@ -79,9 +79,9 @@ fn ask(transport: Transport, to: SocketAddr, token: &str) -> std::io::Result<App
 pub(crate) fn burst(transport: Transport, to: SocketAddr, count: u32) -> Tally {
     let deadline = Instant::now() + PATIENCE;
     let begin = |number: u32| match transport {
-        Transport::Tcp => Flow::tcp(to, NO_MARK),
+        Transport::Tcp => Flow::tcp(to, NO_MARK, None),
         Transport::Udp => {
-            let mut flow = Flow::udp(to, NO_MARK)?;
+            let mut flow = Flow::udp(to, NO_MARK, None)?;
             flow.send(&format!("burst {number}"))?;
             Ok(flow)
         }

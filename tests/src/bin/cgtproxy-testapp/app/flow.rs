@@ -30,9 +30,10 @@ pub(crate) struct Stream {
 
 impl Flow {
     /// Begins to connect; [`Flow::step`] tells what became of it.
-    pub(crate) fn tcp(to: SocketAddr, mark: u32) -> Result<Self> {
+    pub(crate) fn tcp(to: SocketAddr, mark: u32, device: Option<&str>) -> Result<Self> {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
         set_mark(&socket, mark, to)?;
+        socket.bind_device(device.map(str::as_bytes))?;
         socket.set_nonblocking(true)?;
         socket.set_tcp_nodelay(true)?;
         match socket.connect(&to.into()) {
@@ -48,9 +49,10 @@ impl Flow {
         }))
     }
 
-    pub(crate) fn udp(to: SocketAddr, mark: u32) -> Result<Self> {
+    pub(crate) fn udp(to: SocketAddr, mark: u32, device: Option<&str>) -> Result<Self> {
         let socket = Socket::new(Domain::for_address(to), Type::DGRAM, Some(Protocol::UDP))?;
         set_mark(&socket, mark, to)?;
+        socket.bind_device(device.map(str::as_bytes))?;
         socket.set_nonblocking(true)?;
         if to.is_ipv4() {
             socket.set_broadcast(true)?;
@@ -64,6 +66,17 @@ impl Flow {
 
     pub(crate) fn ping(to: IpAddr) -> Result<Self> {
         Ok(Self::Ping(Ping::open(SocketAddr::new(to, 0))?))
+    }
+
+    /// Its own end.
+    pub(crate) fn local(&self) -> Result<SocketAddr> {
+        let socket = match self {
+            Self::Tcp(stream) => &stream.socket,
+            Self::Udp { socket, .. } => socket,
+            Self::Ping(_) => return Err(ErrorKind::Unsupported.into()),
+        };
+        let address = socket.local_addr()?;
+        address.as_socket().ok_or(ErrorKind::Unsupported.into())
     }
 
     /// Asks.

@@ -83,13 +83,7 @@ pub(super) fn reply(
     answer: &[u8],
 ) -> Result<()> {
     if kind == ServerKind::Tproxy {
-        let from = question.destination;
-        let socket = Socket::new(Domain::for_address(from), Type::DGRAM, Some(Protocol::UDP))?;
-        super::set_transparent(&socket, from)?;
-        socket.set_reuse_address(true)?;
-        socket.bind(&from.into())?;
-        socket.send_to(answer, &question.source.into())?;
-        return Ok(());
+        return speak(question.destination, question.source, answer);
     }
     let to = SockaddrStorage::from(question.source);
     let buffers = [IoSlice::new(answer)];
@@ -117,6 +111,16 @@ pub(super) fn reply(
             ipi6_ifindex: 0,
         })),
     }?;
+    Ok(())
+}
+
+/// Sends as somebody else.
+pub(super) fn speak(from: SocketAddr, to: SocketAddr, said: &[u8]) -> Result<()> {
+    let socket = Socket::new(Domain::for_address(from), Type::DGRAM, Some(Protocol::UDP))?;
+    super::set_transparent(&socket, from)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&from.into())?;
+    socket.send_to(said, &to.into())?;
     Ok(())
 }
 

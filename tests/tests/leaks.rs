@@ -1,0 +1,258 @@
+//! What a proxied application sends does not leave past the proxy, however odd the way that it takes.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use cgtproxy_tests::sandbox::{
+    App, Outcome, Sandbox, Server, UPLINK, User, direct, local, proxied, sandbox,
+};
+use cgtproxy_tests::session::{Session, to_proxy, verdict};
+use cgtproxy_tests::wire::Transport::{self, Tcp, Udp};
+use serde_json::json;
+
+const APP: &str = "app.slice/app-a.scope";
+const SERVER: &str = "app.slice/redir.service";
+const TRANSPORTS: [Transport; 2] = [Tcp, Udp];
+
+/// A user with an application that goes through a TPROXY server.
+fn proxied_app(sb: &Sandbox) -> (User, App, Session, Server) {
+    let user = sb.user(1001);
+    let app = user.cgroup(APP).app();
+    let server = user.cgroup("app.slice/mihomo.service");
+    let proxy = sb.tproxy("mihomo").uid(1001).cgroup(&server).port(7890);
+    let proxy = proxy.start();
+    let mut session = Session::of(&user);
+    session.replace(
+        json!([{ "name": "mihomo", "port": 7890 }]),
+        json!([]),
+        json!([
+            to_proxy("", "mihomo"),
+            verdict("app.slice/mihomo.service", "direct"),
+        ]),
+    );
+    (user, app, session, proxy)
+}
+
+/// The same with a server that connections are redirected to.
+fn redirected_app(sb: &Sandbox) -> (User, App, Session, Server) {
+    let user = sb.user(1001);
+    let app = user.cgroup(APP).app();
+    let server = user.cgroup(SERVER);
+    let server = sb.service("redir").uid(1001).cgroup(&server).port(7892);
+    let server = server.start();
+    let mut session = Session::of(&user);
+    session.replace(
+        json!([{ "name": "redir", "port": 7892, "redirect": true }]),
+        json!([]),
+        json!([to_proxy(APP, "redir")]),
+    );
+    (user, app, session, server)
+}
+
+/// A server on the machine itself that connections to that destination are redirected to.
+fn at_home(to: SocketAddr, port: u16) -> SocketAddr {
+    let address: IpAddr = match to {
+        SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    SocketAddr::new(address, port)
+}
+
+/// Whoever sends to the outside of a proxy may be the first to speak: an answer is the first that the application
+/// says to it, as with WebRTC and every other protocol among peers.
+#[test]
+fn answers_to_whom_the_proxy_has_brought_go_to_the_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let (_user, app, _session, proxy) = proxied_app(sb);
+        for to in sb.destinations() {
+            let peer = app.open_udp(to);
+            proxy.speak_first(to, peer.local());
+            for _ in 0..2 {
+                assert_eq!(peer.ask(), proxied("mihomo", to));
+                proxy.speak_first(to, peer.local());
+            }
+            sb.assert_nothing_left_for(to.ip());
+        }
+    });
+}
+
+/// The verdict is the application's at each packet: who is direct answers directly, whoever spoke first.
+#[test]
+fn answers_go_by_the_verdict_of_who_answers() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let (user, _app, mut session, proxy) = proxied_app(sb);
+        let other = user.cgroup("app.slice/app-b.scope").app();
+        let own = |target| verdict("app.slice/app-b.scope", target);
+        for (verdict, forbidden) in [("direct", false), ("drop", true)] {
+            session.assign(json!([own(verdict)]));
+            for to in sb.destinations() {
+                let peer = other.open_udp(to);
+                proxy.speak_first(to, peer.local());
+                match forbidden {
+                    true => assert!(peer.ask().is_dropped()),
+                    false => assert_eq!(peer.ask(), direct(to)),
+                }
+            }
+        }
+    });
+}
+
+/// The kernel forgets connections by itself when they are silent for long, or at a command.
+#[test]
+fn connections_that_the_kernel_has_forgotten_stay_with_the_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let (_user, app, _session, proxy) = proxied_app(sb);
+        for to in sb.destinations() {
+            let udp = app.open_udp(to);
+            let tcp = app.open_tcp(to).expect("it opens");
+            for connection in [&udp, &tcp] {
+                assert_eq!(connection.ask(), proxied("mihomo", to));
+            }
+            sb.forget_connections();
+            // The proxy is the first to say something.
+            proxy.speak_first(to, udp.local());
+            proxy.speak_up();
+            for connection in [&udp, &tcp] {
+                assert_eq!(connection.ask(), proxied("mihomo", to));
+            }
+            sb.assert_nothing_left_for(to.ip());
+            // The application is.
+            sb.forget_connections();
+            for connection in [&udp, &tcp] {
+                assert_eq!(connection.ask(), proxied("mihomo", to));
+            }
+            sb.assert_nothing_left_for(to.ip());
+        }
+    });
+}
+
+/// Once the kernel has forgotten a connection, its end belongs to none (INVALID).
+#[test]
+fn the_end_of_a_forgotten_connection_does_not_leave() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        for redirected in [false, true] {
+            let (_user, app, _session, _server) = match redirected {
+                false => proxied_app(sb),
+                true => redirected_app(sb),
+            };
+            for to in sb.destinations() {
+                let connection = app.open_tcp(to).expect("it opens");
+                sb.forget_connections();
+                drop(connection);
+                sb.settle();
+                sb.assert_nothing_left_for(to.ip());
+            }
+        }
+    });
+}
+
+/// Another program may have some or all packets not tracked.
+#[test]
+fn packets_that_are_not_tracked_do_not_leave() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        for redirected in [false, true] {
+            let (_user, app, _session, _server) = match redirected {
+                false => proxied_app(sb),
+                true => redirected_app(sb),
+            };
+            sb.nft(
+                "table inet raw { chain out { type filter hook output priority raw; notrack; }; }",
+            );
+            for to in sb.destinations() {
+                for transport in TRANSPORTS {
+                    let outcome = app.ask(transport, to);
+                    let refused = matches!(outcome, Outcome::Refused | Outcome::Silent);
+                    assert!(
+                        refused || outcome.is_dropped(),
+                        "{transport:?} {to} {outcome:?}"
+                    );
+                    sb.assert_nothing_left_for(to.ip());
+                }
+            }
+            sb.nft("delete table inet raw");
+        }
+    });
+}
+
+/// An application may say by which interface it sends (SO_BINDTODEVICE), since Linux 5.7 without a privilege.
+#[test]
+fn an_application_that_chooses_its_interface_does_not_get_past_the_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        for redirected in [false, true] {
+            let (_user, app, _session, _server) = match redirected {
+                false => proxied_app(sb),
+                true => redirected_app(sb),
+            };
+            app.device(UPLINK);
+            for to in sb.destinations() {
+                for transport in TRANSPORTS {
+                    let outcome = app.ask(transport, to);
+                    assert!(
+                        !matches!(outcome, Outcome::Direct { .. }),
+                        "{transport:?} {to} {outcome:?}"
+                    );
+                    sb.assert_nothing_left_for(to.ip());
+                    // Nor does what was translated, at its new destination.
+                    let home = at_home(to, 0).ip();
+                    assert_eq!(sb.deliveries(home), [], "{transport:?} {to}");
+                }
+            }
+        }
+    });
+}
+
+/// As wg-quick has them for its own packets (`premangle`), and others for several uplinks.
+#[test]
+fn rules_that_restore_marks_do_no_harm() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        sb.nft(
+            "table inet wg-quick-wg0 { chain premangle { \
+             type filter hook prerouting priority mangle; meta mark set ct mark; }; }",
+        );
+        {
+            let (_user, app, _session, _server) = proxied_app(sb);
+            for to in sb.destinations() {
+                for transport in TRANSPORTS {
+                    assert_eq!(app.ask(transport, to), proxied("mihomo", to));
+                }
+            }
+        }
+        let (_user, app, _session, _server) = redirected_app(sb);
+        for to in sb.destinations() {
+            for transport in TRANSPORTS {
+                let at = at_home(to, 7892);
+                assert_eq!(app.ask(transport, to), local("redir", at), "{transport:?}");
+            }
+        }
+    });
+}
+
+/// Whoever comes later to a hook comes first among those of one priority.
+#[test]
+fn rules_that_translate_for_everybody_come_afterwards() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let (_user, app, _session, _server) = redirected_app(sb);
+        let elsewhere = sb.destinations();
+        sb.nft(&format!(
+            "table inet pihole {{ chain out {{ type nat hook output priority -100; \
+             meta nfproto ipv4 dnat ip to {}; meta nfproto ipv6 dnat ip6 to {}; }}; }}",
+            elsewhere[0].ip(),
+            elsewhere[1].ip()
+        ));
+        for to in sb.destinations() {
+            for transport in TRANSPORTS {
+                let at = at_home(to, 7892);
+                assert_eq!(app.ask(transport, to), local("redir", at), "{transport:?}");
+            }
+        }
+    });
+}
