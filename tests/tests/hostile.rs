@@ -1,7 +1,12 @@
 //! A user who wants to harm: whatever they send, everybody else keeps what is theirs, and the helper its
 //! bounds.
 
-#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a panic is a failed test"
+)]
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -11,6 +16,7 @@ use cgtproxy_tests::sandbox::{Sandbox, direct, proxied, sandbox};
 use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, to_proxy, verdict};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::wait_until;
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 /// How many connections one user may have unless the administrator says otherwise.
@@ -58,8 +64,61 @@ fn quiet_session(sb: &Sandbox) -> Session {
     session
 }
 
+/// How many bytes the helper has not read yet, of so many connections.
+fn unread(sb: &Sandbox) -> usize {
+    let connections = sb.run(&["ss", "-xnH", "src", SOCKET]);
+    // Netid State Recv-Q Send-Q …
+    let bytes = |line: &str| line.split_whitespace().nth(2)?.parse::<usize>().ok();
+    connections.lines().filter_map(bytes).sum()
+}
+
+/// All of it waits when the helper begins, and none of it for the rate: what it answers the flood tells whether the
+/// call that came last had its turn before.
 #[test]
 fn a_flood_of_calls_takes_no_turn_from_others() {
+    sandbox(|sb| {
+        /// Fewer than have been saved up, those included by which connections begin.
+        const EACH: usize = 120;
+        /// How often each connection may have its turn before one that came after all of them.
+        const TURNS: usize = 4;
+        let call = b"{\"method\":\"org.cgtproxy.Helper.GetStatus\"}\0";
+        let helper = sb.helper().start();
+        let loud = sb.user(LOUD);
+        let mut flood: Vec<Session> = (0..CONNECTIONS).map(|_| Session::of(&loud)).collect();
+        let mut root = Session::of(&sb.user(0));
+        for session in flood.iter_mut().chain([&mut root]) {
+            assert_eq!(session.status()["systemPolicy"], false);
+        }
+        helper.signal(Signal::SIGSTOP);
+        for session in &mut flood {
+            session.0.send_bytes(&call.repeat(EACH));
+        }
+        let bytes = CONNECTIONS * EACH * call.len();
+        wait_until("the flood waits", || unread(sb) == bytes);
+        root.0.send(&json!({
+            "method": "org.cgtproxy.Helper.ReplacePolicy",
+            "parameters": { "proxies": [], "bypass": [], "assignments": [] },
+        }));
+        wait_until("the other call waits too", || unread(sb) > bytes);
+        helper.signal(Signal::SIGCONT);
+        let reply = root.0.receive().expect("a reply");
+        assert_eq!(reply.get("error"), None, "{reply}");
+        for session in &mut flood {
+            let mut before = 0;
+            for _ in 0..EACH {
+                let reply = session.0.receive().expect("a reply");
+                match reply["parameters"]["systemPolicy"].as_bool() {
+                    Some(there) => before += usize::from(!there),
+                    None => panic!("{reply}"),
+                }
+            }
+            assert!(before <= TURNS, "{before} turns");
+        }
+    });
+}
+
+#[test]
+fn a_flood_of_calls_waits_for_its_rate_and_nobody_else_does() {
     sandbox(|sb| {
         const FLOOD: usize = 6_000;
         let _helper = sb.helper().start();
