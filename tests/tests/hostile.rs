@@ -8,6 +8,7 @@
     reason = "a panic is a failed test"
 )]
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
@@ -34,6 +35,15 @@ const QUIET: u32 = 1002;
 /// What docs/security.md says that the helper's memory stays below while one user holds half a message open, in
 /// KiB.
 const MEMORY: u64 = (64 + 8) * 1024;
+
+/// Tells threads to end once it is dropped, a failed test's too: a scope waits for them.
+struct EndOf<'a>(&'a AtomicBool);
+
+impl Drop for EndOf<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 /// The most memory that a process has ever had, in KiB.
 fn peak(pid: u32) -> u64 {
@@ -373,56 +383,67 @@ fn agents_in_a_loop_leave_nothing_and_disturb_nobody() {
     });
 }
 
+/// At one path there is now a control group of the user's, now one of root's: one may be looked at, and the other taken.
 #[test]
 fn a_control_group_that_is_replaced_all_the_time_is_nobody_elses() {
     sandbox(|sb| {
-        let _helper = sb.helper().start();
+        /// In each of these the next call is made, as soon as one has been taken in the last.
+        const PATHS: usize = 128;
+        let config = "limits: {calls-per-second: 1000000}";
+        let _helper = sb.helper().config(config).start();
         let _proxy = sb.tproxy("quiet").uid(QUIET).port(7000).start();
         let mut quiet = quiet_session(sb);
         let loud = sb.user(LOUD);
         let mut session = Session::of(&loud);
         session.replace(json!([]), json!([]), json!([]));
-        let over = AtomicBool::new(false);
-        thread::scope(|scope| {
-            scope.spawn(|| {
+        let (over, current) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let path = |number| format!("race-{number}.scope");
+        let (mut not_owned, mut mapped) = (0, BTreeSet::new());
+        let roots = thread::scope(|scope| {
+            let replacing = scope.spawn(|| {
+                let service = format!("user.slice/user-{LOUD}.slice/user@{LOUD}.service");
+                let mut roots = BTreeSet::new();
                 while !over.load(Ordering::Relaxed) {
-                    loud.cgroup("race.scope").remove();
+                    let path = path(current.load(Ordering::Relaxed));
+                    loud.cgroup(&path).remove();
+                    let cgroup = sb.cgroup(format!("{service}/{path}"));
+                    roots.insert(cgroup.id());
+                    cgroup.remove();
                 }
+                roots
             });
-            // 'session' moves in: it has a thread of its own.
-            let over = &over;
-            scope.spawn(move || {
-                while !over.load(Ordering::Relaxed) {
-                    let assign = json!([verdict("race.scope", "drop")]);
-                    session.call(
-                        "UpdateAssignments",
-                        json!({ "assign": assign, "remove": [] }),
-                    );
-                    session.call(
-                        "UpdateAssignments",
-                        json!({ "assign": [], "remove": ["race.scope"] }),
-                    );
-                }
-            });
+            let _end = EndOf(&over);
             for round in 0..ROUNDS {
+                for number in 0..PATHS {
+                    current.store(number, Ordering::Relaxed);
+                    // Without a pause, until it is the user's.
+                    loop {
+                        assert!(!replacing.is_finished());
+                        let assign = json!([verdict(&path(number), "drop")]);
+                        let update = json!({ "assign": assign, "remove": [] });
+                        let reply = session.call("UpdateAssignments", update);
+                        match reply["skipped"][0]["reason"].as_str() {
+                            None => break,
+                            Some("notOwned") => not_owned += 1,
+                            Some(other) => assert_eq!(other, "missing"),
+                        }
+                    }
+                }
+                mapped.extend(mapped_ids(sb, LOUD));
                 one_change(sb, &mut quiet, round);
             }
             over.store(true, Ordering::Relaxed);
+            replacing.join().expect("it replaces")
         });
-        let of_quiet = mapped_ids(sb, 1002);
-        let own: Vec<u64> = {
-            let cgroups = (0..ROUNDS).map(|n| {
-                sb.user(QUIET)
-                    .cgroup(format!("app.slice/app-{n}.scope"))
-                    .id()
-            });
-            let mut own: Vec<u64> = cgroups.collect();
-            own.sort_unstable();
-            own
-        };
-        assert_eq!(of_quiet, own);
-        for id in mapped_ids(sb, 1001) {
-            assert!(!own.contains(&id));
+        let app = |n| format!("app.slice/app-{n}.scope");
+        let of_quiet: BTreeSet<u64> = (0..ROUNDS)
+            .map(|n| sb.user(QUIET).cgroup(app(n)).id())
+            .collect();
+        assert_eq!(mapped.len(), ROUNDS * PATHS);
+        assert!(not_owned > PATHS, "{not_owned}");
+        for others in [&roots, &of_quiet] {
+            assert_eq!(mapped.intersection(others).next(), None);
         }
+        assert_eq!(BTreeSet::from_iter(mapped_ids(sb, QUIET)), of_quiet);
     });
 }
