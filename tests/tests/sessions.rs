@@ -212,6 +212,71 @@ fn verdicts_are_found_however_deep_control_groups_are() {
     });
 }
 
+/// The levels that a chain compares the control group of a packet's socket at, and how many of those comparisons
+/// lead to another chain.
+fn compared(sb: &Sandbox, chain: &str) -> (Vec<u32>, usize) {
+    let rules = sb.run(&["nft", "list", "chain", "inet", "cgtproxy", chain]);
+    let mut levels = Vec::new();
+    let mut elsewhere = 0;
+    for rule in rules.lines() {
+        let mut comparisons = rule.split("socket cgroupv2 level ").skip(1);
+        if let Some(comparison) = comparisons.next() {
+            let level = comparison.split_whitespace().next();
+            levels.push(level.and_then(|level| level.parse().ok()).expect("a level"));
+            elsewhere += usize::from(rule.ends_with("goto sessions-deep"));
+        }
+        assert_eq!(comparisons.next(), None, "{rule}");
+    }
+    (levels, elsewhere)
+}
+
+#[test]
+fn however_deep_control_groups_are_the_packets_of_others_are_compared_eight_times_at_most() {
+    sandbox(|sb| {
+        const MOST: usize = 8;
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let at = |level: u32| vec!["x"; level as usize - 3].join("/");
+        let verdicts = |levels: std::ops::RangeInclusive<u32>| {
+            let all: Vec<_> = levels
+                .map(|level| {
+                    user.cgroup(at(level));
+                    verdict(&at(level), "drop")
+                })
+                .collect();
+            json!(all)
+        };
+        let mut session = Session::of(&user);
+        // With nothing below that, there is nowhere else to look.
+        session.replace(json!([]), json!([]), verdicts(3..=8));
+        for chain in ["output", "sessions"] {
+            let (levels, elsewhere) = compared(sb, chain);
+            assert_eq!((levels.len(), elsewhere), (6, 0), "{chain}: {levels:?}");
+        }
+        session.replace(json!([]), json!([]), verdicts(3..=20));
+        for chain in ["output", "sessions"] {
+            let (mut levels, elsewhere) = compared(sb, chain);
+            assert!(levels.len() <= MOST, "{chain}: {levels:?}");
+            assert_eq!(elsewhere, 1, "{chain}");
+            levels.sort_unstable();
+            // One question tells whether a socket is deeper than that.
+            assert_eq!(levels, [3, 4, 5, 6, 7, 8, 9], "{chain}");
+        }
+        let (mut deep, _) = compared(sb, "sessions-deep");
+        deep.sort_unstable();
+        assert_eq!(deep, Vec::from_iter(3..=20));
+        // Root's own levels are the machine's, and come in addition.
+        let mut root = Session::of(&sb.user(0));
+        root.replace(
+            json!([]),
+            json!([]),
+            json!([verdict("user.slice", "direct")]),
+        );
+        let (levels, _) = compared(sb, "sessions");
+        assert!(levels.len() <= MOST, "{levels:?}");
+    });
+}
+
 #[test]
 fn a_user_manager_that_starts_again_is_followed() {
     sandbox(|sb| {
