@@ -11,6 +11,7 @@
 
 pub mod agent;
 mod command;
+pub mod confinement;
 mod host_cgroup;
 pub mod installed;
 pub mod others;

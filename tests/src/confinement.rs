@@ -1,0 +1,174 @@
+//! What a service's unit leaves it, tried by a program that is confined as the service is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use crate::system::System;
+
+/// Where the system finds what is tried.
+const SCRIPT: &str = "/etc/confined.pl";
+
+/// Tries, and says for each what came of it: `ok`, or the name of the error. The arguments are the numbers of two system
+/// calls, mmap(2) and unshare(2).
+const TRY: &str = r#"
+use Errno; use Fcntl; use Socket;
+my ($mmap, $unshare) = @ARGV;
+sub said { my ($what, $done) = @_; my ($error) = grep { $!{$_} } keys %!; print "$what ", $done ? "ok" : $error, "\n" }
+said("open:$_", sysopen(my $f, $_, O_RDONLY)) for "/proc/1/stat", "/proc/cpuinfo", "/dev/kmsg", "/etc/shadow";
+said("socket:$_", socket(my $s, $_, SOCK_DGRAM, 0)) for 1, 2, 10;
+said("memory", syscall($mmap, 0, 4096, 7, 0x22, -1, 0) != -1);
+open(my $mounts, "<", "/proc/self/mountinfo") or die "mountinfo: $!";
+my %seen;
+for (grep { !$seen{$_}++ } map { (split)[4] } <$mounts>) {
+    next if m{^/proc/} || m{cgtproxy-testbed};
+    said("create:$_", sysopen(my $f, "$_/tried-$$", O_WRONLY | O_CREAT | O_EXCL));
+}
+for (["user", 0x10000000], ["mount", 0x00020000], ["network", 0x40000000]) {
+    said("unshare:$$_[0]", syscall($unshare, $$_[1]) != -1);
+}
+"#;
+
+/// What came of it, by what was tried.
+pub struct Tried(BTreeMap<String, String>);
+
+impl Tried {
+    /// Tries as root, with nothing taken away.
+    ///
+    /// # Panics
+    /// When that can't be done.
+    #[track_caller]
+    pub fn by_root(system: &System) -> Self {
+        write(system);
+        let [mmap, unshare] = numbers();
+        Self::read(&system.run(&["perl", SCRIPT, mmap, unshare]))
+    }
+
+    /// Tries with all that this unit has of confinement: the unit itself, with another program.
+    ///
+    /// # Panics
+    /// When that can't be done.
+    #[track_caller]
+    pub fn by(system: &System, unit: &str) -> Self {
+        write(system);
+        let [mmap, unshare] = numbers();
+        let text = system.run(&["systemctl", "cat", "--no-pager", unit]);
+        let name = unit.trim_end_matches(".service");
+        let not_copied = [
+            "Type",
+            "Exec",
+            "Restart",
+            "FileDescriptor",
+            "Timeout",
+            "JobRunning",
+            "Requires",
+            "Wants",
+            "After",
+            "Before",
+            "Condition",
+            "StartLimit",
+            "RuntimeDirectoryPreserve",
+            "[Install]",
+            "WantedBy",
+            "Also",
+            "#",
+        ];
+        let mut copy: String = text
+            .lines()
+            .filter(|line| !not_copied.iter().any(|key| line.starts_with(key)))
+            .map(|line| match line.starts_with("User=") {
+                true => format!("{line}\n"),
+                false => format!("{}\n", line.replace(name, &format!("confined-{name}"))),
+            })
+            .collect();
+        copy += &format!("Type=oneshot\nExecStart=/usr/bin/perl {SCRIPT} {mmap} {unshare}\n");
+        let probe = format!("confined-{unit}");
+        let install = "printf %s \"$1\" >\"/run/systemd/system/$2\" && systemctl daemon-reload";
+        system.run(&["sh", "-c", install, "sh", &copy, &probe]);
+        system.run(&["systemctl", "start", &probe]);
+        Self::read(&system.journal(&probe))
+    }
+
+    fn read(said: &str) -> Self {
+        let pairs = said.lines().filter_map(|line| line.split_once(' '));
+        let owned = pairs.map(|(what, came)| (what.to_owned(), came.to_owned()));
+        let this = Self(owned.collect());
+        // The last of all.
+        assert!(this.0.contains_key("unshare:network"), "{said}");
+        this
+    }
+
+    /// What came of one of them.
+    ///
+    /// # Panics
+    /// When it was not tried.
+    #[track_caller]
+    pub fn of(&self, what: &str) -> &str {
+        let came = self.0.get(what);
+        came.unwrap_or_else(|| panic!("{what} was not tried: {:?}", self.0))
+    }
+
+    /// Insists that what nobody confined needs was refused, each by what is to refuse it.
+    ///
+    /// # Panics
+    /// When something was not.
+    #[track_caller]
+    pub fn assert_refused(&self) {
+        for (what, how) in [
+            // Neither the kernel's log nor what is no process's.
+            ("open:/dev/kmsg", "ENOENT"),
+            ("open:/proc/cpuinfo", "ENOENT"),
+            // IPv4 and IPv6.
+            ("socket:2", "EAFNOSUPPORT"),
+            ("socket:10", "EAFNOSUPPORT"),
+            // Memory that can be written and executed.
+            ("memory", "EPERM"),
+            ("unshare:user", "EPERM"),
+            ("unshare:mount", "EPERM"),
+            ("unshare:network", "EPERM"),
+        ] {
+            assert_eq!(self.of(what), how, "{what}");
+        }
+        // The question is one that can be answered otherwise.
+        assert_eq!(self.of("socket:1"), "ok");
+    }
+
+    /// The places of mounts where a file could be made.
+    pub fn written(&self) -> BTreeSet<&str> {
+        let made = self.0.iter().filter(|(_, came)| *came == "ok");
+        made.filter_map(|(what, _)| what.strip_prefix("create:"))
+            .collect()
+    }
+}
+
+fn write(system: &System) {
+    let file = system.root().join(SCRIPT.trim_start_matches('/'));
+    std::fs::write(file, TRY).expect("the overlay is ours");
+}
+
+/// Those of mmap(2) and unshare(2).
+fn numbers() -> [&'static str; 2] {
+    match std::env::consts::ARCH {
+        "x86_64" => ["9", "272"],
+        // asm-generic/unistd.h
+        _ => ["222", "97"],
+    }
+}
+
+/// The mounts that a process of the system sees, and whether each is read-only. Of those at one place, the last is seen.
+///
+/// # Panics
+/// When there is no such process.
+#[track_caller]
+pub fn mounts(system: &System, pid: &str) -> BTreeMap<String, bool> {
+    let table = system.run(&["cat", &format!("/proc/{pid}/mountinfo")]);
+    let mount = |line: &str| {
+        // number, parent's number, device, root, place, options
+        let fields: Vec<&str> = line.split(' ').collect();
+        let read_only = fields[5].split(',').any(|option| option == "ro");
+        (fields[4].to_owned(), read_only)
+    };
+    // What the test bed has mounted there.
+    let own = |place: &str| Path::new(place).starts_with("/usr/local/lib/cgtproxy-testbed");
+    let all = table.lines().map(mount);
+    all.filter(|(place, _)| !own(place)).collect()
+}
