@@ -8,8 +8,10 @@
 
 use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::Output;
 
+use cgtproxy_tests::confinement::{Tried, mounts};
 use cgtproxy_tests::sandbox::{App, Outcome, Sandbox, direct, proxied, sandbox};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::{System, SystemUser};
@@ -469,6 +471,79 @@ fn no_socket_but_local_ones_and_netlink(system: &System) {
     );
 }
 
+/// All that there is below a directory of the helper's own root, which is to be nothing else than this.
+#[track_caller]
+fn nothing_else_in(system: &System, pid: &str, directory: &str, known: &[&str]) {
+    // Not all of them are there on every machine.
+    let there = system.output(&["ls", "-A", &format!("/proc/{pid}/root{directory}")]);
+    let there = text(&there.stdout);
+    for name in there.split_whitespace() {
+        assert!(known.contains(&name), "{directory} has {name}: {there}");
+    }
+}
+
+/// What the helper sees of the file system, and what becomes of what it does not do.
+fn sees_nothing_it_does_not_use(system: &System) {
+    let pid = system.property(HELPER, "MainPID");
+    // What the unit binds, what the service manager puts there by itself, and where these are.
+    let roots = [
+        "usr", "lib", "lib64", "etc", "sys", "dev", "proc", "root", "run", "tmp", "var",
+    ];
+    nothing_else_in(system, &pid, "", &roots);
+    nothing_else_in(system, &pid, "/var", &["tmp", "lib"]);
+    nothing_else_in(system, &pid, "/var/lib", &["sss"]);
+    let run = ["cgtproxy-helper", "systemd", "nslcd", "samba"];
+    nothing_else_in(system, &pid, "/run", &run);
+    nothing_else_in(
+        system,
+        &pid,
+        "/run/systemd",
+        &["incoming", "notify", "userdb"],
+    );
+    for empty in ["/root", "/tmp", "/var/tmp"] {
+        nothing_else_in(system, &pid, empty, &[]);
+    }
+    let mounts = mounts(system, &pid);
+    for bound in ["/usr", "/etc", "/sys/fs/cgroup"] {
+        assert_eq!(mounts.get(bound), Some(&true), "{bound}: {mounts:?}");
+    }
+    // Its own root is in there once more, below a directory of its own.
+    let own = |place: &str| Path::new(place).starts_with("/run/cgtproxy-helper");
+    let private = [
+        "/dev/pts",
+        "/dev/shm",
+        "/dev/hugepages",
+        "/dev/mqueue",
+        "/proc",
+        "/run",
+        "/tmp",
+        "/var/tmp",
+    ];
+    for (place, read_only) in &mounts {
+        let may = *read_only || own(place) || private.contains(&place.as_str());
+        assert!(may, "{place} is not read-only: {mounts:?}");
+    }
+
+    let free = Tried::by_root(system);
+    for what in [
+        "memory",
+        "socket:2",
+        "unshare:user",
+        "open:/proc/cpuinfo",
+        "create:/",
+    ] {
+        assert_eq!(free.of(what), "ok", "{what}");
+    }
+    let tried = Tried::by(system, HELPER);
+    tried.assert_refused();
+    assert_eq!(tried.of("open:/etc/shadow"), "EACCES");
+    assert_eq!(tried.of("open:/proc/1/stat"), "ENOENT");
+    let own = "/run/confined-cgtproxy-helper";
+    for place in tried.written() {
+        assert!(place == own || private.contains(&place), "{place}");
+    }
+}
+
 #[test]
 fn the_daemons_are_confined_and_clean_up_after_themselves() {
     sandbox(|sb| {
@@ -537,6 +612,7 @@ fn the_daemons_are_confined_and_clean_up_after_themselves() {
             "{analysis}"
         );
         no_socket_but_local_ones_and_netlink(&system);
+        sees_nothing_it_does_not_use(&system);
         let mode = system.run(&["stat", "-c", "%a", "/run/cgtproxy/helper.sock"]);
         assert_eq!(mode.trim(), "666");
 
