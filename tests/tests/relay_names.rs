@@ -1,6 +1,10 @@
 //! Names that the proxy looks up: addresses that stand for them, and nothing asked on the way.
 
-#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -8,6 +12,7 @@ use std::net::{IpAddr, SocketAddr};
 use cgtproxy_tests::proxies::microsocks;
 use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, config};
 use cgtproxy_tests::sandbox::{Outcome, PORTS, Program, Sandbox, Service, sandbox};
+use cgtproxy_tests::session::Session;
 use cgtproxy_tests::wait::wait_until;
 
 /// What only those on the internet know, with an address of each family.
@@ -165,5 +170,60 @@ fn a_name_keeps_its_addresses_over_restarts_until_they_expire() {
         sb.assert_nothing_left_for(fake);
         assert_eq!(bed.tcp(second), Outcome::Redirected { to: bed.to[1] });
         assert_eq!(sb.queries_left(), 0);
+    });
+}
+
+/// Whoever finds the relay's ports can connect to them: other users, and this one's own applications.
+#[test]
+fn who_asks_the_relays_ports_directly_gets_nothing() {
+    sandbox(|sb| {
+        const NAME: &str = "unasked.example";
+        let bed = Bed::new(sb);
+        // By now the relay is at work, with a name of its own.
+        let fake = bed.look_up(sb, V4_NAME, "A");
+        assert_eq!(bed.tcp(fake), Outcome::Redirected { to: bed.to[0] });
+        let status = Session::of(&bed.relayed.user).status();
+        let proxy = &status["proxies"][0];
+        let port = |number: &serde_json::Value| number.as_u64().and_then(|n| u16::try_from(n).ok());
+        let port_of = |number| port(number).filter(|port| *port > 0).expect("a port");
+        let (carried, dns) = (
+            port_of(&proxy["port"]),
+            port_of(&proxy["dnsHijack"]["port"]),
+        );
+        // Whoever came through to the proxy with that for a destination would be answered there.
+        let _trap = sb.echo_server(carried);
+        let strangers = [
+            (sb.user(1002), "app.slice/app-a.scope"),
+            (bed.relayed.user.clone(), "app.slice/app-b.scope"),
+        ];
+        for (user, name) in strangers {
+            let cgroup = user.cgroup(name);
+            let app = cgroup.app();
+            for address in ["127.0.0.1", "::1"] {
+                let at = |port| SocketAddr::new(address.parse().expect("an address"), port);
+                for port in [carried, dns] {
+                    let outcome = app.tcp(at(port));
+                    assert!(
+                        matches!(outcome, Outcome::Refused | Outcome::Closed),
+                        "{port}: {outcome:?}"
+                    );
+                }
+                assert_eq!(app.udp(at(carried)), Outcome::Silent);
+                for transport in ["+notcp", "+tcp"] {
+                    let dig = format!(
+                        "dig +tries=1 +time=1 {transport} @{address} -p {dns} {NAME} A 2>&1 || true"
+                    );
+                    let said = user.output(&cgroup, &["sh", "-c", &dig]);
+                    assert!(!said.contains("ANSWER"), "{transport}: {said}");
+                }
+            }
+        }
+        // Names are written down together: one that had been kept would be there with the next.
+        bed.look_up(sb, V6_NAME, "A");
+        wait_until("the next name to be written down", || {
+            fs::read_to_string(bed.names()).is_ok_and(|text| text.contains(V6_NAME))
+        });
+        let text = fs::read_to_string(bed.names()).expect("it was written");
+        assert!(!text.contains(NAME), "{text}");
     });
 }
