@@ -9,10 +9,12 @@
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 
+use cgtproxy_tests::installed::HELPER;
 use cgtproxy_tests::sandbox::{
     App, Connection, Host, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::Session;
+use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::System;
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{self, Tcp, Udp};
@@ -539,15 +541,25 @@ fn the_machines_file_says_what_is_diverted() {
         expect(sb, &service, |_, to| cgtproxy_tests::sandbox::direct(to));
         // Both daemons anew, one after the other: no packet of a host's goes direct.
         let open = open(sb, &lan0);
-        for disruption in [
-            &["systemctl", "restart", AGENT][..],
-            &["systemctl", "kill", "--signal=KILL", AGENT],
-            &["systemctl", "restart", "cgtproxy-helper.service"],
-        ] {
-            system.run(disruption);
-            expect_proxied(sb, &lan0);
-            go_on(&open, |to| proxied("company", to));
+        let traffic = Steady::start(sb, &lan0);
+        for unit in [AGENT, HELPER] {
+            for disrupt in [&["restart"][..], &["kill", "--signal=KILL"]] {
+                let main = || system.property(unit, "MainPID");
+                let before = main();
+                let disruption = [&["systemctl"], disrupt, &[unit]].concat();
+                system.run(&disruption);
+                expect_proxied(sb, &lan0);
+                wait_until("another process has taken its place", || {
+                    let now = main();
+                    now != before && now != "0"
+                });
+                expect_proxied(sb, &lan0);
+                go_on(&open, |to| proxied("company", to));
+                traffic.assert_proxied("company");
+                traffic.assert_none_strayed(sb, &["company"]);
+            }
         }
+        drop(traffic);
         // The file edited: the other interface, and another port.
         write(&config("lan1", 7891));
         system.run(&["systemctl", "reload", AGENT]);
