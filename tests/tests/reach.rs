@@ -23,6 +23,9 @@ rules:
 const READ: &str = ": <\"$1\"";
 const WRITE: &str = ": >>\"$1\"";
 const CREATE: &str = "mkdir \"$1/mine\"";
+/// As the test application does, which leaves when it has said nothing and the other side has hung up.
+const CONNECT: &str =
+    "/usr/local/lib/cgtproxy-testbed/cgtproxy-testapp pipe \"$1\" </dev/null >/dev/null";
 const LIST: &str = "ls \"$1/\" >/dev/null";
 
 #[test]
@@ -60,11 +63,23 @@ fn an_ordinary_user_reaches_the_one_socket_and_nothing_else() {
             .lines()
             .filter_map(|line| line.split_once(' '))
             .collect();
-        assert!(entries.contains(&("s", SOCKET)), "{listed}");
+        let of_alice = |name: &str| format!("/run/user/{}/{name}", alice.uid());
+        let sockets = [
+            SOCKET,
+            &of_alice("cgtproxy/agent.sock"),
+            &of_alice("cgtproxy-relay.sock"),
+        ];
+        for socket in sockets {
+            assert!(entries.contains(&("s", socket)), "{socket}: {listed}");
+        }
         for (kind, path) in entries {
             match kind {
                 "d" => assert!(!may(CREATE, path), "{path}: a directory of one's own"),
-                "s" if path == SOCKET => {}
+                // open(2) of a socket fails for everybody.
+                "s" => {
+                    assert!(root_may(CONNECT, path), "{path}");
+                    assert_eq!(may(CONNECT, path), path == SOCKET, "{path}");
+                }
                 _ => {
                     assert!(!may(READ, path), "{path} can be read");
                     assert!(!may(WRITE, path), "{path} can be written");
