@@ -3,13 +3,14 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-const PREFIX: &str = "cgtproxy-test-";
+const PREFIX: &str = "cgtproxy-sandbox-";
 
 /// A fresh child of the cgroup v2 root. Dropped, it kills whatever is in it and is removed.
 pub(crate) struct HostCgroup {
@@ -25,7 +26,7 @@ impl HostCgroup {
         let pid = std::process::id();
         let start = start_time(pid).expect("this process is alive");
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = root.join(format!("{PREFIX}{pid}-{start}-{count}"));
+        let path = root.join(format!("{}{pid}-{start}-{count}", own_prefix()));
         fs::create_dir(&path).unwrap_or_else(|e| {
             panic!(
                 "cannot make the cgroup {} ({e}); the tests must run as root",
@@ -57,15 +58,23 @@ fn v2_root() -> PathBuf {
         .expect("cgroup v2 is mounted somewhere on this machine")
 }
 
+/// What the names of those begin with whose owners have process ids that mean something here. Containers may have a
+/// cgroup root in common, and each its own processes.
+fn own_prefix() -> String {
+    let namespace = fs::metadata("/proc/self/ns/pid").expect("/proc is mounted");
+    format!("{PREFIX}{}-", namespace.ino())
+}
+
 /// Removes sandboxes whose owner was killed before it could do so. The owner's start time is part
 /// of the name, since process ids come round again.
 fn sweep(root: &Path) {
+    let prefix = own_prefix();
     for entry in fs::read_dir(root)
         .expect("the cgroup root can be listed")
         .flatten()
     {
         let name = entry.file_name();
-        let Some(rest) = name.to_str().and_then(|n| n.strip_prefix(PREFIX)) else {
+        let Some(rest) = name.to_str().and_then(|n| n.strip_prefix(&*prefix)) else {
             continue;
         };
         let mut fields = rest.split('-');
@@ -141,24 +150,51 @@ fn remove_tree(path: &Path) {
 
 #[cfg(test)]
 mod tests {
+    use std::process::{Child, Command};
+
     use super::*;
 
+    /// A process that is killed, whatever becomes of the test.
+    struct Orphan(Child);
+
+    impl Drop for Orphan {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    /// In a cgroup of its own, where nobody else looks for anything.
     #[test]
     fn what_a_killed_run_left_behind_is_swept() {
-        // No process has a number so high.
-        let stale = v2_root().join(format!("{PREFIX}999999999-1-0"));
-        fs::create_dir_all(stale.join("system/user.slice")).unwrap();
-        let mut orphan = std::process::Command::new("sleep")
-            .arg("600")
-            .spawn()
-            .unwrap();
-        fs::write(stale.join("system/cgroup.procs"), orphan.id().to_string()).unwrap();
-        let fresh = HostCgroup::create();
-        orphan.wait().unwrap();
+        let bed = HostCgroup::create();
+        let own = own_prefix();
+        let namespace = fs::metadata("/proc/self/ns/pid").unwrap().ino();
+        let pid = std::process::id();
+        let start = start_time(pid).unwrap();
+        let make = |name: String| {
+            let path = bed.path().join(name);
+            fs::create_dir_all(path.join("system/user.slice")).unwrap();
+            path
+        };
+        let stale = make(format!("{own}{pid}-{}-0", start - 1));
+        let stay = [
+            make(format!("{own}{pid}-{start}-0")),
+            // Of somebody whose processes can't be seen from here.
+            make(format!("{PREFIX}{}-{pid}-{}-0", namespace + 1, start - 1)),
+            make("cgtproxy-test-1-1-0".to_owned()),
+        ];
+        let mut orphan = Orphan(Command::new("sleep").arg("600").spawn().unwrap());
+        let procs = stale.join("system/cgroup.procs");
+        fs::write(procs, orphan.0.id().to_string()).unwrap();
+        sweep(bed.path());
         assert!(!stale.exists());
-        let path = fresh.path().to_owned();
-        assert!(path.exists());
-        drop(fresh);
+        assert!(!orphan.0.wait().unwrap().success());
+        for path in stay {
+            assert!(path.exists(), "{}", path.display());
+        }
+        let path = bed.path().to_owned();
+        drop(bed);
         assert!(!path.exists());
     }
 }
