@@ -24,9 +24,10 @@ use cgtproxy_tests::wire::Transport::Udp;
 use serde_json::json;
 
 const APP: &str = "app.slice/app-a.scope";
+/// With a grace that no test lives to see the end of.
 const OWN_TABLE: [&str; 2] = [
-    "own-table: true\ngrace-seconds: 2",
-    "own-table: false\ngrace-seconds: 2",
+    "own-table: true\ngrace-seconds: 600",
+    "own-table: false\ngrace-seconds: 600",
 ];
 
 fn take(session: &mut Session, user: &User) {
@@ -284,7 +285,8 @@ fn what_a_helper_with_another_mask_left_is_taken_over_whole() {
 fn what_a_killed_helper_left_goes_when_no_agent_comes_back() {
     sandbox(|sb| {
         for config in OWN_TABLE {
-            let config = format!("{config}\non-agent-loss: direct");
+            // Long enough to see that it was taken over.
+            let config = config.replace("600", "3") + "\non-agent-loss: direct";
             let mut helper = sb.helper().config(&config).start();
             let user = sb.user(1001);
             let app = user.cgroup(APP).app();

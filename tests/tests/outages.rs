@@ -458,7 +458,9 @@ fn backlog(sb: &Sandbox) -> u32 {
 #[test]
 fn a_grace_does_not_end_while_the_helper_can_not_be_reached() {
     sandbox(|sb| {
-        let helper = sb.helper().config("grace-seconds: 1").start();
+        const GRACE: Duration = Duration::from_secs(5);
+        let config = format!("grace-seconds: {}", GRACE.as_secs());
+        let helper = sb.helper().config(&config).start();
         let alice = sb.user(1001);
         let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
         let app = scope(&alice, "any").app();
@@ -477,7 +479,7 @@ fn a_grace_does_not_end_while_the_helper_can_not_be_reached() {
         next.send(&call);
         wait_until("it waits", || backlog(sb) == 1);
         // It is time that this is about.
-        std::thread::sleep(Duration::from_millis(1500));
+        std::thread::sleep(GRACE + Duration::from_millis(500));
         helper.signal(Signal::SIGCONT);
         let reply = next.receive().expect("a reply");
         assert_eq!(reply.get("error"), None, "{reply}");

@@ -40,7 +40,8 @@ fn a_second_agent_is_told_so() {
 #[test]
 fn its_end_removes_exactly_its_own_objects_after_the_grace() {
     sandbox(|sb| {
-        let _helper = sb.helper().config("grace-seconds: 1").start();
+        // Long enough to see it.
+        let _helper = sb.helper().config("grace-seconds: 5").start();
         let (user, other) = (sb.user(1001), sb.user(1002));
         let app = user.cgroup("app.slice/app-a.scope").app();
         let others_app = other.cgroup("app.slice/app-a.scope").app();
