@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
 use cgtproxy_tests::sandbox::{
-    App, MACHINE_V4, MACHINE_V6, Outcome, PORTS, Sandbox, direct, local, proxied, sandbox,
+    App, Element, MACHINE_V4, MACHINE_V6, Outcome, PORTS, Sandbox, direct, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
@@ -706,7 +706,12 @@ fn a_mark_that_an_application_sets_leads_into_nobodys_proxy() {
         );
         expect(sb, &app, |_, to| proxied("alice", to));
         let arrivals = proxy.arrivals().len();
+        // It is a mark that leads somewhere.
         let mark = FIRST_MARK;
+        let marks = sb.map_elements("marks");
+        let leads =
+            |e: &Element| e.key == mark.to_string() && e.verdict == "goto proxy-1001-mihomo";
+        assert!(marks.iter().any(leads), "{marks:?}");
         let strange = |app: &App, what: &str| {
             app.mark(mark);
             for to in sb.destinations() {
