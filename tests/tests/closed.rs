@@ -169,7 +169,7 @@ fn a_connection_that_was_held_is_made_when_it_is_released() {
         let early = user.cgroup("app.slice/app-direct.scope").app();
         let [to, other] = sb.destinations();
         assert_eq!(early.udp(other), Outcome::Forbidden);
-        sb.assert_nothing_left_for(to.ip());
+        sb.assert_nothing_left_for(other.ip());
         let tally = std::thread::scope(|scope| {
             let begun = Instant::now();
             let connecting = scope.spawn(|| early.burst(Transport::Tcp, to, 1));
@@ -178,6 +178,7 @@ fn a_connection_that_was_held_is_made_when_it_is_released() {
                 sb.run(&["ss", "-Htn", "state", "syn-sent"])
                     .contains(&PORTS[0].to_string())
             });
+            sb.assert_nothing_left_for(to.ip());
             kill(pid, Signal::SIGCONT).expect("it is there");
             let tally = connecting.join().expect("it ends");
             println!("a connection that was held took {:?}", begun.elapsed());
