@@ -292,11 +292,12 @@ async fn answers(socket: &UdpSocket, routes: &RefCell<HashMap<Option<SocketAddr>
     }
 }
 
-/// The association that the flows of one socket share, made by the first of them.
+/// The association that the flows of one socket share, made by the first of them. What comes of that holds for all who
+/// have waited: if each tried in its turn, a silent proxy would keep the last of them for as long as there are others.
 #[derive(Debug)]
 struct Slot {
     upstream: Rc<Upstream>,
-    association: OnceCell<Weak<Association>>,
+    association: OnceCell<Result<Weak<Association>, Error>>,
 }
 
 /// The associations of all sockets.
@@ -442,11 +443,10 @@ async fn shared(
         let slot = {
             let mut slots = slots.borrow_mut();
             let over = slots.get(&source).is_some_and(|slot| {
-                !Rc::ptr_eq(&slot.upstream, upstream)
-                    || slot
-                        .association
-                        .get()
-                        .is_some_and(|weak| alive(weak).is_none())
+                let opened = slot.association.get();
+                let is_alive =
+                    |opened: &Result<_, _>| opened.as_ref().is_ok_and(|a| alive(a).is_some());
+                !Rc::ptr_eq(&slot.upstream, upstream) || opened.is_some_and(|o| !is_alive(o))
             });
             if over {
                 slots.remove(&source);
@@ -461,14 +461,15 @@ async fn shared(
         };
         // Kept by whoever opens it until there is a flow that uses it.
         let mut opened = None;
-        let weak = slot
+        let result = slot
             .association
-            .get_or_try_init(|| async {
+            .get_or_init(|| async {
                 let association = Association::open(upstream).await?;
                 opened = Some(association.clone());
-                Ok::<_, Error>(Rc::downgrade(&association))
+                Ok(Rc::downgrade(&association))
             })
-            .await?;
+            .await;
+        let weak = result.as_ref().map_err(Clone::clone)?;
         if let Some(association) = opened.or_else(|| alive(weak)) {
             return Ok(association);
         }
@@ -478,10 +479,12 @@ async fn shared(
 /// Forgets the associations that nobody uses or waits for.
 fn forget(slots: &Slots) {
     slots.borrow_mut().retain(|_, slot| {
-        // Whoever waits for one that is not open has the slot too; when opening it has failed, nobody does.
-        let waited_for = Rc::strong_count(slot) > 1;
-        let association = slot.association.get();
-        association.map_or(waited_for, |a| a.strong_count() > 0)
+        match slot.association.get() {
+            Some(Ok(association)) => association.strong_count() > 0,
+            Some(Err(_)) => false,
+            // Whoever waits for it has the slot too.
+            None => Rc::strong_count(slot) > 1,
+        }
     });
 }
 
@@ -603,30 +606,61 @@ mod tests {
                 forget(&slots);
                 slots.borrow().len()
             };
-            // Two flows of one socket, of which the second one tries when the first one has failed.
-            let both = async {
-                let shared = || shared(&slots, source, &upstream);
-                tokio::join!(shared(), shared())
-            };
+            let open = || shared(&slots, source, &upstream);
+            // Two flows of one socket, which learn of one attempt.
             let attend = async {
-                drop(asked(&server).await);
+                let control = asked(&server).await;
+                assert_eq!(kept(), 1, "two wait");
+                drop(control);
+            };
+            let (first, second, ()) = tokio::join!(open(), open(), attend);
+            for failed in [first, second] {
+                assert!(matches!(failed, Err(Error::Ended)), "{failed:?}");
+            }
+            // Who comes afterwards begins anew, whether it has been forgotten meanwhile or not.
+            let attend = async {
                 let mut control = asked(&server).await;
-                assert_eq!(kept(), 1, "one waits");
                 let granted = [5, 0, 0, 1, 127, 0, 0, 1, 0, 9];
                 control.write_all(&granted).await.unwrap();
                 control
             };
-            let ((first, second), control) = tokio::join!(both, attend);
-            assert!(matches!(first, Err(Error::Ended)), "{first:?}");
+            let (third, fourth, control) = tokio::join!(open(), open(), attend);
+            let (third, fourth) = (third.unwrap(), fourth.unwrap());
+            assert!(Rc::ptr_eq(&third, &fourth), "one for both");
+            drop(third);
             assert_eq!(kept(), 1, "one is in use");
-            drop((second.unwrap(), control));
+            drop((fourth, control));
             assert_eq!(kept(), 0);
 
             let attend = async { drop(asked(&server).await) };
-            let (refused, ()) = tokio::join!(shared(&slots, source, &upstream), attend);
+            let (refused, ()) = tokio::join!(open(), attend);
             assert!(matches!(refused, Err(Error::Ended)), "{refused:?}");
             assert_eq!(kept(), 0, "nobody waits any more");
             assert_eq!(Rc::strong_count(&upstream), 1);
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn all_who_wait_for_a_silent_server_fail_when_the_first_does() {
+        let test = async {
+            // The kernel connects; nobody greets.
+            let (_server, upstream) = server().await;
+            let slots = Slots::default();
+            let source = "127.0.0.1:1".parse().unwrap();
+            let flows: Vec<_> = (0..50)
+                .map(|_| {
+                    let (slots, upstream) = (slots.clone(), upstream.clone());
+                    tokio::task::spawn_local(async move { shared(&slots, source, &upstream).await })
+                })
+                .collect();
+            let began = Instant::now();
+            for flow in flows {
+                let failed = flow.await.unwrap();
+                assert!(matches!(failed, Err(Error::Down(_))), "{failed:?}");
+            }
+            assert_eq!(began.elapsed().as_secs(), 10);
         };
         LocalSet::new().run_until(test).await;
     }

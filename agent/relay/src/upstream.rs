@@ -61,7 +61,7 @@ pub struct Upstream {
 }
 
 /// Why a connection was not carried on.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// The proxy is not there, or no proxy of its kind: nothing gets through.
     #[error("{0}")]
