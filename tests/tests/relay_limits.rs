@@ -2,13 +2,14 @@
 
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use cgtproxy_tests::agent::Agent;
-use cgtproxy_tests::relayed::{Relayed, config};
+use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, config};
 use cgtproxy_tests::sandbox::{App, INTERNET_V4, Outcome, Program, Sandbox, sandbox};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::{Afterwards, Speech};
+use serde_json::Value;
 
 /// What docs/how-it-works.md says that the relay's memory stays below, in KiB: without connections, and for each.
 const BASE: u64 = 16 * 1024;
@@ -184,5 +185,33 @@ fn connections_at_the_limit_whose_reader_is_stuck_stay_within_the_bound() {
         for ip in ips {
             sb.assert_nothing_left_for(ip);
         }
+    });
+}
+
+#[test]
+fn who_sends_to_the_relay_unasked_takes_neither_flows_nor_names_away() {
+    const LIMIT: u32 = 200;
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _server = sb.socks_server(SocketAddr::new(INTERNET_V4, 1080));
+        let bed = bed(sb, "socks5h://192.0.2.2:1080", LIMIT);
+        let [to, other] = sb.destinations();
+        let socket = bed.app.open_udp(to);
+        assert_from_the_internet(&Outcome::in_the_end(|| socket.ask()), to);
+        let status = bed.user.run("cgtproxy-agent", &["status", "--json"]);
+        let status: Value = serde_json::from_slice(&status.stdout).expect("JSON");
+        let port = status["relay"]["upstreams"][0]["port"].as_u64();
+        let port = port.and_then(|port| u16::try_from(port).ok());
+        // Another user, from more sockets than there may be flows.
+        let stranger = sb.user(1002).cgroup("app.slice/app-c.scope").app();
+        let relay = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port.expect("a port"));
+        stranger.send_datagrams(relay, 300, 1, 16);
+        let asked = bed.app.open_udp(other);
+        assert_from_the_internet(&Outcome::in_the_end(|| asked.ask()), other);
+        let server = format!("@{}", sb.fresh_v4());
+        let argv = ["dig", "+short", &server, "192-0-2-7.example", "A"];
+        let cgroup = bed.user.cgroup("app.slice/app-a.scope/dig");
+        let answer = bed.user.output(&cgroup, &argv);
+        assert!(answer.trim().parse::<IpAddr>().is_ok(), "{answer}");
     });
 }

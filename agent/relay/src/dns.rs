@@ -61,10 +61,10 @@ pub(crate) async fn run_udp(socket: Rc<UdpSocket>, entry: Rc<Entry>) {
             // Whoever sends to the port unasked would learn names, or use them up.
             if entry
                 .shared
-                .originals
+                .dns_originals
                 .find(listener, client)
                 .await
-                .is_none()
+                .is_err()
             {
                 return;
             }

@@ -7,6 +7,9 @@ use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::helper::{FindRedirected_Args, FindRedirected_Reply};
 use tokio::sync::Mutex;
 
+/// What the helper says of what nobody has redirected.
+const NOT_REDIRECTED: &str = "org.cgtproxy.Helper.NotRedirected";
+
 /// A connection to the helper, made when it is first needed.
 #[derive(Debug)]
 pub struct Originals {
@@ -21,6 +24,15 @@ pub(crate) struct Original {
     pub(crate) destination: SocketAddr,
 }
 
+/// Why nobody says that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unknown {
+    /// It was not redirected: somebody sends to the relay's own port.
+    NotRedirected,
+    /// The helper does not answer.
+    NoAnswer,
+}
+
 impl Originals {
     /// Asks the helper at this socket.
     #[must_use]
@@ -31,9 +43,20 @@ impl Originals {
         }
     }
 
-    /// Who sends what arrives at `listener` from `client`, and where to. None if nobody sent it here, or
-    /// the helper does not answer.
-    pub(crate) async fn find(&self, listener: SocketAddr, client: SocketAddr) -> Option<Original> {
+    /// The same over a connection of its own, so that neither waits for the other's questions.
+    pub(crate) fn another(&self) -> Self {
+        Self::new(self.socket.clone())
+    }
+
+    /// Who sends what arrives at `listener` from `client`, and where to.
+    ///
+    /// # Errors
+    /// If nobody sent it here, or the helper does not answer.
+    pub(crate) async fn find(
+        &self,
+        listener: SocketAddr,
+        client: SocketAddr,
+    ) -> Result<Original, Unknown> {
         let mut connection = self.client.lock().await;
         // A helper that was restarted has closed the connection.
         for _ in 0..2 {
@@ -44,7 +67,7 @@ impl Originals {
                     Ok(helper) => helper,
                     Err(error) => {
                         tracing::debug!("can't connect to the helper: {error}");
-                        return None;
+                        return Err(Unknown::NoAnswer);
                     }
                 },
             };
@@ -58,19 +81,23 @@ impl Originals {
             match answer {
                 Ok(reply) => {
                     *connection = Some(helper);
-                    return Some(Original {
-                        source: reply.source.parse().ok()?,
-                        destination: reply.destination.parse().ok()?,
+                    let address = |text: &str| text.parse().map_err(|_| Unknown::NoAnswer);
+                    return Ok(Original {
+                        source: address(&reply.source)?,
+                        destination: address(&reply.destination)?,
                     });
                 }
                 Err(CallError::Fault(fault)) => {
                     *connection = Some(helper);
                     tracing::debug!("a datagram from {client} has no known way: {}", fault.name);
-                    return None;
+                    return Err(match &*fault.name {
+                        NOT_REDIRECTED => Unknown::NotRedirected,
+                        _ => Unknown::NoAnswer,
+                    });
                 }
                 Err(error) => tracing::debug!("the helper does not answer: {error}"),
             }
         }
-        None
+        Err(Unknown::NoAnswer)
     }
 }

@@ -35,8 +35,13 @@ pub struct Shared {
     pub(crate) flows: Arc<Semaphore>,
     /// One permit for each byte of datagrams that wait for a proxy.
     pub(crate) waiting: Arc<Semaphore>,
+    /// One permit for each flow of which the helper may be asked at once. There are fewer than flows: whoever floods a
+    /// listener leaves room for those that are known.
+    pub(crate) lookups: Arc<Semaphore>,
     /// Where UDP was going.
     pub(crate) originals: Originals,
+    /// Where queries were going: they don't wait for the rest.
+    pub(crate) dns_originals: Originals,
     /// Addresses that stand for names.
     pub(crate) fakes: RefCell<Fakes>,
 }
@@ -50,6 +55,8 @@ impl Shared {
             connections: Arc::new(Semaphore::new(limit)),
             flows: Arc::new(Semaphore::new(limit)),
             waiting: Arc::new(Semaphore::new(udp::WAITING_BYTES)),
+            lookups: Arc::new(Semaphore::new(udp::LOOKUPS.min(limit.div_ceil(2)))),
+            dns_originals: originals.another(),
             originals,
             fakes: RefCell::new(fakes),
         }

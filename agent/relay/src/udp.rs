@@ -17,6 +17,7 @@ use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::original::Unknown;
 use crate::relay::Entry;
 use crate::socks;
 use crate::target::Target;
@@ -33,6 +34,9 @@ const FLOW_BYTES: usize = 2 * DATAGRAM;
 
 /// How many bytes the datagrams of all flows may have that wait.
 pub(crate) const WAITING_BYTES: usize = 8 << 20;
+
+/// Of how many flows the helper may be asked at once.
+pub(crate) const LOOKUPS: usize = 1024;
 
 /// What is counted for a datagram that waits, beside its bytes.
 const OVERHEAD: usize = 64;
@@ -303,10 +307,21 @@ struct Slot {
 /// The associations of all sockets.
 type Slots = Rc<RefCell<HashMap<SocketAddr, Rc<Slot>>>>;
 
+/// The flows of one listener, by the client that the kernel shows for each.
+type Flows = Rc<RefCell<HashMap<SocketAddr, Rc<Flow>>>>;
+
+/// Why a flow has not begun.
+enum NotBegun {
+    /// Nobody has redirected it.
+    Stranger,
+    /// The proxy does not take it, or the helper does not answer.
+    Failed,
+}
+
 /// Carries datagrams on until the proxy is gone.
 pub(crate) async fn run(listener: Rc<UdpSocket>, entry: Rc<Entry>) {
     let timeouts = Timeouts::load();
-    let mut flows: HashMap<SocketAddr, Rc<Flow>> = HashMap::new();
+    let flows = Flows::default();
     let slots = Slots::default();
     let mut sweep = interval(SWEEP);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -320,16 +335,16 @@ pub(crate) async fn run(listener: Rc<UdpSocket>, entry: Rc<Entry>) {
                 }
             }
             // Opening an association may take longer than the flow that wanted it lasts.
-            _ = sweep.tick(), if !flows.is_empty() || !slots.borrow().is_empty() => {
+            _ = sweep.tick(), if counted > 0 || !slots.borrow().is_empty() => {
                 let now = Instant::now();
-                flows.retain(|_, flow| flow.deadline.get() > now && !flow.is_dead());
+                flows.borrow_mut().retain(|_, flow| flow.deadline.get() > now && !flow.is_dead());
                 forget(&slots);
             }
             () = entry.gone.cancelled() => return,
         }
-        receive(&listener, &entry, timeouts, &mut flows, &slots);
+        receive(&listener, &entry, timeouts, &flows, &slots);
         let others = entry.flows.get().saturating_sub(counted);
-        counted = flows.len();
+        counted = flows.borrow().len();
         entry.flows.set(others + counted);
         tokio::task::coop::consume_budget().await;
     }
@@ -340,7 +355,7 @@ fn receive(
     listener: &Rc<UdpSocket>,
     entry: &Rc<Entry>,
     timeouts: Timeouts,
-    flows: &mut HashMap<SocketAddr, Rc<Flow>>,
+    flows: &Flows,
     slots: &Slots,
 ) {
     SHARED.with_borrow_mut(|buffer| {
@@ -348,7 +363,7 @@ fn receive(
             return;
         };
         let datagram = buffer.get(..length).unwrap_or_default();
-        let known = flows.get(&client);
+        let known = flows.borrow().get(&client).cloned();
         if let Some(flow) = known
             && flow.deadline.get() > Instant::now()
             && !flow.is_dead()
@@ -356,11 +371,15 @@ fn receive(
             flow.touch();
             return flow.send(datagram);
         }
-        flows.remove(&client);
-        let Ok(permit) = entry.shared.flows.clone().try_acquire_owned() else {
+        flows.borrow_mut().remove(&client);
+        let shared = &entry.shared;
+        let Ok(permit) = shared.flows.clone().try_acquire_owned() else {
             return;
         };
-        let mut waiting = Waiting::new(entry.shared.waiting.clone());
+        let Ok(lookup) = shared.lookups.clone().try_acquire_owned() else {
+            return;
+        };
+        let mut waiting = Waiting::new(shared.waiting.clone());
         waiting.push(datagram);
         let flow = Rc::new(Flow {
             timeouts,
@@ -370,33 +389,54 @@ fn receive(
             _permit: permit,
         });
         flow.touch();
-        flows.insert(client, flow.clone());
+        flows.borrow_mut().insert(client, flow.clone());
         let (listener, entry, slots) = (listener.clone(), entry.clone(), slots.clone());
+        // Flows end with their listener, whatever is still on its way for them.
+        let flows = Rc::downgrade(flows);
         tokio::task::spawn_local(async move {
-            if !begin(&flow, &listener, &entry, &slots, client).await {
-                *flow.state.borrow_mut() = State::Failed;
+            match begin(&flow, &listener, &entry, &slots, client, lookup).await {
+                Ok(()) => {}
+                // Another user may send any number of these, and takes nobody's room by that.
+                Err(NotBegun::Stranger) => {
+                    if let Some(flows) = flows.upgrade() {
+                        remove(&flows, client, &flow);
+                    }
+                }
+                Err(NotBegun::Failed) => *flow.state.borrow_mut() = State::Failed,
             }
         });
     });
 }
 
-/// Finds out where a flow goes, and gets it an association. Returns whether that worked.
+/// Forgets this flow, and not another one that has taken its place.
+fn remove(flows: &Flows, client: SocketAddr, flow: &Rc<Flow>) {
+    let mut flows = flows.borrow_mut();
+    if flows
+        .get(&client)
+        .is_some_and(|known| Rc::ptr_eq(known, flow))
+    {
+        flows.remove(&client);
+    }
+}
+
+/// Finds out where a flow goes, with a permit to ask for that, and gets it an association.
 async fn begin(
     flow: &Rc<Flow>,
     listener: &Rc<UdpSocket>,
     entry: &Rc<Entry>,
     slots: &Slots,
     client: SocketAddr,
-) -> bool {
-    let Ok(local) = listener.local_addr() else {
-        return false;
-    };
-    let Some(original) = entry.shared.originals.find(local, client).await else {
-        return false;
-    };
-    let Some(target) = entry.target(original.destination) else {
-        return false;
-    };
+    lookup: OwnedSemaphorePermit,
+) -> Result<(), NotBegun> {
+    let local = listener.local_addr().map_err(|_| NotBegun::Failed)?;
+    let found = entry.shared.originals.find(local, client).await;
+    drop(lookup);
+    let original = found.map_err(|unknown| match unknown {
+        Unknown::NotRedirected => NotBegun::Stranger,
+        Unknown::NoAnswer => NotBegun::Failed,
+    })?;
+    let target = entry.target(original.destination);
+    let target = target.ok_or(NotBegun::Failed)?;
     let upstream = entry.upstream();
     let began = Instant::now();
     let (associated, key) = match &target {
@@ -411,7 +451,7 @@ async fn begin(
         upstream.prepare();
     }
     let (Ok(association), Ok(header)) = (associated, socks::datagram_header(&target)) else {
-        return false;
+        return Err(NotBegun::Failed);
     };
     let route = Route {
         listener: listener.clone(),
@@ -429,7 +469,7 @@ async fn begin(
             flow.send(&datagram);
         }
     }
-    true
+    Ok(())
 }
 
 /// The association of one socket.
@@ -517,6 +557,118 @@ mod tests {
         control
     }
 
+    /// What a helper knows: where datagrams were sent, by the client that the kernel shows.
+    type Known = Rc<RefCell<HashMap<SocketAddr, SocketAddr>>>;
+
+    /// A helper that tells that.
+    fn helper(directory: &std::path::Path, known: &Known) -> Originals {
+        let path = directory.join("helper.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let known = known.clone();
+        tokio::task::spawn_local(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let known = known.clone();
+                tokio::task::spawn_local(async move {
+                    let mut call = Vec::new();
+                    while let Ok(byte) = stream.read_u8().await {
+                        if byte != 0 {
+                            call.push(byte);
+                            continue;
+                        }
+                        let asked: serde_json::Value =
+                            serde_json::from_slice(&std::mem::take(&mut call)).unwrap();
+                        let client = asked["parameters"]["client"].as_str().unwrap();
+                        let client: SocketAddr = client.parse().unwrap();
+                        let destination = known.borrow().get(&client).copied();
+                        let answer = match destination {
+                            Some(destination) => serde_json::json!({ "parameters": {
+                                "source": "192.0.2.9:9",
+                                "destination": destination.to_string(),
+                            }}),
+                            None => serde_json::json!({
+                                "error": "org.cgtproxy.Helper.NotRedirected",
+                                "parameters": {},
+                            }),
+                        };
+                        let answer = format!("{answer}\0");
+                        stream.write_all(answer.as_bytes()).await.unwrap();
+                    }
+                });
+            }
+        });
+        Originals::new(path)
+    }
+
+    /// A relay for that server, its listener, and a socket that is connected to it.
+    async fn bed(
+        limit: usize,
+        originals: Originals,
+        upstream: Upstream,
+    ) -> (Rc<Entry>, Rc<UdpSocket>, UdpSocket) {
+        let relay = Relay::new(Shared::new(limit, originals, Fakes::new(None)));
+        let wanted = Wanted {
+            upstream,
+            fake_dns: false,
+            no_ipv6: false,
+            preferred_port: None,
+        };
+        relay.configure(vec![wanted]).unwrap();
+        let entry = relay.entry("own").unwrap();
+        let listener = Rc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        let application = socket_to(&listener).await;
+        (entry, listener, application)
+    }
+
+    async fn socket_to(listener: &UdpSocket) -> UdpSocket {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let to = listener.local_addr().unwrap();
+        socket.connect(to).await.unwrap();
+        socket
+    }
+
+    const TIMEOUTS: Timeouts = Timeouts {
+        short: Duration::from_secs(30),
+        long: Duration::from_secs(120),
+    };
+
+    #[tokio::test]
+    async fn strangers_take_no_room_of_flows() {
+        const LIMIT: usize = 4;
+        let test = async {
+            let directory = tempfile::tempdir().unwrap();
+            let originals = helper(directory.path(), &Known::default());
+            let upstream = Upstream::new("own".into(), Protocol::Http, "there".into(), 1, None);
+            let (entry, listener, _) = bed(LIMIT, originals, upstream).await;
+            let (flows, slots) = (Flows::default(), Slots::default());
+            for _ in 0..3 * LIMIT {
+                let stranger = socket_to(&listener).await;
+                stranger.send(b"?").await.unwrap();
+                listener.readable().await.unwrap();
+                receive(&listener, &entry, TIMEOUTS, &flows, &slots);
+                assert_eq!(flows.borrow().len(), 1, "the helper is asked");
+                while !flows.borrow().is_empty() {
+                    tokio::task::yield_now().await;
+                }
+            }
+            assert_eq!(entry.shared.flows.available_permits(), LIMIT);
+            assert_eq!(entry.shared.lookups.available_permits(), LIMIT / 2);
+            assert_eq!(entry.shared.waiting.available_permits(), WAITING_BYTES);
+            // Nor do those of whom nothing is known yet take all of it.
+            let mut strangers = Vec::new();
+            for _ in 0..2 * LIMIT {
+                let stranger = socket_to(&listener).await;
+                stranger.send(b"?").await.unwrap();
+                strangers.push(stranger);
+            }
+            while flows.borrow().len() < LIMIT / 2 {
+                receive(&listener, &entry, TIMEOUTS, &flows, &slots);
+            }
+            receive(&listener, &entry, TIMEOUTS, &flows, &slots);
+            assert_eq!(flows.borrow().len(), LIMIT / 2);
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
     #[tokio::test]
     async fn the_first_datagram_of_an_association_is_sent() {
         let (server, upstream) = server().await;
@@ -551,38 +703,20 @@ mod tests {
     async fn one_that_failed_begins_anew_in_time_however_much_is_sent() {
         let test = async {
             let originals = Originals::new("/nonexistent".into());
-            let relay = Relay::new(Shared::new(1, originals, Fakes::new(None)));
             let upstream = Upstream::new("own".into(), Protocol::Http, "there".into(), 1, None);
-            let wanted = Wanted {
-                upstream,
-                fake_dns: false,
-                no_ipv6: false,
-                preferred_port: None,
-            };
-            relay.configure(vec![wanted]).unwrap();
-            let entry = relay.entry("own").unwrap();
-            let listener = Rc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
-            let application = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-            application
-                .connect(listener.local_addr().unwrap())
-                .await
-                .unwrap();
-            let timeouts = Timeouts {
-                short: Duration::from_secs(30),
-                long: Duration::from_secs(120),
-            };
-            let (mut flows, slots) = (HashMap::new(), Slots::default());
+            let (entry, listener, application) = bed(1, originals, upstream).await;
+            let (flows, slots) = (Flows::default(), Slots::default());
             let mut attempts: Vec<(u64, Weak<Flow>)> = Vec::new();
             for second in 0..90 {
                 application.send(b"are you there?").await.unwrap();
                 listener.readable().await.unwrap();
-                receive(&listener, &entry, timeouts, &mut flows, &slots);
-                let flow = flows.values().next().unwrap();
+                receive(&listener, &entry, TIMEOUTS, &flows, &slots);
+                let flow = flows.borrow().values().next().unwrap().clone();
                 if !attempts
                     .iter()
-                    .any(|(_, known)| known.as_ptr() == Rc::as_ptr(flow))
+                    .any(|(_, known)| known.as_ptr() == Rc::as_ptr(&flow))
                 {
-                    attempts.push((second, Rc::downgrade(flow)));
+                    attempts.push((second, Rc::downgrade(&flow)));
                 }
                 while matches!(*flow.state.borrow(), State::Waiting(_)) {
                     tokio::task::yield_now().await;
