@@ -17,7 +17,7 @@ use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::original::Unknown;
+use crate::original::{Original, Unknown};
 use crate::relay::Entry;
 use crate::socks;
 use crate::target::Target;
@@ -50,6 +50,10 @@ const STREAM: Duration = Duration::from_secs(3);
 
 /// How long before conntrack a flow is forgotten here: later the same client port may mean another one.
 const MARGIN: Duration = Duration::from_secs(2);
+
+/// How long the helper's word about a flow in use is good for. Whoever flushes conntrack (a firewall, an administrator)
+/// has the kernel choose anew which client port stands for which destination.
+const RECHECK: Duration = Duration::from_secs(10);
 
 /// How long to wait after receiving failed.
 const BACK_OFF: Duration = Duration::from_millis(50);
@@ -89,6 +93,10 @@ struct Flow {
     timeouts: Timeouts,
     state: RefCell<State>,
     first_answer: Cell<Option<Instant>>,
+    /// Whose it is and where it goes, once the helper has said so.
+    original: Cell<Option<Original>>,
+    /// When the helper was last asked.
+    asked: Cell<Instant>,
     /// When it is over, unless something happens.
     deadline: Cell<Instant>,
     _permit: OwnedSemaphorePermit,
@@ -189,7 +197,14 @@ impl Drop for Flow {
             association, key, ..
         } = &*self.state.borrow()
         {
-            association.routes.borrow_mut().remove(key);
+            // Its successor's way may be there by now.
+            let mut routes = association.routes.borrow_mut();
+            if routes
+                .get(key)
+                .is_some_and(|route| std::ptr::eq(route.flow.as_ptr(), self))
+            {
+                routes.remove(key);
+            }
         }
     }
 }
@@ -369,7 +384,8 @@ fn receive(
             && !flow.is_dead()
         {
             flow.touch();
-            return flow.send(datagram);
+            flow.send(datagram);
+            return recheck(flow, listener, entry, flows, client);
         }
         flows.borrow_mut().remove(&client);
         let shared = &entry.shared;
@@ -385,6 +401,8 @@ fn receive(
             timeouts,
             state: RefCell::new(State::Waiting(waiting)),
             first_answer: Cell::new(None),
+            original: Cell::new(None),
+            asked: Cell::new(Instant::now()),
             deadline: Cell::new(Instant::now()),
             _permit: permit,
         });
@@ -405,6 +423,39 @@ fn receive(
                 Err(NotBegun::Failed) => *flow.state.borrow_mut() = State::Failed,
             }
         });
+    });
+}
+
+/// Has the helper asked about a flow once more if that is due, and forgets the flow if it goes elsewhere now: the next
+/// datagram begins another one.
+fn recheck(
+    flow: Rc<Flow>,
+    listener: &Rc<UdpSocket>,
+    entry: &Rc<Entry>,
+    flows: &Flows,
+    client: SocketAddr,
+) {
+    let due = flow.asked.get().elapsed() >= RECHECK;
+    let Some(original) = flow.original.get().filter(|_| due) else {
+        return;
+    };
+    let lookup = entry.shared.lookups.clone().try_acquire_owned();
+    let (Ok(lookup), Ok(local)) = (lookup, listener.local_addr()) else {
+        return;
+    };
+    flow.asked.set(Instant::now());
+    let (entry, flows) = (entry.clone(), Rc::downgrade(flows));
+    tokio::task::spawn_local(async move {
+        let _lookup = lookup;
+        let found = entry.shared.originals.find(local, client).await;
+        // A helper that is away for a moment says nothing about it.
+        if found != Ok(original)
+            && found != Err(Unknown::NoAnswer)
+            && let Some(flows) = flows.upgrade()
+        {
+            tracing::debug!("{client} is another flow than it was");
+            remove(&flows, client, &flow);
+        }
     });
 }
 
@@ -435,6 +486,7 @@ async fn begin(
         Unknown::NotRedirected => NotBegun::Stranger,
         Unknown::NoAnswer => NotBegun::Failed,
     })?;
+    flow.original.set(Some(original));
     let target = entry.target(original.destination);
     let target = target.ok_or(NotBegun::Failed)?;
     let upstream = entry.upstream();
@@ -630,6 +682,92 @@ mod tests {
         short: Duration::from_secs(30),
         long: Duration::from_secs(120),
     };
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn a_flow_that_goes_elsewhere_now_begins_anew() {
+        let test = async {
+            let directory = tempfile::tempdir().unwrap();
+            let known = Known::default();
+            let originals = helper(directory.path(), &known);
+            let upstream = Upstream::new("own".into(), Protocol::Http, "there".into(), 1, None);
+            let (entry, listener, application) = bed(2, originals, upstream).await;
+            let client = application.local_addr().unwrap();
+            let (flows, slots) = (Flows::default(), Slots::default());
+            let say = |to: &str| known.borrow_mut().insert(client, to.parse().unwrap());
+            let flow = async || {
+                application.send(b"?").await.unwrap();
+                listener.readable().await.unwrap();
+                receive(&listener, &entry, TIMEOUTS, &flows, &slots);
+                while entry.shared.lookups.available_permits() < 1 {
+                    tokio::task::yield_now().await;
+                }
+                let flow = flows.borrow().get(&client).cloned();
+                flow.map(|flow| flow.original.get().unwrap().destination.to_string())
+            };
+            say("192.0.2.1:1");
+            assert_eq!(flow().await.as_deref(), Some("192.0.2.1:1"));
+            say("192.0.2.2:2");
+            assert_eq!(flow().await.as_deref(), Some("192.0.2.1:1"), "not yet");
+            tokio::time::advance(RECHECK).await;
+            assert_eq!(flow().await, None);
+            assert_eq!(flow().await.as_deref(), Some("192.0.2.2:2"));
+            // Without a change it stays.
+            let before = flows.borrow().get(&client).map(Rc::as_ptr);
+            tokio::time::advance(RECHECK).await;
+            assert_eq!(flow().await.as_deref(), Some("192.0.2.2:2"));
+            assert_eq!(flows.borrow().get(&client).map(Rc::as_ptr), before);
+            assert_eq!(entry.shared.flows.available_permits(), 1);
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn a_flow_that_ends_takes_only_its_own_way_along() {
+        let test = async {
+            let (server, upstream) = server().await;
+            let attend = async {
+                let mut control = asked(&server).await;
+                let granted = [5, 0, 0, 1, 127, 0, 0, 1, 0, 9];
+                control.write_all(&granted).await.unwrap();
+                control
+            };
+            let (association, _control) = tokio::join!(Association::open(&upstream), attend);
+            let association = association.unwrap();
+            let listener = Rc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+            let key = Some("192.0.2.1:1".parse().unwrap());
+            let permits = Arc::new(Semaphore::new(2));
+            let flow = || {
+                let flow = Rc::new(Flow {
+                    timeouts: TIMEOUTS,
+                    state: RefCell::new(State::Ready {
+                        association: association.clone(),
+                        header: Vec::new(),
+                        key,
+                    }),
+                    first_answer: Cell::new(None),
+                    original: Cell::new(None),
+                    asked: Cell::new(Instant::now()),
+                    deadline: Cell::new(Instant::now()),
+                    _permit: permits.clone().try_acquire_owned().unwrap(),
+                });
+                let route = Route {
+                    listener: listener.clone(),
+                    client: "127.0.0.1:1".parse().unwrap(),
+                    flow: Rc::downgrade(&flow),
+                };
+                association.routes.borrow_mut().insert(key, route);
+                flow
+            };
+            // The same destination, by another client port.
+            let (first, second) = (flow(), flow());
+            drop(first);
+            assert!(association.routes.borrow().contains_key(&key));
+            drop(second);
+            assert!(association.routes.borrow().is_empty());
+        };
+        LocalSet::new().run_until(test).await;
+    }
 
     #[tokio::test]
     async fn strangers_take_no_room_of_flows() {
