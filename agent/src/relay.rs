@@ -214,6 +214,7 @@ fn wanted(agent: &Agent) -> Configure_Args {
             password,
             fakeDns: *fake_dns,
             noIpv6: Some(proxy.no_ipv6),
+            noIpv4: Some(proxy.no_ipv4),
             preferredPort: match state.relay.port(proxy) {
                 0 => None,
                 port => Some(port.into()),

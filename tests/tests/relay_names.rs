@@ -34,6 +34,12 @@ impl Bed {
 
     /// With another line of configuration.
     fn with(sb: &Sandbox, line: &str) -> Self {
+        Self::of(sb, "", line)
+    }
+
+    /// With more options of the proxy's, and that.
+    fn of(sb: &Sandbox, options: &str, line: &str) -> Self {
+        let options = format!("upstream: 'socks5h://192.0.2.2:1080'{options}");
         sb.count_queries();
         let to = sb.destinations();
         let hosts = format!("{} {V4_NAME}\n{} {V6_NAME}\n", to[0].ip(), to[1].ip());
@@ -44,8 +50,7 @@ impl Bed {
         Self {
             _server: server,
             _helper: helper,
-            relayed: Relayed::builder(sb)
-                .start(&(config("upstream: 'socks5h://192.0.2.2:1080'") + line)),
+            relayed: Relayed::builder(sb).start(&(config(&options) + line)),
             to,
         }
     }
@@ -106,6 +111,31 @@ fn addresses_of_both_families_stand_for_a_name_and_no_query_leaves() {
         assert_eq!(other.udp(server), cgtproxy_tests::sandbox::direct(server));
         assert_eq!(sb.queries_left(), 1);
     });
+}
+
+/// With this option, a name has no address of one kind, and one of the other.
+fn left_out(option: &str, none: &str, some: &str) {
+    sandbox(|sb| {
+        let bed = Bed::of(sb, &format!(", {option}: true"), "");
+        let fake = bed.look_up(sb, V4_NAME, some);
+        assert_eq!(bed.tcp(fake), Outcome::Redirected { to: bed.to[0] });
+        let cgroup = bed.relayed.user.cgroup("app.slice/app-a.scope/dig");
+        for server in [sb.fresh_v4(), sb.fresh_v6()] {
+            let server = format!("@{server}");
+            let argv = ["dig", "+short", "+tries=1", &server, V4_NAME, none];
+            assert_eq!(bed.relayed.user.output(&cgroup, &argv), "");
+        }
+    });
+}
+
+#[test]
+fn with_ipv4_left_out_no_address_of_it_stands_for_a_name() {
+    left_out("no-ipv4", "A", "AAAA");
+}
+
+#[test]
+fn with_ipv6_left_out_no_address_of_it_stands_for_a_name() {
+    left_out("no-ipv6", "AAAA", "A");
 }
 
 #[test]

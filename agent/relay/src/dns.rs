@@ -32,6 +32,15 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 /// How many queries may wait for the helper at once.
 const WAITING: usize = 256;
 
+/// Families of addresses that a proxy leaves out: one that stood for a name would lead past the proxy, and to nobody.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LeftOut {
+    /// IPv4.
+    pub ipv4: bool,
+    /// IPv6.
+    pub ipv6: bool,
+}
+
 /// Answers queries over UDP until the proxy is gone.
 pub(crate) async fn run_udp(socket: Rc<UdpSocket>, entry: Rc<Entry>) {
     let waiting = std::sync::Arc::new(tokio::sync::Semaphore::new(WAITING));
@@ -136,12 +145,12 @@ fn answer_for(entry: &Entry, query: &[u8]) -> Option<Vec<u8>> {
     answer(
         query,
         &mut entry.shared.fakes.borrow_mut(),
-        entry.no_ipv6.get(),
+        entry.left_out.get(),
     )
 }
 
 /// The answer to a query; none if there is nothing to say to that.
-pub(crate) fn answer(query: &[u8], fakes: &mut Fakes, no_ipv6: bool) -> Option<Vec<u8>> {
+pub(crate) fn answer(query: &[u8], fakes: &mut Fakes, left_out: LeftOut) -> Option<Vec<u8>> {
     let parsed = Packet::parse(query);
     let Ok(query) = parsed else {
         // An answer to what can't be read needs its number at least.
@@ -168,7 +177,7 @@ pub(crate) fn answer(query: &[u8], fakes: &mut Fakes, no_ipv6: bool) -> Option<V
         return answer.build_bytes_vec().ok();
     }
     let name = question.qname.to_string();
-    match records(&name, question.qtype, fakes, no_ipv6) {
+    match records(&name, question.qtype, fakes, left_out) {
         Some(records) => {
             let record = |rdata| ResourceRecord::new(question.qname.clone(), CLASS::IN, TTL, rdata);
             answer.answers = records.into_iter().map(record).collect();
@@ -183,7 +192,7 @@ fn records(
     name: &str,
     kind: QTYPE,
     fakes: &mut Fakes,
-    no_ipv6: bool,
+    left_out: LeftOut,
 ) -> Option<Vec<RData<'static>>> {
     let wants = |this| kind == QTYPE::TYPE(this) || kind == QTYPE::ANY;
     let lower = name.to_ascii_lowercase();
@@ -196,18 +205,21 @@ fn records(
         });
     }
     // RFC 6761, 6.3: it never means another machine.
-    let (ipv4, ipv6) = match lower == "localhost" || lower.ends_with(".localhost") {
-        true => (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST),
+    let ((ipv4, ipv6), left_out) = match lower == "localhost" || lower.ends_with(".localhost") {
+        true => {
+            let addresses = (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST);
+            (addresses, LeftOut::default())
+        }
         false => {
             let number = fakes.number(name)?;
-            fakes.addresses(number)
+            (fakes.addresses(number), left_out)
         }
     };
     let mut records = Vec::new();
-    if wants(TYPE::A) {
+    if wants(TYPE::A) && !left_out.ipv4 {
         records.push(RData::A(A::from(ipv4)));
     }
-    if wants(TYPE::AAAA) && !no_ipv6 {
+    if wants(TYPE::AAAA) && !left_out.ipv6 {
         records.push(RData::AAAA(AAAA::from(ipv6)));
     }
     Some(records)
@@ -243,13 +255,20 @@ mod tests {
     use proptest::prelude::*;
     use simple_dns::{QCLASS, Question};
 
-    fn ask(fakes: &mut Fakes, name: &str, kind: TYPE, no_ipv6: bool) -> (RCODE, Vec<IpAddr>) {
+    /// Nothing is left out.
+    const ALL: LeftOut = left_out(false, false);
+
+    const fn left_out(ipv4: bool, ipv6: bool) -> LeftOut {
+        LeftOut { ipv4, ipv6 }
+    }
+
+    fn ask(fakes: &mut Fakes, name: &str, kind: TYPE, left_out: LeftOut) -> (RCODE, Vec<IpAddr>) {
         let mut query = Packet::new_query(7);
         let qname = Name::new_unchecked(name);
         let question = Question::new(qname, kind.into(), QCLASS::CLASS(CLASS::IN), false);
         query.questions.push(question);
         let bytes = query.build_bytes_vec().unwrap();
-        let answer = answer(&bytes, fakes, no_ipv6).unwrap();
+        let answer = answer(&bytes, fakes, left_out).unwrap();
         let answer = Packet::parse(&answer).unwrap();
         assert_eq!((answer.id(), answer.questions.len()), (7, 1));
         let address = |record: &ResourceRecord<'_>| match &record.rdata {
@@ -264,20 +283,26 @@ mod tests {
     #[test]
     fn names_have_one_address_of_each_family() {
         let mut fakes = Fakes::new(None);
-        let (_, v4) = ask(&mut fakes, "example.org", TYPE::A, false);
-        let (_, v6) = ask(&mut fakes, "example.org", TYPE::AAAA, false);
+        let (_, v4) = ask(&mut fakes, "example.org", TYPE::A, ALL);
+        let (_, v6) = ask(&mut fakes, "example.org", TYPE::AAAA, ALL);
         let number = fakes.number("example.org").unwrap();
         let (ipv4, ipv6) = fakes.addresses(number);
         assert_eq!(v4, [IpAddr::from(ipv4)]);
         assert_eq!(v6, [IpAddr::from(ipv6)]);
         let nothing = (RCODE::NoError, Vec::new());
-        assert_eq!(ask(&mut fakes, "example.org", TYPE::AAAA, true), nothing);
-        assert_eq!(ask(&mut fakes, "example.org", TYPE::MX, false), nothing);
-        let local = ask(&mut fakes, "a.localhost", TYPE::A, false);
+        let (no_ipv4, no_ipv6) = (left_out(true, false), left_out(false, true));
+        for (kind, family, other) in [(TYPE::A, no_ipv4, no_ipv6), (TYPE::AAAA, no_ipv6, no_ipv4)] {
+            assert_eq!(ask(&mut fakes, "example.org", kind, family), nothing);
+            assert_eq!(ask(&mut fakes, "example.org", kind, other).1.len(), 1);
+            // No proxy has anything to do with it.
+            assert_eq!(ask(&mut fakes, "localhost", kind, family).1.len(), 1);
+        }
+        assert_eq!(ask(&mut fakes, "example.org", TYPE::MX, ALL), nothing);
+        let local = ask(&mut fakes, "a.localhost", TYPE::A, ALL);
         assert_eq!(local.1, [IpAddr::from(Ipv4Addr::LOCALHOST)]);
         let missing = (RCODE::NameError, Vec::new());
         for name in ["1.2.0.192.in-addr.arpa", "x.ip6.arpa", "a b.org"] {
-            assert_eq!(ask(&mut fakes, name, TYPE::PTR, false), missing, "{name}");
+            assert_eq!(ask(&mut fakes, name, TYPE::PTR, ALL), missing, "{name}");
         }
     }
 
@@ -295,7 +320,7 @@ mod tests {
             (format!("{}.ip6.arpa", nibbles.join(".")), ipv6.into()),
         ] {
             assert_eq!(reverse(&name), Some(address));
-            let records = records(&name, TYPE::PTR.into(), &mut fakes, false).unwrap();
+            let records = records(&name, TYPE::PTR.into(), &mut fakes, ALL).unwrap();
             let [RData::PTR(PTR(pointer))] = records.as_slice() else {
                 panic!("{records:?}");
             };
@@ -306,20 +331,20 @@ mod tests {
     #[test]
     fn nonsense_is_answered_once_at_most() {
         let mut fakes = Fakes::new(None);
-        assert_eq!(answer(b"", &mut fakes, false), None);
-        assert_eq!(answer(b"x", &mut fakes, false), None);
-        let refused = answer(b"ab\x01", &mut fakes, false).unwrap();
+        assert_eq!(answer(b"", &mut fakes, ALL), None);
+        assert_eq!(answer(b"x", &mut fakes, ALL), None);
+        let refused = answer(b"ab\x01", &mut fakes, ALL).unwrap();
         let refused = Packet::parse(&refused).unwrap();
         assert_eq!(refused.rcode(), RCODE::FormatError);
         let reply = Packet::new_reply(1).build_bytes_vec().unwrap();
-        assert_eq!(answer(&reply, &mut fakes, false), None);
+        assert_eq!(answer(&reply, &mut fakes, ALL), None);
     }
 
     proptest! {
         #[test]
         fn no_query_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut fakes = Fakes::new(None);
-            let _ = answer(&bytes, &mut fakes, false);
+            let _ = answer(&bytes, &mut fakes, ALL);
             let _ = reverse(&String::from_utf8_lossy(&bytes));
         }
     }

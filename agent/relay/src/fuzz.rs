@@ -71,8 +71,9 @@ pub fn http(bytes: &[u8]) {
 /// A DNS query of an application's. What is answered can be read, and bears the query's number.
 pub fn dns(bytes: &[u8]) {
     let mut fakes = Fakes::new(None);
-    for no_ipv6 in [false, true] {
-        if let Some(answer) = dns::answer(bytes, &mut fakes, no_ipv6) {
+    for ipv6 in [false, true] {
+        let left_out = dns::LeftOut { ipv4: !ipv6, ipv6 };
+        if let Some(answer) = dns::answer(bytes, &mut fakes, left_out) {
             assert_eq!(answer.get(..2), bytes.get(..2));
             assert!(simple_dns::Packet::parse(&answer).is_ok());
         }

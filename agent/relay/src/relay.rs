@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::dns::LeftOut;
 use crate::fake::Fakes;
 use crate::original::Originals;
 use crate::target::Target;
@@ -68,8 +69,8 @@ impl Shared {
 pub struct Entry {
     /// Replaced when the configuration is.
     upstream: RefCell<Rc<Upstream>>,
-    /// No addresses of IPv6 stand for names.
-    pub(crate) no_ipv6: Cell<bool>,
+    /// Of which families no addresses stand for names.
+    pub(crate) left_out: Cell<LeftOut>,
     port: u16,
     dns_port: Option<u16>,
     pub(crate) shared: Rc<Shared>,
@@ -195,8 +196,8 @@ pub struct Wanted {
     pub upstream: Upstream,
     /// DNS queries are answered with addresses that stand for names.
     pub fake_dns: bool,
-    /// But none of IPv6.
-    pub no_ipv6: bool,
+    /// But none of these.
+    pub left_out: LeftOut,
     /// The port it was listened on for before.
     pub preferred_port: Option<u16>,
 }
@@ -275,7 +276,7 @@ impl Relay {
                 *entry.problem.borrow_mut() = None;
                 *entry.udp_problem.borrow_mut() = None;
             }
-            entry.no_ipv6.set(wanted.no_ipv6);
+            entry.left_out.set(wanted.left_out);
             let name = entry.upstream.borrow().name.clone();
             next.insert(name, entry);
         }
@@ -283,7 +284,7 @@ impl Relay {
             let name = wanted.upstream.name.clone();
             let entry = Rc::new(Entry {
                 upstream: RefCell::new(Rc::new(wanted.upstream)),
-                no_ipv6: Cell::new(wanted.no_ipv6),
+                left_out: Cell::new(wanted.left_out),
                 port: sockets.port,
                 dns_port: dns.as_ref().map(|sockets| sockets.port),
                 shared: self.shared.clone(),

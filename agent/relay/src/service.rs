@@ -17,6 +17,7 @@ use serde_json::json;
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, Semaphore};
 
+use crate::dns::LeftOut;
 use crate::fake::Networks;
 use crate::relay::{Relay, Wanted};
 use crate::socks::{Credentials, FIELD_BYTES};
@@ -210,7 +211,10 @@ fn wanted(upstream: wire::Upstream) -> Result<Wanted, &'static str> {
             credentials,
         ),
         fake_dns: upstream.fakeDns,
-        no_ipv6: upstream.noIpv6.unwrap_or(false),
+        left_out: LeftOut {
+            ipv4: upstream.noIpv4.unwrap_or(false),
+            ipv6: upstream.noIpv6.unwrap_or(false),
+        },
         preferred_port: preferred_port.transpose()?,
     })
 }

@@ -583,6 +583,7 @@ fn forget(slots: &Slots) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dns::LeftOut;
     use crate::fake::Fakes;
     use crate::original::Originals;
     use crate::relay::{Relay, Shared, Wanted};
@@ -661,7 +662,7 @@ mod tests {
         let wanted = Wanted {
             upstream,
             fake_dns: false,
-            no_ipv6: false,
+            left_out: LeftOut::default(),
             preferred_port: None,
         };
         relay.configure(vec![wanted]).unwrap();

@@ -15,6 +15,16 @@ const DEFAULT: [(IpAddr, u8); 2] = [
     (IpAddr::V6(Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0)), 48),
 ];
 
+/// What no proxy takes: this machine, the link, and what is no one's address.
+const LEFT_OUT: [(IpAddr, u8); 6] = [
+    (IpAddr::V4(Ipv4Addr::new(127, 0, 0, 0)), 8),
+    (IpAddr::V4(Ipv4Addr::new(224, 0, 0, 0)), 4),
+    (IpAddr::V4(Ipv4Addr::BROADCAST), 32),
+    (IpAddr::V6(Ipv6Addr::LOCALHOST), 128),
+    (IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0)), 10),
+    (IpAddr::V6(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0)), 8),
+];
+
 impl Reader<'_> {
     /// A network of each family, or one of them.
     pub(super) fn fake_addresses(&mut self, node: &Node) -> FakeAddresses {
@@ -42,6 +52,18 @@ impl Reader<'_> {
                     Some("write one like '198.18.0.0/15' or '2001:2::/48'".into());
                 continue;
             };
+            let left_out = LEFT_OUT
+                .into_iter()
+                .find(|&(address, prefix)| network.overlaps(address, prefix));
+            if let Some((address, prefix)) = left_out {
+                let message = format!(
+                    "'fake-addresses' has {network}, but no proxy gets what goes to {address}/{prefix}"
+                );
+                self.error(item.place, message).help = Some(
+                    "choose one that nobody uses, like '198.18.0.0/15' or '2001:2::/48'".into(),
+                );
+                continue;
+            }
             let second = match network.address() {
                 IpAddr::V4(_) => networks.ipv4.replace(network).is_some(),
                 IpAddr::V6(_) => networks.ipv6.replace(network).is_some(),

@@ -253,6 +253,55 @@ fn warns_of_proxies_that_nothing_uses() {
 }
 
 #[test]
+fn what_no_proxy_gets_stands_for_no_name() {
+    let error = |column, network, left_out| {
+        format!(
+            "error 2:{column}: 'fake-addresses' has {network}, but no proxy gets what goes to {left_out}; \
+             choose one that nobody uses, like '198.18.0.0/15' or '2001:2::/48'"
+        )
+    };
+    for (text, network, left_out) in [
+        ("127.8.0.0/16", "127.8.0.0/16", "127.0.0.0/8"),
+        ("230.0.0.0/8", "230.0.0.0/8", "224.0.0.0/4"),
+        (
+            "255.255.255.252/30",
+            "255.255.255.252/30",
+            "255.255.255.255/32",
+        ),
+        ("'fe80::/64'", "fe80::/64", "fe80::/10"),
+        ("'ff05::/64'", "ff05::/64", "ff00::/8"),
+        ("'::/96'", "::/96", "::1/128"),
+    ] {
+        let text = format!("version: 1\nfake-addresses: {text}\n");
+        assert_eq!(found(&text), [error(17, network, left_out)]);
+    }
+    let right = "version: 1\nfake-addresses: [10.99.0.0/16, 'fd00:99::/64']\n";
+    assert_eq!(found(right), [""; 0]);
+}
+
+#[test]
+fn warns_of_names_whose_addresses_lead_past_the_proxy() {
+    let text = |options| {
+        format!("version: 1\nproxies:\n  a: {{upstream: 'socks5h://192.0.2.1'{options}}}\n")
+    };
+    let warning = |transport, key| {
+        format!(
+            "warning 3:6: {transport} to names reaches nobody: proxy 'a' looks them up and leaves it out; \
+             remove '{key}', or write 'dns-hijack: false' to look names up here"
+        )
+    };
+    for (options, expected) in [
+        (", no-udp: true", vec![warning("UDP", "no-udp")]),
+        (", no-tcp: true", vec![warning("TCP", "no-tcp")]),
+        (", no-udp: true, dns-hijack: false", vec![]),
+        (", no-ipv4: true", vec![]),
+        ("", vec![]),
+    ] {
+        assert_eq!(found(&text(options)), expected, "{options}");
+    }
+}
+
+#[test]
 fn an_empty_or_cut_off_file_is_not_a_configuration() {
     for text in [
         "",

@@ -180,10 +180,26 @@ impl Reader<'_> {
                 };
                 let default =
                     |upstream: &Upstream| hijack.is_none() && upstream.scheme != Scheme::Socks5;
-                upstream.map(|upstream| Means::Relay {
+                let means = upstream.map(|upstream| Means::Relay {
                     fake_dns: fake_dns.unwrap_or_else(|| default(&upstream)),
                     upstream,
-                })
+                });
+                let left_out = match (no_tcp, no_udp) {
+                    (false, true) => Some(("UDP", "no-udp")),
+                    (true, false) => Some(("TCP", "no-tcp")),
+                    _ => None,
+                };
+                if let Some(Means::Relay { fake_dns: true, .. }) = &means
+                    && let Some((transport, key)) = left_out
+                {
+                    let message = format!(
+                        "{transport} to names reaches nobody: {what} looks them up and leaves it out"
+                    );
+                    self.warning(node.place, message).help = Some(format!(
+                        "remove '{key}', or write 'dns-hijack: false' to look names up here"
+                    ));
+                }
+                means
             }
             Section::Tproxies | Section::Redirects => {
                 let port = match entries.get("port") {
