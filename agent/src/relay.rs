@@ -24,11 +24,13 @@ const RECONNECT: (Duration, Duration) = (Duration::from_millis(20), Duration::fr
 /// How long the relay may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Where the relay listens for each proxy, and where it answers DNS queries.
+type Ports = BTreeMap<String, (u16, Option<u16>)>;
+
 /// What is known of the relay.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Relay {
-    /// Where it listens for each proxy, and where it answers DNS queries.
-    ports: BTreeMap<String, (u16, Option<u16>)>,
+    ports: Ports,
     /// Why it can't be told what to do.
     pub problem: Option<String>,
 }
@@ -130,11 +132,11 @@ async fn converse(
     agent: &Agent,
     client: &mut Client,
     changes: &mut tokio::sync::watch::Receiver<()>,
-    mut wanted: Configure_Args,
+    mut told: Configure_Args,
 ) -> (Option<String>, bool) {
     let mut configured = false;
     loop {
-        let call = client.call("org.cgtproxy.Relay.Configure", &wanted);
+        let call = client.call("org.cgtproxy.Relay.Configure", &told);
         let reply: Configure_Reply = match timeout(PATIENCE, call).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(error)) => return (Some(lost(&error)), configured),
@@ -144,28 +146,32 @@ async fn converse(
         let port = |number| u16::try_from(number).unwrap_or(0);
         let listeners = reply.listeners.into_iter();
         let ports = listeners.map(|l| (l.name, (port(l.port), l.dnsPort.map(port))));
+        let ports: Ports = ports.collect();
+        // It need not be told of the ports that it listens on from now on. Whatever else differs has come while it was
+        // being told.
+        for upstream in &mut told.upstreams {
+            upstream.preferredPort = preferred(&ports, &upstream.name);
+        }
         settle(
             agent,
             Relay {
-                ports: ports.collect(),
+                ports,
                 problem: None,
             },
         );
-        // With the ports that it prefers from now on.
-        wanted = self::wanted(agent);
         loop {
+            let now = wanted(agent);
+            if now.upstreams.is_empty() {
+                return (None, configured);
+            }
+            if now != told {
+                told = now;
+                break;
+            }
             tokio::select! {
                 changed = changes.changed() => {
                     if changed.is_err() {
                         return (None, configured);
-                    }
-                    let now = self::wanted(agent);
-                    if now.upstreams.is_empty() {
-                        return (None, configured);
-                    }
-                    if now != wanted {
-                        wanted = now;
-                        break;
                     }
                 }
                 () = client.closed() => {
@@ -215,10 +221,7 @@ fn wanted(agent: &Agent) -> Configure_Args {
             fakeDns: *fake_dns,
             noIpv6: Some(proxy.no_ipv6),
             noIpv4: Some(proxy.no_ipv4),
-            preferredPort: match state.relay.port(proxy) {
-                0 => None,
-                port => Some(port.into()),
-            },
+            preferredPort: preferred(&state.relay.ports, proxy.name.as_str()),
         })
     });
     let text = |network: Option<Network>| network.map(|network| network.to_string());
@@ -227,6 +230,12 @@ fn wanted(agent: &Agent) -> Configure_Args {
         fakeIpv4: text(config.fake_addresses.ipv4),
         fakeIpv6: text(config.fake_addresses.ipv6),
     }
+}
+
+/// The port that the relay is to take for a proxy again, if it has had one.
+fn preferred(ports: &Ports, proxy: &str) -> Option<i64> {
+    let (port, _) = ports.get(proxy)?;
+    (*port != 0).then(|| (*port).into())
 }
 
 fn unreachable(socket: &Path, error: &io::Error) -> String {

@@ -1,0 +1,100 @@
+//! What the relay is told. That it does it is shown by its own tests.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use serde_json::{Value, json};
+
+use crate::fake::{PATIENCE, fault};
+use crate::world::World;
+
+/// The port that the relay listens on for its first proxy.
+const PORT: u16 = 20_000;
+
+/// A relay that only writes down what it is told, and answers when it is let.
+struct Relay {
+    told: Receiver<Value>,
+    answers: Sender<()>,
+}
+
+impl Relay {
+    fn start(world: &World) -> Self {
+        let socket = world.path().join("run/cgtproxy-relay.sock");
+        let listener = UnixListener::bind(socket).unwrap();
+        let (tell, told) = channel();
+        let (answers, answered) = channel();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                let mut writer = stream.try_clone().unwrap();
+                for message in BufReader::new(stream).split(0).map_while(Result::ok) {
+                    let call: Value = serde_json::from_slice(&message).unwrap();
+                    let call = call["parameters"].clone();
+                    let upstreams = call["upstreams"].as_array().unwrap();
+                    let listeners: Vec<_> = (PORT..)
+                        .zip(upstreams)
+                        .map(|(port, u)| json!({ "name": u["name"], "port": port }))
+                        .collect();
+                    if tell.send(call).is_err() || answered.recv().is_err() {
+                        return;
+                    }
+                    let reply = json!({ "parameters": { "listeners": listeners } });
+                    let reply = [reply.to_string().as_bytes(), b"\0"].concat();
+                    if writer.write_all(&reply).is_err() {
+                        break;
+                    }
+                }
+            }
+        });
+        Self { told, answers }
+    }
+
+    /// The host and the preferred port of the proxy that it is told of next.
+    fn is_told(&self) -> (String, Option<u64>) {
+        let call = self.told.recv_timeout(PATIENCE).expect("it is told");
+        let upstream = &call["upstreams"][0];
+        let host = upstream["host"].as_str().unwrap().to_owned();
+        (host, upstream["preferredPort"].as_u64())
+    }
+
+    fn answer(&self) {
+        self.answers.send(()).unwrap();
+    }
+}
+
+fn config(host: &str) -> String {
+    format!("version: 1\nproxies: {{there: {{upstream: 'socks5h://{host}:1080'}}}}\n")
+}
+
+#[test]
+fn is_told_of_what_comes_while_it_is_being_told() {
+    let mut world = World::new(&config("one"));
+    let relay = Relay::start(&world);
+    world.helper.start();
+    let mut agent = world.agent();
+    assert_eq!(relay.is_told(), ("one".into(), None));
+    world.write(&config("two"));
+    agent.says("loaded ");
+    relay.answer();
+    assert_eq!(relay.is_told(), ("two".into(), Some(PORT.into())));
+    relay.answer();
+    world.notified("READY=1");
+}
+
+#[test]
+fn is_told_of_the_old_one_when_the_helper_refuses_the_new_one() {
+    let mut world = World::new(&config("one"));
+    let relay = Relay::start(&world);
+    world.helper.start();
+    let mut agent = world.agent();
+    relay.is_told();
+    relay.answer();
+    world.notified("READY=1");
+    let refusal = fault("TooManyProxies", json!({ "limit": 0 }));
+    world.helper.books().faults.push_back(refusal);
+    world.write(&config("two"));
+    assert_eq!(relay.is_told(), ("two".into(), Some(PORT.into())));
+    agent.says("the old configuration stays");
+    relay.answer();
+    assert_eq!(relay.is_told(), ("one".into(), Some(PORT.into())));
+}
