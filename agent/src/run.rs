@@ -114,7 +114,7 @@ async fn serve(options: Options) -> Result<(), Error> {
     tokio::select! {
         // In this order: the session tells of what the sources have just found.
         biased;
-        ended = sources.run(&watcher, &agent) => ended?,
+        () = sources.run(&watcher, &agent) => {}
         ended = &mut session => return ended.map_err(Error::Session),
         () = relay::run(&agent, &options.relay) => {}
         ended = reload::run(loader, &agent, &watcher, hangup) => ended.map_err(Error::Start)?,

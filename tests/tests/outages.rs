@@ -493,19 +493,12 @@ fn a_grace_does_not_end_while_the_helper_can_not_be_reached() {
 
 /// Lets a daemon of this uid have so many more files open than it has, and no more.
 fn leave_descriptors(sb: &Sandbox, daemon: &Service, uid: u32, more: usize) {
-    let open = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("it runs");
-    let open: Vec<usize> = open
-        .flatten()
-        .filter_map(|fd| fd.file_name().to_str()?.parse().ok())
-        .collect();
-    // New ones get the lowest numbers that are free, and the limit is one of numbers.
-    let mut free = (0..).filter(|number| !open.contains(number));
-    let limit = free.nth(more).expect("there are many");
+    let limit = daemon.descriptors_and(more);
     set_descriptors(sb, daemon, uid, limit);
 }
 
 /// By the daemon's own user: nobody needs a capability for that.
-fn set_descriptors(sb: &Sandbox, daemon: &Service, uid: u32, limit: usize) {
+fn set_descriptors(sb: &Sandbox, daemon: &Service, uid: u32, limit: u64) {
     let (pid, uid) = (daemon.pid().to_string(), uid.to_string());
     let user = [
         "setpriv",
@@ -609,7 +602,7 @@ fn both_daemons_without_descriptors_forget_nothing() {
         let traffic = Steady::start(sb, &app);
         for round in 0..2 {
             set_descriptors(sb, &helper, HELPER_UID, 3);
-            let of_agent = service.limit_descriptors(service.open_descriptors());
+            let of_agent = service.limit_descriptors(service.descriptors_and(0));
             scope(&alice, "tracker-early").remove();
             let late: Vec<_> = ["early", "late", "later"]
                 .map(|name| scope(&alice, &format!("tracker-{name}")))

@@ -191,7 +191,8 @@ fn without_descriptors_to_spare_nothing_is_forgotten() {
         let service = alice.agent(DROP_EACH).start();
         let mut agent = Agent::of(&alice);
         agent.status();
-        let usual = service.limit_descriptors(service.open_descriptors());
+        let open = service.descriptors();
+        let usual = service.limit_descriptors(service.descriptors_and(0));
         // What is made at once with what is in it has to be listed.
         in_slice(
             &alice,
@@ -203,6 +204,17 @@ fn without_descriptors_to_spare_nothing_is_forgotten() {
                 "mkdir -p n.slice/o.slice/app-4.scope; rmdir -p n.slice/o.slice/app-4.scope",
             );
         }
+        // What needs no descriptor is done first.
+        let app = alice.cgroup("app.slice/app-3.scope").id();
+        wait_until("the one that was seen is in the kernel", || {
+            mapped_ids(sb, 1001) == [app]
+        });
+        wait_until("nothing is to be done but to list", || {
+            let groups = agent.status()["controlGroups"].clone();
+            let groups = groups.as_array().expect("a list").clone();
+            groups.iter().all(|group| group["inForce"] == true)
+        });
+        assert_eq!(service.descriptors(), open);
         // Who is connected is served, who comes later waits, and that is said once.
         let mut later = Agent::of(&alice);
         service.wait_log("can't accept connections");

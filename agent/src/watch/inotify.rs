@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -46,9 +46,49 @@ pub struct Event {
 pub struct Events {
     inotify: Inotify,
     buffer: Vec<u8>,
-    /// A copy of the descriptor with which the runtime waits for them, as for what is in a pipe; none while they are
-    /// left where they are.
-    waiting: Option<Receiver>,
+    waiting: Waiting,
+}
+
+/// A copy of the descriptor, with which the runtime waits for events, as for what is in a pipe. It is kept while nobody
+/// waits: whoever gave it back would be without one if somebody else took the last one there is.
+#[derive(Debug)]
+enum Waiting {
+    /// The runtime waits.
+    Runtime(Receiver),
+    /// Nobody does: events are left where they are.
+    Nobody(OwnedFd),
+    /// The runtime could not be told to wait, or not to, and the copy is gone.
+    Lost,
+}
+
+impl Waiting {
+    /// Has the runtime wait for what can be read.
+    fn wait(&mut self, inotify: &Inotify) -> io::Result<&mut Receiver> {
+        let copy = match std::mem::replace(self, Self::Lost) {
+            Self::Runtime(waiting) => {
+                *self = Self::Runtime(waiting);
+                None
+            }
+            Self::Nobody(copy) => Some(copy),
+            Self::Lost => Some(inotify.as_fd().try_clone_to_owned()?),
+        };
+        if let Some(copy) = copy {
+            *self = Self::Runtime(Receiver::from_owned_fd_unchecked(copy)?);
+        }
+        match self {
+            Self::Runtime(waiting) => Ok(waiting),
+            Self::Nobody(_) | Self::Lost => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// Has nobody wait any more.
+    fn leave(&mut self) -> io::Result<()> {
+        *self = match std::mem::replace(self, Self::Lost) {
+            Self::Runtime(waiting) => Self::Nobody(waiting.into_nonblocking_fd()?),
+            other => other,
+        };
+        Ok(())
+    }
 }
 
 impl Events {
@@ -57,8 +97,10 @@ impl Events {
     /// # Errors
     /// If the runtime can't wait for them.
     pub fn new(inotify: Inotify) -> io::Result<Self> {
+        let mut waiting = Waiting::Lost;
+        waiting.wait(&inotify)?;
         Ok(Self {
-            waiting: Some(wait(&inotify)?),
+            waiting,
             buffer: vec![0; BUFFER_BYTES],
             inotify,
         })
@@ -69,10 +111,7 @@ impl Events {
     /// # Errors
     /// If they can't be read.
     pub async fn next(&mut self) -> io::Result<Vec<Event>> {
-        let waiting = match &mut self.waiting {
-            Some(waiting) => waiting,
-            left => left.insert(wait(&self.inotify)?),
-        };
+        let waiting = self.waiting.wait(&self.inotify)?;
         loop {
             waiting.readable().await?;
             let mut batch = Vec::new();
@@ -91,17 +130,16 @@ impl Events {
     /// # Errors
     /// If nobody can wait for them.
     pub async fn leave(&mut self) -> io::Result<()> {
-        if let Some(waiting) = &self.waiting {
+        if let Waiting::Runtime(waiting) = &self.waiting {
             waiting.readable().await?;
         }
-        self.waiting = None;
-        Ok(())
+        self.waiting.leave()
     }
 
     /// Whether events are left where they are.
     #[must_use]
     pub fn are_left(&self) -> bool {
-        self.waiting.is_none()
+        !matches!(self.waiting, Waiting::Runtime(_))
     }
 
     /// The events that there are now, at most some [`BATCH`].
@@ -115,11 +153,6 @@ impl Events {
             _ => Ok(batch),
         }
     }
-}
-
-/// Has the runtime wait for what can be read.
-fn wait(inotify: &Inotify) -> io::Result<Receiver> {
-    Receiver::from_owned_fd_unchecked(inotify.as_fd().try_clone_to_owned()?)
 }
 
 /// Adds what there is to a batch, until that has some [`BATCH`]. The error is `WouldBlock` if that was all, which the

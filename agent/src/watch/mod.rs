@@ -68,9 +68,6 @@ pub struct Watching {
 /// Why nothing can be watched.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Reading events failed.
-    #[error("can't read inotify events")]
-    Read(#[source] io::Error),
     /// Neither cgroupfs nor systemd tells which control groups there are.
     #[error(
         "can't read control groups at {root} (is cgroup v2 there?), and systemd does not tell of \

@@ -1,6 +1,7 @@
 //! Takes hints from where they come, and looks for what nobody tells of.
 
 use std::cell::RefCell;
+use std::io;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::dbus::{Follower, Report};
 use super::inotify::{Event, Events, Watches};
-use super::{Error, Monitor, Watcher, Watching};
+use super::{Error, Monitor, Observer, Watcher, Watching};
 use crate::state::Agent;
 use crate::subtree::Subtree;
 use crate::text::{chain, printable};
@@ -135,15 +136,12 @@ impl Sources {
         Ok(())
     }
 
-    /// Watches until that fails.
+    /// Watches for ever.
     ///
     /// While a call to the helper is under way nothing is read that has happened meanwhile, and nobody is woken by it:
     /// it goes out as one with the next call, and leaves the processors to the helper and to those who make
     /// control groups.
-    ///
-    /// # Errors
-    /// If events can't be read any more.
-    pub async fn run(mut self, watcher: &RefCell<Watcher>, agent: &Agent) -> Result<(), Error> {
+    pub async fn run(mut self, watcher: &RefCell<Watcher>, agent: &Agent) {
         let mut changed = agent.subscribe();
         // What is known by now goes out before anything is watched.
         tokio::task::yield_now().await;
@@ -155,7 +153,7 @@ impl Sources {
                 continue;
             }
             let quiet = self.quiet(agent);
-            if quiet.is_none() && self.fetch(watcher, agent)? {
+            if quiet.is_none() && self.fetch(watcher, agent) {
                 // What is known by now goes out before the new directories are looked into.
                 tokio::task::yield_now().await;
                 continue;
@@ -167,10 +165,14 @@ impl Sources {
                 biased;
                 report = next_report(self.follower.as_mut()) => self.take(report, watcher, agent),
                 batch = next_events(self.events.as_mut(), quiet.is_some()) => {
-                    if let Some(batch) = batch? {
-                        self.notice(batch, watcher, agent);
-                        // As above.
-                        tokio::task::yield_now().await;
+                    match batch {
+                        Ok(None) => {}
+                        Ok(Some(batch)) => {
+                            self.notice(batch, watcher, agent);
+                            // As above.
+                            tokio::task::yield_now().await;
+                        }
+                        Err(error) => self.give_up_inotify(&error, watcher, agent),
                     }
                 }
                 () = self.alarm.goes_off(quiet.into_iter().chain(rescan).min()) => {}
@@ -208,17 +210,23 @@ impl Sources {
     }
 
     /// Takes events that were left where they are. False if there are none.
-    fn fetch(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) -> Result<bool, Error> {
+    fn fetch(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) -> bool {
         let Some(events) = self.events.as_mut().filter(|events| events.are_left()) else {
-            return Ok(false);
+            return false;
         };
-        let batch = events.fetch().map_err(Error::Read)?;
+        let batch = match events.fetch() {
+            Ok(batch) => batch,
+            Err(error) => {
+                self.give_up_inotify(&error, watcher, agent);
+                return false;
+            }
+        };
         if batch.is_empty() {
             self.crowded = 0;
-            return Ok(false);
+            return false;
         }
         self.notice(batch, watcher, agent);
-        Ok(true)
+        true
     }
 
     /// Takes events of inotify's.
@@ -324,18 +332,30 @@ impl Sources {
                 self.events = Some(events);
                 watcher.replace_watches(Some(watches));
             }
-            Err(error) => {
-                self.unusable = chain(&error);
-                if !self.said_unusable {
-                    self.said_unusable = true;
-                    tracing::warn!(
-                        "can't use inotify: {}; if that is 'too many open files', raise \
-                         fs.inotify.max_user_instances with sysctl; until then control groups are \
-                         looked at every now and then",
-                        self.unusable
-                    );
-                }
-            }
+            Err(error) => self.say_unusable(&error),
+        }
+    }
+
+    /// Events can't be read, or not be waited for. What they would have told of is looked for, until there is another
+    /// instance.
+    fn give_up_inotify(&mut self, error: &io::Error, watcher: &RefCell<Watcher>, agent: &Agent) {
+        self.events = None;
+        watcher.borrow_mut().replace_watches(None);
+        agent.state_mut().lost_track();
+        self.say_unusable(error);
+        self.look_at_everything(watcher, agent);
+    }
+
+    fn say_unusable(&mut self, error: &io::Error) {
+        self.unusable = chain(error);
+        if !self.said_unusable {
+            self.said_unusable = true;
+            tracing::warn!(
+                "can't use inotify: {}; if that is 'too many open files', raise \
+                 fs.inotify.max_user_instances with sysctl; until then control groups are looked at \
+                 every now and then",
+                self.unusable
+            );
         }
     }
 
@@ -458,17 +478,13 @@ async fn next_report(follower: Option<&mut Follower>) -> Report {
 }
 
 /// The next events, if there is anything to read them from. None if they are there and are to be left there.
-async fn next_events(
-    events: Option<&mut Events>,
-    leave: bool,
-) -> Result<Option<Vec<Event>>, Error> {
+async fn next_events(events: Option<&mut Events>, leave: bool) -> io::Result<Option<Vec<Event>>> {
     let Some(events) = events else {
         return std::future::pending().await;
     };
-    let noticed = match leave {
+    match leave {
         true if events.are_left() => std::future::pending().await,
         true => events.leave().await.map(|()| None),
         false => events.next().await.map(Some),
-    };
-    noticed.map_err(Error::Read)
+    }
 }

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::time::Duration;
 
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -195,6 +197,41 @@ fn says_once_that_the_watches_are_used_up() {
     world
         .helper
         .wait_for(&[("drop-1", "drop"), ("drop-2", "drop"), ("drop-3", "drop")]);
+}
+
+/// While a call to the helper is under way events are left where they are, and somebody connects.
+#[test]
+fn an_agent_without_descriptors_to_spare_goes_on() {
+    let mut world = World::new(CONFIG);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.notified("READY=1");
+    let usual = agent.leave_no_descriptors();
+    world.helper.books().paused = true;
+    world.make(&["drop-1"]);
+    world
+        .helper
+        .wait("the call", |books| books.calls.len() == 2);
+    world.make(&["drop-2"]);
+    let socket = world.path().join("run/cgtproxy/agent.sock");
+    let later: Vec<_> = (0..3)
+        .map(|_| UnixStream::connect(&socket).unwrap())
+        .collect();
+    agent.says("can't accept connections");
+    world.helper.resume();
+    world
+        .helper
+        .wait_for(&[("drop-1", "drop"), ("drop-2", "drop")]);
+    // What comes when it waits again.
+    std::thread::sleep(Duration::from_millis(100));
+    world.make(&["drop-3"]);
+    let all = [("drop-1", "drop"), ("drop-2", "drop"), ("drop-3", "drop")];
+    world.helper.wait_for(&all);
+    agent.limit_descriptors(usual);
+    drop(later);
+    let status = agent.wait("all of them", |s| s.controlGroups.len() == 4);
+    assert_eq!(status.monitors, Some(vec!["inotify".into()]));
+    assert_eq!(status.monitorProblem, None);
 }
 
 /// cgroupfs never tells that a directory is gone through the watch on it: see `watch.rs`.

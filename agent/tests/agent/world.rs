@@ -1,5 +1,6 @@
 //! A place for one agent: control groups that are plain directories, a home, a helper that pretends.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
@@ -13,7 +14,7 @@ use cgtproxy_proto::agent::{
     ControlGroup, Explain_Args, Explain_Reply, GetStatus_Args, GetStatus_Reply,
 };
 use cgtproxy_proto::client::{CallError, Client};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
@@ -236,6 +237,37 @@ impl Agent {
     pub(crate) fn count(&mut self, text: &str) -> usize {
         self.said.extend(self.log.try_iter());
         self.said.iter().filter(|line| line.contains(text)).count()
+    }
+
+    /// Lets it open nothing more. Returns how many descriptors it could have.
+    pub(crate) fn leave_no_descriptors(&self) -> Option<u64> {
+        let numbers = || -> BTreeSet<u64> {
+            let open = std::fs::read_dir(format!("/proc/{}/fd", self.process.id())).unwrap();
+            let names = open.map(|fd| fd.unwrap().file_name());
+            names
+                .map(|n| n.to_str().unwrap().parse().unwrap())
+                .collect()
+        };
+        // While it does something, it may have one open that is not there to stay.
+        let mut open = numbers();
+        for _ in 0..10 {
+            thread::sleep(std::time::Duration::from_millis(20));
+            let now = numbers();
+            open.retain(|number| now.contains(number));
+        }
+        let free = (0..).find(|number| !open.contains(number));
+        self.limit_descriptors(free)
+    }
+
+    /// Changes how many descriptors it may have. Returns how many it could have.
+    pub(crate) fn limit_descriptors(&self, count: Option<u64>) -> Option<u64> {
+        let pid = Some(Pid::from_child(&self.process));
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        let limit = Rlimit {
+            current: count,
+            maximum,
+        };
+        prlimit(pid, Resource::Nofile, limit).unwrap().current
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

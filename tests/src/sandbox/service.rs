@@ -1,5 +1,6 @@
 //! The product's daemons: started, watched, killed.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -19,7 +20,7 @@ use super::network::state_dir;
 use super::user::User;
 use super::world::World;
 use crate::command::run;
-use crate::wait::{DEADLINE, wait_for, wait_until};
+use crate::wait::{DEADLINE, wait_for};
 
 /// The uid the helper has in the sandbox: a system user, not root.
 pub const HELPER_UID: u32 = 990;
@@ -416,10 +417,28 @@ impl Service {
     /// When it never has.
     #[track_caller]
     pub fn wait_log(&self, text: &str) {
-        wait_until(
-            &format!("{:?} in the log of {}", text, self.spec.program),
-            || self.log().contains(text),
-        );
+        let start = Instant::now();
+        loop {
+            // In this order: what it has said last counts.
+            let ended = self.has_ended();
+            let log = self.log();
+            if log.contains(text) {
+                return;
+            }
+            let program = self.spec.program;
+            assert!(!ended, "{program} ended before {text:?}:\n{log}");
+            assert!(
+                start.elapsed() < DEADLINE,
+                "{program} never said {text:?}:\n{log}"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Whether it has ended, and nobody has taken note of that yet.
+    fn has_ended(&self) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()));
+        status.map_or(true, |status| status.contains("\nState:\tZ"))
     }
 
     /// Its process.
@@ -548,13 +567,34 @@ impl Service {
     /// # Panics
     /// When it does not run.
     pub fn open_descriptors(&self) -> u64 {
+        self.descriptors().len() as u64
+    }
+
+    /// The numbers of its file descriptors.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn descriptors(&self) -> BTreeSet<u64> {
         let open = || fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("it is running");
         // While it does something, it may have one open that is not there to stay.
         wait_for("a moment in which it sleeps", || {
             let before = self.sleeps()?;
-            let count = open().count() as u64;
-            (self.sleeps()? == before).then_some(count)
+            let names = open().flatten().map(|fd| fd.file_name());
+            let numbers = names.filter_map(|name| name.to_str()?.parse().ok());
+            let numbers = numbers.collect();
+            (self.sleeps()? == before).then_some(numbers)
         })
+    }
+
+    /// How many descriptors it may have if it is to be able to open so many more, and no others: new ones get the lowest
+    /// numbers that are free, and the limit is one of numbers.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn descriptors_and(&self, more: usize) -> u64 {
+        let open = self.descriptors();
+        let mut free = (0..).filter(|number| !open.contains(number));
+        free.nth(more).expect("there are many")
     }
 
     /// How often it has gone to sleep, if it is asleep (proc(5)).
