@@ -22,7 +22,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::config::Scope;
-use crate::policy::Target;
+use crate::policy::{Target, unit_name};
 use crate::state::{Agent, Link, State};
 use crate::text::chain;
 use crate::view;
@@ -231,10 +231,12 @@ impl Connection {
             return Some(path);
         }
         let unit = path.as_bytes();
-        let mut groups = state.tree().iter();
-        groups
-            .find(|(path, _)| path.name() == Some(unit))
-            .map(|(path, _)| path.clone())
+        let named = |is: &dyn Fn(&[u8]) -> bool| {
+            let mut groups = state.tree().iter();
+            let found = groups.find(|(path, _)| path.name().is_some_and(is));
+            found.map(|(path, _)| path.clone())
+        };
+        named(&|name| name == unit).or_else(|| named(&|name| unit_name(name) == unit))
     }
 
     /// Word of a control group that was made a moment ago may be on its way.

@@ -25,7 +25,7 @@ pub use below::Below;
 pub use exec_slices::{DEFAULT_PROXY, ExecSlices};
 pub use names::Names;
 pub use selector::{Pattern, PatternCompiler, PatternError, Selector};
-pub use subject::Subject;
+pub use subject::{Subject, unit_name};
 pub use tree::{Tree, View};
 
 /// What happens to a control group's packets.

@@ -8,7 +8,7 @@ use regex_syntax::hir::Hir;
 
 use super::automaton::{Automaton, Compiler};
 use super::below::Outlook;
-use super::{Below, Names, Subject};
+use super::{Below, Names, Subject, unit_name};
 
 /// Which control groups a rule is about.
 #[derive(Debug, Clone)]
@@ -33,7 +33,10 @@ impl Selector {
                 .applications()
                 .iter()
                 .any(|id| names.matches(id.as_bytes())),
-            Self::Unit(names) | Self::Slice(names) => group.units().any(|unit| names.matches(unit)),
+            // Whoever wrote the name down as they saw it in the control groups means it too.
+            Self::Unit(names) | Self::Slice(names) => group.units().any(|control_group| {
+                names.matches(unit_name(control_group)) || names.matches(control_group)
+            }),
         }
     }
 
@@ -327,8 +330,12 @@ mod tests {
         let prefix = b"/user.slice/user-1.slice/user@1.service";
         let group = |path: &str| Subject::new(prefix, &ControlGroupPath::from_wire(path).unwrap());
         let app = Selector::App(names(&["org.telegram.desktop", "google-*"]));
-        let unit = Selector::Unit(names(&["foo.service", "run-*.scope"]));
-        let slice = Selector::Slice(names(&["background.slice"]));
+        let unit = Selector::Unit(names(&[
+            "foo.service",
+            "run-*.scope",
+            "io.github.Foo.service",
+        ]));
+        let slice = Selector::Slice(names(&["background.slice", "pids.slice"]));
         for (path, selected) in [
             ("", ""),
             ("app.slice", ""),
@@ -345,6 +352,10 @@ mod tests {
             ("background.slice/foo.service", "us"),
             ("background.slice", "s"),
             ("app.slice/background.slice.service", ""),
+            // As systemd escapes what could be the name of a file of the kernel's.
+            ("app.slice/_io.github.Foo.service", "u"),
+            ("_pids.slice/_io.github.Foo.service/x", "us"),
+            ("app.slice/__io.github.Foo.service", ""),
         ] {
             let by = |selector: &Selector, letter| match selector.matches(&group(path)) {
                 true => letter,

@@ -36,7 +36,7 @@ impl Subject {
 
     /// The units below the subtree's root that it is in, from the outermost: slices, and in the innermost
     /// of them one that is none. What a unit makes below itself is no unit, whatever its name; but for
-    /// the units of the service managers of users.
+    /// the units of the service managers of users. They are named as their control groups: see [`unit_name`].
     pub fn units(&self) -> impl Iterator<Item = &[u8]> {
         let below = self.path.get(self.below..).unwrap_or_default();
         let names = below.split(|&b| b == b'/').filter(|name| !name.is_empty());
@@ -61,6 +61,13 @@ impl Subject {
         self.applications
             .get_or_init(|| self.units().flat_map(application_ids).collect())
     }
+}
+
+/// The name of the unit whose control group has this name. Where that could be a file of the kernel's, as
+/// `io.github.Foo.service` could, systemd writes a `_` before it, and before those that begin with one.
+#[must_use]
+pub fn unit_name(control_group: &[u8]) -> &[u8] {
+    control_group.strip_prefix(b"_").unwrap_or(control_group)
 }
 
 /// Whether systemd puts other units into the control group of this one.

@@ -55,6 +55,7 @@ fn status_and_explain_show_what_is_in_force() {
         "app.slice",
         "app.slice/a.scope",
         "app.slice/cgtproxy-relay.service",
+        "app.slice/_io.github.Foo.service",
     ]);
     world.helper.start();
     let mut agent = world.agent();
@@ -100,6 +101,9 @@ fn status_and_explain_show_what_is_in_force() {
             "{name}"
         );
     }
+    // systemd names the control group of this unit so.
+    let (_, out, _) = run(&["explain", "io.github.Foo.service"]);
+    assert!(out.contains("app.slice/_io.github.Foo.service\n"), "{out}");
     let (_, out, _) = run(&["explain", "cgtproxy-relay.service"]);
     assert!(
         out.contains("goes direct\n  It is the relay, which goes direct whatever the rules say.\n"),
