@@ -237,6 +237,8 @@ impl Interest {
         if !self.names.is_empty() {
             mask |=
                 WatchMask::MOVED_TO | WatchMask::MOVED_FROM | WatchMask::CREATE | WatchMask::DELETE;
+            // What could not be read may be readable by now.
+            mask |= WatchMask::ATTRIB;
         }
         if self.last {
             mask |= WatchMask::CLOSE_WRITE;

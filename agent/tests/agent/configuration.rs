@@ -1,6 +1,7 @@
 //! Configurations that change.
 
-use std::os::unix::fs::symlink;
+use std::fs::Permissions;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use cgtproxy_proto::agent::GetStatus_Reply;
@@ -172,6 +173,27 @@ fn without_a_file_all_goes_direct_until_there_is_one() {
     ]);
     assert_eq!(agent.status().config.as_deref(), world.config.to_str());
     assert_eq!(agent.count("everything goes direct"), 1);
+}
+
+#[test]
+fn one_that_can_not_be_read_is_read_when_it_can() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1", "one"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    let new = world.config.with_extension("new");
+    std::fs::write(&new, OTHER).unwrap();
+    let mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    };
+    mode(&new, 0);
+    std::fs::rename(&new, &world.config).unwrap();
+    agent.says("can't read");
+    mode(&world.config, 0o600);
+    world.helper.wait_for(&[("one", "drop-all")]);
+    agent.in_force("one");
+    assert_eq!(agent.status().configError, None);
 }
 
 #[test]
