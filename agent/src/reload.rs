@@ -54,11 +54,17 @@ impl Loader {
             changes,
         };
         let path = loader.file.path.clone();
+        let scope = loader.file.scope;
+        let without_file = || Config::without_file(scope);
         let bytes = match config::read_file(&path) {
             Ok(bytes) => bytes,
             Err(LoadError::Missing(_)) if !loader.file.explicit => {
                 let name = printable(&path.to_string_lossy());
-                let environment = Environment::read(|name| std::env::var(name).ok());
+                // Those are the proxies of users' programs, and the relay that leads to them is a user's.
+                let environment = Environment::read(|name| {
+                    let users = scope == Scope::User;
+                    users.then(|| std::env::var(name).ok()).flatten()
+                });
                 for (variable, why) in environment.unusable {
                     tracing::warn!("the proxy in {variable} can't be used: {why}");
                 }
@@ -75,27 +81,27 @@ impl Loader {
                         None
                     }
                 };
-                let config = config.unwrap_or_else(Config::without_file);
+                let config = config.unwrap_or_else(without_file);
                 return Ok((loader, Source { config, file: None }, None));
             }
             Err(error @ LoadError::Missing(_)) => return Err(error),
             Err(error) => {
                 let why = say(&error);
                 let source = Source {
-                    config: Config::without_file(),
+                    config: without_file(),
                     file: Some(path),
                 };
                 return Ok((loader, source, Some(why)));
             }
         };
-        let loaded = config::parse(&path, &bytes, loader.file.scope);
+        let loaded = config::parse(&path, &bytes, scope);
         loader.last = Some(bytes);
         let (config, why) = match loaded {
             Ok(Loaded { config, findings }) => {
                 log(&findings);
                 (config, None)
             }
-            Err(error) => (Config::without_file(), Some(say(&error))),
+            Err(error) => (without_file(), Some(say(&error))),
         };
         let file = Some(path);
         Ok((loader, Source { config, file }, why))
@@ -467,6 +473,23 @@ mod tests {
         let (_, events) = changes.inotify.as_mut().unwrap();
         let batch = events.fetch().unwrap();
         (batch.len(), batch.iter().any(|event| changes.counts(event)))
+    }
+
+    #[tokio::test]
+    async fn without_a_file_the_machine_has_no_policy_of_a_user() {
+        let home = tempfile::tempdir().unwrap();
+        let rules = |scope| {
+            let file = ConfigFile {
+                path: home.path().join("config.yaml"),
+                explicit: false,
+                scope,
+            };
+            let (_, source, _) = Loader::start(file).unwrap();
+            source.config.rules.clone()
+        };
+        let (user, system) = (rules(Scope::User), rules(Scope::System));
+        assert!(user.relay && user.exec_slices.is_some());
+        assert!(!system.relay && system.exec_slices.is_none());
     }
 
     #[tokio::test]

@@ -205,7 +205,7 @@ fn config(arguments: &Arguments) -> Result<Config, Error> {
     let file = config_file(arguments)?;
     match config::load(&file.path, file.scope) {
         Ok(loaded) => Ok(loaded.config),
-        Err(LoadError::Missing(_)) if !file.explicit => Ok(Config::without_file()),
+        Err(LoadError::Missing(_)) if !file.explicit => Ok(Config::without_file(file.scope)),
         Err(error) => Err(error.into()),
     }
 }

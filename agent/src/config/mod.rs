@@ -123,16 +123,17 @@ pub struct Config {
 }
 
 impl Config {
-    /// What holds without a file: everything goes direct, but for what cgtproxy-exec drops.
+    /// What holds without a file: everything goes direct, but for what a user's cgtproxy-exec drops.
     #[must_use]
-    pub fn without_file() -> Self {
+    pub fn without_file(scope: Scope) -> Self {
+        let users = scope == Scope::User;
         Self {
             proxies: Vec::new(),
             fake_addresses: FakeAddresses::default(),
             bypass: Vec::new(),
             rules: Rc::new(Rules {
-                relay: true,
-                exec_slices: Some(ExecSlices::new([])),
+                relay: users,
+                exec_slices: users.then(|| ExecSlices::new([])),
                 rules: Vec::new(),
                 start: Start::Open,
             }),
@@ -141,13 +142,13 @@ impl Config {
         }
     }
 
-    /// What holds without a file where the environment names a proxy: everything goes direct, but `cgtproxy-exec proxy`
-    /// uses it.
+    /// What holds without a user's file where the environment names a proxy: everything goes direct, but
+    /// `cgtproxy-exec proxy` uses it.
     #[must_use]
     pub fn with_proxy(upstream: Upstream) -> Option<Self> {
         let name: Rc<ProxyName> = Rc::new(DEFAULT_PROXY.parse().ok()?);
         let fake_dns = upstream.scheme != Scheme::Socks5;
-        let config = Self::without_file();
+        let config = Self::without_file(Scope::User);
         Some(Self {
             rules: Rc::new(Rules {
                 exec_slices: Some(ExecSlices::new([&name])),
