@@ -1,8 +1,9 @@
 //! Serves `org.cgtproxy.Agent` to the user's own programs.
 
 use std::cell::RefCell;
+use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -82,6 +83,8 @@ pub fn default_socket(scope: Scope) -> PathBuf {
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
+    /// Held for as long as it listens: see [`lock`].
+    _lock: File,
     path: PathBuf,
     /// By what to know it again.
     inode: Option<u64>,
@@ -106,6 +109,11 @@ impl Socket {
             let private = std::fs::Permissions::from_mode(0o700);
             std::fs::set_permissions(directory, private).map_err(failed)?;
         }
+        let lock = match lock(path) {
+            Err(TryLockError::WouldBlock) => return Err(Error::InUse(path.to_owned())),
+            lock => lock.map_err(|error| failed(error.into()))?,
+        };
+        // It may be one of before there were locks.
         if std::os::unix::net::UnixStream::connect(path).is_ok() {
             return Err(Error::InUse(path.to_owned()));
         }
@@ -119,10 +127,25 @@ impl Socket {
         std::fs::set_permissions(path, private).map_err(failed)?;
         Ok(Self {
             listener,
+            _lock: lock,
             path: path.to_owned(),
             inode: std::fs::symlink_metadata(path).ok().map(|m| m.ino()),
         })
     }
+}
+
+/// Takes the lock of a socket, so that of agents that start at once none takes away what another has just made. Its file
+/// stays, for whoever removed it might remove one that somebody else waits for.
+fn lock(socket: &Path) -> Result<File, TryLockError> {
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(socket.with_extension("lock"))
+        .map_err(TryLockError::Error)?;
+    file.try_lock()?;
+    Ok(file)
 }
 
 impl Drop for Socket {
@@ -357,5 +380,42 @@ impl Service for Connection {
 
     fn message_too_large(_limit: usize) -> Fault {
         Fault::invalid_parameter("controlGroup")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::sync::Barrier;
+
+    use super::*;
+
+    /// Whether another one has left its socket or not.
+    #[tokio::test]
+    async fn of_agents_that_start_at_once_one_listens() {
+        const AGENTS: usize = 4;
+        let runtime = tokio::runtime::Handle::current();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("agent.sock");
+        for round in 0..300 {
+            if round % 2 == 1 {
+                drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+            }
+            let barrier = Barrier::new(AGENTS);
+            let listen = || {
+                let _runtime = runtime.enter();
+                barrier.wait();
+                Socket::listen(&path)
+            };
+            let sockets: Vec<_> = std::thread::scope(|scope| {
+                let agents: Vec<_> = (0..AGENTS).map(|_| scope.spawn(listen)).collect();
+                agents.into_iter().map(|a| a.join().unwrap()).collect()
+            });
+            let listening = sockets.iter().filter(|s| s.is_ok()).count();
+            assert_eq!(listening, 1, "in round {round}: {sockets:?}");
+            UnixStream::connect(&path).unwrap();
+            let in_use = |s: &Result<_, Error>| matches!(s, Ok(_) | Err(Error::InUse(_)));
+            assert!(sockets.iter().all(in_use), "{sockets:?}");
+        }
     }
 }
