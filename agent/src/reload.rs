@@ -110,8 +110,10 @@ impl Loader {
     /// Loads the file again and puts it into force, if it has changed or `always`.
     fn reload(&mut self, agent: &Agent, always: bool) {
         let path = &self.file.path;
+        // Whoever saves one again that was taken back means it to be tried.
+        let known = !always && !agent.state().is_postponed();
         let bytes = match config::read_file(path) {
-            Ok(bytes) if !always && self.last.as_ref() == Some(&bytes) => return,
+            Ok(bytes) if known && self.last.as_ref() == Some(&bytes) => return,
             Ok(bytes) => bytes,
             Err(LoadError::Missing(_)) if self.last.is_none() => return,
             Err(error) => {
@@ -160,7 +162,7 @@ pub fn log(findings: &Findings) {
 
 /// Keeps the old configuration, if there is one, for a reason that has been logged.
 fn refuse(agent: &Agent, why: String) {
-    agent.state_mut().config_error = Some(why);
+    agent.state_mut().keep_config(why);
     match agent.state().awaited_configuration() {
         // It tells the service manager.
         Some(_) => agent.wake(),

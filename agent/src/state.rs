@@ -4,9 +4,11 @@
 use std::cell::{Cell, Ref, RefCell, RefMut};
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::Duration;
 
 use cgtproxy_proto::path::ControlGroupPath;
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::policy::Tree;
@@ -14,6 +16,10 @@ use crate::relay::Relay;
 use crate::subtree::Subtree;
 use crate::sync::{Call, Ledger};
 use crate::watch::{Observer, Watching};
+
+/// How long to wait before trying a configuration again that the helper could not put into force: doubled from one to
+/// the other.
+const POSTPONED: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
 
 /// A configuration and where it comes from.
 #[derive(Debug)]
@@ -31,6 +37,15 @@ pub enum Link {
     Connected,
     /// It does not, for this reason.
     Broken(String),
+}
+
+/// A configuration that is right and that the helper refused, so that the old one was kept.
+#[derive(Debug)]
+struct Postponed {
+    source: Rc<Source>,
+    delay: Duration,
+    /// When it is tried again; none if only somebody who saves it again, or another session, is a reason to.
+    at: Option<Instant>,
 }
 
 /// What the agent knows.
@@ -62,6 +77,7 @@ pub struct State {
     source: Rc<Source>,
     /// The configuration that the helper holds, in this session.
     accepted: Option<Rc<Source>>,
+    postponed: Option<Postponed>,
     tree: Tree,
     ledger: Ledger,
 }
@@ -83,6 +99,7 @@ impl State {
             watching: Watching::default(),
             source: Rc::new(source),
             accepted: None,
+            postponed: None,
             tree,
             ledger: Ledger::default(),
         }
@@ -176,15 +193,24 @@ impl State {
     ) -> Vec<(ControlGroupPath, cgtproxy_proto::helper::SkipReason)> {
         self.generation = generation;
         if matches!(call, Call::Replace(_)) {
-            self.accepted = Some(sent.clone());
+            let is_first = self.accepted.replace(sent.clone()).is_none();
             self.link = Link::Connected;
+            match &mut self.postponed {
+                Some(postponed) if Rc::ptr_eq(&postponed.source, sent) => {
+                    self.postponed = None;
+                    self.config_error = None;
+                }
+                // It may be another helper, or know other limits by now.
+                Some(postponed) if is_first => postponed.at = Some(Instant::now()),
+                _ => {}
+            }
         }
         self.ledger.acknowledge(skipped)
     }
 
-    /// The last call, by this configuration, was refused. If it was to bring it into force, the old one stays, which
-    /// the helper holds still.
-    pub fn refused(&mut self, call: &Call, why: &str, sent: &Rc<Source>) -> Refused {
+    /// The last call, by this configuration, was refused, for a reason that may pass by itself or not. If it was to
+    /// bring it into force, the old one stays, which the helper holds still.
+    pub fn refused(&mut self, call: &Call, why: &str, passing: bool, sent: &Rc<Source>) -> Refused {
         if !Rc::ptr_eq(sent, &self.source) {
             self.ledger.refuse();
             return Refused::Overtaken;
@@ -192,6 +218,7 @@ impl State {
         match &self.accepted {
             Some(old) if matches!(call, Call::Replace(_)) && !Rc::ptr_eq(old, sent) => {
                 let old = old.clone();
+                self.postpone(sent, passing);
                 self.config_error = Some(why.to_owned());
                 self.tree.replace_rules(old.config.rules.clone());
                 self.source = old;
@@ -205,10 +232,50 @@ impl State {
         }
     }
 
+    fn postpone(&mut self, source: &Rc<Source>, passing: bool) {
+        let before = self.postponed.take();
+        let before = before.filter(|before| Rc::ptr_eq(&before.source, source));
+        let delay = before.map_or(POSTPONED.0, |b| (b.delay * 2).min(POSTPONED.1));
+        self.postponed = Some(Postponed {
+            source: source.clone(),
+            delay,
+            at: passing.then(|| Instant::now() + delay),
+        });
+    }
+
+    /// When a configuration is to be tried again that was taken back, if one is.
+    #[must_use]
+    pub fn postponed_until(&self) -> Option<Instant> {
+        self.postponed.as_ref().and_then(|postponed| postponed.at)
+    }
+
+    /// Whether the configuration that came last was taken back.
+    #[must_use]
+    pub fn is_postponed(&self) -> bool {
+        self.postponed.is_some()
+    }
+
+    /// Tries a configuration again that was taken back, if it is time to.
+    pub fn try_postponed(&mut self) {
+        let now = Instant::now();
+        if let Some(postponed) = &mut self.postponed
+            && postponed.at.take_if(|at| *at <= now).is_some()
+        {
+            let source = postponed.source.clone();
+            self.put(source);
+        }
+    }
+
     /// The session is over: nobody knows what is in force.
     pub fn disconnected(&mut self, why: String) {
         self.link = Link::Broken(why);
-        self.accepted = None;
+        // One that was being tried again is tried when the old one is back.
+        if let Some(old) = self.accepted.take()
+            && let Some(postponed) = &self.postponed
+            && Rc::ptr_eq(&postponed.source, &self.source)
+        {
+            self.put(old);
+        }
         self.generation = 0;
         self.problem = None;
         self.announced = false;
@@ -220,11 +287,22 @@ impl State {
         self.ledger.replace_all();
     }
 
+    /// There is something wrong with the configuration that came last.
+    pub fn keep_config(&mut self, why: String) {
+        self.config_error = Some(why);
+        self.postponed = None;
+    }
+
     fn replace_config(&mut self, source: Source) {
         self.unconfigured = false;
         self.config_error = None;
+        self.postponed = None;
+        self.put(Rc::new(source));
+    }
+
+    fn put(&mut self, source: Rc<Source>) {
         self.tree.replace_rules(source.config.rules.clone());
-        self.source = Rc::new(source);
+        self.source = source;
         self.ledger.replace_all();
     }
 }

@@ -15,7 +15,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::Fault;
 use inotify::{Inotify, WatchMask};
 use serde_json::Value;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::Call;
@@ -163,15 +163,18 @@ impl Session<'_> {
     async fn run(&mut self, stop: &CancellationToken) -> End {
         let mut back_off = RETRY.0;
         loop {
-            let (call, source, relay) = {
+            let (call, source, relay, postponed) = {
                 let mut state = self.agent.state_mut();
+                state.try_postponed();
                 let source = state.source().clone();
-                (state.next_call(), source, state.relay.clone())
+                let call = state.next_call();
+                (call, source, state.relay.clone(), state.postponed_until())
             };
             let Some(call) = call else {
                 self.settled();
                 tokio::select! {
                     () = self.agent.work() => continue,
+                    () = until(postponed) => continue,
                     () = self.client.closed() => return lost(&CallError::Closed),
                     () = stop.cancelled() => {
                         self.remove_policy().await;
@@ -199,7 +202,9 @@ impl Session<'_> {
                     if let Some(end) = self.refused(&call, &source, &fault) {
                         return end;
                     }
-                    if !self.agent.state().has_root() {
+                    // There is something else to be said.
+                    let other = !Rc::ptr_eq(self.agent.state().source(), &source);
+                    if other || !self.agent.state().has_root() {
                         continue;
                     }
                     tokio::select! {
@@ -223,11 +228,16 @@ impl Session<'_> {
             .into_iter()
             .filter_map(|s| Some((ControlGroupPath::from_wire(&s.controlGroup).ok()?, s.reason)))
             .collect();
-        let news = {
+        let (news, mended) = {
             let mut state = self.agent.state_mut();
             state.problem = None;
-            state.acknowledged(call, reply.generation, skipped, source)
+            let postponed = state.is_postponed();
+            let news = state.acknowledged(call, reply.generation, skipped, source);
+            (news, postponed && !state.is_postponed())
         };
+        if mended {
+            tracing::info!("the configuration that was refused is in force");
+        }
         self.established = true;
         for (path, reason) in news {
             let name = printable(&self.agent.state().subtree.to_wire(&path));
@@ -259,16 +269,18 @@ impl Session<'_> {
             "NoSession" => {
                 // It has forgotten us, and takes everything anew.
                 let mut state = self.agent.state_mut();
-                state.refused(call, &why, source);
+                state.refused(call, &why, true, source);
                 state.disconnected(why);
                 return None;
             }
             _ => {}
         }
+        let passing = matches!(short, "KernelRefused" | "NoMarksLeft" | "NoUserManager");
         let (refused, repeated) = {
             let mut state = self.agent.state_mut();
-            let refused = state.refused(call, &why, source);
-            let repeated = state.problem.as_ref() == Some(&why);
+            let said = [&state.problem, &state.config_error];
+            let repeated = said.into_iter().flatten().any(|said| *said == why);
+            let refused = state.refused(call, &why, passing, source);
             if refused == Refused::Again {
                 if let Link::Broken(reason) = &mut state.link {
                     reason.clone_from(&why);
@@ -278,10 +290,18 @@ impl Session<'_> {
             (refused, repeated)
         };
         match refused {
+            Refused::TakenBack if repeated => {}
             Refused::TakenBack => {
                 let file = source.file.as_deref().map(|f| f.to_string_lossy());
                 let file = printable(&file.unwrap_or_default());
-                tracing::error!("can't put {file} into force: {why}; the old configuration stays");
+                let again = if passing {
+                    " until it is tried again"
+                } else {
+                    ""
+                };
+                tracing::error!(
+                    "can't put {file} into force: {why}; the old configuration stays{again}"
+                );
             }
             Refused::Overtaken => {
                 tracing::info!("{why}; trying the configuration that has come meanwhile");
@@ -342,6 +362,14 @@ impl Session<'_> {
             Ok(Err(error)) => tracing::warn!("the helper did not remove the policy: {error}"),
             Err(_) => tracing::warn!("the helper does not answer; it removes the policy later"),
         }
+    }
+}
+
+/// Returns at that time; never if there is none.
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -96,6 +96,65 @@ fn one_that_the_helper_refuses_is_taken_back() {
     assert_eq!(agent.status().configError, None);
 }
 
+/// What the helper can't do for the moment is tried again, and the old configuration is kept up meanwhile.
+#[test]
+fn one_that_is_refused_for_what_passes_is_tried_again() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1", "one"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    let refusal = fault("KernelRefused", json!({ "message": "out of memory" }));
+    let refusals = std::iter::repeat_n(refusal, 3);
+    world.helper.books().faults.extend(refusals);
+    world.write(OTHER);
+    agent.says("out of memory; the old configuration stays until it is tried again");
+    world.helper.wait_for(&[("one", "drop-all")]);
+    agent.in_force("one");
+    assert_eq!(agent.status().configError, None);
+    assert_eq!(agent.count("out of memory"), 1);
+}
+
+#[test]
+fn one_that_is_refused_is_tried_when_it_is_saved_again() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1", "one"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    let refusal = fault("TooManyProxies", json!({ "limit": 3 }));
+    world.helper.books().faults.push_back(refusal);
+    world.write(OTHER);
+    agent.says("the old configuration stays");
+    world.write(OTHER);
+    world.helper.wait_for(&[("one", "drop-all")]);
+    agent.in_force("one");
+    assert_eq!(agent.status().configError, None);
+}
+
+/// The administrator may have raised a limit.
+#[test]
+fn one_that_is_refused_is_tried_in_the_next_session() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1", "one"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    let refusal = fault("TooManyProxies", json!({ "limit": 3 }));
+    world.helper.books().faults.push_back(refusal.clone());
+    world.write(OTHER);
+    agent.says("the old configuration stays");
+    world.helper.stop();
+    agent.wait("the loss", |s| !s.connected);
+    // The first call brings back what was in force, the second one tries.
+    world.helper.start();
+    world.helper.wait_for(&[("one", "drop-all")]);
+    agent.in_force("one");
+    let calls = world.helper.books().calls.clone();
+    assert_eq!(calls, ["ReplacePolicy", "ReplacePolicy"]);
+    assert_eq!(agent.status().configError, None);
+}
+
 /// The one that the helper refuses is not the one that is in the file by then.
 #[test]
 fn one_that_is_written_while_another_is_refused_is_tried() {
