@@ -22,6 +22,8 @@ pub(crate) enum Kind {
     Closed,
     /// cgtproxy with `own-table: false`, as on kernels that protect no table.
     Unprotected,
+    /// The same, with as many calls a second as anybody may make at most.
+    Unlimited,
     /// cgtproxy with a proxy elsewhere, and cgtproxy-relay.
     Relay,
 }
@@ -38,6 +40,7 @@ impl Kind {
             Self::Ours => "cgtproxy",
             Self::Closed => "cgtproxy, start: closed",
             Self::Unprotected => "cgtproxy, own-table: false",
+            Self::Unlimited => "cgtproxy, calls-per-second: 1000000",
             Self::Relay => "cgtproxy-relay",
         }
     }
@@ -196,7 +199,7 @@ pub(crate) struct Burst {
     pub(crate) cpu_removal: u64,
 }
 
-/// A start of an agent, in nanoseconds from before fork(2).
+/// A start of an agent, in nanoseconds from before execve(2).
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Start {
     /// Until the traffic of the last control group obeyed.

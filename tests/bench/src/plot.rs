@@ -29,10 +29,15 @@ pub(crate) fn all(report: &Report, directory: &Path) -> io::Result<()> {
         let path = directory.join(name);
         plot(&path, title, &series).map_err(|e| io::Error::other(format!("{name}: {e}")))
     };
+    // Of those who give verdicts the time until that, of nobody the time until a process is there.
+    let latency = of("latency")
+        .into_iter()
+        .filter(|s| s.what.contains("in force") || s.on == "none")
+        .collect();
     draw(
         "latency.svg",
         "From mkdir until the verdict is in force",
-        of("latency"),
+        latency,
         distribution,
     )?;
     let packets = of("packets")
@@ -65,7 +70,10 @@ pub(crate) fn all(report: &Report, directory: &Path) -> io::Result<()> {
         requests,
         distribution,
     )?;
-    let flood = of("flood");
+    let flood = of("flood")
+        .into_iter()
+        .filter(|s| s.unit == " µs")
+        .collect();
     draw(
         "flood.svg",
         "An update, quiet and while another user floods",

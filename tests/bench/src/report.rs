@@ -83,9 +83,13 @@ impl Report {
     ) -> Summary {
         let summary = summary(samples);
         let ordered = sorted(samples);
-        let step = (ordered.len() as f64 / QUANTILES as f64).max(1.0);
-        let quantiles = (0..ordered.len().min(QUANTILES))
-            .map(|n| ordered[((n as f64 * step) as usize).min(ordered.len() - 1)])
+        // The first and the last are among them.
+        let (count, last) = (
+            ordered.len().min(QUANTILES),
+            ordered.len().saturating_sub(1),
+        );
+        let quantiles = (0..count)
+            .map(|n| ordered[n * last / (count - 1).max(1)])
             .collect();
         let what = what.into();
         eprintln!(
@@ -246,7 +250,7 @@ mod tests {
         let series = &report.series[0];
         assert_eq!(series.quantiles.len(), QUANTILES);
         assert_eq!(series.quantiles[0], 0.0);
-        assert!(series.quantiles[QUANTILES - 1] >= 990.0);
+        assert_eq!(series.quantiles[QUANTILES - 1], 999.0);
     }
 
     #[test]

@@ -178,9 +178,13 @@ impl<'a> Site<'a> {
                 this.counter = counter("cgtproxy", "cgroup-vmap");
                 this.await_count(0);
             }
-            Kind::Ours | Kind::Closed | Kind::Unprotected | Kind::Relay => {
+            Kind::Ours | Kind::Closed | Kind::Unprotected | Kind::Unlimited | Kind::Relay => {
+                let calls = match kind {
+                    Kind::Unlimited => ", calls-per-second: 1000000",
+                    _ => "",
+                };
                 let mut helper =
-                    "mark-mask: 0xfff00000\nlimits: { control-groups: 32768 }\n".to_owned();
+                    format!("mark-mask: 0xfff00000\nlimits: {{ control-groups: 32768{calls} }}\n");
                 if kind == Kind::Unprotected {
                     helper += "own-table: false\n";
                 }

@@ -37,11 +37,17 @@ pub(super) fn latency(options: &Options, report: &mut Report) {
                 add(format!("mkdir to first send, {among}"), |s| s.first);
                 continue;
             }
+            // How much of it is not the verdict: before the process is there, nothing shows that it is in force.
+            add(format!("mkdir to first send, {among}"), |s| s.first);
             let lost = samples.iter().filter(|s| s.in_force.is_none()).count();
             assert_eq!(lost, 0, "{name}: {lost} control groups never got a verdict");
             let what = format!("mkdir to verdict in force, {among}");
             let summary = add(what, |s| s.in_force.unwrap_or(0));
             summaries.push(((yard.kind, groups), summary));
+            let at_once = samples.iter().filter(|s| s.left == 0).count();
+            let share = 100.0 * at_once as f64 / samples.len() as f64;
+            let what = format!("first send is dropped already, {among}");
+            report.add(LATENCY, what, name, " %", &[share]);
         }
     }
     let of = |kind, groups| {

@@ -1,5 +1,7 @@
 //! Many users, and one who means harm.
 
+use std::time::Instant;
+
 use crate::cli::Options;
 use crate::order::{Idle, Kind, Order, Place};
 use crate::report::Report;
@@ -66,21 +68,38 @@ pub(super) fn many(options: &Options, report: &mut Report) {
 }
 
 pub(super) fn flood(options: &Options, report: &mut Report) {
+    // Whoever floods has 20 seconds' worth of calls at first, and then as many as the limit lets by.
+    for kind in [Kind::Ours, Kind::Unlimited] {
+        flood_one(options, report, kind);
+    }
+}
+
+fn flood_one(options: &Options, report: &mut Report, kind: Kind) {
     let (rounds, count) = options.number((15, 40), (1, 10));
-    let mut yard = Yard::start(Kind::Ours);
+    let mut yard = Yard::start(kind);
     yard.order::<()>(&Order::Users {
         users: 1,
         groups: 50,
     });
-    let (mut quiet, mut flooded) = (Vec::new(), Vec::new());
+    let (mut quiet, mut flooded, mut rates) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
         quiet.extend(yard.order::<Vec<f64>>(&Order::Updates { count }));
         yard.order::<u64>(&Order::Flood { on: true });
+        let start = Instant::now();
         flooded.extend(yard.order::<Vec<f64>>(&Order::Updates { count }));
+        let lasted = start.elapsed().as_secs_f64();
         let answered: u64 = yard.order(&Order::Flood { on: false });
         assert!(answered > 0, "the flood did not reach the helper");
+        rates.push(answered as f64 / lasted);
     }
-    let on = Kind::Ours.name();
+    let on = kind.name();
+    report.add(
+        FLOOD,
+        "calls of the flood answered a second",
+        on,
+        "",
+        &rates,
+    );
     let quiet = report.add(FLOOD, "update, quiet", on, " µs", &quiet);
     let flooded = report.add(
         FLOOD,
@@ -92,7 +111,10 @@ pub(super) fn flood(options: &Options, report: &mut Report) {
     let ratio = flooded.p99 / quiet.p99;
     report.at_most(
         FLOOD,
-        "p99 of updates, flooded against quiet",
+        match kind {
+            Kind::Unlimited => "p99 of updates, flooded without a limit against quiet",
+            _ => "p99 of updates, flooded against quiet",
+        },
         ratio,
         3.0,
         "×",
