@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Duration;
@@ -177,15 +178,12 @@ fn says_once_that_the_watches_are_used_up() {
     world.make(&["a", "a/b", "a/b/c", "drop-1", "drop-2"]);
     world.helper.start();
     let mut unshare = Command::new("unshare");
-    unshare.args(["--user", "--map-root-user"]);
+    // As whom the test runs, with what it takes to set a limit in there.
+    unshare.args(["--user", "--map-current-user", "--keep-caps"]);
     // Those that lead to the configuration, three above the subtree, and two of it.
     let watches = world.config.ancestors().skip(1).count() + 3 + 2;
     let script =
         format!(r#"echo {watches} > /proc/sys/user/max_inotify_watches || exit 77; exec "$@""#);
-    // Root of the namespace only: the agent sees uid 0, and so does this test.
-    if rustix::process::getuid().as_raw() != 0 {
-        return;
-    }
     let mut agent = world.agent_by(unshare, &script);
     agent.says("raise fs.inotify.max_user_watches");
     world
@@ -237,12 +235,14 @@ fn an_agent_without_descriptors_to_spare_goes_on() {
 /// cgroupfs never tells that a directory is gone through the watch on it: see `watch.rs`.
 #[test]
 fn leaves_no_watches_behind_on_cgroupfs() {
-    let root = match cgtproxy_agent::subtree::find_root() {
-        Ok(root) if rustix::process::getuid().as_raw() == 0 => root,
-        _ => return,
-    };
-    let cgroups = root.join(format!("cgtproxy-agent-test-{}", std::process::id()));
-    std::fs::create_dir(&cgroups).unwrap();
+    let root = cgtproxy_agent::subtree::find_root().expect("cgroup v2 is mounted");
+    let cgroups = root.join(name_that_is_swept());
+    if let Err(error) = std::fs::create_dir(&cgroups) {
+        panic!(
+            "can't make the control group {} ({error}); this test must run as root",
+            cgroups.display()
+        );
+    }
     let result = std::panic::catch_unwind(|| {
         let directory = TempDir::new().unwrap();
         let mut world = World::in_cgroups(CONFIG, directory, cgroups.clone());
@@ -264,6 +264,17 @@ fn leaves_no_watches_behind_on_cgroupfs() {
     });
     remove_tree(&cgroups);
     result.unwrap();
+}
+
+/// What the test beds remove if this process is killed: see `tests/src/host_cgroup.rs`.
+fn name_that_is_swept() -> String {
+    let namespace = std::fs::metadata("/proc/self/ns/pid").unwrap().ino();
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    // When it was started, the 22nd field. The second is a name in parentheses.
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    let start = fields.split_whitespace().nth(19).unwrap();
+    let pid = std::process::id();
+    format!("cgtproxy-sandbox-{namespace}-{pid}-{start}-watches")
 }
 
 /// How many inotify watches a process has. A copy of a descriptor has the same ones.

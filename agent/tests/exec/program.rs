@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -11,6 +11,22 @@ use cgtproxy_proto::service::Fault;
 use serde_json::json;
 
 use crate::pretender::{Asked, Behaviour, Session, stderr, stdout};
+
+/// A process to be moved, which is killed whatever becomes of the test.
+struct Sleeping(Child);
+
+impl Sleeping {
+    fn new(mut sleep: Command) -> Self {
+        Self(sleep.arg("1000").spawn().unwrap())
+    }
+}
+
+impl Drop for Sleeping {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 /// The output is one line that says all of `parts`, and the status is `code`.
 #[track_caller]
@@ -367,21 +383,20 @@ fn a_scope_that_does_not_start_is_reported() {
 #[test]
 fn another_process_is_moved_without_being_touched() {
     let mut session = Session::new(Behaviour::default());
-    let mut other = Command::new("sleep").arg("1000").spawn().unwrap();
-    let pid = other.id().to_string();
+    let mut other = Sleeping::new(Command::new("sleep"));
+    let pid = other.0.id().to_string();
     let output = session.run(["--pid", &pid, "mihomo"]);
     assert_eq!(output.status.code(), Some(0));
     assert_eq!((stdout(&output), stderr(&output)), Default::default());
-    assert_eq!(other.try_wait().unwrap(), None);
+    assert_eq!(other.0.try_wait().unwrap(), None);
     assert_eq!(
         session.asked()[1],
         Asked::Start {
             slice: "cgtproxy-mihomo.slice".into(),
-            pid: other.id(),
+            pid: other.0.id(),
         }
     );
-    other.kill().unwrap();
-    other.wait().unwrap();
+    drop(other);
     let output = session.run(["--pid", &pid, "mihomo"]);
     assert_refused(&output, 125, &["control group of process", &pid]);
 }
@@ -390,16 +405,12 @@ fn another_process_is_moved_without_being_touched() {
 fn says_that_open_sockets_stay_behind() {
     let mut session = Session::new(Behaviour::default());
     let (socket, _other_end) = std::os::unix::net::UnixStream::pair().unwrap();
-    let mut other = Command::new("sleep")
-        .arg("1000")
-        .stdin(std::os::fd::OwnedFd::from(socket))
-        .spawn()
-        .unwrap();
-    let output = session.run(["--pid", &other.id().to_string(), "mihomo"]);
+    let mut sleep = Command::new("sleep");
+    sleep.stdin(std::os::fd::OwnedFd::from(socket));
+    let other = Sleeping::new(sleep);
+    let output = session.run(["--pid", &other.0.id().to_string(), "mihomo"]);
     assert_eq!(output.status.code(), Some(0));
     assert!(stderr(&output).contains("sockets open"));
-    other.kill().unwrap();
-    other.wait().unwrap();
 }
 
 #[test]
