@@ -18,6 +18,55 @@ fn policy(proxies: usize, bypass: usize, cgroups: usize) -> Value {
     json!({ "proxies": proxies, "bypass": bypass, "assignments": assignments })
 }
 
+/// What docs/security.md says that the helper's memory stays below, in KiB, without and for each such policy.
+const MEMORY: u64 = 64 * 1024;
+const MEMORY_EACH: u64 = 8 * 1024;
+
+/// In memory that is the process's own, in KiB: what it shares with others is its program.
+fn memory(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"));
+    let number = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    number.and_then(|kib| kib.parse().ok()).expect("a number")
+}
+
+#[test]
+fn a_policy_of_as_many_control_groups_as_one_may_have_takes_no_more_memory_than_it_may() {
+    sandbox(|sb| {
+        const MOST: usize = 16 * 1024;
+        const USERS: u32 = 2;
+        let helper = sb.helper().start();
+        let mut sessions = Vec::new();
+        let begun = memory(helper.pid());
+        for uid in (1001..).take(USERS as usize) {
+            let user = sb.user(uid);
+            let name = |n: usize| format!("app.slice/app-gnome-org.example.Application-{n}.scope");
+            let directory = user.cgroup("app.slice").directory();
+            let script = format!(
+                "cd {} && seq -f app-gnome-org.example.Application-%g.scope 0 {} | xargs mkdir",
+                directory.display(),
+                MOST - 1
+            );
+            user.shell(&script);
+            let assignments: Vec<_> = (0..MOST).map(|n| verdict(&name(n), "drop")).collect();
+            let mut session = Session::of(&user);
+            session.replace(json!([]), json!([]), json!(assignments));
+            assert_eq!(session.status()["controlGroups"], json!(MOST));
+            sessions.push(session);
+        }
+        let each = (memory(helper.pid()) - begun) / u64::from(USERS);
+        println!("{each} KiB for each");
+        assert!(each <= MEMORY_EACH, "{each} KiB for each");
+        let peak = helper.peak_memory();
+        assert!(
+            peak <= MEMORY + u64::from(USERS) * MEMORY_EACH,
+            "{peak} KiB"
+        );
+    });
+}
+
 /// Neither it nor what puts it back waits for more answers than there is room for.
 #[test]
 fn a_policy_of_many_proxies_is_taken_and_restored() {
