@@ -465,6 +465,8 @@ fn opener<'a>(
 }
 
 #[cfg(test)]
+mod diagnoses;
+#[cfg(test)]
 mod lost_answers;
 #[cfg(test)]
 mod reconnection;

@@ -206,6 +206,8 @@ pub(crate) struct Model {
     pub(crate) refuse: Rc<Cell<bool>>,
     /// The answers to the next transactions are lost, those whose outcome this says; true if it is carried out.
     pub(crate) lose: Rc<RefCell<VecDeque<Option<bool>>>>,
+    /// How often it was looked for what of the machine may be in the way.
+    pub(crate) looks: Rc<Cell<u32>>,
 }
 
 impl Model {
@@ -281,6 +283,7 @@ impl Kernel for Model {
     }
 
     fn mark_writers(&self) -> Result<Vec<MarkWriter>, nft::Error> {
+        self.looks.set(self.looks.get() + 1);
         Ok(Vec::new())
     }
 }
