@@ -213,6 +213,49 @@ fn users_set_it_up_and_have_their_applications_and_commands_routed() {
     });
 }
 
+/// A program that runs already is moved by the user's service manager, and what it begins then goes where it is to.
+#[test]
+fn a_process_that_runs_is_moved_to_another_target() {
+    sandbox(|sb| {
+        let system = boot(sb);
+        let alice = system.alice();
+        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        enable(&system, alice, CONFIG);
+        let game = desktop_app(&system, alice, "game");
+        wait_for_target(&system, alice, "app-game.service", "direct");
+        expect(sb, &game, direct);
+        let pid = system.user_property(alice, "app-game.service", "MainPID");
+        let cgroup = || system.run(&["grep", "^0:", &format!("/proc/{pid}/cgroup")]);
+        let to = |target: &str| {
+            let by = ["cgtproxy-exec", "--pid", &pid, target];
+            let output = system.output_as(alice, &by);
+            assert!(output.status.success(), "{target}: {output:?}");
+            let slice = format!("/cgtproxy.slice/cgtproxy-{target}.slice/");
+            assert!(cgroup().contains(&slice), "{}", cgroup());
+        };
+        // It is in the kernel when the command returns.
+        to("mihomo");
+        expect(sb, &game, by("mihomo"));
+        let open = sb.destinations().map(|to| (game.open_udp(to), to));
+        to("drop");
+        expect_dropped(sb, &game);
+        // A socket stays where it was made.
+        for (open, to) in open {
+            assert_eq!(open.ask(), proxied("mihomo", to));
+        }
+        to("direct");
+        expect(sb, &game, direct);
+        // Nobody moves what is another user's.
+        let bob = system.bob();
+        enable(&system, bob, "version: 1\nrules: []\n");
+        let before = cgroup();
+        let refused = system.output_as(bob, &["cgtproxy-exec", "--pid", &pid, "drop"]);
+        assert_eq!(refused.status.code(), Some(NOT_RUN), "{refused:?}");
+        assert_eq!(cgroup(), before);
+        expect(sb, &game, direct);
+    });
+}
+
 /// What a shell sees of a command under a target.
 fn commands_are_what_they_would_be_without(system: &System) {
     let alice = system.alice();
