@@ -203,6 +203,19 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// A link leads to where nothing is seen.
+    #[error(
+        "can't read '{path}': '{link}' is a link to '{target}', and the helper sees nothing there; \
+         its unit shows it /etc and /usr, and what BindReadOnlyPaths= adds"
+    )]
+    Nowhere {
+        /// The file.
+        path: PathBuf,
+        /// The link: the file or its directory.
+        link: PathBuf,
+        /// What it says.
+        target: PathBuf,
+    },
     /// The file is not a configuration.
     #[error("{path}:{line}:{column}: {message}")]
     Parse {
@@ -257,20 +270,14 @@ impl Config {
     /// # Errors
     /// If the file that was named is absent, or either is wrong.
     pub fn load(path: Option<&Path>) -> Result<Self, Error> {
-        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
-        let text = match std::fs::read_to_string(file) {
-            Ok(text) => text,
-            Err(error) if path.is_none() && error.kind() == io::ErrorKind::NotFound => {
-                String::new()
-            }
-            Err(source) => {
-                return Err(Error::Read {
-                    path: file.to_owned(),
-                    source,
-                });
-            }
-        };
-        Self::parse(&text, file)
+        match path {
+            Some(path) => Self::parse(&read(path)?.ok_or_else(|| absent(path))?, path),
+            None => Self::load_if_there(Path::new(DEFAULT_PATH)),
+        }
+    }
+
+    fn load_if_there(path: &Path) -> Result<Self, Error> {
+        Self::parse(&read(path)?.unwrap_or_default(), path)
     }
 
     /// What holds where there is no file.
@@ -376,9 +383,72 @@ impl Config {
     }
 }
 
+/// What is in the file; none if there is none. A link to where nothing is to be seen is not that: what it leads to may
+/// well be there, and say who is denied.
+fn read(path: &Path) -> Result<Option<String>, Error> {
+    let source = match std::fs::read_to_string(path) {
+        Ok(text) => return Ok(Some(text)),
+        Err(source) => source,
+    };
+    if source.kind() != io::ErrorKind::NotFound {
+        return Err(Error::Read {
+            path: path.to_owned(),
+            source,
+        });
+    }
+    let links = [Some(path), path.parent()].into_iter().flatten();
+    for link in links.filter(|link| !link.exists()) {
+        if let Ok(target) = std::fs::read_link(link) {
+            return Err(Error::Nowhere {
+                path: path.to_owned(),
+                link: link.to_owned(),
+                target,
+            });
+        }
+    }
+    Ok(None)
+}
+
+fn absent(path: &Path) -> Error {
+    Error::Read {
+        path: path.to_owned(),
+        source: io::ErrorKind::NotFound.into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "reads files")]
+    fn a_link_to_nowhere_is_not_as_good_as_no_file() {
+        let directory = std::env::temp_dir().join(format!("cgtproxy-links-{}", std::process::id()));
+        std::fs::create_dir_all(directory.join("etc")).unwrap();
+        let at = |path: &str| directory.join(path);
+        let file = at("etc/helper.yaml");
+        let load = |file: &Path| Config::load_if_there(file).map_err(|error| error.to_string());
+        assert!(load(&file).is_ok());
+        assert!(load(&at("nothing/helper.yaml")).is_ok());
+        assert!(Config::load(Some(&file)).is_err());
+        symlink("../srv/helper.yaml", &file).unwrap();
+        symlink("srv", at("linked")).unwrap();
+        for file in [&file, &at("linked/helper.yaml")] {
+            let error = load(file).unwrap_err();
+            assert!(error.contains("is a link to '"), "{error}");
+            assert!(error.contains("srv"), "{error}");
+        }
+        std::fs::create_dir(at("srv")).unwrap();
+        assert!(load(&file).is_err());
+        assert!(load(&at("linked/helper.yaml")).is_ok(), "there is no file");
+        std::fs::write(at("srv/helper.yaml"), "grace-seconds: 7").unwrap();
+        for file in [&file, &at("linked/helper.yaml")] {
+            assert_eq!(load(file).unwrap().grace, Duration::from_secs(7));
+        }
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
 
     fn parse(text: &str) -> Result<Config, Error> {
         Config::parse(text, Path::new("helper.yaml"))
