@@ -100,6 +100,8 @@ fn log_to_stderr() {
     let level = level.unwrap_or(tracing::Level::INFO);
     let log = tracing_subscriber::fmt()
         .with_writer(io::stderr)
+        // It would panic where nobody reads standard error any more.
+        .log_internal_errors(false)
         .with_max_level(level)
         .with_target(false)
         .with_ansi(false);

@@ -61,6 +61,8 @@ fn log_to_stderr() {
         .and_then(|level| level.parse().ok());
     let log = tracing_subscriber::fmt()
         .with_writer(io::stderr)
+        // It would panic where nobody reads standard error any more.
+        .log_internal_errors(false)
         .with_max_level(level.unwrap_or(tracing::Level::INFO))
         .with_target(false)
         .with_ansi(false);

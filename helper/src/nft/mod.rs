@@ -81,6 +81,9 @@ pub enum Error {
     /// There is no socket to nf_tables.
     #[error("can't open a netlink socket to nf_tables")]
     Socket(#[source] std::io::Error),
+    /// No capability for what the socket is to have.
+    #[error("changing nftables needs CAP_NET_ADMIN")]
+    NoCapability(#[source] std::io::Error),
     /// No capability.
     #[error("changing nftables needs CAP_NET_ADMIN")]
     NotCapable(#[source] Refusal),
@@ -101,6 +104,15 @@ pub enum Error {
     /// Nobody knows whether the change was made, or part of it could not be taken back.
     #[error("the kernel has perhaps a part of the change: {0}")]
     Unknown(#[source] Refusal),
+}
+
+impl Error {
+    fn of_socket(error: std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::PermissionDenied => Self::NoCapability(error),
+            _ => Self::Socket(error),
+        }
+    }
 }
 
 impl From<Failure> for Error {
@@ -144,7 +156,7 @@ impl Nftables {
         own: bool,
         snapshot: &Records,
     ) -> Result<(Self, BTreeMap<Uid, Inherited>), Error> {
-        let socket = NetfilterSocket::open().map_err(Error::Socket)?;
+        let socket = NetfilterSocket::open().map_err(Error::of_socket)?;
         let table = Table::new(TABLE, ProtoFamily::Inet);
         let mut this = Self {
             socket,
@@ -285,9 +297,9 @@ impl Nftables {
     /// Removes the table with everything in it. No table is no error.
     ///
     /// # Errors
-    /// If another process owns it.
+    /// Without CAP_NET_ADMIN, or if another process owns it.
     pub fn remove(marks: MarkRange) -> Result<(), Error> {
-        let socket = NetfilterSocket::open().map_err(Error::Socket)?;
+        let socket = NetfilterSocket::open().map_err(Error::of_socket)?;
         let table = Table::new(TABLE, ProtoFamily::Inet);
         let this = Self {
             socket,

@@ -1,0 +1,19 @@
+//! The relay as a process.
+
+#![allow(clippy::unwrap_used, reason = "a panic is a failed test")]
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+
+#[test]
+fn nobody_has_to_read_what_it_says() {
+    let (stderr, reader) = UnixStream::pair().unwrap();
+    drop(reader);
+    let status = Command::new(env!("CARGO_BIN_EXE_cgtproxy-relay"))
+        .args(["--socket", "/nonexistent/relay.sock"])
+        .stderr(OwnedFd::from(stderr))
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(1), "{status}");
+}

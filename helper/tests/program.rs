@@ -1,0 +1,37 @@
+//! The helper as a process, as far as that goes without privileges.
+
+#![allow(clippy::unwrap_used, reason = "a panic is a failed test")]
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+
+/// What the unit's `RestartPreventExitStatus=` is about.
+const EX_CONFIG: i32 = 78;
+
+#[test]
+fn nobody_has_to_read_what_it_says() {
+    let (stderr, reader) = UnixStream::pair().unwrap();
+    drop(reader);
+    let status = Command::new(env!("CARGO_BIN_EXE_cgtproxy-helper"))
+        .args(["--config", "/nonexistent/helper.yaml"])
+        .env_remove("LISTEN_FDS")
+        .stderr(OwnedFd::from(stderr))
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(EX_CONFIG), "{status}");
+}
+
+#[test]
+fn who_may_not_remove_anything_is_told_so() {
+    // Root is nobody in particular here, of a user namespace that the network is not of.
+    let output = Command::new("unshare")
+        .args(["--user", "--map-user=1000", "--map-group=1000"])
+        .args([env!("CARGO_BIN_EXE_cgtproxy-helper"), "--remove"])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("needs CAP_NET_ADMIN"), "{said}");
+}
