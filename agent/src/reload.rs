@@ -3,13 +3,14 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask, Watches};
+use tokio::net::unix::pipe::Receiver;
 use tokio::signal::unix::Signal;
 
 use crate::config::{self, Config, Environment, Findings, LoadError, Loaded, Scope, Severity};
@@ -115,8 +116,14 @@ impl Loader {
         let bytes = match config::read_file(path) {
             Ok(bytes) if known && self.last.as_ref() == Some(&bytes) => return,
             Ok(bytes) => bytes,
-            Err(LoadError::Missing(_)) if self.last.is_none() => return,
             Err(error) => {
+                let known = agent.state().config_error.clone();
+                match &error {
+                    // There is none still.
+                    LoadError::Missing(_) if self.last.is_none() && known.is_none() => return,
+                    error if !always && known.is_some_and(|known| known == chain(error)) => return,
+                    _ => {}
+                }
                 // To go direct because an editor took the file away for a moment would be a leak.
                 self.last = None;
                 return refuse(agent, say(&error));
@@ -215,6 +222,8 @@ const LINKS: usize = 40;
 struct Changes {
     path: PathBuf,
     inotify: Option<(Watches, Events)>,
+    /// Tells of mounts, while a link leads to nothing: inotify does not say what is mounted over a directory.
+    mounts: Option<Receiver>,
     /// The directories that are watched, by the numbers of their watches.
     watched: HashMap<i32, Watched>,
     /// It was said that there are no watches left.
@@ -231,14 +240,14 @@ struct Watched {
 
 /// What is of interest in a directory on the way to a file, beside that it stays where it is.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Interest {
+struct Wanted {
     /// Whose events count.
     names: HashSet<OsString>,
     /// The file is in it, or would be.
     last: bool,
 }
 
-impl Interest {
+impl Wanted {
     /// As little as there has to be: a home directory is busy, and nobody is to be woken by that.
     fn mask(&self) -> WatchMask {
         let mut mask = WatchMask::MOVE_SELF | WatchMask::DELETE_SELF | WatchMask::ONLYDIR;
@@ -257,8 +266,8 @@ impl Interest {
 
 /// The directories that lead to a file, as far as they are there, none of which is a link: each has one path, and one
 /// watch.
-fn way(file: &Path) -> BTreeMap<PathBuf, Interest> {
-    let mut way: BTreeMap<PathBuf, Interest> = BTreeMap::new();
+fn way(file: &Path) -> BTreeMap<PathBuf, Wanted> {
+    let mut way: BTreeMap<PathBuf, Wanted> = BTreeMap::new();
     let mut directory = PathBuf::new();
     let mut ahead = components(file);
     let mut links = 0;
@@ -308,6 +317,26 @@ fn components(path: &Path) -> Vec<OsString> {
     named.map(|c| c.as_os_str().to_owned()).collect()
 }
 
+/// What tells when something is mounted or unmounted: see proc_pid_mountinfo(5).
+fn watch_mounts() -> io::Result<Receiver> {
+    // It is no pipe, but the runtime waits for it as for one; of another file it does not without unsafe code.
+    Receiver::from_file_unchecked(File::open("/proc/self/mountinfo")?)
+}
+
+/// Returns when something has been mounted or unmounted, and once at first.
+async fn mounted(mounts: Option<&Receiver>) {
+    let Some(mounts) = mounts else {
+        return std::future::pending().await;
+    };
+    match mounts.readable().await {
+        // It can be read at any time: what counts is that the kernel says so once more.
+        Ok(()) => {
+            let _ = mounts.try_io(|| Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+        }
+        Err(_) => std::future::pending().await,
+    }
+}
+
 impl Changes {
     fn watch(path: &Path) -> Self {
         let open = || {
@@ -324,6 +353,7 @@ impl Changes {
             // It fails where there is no working directory any more, and nothing in it either.
             path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
             inotify,
+            mounts: None,
             watched: HashMap::new(),
             said: false,
         };
@@ -333,6 +363,15 @@ impl Changes {
 
     /// Watches the directories that lead to the file.
     fn arm(&mut self) {
+        match config::link_to_nothing(&self.path) {
+            Some(_) if self.mounts.is_none() => {
+                self.mounts = watch_mounts()
+                    .inspect_err(|error| tracing::debug!("can't watch mounts: {}", chain(error)))
+                    .ok();
+            }
+            Some(_) => {}
+            None => self.mounts = None,
+        }
         let mut before = way(&self.path);
         loop {
             self.watch_all(&before);
@@ -346,7 +385,7 @@ impl Changes {
     }
 
     /// Watches these directories and no others.
-    fn watch_all(&mut self, way: &BTreeMap<PathBuf, Interest>) {
+    fn watch_all(&mut self, way: &BTreeMap<PathBuf, Wanted>) {
         let Some((watches, _)) = &mut self.inotify else {
             return;
         };
@@ -397,7 +436,14 @@ impl Changes {
             let Some((_, events)) = &mut self.inotify else {
                 return std::future::pending().await;
             };
-            match events.next().await {
+            let batch = tokio::select! {
+                batch = events.next() => batch,
+                () = mounted(self.mounts.as_ref()) => {
+                    self.arm();
+                    return;
+                }
+            };
+            match batch {
                 Ok(batch) => {
                     let counts = batch.iter().any(|event| self.counts(event));
                     if counts {

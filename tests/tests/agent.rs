@@ -493,6 +493,34 @@ fn without_a_file_everything_is_direct_until_there_is_one() {
 }
 
 #[test]
+fn a_configuration_on_what_is_mounted_later_is_waited_for() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let vault = alice.home().join("vault");
+        alice.shell(
+            "mkdir -p ~/vault ~/.config/cgtproxy && ln -s ~/vault/config.yaml ~/.config/cgtproxy/",
+        );
+        let mut service = alice.agent("").without_config().spawn();
+        service.wait_log("is a link to");
+        assert!(!service.has_notified("READY=1"));
+        // It is in another file system, which gets there with it in one step.
+        let mounted = vault.to_str().expect("a path in UTF-8");
+        sb.run(&["mkdir", "/run/vault"]);
+        fs::write(
+            "/run/vault/config.yaml",
+            "version: 1\nrules: [{match: app-a, drop: true}]",
+        )
+        .expect("/run is the sandbox's");
+        sb.run(&["chmod", "-R", "a+rX", "/run/vault"]);
+        sb.run(&["mount", "--bind", "/run/vault", mounted]);
+        service.wait_ready();
+        Agent::of(&alice).wait_for_verdict(&scope(&alice, "a"), "drop");
+        sb.run(&["umount", mounted]);
+    });
+}
+
+#[test]
 fn an_agent_that_is_killed_and_restarted_leaves_no_gap() {
     sandbox(|sb| {
         let _helper = sb.helper().start();

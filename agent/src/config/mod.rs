@@ -200,6 +200,16 @@ pub enum LoadError {
     /// There is no such file.
     #[error("there is no file {}", .0.display())]
     Missing(PathBuf),
+    /// A link on the way to it leads to nothing, which may be there later: a file system that is yet to be mounted.
+    #[error("there is no file {}: {} is a link to {}, and nothing is there", .file.display(), .link.display(), .target.display())]
+    Nowhere {
+        /// The file.
+        file: PathBuf,
+        /// The link.
+        link: PathBuf,
+        /// What it says.
+        target: PathBuf,
+    },
     /// It can't be read.
     #[error("can't read {}", .file.display())]
     Unreadable {
@@ -225,10 +235,17 @@ pub struct Loaded {
 /// The file's bytes, but not more than a configuration may have.
 ///
 /// # Errors
-/// If there is no such file, or it can't be read.
+/// If there is no such file, it is a link to nothing, or it can't be read.
 pub fn read_file(file: &Path) -> Result<Vec<u8>, LoadError> {
     let unreadable = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => LoadError::Missing(file.to_owned()),
+        io::ErrorKind::NotFound => match link_to_nothing(file) {
+            Some((link, target)) => LoadError::Nowhere {
+                file: file.to_owned(),
+                link,
+                target,
+            },
+            None => LoadError::Missing(file.to_owned()),
+        },
         _ => LoadError::Unreadable {
             file: file.to_owned(),
             source,
@@ -251,6 +268,19 @@ pub fn read_file(file: &Path) -> Result<Vec<u8>, LoadError> {
         return Err(unreadable(source));
     }
     Ok(bytes)
+}
+
+/// The link on the way to a file that leads to nothing, and where it leads.
+#[must_use]
+pub fn link_to_nothing(file: &Path) -> Option<(PathBuf, PathBuf)> {
+    let last = file
+        .ancestors()
+        .find(|path| path.symlink_metadata().is_ok())?;
+    if last.exists() {
+        return None;
+    }
+    let target = last.read_link().ok()?;
+    Some((last.to_owned(), target))
 }
 
 /// Loads a configuration file.

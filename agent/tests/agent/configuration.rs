@@ -411,6 +411,41 @@ fn one_that_is_wrong_at_the_start_is_waited_for() {
 }
 
 #[test]
+fn a_link_to_nothing_is_waited_for() {
+    let mut world = World::new("");
+    world.make(&["drop-1", "one"]);
+    world.helper.start();
+    let at = |path: &str| world.path().join(path);
+    std::fs::create_dir_all(world.config.parent().unwrap()).unwrap();
+    symlink(at("vault/config.yaml"), &world.config).unwrap();
+    let mut agent = world.agent();
+    agent.says("is a link to ");
+    agent.says("waiting for the configuration to be mended");
+    world.notified("STATUS=waiting for the configuration to be mended: ");
+    // What is on the way still is not it.
+    std::fs::create_dir(at("vault")).unwrap();
+    agent.signal(Signal::HUP);
+    agent.says("is a link to ");
+    assert!(!world.is_notified("READY=1"));
+    assert_eq!(world.helper.books().calls, [] as [&str; 0]);
+    // Without the link, what is missing is the file.
+    std::fs::remove_file(&world.config).unwrap();
+    agent.wait("no link", |s| {
+        let error = s.configError.as_deref();
+        error.is_some_and(|e| e.contains("there is no file") && !e.contains("link"))
+    });
+    symlink(at("vault/config.yaml"), &world.config).unwrap();
+    agent.wait("the link again", |s| {
+        let error = s.configError.as_deref();
+        error.is_some_and(|e| e.contains("is a link to"))
+    });
+    std::fs::write(at("vault/config.yaml"), CONFIG).unwrap();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    world.notified("READY=1");
+    assert_eq!(agent.status().configError, None);
+}
+
+#[test]
 fn one_that_waits_takes_nothing_away() {
     let mut world = World::new("version: 2");
     world.helper.start();
