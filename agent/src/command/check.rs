@@ -1,6 +1,7 @@
 //! `cgtproxy-agent check`
 
-use std::io::{self, IsTerminal, Write};
+use std::fmt::Write;
+use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -12,11 +13,9 @@ use crate::text::printable;
 pub(super) fn run(file: &Path, scope: Scope) -> Result<ExitCode, Error> {
     let bytes = config::read_file(file)?;
     let (_, findings) = config::read(file, &bytes, scope);
-    let mut out = io::stdout().lock();
     let mut text = String::new();
     // Writing to a string does not fail.
     let _ = findings.render(&mut text, colours());
-    out.write_all(text.as_bytes())?;
     let errors = findings.count(Severity::Error);
     let warnings = findings.count(Severity::Warning);
     let file = printable(&file.to_string_lossy());
@@ -24,18 +23,14 @@ pub(super) fn run(file: &Path, scope: Scope) -> Result<ExitCode, Error> {
         1 => format!("1 {what}"),
         number => format!("{number} {what}s"),
     };
-    match (errors, warnings) {
-        (0, 0) => writeln!(out, "{file}: no errors")?,
-        (0, _) => writeln!(out, "{file}: {}", count(warnings, "warning"))?,
-        (_, 0) => writeln!(out, "{file}: {}", count(errors, "error"))?,
-        (_, _) => writeln!(
-            out,
-            "{file}: {}, {}",
-            count(errors, "error"),
-            count(warnings, "warning")
-        )?,
-    }
-    out.flush()?;
+    let counted = match (errors, warnings) {
+        (0, 0) => "no errors".to_owned(),
+        (0, _) => count(warnings, "warning"),
+        (_, 0) => count(errors, "error"),
+        (_, _) => format!("{}, {}", count(errors, "error"), count(warnings, "warning")),
+    };
+    let _ = writeln!(text, "{file}: {counted}");
+    super::print(text.as_bytes())?;
     Ok(match findings.has_errors() {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,

@@ -1,6 +1,6 @@
 //! `cgtproxy-agent doctor`, which is `check permission` too.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use super::Error;
@@ -14,18 +14,16 @@ use crate::server;
 pub(super) fn run(arguments: &Arguments, json: bool) -> Result<ExitCode, Error> {
     let facts = gather(arguments)?;
     let groups = check::all(&facts);
-    let mut out = io::BufWriter::new(io::stdout().lock());
+    let mut text = String::new();
     if json {
         let value = report::json(&groups, facts.version);
-        serde_json::to_writer_pretty(&mut out, &value).map_err(io::Error::from)?;
-        writeln!(out)?;
+        text = serde_json::to_string_pretty(&value).map_err(io::Error::from)?;
+        text.push('\n');
     } else {
-        let mut text = String::new();
         // Writing to a string does not fail.
         let _ = report::render(&mut text, &groups, colours());
-        out.write_all(text.as_bytes())?;
     }
-    out.flush()?;
+    super::print(text.as_bytes())?;
     Ok(match report::count(&groups, Severity::Error) {
         0 => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,

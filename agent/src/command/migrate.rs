@@ -15,20 +15,22 @@ pub(super) fn run(file: &Path, output: Option<&Path>, force: bool) -> Result<Exi
         Ok((text, findings)) => (Some(text), findings),
         Err(findings) => (None, findings),
     };
+    let written = match (&migrated, output) {
+        (Some(text), Some(file)) => write(file, text.as_bytes(), force),
+        _ => Ok(()),
+    };
     let mut err = io::stderr().lock();
     for (severity, line) in findings.lines() {
-        writeln!(err, "{}: {line}", severity.name())?;
+        // Whoever reads may have seen enough, which changes nothing about the file.
+        let _ = writeln!(err, "{}: {line}", severity.name());
     }
+    drop(err);
+    written?;
     let Some(text) = migrated else {
         return Ok(ExitCode::FAILURE);
     };
-    match output {
-        None => {
-            let mut out = io::stdout().lock();
-            out.write_all(text.as_bytes())?;
-            out.flush()?;
-        }
-        Some(file) => write(file, text.as_bytes(), force)?,
+    if output.is_none() {
+        super::print(text.as_bytes())?;
     }
     Ok(ExitCode::SUCCESS)
 }

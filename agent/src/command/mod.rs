@@ -9,7 +9,7 @@ mod migrate;
 mod status;
 mod table;
 
-use std::io;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -58,7 +58,7 @@ pub enum Error {
     )]
     SystemNotRunning,
     /// What root's session with the helper is.
-    #[error("root's agent is the machine's: run it with --system, or as another user")]
+    #[error("root's agent is the machine's: add --system, or do it as the user it is about")]
     RootIsTheSystem,
     /// The helper would take it for the user's own.
     #[error("only root runs the machine's agent; leave out --system")]
@@ -101,6 +101,23 @@ pub enum Error {
 /// # Errors
 /// If it can't be done.
 pub fn run(arguments: Arguments) -> Result<ExitCode, Error> {
+    let about_one = matches!(
+        arguments.command,
+        Some(
+            Command::Doctor { .. }
+                | Command::Status { .. }
+                | Command::Apps { .. }
+                | Command::Explain { .. }
+                | Command::Check {
+                    what: Some(Check::Permission { .. }),
+                    ..
+                }
+        )
+    );
+    // There is no such agent, no manager and no application that they could be about.
+    if about_one {
+        not_roots_own(&arguments)?;
+    }
     let result = match &arguments.command {
         None | Some(Command::Run) => {
             run::run(options(&arguments)?)?;
@@ -132,6 +149,15 @@ pub fn run(arguments: Arguments) -> Result<ExitCode, Error> {
     }
 }
 
+/// Prints what a status goes with, which is the same if whoever reads has seen enough.
+fn print(text: &[u8]) -> Result<(), Error> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}
+
 fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCode, Error> {
     match file {
         Some(file) => check::run(file, arguments.scope()),
@@ -139,11 +165,18 @@ fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCod
     }
 }
 
-fn options(arguments: &Arguments) -> Result<Options, Error> {
+/// Refuses what would be about an agent of root's that is not the machine's.
+fn not_roots_own(arguments: &Arguments) -> Result<(), Error> {
     match (arguments.scope(), rustix::process::getuid().is_root()) {
-        (Scope::User, true) => return Err(Error::RootIsTheSystem),
-        (Scope::System, false) => return Err(Error::SystemIsRoots),
-        _ => {}
+        (Scope::User, true) => Err(Error::RootIsTheSystem),
+        _ => Ok(()),
+    }
+}
+
+fn options(arguments: &Arguments) -> Result<Options, Error> {
+    not_roots_own(arguments)?;
+    if arguments.system && !rustix::process::getuid().is_root() {
+        return Err(Error::SystemIsRoots);
     }
     Ok(Options {
         subtree: match own_subtree(arguments) {

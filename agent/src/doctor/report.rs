@@ -110,7 +110,7 @@ pub fn render(out: &mut impl fmt::Write, groups: &[Group], colours: bool) -> fmt
         ("", _) => writeln!(out, "nothing is wrong with what could be looked at"),
         (total, _) => writeln!(
             out,
-            "{total}; docs/troubleshooting.md has more about each, by the name in brackets"
+            "{total}; troubleshooting.md of the documentation has more about each, by the name in brackets"
         ),
     }
 }

@@ -1,7 +1,9 @@
 //! The other commands of the agent.
 
 use std::io::Read;
-use std::process::Stdio;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
@@ -171,6 +173,53 @@ fn a_reader_that_has_seen_enough_is_no_error() {
         .read_to_string(&mut said)
         .unwrap();
     assert_eq!((child.wait().unwrap().code(), said.as_str()), (Some(0), ""));
+}
+
+/// What nobody reads.
+fn closed() -> Stdio {
+    let (here, there) = UnixStream::pair().unwrap();
+    drop(there);
+    OwnedFd::from(here).into()
+}
+
+#[test]
+fn a_reader_that_is_gone_changes_no_status() {
+    let world = World::new("version: 1\nruls: []\n");
+    for arguments in [&["check"][..], &["doctor"], &["doctor", "--json"]] {
+        let mut command = world.command();
+        let status = command.args(arguments).stdout(closed()).status().unwrap();
+        assert_eq!(status.code(), Some(1), "{arguments:?}");
+    }
+    // A key that is not taken over is said.
+    let (old, new) = (world.path().join("config.json"), world.path().join("new"));
+    std::fs::write(&old, r#"{"port": 12345, "fwmark": 1}"#).unwrap();
+    let mut command = world.command();
+    command.arg("migrate").arg(&old).arg("--output").arg(&new);
+    let status = command.stderr(closed()).status().unwrap();
+    assert_eq!(status.code(), Some(0));
+    let written = std::fs::read_to_string(&new).unwrap();
+    assert!(written.contains("12345"), "{written}");
+}
+
+#[test]
+fn root_is_told_that_its_agent_is_the_machines() {
+    let commands = [
+        &["status"][..],
+        &["apps"],
+        &["explain", "/"],
+        &["doctor"],
+        &["check", "permission"],
+        &["run"],
+    ];
+    for arguments in commands {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user"]);
+        command.arg(env!("CARGO_BIN_EXE_cgtproxy-agent"));
+        command.args(arguments).stdin(Stdio::null());
+        let (code, out, said) = output(command);
+        assert_eq!((code, out.as_str()), (Some(1), ""), "{arguments:?}");
+        assert!(said.contains("add --system"), "{arguments:?}: {said}");
+    }
 }
 
 #[test]

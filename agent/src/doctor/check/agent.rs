@@ -164,7 +164,7 @@ fn configuration(facts: &Facts) -> Option<Finding> {
                     Scope::User => "Everything goes direct, but for what cgtproxy-exec drops.",
                     Scope::System => words(facts.scope).idle,
                 })
-                .advice("write one: docs/configuration.md"),
+                .advice("write one: see cgtproxy.yaml(5)"),
         ),
         ConfigFile::Read(_) => None,
     }
