@@ -111,10 +111,16 @@ ifeq ($(DESTDIR),)
 	fi
 endif
 
-# Stopping the socket also removes what the helper has in the kernel.
+# Users' agents are stopped first, which would start the helper again. Stopping its socket also removes what it has in
+# the kernel.
 uninstall:
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ] && systemctl cat cgtproxy-helper.socket >/dev/null 2>&1; then \
+		systemctl list-units --plain --no-legend 'user@*.service' | \
+			sed -n 's/^user@\([0-9]*\)\.service .*/\1/p' | while read -r uid; do \
+				SYSTEMD_BUS_TIMEOUT=15s systemctl --user --machine="$$uid@" stop \
+					cgtproxy-agent.service cgtproxy-relay.socket cgtproxy-relay.service </dev/null; \
+			done; \
 		systemctl disable --now cgtproxy-agent-system.service cgtproxy-helper.socket cgtproxy-helper.service; \
 		systemctl --global disable cgtproxy-agent.service; \
 	fi
