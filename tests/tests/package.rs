@@ -181,6 +181,46 @@ fn the_package_for_arch_has_the_same_files() {
     });
 }
 
+/// What the scripts of Arch's package call, of which nothing happens.
+const CALLED: &str = r#"
+    vercmp() {
+        [ "$1" = "$2" ] && echo 0 && return
+        [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ] && echo -1 || echo 1
+    }
+    systemctl() { echo "systemctl $*"; }
+    . "$1"
+    shift
+    "$@"
+"#;
+
+#[test]
+fn the_package_for_arch_takes_over_from_the_original_and_restarts_under_its_own_units() {
+    sandbox(|_| {
+        // As where systemd runs, which nothing here asks.
+        std::fs::create_dir_all("/run/systemd/system").unwrap();
+        let install = workspace().join("packaging/arch/cgtproxy.install");
+        let said = |words: &[&str]| {
+            let mut command = Command::new("bash");
+            command.args(["-c", CALLED, "bash"]).arg(&install);
+            run(command.args(words))
+        };
+        let disabled = "systemctl disable --now cgtproxy.service\n";
+        assert_eq!(said(&["pre_upgrade", "0.4.0-1", "0.3.3-1"]), disabled);
+        let moved = said(&["post_upgrade", "0.4.0-1", "0.3.3-1"]);
+        assert!(moved.contains("direct"), "{moved}");
+        let document = "/usr/share/doc/cgtproxy/moving.md";
+        assert!(moved.contains(document), "{moved}");
+        assert!(list().iter().any(|path| path == document));
+
+        assert_eq!(said(&["pre_upgrade", "0.4.1-1", "0.4.0-1"]), "");
+        assert_eq!(
+            said(&["post_upgrade", "0.4.1-1", "0.4.0-1"]),
+            "systemctl daemon-reload\n\
+             systemctl try-restart cgtproxy-helper.service cgtproxy-agent-system.service\n"
+        );
+    });
+}
+
 #[test]
 fn the_tarball_installs_and_uninstalls_and_is_the_same_each_time() {
     sandbox(|_| {
@@ -240,6 +280,44 @@ fn installing_puts_directories_where_files_name_them() {
         assert!(functions.contains(" /opt/x/share/cgtproxy/"), "{functions}");
         cgtproxy_tests::package::make("uninstall", &directories);
         assert_eq!(files(&root), BTreeSet::new());
+    });
+}
+
+#[test]
+fn nothing_is_installed_where_the_helper_would_not_find_itself() {
+    sandbox(|_| {
+        // As where /usr/local is in /var.
+        for directory in ["/usr/local", "/etc/systemd/system"] {
+            run(Command::new("mount").args(["-t", "tmpfs", "tmpfs", directory]));
+        }
+        std::os::unix::fs::symlink("/run/elsewhere", "/usr/local/libexec").unwrap();
+        // What is built, and by it what is looked for.
+        build("tarball", OUT, &[]);
+        let install = || {
+            Command::new(workspace().join("packaging/install"))
+                .arg("install")
+                .env_clear()
+                .env("PATH", std::env::var_os("PATH").unwrap())
+                .env("BUILDDIR", "/run/testbed/stripped")
+                .env("PAPERSDIR", "/run/testbed/papers")
+                .output()
+                .unwrap()
+        };
+        let refused = install();
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success(), "{said}");
+        assert!(said.contains("BindReadOnlyPaths=/run/elsewhere"), "{said}");
+        assert!(!Path::new("/run/elsewhere").exists());
+        assert!(!Path::new("/usr/local/bin").exists());
+
+        let drop_in = Path::new("/etc/systemd/system/cgtproxy-helper.service.d");
+        std::fs::create_dir(drop_in).unwrap();
+        let shown = "[Service]\nBindReadOnlyPaths=/opt /run/elsewhere\n";
+        std::fs::write(drop_in.join("directories.conf"), shown).unwrap();
+        std::fs::create_dir("/run/elsewhere").unwrap();
+        let installed = install();
+        assert!(installed.status.success(), "{installed:?}");
+        assert!(Path::new("/run/elsewhere/cgtproxy-helper").exists());
     });
 }
 
@@ -386,11 +464,9 @@ fn the_rpm_package_installs_works_and_leaves_nothing_when_removed() {
         system.run(&["rpm", "--install", "--nodeps", "/var/tmp/package"]);
         system.run(&["systemctl", "enable", "--now", SOCKET]);
         expect_working(sb, &system, alice);
-        system.run_as(
-            alice,
-            &["systemctl", "--user", "disable", "--now", "cgtproxy-agent"],
-        );
         system.run(&["rpm", "--erase", "cgtproxy"]);
+        let agent = system.user_property(alice, "cgtproxy-agent.service", "ActiveState");
+        assert_eq!(agent, "inactive");
         expect_nothing_in_the_kernel(sb);
         let after = snapshot(&system);
         let left: Vec<_> = after.difference(&before).collect();
