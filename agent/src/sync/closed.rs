@@ -77,6 +77,14 @@ fn meant(rules: &Rules, path: &ControlGroupPath) -> Target {
     }
 }
 
+/// What the agent is still to hear.
+enum Reply {
+    /// With the rules by which everything was replaced, if it was.
+    Done(Vec<(ControlGroupPath, SkipReason)>, Option<Rc<Rules>>),
+    /// What was said by these rules was refused.
+    Refused(Rc<Rules>),
+}
+
 #[derive(Debug, Clone)]
 enum Event {
     /// On disk; the agent hears of it later.
@@ -88,7 +96,7 @@ enum Event {
     Send,
     /// The agent hears the answer.
     Receive,
-    /// The helper carries nothing out, and says so.
+    /// The helper carries nothing out, and says so when it is heard.
     Refuse,
     /// The connection is lost, or the agent starts anew; the kernel goes on.
     Lose,
@@ -152,10 +160,10 @@ fn any_event() -> impl Strategy<Value = Event> {
         6 => (1usize..6).prop_map(Event::Hear),
         5 => Just(Event::Send),
         5 => Just(Event::Receive),
-        1 => Just(Event::Refuse),
+        2 => Just(Event::Refuse),
         1 => Just(Event::Lose),
-        1 => Just(Event::Rescan),
-        1 => any_rules().prop_map(Event::Replace),
+        2 => Just(Event::Rescan),
+        2 => any_rules().prop_map(Event::Replace),
     ]
 }
 
@@ -214,6 +222,8 @@ proptest! {
         let mut kernel = Kernel::default();
         // What the kernel's elements were made of; none before the agent has said anything.
         let mut in_force: Option<Rc<Rules>> = None;
+        // Those that the helper has said it holds, in this session.
+        let mut accepted: Option<Rc<Rules>> = None;
         let mut identity = 0;
         let mut unheard: VecDeque<(bool, ControlGroupPath)> = VecDeque::new();
         let mut reply = None;
@@ -250,24 +260,39 @@ proptest! {
                 }
                 Event::Send => {
                     if let Some(call) = agent.ledger.next(&agent.tree) {
-                        if matches!(call, Call::Replace(_)) {
-                            in_force = Some(agent.tree.rules().clone());
+                        let replaced = matches!(call, Call::Replace(_)).then(|| agent.tree.rules().clone());
+                        if let Some(rules) = &replaced {
+                            in_force = Some(rules.clone());
                         }
-                        reply = Some(kernel.carry_out(&call, &disk));
+                        reply = Some(Reply::Done(kernel.carry_out(&call, &disk), replaced));
                     }
                 }
-                Event::Receive => {
-                    if let Some(skipped) = reply.take() {
+                Event::Receive => match reply.take() {
+                    Some(Reply::Done(skipped, replaced)) => {
                         agent.ledger.acknowledge(skipped);
+                        accepted = replaced.or(accepted);
                     }
-                }
+                    Some(Reply::Refused(sent)) => {
+                        let current = Rc::ptr_eq(&sent, agent.tree.rules());
+                        match &accepted {
+                            // It is taken back.
+                            Some(old) if current && !Rc::ptr_eq(old, &sent) => {
+                                agent.tree.replace_rules(old.clone());
+                                agent.ledger.keep_what_is_held(&agent.tree);
+                            }
+                            _ => agent.ledger.refuse(),
+                        }
+                    }
+                    None => {}
+                },
                 Event::Refuse => {
-                    if reply.is_none() && agent.ledger.next(&agent.tree).is_some() {
-                        agent.ledger.refuse();
+                    if agent.ledger.next(&agent.tree).is_some() {
+                        reply = Some(Reply::Refused(agent.tree.rules().clone()));
                     }
                 }
                 Event::Lose => {
                     reply = None;
+                    accepted = None;
                     agent.ledger.lost();
                 }
                 Event::Rescan => {
