@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::policy::Tree;
 use crate::relay::Relay;
 use crate::subtree::Subtree;
-use crate::sync::{Call, Ledger};
+use crate::sync::{Call, Handling, Ledger};
 use crate::watch::{Observer, Watching};
 
 /// How long to wait before trying a configuration again that the helper could not put into force: doubled from one to
@@ -168,9 +168,15 @@ impl State {
             .accepted
             .as_ref()
             .is_some_and(|a| Rc::ptr_eq(a, &self.source));
-        self.link == Link::Connected
-            && current
-            && self.ledger.held_target(path).as_ref() == Some(view.target)
+        let is_meant = match self.ledger.handling(path) {
+            Handling::By(element) => {
+                element.target == *view.target && element.enforce == view.enforce
+            }
+            Handling::Hold => false,
+            // With a policy for the machine, that is not the same as "direct".
+            Handling::Nothing => !view.ruled,
+        };
+        self.link == Link::Connected && current && is_meant
     }
 
     /// The next call to the helper.

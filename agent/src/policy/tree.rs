@@ -38,6 +38,10 @@ pub struct View<'a> {
     pub own: Option<&'a Choice>,
     /// Its effective verdict.
     pub target: &'a Target,
+    /// Whether users' own policies don't change it.
+    pub enforce: bool,
+    /// Whether a rule has decided that, and not the lack of one.
+    pub ruled: bool,
     /// Whether it is part of the cover.
     pub element: bool,
 }
@@ -47,6 +51,8 @@ impl Group {
         View {
             own: self.own.as_ref(),
             target: &self.decided.target,
+            enforce: self.decided.enforce,
+            ruled: self.ruled,
             element: self.mapped,
         }
     }

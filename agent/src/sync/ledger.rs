@@ -10,7 +10,9 @@ use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use crate::policy::{Element, Target, Tree};
+#[cfg(test)]
+use crate::policy::Target;
+use crate::policy::{Element, Tree};
 
 /// How long the control groups of one call may get, in bytes; proxies and bypass entries come on top.
 const CALL_BYTES: usize = MESSAGE_BYTES / 2;
@@ -44,6 +46,17 @@ pub enum Call {
         /// These have none of their own any more.
         remove: Vec<ControlGroupPath>,
     },
+}
+
+/// What the helper does with a control group's packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Handling<'a> {
+    /// What this element says: its own, or that of what it is in.
+    By(&'a Element),
+    /// They are held, since nothing is said about it yet.
+    Hold,
+    /// It knows nothing about it: they go direct, or as the machine's policy says.
+    Nothing,
 }
 
 /// The accounts.
@@ -247,19 +260,31 @@ impl Ledger {
             .extend(tree.cover().map(|(path, _)| path.clone()));
     }
 
-    /// What the helper does with a control group's packets; none if it holds them.
+    /// What the helper does with a control group's packets.
     #[must_use]
-    pub fn held_target(&self, path: &ControlGroupPath) -> Option<Target> {
+    pub fn handling(&self, path: &ControlGroupPath) -> Handling<'_> {
         let mut at = path.clone();
         loop {
             if let Some(held) = self.held.get(&at).filter(|h| !h.stale) {
-                let free = !held.element.hold || at == *path;
-                return free.then(|| held.element.target.clone());
+                return match held.element.hold && at != *path {
+                    true => Handling::Hold,
+                    false => Handling::By(&held.element),
+                };
             }
             match at.parent() {
                 Some(parent) => at = parent,
-                None => return Some(Target::Direct),
+                None => return Handling::Nothing,
             }
+        }
+    }
+
+    /// The verdict of a control group's packets; none if they are held.
+    #[cfg(test)]
+    pub(super) fn held_target(&self, path: &ControlGroupPath) -> Option<Target> {
+        match self.handling(path) {
+            Handling::By(element) => Some(element.target.clone()),
+            Handling::Hold => None,
+            Handling::Nothing => Some(Target::Direct),
         }
     }
 

@@ -11,5 +11,5 @@ mod proxy;
 mod session;
 mod wire;
 
-pub use ledger::{Call, Ledger};
+pub use ledger::{Call, Handling, Ledger};
 pub use session::{Error, run};

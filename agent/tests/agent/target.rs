@@ -62,6 +62,37 @@ fn answers_when_the_helper_has_it() {
     assert!(group.execSlice && group.inForce && group.rule.is_none());
 }
 
+/// Where root has a policy for the machine, nothing said is not the same as "direct".
+#[test]
+fn direct_is_waited_for_as_well() {
+    let mut world = World::new(CONFIG);
+    world.helper.start();
+    let agent = world.agent();
+    world.notified("READY=1");
+    world.helper.books().paused = true;
+    let slice = "cgtproxy.slice/cgtproxy-direct.slice";
+    world.make(&["other.slice", "cgtproxy.slice", slice]);
+    let path = format!("{}/{slice}", world.prefix);
+    world
+        .helper
+        .wait("the call", |books| books.calls.len() == 2);
+    let group = agent.explain(&path);
+    assert!(group.execSlice && !group.inForce);
+    // What nobody says anything about needs nothing in the kernel.
+    assert!(agent.explain("other.slice").inForce);
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            // Longer than it takes to answer at once.
+            std::thread::sleep(Duration::from_millis(200));
+            assert!(world.helper.books().held.is_empty());
+            world.helper.resume();
+        });
+        assert_eq!(await_target(&agent, &path, "direct"), Ok(()));
+        assert!(world.helper.books().held.contains_key(slice));
+        waiting.join().unwrap();
+    });
+}
+
 #[test]
 fn says_why_not() {
     let mut world = World::new(CONFIG);
