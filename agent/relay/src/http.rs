@@ -49,6 +49,9 @@ where
         .await?;
     stream.flush().await?;
     let mut answer = Vec::with_capacity(1024);
+    // Of all answers together.
+    let mut room = ANSWER_BYTES;
+    let mut looked_at = false;
     loop {
         let before = answer.len();
         if stream.read_buf(&mut answer).await? == 0 {
@@ -57,26 +60,37 @@ where
         // Looked at line by line: who sends byte by byte would have it read from its beginning for each. What is no
         // answer at all shows at once.
         let new = answer.get(before..).unwrap_or_default();
-        if answer.len() > STATUS_BYTES && !new.contains(&b'\n') {
-            match answer.len() < ANSWER_BYTES {
+        if looked_at && answer.len() > STATUS_BYTES && !new.contains(&b'\n') {
+            match answer.len() < room {
                 true => continue,
                 false => return Err(Error::Protocol),
             }
         }
-        let mut fields = [httparse::EMPTY_HEADER; FIELDS];
-        let mut response = httparse::Response::new(&mut fields);
-        match response.parse(&answer) {
-            Ok(httparse::Status::Complete(length)) => {
-                return match response.code {
-                    Some(200..=299) => Ok(answer.split_off(length)),
-                    // 407 is the right one, but tinyproxy says 401 to a wrong password.
-                    Some(code @ (401 | 407)) => Err(Error::Credentials(code)),
-                    Some(code) => Err(Error::Refused(code)),
-                    None => Err(Error::Protocol),
-                };
+        looked_at = answer.len() >= STATUS_BYTES;
+        // Others may come before the one that says whether it worked (RFC 9110, 15.2).
+        let (length, code) = loop {
+            let mut fields = [httparse::EMPTY_HEADER; FIELDS];
+            let mut response = httparse::Response::new(&mut fields);
+            match response.parse(&answer) {
+                Ok(httparse::Status::Complete(length)) => match response.code {
+                    Some(100 | 102..=199) => {
+                        room = room.checked_sub(length).ok_or(Error::Protocol)?;
+                        answer.drain(..length);
+                    }
+                    code => break (Some(length), code),
+                },
+                Ok(httparse::Status::Partial) if answer.len() < room => break (None, None),
+                _ => return Err(Error::Protocol),
             }
-            Ok(httparse::Status::Partial) if answer.len() < ANSWER_BYTES => {}
-            _ => return Err(Error::Protocol),
+        };
+        if let Some(length) = length {
+            return match code {
+                Some(200..=299) => Ok(answer.split_off(length)),
+                // 407 is the right one, but tinyproxy says 401 to a wrong password.
+                Some(code @ (401 | 407)) => Err(Error::Credentials(code)),
+                Some(code) => Err(Error::Refused(code)),
+                None => Err(Error::Protocol),
+            };
         }
     }
 }
@@ -129,7 +143,28 @@ mod tests {
     async fn reads_answers() {
         let answer = b"HTTP/1.1 200 Connection established\r\nVia: x\r\n\r\nearly";
         assert_eq!(answered(answer).await.unwrap(), b"early");
+        let answer = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n\
+                       HTTP/1.1 200 OK\r\n\r\nearly";
+        assert_eq!(answered(answer).await.unwrap(), b"early");
+        // Whatever the pieces.
+        for first in 0..=answer.len() {
+            let (head, tail) = answer.split_at(first);
+            let pieces = tokio::io::AsyncReadExt::chain(head, tail);
+            let mut stream = tokio::io::join(pieces, tokio::io::sink());
+            let target = Target::Name("example.org".into(), 443);
+            let mut early = connect(&mut stream, None, &target).await.unwrap();
+            stream.read_to_end(&mut early).await.unwrap();
+            assert_eq!(early, b"early");
+        }
+        let endless = b"HTTP/1.1 102 Processing\r\n\r\n".repeat(ANSWER_BYTES / 27 + 1);
+        let error = answered(&endless).await.unwrap_err();
+        assert!(matches!(error, Error::Protocol), "{error}");
         for (answer, expected) in [
+            ("HTTP/1.1 101 No\r\n\r\n", "it refused (101)"),
+            (
+                "SSH-2.0-a banner without an end",
+                "it does not answer as an HTTP proxy does",
+            ),
             (
                 "HTTP/1.1 407 No\r\n\r\n",
                 "it refuses this user and password (407)",
