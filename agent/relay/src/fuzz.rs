@@ -44,9 +44,16 @@ pub fn socks(bytes: &[u8]) {
     }
     if let Some((from, payload)) = socks::parse_datagram(bytes) {
         assert!(bytes.ends_with(payload));
-        // What has an address is written as it was read.
+        // What has an address is written as it was read, but for one of IPv4 that was written as one of IPv6.
         if let Some(from) = from {
-            let header = socks::datagram_header(&Target::Address(from)).unwrap_or_default();
+            let read_as_v6 = bytes.get(3) == Some(&4);
+            let written = match from {
+                SocketAddr::V4(v4) if read_as_v6 => {
+                    SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port())
+                }
+                from => from,
+            };
+            let header = socks::datagram_header(&Target::Address(written)).unwrap_or_default();
             let read: &[u8] = bytes
                 .get(3..bytes.len() - payload.len())
                 .unwrap_or_default();

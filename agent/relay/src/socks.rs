@@ -250,7 +250,8 @@ fn take_address(bytes: &[u8]) -> Result<(Option<SocketAddr>, &[u8]), Malformed> 
         }
         IPV6 => {
             let (octets, rest) = take::<16>(rest)?;
-            (Some(octets.into()), rest)
+            // A server whose sockets are of both families may write an address of IPv4 so.
+            (Some(IpAddr::from(octets).to_canonical()), rest)
         }
         NAME => {
             let ([length], rest) = take(rest)?;
@@ -280,6 +281,10 @@ mod tests {
             datagram[2] = 1;
             assert_eq!(parse_datagram(&datagram), None);
         }
+        let mapped = Target::Address("[::ffff:192.0.2.1]:53".parse().unwrap());
+        let mapped = datagram_header(&mapped).unwrap();
+        let plain: SocketAddr = "192.0.2.1:53".parse().unwrap();
+        assert_eq!(parse_datagram(&mapped), Some((Some(plain), &b""[..])));
         let name = Target::Name("example.org".into(), 80);
         let header = datagram_header(&name).unwrap();
         assert_eq!(parse_datagram(&header), Some((None, &b""[..])));
