@@ -197,6 +197,11 @@ pub enum AppOrder {
         /// Its name.
         name: String,
     },
+    /// Give a TCP connection up: whoever is at the other end gets a reset.
+    Reset {
+        /// The flow.
+        flow: u32,
+    },
     /// Send one packet of a protocol of one's own (needs CAP_NET_RAW).
     Raw {
         /// The number of the protocol.

@@ -35,6 +35,13 @@ fn other_app(bed: &Relayed, name: &str, proxy: &str) -> App {
     cgroup.app()
 }
 
+/// What the agent says of the upstream.
+fn upstream(bed: &Relayed) -> Value {
+    let status = bed.user.run("cgtproxy-agent", &["status", "--json"]);
+    let mut status: Value = serde_json::from_slice(&status.stdout).expect("JSON");
+    status["relay"]["upstreams"][0].take()
+}
+
 fn assert_memory(bed: &Relayed, bound: u64) {
     let peak = bed.relay.peak_memory();
     assert!(peak < bound, "{peak} KiB, and {bound} are allowed");
@@ -198,9 +205,7 @@ fn who_sends_to_the_relay_unasked_takes_neither_flows_nor_names_away() {
         let [to, other] = sb.destinations();
         let socket = bed.app.open_udp(to);
         assert_from_the_internet(&Outcome::in_the_end(|| socket.ask()), to);
-        let status = bed.user.run("cgtproxy-agent", &["status", "--json"]);
-        let status: Value = serde_json::from_slice(&status.stdout).expect("JSON");
-        let port = status["relay"]["upstreams"][0]["port"].as_u64();
+        let port = upstream(&bed)["port"].as_u64();
         let port = port.and_then(|port| u16::try_from(port).ok());
         // Another user, from more sockets than there may be flows.
         let stranger = sb.user(1002).cgroup("app.slice/app-c.scope").app();
@@ -213,5 +218,22 @@ fn who_sends_to_the_relay_unasked_takes_neither_flows_nor_names_away() {
         let cgroup = bed.user.cgroup("app.slice/app-a.scope/dig");
         let answer = bed.user.output(&cgroup, &argv);
         assert!(answer.trim().parse::<IpAddr>().is_ok(), "{answer}");
+    });
+}
+
+#[test]
+fn whoever_gives_up_before_the_proxy_answers_leaves_nothing_behind() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        // It greets, and answers no request.
+        let _server = speaker(sb, &[5, 0], Afterwards::Hold);
+        let bed = bed(sb, "socks5://192.0.2.2:1080", CONNECTIONS);
+        for to in sb.destinations() {
+            let connection = bed.app.open_tcp(to).expect("the relay is there");
+            wait_until("it to be on its way", || upstream(&bed)["connections"] == 1);
+            connection.reset();
+            wait_until("it to be over", || upstream(&bed)["connections"] == 0);
+            sb.assert_nothing_left_for(to.ip());
+        }
     });
 }

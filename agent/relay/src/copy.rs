@@ -11,6 +11,7 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use rustix::net::Shutdown;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
@@ -31,6 +32,9 @@ const TLS_BUFFER: usize = 16 * 1024;
 
 /// How much has to come at once, in bytes, for what comes next to go through a pipe.
 const BULK: usize = BUFFER;
+
+/// How long a server has to take what an application said before it gave up.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// How many empty pipes are kept for whoever needs one next.
 const SPARE_PIPES: usize = 8;
@@ -118,19 +122,40 @@ enum Step {
 pub(crate) async fn carry(client: &mut TcpStream, server: &mut Stream) -> io::Result<()> {
     match server {
         Stream::Tcp(server) => {
-            tokio::try_join!(one_way(client, server), one_way(server, client))?;
+            let both = async { tokio::try_join!(one_way(client, server), one_way(server, client)) };
+            tokio::select! {
+                carried = both => carried.map(drop),
+                error = given_up(client) => Err(error),
+            }
         }
         Stream::Tls(server) => {
+            // Its copier has the client for itself. What it waits for when the server takes no more is the server alone.
             tokio::io::copy_bidirectional_with_sizes(
                 client,
                 server.as_mut(),
                 TLS_BUFFER,
                 TLS_BUFFER,
             )
-            .await?;
+            .await
+            .map(drop)
         }
     }
-    Ok(())
+}
+
+/// Returns when a connection has broken, by a reset or by an end of the line. That one side has ended what it says, it
+/// does not take for that.
+pub(crate) async fn broken(stream: &TcpStream) {
+    // It fails when the runtime ends.
+    let _ = stream.ready(Interest::ERROR).await;
+}
+
+/// Returns when the application has given up, and the server had time to take what it had said before: whoever waits
+/// for a server that takes nothing, or says nothing, hears of nothing else.
+async fn given_up(client: &TcpStream) -> io::Error {
+    broken(client).await;
+    // On the heap, since hardly anybody needs it.
+    Box::pin(tokio::time::sleep(LAST_WORDS)).await;
+    io::ErrorKind::ConnectionReset.into()
 }
 
 async fn one_way(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
@@ -298,5 +323,43 @@ mod tests {
         assert!(at_application == down);
         // No direction keeps a pipe when nothing is left in it, and more than a few are not kept at all.
         assert!(SPARE.with_borrow(|pipes| !pipes.is_empty() && pipes.len() <= SPARE_PIPES));
+    }
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn an_application_that_gives_up_is_not_waited_for() {
+        for bytes in [0, 100, 1 << 26] {
+            for ends in [false, true] {
+                let (client, mut ours) = pair().await;
+                // It neither reads nor says anything.
+                let (server, _theirs) = pair().await;
+                let mut stream = Stream::Tcp(server);
+                let carried = carry(&mut ours, &mut stream);
+                let application = async {
+                    let mut left = bytes;
+                    while left > 0 {
+                        let writable = client.writable();
+                        // When nothing moves any more, both sides' buffers are full.
+                        if tokio::time::timeout(Duration::from_secs(1), writable)
+                            .await
+                            .is_err()
+                        {
+                            break;
+                        }
+                        left -= client.try_write(&vec![0; left.min(1 << 16)]).unwrap_or(0);
+                    }
+                    if ends {
+                        rustix::net::shutdown(&client, Shutdown::Write).unwrap();
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                    }
+                    client.set_zero_linger().unwrap();
+                    drop(client);
+                };
+                let both = async { tokio::join!(carried, application).0 };
+                let carried = tokio::time::timeout(Duration::from_secs(60), both).await;
+                let error = carried.expect("it is over").unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+            }
+        }
     }
 }

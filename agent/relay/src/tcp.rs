@@ -96,15 +96,23 @@ async fn carry(client: &mut TcpStream, entry: &Entry) -> bool {
     let upstream = entry.upstream();
     let began = Instant::now();
     // On the heap, for as long as it takes: an open connection holds half as much without it.
-    let mut connecting = Box::pin(upstream.connect(&target));
-    let connected = match timeout(upstream::SILENCE, connecting.as_mut()).await {
-        Ok(connected) => connected,
-        Err(_) => {
-            entry.reached(began, Err(&Error::Silent));
-            connecting.as_mut().await
+    let connecting = Box::pin(async {
+        let mut connecting = Box::pin(upstream.connect(&target));
+        match timeout(upstream::SILENCE, connecting.as_mut()).await {
+            Ok(connected) => connected,
+            Err(_) => {
+                entry.reached(began, Err(&Error::Silent));
+                connecting.await
+            }
+        }
+    });
+    let connected = tokio::select! {
+        connected = connecting => connected,
+        () = copy::broken(client) => {
+            tracing::trace!("who wanted a connection to {target} gave up");
+            return false;
         }
     };
-    drop(connecting);
     let (mut server, early) = match connected {
         Ok(connected) => {
             entry.reached(began, Ok(()));

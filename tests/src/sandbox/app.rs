@@ -422,6 +422,16 @@ impl Connection {
         }
     }
 
+    /// Gives a TCP connection up, so that the other end gets a reset.
+    ///
+    /// # Panics
+    /// When the application can't.
+    #[track_caller]
+    pub fn reset(self) {
+        let report = self.order(&AppOrder::Reset { flow: self.number });
+        assert!(matches!(report, AppReport::Done), "{report:?}");
+    }
+
     /// Waits for an answer; without one, finds out where the question has gone.
     fn conclude(&self, before: u64, token: Option<&str>) -> Result<AppReport, Outcome> {
         let mut report = self.step(PATIENCE_MS);

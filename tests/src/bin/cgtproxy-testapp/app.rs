@@ -82,6 +82,11 @@ impl App {
             }
             AppOrder::Local { flow } => return Ok(AppReport::Local(self.flow(flow).local()?)),
             AppOrder::Device { name } => self.device = Some(name),
+            AppOrder::Reset { flow } => {
+                if let Some(flow) = self.flows.remove(&flow) {
+                    flow.reset()?;
+                }
+            }
             AppOrder::Raw { protocol, to } => raw::send(protocol, to)?,
             AppOrder::Mark { mark } => self.mark = mark,
             AppOrder::Inject { mark, to, token } => raw::inject(mark, to, &token)?,

@@ -94,6 +94,14 @@ impl Flow {
         }
     }
 
+    /// Closes a TCP connection by a reset.
+    pub(crate) fn reset(self) -> Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.socket.set_linger(Some(Duration::ZERO)),
+            Self::Udp { .. } | Self::Ping(_) => Ok(()),
+        }
+    }
+
     /// Waits for what happens next.
     pub(crate) fn step(&mut self, patience: Duration) -> Result<AppReport> {
         match self {
