@@ -20,6 +20,7 @@ mod conntrack;
 mod counts;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+pub mod guarded;
 pub mod kernel;
 pub mod mark;
 pub mod monitor;

@@ -15,6 +15,7 @@ use std::time::Duration;
 use cgtproxy_helper::cgroup::{Root, RootError};
 use cgtproxy_helper::cli::Arguments;
 use cgtproxy_helper::config::{self, Config};
+use cgtproxy_helper::guarded::refuse_descriptors;
 use cgtproxy_helper::kernel::Linux;
 use cgtproxy_helper::monitor::Monitor;
 use cgtproxy_helper::nft::{self, Nftables};
@@ -25,7 +26,9 @@ use cgtproxy_helper::state::State;
 use cgtproxy_proto::{notify, scheduling};
 use clap::Parser;
 use listenfd::ListenFd;
+use rustix::io::Errno;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 /// The exit status for a wrong configuration (sysexits.h): starting again would not help, and the
@@ -56,6 +59,10 @@ enum Error {
     InUse(PathBuf),
     #[error("can't listen to the kernel's announcements")]
     Monitor(#[source] io::Error),
+    #[error(
+        "users have sent descriptors over more connections than can be kept open; starting again"
+    )]
+    TooManyParked,
     #[error("can't start")]
     Runtime(#[source] io::Error),
 }
@@ -145,6 +152,11 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         Some(listener) => listener,
         None => listen(&arguments.socket)?,
     };
+    match refuse_descriptors(&listener) {
+        // Before Linux 6.16 each connection sees to it by itself.
+        Err(error) if error.raw_os_error() == Some(Errno::NOPROTOOPT.raw_os_error()) => {}
+        refused => refused.map_err(Error::Runtime)?,
+    }
     let marks = config.marks;
     let routing = Routing::open(marks, config.route_table, config.rule_priority)?;
     let (snapshot, records) = Snapshot::open(stored, marks);
@@ -179,15 +191,24 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         }
         server.guard(monitor);
         told(notify::ready());
-        tokio::join!(server.run(listener), async {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+        let parked = server.parked();
+        let (too_many_parked, earliest) = (parked.too_many(), Instant::now() + PAUSE);
+        let too_many_parked = async {
+            too_many_parked.await;
+            // Not so often that systemd gives the socket up.
+            sleep_until(earliest).await;
+        };
+        let ((), ended) = tokio::join!(server.run(listener), async {
+            let ended = tokio::select! {
+                _ = terminate.recv() => Ok(()),
+                _ = interrupt.recv() => Ok(()),
+                () = too_many_parked, if !own_socket => Err(Error::TooManyParked),
+            };
             told(notify::stopping());
             shutdown.cancel();
+            ended
         });
-        Ok(())
+        ended
     });
     // With a socket of systemd's the next helper goes on where this one stops, and stopping the
     // socket unit removes everything. Without, nobody would.

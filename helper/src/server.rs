@@ -9,7 +9,6 @@ use std::time::Duration;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::message::MessageReader;
 use cgtproxy_proto::service::{Fault, ServeError, serve};
-use cgtproxy_proto::stream::Stream;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
@@ -18,6 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::guarded::{Guarded, Parked};
 use crate::monitor::{Loss, Monitor};
 use crate::nft;
 use crate::peer::{Peer, Uid};
@@ -45,6 +45,7 @@ const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::f
 pub struct Server {
     state: Rc<RefCell<State>>,
     quotas: Quotas,
+    parked: Parked,
     tasks: TaskTracker,
     /// Who waits for what becomes of each user's policy.
     graces: Rc<RefCell<BTreeMap<Uid, AbortHandle>>>,
@@ -59,10 +60,17 @@ impl Server {
         Self {
             state,
             quotas,
+            parked: Parked::default(),
             tasks: TaskTracker::new(),
             graces: Rc::default(),
             shutdown,
         }
+    }
+
+    /// The connections that stay open because they can't be closed.
+    #[must_use]
+    pub fn parked(&self) -> Parked {
+        self.parked.clone()
     }
 
     /// Accepts connections until it is told to stop.
@@ -100,6 +108,8 @@ impl Server {
         }
         self.tasks.close();
         self.tasks.wait().await;
+        // It is closed by the end of this process: connections that nobody has accepted may have descriptors in them.
+        std::mem::forget(listener);
     }
 
     /// Sees to a policy whose agent is gone, unless an agent takes it over within the grace period, and to what is
@@ -212,7 +222,15 @@ impl Server {
     }
 
     fn accepted(&self, stream: UnixStream, id: ConnectionId) {
-        let peer = match Peer::of(&stream) {
+        let peer = Peer::of(&stream);
+        let stream = match Guarded::new(stream, &self.parked) {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!("can't serve a connection: {error}");
+                return;
+            }
+        };
+        let peer = match peer {
             Ok(peer) => peer,
             Err(error) => {
                 tracing::warn!("refused a connection: can't tell who it is from: {error}");
@@ -253,19 +271,12 @@ impl Server {
 
     async fn converse(
         &self,
-        stream: UnixStream,
+        stream: Guarded,
         peer: Peer,
         connection: Connection,
         id: ConnectionId,
     ) {
         let uid = peer.uid();
-        let stream = match Stream::new(stream) {
-            Ok(stream) => stream,
-            Err(error) => {
-                tracing::warn!(uid = uid.value(), "can't serve a connection: {error}");
-                return;
-            }
-        };
         let mut messages = MessageReader::with_budget(stream, MESSAGE_BYTES, connection.budget());
         let mut session = Session::new(peer, connection, id, Rc::clone(&self.state));
         match serve(&mut messages, &mut session).await {
@@ -330,7 +341,7 @@ fn report(what: &str, restored: Result<(), impl std::error::Error>) -> bool {
 }
 
 /// Says why, and closes. The socket's buffer is empty, so that nobody can make this wait.
-async fn refuse(mut stream: UnixStream, fault: Fault) {
+async fn refuse(mut stream: Guarded, fault: Fault) {
     let mut reply = json!({ "error": fault.name, "parameters": fault.parameters }).to_string();
     reply.push('\0');
     let written: io::Result<()> = stream.write_all(reply.as_bytes()).await;

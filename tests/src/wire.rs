@@ -242,6 +242,14 @@ pub enum AppOrder {
         /// How many connections.
         count: u32,
     },
+    /// Open so many connections to a Unix socket, send over each of them a TCP socket that takes long to close, and
+    /// hang up.
+    GiveAway {
+        /// The socket.
+        path: PathBuf,
+        /// How many times.
+        count: u32,
+    },
     /// From now on connect to a Unix socket, write Varlink calls and hang up, again and again, as fast as it goes.
     StartFlood {
         /// The socket.

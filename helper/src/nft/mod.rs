@@ -28,7 +28,8 @@ use std::ffi::CStr;
 use nftnl::{ProtoFamily, Table};
 use rustix::io::Errno;
 
-pub(crate) use ffi::watch;
+pub use ffi::refuse_descriptors;
+pub(crate) use ffi::{watch, watch_guarded};
 pub use foreign::MarkWriter;
 pub use plan::{
     Before, Bypass, BypassList, Delivery, DnsHijack, Element, Exceptions, Gateway, Hold, Inherited,

@@ -172,6 +172,22 @@ impl App {
         }
     }
 
+    /// Opens so many connections to a Unix socket, sends over each a TCP socket that takes days to close, and hangs up.
+    /// Returns how many sockets the kernel has let through.
+    ///
+    /// # Panics
+    /// When it can't.
+    #[track_caller]
+    pub fn give_away(&self, socket: &str, count: u32) -> u64 {
+        match self.order(&AppOrder::GiveAway {
+            path: socket.into(),
+            count,
+        }) {
+            AppReport::Count(given) => given,
+            other => panic!("what is given away reports {other:?}"),
+        }
+    }
+
     /// From now on connects to a Varlink service, writes calls and hangs up, as fast as it goes, for as long as the
     /// application lives.
     ///

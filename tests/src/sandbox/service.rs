@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, chown};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -33,6 +34,7 @@ pub struct HelperBuilder {
     config: Option<String>,
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
+    listener: Option<UnixListener>,
 }
 
 impl HelperBuilder {
@@ -42,7 +44,26 @@ impl HelperBuilder {
             config: None,
             arguments: Vec::new(),
             environment: Vec::new(),
+            listener: None,
         }
+    }
+
+    /// With a socket that was there before it, as it has one from systemd.
+    pub fn listener(mut self, listener: UnixListener) -> Self {
+        self.listener = Some(listener);
+        self
+    }
+
+    /// Makes such a socket, where everybody connects who connects to a helper.
+    ///
+    /// # Panics
+    /// When there is one already.
+    pub fn bind() -> UnixListener {
+        let directory = Path::new(SOCKET).parent().expect("it is in a directory");
+        fs::create_dir_all(directory).expect("/run is ours");
+        let listener = UnixListener::bind(SOCKET).expect("nobody listens there yet");
+        fs::set_permissions(SOCKET, fs::Permissions::from_mode(0o666)).unwrap();
+        listener
     }
 
     /// With that text for its configuration.
@@ -93,10 +114,12 @@ impl HelperBuilder {
             path
         });
         arguments.extend(self.arguments);
+        let handed_over = self.listener.is_some();
         Service::spawn(
             &self.world,
             Spec {
                 program: "cgtproxy-helper",
+                stdin: self.listener.map(OwnedFd::from),
                 arguments,
                 environment: self.environment,
                 launch: Launch::root()
@@ -105,7 +128,7 @@ impl HelperBuilder {
                     .cgroup(&cgroup.directory()),
                 config,
                 uid: 0,
-                wrapper: Vec::new(),
+                wrapper: if handed_over { activated() } else { Vec::new() },
             },
         )
     }
@@ -203,6 +226,7 @@ impl AgentBuilder {
             &self.world,
             Spec {
                 program: "cgtproxy-agent",
+                stdin: None,
                 arguments,
                 environment: self.environment,
                 launch: self.user.launch_in(&cgroup),
@@ -258,6 +282,7 @@ impl RelayBuilder {
             &self.world,
             Spec {
                 program: "cgtproxy-relay",
+                stdin: None,
                 arguments: self.arguments,
                 environment: self.environment,
                 launch: self.user.launch_in(&cgroup),
@@ -279,8 +304,16 @@ struct Spec {
     launch: Launch,
     config: Option<PathBuf>,
     uid: u32,
+    stdin: Option<OwnedFd>,
     /// A command that runs the program.
     wrapper: Vec<OsString>,
+}
+
+/// A command that runs another one with what it has for its standard input as the socket that the service manager hands
+/// over (sd_listen_fds(3)).
+fn activated() -> Vec<OsString> {
+    let script = "exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; exec \"$@\"";
+    ["sh", "-c", script, "sh"].map(OsString::from).to_vec()
 }
 
 /// A command that runs another one with no more than so many inotify watches: in a user namespace
@@ -650,6 +683,10 @@ fn start(spec: &Spec, log: &Path, notify: &Path) -> Child {
         .append(true)
         .open(log)
         .expect("our own directory");
+    let stdin = match &spec.stdin {
+        Some(stdin) => stdin.try_clone().expect("a descriptor").into(),
+        None => Stdio::null(),
+    };
     let mut command = match spec.wrapper.split_first() {
         None => spec.launch.command(program),
         Some((wrapper, rest)) => {
@@ -662,7 +699,7 @@ fn start(spec: &Spec, log: &Path, notify: &Path) -> Child {
         .args(&spec.arguments)
         .env("NOTIFY_SOCKET", notify)
         .envs(spec.environment.iter().map(|(name, value)| (name, value)))
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(log.try_clone().expect("a file"))
         .stderr(log)
         .spawn()

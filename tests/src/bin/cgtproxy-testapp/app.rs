@@ -3,6 +3,7 @@
 pub(crate) mod bulk;
 mod crowd;
 mod flow;
+mod gift;
 mod hoard;
 pub(crate) mod ping;
 mod ping_pong;
@@ -105,6 +106,9 @@ impl App {
                 let (crowd, connections) = crowd::crowd(&path, &method, count)?;
                 self.crowd.extend(connections);
                 return Ok(AppReport::Crowd(crowd));
+            }
+            AppOrder::GiveAway { path, count } => {
+                return Ok(AppReport::Count(gift::give_away(&path, count)?));
             }
             AppOrder::StartFlood { path, method } => {
                 self.flooded = Some(crowd::flood(path, &method));

@@ -1,0 +1,453 @@
+//! A connection whose peer may send what this process must never have: descriptors of others' files.
+//!
+//! A descriptor that nobody takes is closed by whoever reads past it, or closes the socket that it waits in. What
+//! closing takes is the file's business: a TCP socket can be told to linger for as long as its owner likes
+//! (`SO_LINGER`, socket(7)), and whoever closes it last sleeps so long. The one thread that serves everybody must
+//! not.
+//!
+//! Linux 6.16 does not let anybody send them ([`refuse_descriptors`]). Before that, and for what was sent to the
+//! socket before, nothing is read here that was not looked at first. Looking (`MSG_PEEK`) closes nothing. Where
+//! descriptors are, nothing is read, and the socket stays open until this process ends: a process that ends does not
+//! linger (`PF_EXITING` in inet_release, net/ipv4/af_inet.c). So many stay open and no more where the helper is started
+//! again for it ([`Parked::too_many`]). Otherwise it is the limit of open files that ends it, as with connections
+//! that stay: those that are open go on.
+//!
+//! As in [`cgtproxy_proto::stream`], the runtime waits for room to write only while there is none.
+
+use std::cell::Cell;
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_oobinline;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, Shutdown, recv, recvmsg, send, shutdown,
+};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::UnixStream;
+use tokio::sync::Notify;
+
+pub use crate::nft::refuse_descriptors;
+use crate::nft::watch_guarded;
+
+/// How much is looked at, and read, at once.
+const CHUNK: usize = 64 * 1024;
+
+/// The same, of what is read in order to be thrown away.
+const WASTE: usize = 4 * 1024;
+
+/// So many sockets may stay open.
+const MOST_PARKED: usize = 64;
+
+/// The sockets that stay open until this process ends.
+#[derive(Debug, Clone, Default)]
+pub struct Parked(Rc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    count: Cell<usize>,
+    too_many: Notify,
+}
+
+impl Parked {
+    /// Returns once there are more than there should be.
+    pub async fn too_many(&self) {
+        self.0.too_many.notified().await;
+    }
+
+    fn park(&self, socket: OwnedFd) {
+        // Never closed.
+        let _ = socket.into_raw_fd();
+        let count = self.0.count.get() + 1;
+        self.0.count.set(count);
+        if count == 1 {
+            tracing::warn!("a peer has sent descriptors; its connection is not read any further");
+        }
+        if count > MOST_PARKED {
+            self.0.too_many.notify_one();
+        }
+    }
+}
+
+/// Why nothing was received.
+#[derive(Debug)]
+enum Failure {
+    /// There are descriptors with it, or right behind.
+    Descriptors,
+    Other(Errno),
+}
+
+impl From<Failure> for io::Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Descriptors => Self::new(
+                io::ErrorKind::InvalidData,
+                "the peer has sent descriptors, which nobody wants",
+            ),
+            Failure::Other(error) => error.into(),
+        }
+    }
+}
+
+/// A socket that is not closed with descriptors in it.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    /// None once it is dropped.
+    socket: Option<OwnedFd>,
+    parked: Parked,
+}
+
+impl Socket {
+    fn get(&self) -> Result<BorrowedFd<'_>, Errno> {
+        self.socket.as_ref().map(AsFd::as_fd).ok_or(Errno::NOTCONN)
+    }
+
+    fn receive(&self, room: &mut [u8]) -> Result<usize, Failure> {
+        let socket = self.get().map_err(Failure::Other)?;
+        let length = look(socket, room)?;
+        // As far as has been looked, there are none, and nobody else reads.
+        let seen = room.get_mut(..length).unwrap_or_default();
+        let read = recv(socket, seen, RecvFlags::DONTWAIT).map_err(Failure::Other)?;
+        Ok(read.0)
+    }
+}
+
+/// How much can be read at once without descriptors.
+fn look(socket: BorrowedFd<'_>, room: &mut [u8]) -> Result<usize, Failure> {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    let mut nothing = RecvAncillaryBuffer::default();
+    let seen = recvmsg(socket, &mut [IoSliceMut::new(room)], &mut nothing, flags);
+    let seen = seen.map_err(Failure::Other)?;
+    match seen.flags.contains(ReturnFlags::CTRUNC) {
+        true => Err(Failure::Descriptors),
+        false => Ok(seen.bytes),
+    }
+}
+
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Nothing comes any more; what has been sent can still be read at the other end.
+        if let Ok(socket) = self.get() {
+            let _ = shutdown(socket, Shutdown::Both);
+        }
+        let mut waste = [0; WASTE];
+        let descriptors = loop {
+            match self.receive(&mut waste) {
+                Ok(1..) | Err(Failure::Other(Errno::INTR)) => {}
+                Ok(0) | Err(Failure::Other(_)) => break false,
+                Err(Failure::Descriptors) => break true,
+            }
+        };
+        if let Some(socket) = self.socket.take()
+            && descriptors
+        {
+            self.parked.park(socket);
+        }
+    }
+}
+
+/// A connected stream socket.
+#[derive(Debug)]
+pub struct Guarded(Waiting);
+
+/// What the runtime waits for.
+#[derive(Debug)]
+enum Waiting {
+    Read(AsyncFd<Socket>),
+    Write(AsyncFd<Socket>),
+    /// Nothing: it could not be told to wait for something else.
+    Nothing,
+}
+
+impl Guarded {
+    /// Takes over a connection.
+    ///
+    /// # Errors
+    /// If the runtime can't wait for it.
+    pub fn new(stream: UnixStream, parked: &Parked) -> io::Result<Self> {
+        let socket = Socket {
+            socket: Some(stream.into_std()?.into()),
+            parked: parked.clone(),
+        };
+        // Urgent data is looked at only where it is data like any other.
+        set_socket_oobinline(socket.get()?, true)?;
+        let socket = watch_guarded(socket, Interest::READABLE)?;
+        Ok(Self(Waiting::Read(socket)))
+    }
+
+    fn reader(&mut self) -> io::Result<&mut AsyncFd<Socket>> {
+        if let Waiting::Write(_) = self.0 {
+            self.0 = Waiting::Read(watch_guarded(self.take()?, Interest::READABLE)?);
+        }
+        match &mut self.0 {
+            Waiting::Read(socket) => Ok(socket),
+            Waiting::Write(_) | Waiting::Nothing => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    fn writer(&mut self) -> io::Result<&mut AsyncFd<Socket>> {
+        if let Waiting::Read(_) = self.0 {
+            self.0 = Waiting::Write(watch_guarded(self.take()?, Interest::WRITABLE)?);
+        }
+        match &mut self.0 {
+            Waiting::Write(socket) => Ok(socket),
+            Waiting::Read(_) | Waiting::Nothing => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// The socket itself, which nobody waits for any more.
+    fn take(&mut self) -> io::Result<Socket> {
+        match std::mem::replace(&mut self.0, Waiting::Nothing) {
+            Waiting::Read(socket) | Waiting::Write(socket) => Ok(socket.into_inner()),
+            Waiting::Nothing => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+}
+
+impl AsyncRead for Guarded {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let length = buffer.remaining().min(CHUNK);
+        if length == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let socket = self.reader()?;
+        loop {
+            let mut ready = ready!(socket.poll_read_ready(context))?;
+            let room = buffer.initialize_unfilled_to(length);
+            match ready.get_inner().receive(room) {
+                Ok(read) => {
+                    // What comes after that is told anew.
+                    if (1..length).contains(&read) {
+                        ready.clear_ready();
+                    }
+                    buffer.advance(read);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(Failure::Other(Errno::AGAIN)) => ready.clear_ready(),
+                Err(Failure::Other(Errno::INTR)) => {}
+                Err(failure) => return Poll::Ready(Err(failure.into())),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Guarded {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        if let Waiting::Read(socket) = &self.0 {
+            match send(socket.get_ref().get()?, bytes, flags) {
+                Err(Errno::AGAIN) => {}
+                sent => return Poll::Ready(sent.map_err(Into::into)),
+            }
+        }
+        let socket = self.writer()?;
+        let written = loop {
+            let mut ready = ready!(socket.poll_write_ready(context))?;
+            match send(ready.get_inner().get()?, bytes, flags) {
+                Err(Errno::AGAIN) => ready.clear_ready(),
+                sent => break sent.map_err(Into::into),
+            }
+        };
+        self.reader()?;
+        Poll::Ready(written)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let shut = shutdown(self.reader()?.get_ref().get()?, Shutdown::Write);
+        Poll::Ready(shut.map_err(Into::into))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream as Blocking;
+    use std::time::Duration;
+
+    use rustix::net::sockopt::set_socket_linger;
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .unwrap()
+            .block_on(future)
+    }
+
+    fn pair(parked: &Parked) -> (Guarded, Blocking) {
+        let (ours, theirs) = Blocking::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let ours = UnixStream::from_std(ours).unwrap();
+        (Guarded::new(ours, parked).unwrap(), theirs)
+    }
+
+    /// The end of a TCP connection that takes a thousand seconds to close, and the one that makes it.
+    fn lingering() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (other, _) = listener.accept().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        while send(&stream, &[0; 65536], SendFlags::NOSIGNAL).is_ok() {}
+        stream.set_nonblocking(false).unwrap();
+        set_socket_linger(&stream, Some(Duration::from_secs(1000))).unwrap();
+        (stream, other)
+    }
+
+    /// Sends a descriptor away that has no other owner any more.
+    fn give_away(to: &Blocking, bytes: &[u8], file: TcpStream, flags: SendFlags) {
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let files = [file.as_fd()];
+        assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
+        let sent = sendmsg(to, &[io::IoSlice::new(bytes)], &mut control, flags);
+        assert_eq!(sent, Ok(bytes.len()));
+    }
+
+    #[test]
+    fn descriptors_are_never_closed_here() {
+        block_on(descriptors_of_all_kinds());
+    }
+
+    async fn descriptors_of_all_kinds() {
+        let parked = Parked::default();
+        let (plain, urgent) = (SendFlags::empty(), SendFlags::OOB);
+        for (before, read, flags) in [
+            (&b""[..], true, plain),
+            (&b"plain"[..], true, plain),
+            (&b"plain"[..], false, plain),
+            (&b""[..], false, plain),
+            (&b""[..], true, urgent),
+            (&b""[..], false, urgent),
+        ] {
+            let count = parked.0.count.get();
+            let (mut ours, mut theirs) = pair(&parked);
+            io::Write::write_all(&mut theirs, before).unwrap();
+            let (file, _other) = lingering();
+            give_away(&theirs, b"x", file, flags);
+            drop(theirs);
+            // This would take a thousand seconds.
+            if read {
+                let error = ours.read(&mut [0; 64]).await.unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+            }
+            drop(ours);
+            assert_eq!(parked.0.count.get(), count + 1);
+        }
+    }
+
+    #[test]
+    fn who_reads_on_after_them_hears_the_same() {
+        let parked = Parked::default();
+        block_on(async {
+            let (mut ours, theirs) = pair(&parked);
+            let (file, _other) = lingering();
+            give_away(&theirs, b"x", file, SendFlags::empty());
+            for _ in 0..3 {
+                assert!(ours.read(&mut [0; 1]).await.is_err());
+            }
+            drop(ours);
+            // Nothing more comes.
+            assert!(io::Write::write_all(&mut &theirs, b"y").is_err());
+        });
+        assert_eq!(parked.0.count.get(), 1);
+    }
+
+    #[test]
+    fn too_many_are_told_of() {
+        let parked = Parked::default();
+        block_on(async {
+            for _ in 0..=MOST_PARKED {
+                let (ours, theirs) = pair(&parked);
+                let (end, _other) = Blocking::pair().unwrap();
+                give_away(
+                    &theirs,
+                    b"x",
+                    TcpStream::from(OwnedFd::from(end)),
+                    SendFlags::empty(),
+                );
+                drop(ours);
+            }
+            parked.too_many().await;
+        });
+    }
+
+    #[test]
+    fn what_is_plain_goes_through_in_both_directions() {
+        let parked = Parked::default();
+        block_on(async {
+            let (mut ours, theirs) = pair(&parked);
+            let sent: Vec<u8> = (0..4_000_000_u32).map(|n| (n / 7) as u8).collect();
+            let there = sent.clone();
+            let other = std::thread::spawn(move || {
+                let mut theirs = theirs;
+                io::Write::write_all(&mut theirs, &there).unwrap();
+                theirs.shutdown(std::net::Shutdown::Write).unwrap();
+                let mut back = Vec::new();
+                io::Read::read_to_end(&mut theirs, &mut back).unwrap();
+                back
+            });
+            let mut read = Vec::new();
+            ours.read_to_end(&mut read).await.unwrap();
+            assert!(read == sent);
+            ours.write_all(&read).await.unwrap();
+            assert!(matches!(ours.0, Waiting::Read(_)));
+            ours.shutdown().await.unwrap();
+            assert!(other.join().unwrap() == sent);
+        });
+        assert_eq!(parked.0.count.get(), 0);
+    }
+
+    /// What was not read is no reset for the peer, and what was sent is there to be read.
+    #[test]
+    fn closed_unread_it_is_the_end_and_no_error() {
+        let parked = Parked::default();
+        block_on(async {
+            let (mut ours, mut theirs) = pair(&parked);
+            io::Write::write_all(&mut theirs, &[0; 100_000]).unwrap();
+            ours.write_all(b"no").await.unwrap();
+            drop(ours);
+            let mut back = Vec::new();
+            io::Read::read_to_end(&mut theirs, &mut back).unwrap();
+            assert_eq!(back, b"no");
+        });
+        assert_eq!(parked.0.count.get(), 0);
+    }
+
+    #[test]
+    fn a_peer_that_is_gone_is_an_error() {
+        let parked = Parked::default();
+        block_on(async {
+            let (mut ours, theirs) = pair(&parked);
+            drop(theirs);
+            let error = ours.write_all(b"x").await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+            assert_eq!(ours.read(&mut [0; 8]).await.unwrap(), 0);
+        });
+    }
+}

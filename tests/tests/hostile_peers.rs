@@ -1,0 +1,97 @@
+//! Peers of the helper's who are not what an agent is: they send what nobody wants, come as many, or are gone already.
+
+#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+
+use std::time::{Duration, Instant};
+
+use cgtproxy_tests::sandbox::{HelperBuilder, Sandbox, User, sandbox};
+use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, verdict};
+use serde_json::json;
+
+const LOUD: u32 = 1001;
+const QUIET: u32 = 1002;
+
+/// The loud one may not use the helper at all.
+const DENY: &str = "deny: {users: [1001]}";
+
+/// A change of the quiet user's, which does not take long.
+fn one_change(sb: &Sandbox, quiet: &User) {
+    let start = Instant::now();
+    let mut session = Session::of(quiet);
+    quiet.cgroup("app.slice/app-a.scope");
+    let drop = verdict("app.slice/app-a.scope", "drop");
+    session.replace(json!([]), json!([]), json!([drop]));
+    assert_eq!(mapped_ids(sb, QUIET).len(), 1);
+    let elapsed = start.elapsed();
+    assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
+}
+
+/// Whether this kernel lets nobody send descriptors where they are not wanted (Linux 6.16).
+fn kernel_refuses_descriptors() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("it is Linux");
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || numbers.next().and_then(|n| n.parse::<u32>().ok());
+    (number(), number()) >= (Some(6), Some(16))
+}
+
+/// Whoever closes such a socket last sleeps for days.
+fn lingering(sb: &Sandbox, config: &str) {
+    let _helper = sb.helper().config(config).start();
+    let loud = sb.user(LOUD).cgroup("app.slice/app-loud.scope").app();
+    let given = loud.give_away(SOCKET, 4);
+    assert!(!kernel_refuses_descriptors() || given == 0, "{given}");
+    one_change(sb, &sb.user(QUIET));
+}
+
+#[test]
+fn sockets_that_linger_halt_nobody() {
+    sandbox(|sb| lingering(sb, ""));
+}
+
+#[test]
+fn sockets_that_linger_of_who_may_not_connect_halt_nobody() {
+    sandbox(|sb| lingering(sb, DENY));
+}
+
+/// These were sent before the helper could say that it wants none.
+fn lingering_in_the_backlog(sb: &Sandbox, config: &str) {
+    const GIVEN: u32 = 40;
+    let listener = HelperBuilder::bind();
+    let loud = sb.user(LOUD).cgroup("app.slice/app-loud.scope").app();
+    assert_eq!(loud.give_away(SOCKET, GIVEN), u64::from(GIVEN));
+    let mut helper = sb.helper().config(config).listener(listener).start();
+    one_change(sb, &sb.user(QUIET));
+    // All of them have come by now, and one line says so.
+    let log = helper.log();
+    assert_eq!(log.matches("has sent descriptors").count(), 1, "{log}");
+    // It ends, too.
+    assert!(helper.stop().success());
+}
+
+#[test]
+fn sockets_that_linger_and_wait_to_be_accepted_halt_nobody() {
+    sandbox(|sb| lingering_in_the_backlog(sb, ""));
+}
+
+#[test]
+fn sockets_that_linger_and_wait_to_be_refused_halt_nobody() {
+    sandbox(|sb| lingering_in_the_backlog(sb, DENY));
+}
+
+/// Where they would be too many, the next helper has none of them any more.
+#[test]
+fn a_helper_that_keeps_too_many_of_them_open_ends() {
+    sandbox(|sb| {
+        let listener = HelperBuilder::bind();
+        let loud = sb.user(LOUD).cgroup("app.slice/app-loud.scope").app();
+        assert_eq!(loud.give_away(SOCKET, 70), 70);
+        let mut helper = sb.helper().listener(listener).start();
+        one_change(sb, &sb.user(QUIET));
+        assert!(!helper.wait().success());
+        helper.wait_log("starting again");
+        // What is in the kernel stays.
+        assert_eq!(mapped_ids(sb, QUIET).len(), 1);
+        helper.start_again();
+        one_change(sb, &sb.user(QUIET));
+    });
+}
