@@ -19,7 +19,7 @@ use crate::config::{Config, OnAgentLoss};
 use crate::kernel::model::{Bed, Model};
 use crate::netlink::{Messages, attribute, attributes, string};
 use crate::peer::{Peer, Uid};
-use crate::quota::Quotas;
+use crate::quota::{Account, Quotas};
 use crate::session::Session;
 use crate::snapshot::Snapshot;
 use crate::state::{ConnectionId, Holder, Outcome, State};
@@ -152,7 +152,7 @@ async fn converse(
     state: &Rc<RefCell<State<Model>>>,
 ) -> Vec<u8> {
     let quotas = Quotas::new(state.borrow().config.limits);
-    let connection = quotas.connect(uid).expect("it is the first");
+    let connection = quotas.connect(Account::User(uid)).expect("it is the first");
     let mut session = Session::new(Peer::for_test(uid), connection, id, Rc::clone(state));
     let mut replies = Vec::new();
     let stream = tokio::io::join(bytes, &mut replies);

@@ -19,11 +19,21 @@ const BYTES_PER_CALL: usize = 16 * 1024;
 /// For how long the calls of a user who was quiet have been saved up.
 const BURST: Duration = Duration::from_secs(20);
 
+/// Whose use counts together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Account {
+    /// One user's, who can have a policy.
+    User(Uid),
+    /// That of all who can't, for want of a service manager. One user may have thousands of uids (subuid(5)), and
+    /// none of them has more to ask than what the helper says to everybody.
+    Others,
+}
+
 /// All users' use of the helper.
 #[derive(Debug, Clone)]
 pub struct Quotas {
     limits: Limits,
-    users: Rc<RefCell<BTreeMap<Uid, Usage>>>,
+    users: Rc<RefCell<BTreeMap<Account, Usage>>>,
 }
 
 /// One user's.
@@ -48,12 +58,12 @@ impl Quotas {
 
     /// Counts a connection for as long as the returned value lives; none if the user has too many.
     #[must_use]
-    pub fn connect(&self, uid: Uid) -> Option<Connection> {
+    pub fn connect(&self, account: Account) -> Option<Connection> {
         let mut users = self.users.borrow_mut();
         let now = Instant::now();
         // Who is gone and owes nothing is forgotten.
         users.retain(|_, usage| usage.connections > 0 || usage.paid > now);
-        let usage = users.entry(uid).or_insert(Usage {
+        let usage = users.entry(account).or_insert(Usage {
             connections: 0,
             bytes: 0,
             paid: now,
@@ -63,16 +73,16 @@ impl Quotas {
         }
         usage.connections += 1;
         Some(Connection {
-            uid,
+            account,
             quotas: self.clone(),
         })
     }
 
     /// Counts a message of this length. Returns when it may be dealt with.
-    fn charge(&self, uid: Uid, bytes: usize) -> Instant {
+    fn charge(&self, account: Account, bytes: usize) -> Instant {
         let now = Instant::now();
         let mut users = self.users.borrow_mut();
-        let Some(usage) = users.get_mut(&uid) else {
+        let Some(usage) = users.get_mut(&account) else {
             return now;
         };
         let calls = u32::try_from(1 + bytes / BYTES_PER_CALL).unwrap_or(u32::MAX);
@@ -86,7 +96,7 @@ impl Quotas {
 /// One of the connections that a user may have.
 #[derive(Debug)]
 pub struct Connection {
-    uid: Uid,
+    account: Account,
     quotas: Quotas,
 }
 
@@ -95,7 +105,7 @@ impl Connection {
     #[must_use]
     pub fn budget(&self) -> impl Budget + use<> {
         Bytes {
-            uid: self.uid,
+            account: self.account,
             quotas: self.quotas.clone(),
         }
     }
@@ -103,7 +113,7 @@ impl Connection {
     /// Waits until a message of this length may be dealt with. Others get their turn in any case: they have
     /// had it if the message was `waited` for.
     pub async fn admit(&self, bytes: usize, waited: bool) {
-        let at = self.quotas.charge(self.uid, bytes);
+        let at = self.quotas.charge(self.account, bytes);
         if at > Instant::now() {
             sleep_until(at).await;
         } else if !waited {
@@ -114,7 +124,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if let Some(usage) = self.quotas.users.borrow_mut().get_mut(&self.uid) {
+        if let Some(usage) = self.quotas.users.borrow_mut().get_mut(&self.account) {
             usage.connections -= 1;
         }
     }
@@ -123,14 +133,14 @@ impl Drop for Connection {
 /// The bytes that a user's connections hold of unfinished messages.
 #[derive(Debug)]
 struct Bytes {
-    uid: Uid,
+    account: Account,
     quotas: Quotas,
 }
 
 impl Budget for Bytes {
     fn resize(&self, from: usize, to: usize) -> bool {
         let mut users = self.quotas.users.borrow_mut();
-        let Some(usage) = users.get_mut(&self.uid) else {
+        let Some(usage) = users.get_mut(&self.account) else {
             return true;
         };
         let others = usage.bytes.saturating_sub(from);
@@ -150,13 +160,17 @@ mod tests {
         Quotas::new(limits)
     }
 
+    fn user(uid: u32) -> Account {
+        Account::User(Uid::for_test(uid))
+    }
+
     #[tokio::test(start_paused = true)]
     async fn calls_beyond_the_rate_wait_and_no_others() {
         let quotas = quotas(Limits {
             calls_per_second: 10,
             ..Limits::default()
         });
-        let (one, two) = (Uid::for_test(1), Uid::for_test(2));
+        let (one, two) = (user(1), user(2));
         let first = quotas.connect(one).unwrap();
         let start = Instant::now();
         // What twenty seconds have saved up.
@@ -183,11 +197,11 @@ mod tests {
     async fn who_owes_nothing_is_forgotten() {
         let quotas = quotas(Limits::default());
         for uid in 0..100 {
-            let connection = quotas.connect(Uid::for_test(uid)).unwrap();
+            let connection = quotas.connect(user(uid)).unwrap();
             connection.admit(1, false).await;
         }
         tokio::time::advance(Duration::from_secs(1)).await;
-        let last = quotas.connect(Uid::for_test(100)).unwrap();
+        let last = quotas.connect(user(100)).unwrap();
         assert_eq!(quotas.users.borrow().len(), 1);
         drop(last);
     }
@@ -199,7 +213,7 @@ mod tests {
             message_bytes: 1000,
             ..Limits::default()
         });
-        let uid = Uid::for_test(1);
+        let uid = user(1);
         let (first, second) = (quotas.connect(uid).unwrap(), quotas.connect(uid).unwrap());
         assert!(quotas.connect(uid).is_none());
         let (a, b) = (first.budget(), second.budget());

@@ -17,11 +17,12 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::cgroup::Unavailable;
 use crate::guarded::{Guarded, Parked};
 use crate::monitor::{Loss, Monitor};
 use crate::nft;
 use crate::peer::{Peer, Uid};
-use crate::quota::{Connection, Quotas};
+use crate::quota::{Account, Connection, Quotas};
 use crate::session::{Session, too_many_connections};
 use crate::state::{ConnectionId, Outcome, State};
 
@@ -250,7 +251,12 @@ impl Server {
                 .spawn_local(refuse(stream, Fault::permission_denied()));
             return;
         }
-        let Some(connection) = self.quotas.connect(uid) else {
+        let account = match self.state.borrow().root.subtree(&peer) {
+            // Whose service manager can't be looked for at the moment is not taken for one without.
+            Ok(_) | Err(Unavailable::Later) => Account::User(uid),
+            Err(_) => Account::Others,
+        };
+        let Some(connection) = self.quotas.connect(account) else {
             let limit = self.state.borrow().config.limits.connections;
             self.tasks
                 .spawn_local(refuse(stream, too_many_connections(limit)));

@@ -95,3 +95,28 @@ fn a_helper_that_keeps_too_many_of_them_open_ends() {
         one_change(sb, &sb.user(QUIET));
     });
 }
+
+/// A user may have thousands of uids (subuid(5)). All connections together would be more than the helper may have open.
+#[test]
+fn uids_without_a_service_manager_take_as_much_as_one_user() {
+    sandbox(|sb| {
+        const CONNECTIONS: u32 = 16;
+        let _helper = sb.helper().start();
+        let mut before = Session::of(&sb.user(QUIET));
+        before.status();
+        let nowhere = sb.cgroup("user.slice");
+        let crowds: Vec<_> = (0..64).map(|n| nowhere.app_as(100_000 + n)).collect();
+        let answered = crowds.iter().map(|app| {
+            let crowd = app.crowd(SOCKET, "org.cgtproxy.Helper.GetStatus", CONNECTIONS);
+            assert_eq!(crowd.closed, 0, "{crowd:?}");
+            crowd.answered
+        });
+        assert_eq!(answered.sum::<u32>(), CONNECTIONS);
+        before.status();
+        one_change(sb, &sb.user(QUIET));
+        // Root has what is root's own.
+        let root = sb.cgroup("system.slice").app_as(0);
+        let crowd = root.crowd(SOCKET, "org.cgtproxy.Helper.GetStatus", 1);
+        assert_eq!(crowd.answered, 1, "{crowd:?}");
+    });
+}
