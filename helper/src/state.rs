@@ -422,14 +422,20 @@ impl<K: Kernel> State<K> {
                 self.doubtful = true;
                 self.dispel_doubt()?;
             }
+            // What was refused stays written down, and may be refused any number of times.
+            self.shorten_snapshot();
             return Err(error);
         }
         let generation = self.registry.apply(staged);
+        self.shorten_snapshot();
+        Ok(generation)
+    }
+
+    fn shorten_snapshot(&mut self) {
         if self.snapshot.is_long() {
             self.snapshot
                 .renew(self.config.marks, self.registry.layouts());
         }
-        Ok(generation)
     }
 
     /// Makes the table what the registry says, if it may be something else. A change whose outcome nobody

@@ -71,6 +71,24 @@ fn do_call(state: &mut State<Model>, bed: &Bed, call: Call) -> Result<(), Error>
     Ok(())
 }
 
+/// What the kernel refuses is written down before it is asked.
+#[test]
+fn refusals_do_not_fill_the_snapshot() {
+    let bed = Bed::new().unwrap();
+    let kernel = Model::default();
+    let memory = crate::snapshot::Memory::default();
+    let (snapshot, _) = Snapshot::in_memory(&memory, bed.config.marks);
+    let (config, root) = (bed.config.clone(), bed.root.clone());
+    let (mut state, _) =
+        State::new(config, root, kernel.clone(), snapshot, BTreeMap::new()).unwrap();
+    for _ in 0..10_000 {
+        kernel.refuse.set(true);
+        let refused = do_call(&mut state, &bed, Call::Replace(vec![true]));
+        assert!(matches!(refused, Err(Error::Kernel(_))));
+        assert!(!state.snapshot.is_long());
+    }
+}
+
 proptest! {
     #[test]
     fn leave_no_difference(
