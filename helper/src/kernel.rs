@@ -21,6 +21,12 @@ pub trait Kernel {
     /// If the kernel refuses; it holds what it held before.
     fn rebuild(&mut self, plans: &[Plan]) -> Result<(), nft::Error>;
 
+    /// Whether the table is there, as far as its version tells.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    fn has_table(&self) -> Result<bool, nft::Error>;
+
     /// Whether the table is protected from other programs.
     fn owned(&self) -> bool;
 
@@ -61,6 +67,10 @@ impl Kernel for Linux {
 
     fn rebuild(&mut self, plans: &[Plan]) -> Result<(), nft::Error> {
         self.nftables.rebuild(plans)
+    }
+
+    fn has_table(&self) -> Result<bool, nft::Error> {
+        self.nftables.is_there()
     }
 
     fn owned(&self) -> bool {

@@ -180,10 +180,13 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Runtime)?;
         let monitor = Monitor::open(config.route_table, nftables.port(), !nftables.owned())
             .map_err(Error::Monitor)?;
-        let (state, graces) =
+        let (mut state, graces) =
             State::new(config, root, Linux::new(nftables, routing), snapshot, left)?;
         if !state.ipv6() {
             tracing::info!("the kernel has no IPv6: only IPv4 is diverted");
+        }
+        if !state.table_owned() && state.restore_lost_table()? {
+            tracing::info!("the table 'inet cgtproxy' was removed by another program; restored it");
         }
         let server = Server::new(Rc::new(RefCell::new(state)), shutdown.clone());
         for (uid, grace) in graces {

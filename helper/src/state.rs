@@ -7,6 +7,7 @@ use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
 use cgtproxy_proto::path::ControlGroupPath;
+use rustix::io::Errno;
 
 use crate::cgroup::{OwnedControlGroup, Root, Subtree, Unavailable};
 use crate::config::Config;
@@ -98,7 +99,7 @@ pub struct State<K = Linux> {
     ipv6: bool,
     kernel: K,
     registry: Registry,
-    /// The kernel may hold something else than the registry says: its answer to a change was lost.
+    /// The kernel may hold something else than the registry says: its answer to a change was lost, or the table was.
     doubtful: bool,
     /// What the next helper is told.
     snapshot: Snapshot,
@@ -191,6 +192,19 @@ impl<K: Kernel> State<K> {
         self.registry.rebuilt();
         self.doubtful = false;
         Ok(())
+    }
+
+    /// Makes the table anew if it is gone, and returns whether it was. What others do to it before somebody listens to
+    /// the kernel's announcements is announced to nobody.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn restore_lost_table(&mut self) -> Result<bool, nft::Error> {
+        if self.kernel.has_table()? {
+            return Ok(false);
+        }
+        self.rebuild_table()?;
+        Ok(true)
     }
 
     /// Looks at the machine, unless that was done a moment ago.
@@ -418,7 +432,15 @@ impl<K: Kernel> State<K> {
             self.snapshot.add(uid, stamp, layout);
         }
         if let Err(error) = self.kernel.commit(staged.plan()) {
-            if let nft::Error::Unknown(_) = error {
+            let doubtful = match &error {
+                nft::Error::Unknown(_) => true,
+                // What it was to change is not there; perhaps nothing is. The kernel also says so of what it can't do.
+                nft::Error::Refused(refusal) if refusal.errno == Errno::NOENT => {
+                    !self.kernel.has_table().unwrap_or(true)
+                }
+                _ => false,
+            };
+            if doubtful {
                 self.doubtful = true;
                 self.dispel_doubt()?;
             }

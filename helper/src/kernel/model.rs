@@ -270,6 +270,10 @@ impl Kernel for Model {
         })
     }
 
+    fn has_table(&self) -> Result<bool, nft::Error> {
+        Ok(!self.gone.get())
+    }
+
     fn owned(&self) -> bool {
         false
     }

@@ -194,6 +194,18 @@ impl Nftables {
         self.owned
     }
 
+    /// Whether the table is there, with this layout and for these marks.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub fn is_there(&self) -> Result<bool, Error> {
+        let version = ruleset::version(self.marks);
+        let chains = self.chains()?;
+        Ok(chains
+            .iter()
+            .any(|chain| chain.as_bytes() == version.to_bytes()))
+    }
+
     /// Who announces our own changes.
     #[must_use]
     pub fn port(&self) -> TablePort {
@@ -385,10 +397,6 @@ impl Nftables {
             // The table has other flags than ours.
             Err(_) => return Ok(false),
         }
-        let version = ruleset::version(self.marks);
-        let chains = self.chains()?;
-        Ok(chains
-            .iter()
-            .any(|chain| chain.as_bytes() == version.to_bytes()))
+        self.is_there()
     }
 }

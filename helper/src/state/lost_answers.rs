@@ -89,6 +89,30 @@ fn refusals_do_not_fill_the_snapshot() {
     }
 }
 
+/// Whoever is to hear of it hears of it later, or not at all.
+#[test]
+fn a_table_that_is_found_to_be_gone_is_made_anew() {
+    let bed = Bed::new().unwrap();
+    bed.make("a.scope");
+    let kernel = Model::default();
+    let (config, root) = (bed.config.clone(), bed.root.clone());
+    let nowhere = Snapshot::nowhere();
+    let (mut state, _) =
+        State::new(config, root, kernel.clone(), nowhere, BTreeMap::new()).unwrap();
+    do_call(&mut state, &bed, Call::Replace(vec![true])).unwrap();
+    kernel.flush();
+    let update = Call::Update(vec![true, true], Vec::new());
+    let refused = do_call(&mut state, &bed, update.clone());
+    assert!(matches!(refused, Err(Error::Kernel(_))));
+    assert_eq!(kernel.table.borrow().of(bed.uid).unwrap().elements.len(), 1);
+    do_call(&mut state, &bed, update).unwrap();
+    assert_eq!(kernel.table.borrow().of(bed.uid).unwrap().elements.len(), 2);
+    assert!(!state.restore_lost_table().unwrap());
+    kernel.flush();
+    assert!(state.restore_lost_table().unwrap());
+    assert_eq!(kernel.table.borrow().of(bed.uid).unwrap().elements.len(), 2);
+}
+
 proptest! {
     #[test]
     fn leave_no_difference(
