@@ -49,6 +49,8 @@ pub struct MessageReader<R, B: Budget = Unshared> {
     budget: B,
     /// What the budget knows of.
     accounted: usize,
+    /// How much of that is of the message that was handed out last.
+    handed_out: usize,
     /// The last message was not there yet when it was asked for.
     waited: bool,
 }
@@ -62,8 +64,8 @@ impl<R: AsyncRead + Unpin> MessageReader<R> {
 
 impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
     /// As [`Self::new`], with a buffer that counts against a budget, from which
-    /// [`ReadError::OverBudget`] comes. What an idle connection keeps is not counted, nor is a message
-    /// that has been handed out.
+    /// [`ReadError::OverBudget`] comes. What an idle connection keeps is not counted. A message that has been handed out
+    /// is, until the next one is asked for: by then it is to be dropped, and what was said to it as well.
     pub fn with_budget(stream: R, limit: usize, budget: B) -> Self {
         Self {
             stream,
@@ -72,6 +74,7 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
             limit,
             budget,
             accounted: 0,
+            handed_out: 0,
             waited: false,
         }
     }
@@ -88,8 +91,7 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
     }
 
     fn account(&mut self, bytes: usize) -> Result<(), ReadError> {
-        // The first chunk is what every connection has.
-        let bytes = if bytes <= CHUNK { 0 } else { bytes };
+        let bytes = self.handed_out + countable(bytes);
         if !self.budget.resize(self.accounted, bytes) {
             return Err(ReadError::OverBudget);
         }
@@ -104,6 +106,9 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
     /// If the stream fails or ends in the middle of a message, or the message is too long.
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, ReadError> {
         self.waited = false;
+        // Less never is too much.
+        self.handed_out = 0;
+        self.account(self.buffer.capacity())?;
         loop {
             let unscanned = self.buffer.get(self.scanned..).unwrap_or_default();
             // `contains` looks at many bytes at once, `position` at each for itself.
@@ -117,6 +122,7 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
                 let rest = self.buffer.split_off(end + 1);
                 self.scanned = 0;
                 let message = std::mem::replace(&mut self.buffer, rest);
+                self.handed_out = countable(message.capacity());
                 self.account(self.buffer.capacity())?;
                 return Ok(Some(message));
             }
@@ -150,6 +156,11 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
             }
         }
     }
+}
+
+/// What counts of a buffer: the first chunk is what every connection has.
+fn countable(capacity: usize) -> usize {
+    if capacity <= CHUNK { 0 } else { capacity }
 }
 
 impl<R, B: Budget> Drop for MessageReader<R, B> {
@@ -216,6 +227,9 @@ mod tests {
         assert_eq!(used.0.get(), 0);
         let mut third = reader(&whole[..]);
         assert_eq!(block_on(third.next()).unwrap().unwrap(), whole);
+        // It counts for as long as it is there.
+        assert!(used.0.get() >= whole.len());
+        assert!(block_on(third.next()).unwrap().is_none());
         assert_eq!(used.0.get(), 0);
         // Short messages cost nothing.
         let nothing = Shared(std::rc::Rc::default(), 0);

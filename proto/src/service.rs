@@ -59,7 +59,7 @@ impl Fault {
         Self::new(
             "org.varlink.service",
             "MethodNotFound",
-            json!({ "method": method }),
+            json!({ "method": shortened(method) }),
         )
     }
 }
@@ -269,8 +269,17 @@ fn interface_not_found(interface: &str) -> Fault {
     Fault::new(
         "org.varlink.service",
         "InterfaceNotFound",
-        json!({ "interface": interface }),
+        json!({ "interface": shortened(interface) }),
     )
+}
+
+/// What is repeated of a name that nobody has: a message may be nothing else.
+fn shortened(name: &str) -> &str {
+    const MOST: usize = 256;
+    let end = (0..=MOST.min(name.len()))
+        .rev()
+        .find(|&end| name.is_char_boundary(end));
+    end.and_then(|end| name.get(..end)).unwrap_or_default()
 }
 
 /// The methods of `org.varlink.service`.
@@ -466,6 +475,24 @@ mod tests {
                 );
             }
         });
+    }
+
+    #[test]
+    fn names_that_are_not_there_are_repeated_in_short() {
+        let long = "ä".repeat(1000);
+        for method in [
+            long.clone(),
+            format!("org.example.Echo.{long}"),
+            format!("{long}.Say"),
+        ] {
+            let reply = with_echo(10_000, |mut client| async move {
+                error(&mut client, &method, json!({})).await
+            });
+            assert!(reply.1.to_string().len() < 300, "{reply:?}");
+        }
+        assert_eq!(shortened(""), "");
+        assert_eq!(shortened(&"x".repeat(256)).len(), 256);
+        assert_eq!(shortened(&"x".repeat(257)).len(), 256);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use cgtproxy_tests::sandbox::{HelperBuilder, Sandbox, User, sandbox};
 use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, verdict};
-use serde_json::json;
+use serde_json::{Value, json};
 
 const LOUD: u32 = 1001;
 const QUIET: u32 = 1002;
@@ -25,6 +25,9 @@ fn one_change(sb: &Sandbox, quiet: &User) {
     let elapsed = start.elapsed();
     assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
 }
+
+/// What docs/security.md says that the helper's memory stays below while one user holds messages open, in KiB.
+const MEMORY: u64 = (64 + 8) * 1024;
 
 /// Whether this kernel lets nobody send descriptors where they are not wanted (Linux 6.16).
 fn kernel_refuses_descriptors() -> bool {
@@ -118,5 +121,39 @@ fn uids_without_a_service_manager_take_as_much_as_one_user() {
         let root = sb.cgroup("system.slice").app_as(0);
         let crowd = root.crowd(SOCKET, "org.cgtproxy.Helper.GetStatus", 1);
         assert_eq!(crowd.answered, 1, "{crowd:?}");
+    });
+}
+
+/// Whether whole messages have to wait, or what is said to them is not read: they count.
+#[test]
+fn messages_that_wait_hold_no_more_than_a_user_may_have() {
+    sandbox(|sb| {
+        const LONG: usize = 4_000_000;
+        let helper = sb.helper().config("limits: {calls-per-second: 50}").start();
+        let mut quiet = Session::of(&sb.user(QUIET));
+        let loud = sb.user(LOUD);
+        let name = "A".repeat(LONG);
+        let message = format!("{{\"method\":\"org.cgtproxy.Helper.{name}\"}}\0");
+        let mut sessions: Vec<_> = (0..16).map(|_| loud.varlink(SOCKET)).collect();
+        for session in &mut sessions {
+            session.send_bytes(message.as_bytes());
+            // The next connection tells that this one has been read as far as it is.
+            quiet.status();
+        }
+        let mut over = 0;
+        for session in &mut sessions {
+            session.finish();
+            let reply = session.receive().unwrap_or(Value::Null);
+            match reply["error"].as_str() {
+                Some("org.cgtproxy.Helper.TooManyBytes") => over += 1,
+                Some("org.varlink.service.MethodNotFound") => {
+                    assert!(reply.to_string().len() < 1000);
+                }
+                _ => panic!("{reply}"),
+            }
+        }
+        assert!(over > 0);
+        let kib = helper.peak_memory();
+        assert!(kib < MEMORY, "the helper held {kib} KiB");
     });
 }
