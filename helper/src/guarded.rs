@@ -16,11 +16,12 @@
 
 use std::cell::Cell;
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Context, Poll, ready};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_oobinline;
 use rustix::net::{
@@ -59,9 +60,9 @@ impl Parked {
         self.0.too_many.notified().await;
     }
 
-    fn park(&self, socket: OwnedFd) {
+    fn park(&self, socket: Rc<OwnedFd>) {
         // Never closed.
-        let _ = socket.into_raw_fd();
+        std::mem::forget(socket);
         let count = self.0.count.get() + 1;
         self.0.count.set(count);
         if count == 1 {
@@ -97,13 +98,14 @@ impl From<Failure> for io::Error {
 #[derive(Debug)]
 pub(crate) struct Socket {
     /// None once it is dropped.
-    socket: Option<OwnedFd>,
+    socket: Option<Rc<OwnedFd>>,
     parked: Parked,
 }
 
 impl Socket {
     fn get(&self) -> Result<BorrowedFd<'_>, Errno> {
-        self.socket.as_ref().map(AsFd::as_fd).ok_or(Errno::NOTCONN)
+        let socket = self.socket.as_deref();
+        socket.map(AsFd::as_fd).ok_or(Errno::NOTCONN)
     }
 
     fn receive(&self, room: &mut [u8]) -> Result<usize, Failure> {
@@ -130,7 +132,7 @@ fn look(socket: BorrowedFd<'_>, room: &mut [u8]) -> Result<usize, Failure> {
 
 impl AsRawFd for Socket {
     fn as_raw_fd(&self) -> RawFd {
-        self.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+        self.socket.as_deref().map_or(-1, AsRawFd::as_raw_fd)
     }
 }
 
@@ -156,6 +158,26 @@ impl Drop for Socket {
     }
 }
 
+/// Tells whether anybody is at the other end of a connection, for as long as that is open.
+#[derive(Debug, Clone)]
+pub struct Line(Weak<OwnedFd>);
+
+impl Line {
+    /// Whether the peer has closed the connection, or is dead: nobody would hear of an answer. One that has only said
+    /// all that it has to say waits for one.
+    #[must_use]
+    pub fn is_dead(&self) -> bool {
+        let Some(socket) = self.0.upgrade() else {
+            return true;
+        };
+        let mut asked = [PollFd::new(&*socket, PollFlags::empty())];
+        let now = Timespec::default();
+        let told = poll(&mut asked, Some(&now));
+        let [asked] = &asked;
+        told.is_ok() && asked.revents().contains(PollFlags::HUP)
+    }
+}
+
 /// A connected stream socket.
 #[derive(Debug)]
 pub struct Guarded(Waiting);
@@ -176,13 +198,23 @@ impl Guarded {
     /// If the runtime can't wait for it.
     pub fn new(stream: UnixStream, parked: &Parked) -> io::Result<Self> {
         let socket = Socket {
-            socket: Some(stream.into_std()?.into()),
+            socket: Some(Rc::new(stream.into_std()?.into())),
             parked: parked.clone(),
         };
         // Urgent data is looked at only where it is data like any other.
         set_socket_oobinline(socket.get()?, true)?;
         let socket = watch_guarded(socket, Interest::READABLE)?;
         Ok(Self(Waiting::Read(socket)))
+    }
+
+    /// What tells whether the peer is still there.
+    #[must_use]
+    pub fn line(&self) -> Line {
+        let socket = match &self.0 {
+            Waiting::Read(socket) | Waiting::Write(socket) => socket.get_ref().socket.as_ref(),
+            Waiting::Nothing => None,
+        };
+        Line(socket.map_or_else(Weak::new, Rc::downgrade))
     }
 
     fn reader(&mut self) -> io::Result<&mut AsyncFd<Socket>> {
@@ -437,6 +469,22 @@ mod tests {
             assert_eq!(back, b"no");
         });
         assert_eq!(parked.0.count.get(), 0);
+    }
+
+    #[test]
+    fn who_has_hung_up_is_told_from_who_waits_for_an_answer() {
+        block_on(async {
+            let (ours, mut theirs) = pair(&Parked::default());
+            let line = ours.line();
+            assert!(!line.is_dead());
+            io::Write::write_all(&mut theirs, b"x").unwrap();
+            theirs.shutdown(std::net::Shutdown::Write).unwrap();
+            assert!(!line.is_dead());
+            drop(theirs);
+            assert!(line.is_dead());
+            drop(ours);
+            assert!(line.is_dead());
+        });
     }
 
     #[test]

@@ -283,8 +283,9 @@ impl Server {
         id: ConnectionId,
     ) {
         let uid = peer.uid();
+        let line = stream.line();
         let mut messages = MessageReader::with_budget(stream, MESSAGE_BYTES, connection.budget());
-        let mut session = Session::new(peer, connection, id, Rc::clone(&self.state));
+        let mut session = Session::new(peer, connection, id, Rc::clone(&self.state)).over(line);
         match serve(&mut messages, &mut session).await {
             Ok(()) | Err(ServeError::Write(_)) => {}
             Err(error) => tracing::debug!(uid = uid.value(), "ended a connection: {error}"),

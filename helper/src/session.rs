@@ -21,6 +21,7 @@ use serde_json::json;
 
 use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
+use crate::guarded::Line;
 use crate::kernel::{Kernel, Linux};
 use crate::nft::{Delivery, DnsHijack, Element, Exceptions, Gateway, MarkWriter, Verdict};
 use crate::peer::{Peer, Uid};
@@ -48,6 +49,8 @@ pub struct Session<K = Linux> {
     connection: Connection,
     id: ConnectionId,
     state: Rc<RefCell<State<K>>>,
+    /// None where nobody hangs up.
+    line: Option<Line>,
     /// What was last said of the kernel's refusals.
     warned: RefCell<Option<String>>,
 }
@@ -66,11 +69,29 @@ impl<K: Kernel> Session<K> {
             connection,
             id,
             state,
+            line: None,
             warned: RefCell::default(),
         }
     }
 
+    /// The same, over a connection that the peer may close at any time.
+    #[must_use]
+    pub fn over(mut self, line: Line) -> Self {
+        self.line = Some(line);
+        self
+    }
+
+    /// Refuses to bring into force what somebody wanted who is gone: the call may have waited for this helper to start,
+    /// and an agent that was stopped meanwhile leaves nothing.
+    fn insist_on_somebody(&self) -> Result<(), Error> {
+        match self.line.as_ref().is_some_and(Line::is_dead) {
+            true => Err(state::Error::NoSession.into()),
+            false => Ok(()),
+        }
+    }
+
     fn replace_policy(&self, arguments: ReplacePolicy_Args) -> Result<ReplacePolicy_Reply, Error> {
+        self.insist_on_somebody()?;
         let mut state = self.state.borrow_mut();
         let assignments = assignments(self.peer.uid(), "assignments", arguments.assignments)?;
         let gateway = arguments
@@ -128,6 +149,7 @@ impl<K: Kernel> Session<K> {
         &self,
         arguments: UpdateAssignments_Args,
     ) -> Result<UpdateAssignments_Reply, Error> {
+        self.insist_on_somebody()?;
         let mut state = self.state.borrow_mut();
         let assign = assignments(self.peer.uid(), "assign", arguments.assign)?;
         let mut remove = BTreeSet::new();

@@ -2,10 +2,13 @@
 
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use cgtproxy_tests::sandbox::{HelperBuilder, Sandbox, User, sandbox};
-use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, verdict};
+use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, mapped_ids_now, verdict};
 use serde_json::{Value, json};
 
 const LOUD: u32 = 1001;
@@ -155,5 +158,35 @@ fn messages_that_wait_hold_no_more_than_a_user_may_have() {
         assert!(over > 0);
         let kib = helper.peak_memory();
         assert!(kib < MEMORY, "the helper held {kib} KiB");
+    });
+}
+
+/// As of an agent that is stopped before systemd has started the helper: what it asked for waits in the socket.
+#[test]
+fn what_somebody_wants_who_is_gone_is_not_brought_into_force() {
+    sandbox(|sb| {
+        let listener = HelperBuilder::bind();
+        let call = json!({
+            "method": "org.cgtproxy.Helper.ReplacePolicy",
+            "parameters": {
+                "proxies": [], "bypass": [], "assignments": [verdict("system.slice", "drop")],
+            },
+        });
+        let message = format!("{call}\0");
+        let mut gone = UnixStream::connect(SOCKET).expect("somebody listens");
+        gone.write_all(message.as_bytes()).expect("there is room");
+        drop(gone);
+        let config = "grace-seconds: 0";
+        let _helper = sb.helper().config(config).listener(listener).start();
+        // Connections are served in turn.
+        one_change(sb, &sb.user(QUIET));
+        assert_eq!(mapped_ids_now(sb, 0), None);
+        // Who has only said all that there is to say hears the answer.
+        let mut waits = UnixStream::connect(SOCKET).expect("somebody listens");
+        waits.write_all(message.as_bytes()).expect("there is room");
+        waits.shutdown(Shutdown::Write).expect("it is open");
+        let mut reply = String::new();
+        waits.read_to_string(&mut reply).expect("it is text");
+        assert!(reply.contains("generation"), "{reply}");
     });
 }
