@@ -35,7 +35,7 @@ use tokio_util::sync::CancellationToken;
 /// unit says so.
 const EX_CONFIG: u8 = 78;
 
-/// How long it takes to end with that where systemd has the socket. The agents that wait there have the helper started
+/// How long it takes to end where systemd has the socket, for what starting again does not help. The agents that wait there have the helper started
 /// again at once, and systemd gives a socket up, with everything that its unit then removes, which does that 20 times in
 /// two seconds (`TriggerLimitBurst=`, systemd.socket(5)).
 const PAUSE: Duration = Duration::from_secs(5);
@@ -67,8 +67,25 @@ enum Error {
     Runtime(#[source] io::Error),
 }
 
+impl Error {
+    /// Whether it will be so the next time: with this configuration, this kernel or these rights.
+    fn is_lasting(&self) -> bool {
+        matches!(
+            self,
+            Self::Config(_)
+                | Self::Root(_)
+                | Self::Nftables(
+                    nft::Error::Socket(_) | nft::Error::NotCapable(_) | nft::Error::Base(_)
+                )
+                | Self::Route(_)
+        )
+    }
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    // sd_listen_fds(3). It is not said any more once the socket is taken.
+    let activated = std::env::var_os("LISTEN_FDS").is_some();
     log_to_stderr();
     let result = if arguments.remove {
         remove(&arguments)
@@ -86,15 +103,14 @@ fn main() -> ExitCode {
                 cause = error.source();
             }
             tracing::error!("{message}");
-            let Error::Config(_) = error else {
-                return ExitCode::FAILURE;
-            };
-            // sd_listen_fds(3)
-            if std::env::var_os("LISTEN_FDS").is_some() {
+            if error.is_lasting() && activated {
                 told(notify::status(&message));
                 std::thread::sleep(PAUSE);
             }
-            ExitCode::from(EX_CONFIG)
+            match error {
+                Error::Config(_) => ExitCode::from(EX_CONFIG),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

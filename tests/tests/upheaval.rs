@@ -148,6 +148,39 @@ fn a_helper_with_a_wrong_configuration_takes_nothing_out_of_force() {
     });
 }
 
+/// Nor does one that can't do what it has to, as on a kernel that lacks it.
+#[test]
+fn a_helper_that_can_not_work_takes_nothing_out_of_force() {
+    sandbox(|sb| {
+        let installed = Installed::boot(sb, "own-table: false", |_| ());
+        let system = &installed.system;
+        let alice = system.alice();
+        let (_mihomo, browser, tracker) = alices_desktop(sb, &installed);
+        let directory = format!("/run/systemd/system/{HELPER}.d");
+        let script = "mkdir -p \"$1\" && printf '%s\n' '[Service]' \
+                      'RestrictAddressFamilies=' 'RestrictAddressFamilies=AF_UNIX' >\"$1/no.conf\" &&
+                      systemctl daemon-reload";
+        system.run(&["sh", "-ec", script, "sh", &directory]);
+        let start = Instant::now();
+        let restarted = system.output(&["systemctl", "restart", HELPER]);
+        assert!(!restarted.status.success());
+        wait_until("it has been tried again", || {
+            system.journal(HELPER).matches("netlink socket").count() > 1
+        });
+        assert!(start.elapsed() > Duration::from_secs(2));
+        let status = system.property("cgtproxy-helper.socket", "ActiveState");
+        assert_eq!(status, "active");
+        for to in sb.destinations() {
+            assert_eq!(browser.udp(to), proxied("mihomo", to));
+            assert!(tracker.udp(to).is_dropped());
+        }
+        let script = "rm -r \"$1\" && systemctl daemon-reload";
+        system.run(&["sh", "-ec", script, "sh", &directory]);
+        installed.wait_in_force(alice);
+        assert_eq!(system.property(HELPER, "ActiveState"), "active");
+    });
+}
+
 #[test]
 fn a_user_manager_that_is_started_again_has_its_policy_again() {
     sandbox(|sb| {
