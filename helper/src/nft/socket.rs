@@ -5,6 +5,7 @@
 //! nothing: acknowledgements of all that is in a large batch would not fit into any buffer, and one that is lost leaves
 //! it open what has become of the batch.
 
+use std::cell::Cell;
 use std::io;
 
 use netlink_sys::Socket;
@@ -14,7 +15,8 @@ use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_bu
 
 use crate::netlink::{DONT_WAIT, HEADER, MESSAGE, Message, Messages, NLMSG_DONE, Refusal};
 
-/// Room for the largest batch: a policy with all the control groups that a quota allows.
+/// Room for the largest batch of one user: a policy with all the control groups that a quota allows. What is larger, as
+/// all users' at once, has room made for it.
 const SEND_BUFFER: usize = 16 * 1024 * 1024;
 
 /// Room for the errors of a batch, of which the first one says enough: each takes about 1 KiB of this accounting.
@@ -56,6 +58,8 @@ pub(super) enum Failure {
 pub(super) struct NetfilterSocket {
     socket: Socket,
     port: u32,
+    /// The largest batch that there is room for.
+    room: Cell<usize>,
 }
 
 impl NetfilterSocket {
@@ -67,7 +71,8 @@ impl NetfilterSocket {
         socket.set_ext_ack(true)?;
         set_socket_send_buffer_size_force(&socket, SEND_BUFFER)?;
         set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER)?;
-        Ok(Self { socket, port })
+        let room = Cell::new(SEND_BUFFER);
+        Ok(Self { socket, port, room })
     }
 
     /// The number by which the kernel tells this socket from others.
@@ -85,8 +90,10 @@ impl NetfilterSocket {
     /// Sends a batch, which the kernel takes whole or not at all.
     pub(super) fn carry_out(&self, batch: &FinalizedBatch) -> Result<(), Failure> {
         // One sendmsg(2) for all pages: the kernel looks for the end of a batch in the same datagram.
-        let mut bytes: Vec<u8> = batch.iter().flatten().copied().collect();
+        let mut bytes = batch.iter().collect::<Vec<_>>().concat();
         ask_for_errors_alone(&mut bytes);
+        self.make_room(bytes.len())
+            .map_err(|error| Failure::Refused(error.into()))?;
         self.socket
             .send(&bytes, 0)
             .map_err(|error| Failure::Refused(error.into()))?;
@@ -102,6 +109,15 @@ impl NetfilterSocket {
             (None, Err(lost)) => Err(Failure::Unknown(lost)),
             (None, Ok(())) => Ok(()),
         }
+    }
+
+    /// A batch is one datagram, and none is longer than the socket's buffer (netlink_sendmsg, net/netlink/af_netlink.c).
+    fn make_room(&self, length: usize) -> io::Result<()> {
+        if length > self.room.get() {
+            set_socket_send_buffer_size_force(&self.socket, length)?;
+            self.room.set(length);
+        }
+        Ok(())
     }
 
     /// Asks for a dump; returns the attributes of each object.
@@ -194,6 +210,23 @@ fn ask_for_errors_alone(mut batch: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::net::sockopt::socket_send_buffer_size;
+
+    /// As far as this process may have any.
+    #[test]
+    #[cfg_attr(miri, ignore = "needs a netlink socket")]
+    fn room_is_made_for_a_batch_of_any_size() {
+        let socket = NetfilterSocket::open().unwrap();
+        let room = || socket_send_buffer_size(&socket.socket).unwrap();
+        let before = room();
+        socket.make_room(SEND_BUFFER).unwrap();
+        assert_eq!(room(), before);
+        let length = 100 * 1024 * 1024;
+        socket.make_room(length).unwrap();
+        let other = Socket::new(NETLINK_NETFILTER).unwrap();
+        let may = set_socket_send_buffer_size_force(&other, length).is_ok();
+        assert!(room() >= length || !may);
+    }
 
     #[test]
     fn no_message_asks_for_more_than_errors() {
