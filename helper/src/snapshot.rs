@@ -201,12 +201,15 @@ impl Snapshot {
         // The header is last: as long as it is the old one, the old log is there.
         let written = self
             .write(start, &bytes)
-            .and_then(|()| self.write(0, &header))
-            .and_then(|()| self.forget(start));
+            .and_then(|()| self.write(0, &header));
         if self.succeeded(written) {
             self.start = start;
             self.in_force = bytes.len() as u64;
             self.end = start + self.in_force;
+            // The header says where it begins, whether or not what was before is still there.
+            if let Err(error) = self.forget(start) {
+                tracing::debug!("can't give back what the snapshot had before: {error}");
+            }
         }
     }
 

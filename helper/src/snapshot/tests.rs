@@ -143,3 +143,24 @@ fn it_grows_no_longer_than_it_must() {
     let used = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512;
     assert!(used < 4 * SLACK, "{used} bytes are held");
 }
+
+/// What is written next is not written over what the header points to.
+#[test]
+#[cfg_attr(miri, ignore = "needs a file")]
+fn memory_that_is_not_taken_back_spoils_nothing() {
+    let (mut snapshot, _) = Snapshot::open(None, range());
+    // It takes what is written, and has no holes.
+    let file = File::options().write(true).open("/dev/null").unwrap();
+    snapshot.place = Place::File(file);
+    for number in 1..4 {
+        let end = snapshot.end;
+        let present = layout(number);
+        snapshot.renew(
+            range(),
+            [(uid(), Stamp::found(number), &present)].into_iter(),
+        );
+        assert_eq!(snapshot.start, end.max(HEADER));
+        assert!(snapshot.end > snapshot.start);
+    }
+    assert!(snapshot.forget(snapshot.start).is_err());
+}
