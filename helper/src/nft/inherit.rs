@@ -299,7 +299,8 @@ impl Nftables {
         let is =
             |value: Option<&[u8]>, name: &CStr| value.map(string).as_deref() == name.to_str().ok();
         let mut levels = [const { BTreeSet::new() }; N];
-        for rule in self.read(Dump::Rules, &[])? {
+        // Not those of the whole machine: a firewall may have many.
+        for rule in self.read(Dump::Rules, &names(&[(RULE_TABLE, TABLE)]))? {
             if !is(attribute(&rule, RULE_TABLE), TABLE) {
                 continue;
             }
@@ -348,14 +349,7 @@ impl Nftables {
         const DATA_VALUE: u16 = 1;
         const DATA_VERDICT: u16 = 2;
         const VERDICT_CHAIN: u16 = 2;
-        let mut request = Vec::new();
-        for (kind, value) in [(LIST_TABLE, TABLE), (LIST_SET, map)] {
-            let value = value.to_bytes_with_nul();
-            request.extend_from_slice(&((4 + value.len()) as u16).to_ne_bytes());
-            request.extend_from_slice(&kind.to_ne_bytes());
-            request.extend_from_slice(value);
-            request.resize(request.len().next_multiple_of(4), 0);
-        }
+        let request = names(&[(LIST_TABLE, TABLE), (LIST_SET, map)]);
         let pages = match self.read(Dump::Elements, &request) {
             Err(Error::Dump(refusal)) if refusal.errno == Errno::NOENT => return Ok(Vec::new()),
             pages => pages?,
@@ -397,4 +391,17 @@ impl Nftables {
             }
         }
     }
+}
+
+/// Attributes that name what is asked for.
+fn names(names: &[(u16, &CStr)]) -> Vec<u8> {
+    let mut request = Vec::new();
+    for (kind, name) in names {
+        let name = name.to_bytes_with_nul();
+        request.extend_from_slice(&((4 + name.len()) as u16).to_ne_bytes());
+        request.extend_from_slice(&kind.to_ne_bytes());
+        request.extend_from_slice(name);
+        request.resize(request.len().next_multiple_of(4), 0);
+    }
+    request
 }

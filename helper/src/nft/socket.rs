@@ -41,7 +41,7 @@ pub(super) enum Dump {
     Chains,
     /// The elements of the set that the attributes name.
     Elements,
-    /// All rules of all families.
+    /// The rules of the table that the attributes name, or all of all families.
     Rules,
 }
 
