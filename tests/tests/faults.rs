@@ -378,3 +378,35 @@ fn an_answer_that_is_lost_leaves_no_doubt() {
         }
     });
 }
+
+/// As in a container that nobody's root has made: its capabilities are those of its own namespaces.
+#[test]
+fn a_helper_starts_in_a_user_namespace_of_its_own() {
+    sandbox(|sb| {
+        let user = sb.user(1001);
+        let socket = "/run/user/1001/helper.sock";
+        let helper = user.program(
+            user.service(),
+            &[
+                "unshare",
+                "--user",
+                "--map-root-user",
+                "--net",
+                "sh",
+                "-c",
+                "ip link set lo up && exec \"$@\"",
+                "sh",
+                "/run/testbed/bin/cgtproxy-helper",
+                "--socket",
+                socket,
+            ],
+        );
+        wait_until("it listens, or says why not", || {
+            std::path::Path::new(socket).exists() || !helper.log().is_empty()
+        });
+        let status = user
+            .varlink(socket)
+            .call("org.cgtproxy.Helper.GetStatus", json!({}));
+        assert_eq!(status.get("error"), None, "{status}\n{}", helper.log());
+    });
+}

@@ -11,7 +11,11 @@ use std::io;
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nftnl::FinalizedBatch;
-use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
+use rustix::io::Errno;
+use rustix::net::sockopt::{
+    set_socket_recv_buffer_size, set_socket_recv_buffer_size_force, set_socket_send_buffer_size,
+    set_socket_send_buffer_size_force,
+};
 
 use crate::netlink::{DONT_WAIT, HEADER, MESSAGE, Message, Messages, NLMSG_DONE, Refusal};
 
@@ -69,8 +73,8 @@ impl NetfilterSocket {
         // Errors need not carry the refused message back, but may say more than a number.
         socket.set_cap_ack(true)?;
         socket.set_ext_ack(true)?;
-        set_socket_send_buffer_size_force(&socket, SEND_BUFFER)?;
-        set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER)?;
+        send_buffer(&socket, SEND_BUFFER)?;
+        receive_buffer(&socket, RECEIVE_BUFFER)?;
         let room = Cell::new(SEND_BUFFER);
         Ok(Self { socket, port, room })
     }
@@ -114,7 +118,7 @@ impl NetfilterSocket {
     /// A batch is one datagram, and none is longer than the socket's buffer (netlink_sendmsg, net/netlink/af_netlink.c).
     fn make_room(&self, length: usize) -> io::Result<()> {
         if length > self.room.get() {
-            set_socket_send_buffer_size_force(&self.socket, length)?;
+            send_buffer(&self.socket, length)?;
             self.room.set(length);
         }
         Ok(())
@@ -189,6 +193,23 @@ impl NetfilterSocket {
             }
         }
         lost.map_or(Ok(()), Err)
+    }
+}
+
+/// Makes room for what is sent. Beyond what the machine allows everybody (net.core.wmem_max) takes a capability in the
+/// first user namespace, which a container does not have; it has the room that there is.
+fn send_buffer(socket: &Socket, length: usize) -> Result<(), Errno> {
+    match set_socket_send_buffer_size_force(socket, length) {
+        Err(Errno::PERM) => set_socket_send_buffer_size(socket, length),
+        set => set,
+    }
+}
+
+/// The same for what is received (net.core.rmem_max).
+fn receive_buffer(socket: &Socket, length: usize) -> Result<(), Errno> {
+    match set_socket_recv_buffer_size_force(socket, length) {
+        Err(Errno::PERM) => set_socket_recv_buffer_size(socket, length),
+        set => set,
     }
 }
 
