@@ -1,10 +1,18 @@
 //! Who may use the helper at all, as the administrator says.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use nix::unistd::{Gid, User, getgrouplist};
+use tokio::time::Instant;
 
 use crate::peer::Uid;
+
+/// For how long an answer of the databases is good.
+const ANSWER_HOLDS: Duration = Duration::from_secs(1);
+
+/// How many are remembered at most.
+const MOST_ANSWERS: usize = 1024;
 
 /// Users and groups, by number.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -32,19 +40,21 @@ impl Access {
         self.decides(uid).unwrap_or(false)
     }
 
+    /// Whether the databases of users and groups have to be asked. They are files, or on another machine.
+    #[must_use]
+    pub fn names_groups(&self) -> bool {
+        let allow = self.allow.as_ref();
+        !self.deny.gids.is_empty() || allow.is_some_and(|allow| !allow.gids.is_empty())
+    }
+
     /// The same; none if the databases can't be asked, or don't know a user who may be in a denied group.
     #[must_use]
     pub fn decides(&self, uid: Uid) -> Option<bool> {
         if uid.value() == 0 {
             return Some(true);
         }
-        let wants_groups = !self.deny.gids.is_empty()
-            || self
-                .allow
-                .as_ref()
-                .is_some_and(|allow| !allow.gids.is_empty());
         // Only asked for where it matters: the databases may be on another machine.
-        let groups = match wants_groups {
+        let groups = match self.names_groups() {
             true => groups_of(uid)?,
             false => Some(BTreeSet::new()),
         };
@@ -58,6 +68,30 @@ impl Access {
             accounts.uids.contains(&uid.value()) || !accounts.gids.is_disjoint(&groups)
         };
         Some(!has(&self.deny) && self.allow.as_ref().is_none_or(has))
+    }
+}
+
+/// What was found out about users a moment ago: whoever connects all the time has the databases asked once a second.
+#[derive(Debug, Default)]
+pub struct Answers(BTreeMap<Uid, (Instant, bool)>);
+
+impl Answers {
+    /// What was found out about this user, or is now.
+    pub fn get(&mut self, uid: Uid, ask: impl FnOnce() -> bool) -> bool {
+        let now = Instant::now();
+        let holds = |when: Instant| now.saturating_duration_since(when) < ANSWER_HOLDS;
+        match self.0.get(&uid) {
+            Some(&(when, answer)) if holds(when) => return answer,
+            _ => {}
+        }
+        let answer = ask();
+        if self.0.len() >= MOST_ANSWERS {
+            self.0.retain(|_, (when, _)| holds(*when));
+        }
+        if self.0.len() < MOST_ANSWERS {
+            self.0.insert(uid, (now, answer));
+        }
+        answer
     }
 }
 
@@ -80,6 +114,31 @@ mod tests {
             uids: uids.iter().copied().collect(),
             gids: gids.iter().copied().collect(),
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_databases_are_asked_once_a_second() {
+        let mut answers = Answers::default();
+        let mut asked = 0;
+        for round in 0..3 {
+            for _ in 0..100 {
+                let first = answers.get(Uid::for_test(1), || {
+                    asked += 1;
+                    round == 1
+                });
+                assert_eq!(first, round == 1);
+            }
+            assert_eq!(asked, round + 1);
+            tokio::time::advance(ANSWER_HOLDS).await;
+        }
+        // However many come, no more are remembered.
+        for uid in 0..3000 {
+            assert!(answers.get(Uid::for_test(uid), || true));
+        }
+        assert_eq!(answers.0.len(), MOST_ANSWERS);
+        tokio::time::advance(ANSWER_HOLDS).await;
+        assert!(!answers.get(Uid::for_test(5000), || false));
+        assert_eq!(answers.0.len(), 1);
     }
 
     // Debian's static accounts: daemon is user 1 in group 1, games user 5 with the primary group 60.

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::access::Answers;
 use crate::cgroup::Unavailable;
 use crate::guarded::{Guarded, Parked};
 use crate::monitor::{Loss, Monitor};
@@ -47,6 +48,7 @@ pub struct Server {
     state: Rc<RefCell<State>>,
     quotas: Quotas,
     parked: Parked,
+    answers: Rc<RefCell<Answers>>,
     tasks: TaskTracker,
     /// Who waits for what becomes of each user's policy.
     graces: Rc<RefCell<BTreeMap<Uid, AbortHandle>>>,
@@ -62,6 +64,7 @@ impl Server {
             state,
             quotas,
             parked: Parked::default(),
+            answers: Rc::default(),
             tasks: TaskTracker::new(),
             graces: Rc::default(),
             shutdown,
@@ -239,14 +242,7 @@ impl Server {
             }
         };
         let uid = peer.uid();
-        let allowed = {
-            let state = self.state.borrow();
-            let spare = state.root.spare();
-            // The databases of users and groups are files.
-            let _room = spare.make_room();
-            state.config.access.allows(uid)
-        };
-        if !allowed {
+        if !self.allows(uid) {
             self.tasks
                 .spawn_local(refuse(stream, Fault::permission_denied()));
             return;
@@ -273,6 +269,21 @@ impl Server {
                 this.await_grace(uid, grace);
             }
         });
+    }
+
+    /// Whether a user may connect.
+    fn allows(&self, uid: Uid) -> bool {
+        let state = self.state.borrow();
+        let access = &state.config.access;
+        if !access.names_groups() {
+            return access.allows(uid);
+        }
+        self.answers.borrow_mut().get(uid, || {
+            let spare = state.root.spare();
+            // The databases of users and groups are files.
+            let _room = spare.make_room();
+            access.allows(uid)
+        })
     }
 
     async fn converse(

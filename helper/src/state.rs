@@ -405,12 +405,14 @@ impl<K: Kernel> State<K> {
     /// Whether there is still somebody who may come for it: the user's service manager runs, and it is the same.
     /// What can't be told at the moment is no reason to let go of a drop.
     fn may_keep(&self, uid: Uid) -> bool {
+        let subtree = self.registry.subtree(uid);
+        let access = &self.config.access;
         let spare = self.root.spare();
         // The databases of users and groups are files.
-        let _room = spare.make_room();
-        let subtree = self.registry.subtree(uid);
-        self.config.access.decides(uid) != Some(false)
-            && subtree.is_none_or(|subtree| self.root.has_subtree(uid, subtree))
+        let room = access.names_groups().then(|| spare.make_room());
+        let decided = access.decides(uid);
+        drop(room);
+        decided != Some(false) && subtree.is_none_or(|subtree| self.root.has_subtree(uid, subtree))
     }
 
     fn begin_grace(&mut self, uid: Uid) -> u64 {
