@@ -54,14 +54,15 @@ pub struct Peer {
 
 impl Peer {
     /// Who opened this connection, by SO_PEERCRED (unix(7)): the credentials at the time of
-    /// connect(2), which can't be changed afterwards.
+    /// connect(2), which can't be changed afterwards. Users who don't exist in this user namespace are all the same one,
+    /// the overflow uid (65534, user_namespaces(7)), who has no service manager.
     ///
     /// # Errors
-    /// If the kernel does not say, or the peer's uid does not exist in this user namespace.
+    /// If the kernel does not say.
     pub fn of(stream: &UnixStream) -> io::Result<Self> {
         let uid = stream.peer_cred()?.uid();
         if uid == u32::MAX {
-            return Err(io::Error::other("the peer has no uid here"));
+            return Err(io::Error::other("the peer has no uid"));
         }
         Ok(Self { uid: Uid(uid) })
     }
