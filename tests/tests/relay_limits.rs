@@ -1,6 +1,10 @@
 //! What the relay takes, and how long: from applications that send much, and from proxies that mean it ill.
 
-#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
