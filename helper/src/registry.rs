@@ -300,10 +300,8 @@ impl Registry {
         // What starts next is often what has just ended: it is one change later that nobody looks for it any more. To
         // write another layout down takes longer than all else that a new control group needs.
         let holds_back = census.holds_back() || user.census.holds_back();
-        let mut levels = census.levels();
-        levels.extend(user.census.levels());
         let same = census.is_of(&user.layout)
-            && levels == user.layout.levels
+            && census.levels_are(&user.census, &user.layout.levels)
             && holds_back == user.layout.holds_back
             && subtree == user.layout.subtree;
         let layout = if same {
@@ -311,7 +309,7 @@ impl Registry {
         } else {
             Rc::new(Layout {
                 subtree,
-                levels,
+                levels: &census.levels() | &user.census.levels(),
                 holds: census.holds(),
                 enforced: census.enforced(),
                 holds_back,

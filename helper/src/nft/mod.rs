@@ -329,6 +329,7 @@ impl Nftables {
             Err(refusal) if refusal.errno == Errno::NOENT => Ok(()),
             // An owned table, left by a helper that is gone, has to be adopted first.
             Err(refusal) if refusal.errno == Errno::PERM => {
+                this.kernel_keeps_owned_tables()?;
                 let mut transaction = this.transaction();
                 transaction.add_table(OWNER | PERSIST);
                 transaction.delete_table();

@@ -49,6 +49,13 @@ impl Census {
         self.holding_back > 0
     }
 
+    /// Whether these are the levels at which anything is, or was before.
+    pub(super) fn levels_are(&self, before: &Self, levels: &BTreeSet<u32>) -> bool {
+        let has = |level| self.levels.contains_key(level) || before.levels.contains_key(level);
+        let mut both = self.levels.keys().chain(before.levels.keys());
+        levels.iter().all(has) && both.all(|level| levels.contains(level))
+    }
+
     /// Whether a layout has just the parts that are needed, but for levels.
     pub(super) fn is_of(&self, layout: &Layout) -> bool {
         self.holds.keys().eq(&layout.holds) && self.enforced() == layout.enforced
