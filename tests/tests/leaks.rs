@@ -135,11 +135,8 @@ fn connections_that_the_kernel_has_forgotten_stay_with_the_proxy() {
 fn the_end_of_a_forgotten_connection_does_not_leave() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
-        for redirected in [false, true] {
-            let (_user, app, _session, _server) = match redirected {
-                false => proxied_app(sb),
-                true => redirected_app(sb),
-            };
+        for each in [proxied_app, redirected_app] {
+            let (_user, app, _session, _server) = each(sb);
             for to in sb.destinations() {
                 let connection = app.open_tcp(to).expect("it opens");
                 sb.forget_connections();
@@ -156,11 +153,8 @@ fn the_end_of_a_forgotten_connection_does_not_leave() {
 fn packets_that_are_not_tracked_do_not_leave() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
-        for redirected in [false, true] {
-            let (_user, app, _session, _server) = match redirected {
-                false => proxied_app(sb),
-                true => redirected_app(sb),
-            };
+        for each in [proxied_app, redirected_app] {
+            let (_user, app, _session, _server) = each(sb);
             sb.nft(
                 "table inet raw { chain out { type filter hook output priority raw; notrack; }; }",
             );
@@ -185,11 +179,8 @@ fn packets_that_are_not_tracked_do_not_leave() {
 fn an_application_that_chooses_its_interface_does_not_get_past_the_proxy() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
-        for redirected in [false, true] {
-            let (_user, app, _session, _server) = match redirected {
-                false => proxied_app(sb),
-                true => redirected_app(sb),
-            };
+        for each in [proxied_app, redirected_app] {
+            let (_user, app, _session, _server) = each(sb);
             app.device(UPLINK);
             for to in sb.destinations() {
                 for transport in TRANSPORTS {

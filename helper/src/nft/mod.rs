@@ -82,9 +82,6 @@ pub enum Error {
     /// There is no socket to nf_tables.
     #[error("can't open a netlink socket to nf_tables")]
     Socket(#[source] std::io::Error),
-    /// No capability for what the socket is to have.
-    #[error("changing nftables needs CAP_NET_ADMIN")]
-    NoCapability(#[source] std::io::Error),
     /// No capability.
     #[error("changing nftables needs CAP_NET_ADMIN")]
     NotCapable(#[source] Refusal),
@@ -105,15 +102,6 @@ pub enum Error {
     /// Nobody knows whether the change was made, or part of it could not be taken back.
     #[error("the kernel has perhaps a part of the change: {0}")]
     Unknown(#[source] Refusal),
-}
-
-impl Error {
-    fn of_socket(error: std::io::Error) -> Self {
-        match error.kind() {
-            std::io::ErrorKind::PermissionDenied => Self::NoCapability(error),
-            _ => Self::Socket(error),
-        }
-    }
 }
 
 impl From<Failure> for Error {
@@ -157,7 +145,7 @@ impl Nftables {
         own: bool,
         snapshot: &Records,
     ) -> Result<(Self, BTreeMap<Uid, Inherited>), Error> {
-        let socket = NetfilterSocket::open().map_err(Error::of_socket)?;
+        let socket = NetfilterSocket::open().map_err(Error::Socket)?;
         let table = Table::new(TABLE, ProtoFamily::Inet);
         let mut this = Self {
             socket,
@@ -312,7 +300,7 @@ impl Nftables {
     /// # Errors
     /// Without CAP_NET_ADMIN, or if another process owns it.
     pub fn remove(marks: MarkRange) -> Result<(), Error> {
-        let socket = NetfilterSocket::open().map_err(Error::of_socket)?;
+        let socket = NetfilterSocket::open().map_err(Error::Socket)?;
         let table = Table::new(TABLE, ProtoFamily::Inet);
         let this = Self {
             socket,

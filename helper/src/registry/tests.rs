@@ -171,6 +171,17 @@ fn bypass(number: u64) -> Bypass {
     }
 }
 
+/// A policy without a proxy and without a destination that it leaves alone.
+fn nothing_of(subtree: OwnedControlGroup) -> PolicyRequest {
+    PolicyRequest {
+        subtree,
+        proxies: Vec::new(),
+        bypass_entries: 0,
+        bypass: Bypass::default(),
+        gateway: None,
+    }
+}
+
 fn name(number: u8) -> ProxyName {
     format!("p{number}").parse().unwrap()
 }
@@ -329,11 +340,8 @@ fn what_was_left_behind_keeps_its_marks() {
         dns_hijack: None,
     };
     let policy = PolicyRequest {
-        subtree: OwnedControlGroup::for_test(1, 3),
         proxies: vec![request(1), request(3)],
-        bypass_entries: 0,
-        bypass: Bypass::default(),
-        gateway: None,
+        ..nothing_of(OwnedControlGroup::for_test(1, 3))
     };
     let staged = registry
         .replace(uid, policy, BTreeMap::new(), |_| None)
@@ -361,13 +369,7 @@ fn open_connections_are_looked_at_for_drops_and_one_change_longer() {
         let number = u64::from(path.as_bytes()[1]);
         Some(OwnedControlGroup::for_test(number, 4))
     };
-    let policy = PolicyRequest {
-        subtree,
-        proxies: Vec::new(),
-        bypass_entries: 0,
-        bypass: Bypass::default(),
-        gateway: None,
-    };
+    let policy = nothing_of(subtree);
     let staged = registry.replace(uid, policy, elements(vec![(0, 0, 0)]), open);
     registry.apply(staged.unwrap());
     let (direct, dropped, held) = (0, 1, 1);
@@ -397,13 +399,7 @@ fn a_level_is_looked_at_for_one_change_longer() {
         let number = u64::from(path.as_bytes()[1]);
         Some(OwnedControlGroup::for_test(number, 3 + path.depth() as u32))
     };
-    let policy = PolicyRequest {
-        subtree,
-        proxies: Vec::new(),
-        bypass_entries: 0,
-        bypass: Bypass::default(),
-        gateway: None,
-    };
+    let policy = nothing_of(subtree);
     // At level 5; those of `path` are at 4, 5 and 6.
     let lone = || elements(vec![(1, 0, 0)]);
     let staged = registry.replace(uid, policy, lone(), open);
@@ -455,11 +451,9 @@ fn users_who_bypass_the_same_have_one_list() {
     registry.adopt(stranger, Inherited::LeftBehind(left));
     let mut number_of = |uid, bypassed| {
         let policy = PolicyRequest {
-            subtree: OwnedControlGroup::for_test(1, 3),
-            proxies: Vec::new(),
             bypass_entries: 1,
             bypass: bypass(bypassed),
-            gateway: None,
+            ..nothing_of(OwnedControlGroup::for_test(1, 3))
         };
         let staged = registry.replace(uid, policy, BTreeMap::new(), |_| None);
         registry.apply(staged.unwrap());
