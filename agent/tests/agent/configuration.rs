@@ -5,12 +5,13 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use cgtproxy_proto::agent::GetStatus_Reply;
+use cgtproxy_proto::service::Fault;
 use rustix::process::Signal;
 use serde_json::json;
 
 use crate::CONFIG;
 use crate::fake::fault;
-use crate::world::World;
+use crate::world::{Agent, World};
 
 const OTHER: &str = "version: 1\nrules: [{match: 'one$', drop: all}]\n";
 
@@ -65,16 +66,27 @@ fn a_broken_one_is_refused_and_the_old_one_stays() {
         .wait_for(&[("drop-1", "drop"), ("drop-2", "drop")]);
 }
 
-#[test]
-fn one_that_the_helper_refuses_is_taken_back() {
+/// What an administrator allows may be less than a configuration has.
+fn too_many_proxies() -> Fault {
+    fault("TooManyProxies", json!({ "limit": 3 }))
+}
+
+/// An agent with a configuration in force, and another one in the file, which the helper refuses so many times.
+fn refused(refusal: &Fault, times: usize) -> (World, Agent) {
     let mut world = World::new(CONFIG);
     world.make(&["drop-1", "one"]);
     world.helper.start();
-    let mut agent = world.agent();
+    let agent = world.agent();
     world.helper.wait_for(&[("drop-1", "drop")]);
-    let refusal = fault("TooManyProxies", json!({ "limit": 3 }));
-    world.helper.books().faults.push_back(refusal);
+    let refusals = std::iter::repeat_n(refusal.clone(), times);
+    world.helper.books().faults.extend(refusals);
     world.write(OTHER);
+    (world, agent)
+}
+
+#[test]
+fn one_that_the_helper_refuses_is_taken_back() {
+    let (world, mut agent) = refused(&too_many_proxies(), 1);
     agent.says("no more than 3 proxies per user; the old configuration stays");
     world.make(&["drop-2"]);
     world
@@ -99,15 +111,8 @@ fn one_that_the_helper_refuses_is_taken_back() {
 /// What the helper can't do for the moment is tried again, and the old configuration is kept up meanwhile.
 #[test]
 fn one_that_is_refused_for_what_passes_is_tried_again() {
-    let mut world = World::new(CONFIG);
-    world.make(&["drop-1", "one"]);
-    world.helper.start();
-    let mut agent = world.agent();
-    world.helper.wait_for(&[("drop-1", "drop")]);
     let refusal = fault("KernelRefused", json!({ "message": "out of memory" }));
-    let refusals = std::iter::repeat_n(refusal, 3);
-    world.helper.books().faults.extend(refusals);
-    world.write(OTHER);
+    let (world, mut agent) = refused(&refusal, 3);
     agent.says("out of memory; the old configuration stays until it is tried again");
     world.helper.wait_for(&[("one", "drop-all")]);
     agent.in_force("one");
@@ -117,14 +122,7 @@ fn one_that_is_refused_for_what_passes_is_tried_again() {
 
 #[test]
 fn one_that_is_refused_is_tried_when_it_is_saved_again() {
-    let mut world = World::new(CONFIG);
-    world.make(&["drop-1", "one"]);
-    world.helper.start();
-    let mut agent = world.agent();
-    world.helper.wait_for(&[("drop-1", "drop")]);
-    let refusal = fault("TooManyProxies", json!({ "limit": 3 }));
-    world.helper.books().faults.push_back(refusal);
-    world.write(OTHER);
+    let (world, mut agent) = refused(&too_many_proxies(), 1);
     agent.says("the old configuration stays");
     world.write(OTHER);
     world.helper.wait_for(&[("one", "drop-all")]);
@@ -135,14 +133,7 @@ fn one_that_is_refused_is_tried_when_it_is_saved_again() {
 /// The administrator may have raised a limit.
 #[test]
 fn one_that_is_refused_is_tried_in_the_next_session() {
-    let mut world = World::new(CONFIG);
-    world.make(&["drop-1", "one"]);
-    world.helper.start();
-    let mut agent = world.agent();
-    world.helper.wait_for(&[("drop-1", "drop")]);
-    let refusal = fault("TooManyProxies", json!({ "limit": 3 }));
-    world.helper.books().faults.push_back(refusal.clone());
-    world.write(OTHER);
+    let (mut world, mut agent) = refused(&too_many_proxies(), 1);
     agent.says("the old configuration stays");
     world.helper.stop();
     agent.wait("the loss", |s| !s.connected);
@@ -166,8 +157,7 @@ fn one_that_is_written_while_another_is_refused_is_tried() {
     {
         let mut books = world.helper.books();
         books.paused = true;
-        let refusal = fault("TooManyProxies", json!({ "limit": 3 }));
-        books.faults.push_back(refusal);
+        books.faults.push_back(too_many_proxies());
     }
     let calls = world.helper.books().calls.len();
     world.write(OTHER);
