@@ -71,7 +71,7 @@ pub(crate) fn parse(arguments: &[String]) -> Result<Role, String> {
             .map(Role::Measure)
             .map_err(|e| e.to_string()),
         ["--floor", directory] => Ok(Role::Floor(directory.into())),
-        ["--packets", blocks] => Ok(Role::Packets(number(blocks)?)),
+        ["--packets", sender] => Ok(Role::Packets(number(sender)?)),
         ["--relay"] => Ok(Role::Relay),
         ["--socks"] => Ok(Role::Socks),
         ["--errand", errand] => serde_json::from_str(errand)

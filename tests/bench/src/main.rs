@@ -37,8 +37,8 @@ fn main() -> ExitCode {
             floor::run(&directory);
             ExitCode::SUCCESS
         }
-        Ok(Role::Packets(blocks)) => {
-            inside::send_packets(blocks);
+        Ok(Role::Packets(number)) => {
+            inside::send_packets(number);
             ExitCode::SUCCESS
         }
         Ok(Role::Relay) => {

@@ -140,8 +140,13 @@ pub(crate) enum Order {
     Burst { groups: usize, nested: bool },
     /// Start the agent: [`Start`].
     Start,
-    /// Send datagrams over the loopback interface: nanoseconds for each block's packets.
-    Packets { place: Place, blocks: usize },
+    /// Send datagrams over the loopback interface: nanoseconds for each block's packets. Another `sender` is another
+    /// process, on another processor.
+    Packets {
+        place: Place,
+        blocks: usize,
+        sender: usize,
+    },
     /// Have an application do something beyond a relay: numbers, as its task has them.
     Errand { way: Way, cores: Cores, task: Task },
     /// Have an application hold connections through the relay, which are idle or whose ends don't read: [`Held`].

@@ -39,7 +39,11 @@ pub(crate) fn measure(sandbox: &Sandbox, kind: Kind) -> ExitCode {
             Order::FirstSend { count, nursery } => say(&site.first_sends(count, nursery)),
             Order::Burst { groups, nested } => say(&site.burst(groups, nested)),
             Order::Start => say(&site.start()),
-            Order::Packets { place, blocks } => say(&site.packets(place, blocks)),
+            Order::Packets {
+                place,
+                blocks,
+                sender,
+            } => say(&site.packets(place, blocks, sender)),
             Order::Errand { way, cores, task } => say(&site.errand(way, cores, task)),
             Order::Hold { connections, stuck } => say(&site.hold(connections, stuck)),
             Order::Idle { milliseconds } => say(&site.idle(milliseconds)),

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use cgtproxy_tests::sandbox::{CGROUP_ROOT, Sandbox, Service, User};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 
+use super::packets::Sender;
 use super::relay::{RELAY_PORT, Server};
 use super::socks;
 use super::users::Users;
@@ -125,6 +126,7 @@ pub(super) struct Site<'a> {
     /// cgtproxy-relay.
     pub(super) carrier: Option<Service>,
     pub(super) users: Users,
+    pub(super) senders: Vec<Sender>,
     /// Takes what senders send, and forgets it.
     _sink: UdpSocket,
 }
@@ -157,6 +159,7 @@ impl<'a> Site<'a> {
             socks: None,
             carrier: None,
             users: Users::default(),
+            senders: Vec::new(),
             _sink: UdpSocket::bind(("127.0.0.1", crate::birth::PORT)).expect("nobody has it"),
         };
         let counter = |table, map| Some(Counter::new(table, map).expect("a netlink socket"));

@@ -41,7 +41,7 @@ const OURS_DROPPING: usize = 7;
 pub(super) fn run(options: &Options, report: &mut Report) {
     let few = 10;
     let many = options.number(10_000, 200);
-    let (rounds, blocks) = options.number((40, 150), (3, 20));
+    let (senders, rounds, blocks) = options.number((20, 25, 8), (2, 2, 8));
     let mut yards = [
         Kind::None,
         Kind::Conntrack,
@@ -93,18 +93,25 @@ pub(super) fn run(options: &Options, report: &mut Report) {
         yards[yard].order::<()>(&Order::Map { groups, verdict });
     }
 
-    for _ in 0..rounds {
-        let mut none = f64::NAN;
-        for case in &mut cases {
-            let place = case.place;
-            let costs: Vec<f64> = yards[case.yard].order(&Order::Packets { place, blocks });
-            let cost = median(&costs);
-            if case.kind == Kind::None {
-                none = cost;
+    // Many short rounds, so that what is compared is near in time; and several processes for each case, since where
+    // its memory happens to be makes one slower than another by more than a chain costs.
+    for sender in 0..senders {
+        for _ in 0..rounds {
+            for case in &mut cases {
+                let packets = Order::Packets {
+                    place: case.place,
+                    blocks,
+                    sender,
+                };
+                let costs: Vec<f64> = yards[case.yard].order(&packets);
+                case.costs.push(median(&costs));
             }
-            case.costs.push(cost);
-            case.added.push(cost - none);
         }
+    }
+    let none = cases[0].costs.clone();
+    for case in &mut cases {
+        let costs = case.costs.iter().zip(&none);
+        case.added = costs.map(|(cost, none)| cost - none).collect();
     }
     for case in &cases {
         if case.kind == Kind::None {

@@ -21,11 +21,15 @@ pub(super) fn many(options: &Options, report: &mut Report) {
     crowd.order::<()>(&Order::Users { users, groups });
     let crowded = format!("one of {users}");
     let (mut times, mut costs) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
-    for _ in 0..rounds {
+    for round in 0..rounds {
         for (n, yard) in [&mut alone, &mut crowd].into_iter().enumerate() {
             times[n].extend(yard.order::<Vec<f64>>(&Order::Updates { count }));
-            let place = Place::Direct;
-            let blocks: Vec<f64> = yard.order(&Order::Packets { place, blocks });
+            let packets = Order::Packets {
+                place: Place::Direct,
+                blocks,
+                sender: round,
+            };
+            let blocks: Vec<f64> = yard.order(&packets);
             costs[n].push(median(&blocks));
         }
     }
