@@ -18,16 +18,25 @@ pub fn install(root: &Path) {
     configure(root);
 }
 
-/// sshd and stunnel, unpacked and no more, to be run from where they are.
+/// Where a sandbox has the servers.
+const SERVERS: &str = "/run/servers";
+
+/// A command that runs sshd, stunnel, danted or tinyproxy from where the first one has unpacked them all, with their
+/// libraries.
 ///
 /// # Panics
 /// When the archives are not there.
 #[track_caller]
-pub fn unpack_servers(root: &Path) {
-    // Where /lib is a link to usr/lib, the archives have files in both.
-    fs::create_dir_all(root.join("usr/lib")).expect("the root is ours");
-    symlink("usr/lib", root.join("lib")).expect("the root is ours");
-    unpack_all("servers", root);
+pub fn server<'a>(program: &'a str, arguments: &[&'a str]) -> Vec<&'a str> {
+    let root = Path::new(SERVERS);
+    if !root.exists() {
+        // Where /lib is a link to usr/lib, the archives have files in both.
+        fs::create_dir_all(root.join("usr/lib")).expect("the root is ours");
+        symlink("usr/lib", root.join("lib")).expect("the root is ours");
+        unpack_all("servers", root);
+    }
+    let script = "export LD_LIBRARY_PATH=$(echo /run/servers/usr/lib/*-linux-gnu); exec /run/servers$0 \"$@\"";
+    [&["sh", "-c", script, program], arguments].concat()
 }
 
 #[track_caller]

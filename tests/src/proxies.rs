@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 
+use crate::others::server;
 use crate::sandbox::{INTERNET_V4, Program, Sandbox};
 
 /// microsocks at port 1080, with more arguments: SOCKS5 without UDP.
@@ -34,7 +35,7 @@ pub fn dante(sandbox: &Sandbox, at: IpAddr) -> Program {
     );
     fs::write("/run/danted.conf", config).expect("/run is ours");
     sandbox
-        .internet_program(&["danted", "-f", "/run/danted.conf"])
+        .internet_program(&server("/usr/sbin/danted", &["-f", "/run/danted.conf"]))
         .listening(SocketAddr::new(at, 1080))
 }
 
@@ -44,6 +45,9 @@ pub fn tinyproxy(sandbox: &Sandbox, lines: &str) -> Program {
     let config = format!("Port 3128\nListen 192.0.2.2\nTimeout 60\nMaxClients 50\n{lines}\n");
     fs::write("/run/tinyproxy.conf", config).expect("/run is ours");
     sandbox
-        .internet_program(&["tinyproxy", "-d", "-c", "/run/tinyproxy.conf"])
+        .internet_program(&server(
+            "/usr/bin/tinyproxy",
+            &["-d", "-c", "/run/tinyproxy.conf"],
+        ))
         .listening(SocketAddr::new(INTERNET_V4, 3128))
 }

@@ -4,27 +4,17 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
 
-use cgtproxy_tests::others::unpack_servers;
-use cgtproxy_tests::proxies::dante;
+use cgtproxy_tests::others::server;
+use cgtproxy_tests::proxies::{dante, tinyproxy};
 use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, config};
 use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, Outcome, Program, Sandbox, User, sandbox};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::{Afterwards, Speech};
 
-/// Where sshd and stunnel are unpacked.
-const SERVERS: &str = "/run/servers";
-
 fn bed(sb: &Sandbox, uid: u32, upstream: &str, certificates: &str) -> Relayed {
     let builder = Relayed::builder(sb).uid(uid).certificates(certificates);
     builder.start(&config(&format!("upstream: '{upstream}'")))
-}
-
-/// A command that runs one of the unpacked programs with its libraries.
-fn unpacked<'a>(program: &'a str, arguments: &[&'a str]) -> Vec<&'a str> {
-    let script = "export LD_LIBRARY_PATH=$(echo /run/servers/usr/lib/*-linux-gnu); exec /run/servers$0 \"$@\"";
-    [&["sh", "-c", script, program], arguments].concat()
 }
 
 /// sshd on the internet, where somebody with the sandbox's user's key may log in, and `ssh -D` of that user's own.
@@ -35,7 +25,6 @@ struct Ssh {
 
 impl Ssh {
     fn start(sb: &Sandbox, user: &User) -> Self {
-        unpack_servers(Path::new(SERVERS));
         let uid = user.uid();
         let account = format!(
             "cp -L /etc/passwd /run/passwd; cp -L /etc/shadow /run/shadow
@@ -53,7 +42,7 @@ impl Ssh {
         sb.run(&["sh", "-euc", &account]);
         let arguments = ["-D", "-e", "-f", "/run/ssh/config"];
         let server = sb
-            .internet_program(&unpacked("/usr/sbin/sshd", &arguments))
+            .internet_program(&server("/usr/sbin/sshd", &arguments))
             .listening(SocketAddr::new(INTERNET_V4, 2222));
         Self {
             _server: server,
@@ -132,7 +121,6 @@ fn ssh_is_a_proxy_and_nothing_goes_direct_without_it() {
 
 /// tinyproxy on the internet within TLS: at port 8443 with a certificate for its address, at 8444 for another.
 fn stunnel(sb: &Sandbox) -> [Program; 2] {
-    unpack_servers(Path::new(SERVERS));
     let certificates = "mkdir -p /run/tls; cd /run/tls
         authority() {
             openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj \"/CN=$1\" \\
@@ -154,15 +142,13 @@ fn stunnel(sb: &Sandbox) -> [Program; 2] {
             '[wrong]' 'accept = 192.0.2.2:8444' 'connect = 192.0.2.2:3128' 'cert = /run/tls/wrong.both' \\
             '[stuck]' 'accept = 192.0.2.2:8445' 'connect = 192.0.2.2:3129' 'cert = /run/tls/right.both' \\
             '[ends]' 'accept = 192.0.2.2:8446' 'connect = 192.0.2.2:3130' 'cert = /run/tls/right.both' \\
-            > stunnel.conf
-        printf '%s\\n' 'Port 3128' 'Listen 192.0.2.2' 'Timeout 60' 'MaxClients 50' 'BasicAuth me secret' > tiny.conf";
+            > stunnel.conf";
     sb.run(&["sh", "-euc", certificates]);
-    let tiny = ["tinyproxy", "-d", "-c", "/run/tls/tiny.conf"];
     let at = |port| SocketAddr::new(INTERNET_V4, port);
-    let proxy = sb.internet_program(&tiny).listening(at(3128));
+    let proxy = tinyproxy(sb, "BasicAuth me secret");
     let arguments = ["/run/tls/stunnel.conf"];
     let tls = sb
-        .internet_program(&unpacked("/usr/bin/stunnel4", &arguments))
+        .internet_program(&server("/usr/bin/stunnel4", &arguments))
         .listening(at(8443))
         .listening(at(8444));
     [proxy, tls]
