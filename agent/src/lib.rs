@@ -10,8 +10,6 @@ pub mod doctor;
 pub mod exec;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
-pub mod log;
-pub mod notify;
 pub mod policy;
 pub mod relay;
 pub mod reload;
@@ -21,6 +19,7 @@ pub mod state;
 pub mod subtree;
 pub mod sync;
 mod systemd;
-pub mod text;
 pub mod view;
 pub mod watch;
+
+pub use cgtproxy_proto::{notify, text};

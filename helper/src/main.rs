@@ -23,7 +23,8 @@ use cgtproxy_helper::route::{self, Family, Routing};
 use cgtproxy_helper::server::Server;
 use cgtproxy_helper::snapshot::{self, Snapshot};
 use cgtproxy_helper::state::State;
-use cgtproxy_proto::{notify, scheduling};
+use cgtproxy_proto::text::chain;
+use cgtproxy_proto::{log, notify, scheduling};
 use clap::Parser;
 use listenfd::ListenFd;
 use rustix::io::Errno;
@@ -86,7 +87,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     // sd_listen_fds(3). It is not said any more once the socket is taken.
     let activated = std::env::var_os("LISTEN_FDS").is_some();
-    log_to_stderr();
+    log::init(&[log::VARIABLE]);
     let result = if arguments.remove {
         remove(&arguments)
     } else {
@@ -95,16 +96,10 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut message = error.to_string();
-            let mut cause = std::error::Error::source(&error);
-            while let Some(error) = cause {
-                message.push_str(": ");
-                message.push_str(&error.to_string());
-                cause = error.source();
-            }
+            let message = chain(&error);
             tracing::error!("{message}");
             if error.is_lasting() && activated {
-                told(notify::status(&message));
+                notify::status(&message);
                 std::thread::sleep(PAUSE);
             }
             match error {
@@ -112,26 +107,6 @@ fn main() -> ExitCode {
                 _ => ExitCode::FAILURE,
             }
         }
-    }
-}
-
-/// With times, but for the journal, which has its own.
-fn log_to_stderr() {
-    let level = std::env::var("CGTPROXY_LOG")
-        .ok()
-        .and_then(|level| level.parse().ok());
-    let level = level.unwrap_or(tracing::Level::INFO);
-    let log = tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        // It would panic where nobody reads standard error any more.
-        .log_internal_errors(false)
-        .with_max_level(level)
-        .with_target(false)
-        .with_ansi(false);
-    if std::env::var_os("JOURNAL_STREAM").is_some() {
-        log.without_time().with_level(false).init();
-    } else {
-        log.init();
     }
 }
 
@@ -209,7 +184,7 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
             server.await_grace(uid, grace);
         }
         server.guard(monitor);
-        told(notify::ready());
+        notify::ready();
         let parked = server.parked();
         let (too_many_parked, earliest) = (parked.too_many(), Instant::now() + PAUSE);
         let too_many_parked = async {
@@ -223,7 +198,7 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
                 _ = interrupt.recv() => Ok(()),
                 () = too_many_parked, if !own_socket => Err(Error::TooManyParked),
             };
-            told(notify::stopping());
+            notify::stopping();
             shutdown.cancel();
             ended
         });
@@ -259,12 +234,6 @@ fn activation() -> io::Result<(Option<UnixListener>, Option<File>)> {
         }
     }
     Ok((listener, stored))
-}
-
-fn told(told: io::Result<()>) {
-    if let Err(error) = told {
-        tracing::warn!("can't notify systemd: {error}");
-    }
 }
 
 /// Listens on a socket of our own, in place of one that nobody listens on any more.

@@ -35,3 +35,18 @@ fn who_may_not_remove_anything_is_told_so() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("needs CAP_NET_ADMIN"), "{said}");
 }
+
+#[test]
+fn the_journal_learns_how_bad_it_is() {
+    let output = Command::new(env!("CARGO_BIN_EXE_cgtproxy-helper"))
+        .args(["--config", "/nonexistent/helper.yaml"])
+        .env_remove("LISTEN_FDS")
+        .env("JOURNAL_STREAM", "1:1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.starts_with("<3>can't read '/nonexistent/helper.yaml': "),
+        "{said}"
+    );
+}

@@ -1,5 +1,5 @@
 //! The Varlink interfaces of cgtproxy, and what the two sides of them share: how control groups and
-//! proxies are named, how messages are framed, how a method is called and served, what the service manager is told.
+//! proxies are named, how messages are framed, how a method is called and served, what the service manager and the journal are told.
 //!
 //! `org.cgtproxy.Helper` is what the privileged helper offers to agents, `org.cgtproxy.Agent` what an
 //! agent offers to its own user's programs, `org.cgtproxy.Relay` what a relay offers to the agent. The `.varlink` files beside this one are the contract.
@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 pub mod client;
+pub mod log;
 pub mod interface;
 pub mod limits;
 pub mod message;
@@ -14,6 +15,7 @@ pub mod name;
 pub mod notify;
 pub mod path;
 pub mod scheduling;
+pub mod text;
 pub mod service;
 pub mod stream;
 

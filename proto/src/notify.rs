@@ -56,38 +56,27 @@ impl Message {
 }
 
 /// The daemon does its work, or does it again after [`reloading`].
-///
-/// # Errors
-/// If nobody can be told.
-pub fn ready() -> io::Result<()> {
-    tell("READY=1".to_owned(), None)
+pub fn ready() {
+    told(tell("READY=1".to_owned(), None));
 }
 
 /// A sentence for `systemctl status`.
-///
-/// # Errors
-/// If nobody can be told.
-pub fn status(text: &str) -> io::Result<()> {
+pub fn status(text: &str) {
     // A line is an assignment.
-    tell(format!("STATUS={}", text.replace('\n', " ")), None)
+    told(tell(format!("STATUS={}", text.replace('\n', " ")), None));
 }
 
 /// The configuration is being loaded; [`ready`] ends it.
-///
-/// # Errors
-/// If nobody can be told.
-pub fn reloading() -> io::Result<()> {
+pub fn reloading() {
     let now = clock_gettime(ClockId::Monotonic);
     let microseconds = now.tv_sec * 1_000_000 + now.tv_nsec / 1000;
-    tell(format!("RELOADING=1\nMONOTONIC_USEC={microseconds}"), None)
+    let text = format!("RELOADING=1\nMONOTONIC_USEC={microseconds}");
+    told(tell(text, None));
 }
 
 /// The daemon ends.
-///
-/// # Errors
-/// If nobody can be told.
-pub fn stopping() -> io::Result<()> {
-    tell("STOPPING=1".to_owned(), None)
+pub fn stopping() {
+    told(tell("STOPPING=1".to_owned(), None));
 }
 
 /// Has the service manager keep a file for the next process, in place of the one of that name that it has.
@@ -97,6 +86,12 @@ pub fn stopping() -> io::Result<()> {
 pub fn store(name: &str, file: BorrowedFd<'_>) -> io::Result<()> {
     tell(format!("FDSTOREREMOVE=1\nFDNAME={name}"), None)?;
     tell(format!("FDSTORE=1\nFDNAME={name}"), Some(file))
+}
+
+fn told(told: io::Result<()>) {
+    if let Err(error) = told {
+        tracing::warn!("can't notify the service manager: {error}");
+    }
 }
 
 fn tell(text: String, file: Option<BorrowedFd<'_>>) -> io::Result<()> {

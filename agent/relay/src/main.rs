@@ -10,7 +10,8 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cgtproxy_proto::notify;
+use cgtproxy_proto::text::chain;
+use cgtproxy_proto::{log, notify};
 use cgtproxy_relay::cli::Arguments;
 use cgtproxy_relay::fake::Fakes;
 use cgtproxy_relay::original::Originals;
@@ -30,46 +31,27 @@ const LOOKUPS: usize = 8;
 /// Why the relay can't run.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("can't use the socket that systemd handed over: {0}")]
-    ActivatedSocket(io::Error),
+    #[error("can't use the socket that systemd handed over")]
+    ActivatedSocket(#[source] io::Error),
     #[error("there is no XDG_RUNTIME_DIR: name a socket with --socket")]
     NoRuntimeDirectory,
     #[error("another relay listens on {}", .0.display())]
     InUse(PathBuf),
-    #[error("can't listen on {}: {source}", .path.display())]
+    #[error("can't listen on {}", .path.display())]
     Listen { path: PathBuf, source: io::Error },
-    #[error("can't start: {0}")]
-    Start(io::Error),
+    #[error("can't start")]
+    Start(#[source] io::Error),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    log_to_stderr();
+    log::init(&[log::VARIABLE]);
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error}");
+            tracing::error!("{}", chain(&error));
             ExitCode::FAILURE
         }
-    }
-}
-
-/// With times, but for the journal, which has its own.
-fn log_to_stderr() {
-    let level = std::env::var("CGTPROXY_LOG")
-        .ok()
-        .and_then(|level| level.parse().ok());
-    let log = tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        // It would panic where nobody reads standard error any more.
-        .log_internal_errors(false)
-        .with_max_level(level.unwrap_or(tracing::Level::INFO))
-        .with_target(false)
-        .with_ansi(false);
-    if std::env::var_os("JOURNAL_STREAM").is_some() {
-        log.without_time().with_level(false).init();
-    } else {
-        log.init();
     }
 }
 
@@ -110,7 +92,7 @@ async fn serve(arguments: &Arguments, listener: UnixListener) -> Result<(), Erro
         Fakes::new(names_file()),
     );
     let relay = Rc::new(Relay::new(shared));
-    told(notify::ready());
+    notify::ready();
     let save = async {
         loop {
             tokio::time::sleep(SAVE).await;
@@ -123,15 +105,9 @@ async fn serve(arguments: &Arguments, listener: UnixListener) -> Result<(), Erro
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    told(notify::stopping());
+    notify::stopping();
     relay.save();
     Ok(())
-}
-
-fn told(told: io::Result<()>) {
-    if let Err(error) = told {
-        tracing::debug!("can't notify the service manager: {error}");
-    }
 }
 
 fn default_socket() -> Option<PathBuf> {

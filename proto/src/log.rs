@@ -1,6 +1,6 @@
 //! Messages on standard error: for a person with colours, for the journal with priorities.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal};
 
 use tracing::field::{Field, Visit};
@@ -10,8 +10,10 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Where the level is taken from; the second is the original's name for it.
-const VARIABLES: [&str; 2] = ["CGTPROXY_LOG", "LOG_LEVEL"];
+use crate::text::printable;
+
+/// The variable that says how much is logged.
+pub const VARIABLE: &str = "CGTPROXY_LOG";
 
 /// How a line begins.
 #[derive(Debug, Clone, Copy)]
@@ -26,9 +28,9 @@ enum Style {
 
 struct Lines(Style);
 
-/// Begins to log, at the level that the environment asks for.
-pub fn init() {
-    let level = VARIABLES
+/// Begins to log, at the level that the first of these environment variables asks for.
+pub fn init(variables: &[&str]) {
+    let level = variables
         .iter()
         .filter_map(|name| std::env::var(name).ok())
         .find_map(|level| level.to_lowercase().parse().ok())
@@ -77,19 +79,73 @@ where
             Style::Plain => write!(writer, "{name}: ")?,
             Style::Colour => write!(writer, "\x1b[{colour}m{name}\x1b[0m: ")?,
         }
-        let mut message = Message(String::new());
-        event.record(&mut message);
-        writeln!(writer, "{}", message.0)
+        let mut line = Line::default();
+        event.record(&mut line);
+        // A line break would begin a line without a priority.
+        writeln!(writer, "{}", printable(&(line.message + &line.fields)))
     }
 }
 
-/// An event's message. The agent's have no other fields.
-struct Message(String);
+/// An event's message, and its other fields behind it.
+#[derive(Default)]
+struct Line {
+    message: String,
+    fields: String,
+}
 
-impl Visit for Message {
+impl Visit for Line {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        if field.name() == "message" {
-            self.0 = format!("{value:?}");
+        let _ = match field.name() {
+            "message" => write!(self.message, "{value:?}"),
+            name => write!(self.fields, " {name}={value:?}"),
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
         }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn written(style: Style, log: impl FnOnce()) -> String {
+        let written = Written::default();
+        let to = written.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || to.clone())
+            .event_format(Lines(style))
+            .finish();
+        tracing::subscriber::with_default(subscriber, log);
+        String::from_utf8(written.0.lock().unwrap().clone()).unwrap()
+    }
+
+    #[test]
+    fn each_line_has_its_priority_and_every_field() {
+        let log = || {
+            tracing::warn!(uid = 1000, "refused: {}", "two\nlines");
+            tracing::info!("ready");
+        };
+        assert_eq!(
+            written(Style::Journal, log),
+            "<4>refused: two\\u{a}lines uid=1000\n<6>ready\n"
+        );
+        assert_eq!(
+            written(Style::Plain, log),
+            "warning: refused: two\\u{a}lines uid=1000\ninfo: ready\n"
+        );
     }
 }
