@@ -9,6 +9,7 @@ use std::time::Duration;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::message::MessageReader;
 use cgtproxy_proto::service::{Fault, ServeError, serve};
+use cgtproxy_proto::text::chain;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
@@ -299,7 +300,9 @@ impl Server {
         let mut session = Session::new(peer, connection, id, Rc::clone(&self.state)).over(line);
         match serve(&mut messages, &mut session).await {
             Ok(()) | Err(ServeError::Write(_)) => {}
-            Err(error) => tracing::debug!(uid = uid.value(), "ended a connection: {error}"),
+            Err(error) => {
+                tracing::debug!(uid = uid.value(), "ended a connection: {}", chain(&error))
+            }
         }
     }
 }
@@ -318,7 +321,8 @@ async fn until_done(
             Err(error) => {
                 tracing::error!(
                     uid = uid.value(),
-                    "can't remove what an agent left: {error}; trying again"
+                    "can't release or remove what an agent left: {}; trying again",
+                    chain(&error)
                 );
                 period = again;
                 again = TRY_AGAIN.1.min(again * 2);
@@ -342,16 +346,13 @@ async fn sleep_awake(period: Duration) {
 }
 
 /// Says what became of it; returns whether it is there again.
-fn report(what: &str, restored: Result<(), impl std::error::Error>) -> bool {
+fn report(what: &str, restored: Result<(), impl std::error::Error + 'static>) -> bool {
     match &restored {
         Ok(()) => tracing::info!("{what} was changed by another program; restored it"),
         Err(error) => {
-            let cause = error
-                .source()
-                .map(|cause| format!(": {cause}"))
-                .unwrap_or_default();
             tracing::error!(
-                "{what} was changed by another program and can't be restored: {error}{cause}; trying again"
+                "{what} was changed by another program and can't be restored: {}; trying again",
+                chain(error)
             );
         }
     }

@@ -17,6 +17,7 @@ use cgtproxy_proto::helper::{
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, reply};
+use cgtproxy_proto::text::chain;
 use serde_json::json;
 
 use crate::bypass;
@@ -330,8 +331,9 @@ impl<K: Kernel> Session<K> {
                 Refused::NoMarksLeft => fault("NoMarksLeft", json!({})),
             },
             Error::State(error @ (state::Error::Kernel(_) | state::Error::Later)) => {
-                self.warn(error.to_string());
-                fault("KernelRefused", json!({ "message": error.to_string() }))
+                let message = chain(&error);
+                self.warn(message.clone());
+                fault("KernelRefused", json!({ "message": message }))
             }
         }
     }

@@ -17,6 +17,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use cgtproxy_proto::notify;
+use cgtproxy_proto::text::chain;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use rustix::io::Errno;
 
@@ -48,7 +49,7 @@ const SLACK: u64 = 64 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It can't be read.
-    #[error("can't be read: {0}")]
+    #[error("can't be read")]
     Read(#[from] io::Error),
     /// It is something else, or of another version.
     #[error("is not one that this version wrote")]
@@ -130,7 +131,10 @@ impl Snapshot {
             match read(file, range) {
                 Ok(found) => records = found,
                 Err(error) => {
-                    tracing::warn!("the snapshot of an earlier helper {error}; threw it away");
+                    tracing::warn!(
+                        "the snapshot of an earlier helper {}; threw it away",
+                        chain(&error)
+                    );
                 }
             }
         }

@@ -13,6 +13,7 @@ use cgtproxy_proto::relay::{
 use cgtproxy_proto::service::{
     Answer, Fault, Identity, Parameters, Service, parameters, reply, serve_stream,
 };
+use cgtproxy_proto::text::chain;
 use serde_json::json;
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, Semaphore};
@@ -96,7 +97,7 @@ async fn accept(listener: UnixListener, relay: &Rc<Relay>, agents: &Rc<Agents>) 
         };
         tokio::task::spawn_local(async move {
             if let Err(error) = serve_stream(stream, MESSAGE_BYTES, &mut connection).await {
-                tracing::debug!("ended a connection: {error}");
+                tracing::debug!("ended a connection: {}", chain(&error));
             }
             drop(slot);
         });

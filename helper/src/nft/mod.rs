@@ -97,10 +97,10 @@ pub enum Error {
     #[error("can't read the table 'inet cgtproxy' back")]
     Dump(#[source] Refusal),
     /// A user's change was refused; nothing has changed.
-    #[error("the kernel refuses the change: {0}")]
+    #[error("the kernel refuses the change")]
     Refused(#[source] Refusal),
     /// Nobody knows whether the change was made, or part of it could not be taken back.
-    #[error("the kernel has perhaps a part of the change: {0}")]
+    #[error("the kernel has perhaps a part of the change")]
     Unknown(#[source] Refusal),
 }
 
