@@ -1,7 +1,7 @@
 //! What the state needs of the kernel. The one seam between what is decided and what is done, where tests put
 //! a model of the kernel in.
 
-use crate::nft::{self, MarkWriter, Nftables, Plan};
+use crate::nft::{self, MarkWriter, Nftables, Plan, Refusal};
 use crate::route::{self, Family, Routing};
 
 #[cfg(any(test, fuzzing))]
@@ -43,7 +43,7 @@ pub trait Kernel {
     ///
     /// # Errors
     /// If they can't be read.
-    fn mark_writers(&self) -> Result<Vec<MarkWriter>, nft::Error>;
+    fn mark_writers(&self) -> Result<Vec<MarkWriter>, Refusal>;
 }
 
 /// The kernel that this runs on.
@@ -85,7 +85,7 @@ impl Kernel for Linux {
         self.nftables.missing_features()
     }
 
-    fn mark_writers(&self) -> Result<Vec<MarkWriter>, nft::Error> {
+    fn mark_writers(&self) -> Result<Vec<MarkWriter>, Refusal> {
         self.nftables.mark_writers()
     }
 }

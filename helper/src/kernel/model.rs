@@ -286,7 +286,7 @@ impl Kernel for Model {
         Vec::new()
     }
 
-    fn mark_writers(&self) -> Result<Vec<MarkWriter>, nft::Error> {
+    fn mark_writers(&self) -> Result<Vec<MarkWriter>, Refusal> {
         self.looks.set(self.looks.get() + 1);
         Ok(Vec::new())
     }

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::socket::Dump;
-use super::{Error, Nftables, TABLE};
+use super::{Nftables, Refusal, TABLE};
 use crate::netlink::{attribute, attributes, string};
 
 /// enum nft_rule_attributes, nft_list_attributes, nft_expr_attributes
@@ -64,7 +64,7 @@ impl Nftables {
     ///
     /// # Errors
     /// If the ruleset can't be read, or others kept changing it meanwhile.
-    pub fn mark_writers(&self) -> Result<Vec<MarkWriter>, Error> {
+    pub fn mark_writers(&self) -> Result<Vec<MarkWriter>, Refusal> {
         let mut attempt = 0;
         loop {
             attempt += 1;
@@ -87,7 +87,7 @@ impl Nftables {
                     return Ok(tables.into_iter().map(writer).collect());
                 }
                 Err(refusal) if refusal.errno == rustix::io::Errno::INTR && attempt < ATTEMPTS => {}
-                Err(refusal) => return Err(Error::Dump(refusal)),
+                Err(refusal) => return Err(refusal),
             }
         }
     }
