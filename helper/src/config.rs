@@ -19,7 +19,7 @@ pub const DEFAULT_PATH: &str = "/etc/cgtproxy/helper.yaml";
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnAgentLoss {
-    /// What is dropped or held stays so, and nothing goes to a proxy any more.
+    /// What is dropped or held stays so, and the rest is as if the user had no policy.
     #[default]
     Keep,
     /// Nothing stays.
@@ -32,8 +32,8 @@ impl fmt::Display for OnAgentLoss {
     /// What is in force then.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Keep => "what is dropped stays so, the rest goes direct",
-            Self::Direct => "everything goes direct",
+            Self::Keep => "what is dropped stays so, the rest is as without a policy",
+            Self::Direct => "everything is as without a policy",
             Self::Drop => "everything is dropped",
         })
     }
