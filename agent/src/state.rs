@@ -55,7 +55,7 @@ pub struct State {
     pub subtree: Subtree,
     /// How it stands with the helper.
     pub link: Link,
-    /// Counts the helper's transactions in this session.
+    /// Counts the helper's changes of the policy, those for an earlier agent included.
     pub generation: i64,
     /// What is wrong with the configuration that was to replace the one in force, or to be the first one.
     pub config_error: Option<String>,
