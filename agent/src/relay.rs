@@ -16,6 +16,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::config::{Config, Means, Network, Proxy, Scheme};
 use crate::state::Agent;
+use crate::systemd::runtime_directory;
 use crate::text::{chain, printable};
 
 /// How long to wait before connecting again: doubled from one to the other.
@@ -65,14 +66,7 @@ impl Relay {
 /// Where the relay of a user listens.
 #[must_use]
 pub fn default_socket() -> PathBuf {
-    let runtime = match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(directory) if !directory.is_empty() => directory.into(),
-        _ => {
-            let uid = rustix::process::getuid().as_raw();
-            PathBuf::from(format!("/run/user/{uid}"))
-        }
-    };
-    runtime.join("cgtproxy-relay.sock")
+    runtime_directory().join("cgtproxy-relay.sock")
 }
 
 /// How the relay and its proxies are doing.

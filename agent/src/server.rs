@@ -25,6 +25,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use crate::config::Scope;
 use crate::policy::{Target, unit_name};
 use crate::state::{Agent, Link, State};
+use crate::systemd::runtime_directory;
 use crate::text::chain;
 use crate::view;
 use crate::watch::Watcher;
@@ -69,14 +70,7 @@ pub fn default_socket(scope: Scope) -> PathBuf {
     if scope == Scope::System {
         return SYSTEM_SOCKET.into();
     }
-    let runtime = match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(directory) if !directory.is_empty() => directory.into(),
-        _ => {
-            let uid = rustix::process::getuid().as_raw();
-            PathBuf::from(format!("/run/user/{uid}"))
-        }
-    };
-    runtime.join("cgtproxy/agent.sock")
+    runtime_directory().join("cgtproxy/agent.sock")
 }
 
 /// A socket that is removed in the end.

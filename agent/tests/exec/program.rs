@@ -266,6 +266,18 @@ fn without_an_agent_it_says_what_to_do() {
 }
 
 #[test]
+fn a_relative_runtime_directory_is_not_looked_into() {
+    let mut session = Session::new(Behaviour::default());
+    let mut command = session.command(["mihomo", "true"]);
+    command
+        .env("XDG_RUNTIME_DIR", ".")
+        .current_dir(session.directory.path());
+    session.release = None;
+    command.status().unwrap();
+    assert_eq!(session.asked(), []);
+}
+
+#[test]
 fn no_wait_does_without_the_agent_but_not_without_the_slice() {
     let mut session = Session::new(Behaviour {
         agent: false,
