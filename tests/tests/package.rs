@@ -56,6 +56,24 @@ fn files(directory: &str) -> BTreeSet<String> {
         .args(["-not", "-type", "d", "-printf", "/%P\n"])))
 }
 
+/// What documents below a directory link to that is not there.
+fn dead_links(root: &str) -> Vec<String> {
+    let mut dead = Vec::new();
+    for document in files(root).iter().filter(|path| path.ends_with(".md")) {
+        let document = format!("{root}{document}");
+        let text = std::fs::read_to_string(&document).unwrap();
+        let links = text.split("](").skip(1);
+        for link in links.map(|rest| rest.split(')').next().unwrap()) {
+            let target = link.split('#').next().unwrap();
+            let directory = Path::new(&document).parent().unwrap();
+            if !link.starts_with("https:") && !directory.join(target).exists() {
+                dead.push(format!("{document}: {link}"));
+            }
+        }
+    }
+    dead
+}
+
 /// The manifest's files as packages have them whose manual pages are compressed.
 fn compressed() -> BTreeSet<String> {
     let list = list().into_iter();
@@ -103,6 +121,7 @@ fn the_debian_package_is_clean_and_the_same_each_time() {
         }
         expected.insert("/usr/share/lintian/overrides/cgtproxy".to_owned());
         assert_eq!(files(&root), expected);
+        assert_eq!(dead_links(&root), Vec::<String>::new());
 
         let field = |name: &str| run(Command::new("dpkg-deb").args(["--field", &package, name]));
         assert!(
@@ -208,7 +227,7 @@ fn the_package_for_arch_takes_over_from_the_original_and_restarts_under_its_own_
         assert_eq!(said(&["pre_upgrade", "0.4.0-1", "0.3.3-1"]), disabled);
         let moved = said(&["post_upgrade", "0.4.0-1", "0.3.3-1"]);
         assert!(moved.contains("direct"), "{moved}");
-        let document = "/usr/share/doc/cgtproxy/moving.md";
+        let document = "/usr/share/doc/cgtproxy/docs/moving.md";
         assert!(moved.contains(document), "{moved}");
         assert!(list().iter().any(|path| path == document));
 
@@ -241,6 +260,7 @@ fn the_tarball_installs_and_uninstalls_and_is_the_same_each_time() {
         };
         install("install");
         assert_eq!(files(&root), list().into_iter().collect());
+        assert_eq!(dead_links(&root), Vec::<String>::new());
         let version = run(Command::new(format!("{root}/usr/bin/cgtproxy-agent")).arg("--version"));
         let instructions = std::fs::read_to_string(format!("{unpacked}/INSTALL")).unwrap();
         let version = version.trim().replace("cgtproxy-agent", "cgtproxy");
