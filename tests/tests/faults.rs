@@ -31,40 +31,6 @@ fn with_policy(sb: &Sandbox, config: &str) -> (Service, User, Session) {
     (helper, user, session)
 }
 
-#[test]
-fn a_flushed_ruleset_is_restored_with_every_policy() {
-    sandbox(|sb| {
-        let (_helper, user, mut session) = with_policy(sb, "own-table: false");
-        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
-        let app = user.cgroup(APP).app();
-        let dropped = user.cgroup("app.slice/app-drop.scope").app();
-        let before = sb.run(&["nft", "list", "table", "inet", "cgtproxy"]);
-        let [v4, _] = sb.destinations();
-        let open = app.open_tcp(v4).expect("it opens");
-        assert_eq!(open.ask(), proxied("mihomo", v4));
-        for wreck in [
-            "flush ruleset",
-            "delete table inet cgtproxy",
-            "flush chain inet cgtproxy output",
-            "flush table inet cgtproxy",
-            "insert rule inet cgtproxy output accept",
-            "flush map inet cgtproxy users",
-        ] {
-            sb.nft(wreck);
-            wait_until(wreck, || {
-                sb.has_table() && sb.run(&["nft", "list", "table", "inet", "cgtproxy"]) == before
-            });
-            for to in sb.destinations() {
-                assert_eq!(app.tcp(to), proxied("mihomo", to), "{wreck}");
-                assert!(dropped.udp(to).is_dropped(), "{wreck}");
-            }
-            assert_eq!(open.ask(), proxied("mihomo", v4), "{wreck}");
-        }
-        // What the session does next fits what is there.
-        session.assign(json!([verdict("app.slice/app-drop.scope", "direct")]));
-    });
-}
-
 /// How others take routing away.
 const WRECKS: [&[&str]; 5] = [
     &["ip", "rule", "del", "priority", "800"],
@@ -190,16 +156,23 @@ impl Drop for Transactions {
 #[test]
 fn a_table_is_restored_in_one_transaction_however_it_was_wrecked() {
     sandbox(|sb| {
-        let (_helper, user, _session) = with_policy(sb, "own-table: false");
+        let (_helper, user, mut session) = with_policy(sb, "own-table: false");
         let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
         let app = user.cgroup(APP).app();
+        let dropped = user.cgroup("app.slice/app-drop.scope").app();
         let before = sb.run(&["nft", "list", "table", "inet", "cgtproxy"]);
+        let [v4, _] = sb.destinations();
+        let open = app.open_tcp(v4).expect("it opens");
+        assert_eq!(open.ask(), proxied("mihomo", v4));
         let transactions = Transactions::watch(sb);
         let count = || transactions.by(sb, "cgtproxy-helper");
         for wreck in [
             "flush ruleset",
             "delete table inet cgtproxy",
+            "flush chain inet cgtproxy output",
             "flush table inet cgtproxy",
+            "insert rule inet cgtproxy output accept",
+            "flush map inet cgtproxy users",
         ] {
             let earlier = count();
             sb.nft(wreck);
@@ -207,10 +180,14 @@ fn a_table_is_restored_in_one_transaction_however_it_was_wrecked() {
                 sb.has_table() && sb.run(&["nft", "list", "table", "inet", "cgtproxy"]) == before
             });
             assert_eq!(count(), earlier + 1, "{wreck}: {}", transactions.text());
+            for to in sb.destinations() {
+                assert_eq!(app.tcp(to), proxied("mihomo", to), "{wreck}");
+                assert!(dropped.udp(to).is_dropped(), "{wreck}");
+            }
+            assert_eq!(open.ask(), proxied("mihomo", v4), "{wreck}");
         }
-        for to in sb.destinations() {
-            assert_eq!(app.tcp(to), proxied("mihomo", to));
-        }
+        // What the session does next fits what is there.
+        session.assign(json!([verdict("app.slice/app-drop.scope", "direct")]));
     });
 }
 

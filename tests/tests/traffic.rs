@@ -93,51 +93,6 @@ fn each_control_group_has_its_own_verdict() {
     });
 }
 
-#[test]
-fn no_udp_and_no_ipv6_really_go_direct() {
-    sandbox(|sb| {
-        let _helper = sb.helper().start();
-        let user = sb.user(1001);
-        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
-        let app = user.cgroup(APP).app();
-        // What listens here must not get what the proxy does not take (fault D1 of the original).
-        let wrong = sb.service("wrong").port(80).start();
-        let mut session = Session::of(&user);
-        let mut with = |no_udp: bool, no_ipv6: bool| {
-            session.replace(
-                json!([{ "name": "mihomo", "port": 7890, "noUdp": no_udp, "noIpv6": no_ipv6 }]),
-                json!([]),
-                json!([to_proxy(APP, "mihomo")]),
-            );
-        };
-        with(true, false);
-        expect(sb, &app, |transport, to| {
-            if transport == Udp {
-                direct(to)
-            } else {
-                proxied("mihomo", to)
-            }
-        });
-        with(false, true);
-        expect(sb, &app, |_, to| {
-            if to.is_ipv6() {
-                direct(to)
-            } else {
-                proxied("mihomo", to)
-            }
-        });
-        with(true, true);
-        expect(sb, &app, |transport, to| {
-            if transport == Udp || to.is_ipv6() {
-                direct(to)
-            } else {
-                proxied("mihomo", to)
-            }
-        });
-        wrong.assert_idle();
-    });
-}
-
 /// In every combination, and with DNS queries, which go where they are sent all the same.
 #[test]
 fn what_a_proxy_leaves_out_really_goes_direct() {
@@ -146,6 +101,7 @@ fn what_a_proxy_leaves_out_really_goes_direct() {
         let user = sb.user(1001);
         let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
         let _dns = sb.service("dns").port(5353).start();
+        // What listens here must not get what the proxy does not take (fault D1 of the original).
         let wrong = sb.service("wrong").port(80).start();
         let app = user.cgroup(APP).app();
         let mut session = Session::of(&user);
