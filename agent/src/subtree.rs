@@ -34,6 +34,15 @@ pub fn find_root() -> Result<PathBuf, NoRoot> {
             Err(error) => failure = Some(error.into()),
         }
     }
+/// The control group of version 2 in what proc(5) calls `/proc/PID/cgroup`, from the control group root.
+#[must_use]
+pub fn of_process(file: &[u8]) -> Option<&[u8]> {
+    let path = file
+        .split(|&byte| byte == b'\n')
+        .find_map(|line| line.strip_prefix(b"0::"))?;
+    Some(path.strip_suffix(b" (deleted)").unwrap_or(path))
+}
+
     Err(NoRoot(failure))
 }
 

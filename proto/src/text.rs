@@ -30,6 +30,15 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     printable(&text)
 }
 
+/// So many of them, in English.
+#[must_use]
+pub fn count(number: usize, what: &str) -> String {
+    match number {
+        1 => format!("1 {what}"),
+        number => format!("{number} {what}s"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::printable;

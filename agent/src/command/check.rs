@@ -1,13 +1,12 @@
 //! `cgtproxy-agent check`
 
 use std::fmt::Write;
-use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 
 use super::Error;
 use crate::config::{self, Scope, Severity};
-use crate::text::printable;
+use crate::text::{count, printable};
 
 /// Checks a file and prints what was found.
 pub(super) fn run(file: &Path, scope: Scope) -> Result<ExitCode, Error> {
@@ -15,14 +14,10 @@ pub(super) fn run(file: &Path, scope: Scope) -> Result<ExitCode, Error> {
     let (_, findings) = config::read(file, &bytes, scope);
     let mut text = String::new();
     // Writing to a string does not fail.
-    let _ = findings.render(&mut text, colours());
+    let _ = findings.render(&mut text, super::colours());
     let errors = findings.count(Severity::Error);
     let warnings = findings.count(Severity::Warning);
     let file = printable(&file.to_string_lossy());
-    let count = |number: usize, what: &str| match number {
-        1 => format!("1 {what}"),
-        number => format!("{number} {what}s"),
-    };
     let counted = match (errors, warnings) {
         (0, 0) => "no errors".to_owned(),
         (0, _) => count(warnings, "warning"),
@@ -35,9 +30,4 @@ pub(super) fn run(file: &Path, scope: Scope) -> Result<ExitCode, Error> {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
     })
-}
-
-/// Whether standard output is a terminal whose user likes colours (no-color.org).
-fn colours() -> bool {
-    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }

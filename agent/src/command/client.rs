@@ -19,10 +19,7 @@ pub(super) struct Agent {
 impl Agent {
     /// Connects to it.
     pub(super) fn connect(scope: Scope) -> Result<Self, Error> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build()
-            .map_err(Error::Start)?;
+        let runtime = super::runtime()?;
         match runtime.block_on(Connection::open(server::default_socket(scope))) {
             Ok(connection) => Ok(Self {
                 runtime,

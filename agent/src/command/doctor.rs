@@ -1,6 +1,6 @@
 //! `cgtproxy-agent doctor`, which is `check permission` too.
 
-use std::io::{self, IsTerminal};
+use std::io;
 use std::process::ExitCode;
 
 use super::Error;
@@ -21,7 +21,7 @@ pub(super) fn run(arguments: &Arguments, json: bool) -> Result<ExitCode, Error> 
         text.push('\n');
     } else {
         // Writing to a string does not fail.
-        let _ = report::render(&mut text, &groups, colours());
+        let _ = report::render(&mut text, &groups, super::colours());
     }
     super::print(text.as_bytes())?;
     Ok(match report::count(&groups, Severity::Error) {
@@ -38,12 +38,8 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
         subtree => subtree?,
     };
     let config = super::config_file(arguments)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(Error::Start)?;
     let agent_socket = server::default_socket(arguments.scope());
-    let (helper, agent, relay) = runtime.block_on(async {
+    let (helper, agent, relay) = super::runtime()?.block_on(async {
         let (helper, agent) = tokio::join!(
             facts::ask_helper(&arguments.socket),
             facts::ask_agent(&agent_socket)
@@ -80,9 +76,4 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
         network: facts::network(),
         system: facts::system(subtree.root()),
     })
-}
-
-/// Whether standard output is a terminal whose user likes colours (no-color.org).
-fn colours() -> bool {
-    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }

@@ -16,7 +16,7 @@ use super::client::Agent;
 use crate::cli::Arguments;
 use crate::config::Scope;
 use crate::doctor::facts;
-use crate::subtree::Subtree;
+use crate::subtree::{self, Subtree};
 use crate::text::printable;
 use crate::view;
 
@@ -63,11 +63,7 @@ pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<Exi
 
 /// Whether root has a policy for the machine; none if nobody can tell.
 fn system_policy(arguments: &Arguments) -> Result<Option<bool>, Error> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(Error::Start)?;
-    let status = runtime.block_on(facts::helper_status(&arguments.socket));
+    let status = super::runtime()?.block_on(facts::helper_status(&arguments.socket));
     Ok(status.and_then(|status| status.systemPolicy))
 }
 
@@ -77,8 +73,8 @@ fn subject(subtree: &Subtree, what: &[u8]) -> Result<Subject, Error> {
         let pid = String::from_utf8_lossy(what);
         let file = std::fs::read(format!("/proc/{pid}/cgroup"))
             .map_err(|_| Error::NotFound(format!("there is no process {pid}")))?;
-        return of_process(&file)
-            .map(Subject::Absolute)
+        return subtree::of_process(&file)
+            .map(|path| Subject::Absolute(path.to_vec()))
             .ok_or_else(|| Error::NotFound(format!("process {pid} is in no control group of v2")));
     }
     if what.starts_with(b"/") {
@@ -90,14 +86,6 @@ fn subject(subtree: &Subtree, what: &[u8]) -> Result<Subject, Error> {
         return Ok(Subject::Absolute(path.to_vec()));
     }
     Ok(Subject::Name(what.to_vec()))
-}
-
-/// The control group of version 2 in what proc(5) calls `/proc/[pid]/cgroup`.
-fn of_process(file: &[u8]) -> Option<Vec<u8>> {
-    let path = file
-        .split(|&b| b == b'\n')
-        .find_map(|line| line.strip_prefix(b"0::"))?;
-    Some(path.strip_suffix(b" (deleted)").unwrap_or(path).to_vec())
 }
 
 /// The path in the subtree that an absolute one names.
@@ -250,12 +238,5 @@ mod tests {
             );
         }
         assert!(super::subject(&subtree, b"4294967295").is_err());
-    }
-
-    #[test]
-    fn finds_the_line_of_version_2() {
-        let file = b"12:pids:/x\n1:name=systemd:/y\n0::/user.slice/a:b (deleted)\n";
-        assert_eq!(of_process(file).unwrap(), b"/user.slice/a:b");
-        assert_eq!(of_process(b"1:name=systemd:/y\n"), None);
     }
 }

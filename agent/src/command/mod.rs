@@ -9,12 +9,13 @@ mod migrate;
 mod status;
 mod table;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::path::InvalidPath;
+use tokio::runtime::Runtime;
 
 use crate::cli::{Arguments, Check, Command};
 use crate::config::{self, Config, LoadError, Scope};
@@ -147,6 +148,17 @@ pub fn run(arguments: Arguments) -> Result<ExitCode, Error> {
         }
         result => result,
     }
+}
+
+/// What waits for the daemons' answers.
+fn runtime() -> Result<Runtime, Error> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().build().map_err(Error::Start)
+}
+
+/// Whether standard output is a terminal whose user likes colours (no-color.org).
+fn colours() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }
 
 /// Prints what a status goes with, which is the same if whoever reads has seen enough.

@@ -62,11 +62,7 @@ pub(super) fn run(json: bool, scope: Scope) -> Result<ExitCode, Error> {
 
 /// What the relay says of its proxies, or why it says nothing.
 fn relay_status() -> Result<Result<RelayStatus, String>, Error> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(Error::Start)?;
-    Ok(runtime.block_on(relay::status(&relay::default_socket())))
+    Ok(super::runtime()?.block_on(relay::status(&relay::default_socket())))
 }
 
 fn print_relay(out: &mut impl Write, status: Result<&RelayStatus, &String>) -> io::Result<()> {

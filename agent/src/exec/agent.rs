@@ -11,6 +11,7 @@ use cgtproxy_proto::client::CallError;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::connection::{ConnectError, Connection};
+use crate::policy::DEFAULT_PROXY;
 
 /// How long the agent may take to answer, and to get a verdict into the kernel.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -23,9 +24,6 @@ const AGAIN: Duration = Duration::from_millis(10);
 
 /// Every policy has these targets.
 const BUILT_IN: [&str; 2] = ["direct", "drop"];
-
-/// The first proxy of a configuration.
-const DEFAULT_PROXY: &str = "proxy";
 
 /// What to do without an agent, for a person.
 const START: &str = "start it with 'systemctl --user enable --now cgtproxy-agent'";

@@ -32,6 +32,7 @@ use scope::Scope;
 
 use crate::config;
 use crate::server::default_socket;
+use crate::subtree;
 use crate::systemd::{Address, runtime_directory};
 use crate::text::chain;
 
@@ -222,11 +223,9 @@ fn control_group_of(pid: u32) -> io::Result<String> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no control group of version 2"))
 }
 
-/// The control group of version 2 in what proc(5) calls `/proc/[pid]/cgroup`.
+/// The same of what that file has in it.
 fn control_group(file: &[u8]) -> Option<String> {
-    let path = file
-        .split(|&byte| byte == b'\n')
-        .find_map(|line| line.strip_prefix(b"0::/"))?;
+    let path = subtree::of_process(file)?.strip_prefix(b"/")?;
     let path = ControlGroupPath::from_bytes(path).ok()?;
     Some(format!("/{}", path.to_wire()))
 }

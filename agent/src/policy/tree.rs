@@ -69,12 +69,6 @@ impl Tree {
         }
     }
 
-    /// The subtree's root as rules see it.
-    #[must_use]
-    pub fn prefix(&self) -> &[u8] {
-        &self.prefix
-    }
-
     /// The rules in force.
     #[must_use]
     pub fn rules(&self) -> &Rc<Rules> {

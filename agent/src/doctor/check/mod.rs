@@ -15,6 +15,7 @@ mod tests;
 
 use super::Group;
 use super::facts::Facts;
+use crate::text::count;
 
 /// A kind of checks.
 type Check = fn(&Facts) -> Group;
@@ -36,12 +37,4 @@ const CHECKS: [Check; 9] = [
 #[must_use]
 pub fn all(facts: &Facts) -> Vec<Group> {
     CHECKS.iter().map(|check| check(facts)).collect()
-}
-
-/// `1 thing`, `2 things`.
-fn count(number: usize, what: &str) -> String {
-    match number {
-        1 => format!("1 {what}"),
-        number => format!("{number} {what}s"),
-    }
 }
