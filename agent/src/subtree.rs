@@ -5,10 +5,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use cgtproxy_proto::path::{ControlGroupPath, InvalidPath};
-
-/// `CGROUP2_SUPER_MAGIC` (linux/magic.h).
-const CGROUP2_SUPER_MAGIC: u32 = 0x6367_7270;
+use cgtproxy_proto::path::{CGROUP2_SUPER_MAGIC, ControlGroupPath, InvalidPath, manager_path};
 
 /// Where systemd mounts cgroup v2: alone, or beside the v1 hierarchies of a hybrid machine.
 const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
@@ -34,6 +31,9 @@ pub fn find_root() -> Result<PathBuf, NoRoot> {
             Err(error) => failure = Some(error.into()),
         }
     }
+    Err(NoRoot(failure))
+}
+
 /// The control group of version 2 in what proc(5) calls `/proc/PID/cgroup`, from the control group root.
 #[must_use]
 pub fn of_process(file: &[u8]) -> Option<&[u8]> {
@@ -41,9 +41,6 @@ pub fn of_process(file: &[u8]) -> Option<&[u8]> {
         .split(|&byte| byte == b'\n')
         .find_map(|line| line.strip_prefix(b"0::"))?;
     Some(path.strip_suffix(b" (deleted)").unwrap_or(path))
-}
-
-    Err(NoRoot(failure))
 }
 
 /// The part of the control group tree that an agent is in charge of.
@@ -61,10 +58,9 @@ impl Subtree {
     /// # Errors
     /// None that can happen.
     pub fn of_user(root: PathBuf, uid: u32) -> Result<Self, InvalidPath> {
-        let path = format!("user.slice/user-{uid}.slice/user@{uid}.service");
         Ok(Self {
             root,
-            path: ControlGroupPath::from_bytes(path.as_bytes())?,
+            path: ControlGroupPath::from_bytes(manager_path(uid).as_bytes())?,
             mounted: true,
         })
     }

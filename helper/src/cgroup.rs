@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use cgtproxy_proto::path::ControlGroupPath;
+use cgtproxy_proto::path::{CGROUP2_SUPER_MAGIC, ControlGroupPath, manager_path};
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Statx, StatxFlags, fstat, fstatfs, open,
     openat2, statx,
@@ -16,9 +16,6 @@ use rustix::fs::{
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
 use crate::peer::{Peer, Uid};
-
-/// `CGROUP2_SUPER_MAGIC` (linux/magic.h).
-const CGROUP2_SUPER_MAGIC: u32 = 0x6367_7270;
 
 /// Where systemd mounts cgroup v2: alone, or beside the v1 hierarchies of a hybrid machine.
 const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
@@ -284,7 +281,7 @@ pub fn subtree_path(uid: Uid) -> String {
     if uid == Uid::ROOT {
         return String::new();
     }
-    format!("user.slice/user-{uid}.slice/user@{uid}.service")
+    manager_path(uid.value())
 }
 
 /// A user's user@UID.service, or for root the control group root, as it is now. Opened anew for every call: when

@@ -9,6 +9,15 @@ use std::rc::Rc;
 
 use crate::limits::{COMPONENT_BYTES, PATH_BYTES};
 
+/// What statfs(2) says of cgroup v2 (linux/magic.h).
+pub const CGROUP2_SUPER_MAGIC: u32 = 0x6367_7270;
+
+/// Where systemd puts a user's service manager, from the control group root.
+#[must_use]
+pub fn manager_path(uid: u32) -> String {
+    format!("user.slice/user-{uid}.slice/user@{uid}.service")
+}
+
 /// The path of a control group relative to some root: components without `.`, `..` or NUL, joined by
 /// single slashes. The empty path is that root itself.
 ///
