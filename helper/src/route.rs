@@ -12,6 +12,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 
 use netlink_packet_core::{
     Emitable, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
@@ -54,6 +55,15 @@ pub enum Family {
 }
 
 impl Family {
+    /// The family of an address.
+    pub(crate) fn of(address: &IpAddr) -> Self {
+        if address.is_ipv4() {
+            Self::Ipv4
+        } else {
+            Self::Ipv6
+        }
+    }
+
     fn address_family(self) -> AddressFamily {
         match self {
             Self::Ipv4 => AddressFamily::Inet,

@@ -11,10 +11,10 @@ use nftnl::MsgType;
 use super::ffi::{Content, Element, KeyType};
 use super::names::{ListNames, Names};
 use super::plan::{Bypass, BypassList, Layout};
-use super::rule::Family;
 use super::ruleset::DROP_SYSTEM;
 use super::shared::Shared;
 use super::transaction::Transaction;
+use crate::route::Family;
 
 impl Transaction<'_> {
     /// The layout's list, if it has one that nobody else has.

@@ -8,10 +8,11 @@ use cgtproxy_proto::name::ProxyName;
 
 use super::names::Names;
 use super::plan::{Delivery, DnsHijack, Exceptions, Layout, Proxy};
-use super::rule::{Family, Protocol, RuleBuilder};
+use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::REFUSE;
 use super::transaction::Transaction;
 use crate::mark::Mark;
+use crate::route::Family;
 
 /// The port of DNS (RFC 1035, 4.2).
 const DNS_PORT: u16 = 53;

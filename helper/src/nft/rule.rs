@@ -11,7 +11,7 @@ use nftnl::expr::{
 };
 use nftnl::{Chain, ProtoFamily, Rule};
 
-use crate::route::LOOPBACK_INDEX;
+use crate::route::{Family, LOOPBACK_INDEX};
 
 use super::ffi::{
     ConntrackDirection, DestinationType, Found, Lookup, NetworkByteOrder, OwnerBehind, PacketMark,
@@ -43,24 +43,6 @@ const UNICAST: u32 = 1;
 pub(super) enum Protocol {
     Tcp,
     Udp,
-}
-
-/// An address family.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Family {
-    Ipv4,
-    Ipv6,
-}
-
-impl Family {
-    /// The family of an address.
-    pub(super) fn of(address: &IpAddr) -> Self {
-        if address.is_ipv4() {
-            Self::Ipv4
-        } else {
-            Self::Ipv6
-        }
-    }
 }
 
 /// A rule in the making. Matches come first, then what is done with packets that match them all.

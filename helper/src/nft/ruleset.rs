@@ -80,11 +80,12 @@ use nftnl::{ChainType, Hook, MsgType};
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::{self, Names};
-use super::rule::{Family, Protocol};
+use super::rule::Protocol;
 use super::shared::{LookedAt, Shared};
 use super::transaction::Transaction;
 use crate::mark::MarkRange;
 use crate::peer::Uid;
+use crate::route::Family;
 
 /// How this table is laid out.
 const VERSION: u32 = 9;
