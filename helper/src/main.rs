@@ -1,7 +1,5 @@
 //! cgtproxy-helper: owns the nftables table of cgtproxy, its routing rules and its marks, on behalf of users' agents.
 
-#![deny(unsafe_code)]
-
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;

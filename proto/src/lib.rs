@@ -4,20 +4,18 @@
 //! `org.cgtproxy.Helper` is what the privileged helper offers to agents, `org.cgtproxy.Agent` what an
 //! agent offers to its own user's programs, `org.cgtproxy.Relay` what a relay offers to the agent. The `.varlink` files beside this one are the contract.
 
-#![deny(unsafe_code)]
-
 pub mod client;
-pub mod log;
 pub mod interface;
 pub mod limits;
+pub mod log;
 pub mod message;
 pub mod name;
 pub mod notify;
 pub mod path;
 pub mod scheduling;
-pub mod text;
 pub mod service;
 pub mod stream;
+pub mod text;
 
 /// `org.cgtproxy.Helper`, as generated from its description.
 #[allow(
