@@ -256,9 +256,8 @@ impl Relay {
                     kept.push((entry.clone(), wanted));
                 }
                 old => {
-                    let preferred = old.map(|entry| entry.port).or(wanted.preferred_port);
                     // A listener of the old entry would be in the way of its successor's.
-                    let preferred = preferred.filter(|_| old.is_none());
+                    let preferred = wanted.preferred_port.filter(|_| old.is_none());
                     let sockets = Sockets::bind(preferred)?;
                     let dns = match wanted.fake_dns {
                         true => Some(Sockets::bind(None)?),
