@@ -57,7 +57,7 @@ test:
 FUZZ ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 SECONDS_EACH ?= 600
 # What is found is not for the sources, but for the next run.
-FOUND = $(or $(CARGO_TARGET_DIR),target)/fuzz-corpus
+FOUND = $(TARGETDIR)/fuzz-corpus
 fuzz:
 	@$(CARGO) +nightly fuzz --version >/dev/null 2>&1 || { echo "fuzzing needs a nightly compiler" \
 		"(rustup toolchain install nightly) and cargo-fuzz (cargo install cargo-fuzz)" >&2; exit 1; }
@@ -86,7 +86,7 @@ valgrind:
 		--test-threads=1 nft:: --skip nothing_is_used_that_is_not_ours
 
 # The daemons as they are installed, beside programs that measure them, which take less time to link.
-BENCHDIR = $(or $(CARGO_TARGET_DIR),target)/bench
+BENCHDIR = $(TARGETDIR)/bench
 BENCH ?=
 bench:
 	.ci/dependencies
@@ -101,7 +101,7 @@ bench:
 demo:
 	.ci/dependencies
 	$(CARGO) build --workspace --locked
-	$(SUDO) $(or $(CARGO_TARGET_DIR),target)/debug/cgtproxy-demo
+	$(SUDO) $(TARGETDIR)/debug/cgtproxy-demo
 
 install:
 	packaging/install install
