@@ -1,4 +1,9 @@
 //! The agent, as a library that its programs and tests share.
+//!
+//! [`run`] starts its tasks, which share [`state`]: [`watch`] learns of control groups and [`reload`] of the
+//! configuration ([`config`]), [`policy`] decides and asks nobody, [`sync`] tells the helper what it lacks, and [`relay`]
+//! is told of proxies elsewhere. [`server`] answers the user's own programs with what [`view`] makes of it. Those are the
+//! commands ([`command`]; [`doctor`] is the largest) and cgtproxy-exec ([`exec`]).
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,10 @@
 //! nftables: a [`Plan`] goes in, one transaction comes out.
+//!
+//! `plan` says what is wanted, `change` what that changes, and `take_over` what of an earlier helper's it replaces, which
+//! `inherit` has read back. In the table, `ruleset` is nobody's, `shared` and `bypass` are all users', `user`, `proxy`,
+//! `verdicts` and `leads` are one user's, and `gateway` is root's. They are written as commands (`transaction`), with
+//! rules (`rule`) and names (`names`), and sent by `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can
+//! do and at what other programs do to marks.
 
 mod bypass;
 mod change;
