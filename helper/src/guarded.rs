@@ -8,9 +8,9 @@
 //! Linux 6.16 does not let anybody send them ([`refuse_descriptors`]). Before that, and for what was sent to the
 //! socket before, nothing is read here that was not looked at first. Looking (`MSG_PEEK`) closes nothing. Where
 //! descriptors are, nothing is read, and the socket stays open until this process ends: a process that ends does not
-//! linger (`PF_EXITING` in inet_release, net/ipv4/af_inet.c). So many stay open and no more where the helper is started
-//! again for it ([`Parked::too_many`]). Otherwise it is the limit of open files that ends it, as with connections
-//! that stay: those that are open go on.
+//! linger (`PF_EXITING` in inet_release, net/ipv4/af_inet.c). Where systemd has the listening socket, the helper is
+//! started again once there are too many of them ([`Parked::too_many`]). Elsewhere they may reach the limit of open
+//! files, as connections that stay may: no more are accepted then, and those that are open go on.
 //!
 //! As in [`cgtproxy_proto::stream`], the runtime waits for room to write only while there is none.
 
