@@ -258,9 +258,13 @@ impl Connection {
 
     /// Word of a control group that was made a moment ago may be on its way.
     fn look_if_unknown(&self, path: &ControlGroupPath) {
-        if self.agent.state().tree().contains(path) {
-            return;
+        let known = self.agent.state().tree().contains(path);
+        if !known {
+            self.look(path);
         }
+    }
+
+    fn look(&self, path: &ControlGroupPath) {
         {
             let mut state = self.agent.state_mut();
             self.watcher.borrow_mut().look(path, &mut *state);
@@ -271,6 +275,9 @@ impl Connection {
     async fn await_target(&self, name: &str, target: &str) -> Result<AwaitTarget_Reply, Fault> {
         let path = self.agent.state().subtree.from_wire(name);
         let path = path.ok_or_else(|| not_found(name))?;
+        // What the verdict is from may be gone, and another slice have its path: that is in inotify's queue, which is not
+        // read while the helper is told of something.
+        self.look(&path);
         let mut changed = self.agent.subscribe();
         let started = Instant::now();
         loop {

@@ -16,6 +16,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::ffi::OsStr;
 use std::io;
+use std::iter::successors;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
@@ -253,12 +254,21 @@ impl Watcher {
         }
     }
 
-    /// Looks at one control group and, if it is new or not watched, at everything below it.
+    /// Looks at one control group and, if it is new or not watched, at everything below it. Those that it is in may be
+    /// others than before, too, which takes away all that was known of it.
     pub fn look(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) {
         if self.blind {
             return;
         }
-        let mut stack = vec![self.first_unknown(path)];
+        let mut stack = Vec::new();
+        let mut around = Vec::from_iter(successors(path.parent(), ControlGroupPath::parent));
+        while let Some(path) = around.pop() {
+            let before = self.identity(&path);
+            if self.enter(&path, observer).is_some() && before != self.identity(&path) {
+                self.list(&path, &mut stack, observer);
+            }
+        }
+        stack.push(path.clone());
         while let Some(path) = stack.pop() {
             self.look_at(&path, &mut stack, observer);
         }
