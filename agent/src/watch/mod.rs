@@ -475,6 +475,12 @@ impl Watcher {
             _ => match std::fs::symlink_metadata(&directory) {
                 Ok(metadata) if metadata.is_dir() => Some(metadata.ino()),
                 _ => {
+                    // Nobody else takes it away: it is in no account yet.
+                    if let (Some(watch), Some(watches)) = (watch, &mut self.watches)
+                        && watches.group(&watch).is_none()
+                    {
+                        watches.remove(watch);
+                    }
                     self.gone(path, observer);
                     return None;
                 }
