@@ -23,7 +23,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::config::Scope;
-use crate::policy::{Target, unit_name};
+use crate::policy::Target;
 use crate::state::{Agent, Link, State};
 use crate::systemd::runtime_directory;
 use crate::text::chain;
@@ -244,16 +244,7 @@ impl Connection {
         }
         let path = ControlGroupPath::from_wire(name).ok()?;
         let state = self.agent.state();
-        if state.tree().contains(&path) && !path.as_bytes().is_empty() {
-            return Some(path);
-        }
-        let unit = path.as_bytes();
-        let named = |is: &dyn Fn(&[u8]) -> bool| {
-            let mut groups = state.tree().iter();
-            let found = groups.find(|(path, _)| path.name().is_some_and(is));
-            found.map(|(path, _)| path.clone())
-        };
-        named(&|name| name == unit).or_else(|| named(&|name| unit_name(name) == unit))
+        view::find(state.tree().iter().map(|(path, _)| path), &path).cloned()
     }
 
     /// Word of a control group that was made a moment ago may be on its way.

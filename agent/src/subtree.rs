@@ -1,5 +1,6 @@
 //! Where the control groups of a user are.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -155,6 +156,24 @@ impl Subtree {
         let text = text.strip_suffix('/').unwrap_or(text);
         let absolute = ControlGroupPath::from_wire(text).ok()?;
         self.relative(&[b"/", absolute.as_bytes()].concat())
+    }
+
+    /// The control groups that are there now, as far as they can be listed.
+    #[must_use]
+    pub fn control_groups(&self) -> BTreeSet<ControlGroupPath> {
+        let mut found = BTreeSet::new();
+        let mut stack = vec![ControlGroupPath::root()];
+        while let Some(path) = stack.pop() {
+            let Ok(entries) = std::fs::read_dir(self.directory(&path)) else {
+                continue;
+            };
+            let directories = entries
+                .flatten()
+                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+            stack.extend(directories.filter_map(|d| path.join(d.file_name().as_bytes()).ok()));
+            found.insert(path);
+        }
+        found
     }
 
     /// The control group root.

@@ -5,7 +5,7 @@ use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::path::ControlGroupPath;
 
 use crate::config::{Config, Means};
-use crate::policy::{Choice, Origin};
+use crate::policy::{Choice, Origin, unit_name};
 use crate::relay::Relay;
 use crate::state::State;
 use crate::subtree::Subtree;
@@ -46,6 +46,22 @@ pub fn judged(
         inForce: false,
         skipped: None,
     }
+}
+
+/// The one of these control groups that is meant by its path in the subtree, else by its own name, else by its unit's.
+#[must_use]
+pub fn find<'a>(
+    groups: impl Iterator<Item = &'a ControlGroupPath>,
+    meant: &ControlGroupPath,
+) -> Option<&'a ControlGroupPath> {
+    let by = |path: &'a ControlGroupPath| {
+        let name = path.name()?;
+        let names = [path.as_bytes(), name, unit_name(name)];
+        let by = names.iter().position(|name| *name == meant.as_bytes())?;
+        Some((by, path))
+    };
+    let first = groups.filter_map(by).min_by_key(|(by, _)| *by);
+    first.map(|(_, path)| path)
 }
 
 /// Why the helper passed over a control group, if it did.

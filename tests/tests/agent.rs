@@ -916,7 +916,9 @@ fn status_and_explain_tell_what_is_so_and_why() {
             errors.contains("systemctl --user enable --now cgtproxy-agent"),
             "{errors}"
         );
-        for what in ["app-any.scope", &pid] {
+        // What could be a file of the kernel's, as `io.github.Foo.service` could, has a `_` before it in cgroupfs.
+        let _escaped = alice.cgroup("app.slice/_io.github.Foo.service");
+        for what in ["app-any.scope", "io.github.Foo.service", &pid] {
             let (text, json) = explained(&alice, what);
             assert!(text.contains("goes through 'mihomo'"), "{text}");
             assert!(text.contains("cgtproxy-agent is not running"), "{text}");

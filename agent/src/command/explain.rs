@@ -103,15 +103,7 @@ fn relative(subtree: &Subtree, absolute: &[u8]) -> Result<ControlGroupPath, Erro
 fn ask(agent: &mut Agent, subtree: &Subtree, subject: &Subject) -> Result<ControlGroup, Error> {
     let name = match subject {
         Subject::Absolute(path) => subtree.to_wire(&relative(subtree, path)?),
-        Subject::Name(name) => match ControlGroupPath::from_bytes(name) {
-            Ok(path) => path.to_wire(),
-            Err(why) => {
-                let name = printable(&String::from_utf8_lossy(name));
-                return Err(Error::NotFound(format!(
-                    "'{name}' is no control group: {why}"
-                )));
-            }
-        },
+        Subject::Name(name) => named(name)?.to_wire(),
     };
     let arguments = Explain_Args {
         controlGroup: name.clone(),
@@ -119,10 +111,7 @@ fn ask(agent: &mut Agent, subtree: &Subtree, subject: &Subject) -> Result<Contro
     match agent.call::<_, Explain_Reply>("Explain", arguments) {
         Ok(reply) => Ok(reply.controlGroup),
         Err(CallError::Fault(fault)) if fault.name == "org.cgtproxy.Agent.ControlGroupNotFound" => {
-            let name = printable(&name);
-            Err(Error::NotFound(format!(
-                "there is no control group or unit '{name}'"
-            )))
+            Err(unknown(&name))
         }
         Err(error) => Err(Error::Call(error)),
     }
@@ -146,24 +135,23 @@ fn compute(
 
 /// Finds a path or a unit on disk.
 fn find(subtree: &Subtree, name: &[u8]) -> Result<ControlGroupPath, Error> {
-    let shown = printable(&String::from_utf8_lossy(name));
-    let wanted = ControlGroupPath::from_bytes(name)
-        .map_err(|why| Error::NotFound(format!("'{shown}' is no control group: {why}")))?;
-    if subtree.directory(&wanted).is_dir() {
-        return Ok(wanted);
-    }
-    let mut stack = vec![ControlGroupPath::root()];
-    while let Some(path) = stack.pop() {
-        if path.name() == Some(name) {
-            return Ok(path);
-        }
-        let directory = subtree.directory(&path);
-        let children = std::fs::read_dir(directory).into_iter().flatten().flatten();
-        let directories = children.filter(|c| c.file_type().is_ok_and(|t| t.is_dir()));
-        stack.extend(directories.filter_map(|c| path.join(c.file_name().as_bytes()).ok()));
-    }
-    let message = format!("there is no control group or unit '{shown}'");
-    Err(Error::NotFound(message))
+    let meant = named(name)?;
+    let groups = subtree.control_groups();
+    let found = view::find(groups.iter(), &meant);
+    found.cloned().ok_or_else(|| unknown(&meant.to_wire()))
+}
+
+/// What was typed as a path.
+fn named(name: &[u8]) -> Result<ControlGroupPath, Error> {
+    ControlGroupPath::from_bytes(name).map_err(|why| {
+        let name = printable(&String::from_utf8_lossy(name));
+        Error::NotFound(format!("'{name}' is no control group: {why}"))
+    })
+}
+
+fn unknown(name: &str) -> Error {
+    let name = printable(name);
+    Error::NotFound(format!("there is no control group or unit '{name}'"))
 }
 
 /// `system_policy`: root has a policy for the machine as well.

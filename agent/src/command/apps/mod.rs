@@ -5,7 +5,6 @@ mod shared;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
 
 use cgtproxy_proto::agent::{ControlGroup, GetStatus_Args, GetStatus_Reply};
@@ -96,22 +95,13 @@ fn ask(agent: &mut Agent, subtree: &Subtree) -> Result<Verdicts, Error> {
 /// What the configuration means for the control groups that there are.
 fn compute(arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> {
     let config = super::config(arguments)?;
-    let mut groups = Vec::new();
-    let mut stack = vec![ControlGroupPath::root()];
-    while let Some(path) = stack.pop() {
-        let Ok(entries) = std::fs::read_dir(subtree.directory(&path)) else {
-            continue;
-        };
-        let directories = entries
-            .flatten()
-            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        stack.extend(directories.filter_map(|d| path.join(d.file_name().as_bytes()).ok()));
+    let judged = |path: ControlGroupPath| {
         let given = config.rules.explain(&subtree.prefix(), &path);
         let given = given.as_ref().map(|(choice, giver)| (giver, choice));
         let group = view::judged(subtree, &path, given);
-        groups.push((path, group));
-    }
-    groups.sort_by(|(a, _), (b, _)| a.cmp(b));
+        (path, group)
+    };
+    let groups = subtree.control_groups().into_iter().map(judged).collect();
     let rules = config.rules.rules.iter();
     Ok(Verdicts {
         running: false,
