@@ -28,6 +28,17 @@ for (["user", 0x10000000], ["mount", 0x00020000], ["network", 0x40000000]) {
 }
 "#;
 
+/// Where a service has a file system of its own, or what is no file of the machine's.
+const PRIVATE: [&str; 7] = [
+    "/dev/pts",
+    "/dev/shm",
+    "/dev/hugepages",
+    "/dev/mqueue",
+    "/proc",
+    "/tmp",
+    "/var/tmp",
+];
+
 /// What came of it, by what was tried.
 pub struct Tried(BTreeMap<String, String>);
 
@@ -48,7 +59,7 @@ impl Tried {
     /// # Panics
     /// When that can't be done.
     #[track_caller]
-    pub fn by(system: &System, unit: &str) -> Self {
+    fn by(system: &System, unit: &str) -> Self {
         write(system);
         let [mmap, unshare] = numbers();
         let text = system.run(&["systemctl", "cat", "--no-pager", unit]);
@@ -112,7 +123,7 @@ impl Tried {
     /// # Panics
     /// When something was not.
     #[track_caller]
-    pub fn assert_refused(&self) {
+    fn assert_refused(&self) {
         for (what, how) in [
             // Neither the kernel's log nor what is no process's.
             ("open:/dev/kmsg", "ENOENT"),
@@ -133,11 +144,35 @@ impl Tried {
     }
 
     /// The places of mounts where a file could be made.
-    pub fn written(&self) -> BTreeSet<&str> {
+    fn written(&self) -> BTreeSet<&str> {
         let made = self.0.iter().filter(|(_, came)| *came == "ok");
         made.filter_map(|(what, _)| what.strip_prefix("create:"))
             .collect()
     }
+}
+
+/// Insists that a service can write to no file but those in its own directory in /run, in places that are private to it,
+/// and in these others, and that what nobody confined needs is refused. Returns what else was tried.
+///
+/// # Panics
+/// When it can.
+#[track_caller]
+pub fn assert_confined(system: &System, unit: &str, others: &[&str]) -> Tried {
+    let name = unit.trim_end_matches(".service");
+    let private = |place: &str| PRIVATE.contains(&place) || others.contains(&place);
+    let own = format!("/run/{name}");
+    let mounts = mounts(system, &system.property(unit, "MainPID"));
+    for (place, read_only) in &mounts {
+        let may = *read_only || Path::new(place).starts_with(&own) || private(place);
+        assert!(may, "{place} is not read-only: {mounts:?}");
+    }
+    let tried = Tried::by(system, unit);
+    tried.assert_refused();
+    let own = format!("/run/confined-{name}");
+    for place in tried.written() {
+        assert!(place == own || private(place), "{place}");
+    }
+    tried
 }
 
 fn write(system: &System) {
