@@ -37,7 +37,14 @@ const AGENT: &str = "cgtproxy-agent.service";
 const NOT_RUN: i32 = 125;
 
 /// System calls that take the place of others on 32-bit machines or with other C libraries.
-const TWINS: [&str; 5] = ["fstat", "fstat64", "fstatat64", "fstatfs64", "fcntl64"];
+const TWINS: [&str; 6] = [
+    "fstat",
+    "fstat64",
+    "fstatat64",
+    "fstatfs64",
+    "fcntl64",
+    "timerfd_settime64",
+];
 
 /// Prints the helper's answer to a call that is so long that what it is read into has to grow a good deal.
 const LONG_CALL: &str = r#"
@@ -543,8 +550,16 @@ fn sees_nothing_it_does_not_use(system: &System) {
     nothing_else_in(system, &pid, "", &roots);
     nothing_else_in(system, &pid, "/var", &["tmp", "lib"]);
     nothing_else_in(system, &pid, "/var/lib", &["sss"]);
-    let run = ["cgtproxy-helper", "systemd", "nslcd", "samba"];
+    let run = [
+        "cgtproxy-helper",
+        "systemd",
+        "userdb",
+        "host",
+        "nslcd",
+        "samba",
+    ];
     nothing_else_in(system, &pid, "/run", &run);
+    nothing_else_in(system, &pid, "/run/host", &["userdb"]);
     nothing_else_in(
         system,
         &pid,
@@ -698,8 +713,7 @@ fn whoever_comes_to_be_in_a_denied_group_is_denied() {
         let system = boot(sb);
         let (alice, bob) = (system.alice(), system.bob());
         system.run(&["groupadd", "unproxied"]);
-        let script = "mkdir -p /etc/cgtproxy && echo 'deny: {groups: [unproxied]}' >/etc/cgtproxy/helper.yaml";
-        system.run(&["sh", "-c", script]);
+        write_helpers_config(&system, "deny: {groups: [unproxied]}");
         enable(&system, alice, CONFIG);
         wait_in_force(&system, alice);
         system.run(&["usermod", "--append", "--groups", "unproxied", "cgt-bob"]);
@@ -713,11 +727,60 @@ fn whoever_comes_to_be_in_a_denied_group_is_denied() {
             "cgtproxy-agent",
         ];
         system.run_as(bob, &start);
-        wait_until("bob is told", || {
-            let output = system.output_as(bob, &["cgtproxy-agent", "status"]);
-            text(&output.stdout).contains("the administrator does not allow this user")
-        });
+        wait_until_denied(&system, bob);
         system.run(&["gpasswd", "--delete", "cgt-bob", "unproxied"]);
+        wait_in_force(&system, bob);
+    });
+}
+
+/// Waits until a user's agent has been told that it may not use the helper.
+#[track_caller]
+fn wait_until_denied(system: &System, user: &SystemUser) {
+    wait_until("the user is told", || {
+        let output = system.output_as(user, &["cgtproxy-agent", "status"]);
+        text(&output.stdout).contains("the administrator does not allow this user")
+    });
+}
+
+/// Starts a service under a user whom its service manager makes up, and who is known only to those who ask it: as with
+/// all services that know users, over a socket in /run/systemd/userdb.
+fn start_made_up(system: &System) {
+    let by = ["systemd-run", "--quiet", "--unit=made-up"];
+    let user = ["--property=DynamicUser=yes", "--property=User=made-up"];
+    let (sleep, config) = (["sleep", "infinity"], "proxy-users: [made-up]");
+    system.run(&[&by[..], &user, &sleep].concat());
+    write_helpers_config(system, config);
+}
+
+fn write_helpers_config(system: &System, text: &str) {
+    let script = "mkdir -p /etc/cgtproxy && printf '%s\\n' \"$1\" >/etc/cgtproxy/helper.yaml";
+    system.run(&["sh", "-c", script, "sh", text]);
+}
+
+#[test]
+fn users_and_groups_that_systemd_alone_knows_are_like_others() {
+    sandbox(|sb| {
+        let system = boot(sb);
+        let (alice, bob) = (system.alice(), system.bob());
+        start_made_up(&system);
+        let uid = system.run(&["id", "-u", "made-up"]);
+        let uid = uid.trim().parse().expect("a uid");
+        let _mihomo = sb.tproxy("mihomo").uid(uid).port(7890).start();
+        enable(&system, alice, CONFIG);
+        expect(sb, &desktop_app(&system, alice, "browser"), by("mihomo"));
+        // A group that is in a file of systemd's, and who is in it.
+        let script = "mkdir -p /run/userdb && cd /run/userdb &&
+                      echo '{\"groupName\": \"unproxied\", \"gid\": 60321}' >unproxied.group &&
+                      ln -s unproxied.group 60321.group && echo '{}' >cgt-bob:unproxied.membership";
+        system.run(&["sh", "-c", script]);
+        write_helpers_config(&system, "deny: {groups: [unproxied]}");
+        system.run(&["systemctl", "restart", HELPER]);
+        wait_in_force(&system, alice);
+        write_config(&system, bob, CONFIG);
+        let start = ["systemctl", "--user", "start", "--no-block", AGENT];
+        system.run_as(bob, &start);
+        wait_until_denied(&system, bob);
+        system.run(&["rm", "/run/userdb/cgt-bob:unproxied.membership"]);
         wait_in_force(&system, bob);
     });
 }
@@ -747,6 +810,7 @@ fn the_helper_may_make_no_system_call_that_it_does_not_make() {
         let alice = system.alice();
         let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
         enable(&system, alice, CONFIG);
+        start_made_up(&system);
         let dies_without = |entry: Option<&str>| {
             system.run(&["systemctl", "stop", "cgtproxy-helper.socket"]);
             wait_until("the agent knows", || {
@@ -754,11 +818,11 @@ fn the_helper_may_make_no_system_call_that_it_does_not_make() {
             });
             let without = entry.map(|entry| format!("SystemCallFilter=~{entry}"));
             let without = without.unwrap_or_default();
-            // What is not allowed kills, so that nothing is overlooked; but for what the dynamic linker looks for and
-            // does without.
+            // What is not allowed kills, so that nothing is overlooked; but for what the dynamic linker looks for, and
+            // libcap when nss-systemd is loaded, which both do without.
             let script = format!(
                 "mkdir -p /run/systemd/system/{HELPER}.d && printf '%s\\n' '[Service]' \
-                 'Restart=no' 'SystemCallErrorNumber=kill' 'SystemCallFilter=access faccessat' '{without}' \
+                 'Restart=no' 'SystemCallErrorNumber=kill' 'SystemCallFilter=access faccessat prctl' '{without}' \
                  >/run/systemd/system/{HELPER}.d/without.conf && systemctl daemon-reload && \
                  systemctl reset-failed {HELPER} cgtproxy-helper.socket && \
                  systemctl start cgtproxy-helper.socket && systemctl --no-block start {HELPER}"
