@@ -96,6 +96,7 @@ bench:
 		$(addprefix $(dir $(BENCHDIR))release/,cgtproxy-helper cgtproxy-agent cgtproxy-relay) \
 		$(addprefix $(dir $(BENCHDIR))tools/,cgtproxy-bench cgtproxy-testapp)
 	$(SUDO) $(BENCHDIR)/cgtproxy-bench --out $(BENCHDIR)/results $(BENCH)
+	$(if $(SUDO),$(SUDO) chown -R "$$(id -u):$$(id -g)" $(BENCHDIR)/results)
 
 # Unoptimised: link-time optimisation takes minutes, and nothing here is about speed.
 demo:
