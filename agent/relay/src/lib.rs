@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
+mod conntrack;
 mod copy;
 pub mod dns;
 pub mod fake;

@@ -403,7 +403,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
         IpAddr::V6(_) => TcpSocket::new_v6()?,
     };
     socket.bind(address)?;
-    tcp::set_options(&socket)?;
+    tcp::set_listener_options(&socket)?;
     socket.listen(BACKLOG)
 }
 

@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout};
 
+use crate::conntrack;
 use crate::copy;
 use crate::relay::Entry;
 use crate::target::Target;
@@ -22,6 +23,10 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 
 /// How long a connection may be silent before its ends are asked whether they are there still.
 const KEEPALIVE: Duration = Duration::from_secs(120);
+
+/// How long conntrack remembers a silent connection of which one side has ended, by the kernel's own default
+/// (net/netfilter/nf_conntrack_proto_tcp.c). One that is open it remembers for days.
+const CLOSE_WAIT: Duration = Duration::from_secs(60);
 
 /// Accepts connections until the proxy is gone.
 pub(crate) async fn run(listener: TcpListener, entry: Rc<Entry>) {
@@ -164,6 +169,19 @@ pub(crate) fn set_options(socket: impl AsFd) -> io::Result<()> {
     sockopt::set_tcp_nodelay(&socket, true)?;
     sockopt::set_socket_keepalive(&socket, true)?;
     sockopt::set_tcp_keepidle(&socket, KEEPALIVE)?;
+    Ok(())
+}
+
+/// The same for a listener whose connections are translated on their way here. One that conntrack has forgotten is not
+/// translated any more: what the application gets then comes from nobody it knows, and it answers with a reset. So each
+/// is asked twice in the time that one lasts of which either side has ended. The interval counts as well: it is the
+/// time from one question to the next, 75 seconds by default (tcp(7)).
+pub(crate) fn set_listener_options(listener: impl AsFd) -> io::Result<()> {
+    set_options(&listener)?;
+    let remembered = conntrack::timeout("tcp_timeout_close_wait", CLOSE_WAIT);
+    let often = (remembered / 2).clamp(Duration::from_secs(1), KEEPALIVE);
+    sockopt::set_tcp_keepidle(&listener, often)?;
+    sockopt::set_tcp_keepintvl(&listener, often)?;
     Ok(())
 }
 

@@ -17,6 +17,7 @@ use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::conntrack;
 use crate::original::{Original, Unknown};
 use crate::relay::Entry;
 use crate::socks;
@@ -73,16 +74,13 @@ struct Timeouts {
 
 impl Timeouts {
     fn load() -> Self {
-        let read = |name: &str, default| {
-            let path = format!("/proc/sys/net/netfilter/{name}");
-            let text = std::fs::read_to_string(path).unwrap_or_default();
-            let seconds = text.trim().parse().unwrap_or(default);
-            Duration::from_secs(seconds).saturating_sub(MARGIN)
-        };
         // The kernel's own defaults, where it tells nobody.
+        let read = |name, default| {
+            conntrack::timeout(name, Duration::from_secs(default)).saturating_sub(MARGIN)
+        };
         Self {
-            short: read("nf_conntrack_udp_timeout", 30),
-            long: read("nf_conntrack_udp_timeout_stream", 120),
+            short: read("udp_timeout", 30),
+            long: read("udp_timeout_stream", 120),
         }
     }
 }

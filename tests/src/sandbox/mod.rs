@@ -188,6 +188,18 @@ impl Sandbox {
         self.on_internet(&["echo", &format!("[::]:{port}")], at)
     }
 
+    /// A server with every address of the internet's, which hears what comes until that ends, is silent for so long, and
+    /// sends it back.
+    ///
+    /// # Panics
+    /// When it does not listen.
+    #[track_caller]
+    pub fn late_server(&self, port: u16, silence: std::time::Duration) -> Program {
+        let at = std::net::SocketAddr::new(INTERNET_V4, port);
+        let milliseconds = silence.as_millis().to_string();
+        self.on_internet(&["late", &format!("[::]:{port}"), &milliseconds], at)
+    }
+
     /// A server with every address of the internet's, which greets, ends that direction at once, and hears what comes
     /// until the other one ends. What that was is in its [log](Program::log); see [`App::hear_out`].
     ///

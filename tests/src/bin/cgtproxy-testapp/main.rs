@@ -25,11 +25,12 @@ mod traffic;
 mod watches;
 
 use std::ffi::OsString;
+use std::time::Duration;
 
 const USAGE: &str = "usage: cgtproxy-testapp sandbox CGROUP BIN-DIR CMD… | init BIN-DIR CMD… \
                      | launch CGROUP CMD… | boot CGROUP ROOT NOTIFY-SOCKET | boot-init ROOT NOTIFY-SOCKET \
                      | serve JSON | socks ADDRESS | http ADDRESS | speaker ADDRESS JSON \
-                     | echo ADDRESS | listener ADDRESS GREETING | app | starts JSON \
+                     | echo ADDRESS | late ADDRESS MILLISECONDS | listener ADDRESS GREETING | app | starts JSON \
                      | pipe SOCKET | watches PID COUNT | netlink PROTOCOL PORT";
 
 fn main() {
@@ -50,6 +51,13 @@ fn main() {
             speaker::serve(address.to_str().expect("an address"), &speech);
         }
         (Some("echo"), [address]) => speaker::echo(address.to_str().expect("an address")),
+        (Some("late"), [address, milliseconds]) => {
+            let milliseconds = milliseconds.to_str().and_then(|text| text.parse().ok());
+            speaker::late(
+                address.to_str().expect("an address"),
+                Duration::from_millis(milliseconds.expect("a number")),
+            );
+        }
         (Some("listener"), [address, greeting]) => speaker::listen(
             address.to_str().expect("an address"),
             greeting.to_str().expect("text"),

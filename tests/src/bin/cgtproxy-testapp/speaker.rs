@@ -3,6 +3,7 @@
 use std::io::{Result, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
+use std::time::Duration;
 
 use cgtproxy_tests::wire::{Afterwards, Speech};
 
@@ -36,6 +37,18 @@ pub(crate) fn echo(address: &str) {
             // A client that goes away in the middle is what tests do.
             let _ = std::io::copy(&mut from, &mut to);
             let _ = client.shutdown(Shutdown::Write);
+        });
+    }
+}
+
+/// Hears what comes until that ends, is silent for so long, sends it back, and ends.
+pub(crate) fn late(address: &str, silence: Duration) {
+    let listener = TcpListener::bind(address).expect("an address of the internet's");
+    for mut client in listener.incoming().flatten() {
+        thread::spawn(move || {
+            let count = bulk::receive(&mut client)?;
+            thread::sleep(silence);
+            bulk::send(&mut client, count)
         });
     }
 }

@@ -39,7 +39,7 @@ pub(super) fn hear_out(to: SocketAddr, greeting: &str, bytes: u64) -> Result<()>
 }
 
 /// Sends so many bytes, and ends that direction.
-fn send(stream: &mut TcpStream, bytes: u64) -> Result<()> {
+pub(crate) fn send(stream: &mut TcpStream, bytes: u64) -> Result<()> {
     let pattern = pattern();
     let mut left = bytes;
     while left > 0 {
