@@ -4,25 +4,25 @@
 //! flows of one socket share one association, so that the other ends of them all see it at one address.
 //! A flow to a name has an association of its own, since answers come from an address.
 
+mod association;
+
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::rc::{Rc, Weak};
+use std::net::SocketAddr;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
-use tokio::net::{TcpStream, UdpSocket};
-use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
+use tokio::net::UdpSocket;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, MissedTickBehavior, interval};
-use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::conntrack;
 use crate::original::{Original, Unknown};
 use crate::relay::Entry;
 use crate::socks;
 use crate::target::Target;
-use crate::upstream::{Error, Upstream};
+use association::{Association, Associations, Route};
 
 /// The largest datagram, and the largest header before one.
 const DATAGRAM: usize = 65_536;
@@ -171,9 +171,17 @@ impl Flow {
     /// Whether its association has ended.
     fn is_dead(&self) -> bool {
         match &*self.state.borrow() {
-            State::Ready { association, .. } => association.dead.get(),
+            State::Ready { association, .. } => association.is_dead(),
             _ => false,
         }
+    }
+
+    /// Notes that an answer has come.
+    fn answered(&self) {
+        if self.first_answer.get().is_none() {
+            self.first_answer.set(Some(Instant::now()));
+        }
+        self.touch();
     }
 
     fn send(&self, datagram: &[u8]) {
@@ -195,130 +203,10 @@ impl Drop for Flow {
             association, key, ..
         } = &*self.state.borrow()
         {
-            // Its successor's way may be there by now.
-            let mut routes = association.routes.borrow_mut();
-            if routes
-                .get(key)
-                .is_some_and(|route| std::ptr::eq(route.flow.as_ptr(), self))
-            {
-                routes.remove(key);
-            }
+            association.remove_route(*key, self);
         }
     }
 }
-
-/// What an answer needs to get back.
-#[derive(Debug, Clone)]
-struct Route {
-    listener: Rc<UdpSocket>,
-    client: SocketAddr,
-    flow: Weak<Flow>,
-}
-
-/// Answers by whom they come from; for a name, whoever that is.
-type Routes = Rc<RefCell<HashMap<Option<SocketAddr>, Route>>>;
-
-/// Somebody at the proxy who passes datagrams on. It ends when the last flow that uses it does.
-#[derive(Debug)]
-struct Association {
-    socket: Rc<UdpSocket>,
-    routes: Routes,
-    /// The proxy has ended it.
-    dead: Rc<Cell<bool>>,
-    _end: DropGuard,
-}
-
-impl Association {
-    async fn open(upstream: &Rc<Upstream>) -> Result<Rc<Self>, Error> {
-        let (control, relay) = upstream.associate().await?;
-        let down = |error: std::io::Error| Error::Down(error.to_string());
-        let any: SocketAddr = match relay {
-            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
-        };
-        let socket = Rc::new(UdpSocket::bind(any).await.map_err(down)?);
-        socket.connect(relay).await.map_err(down)?;
-        // Until the runtime has heard from the kernel, `try_send` would throw the first datagrams away.
-        socket.writable().await.map_err(down)?;
-        let end = CancellationToken::new();
-        let association = Rc::new(Self {
-            socket: socket.clone(),
-            routes: Routes::default(),
-            dead: Rc::default(),
-            _end: end.clone().drop_guard(),
-        });
-        let routes = association.routes.clone();
-        let dead = association.dead.clone();
-        tokio::task::spawn_local(async move {
-            tokio::select! {
-                () = answers(&socket, &routes) => {}
-                () = ended(control) => {}
-                () = end.cancelled() => {}
-            }
-            dead.set(true);
-        });
-        Ok(association)
-    }
-
-    /// Sends it, or not: it is a datagram.
-    fn send(&self, header: &[u8], datagram: &[u8]) {
-        let message = [header, datagram].concat();
-        if let Err(error) = self.socket.try_send(&message) {
-            tracing::trace!("a datagram was not sent: {error}");
-        }
-    }
-}
-
-/// Returns when the proxy ends the connection that stands for an association.
-async fn ended(mut control: TcpStream) {
-    let mut nothing = [0; 16];
-    while let Ok(1..) = control.read(&mut nothing).await {}
-}
-
-/// Brings answers back, for ever.
-async fn answers(socket: &UdpSocket, routes: &RefCell<HashMap<Option<SocketAddr>, Route>>) {
-    while socket.readable().await.is_ok() {
-        SHARED.with_borrow_mut(|buffer| {
-            // An error is what became of a datagram that was sent before.
-            let Ok(length) = socket.try_recv(buffer) else {
-                return;
-            };
-            let message = buffer.get(..length).unwrap_or_default();
-            let Some((from, payload)) = socks::parse_datagram(message) else {
-                return;
-            };
-            let route = {
-                let routes = routes.borrow();
-                let named = || routes.get(&None);
-                routes.get(&from).or_else(named).cloned()
-            };
-            let Some(route) = route else { return };
-            let Some(flow) = route.flow.upgrade() else {
-                return;
-            };
-            if let Err(error) = route.listener.try_send_to(payload, route.client) {
-                tracing::trace!("an answer was not sent: {error}");
-                return;
-            }
-            if flow.first_answer.get().is_none() {
-                flow.first_answer.set(Some(Instant::now()));
-            }
-            flow.touch();
-        });
-        tokio::task::coop::consume_budget().await;
-    }
-}
-
-/// The association that the flows of one socket share, made by the first of them. What comes of that holds for all who
-/// have waited: if each tried in its turn, a silent proxy would keep the last of them for as long as there are others.
-#[derive(Debug)]
-struct Slot {
-    upstream: Rc<Upstream>,
-    association: OnceCell<Result<Weak<Association>, Error>>,
-}
-
-/// The associations of all sockets.
-type Slots = Rc<RefCell<HashMap<SocketAddr, Rc<Slot>>>>;
 
 /// The flows of one listener, by the client that the kernel shows for each.
 type Flows = Rc<RefCell<HashMap<SocketAddr, Rc<Flow>>>>;
@@ -335,7 +223,7 @@ enum NotBegun {
 pub(crate) async fn run(listener: Rc<UdpSocket>, entry: Rc<Entry>) {
     let timeouts = Timeouts::load();
     let flows = Flows::default();
-    let slots = Slots::default();
+    let associations = Rc::new(Associations::default());
     let mut sweep = interval(SWEEP);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut counted = 0;
@@ -348,14 +236,14 @@ pub(crate) async fn run(listener: Rc<UdpSocket>, entry: Rc<Entry>) {
                 }
             }
             // Opening an association may take longer than the flow that wanted it lasts.
-            _ = sweep.tick(), if counted > 0 || !slots.borrow().is_empty() => {
+            _ = sweep.tick(), if counted > 0 || !associations.is_empty() => {
                 let now = Instant::now();
                 flows.borrow_mut().retain(|_, flow| flow.deadline.get() > now && !flow.is_dead());
-                forget(&slots);
+                associations.forget_unused();
             }
             () = entry.gone.cancelled() => return,
         }
-        receive(&listener, &entry, timeouts, &flows, &slots);
+        receive(&listener, &entry, timeouts, &flows, &associations);
         let others = entry.flows.get().saturating_sub(counted);
         counted = flows.borrow().len();
         entry.flows.set(others + counted);
@@ -369,7 +257,7 @@ fn receive(
     entry: &Rc<Entry>,
     timeouts: Timeouts,
     flows: &Flows,
-    slots: &Slots,
+    associations: &Rc<Associations>,
 ) {
     SHARED.with_borrow_mut(|buffer| {
         let Ok((length, client)) = listener.try_recv_from(buffer) else {
@@ -406,11 +294,12 @@ fn receive(
         });
         flow.touch();
         flows.borrow_mut().insert(client, flow.clone());
-        let (listener, entry, slots) = (listener.clone(), entry.clone(), slots.clone());
+        let (listener, entry) = (listener.clone(), entry.clone());
+        let associations = associations.clone();
         // Flows end with their listener, whatever is still on its way for them.
         let flows = Rc::downgrade(flows);
         tokio::task::spawn_local(async move {
-            match begin(&flow, &listener, &entry, &slots, client, lookup).await {
+            match begin(&flow, &listener, &entry, &associations, client, lookup).await {
                 Ok(()) => {}
                 // Another user may send any number of these, and takes nobody's room by that.
                 Err(NotBegun::Stranger) => {
@@ -473,7 +362,7 @@ async fn begin(
     flow: &Rc<Flow>,
     listener: &Rc<UdpSocket>,
     entry: &Rc<Entry>,
-    slots: &Slots,
+    associations: &Associations,
     client: SocketAddr,
     lookup: OwnedSemaphorePermit,
 ) -> Result<(), NotBegun> {
@@ -492,7 +381,7 @@ async fn begin(
     let (associated, key) = match &target {
         Target::Name(..) => (Association::open(&upstream).await, None),
         Target::Address(address) => {
-            let associated = shared(slots, original.source, &upstream).await;
+            let associated = associations.of(original.source, &upstream).await;
             (associated, Some(*address))
         }
     };
@@ -508,7 +397,7 @@ async fn begin(
         client,
         flow: Rc::downgrade(flow),
     };
-    association.routes.borrow_mut().insert(key, route);
+    association.add_route(key, route);
     let ready = State::Ready {
         association: association.clone(),
         header,
@@ -522,62 +411,6 @@ async fn begin(
     Ok(())
 }
 
-/// The association of one socket.
-async fn shared(
-    slots: &Slots,
-    source: SocketAddr,
-    upstream: &Rc<Upstream>,
-) -> Result<Rc<Association>, Error> {
-    let alive = |weak: &Weak<Association>| weak.upgrade().filter(|a| !a.dead.get());
-    loop {
-        let slot = {
-            let mut slots = slots.borrow_mut();
-            let over = slots.get(&source).is_some_and(|slot| {
-                let opened = slot.association.get();
-                let is_alive =
-                    |opened: &Result<_, _>| opened.as_ref().is_ok_and(|a| alive(a).is_some());
-                !Rc::ptr_eq(&slot.upstream, upstream) || opened.is_some_and(|o| !is_alive(o))
-            });
-            if over {
-                slots.remove(&source);
-            }
-            let fresh = || {
-                Rc::new(Slot {
-                    upstream: upstream.clone(),
-                    association: OnceCell::new(),
-                })
-            };
-            slots.entry(source).or_insert_with(fresh).clone()
-        };
-        // Kept by whoever opens it until there is a flow that uses it.
-        let mut opened = None;
-        let result = slot
-            .association
-            .get_or_init(|| async {
-                let association = Association::open(upstream).await?;
-                opened = Some(association.clone());
-                Ok(Rc::downgrade(&association))
-            })
-            .await;
-        let weak = result.as_ref().map_err(Clone::clone)?;
-        if let Some(association) = opened.or_else(|| alive(weak)) {
-            return Ok(association);
-        }
-    }
-}
-
-/// Forgets the associations that nobody uses or waits for.
-fn forget(slots: &Slots) {
-    slots.borrow_mut().retain(|_, slot| {
-        match slot.association.get() {
-            Some(Ok(association)) => association.strong_count() > 0,
-            Some(Err(_)) => false,
-            // Whoever waits for it has the slot too.
-            None => Rc::strong_count(slot) > 1,
-        }
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -585,28 +418,10 @@ mod tests {
     use crate::fake::Fakes;
     use crate::original::Originals;
     use crate::relay::{Relay, Shared, Wanted};
-    use crate::upstream::Protocol;
-    use tokio::io::AsyncWriteExt;
-    use tokio::net::TcpListener;
+    use crate::upstream::{Protocol, Upstream};
+    use std::rc::Weak;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::task::LocalSet;
-
-    /// A SOCKS5 server.
-    async fn server() -> (TcpListener, Rc<Upstream>) {
-        let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = server.local_addr().unwrap().port();
-        let host = "127.0.0.1".into();
-        let upstream = Upstream::new("own".into(), Protocol::Socks5, host, port, None);
-        (server, Rc::new(upstream))
-    }
-
-    /// A connection to it that has asked for an association.
-    async fn asked(server: &TcpListener) -> TcpStream {
-        let (mut control, _) = server.accept().await.unwrap();
-        control.read_exact(&mut [0; 3]).await.unwrap();
-        control.write_all(&[5, 0]).await.unwrap();
-        control.read_exact(&mut [0; 10]).await.unwrap();
-        control
-    }
 
     /// What a helper knows: where datagrams were sent, by the client that the kernel shows.
     type Known = Rc<RefCell<HashMap<SocketAddr, SocketAddr>>>;
@@ -677,7 +492,7 @@ mod tests {
         socket
     }
 
-    const TIMEOUTS: Timeouts = Timeouts {
+    pub(super) const TIMEOUTS: Timeouts = Timeouts {
         short: Duration::from_secs(30),
         long: Duration::from_secs(120),
     };
@@ -692,12 +507,12 @@ mod tests {
             let upstream = Upstream::new("own".into(), Protocol::Http, "there".into(), 1, None);
             let (entry, listener, application) = bed(2, originals, upstream).await;
             let client = application.local_addr().unwrap();
-            let (flows, slots) = (Flows::default(), Slots::default());
+            let (flows, associations) = (Flows::default(), Rc::default());
             let say = |to: &str| known.borrow_mut().insert(client, to.parse().unwrap());
             let flow = async || {
                 application.send(b"?").await.unwrap();
                 listener.readable().await.unwrap();
-                receive(&listener, &entry, TIMEOUTS, &flows, &slots);
+                receive(&listener, &entry, TIMEOUTS, &flows, &associations);
                 while entry.shared.lookups.available_permits() < 1 {
                     tokio::task::yield_now().await;
                 }
@@ -722,53 +537,6 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_flow_that_ends_takes_only_its_own_way_along() {
-        let test = async {
-            let (server, upstream) = server().await;
-            let attend = async {
-                let mut control = asked(&server).await;
-                let granted = [5, 0, 0, 1, 127, 0, 0, 1, 0, 9];
-                control.write_all(&granted).await.unwrap();
-                control
-            };
-            let (association, _control) = tokio::join!(Association::open(&upstream), attend);
-            let association = association.unwrap();
-            let listener = Rc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
-            let key = Some("192.0.2.1:1".parse().unwrap());
-            let permits = Arc::new(Semaphore::new(2));
-            let flow = || {
-                let flow = Rc::new(Flow {
-                    timeouts: TIMEOUTS,
-                    state: RefCell::new(State::Ready {
-                        association: association.clone(),
-                        header: Vec::new(),
-                        key,
-                    }),
-                    first_answer: Cell::new(None),
-                    original: Cell::new(None),
-                    asked: Cell::new(Instant::now()),
-                    deadline: Cell::new(Instant::now()),
-                    _permit: permits.clone().try_acquire_owned().unwrap(),
-                });
-                let route = Route {
-                    listener: listener.clone(),
-                    client: "127.0.0.1:1".parse().unwrap(),
-                    flow: Rc::downgrade(&flow),
-                };
-                association.routes.borrow_mut().insert(key, route);
-                flow
-            };
-            // The same destination, by another client port.
-            let (first, second) = (flow(), flow());
-            drop(first);
-            assert!(association.routes.borrow().contains_key(&key));
-            drop(second);
-            assert!(association.routes.borrow().is_empty());
-        };
-        LocalSet::new().run_until(test).await;
-    }
-
-    #[tokio::test]
     async fn strangers_take_no_room_of_flows() {
         const LIMIT: usize = 4;
         let test = async {
@@ -776,12 +544,12 @@ mod tests {
             let originals = helper(directory.path(), &Known::default());
             let upstream = Upstream::new("own".into(), Protocol::Http, "there".into(), 1, None);
             let (entry, listener, _) = bed(LIMIT, originals, upstream).await;
-            let (flows, slots) = (Flows::default(), Slots::default());
+            let (flows, associations) = (Flows::default(), Rc::default());
             for _ in 0..3 * LIMIT {
                 let stranger = socket_to(&listener).await;
                 stranger.send(b"?").await.unwrap();
                 listener.readable().await.unwrap();
-                receive(&listener, &entry, TIMEOUTS, &flows, &slots);
+                receive(&listener, &entry, TIMEOUTS, &flows, &associations);
                 assert_eq!(flows.borrow().len(), 1, "the helper is asked");
                 while !flows.borrow().is_empty() {
                     tokio::task::yield_now().await;
@@ -798,41 +566,12 @@ mod tests {
                 strangers.push(stranger);
             }
             while flows.borrow().len() < LIMIT / 2 {
-                receive(&listener, &entry, TIMEOUTS, &flows, &slots);
+                receive(&listener, &entry, TIMEOUTS, &flows, &associations);
             }
-            receive(&listener, &entry, TIMEOUTS, &flows, &slots);
+            receive(&listener, &entry, TIMEOUTS, &flows, &associations);
             assert_eq!(flows.borrow().len(), LIMIT / 2);
         };
         LocalSet::new().run_until(test).await;
-    }
-
-    #[tokio::test]
-    async fn the_first_datagram_of_an_association_is_sent() {
-        let (server, upstream) = server().await;
-        let relay = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let [high, low] = relay.local_addr().unwrap().port().to_be_bytes();
-        let attend = async {
-            let mut control = asked(&server).await;
-            let reply = [5, 0, 0, 1, 127, 0, 0, 1, high, low];
-            control.write_all(&reply).await.unwrap();
-            control
-        };
-        let both = async {
-            let (association, control) = tokio::join!(
-                async {
-                    let association = Association::open(&upstream).await.unwrap();
-                    association.send(b"header ", b"and datagram");
-                    association
-                },
-                attend
-            );
-            let mut buffer = [0; 64];
-            let arrived = tokio::time::timeout(Duration::from_secs(10), relay.recv(&mut buffer));
-            let length = arrived.await.unwrap().unwrap();
-            assert_eq!(&buffer[..length], b"header and datagram");
-            drop((association, control));
-        };
-        LocalSet::new().run_until(both).await;
     }
 
     /// Time stands still but for who waits for it.
@@ -842,12 +581,12 @@ mod tests {
             let originals = Originals::new("/nonexistent".into());
             let upstream = Upstream::new("own".into(), Protocol::Http, "there".into(), 1, None);
             let (entry, listener, application) = bed(1, originals, upstream).await;
-            let (flows, slots) = (Flows::default(), Slots::default());
+            let (flows, associations) = (Flows::default(), Rc::default());
             let mut attempts: Vec<(u64, Weak<Flow>)> = Vec::new();
             for second in 0..90 {
                 application.send(b"are you there?").await.unwrap();
                 listener.readable().await.unwrap();
-                receive(&listener, &entry, TIMEOUTS, &flows, &slots);
+                receive(&listener, &entry, TIMEOUTS, &flows, &associations);
                 let flow = flows.borrow().values().next().unwrap().clone();
                 if !attempts
                     .iter()
@@ -863,75 +602,6 @@ mod tests {
             }
             let seconds: Vec<_> = attempts.iter().map(|(second, _)| *second).collect();
             assert_eq!(seconds, [0, 30, 60]);
-        };
-        LocalSet::new().run_until(test).await;
-    }
-
-    #[tokio::test]
-    async fn an_association_is_kept_for_who_waits_for_it_or_uses_it() {
-        let test = async {
-            let (server, upstream) = server().await;
-            let slots = Slots::default();
-            let source = "127.0.0.1:1".parse().unwrap();
-            let kept = || {
-                forget(&slots);
-                slots.borrow().len()
-            };
-            let open = || shared(&slots, source, &upstream);
-            // Two flows of one socket, which learn of one attempt.
-            let attend = async {
-                let control = asked(&server).await;
-                assert_eq!(kept(), 1, "two wait");
-                drop(control);
-            };
-            let (first, second, ()) = tokio::join!(open(), open(), attend);
-            for failed in [first, second] {
-                assert!(matches!(failed, Err(Error::Ended)), "{failed:?}");
-            }
-            // Who comes afterwards begins anew, whether it has been forgotten meanwhile or not.
-            let attend = async {
-                let mut control = asked(&server).await;
-                let granted = [5, 0, 0, 1, 127, 0, 0, 1, 0, 9];
-                control.write_all(&granted).await.unwrap();
-                control
-            };
-            let (third, fourth, control) = tokio::join!(open(), open(), attend);
-            let (third, fourth) = (third.unwrap(), fourth.unwrap());
-            assert!(Rc::ptr_eq(&third, &fourth), "one for both");
-            drop(third);
-            assert_eq!(kept(), 1, "one is in use");
-            drop((fourth, control));
-            assert_eq!(kept(), 0);
-
-            let attend = async { drop(asked(&server).await) };
-            let (refused, ()) = tokio::join!(open(), attend);
-            assert!(matches!(refused, Err(Error::Ended)), "{refused:?}");
-            assert_eq!(kept(), 0, "nobody waits any more");
-            assert_eq!(Rc::strong_count(&upstream), 1);
-        };
-        LocalSet::new().run_until(test).await;
-    }
-
-    /// Time stands still but for who waits for it.
-    #[tokio::test(start_paused = true)]
-    async fn all_who_wait_for_a_silent_server_fail_when_the_first_does() {
-        let test = async {
-            // The kernel connects; nobody greets.
-            let (_server, upstream) = server().await;
-            let slots = Slots::default();
-            let source = "127.0.0.1:1".parse().unwrap();
-            let flows: Vec<_> = (0..50)
-                .map(|_| {
-                    let (slots, upstream) = (slots.clone(), upstream.clone());
-                    tokio::task::spawn_local(async move { shared(&slots, source, &upstream).await })
-                })
-                .collect();
-            let began = Instant::now();
-            for flow in flows {
-                let failed = flow.await.unwrap();
-                assert!(matches!(failed, Err(Error::Down(_))), "{failed:?}");
-            }
-            assert_eq!(began.elapsed().as_secs(), 10);
         };
         LocalSet::new().run_until(test).await;
     }
