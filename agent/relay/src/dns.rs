@@ -6,7 +6,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
 use std::time::Duration;
 
-use rustix::net::sockopt;
 use simple_dns::rdata::{A, AAAA, PTR, RData};
 use simple_dns::{CLASS, Name, OPCODE, Packet, PacketFlag, QTYPE, RCODE, ResourceRecord, TYPE};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -88,18 +87,18 @@ pub(crate) async fn run_udp(socket: Rc<UdpSocket>, entry: Rc<Entry>) {
 }
 
 /// Answers queries over TCP until the proxy is gone.
-pub(crate) async fn run_tcp(listener: TcpListener, entry: Rc<Entry>) {
+pub(crate) async fn run_tcp(listener: TcpListener, at: SocketAddr, entry: Rc<Entry>) {
     while let Some((stream, permit)) = tcp::accept(&listener, &entry).await {
         let entry = entry.clone();
         tokio::task::spawn_local(async move {
             let _permit = permit;
-            converse(stream, &entry).await;
+            converse(stream, at, &entry).await;
         });
     }
 }
 
-async fn converse(mut stream: TcpStream, entry: &Entry) {
-    if !was_redirected(&stream) {
+async fn converse(mut stream: TcpStream, at: SocketAddr, entry: &Entry) {
+    if tcp::original(&stream, at).is_none() {
         return reset(&stream);
     }
     // RFC 1035, 4.2.2: two bytes for the length.
@@ -129,16 +128,6 @@ async fn converse(mut stream: TcpStream, entry: &Entry) {
     {
         tracing::debug!("a DNS connection broke: {error}");
     }
-}
-
-/// Whether the connection was going elsewhere.
-fn was_redirected(stream: &TcpStream) -> bool {
-    let original: Option<SocketAddr> = match stream.local_addr() {
-        Ok(SocketAddr::V4(_)) => sockopt::ip_original_dst(stream).ok().map(Into::into),
-        Ok(SocketAddr::V6(_)) => sockopt::ipv6_original_dst(stream).ok().map(Into::into),
-        Err(_) => None,
-    };
-    original.is_some() && original != stream.local_addr().ok()
 }
 
 fn answer_for(entry: &Entry, query: &[u8]) -> Option<Vec<u8>> {

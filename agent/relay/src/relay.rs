@@ -295,15 +295,15 @@ impl Relay {
                 problem: RefCell::default(),
                 udp_problem: RefCell::default(),
             });
-            for listener in sockets.tcp {
-                tokio::task::spawn_local(tcp::run(listener, entry.clone()));
+            for (listener, at) in sockets.tcp {
+                tokio::task::spawn_local(tcp::run(listener, at, entry.clone()));
             }
             for socket in sockets.udp {
                 tokio::task::spawn_local(udp::run(Rc::new(socket), entry.clone()));
             }
             if let Some(dns) = dns {
-                for listener in dns.tcp {
-                    tokio::task::spawn_local(dns::run_tcp(listener, entry.clone()));
+                for (listener, at) in dns.tcp {
+                    tokio::task::spawn_local(dns::run_tcp(listener, at, entry.clone()));
                 }
                 for socket in dns.udp {
                     tokio::task::spawn_local(dns::run_udp(Rc::new(socket), entry.clone()));
@@ -345,7 +345,7 @@ impl Relay {
 #[derive(Debug)]
 struct Sockets {
     port: u16,
-    tcp: Vec<TcpListener>,
+    tcp: Vec<(TcpListener, SocketAddr)>,
     udp: Vec<UdpSocket>,
 }
 
@@ -375,12 +375,12 @@ impl Sockets {
         let v6 = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port);
         let mut sockets = Self {
             port,
-            tcp: vec![first],
+            tcp: vec![(first, v4)],
             udp: vec![bind_udp(v4)?],
         };
         match listen(v6) {
             Ok(listener) => {
-                sockets.tcp.push(listener);
+                sockets.tcp.push((listener, v6));
                 sockets.udp.push(bind_udp(v6)?);
             }
             // A machine without IPv6 sends none.

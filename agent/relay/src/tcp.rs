@@ -15,7 +15,6 @@ use tokio::time::{Instant, timeout};
 use crate::conntrack;
 use crate::copy;
 use crate::relay::Entry;
-use crate::target::Target;
 use crate::upstream::{self, Error, Stream};
 
 /// How long to wait after accept(2) failed.
@@ -29,9 +28,9 @@ const KEEPALIVE: Duration = Duration::from_secs(120);
 const CLOSE_WAIT: Duration = Duration::from_secs(60);
 
 /// Accepts connections until the proxy is gone.
-pub(crate) async fn run(listener: TcpListener, entry: Rc<Entry>) {
+pub(crate) async fn run(listener: TcpListener, at: SocketAddr, entry: Rc<Entry>) {
     while let Some((stream, permit)) = accept(&listener, &entry).await {
-        tokio::task::spawn_local(serve(stream, entry.clone(), permit));
+        tokio::task::spawn_local(serve(stream, at, entry.clone(), permit));
     }
 }
 
@@ -81,11 +80,16 @@ impl Drop for Counted<'_> {
     }
 }
 
-async fn serve(mut client: TcpStream, entry: Rc<Entry>, _permit: OwnedSemaphorePermit) {
+async fn serve(
+    mut client: TcpStream,
+    at: SocketAddr,
+    entry: Rc<Entry>,
+    _permit: OwnedSemaphorePermit,
+) {
     let _open = Counted::new(&entry.open);
     entry.count();
     let carried = tokio::select! {
-        carried = carry(&mut client, &entry) => carried,
+        carried = carry(&mut client, at, &entry) => carried,
         () = entry.gone.cancelled() => false,
     };
     if !carried {
@@ -94,8 +98,9 @@ async fn serve(mut client: TcpStream, entry: Rc<Entry>, _permit: OwnedSemaphoreP
 }
 
 /// Returns whether both sides ended the connection in order.
-async fn carry(client: &mut TcpStream, entry: &Entry) -> bool {
-    let Some(target) = target(client, entry) else {
+async fn carry(client: &mut TcpStream, at: SocketAddr, entry: &Entry) -> bool {
+    let target = original(client, at).and_then(|original| entry.target(original));
+    let Some(target) = target else {
         return false;
     };
     let upstream = entry.upstream();
@@ -149,18 +154,14 @@ async fn carry(client: &mut TcpStream, entry: &Entry) -> bool {
     carried.is_ok()
 }
 
-/// Where the application wanted to go; none if nobody sent the connection here.
-fn target(client: &TcpStream, entry: &Entry) -> Option<Target> {
-    let own = client.local_addr().ok()?;
-    let original: SocketAddr = match own {
+/// Where the application wanted to go that has come to a listener at this address; none if nobody sent the connection
+/// here: there is nothing to carry that on to.
+pub(crate) fn original(client: &TcpStream, at: SocketAddr) -> Option<SocketAddr> {
+    let original: SocketAddr = match at {
         SocketAddr::V4(_) => sockopt::ip_original_dst(client).ok()?.into(),
         SocketAddr::V6(_) => sockopt::ipv6_original_dst(client).ok()?.into(),
     };
-    // Somebody connected to the relay itself: there is nothing to carry that on to.
-    if own == original {
-        return None;
-    }
-    entry.target(original)
+    (original != at).then_some(original)
 }
 
 /// What is worth a packet to the sender is worth one here, and ends that are gone are found out. What is accepted at a
