@@ -67,14 +67,17 @@ enum Error {
 }
 
 impl Error {
-    /// Whether it will be so the next time: with this configuration, this kernel or these rights.
+    /// Whether it will be so the next time: with this configuration, this kernel, these rights or another helper.
     fn is_lasting(&self) -> bool {
         matches!(
             self,
             Self::Config(_)
                 | Self::Root(_)
                 | Self::Nftables(
-                    nft::Error::Socket(_) | nft::Error::NotCapable(_) | nft::Error::Base(_)
+                    nft::Error::Socket(_)
+                        | nft::Error::NotCapable(_)
+                        | nft::Error::Owned(_)
+                        | nft::Error::Base(_)
                 )
                 | Self::Route(_)
         )

@@ -181,6 +181,31 @@ fn a_helper_that_can_not_work_takes_nothing_out_of_force() {
     });
 }
 
+/// Nor does one that finds the table to be another's, who runs beside it.
+#[test]
+fn a_helper_beside_another_one_takes_its_time_to_give_up() {
+    sandbox(|sb| {
+        let installed = Installed::boot(sb, "own-table: true", |_| ());
+        let system = &installed.system;
+        let helper = "/usr/libexec/cgtproxy-helper --socket /run/another.sock";
+        let run = ["systemd-run", "--quiet", "--unit=another", "sh", "-c"];
+        system.run(&[&run[..], &[&format!("exec {helper}")]].concat());
+        wait_until("the other one has the table", || sb.has_table());
+        let start = Instant::now();
+        let started = system.output(&["systemctl", "start", HELPER]);
+        assert!(!started.status.success());
+        wait_until("it has been tried again", || {
+            let journal = system.journal(HELPER);
+            journal.matches("belongs to another process").count() > 1
+        });
+        assert!(start.elapsed() > Duration::from_secs(2));
+        system.run(&["systemctl", "stop", "another"]);
+        wait_until("it works", || {
+            system.property(HELPER, "ActiveState") == "active"
+        });
+    });
+}
+
 #[test]
 fn a_user_manager_that_is_started_again_has_its_policy_again() {
     sandbox(|sb| {
