@@ -470,8 +470,6 @@ impl Transaction<'_> {
                         .ct_mark_has(divert)
                         .leave()
                 },
-                // iif lo meta mark & MASK vmap @guard
-                &|rule| rule.iif_lo().meta_mark_vmap(mask, GUARD),
                 // What is diverted to nobody reaches nobody.
                 // iif lo meta mark & DIVERT != 0 drop
                 &|rule| rule.iif_lo().meta_mark_has(divert).drop(),
