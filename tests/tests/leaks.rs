@@ -8,6 +8,7 @@ use cgtproxy_tests::sandbox::{
     App, Outcome, Sandbox, Server, UPLINK, User, direct, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
+use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{self, Tcp, Udp};
 use serde_json::json;
 
@@ -144,6 +145,33 @@ fn the_end_of_a_forgotten_connection_does_not_leave() {
                 sb.settle();
                 sb.assert_nothing_left_for(to.ip());
             }
+        }
+    });
+}
+
+/// What an application has said before it closed its socket, or ended.
+#[test]
+fn what_a_closed_socket_still_has_to_say_reaches_the_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let (user, _app, _session, proxy) = proxied_app(sb);
+        let pid = proxy.pid().to_string();
+        // The test server takes its time with much.
+        let little =
+            "cd /proc/sys/net/ipv4; for f in tcp_rmem tcp_wmem; do echo 4096 65536 65536 >$f; done";
+        sb.run(&["sh", "-ec", little]);
+        for to in sb.destinations() {
+            let app = user.cgroup(APP).app();
+            sb.run(&["kill", "-STOP", &pid]);
+            app.hoard(to, 1);
+            drop(app);
+            let left = || sb.run(&["ss", "-Htn", "state", "fin-wait-1"]);
+            wait_until("the application has ended", || !left().is_empty());
+            sb.forget_connections();
+            // It has room again, and says so first.
+            sb.run(&["kill", "-CONT", &pid]);
+            wait_until("everything is said", || left().is_empty());
+            sb.assert_nothing_left_for(to.ip());
         }
     });
 }

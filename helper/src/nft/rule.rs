@@ -135,6 +135,13 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Lte, 1u8)
     }
 
+    /// `socket wildcard 0`: of the sender's socket on the way out, which is one of a connection or bound to an address.
+    /// Those by which the kernel speaks for no socket are neither.
+    pub(super) fn socket_has_address(self) -> Self {
+        self.with(&Socket::new(SocketKey::Wildcard, 0))
+            .compare(CmpOp::Eq, 0u8)
+    }
+
     /// `socket transparent { 0, 1 }`: there is a socket of whatever kind.
     pub(super) fn socket_exists(self) -> Self {
         self.with(&Socket::new(SocketKey::Transparent, 0))

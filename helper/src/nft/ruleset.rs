@@ -630,6 +630,12 @@ impl Transaction<'_> {
                 &|rule| rule.meta_mark_set(mask, 0),
                 // meta skuid >= 0 goto enforced, or sessions
                 &|rule| rule.skuid_known().goto(first),
+                // What a closed socket still has to say, which has no owner any more.
+                // socket wildcard 0 goto enforced, or sessions
+                &|rule| rule.socket_has_address().goto(first),
+                // Sockets of the kernel's own, to which other programs speak.
+                // meta l4proto udp return
+                &|rule| rule.l4proto(Protocol::Udp).leave(),
                 // What the kernel says by itself.
                 // drop
                 &|rule| rule.drop(),
