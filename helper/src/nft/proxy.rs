@@ -222,7 +222,10 @@ impl Transaction<'_> {
                     rule => take(rule, proxy, mask),
                 },
                 // What belongs to no connection can't be taken, and must not leave: the end of one that the kernel has
-                // forgotten (`ct state invalid`), or what another program has not tracked.
+                // forgotten (`ct state invalid`), or what another program has not tracked. In TCP, its connection may
+                // go on with the next packet.
+                // tcp flags ! syn drop
+                &|rule| rule.tcp_without_syn().drop(),
                 // meta l4proto tcp goto refuse
                 &|rule| rule.l4proto(Protocol::Tcp).goto(REFUSE),
                 // meta l4proto udp goto refuse
