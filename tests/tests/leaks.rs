@@ -67,16 +67,21 @@ fn answers_to_whom_the_proxy_has_brought_go_to_the_proxy() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
         let (_user, app, _session, proxy) = proxied_app(sb);
-        for to in sb.destinations() {
-            let peer = app.open_udp(to);
-            proxy.speak_first(to, peer.local());
-            for _ in 0..2 {
-                assert_eq!(peer.ask(), proxied("mihomo", to));
-                proxy.speak_first(to, peer.local());
-            }
-            sb.assert_nothing_left_for(to.ip());
-        }
+        answers_go_to_the_proxy(sb, &app, &proxy);
     });
+}
+
+#[track_caller]
+fn answers_go_to_the_proxy(sb: &Sandbox, app: &App, proxy: &Server) {
+    for to in sb.destinations() {
+        let peer = app.open_udp(to);
+        proxy.speak_first(to, peer.local());
+        for _ in 0..2 {
+            assert_eq!(peer.ask(), proxied("mihomo", to));
+            proxy.speak_first(to, peer.local());
+        }
+        sb.assert_nothing_left_for(to.ip());
+    }
 }
 
 /// The verdict is the application's at each packet: who is direct answers directly, whoever spoke first.
@@ -262,11 +267,21 @@ fn rules_that_restore_marks_do_no_harm() {
              type filter hook prerouting priority mangle; meta mark set ct mark; }; }",
         );
         {
-            let (_user, app, _session, _server) = proxied_app(sb);
+            let (_user, app, _session, proxy) = proxied_app(sb);
             for to in sb.destinations() {
                 for transport in TRANSPORTS {
                     assert_eq!(app.ask(transport, to), proxied("mihomo", to));
                 }
+            }
+            answers_go_to_the_proxy(sb, &app, &proxy);
+            // As CONNMARK does it, where they come after ours and before.
+            for order in ["-151", "-149"] {
+                sb.nft(&format!(
+                    "table inet uplinks {{ chain out {{ \
+                     type route hook output priority {order}; meta mark set ct mark; }}; }}"
+                ));
+                answers_go_to_the_proxy(sb, &app, &proxy);
+                sb.nft("delete table inet uplinks");
             }
         }
         let (_user, app, _session, _server) = redirected_app(sb);

@@ -556,6 +556,30 @@ impl Expression for PacketMark {
     }
 }
 
+/// The packet's priority for queueing (`skb->priority`) and register 1.
+pub(super) enum PacketPriority {
+    /// `meta priority`: loads it.
+    Load,
+    /// `meta priority set`: stores the register there.
+    Store,
+}
+
+impl Expression for PacketPriority {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        let attribute = match self {
+            Self::Load => sys::NFTNL_EXPR_META_DREG,
+            Self::Store => sys::NFTNL_EXPR_META_SREG,
+        };
+        expression(
+            c"meta",
+            &[
+                (sys::NFTNL_EXPR_META_KEY, libc::NFT_META_PRIORITY as u32),
+                (attribute, Register::Reg1.to_raw()),
+            ],
+        )
+    }
+}
+
 /// `meta skuid`: loads the packet's owner into the second four bytes of register 1 (`NFT_REG32_01`).
 pub(super) struct OwnerBehind;
 

@@ -343,7 +343,7 @@ fn a_table_and_its_base() {
             });
             found.has(&[
                 "cgtproxy",
-                "version-9-ff000000",
+                "version-10-ff000000",
                 "output",
                 "forward",
                 "proxy-uids",

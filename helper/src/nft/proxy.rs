@@ -158,13 +158,16 @@ impl Transaction<'_> {
             .into_iter()
             .filter(|(_, left_out)| !left_out)
         {
-            // ct mark & MASK == DIVERT meta l4proto PROTOCOL meta mark set meta mark & ~MASK | MARK accept, or goto refuse
+            // ct mark & MASK == DIVERT meta l4proto PROTOCOL meta priority set MARK meta mark set meta mark & ~MASK | DIVERT
+            //   accept, or goto refuse
             self.add_rules(
                 chain,
                 [&|rule| {
                     let rule = rule.ct_mark_is(mask, begun).l4proto(protocol);
                     match proxy.delivery {
-                        Delivery::Tproxy(_) => go_on(rule, proxy, mask),
+                        Delivery::Tproxy(_) => {
+                            to_proxy_of_answer(rule, proxy, mask, begun).accept()
+                        }
                         Delivery::Redirect(_) => rule.goto(REFUSE),
                     }
                 }],
@@ -370,6 +373,18 @@ fn go_on<'a>(rule: RuleBuilder<'a>, proxy: &Proxy, mask: u32) -> RuleBuilder<'a>
         // Nobody listens yet.
         Delivery::Redirect(None) => rule.goto(REFUSE),
     }
+}
+
+/// Says which proxy an answer goes to. Its mark stays that of its connection, whatever others' rules save or restore; and
+/// the connection has none of the proxy's, since its other end has not one proxy for good.
+pub(super) fn to_proxy_of_answer<'a>(
+    rule: RuleBuilder<'a>,
+    proxy: &Proxy,
+    mask: u32,
+    begun: u32,
+) -> RuleBuilder<'a> {
+    rule.priority_set(proxy.mark.value())
+        .meta_mark_set(mask, begun)
 }
 
 /// What becomes of the first packet of a connection that is to go to this proxy.

@@ -15,7 +15,7 @@ use crate::route::{Family, LOOPBACK_INDEX};
 
 use super::ffi::{
     ConntrackDirection, DestinationType, Found, Lookup, NetworkByteOrder, OwnerBehind, PacketMark,
-    TcpFlags, Tproxy,
+    PacketPriority, TcpFlags, Tproxy,
 };
 
 /// Protocol numbers of IPPROTO_TCP and IPPROTO_UDP (linux/in.h).
@@ -207,10 +207,9 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Neq, mark)
     }
 
-    /// `meta mark & MASK . meta skuid @SET`
-    pub(super) fn meta_mark_and_skuid_in(self, mask: u32, set: &CStr) -> Self {
-        self.with(&Meta::Mark { set: false })
-            .with(&Bitwise::new(mask, 0u32))
+    /// `meta priority . meta skuid @SET`
+    pub(super) fn priority_and_skuid_in(self, set: &CStr) -> Self {
+        self.with(&PacketPriority::Load)
             .with(&OwnerBehind)
             .with(&Lookup {
                 set,
@@ -234,6 +233,11 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Meta::Mark { set: false })
             .with(&Bitwise::new(mask, 0u32))
             .vmap(map)
+    }
+
+    /// `meta priority vmap @MAP`
+    pub(super) fn priority_vmap(self, map: &CStr) -> Self {
+        self.with(&PacketPriority::Load).vmap(map)
     }
 
     fn vmap(self, map: &CStr) -> Self {
@@ -284,6 +288,12 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Meta::Mark { set: false })
             .with(&Bitwise::new(!mask, mark))
             .with(&Meta::Mark { set: true })
+    }
+
+    /// `meta priority set PRIORITY`
+    pub(super) fn priority_set(self, priority: u32) -> Self {
+        self.with(&Immediate::new(priority, Register::Reg1))
+            .with(&PacketPriority::Store)
     }
 
     /// `iif lo`
@@ -468,10 +478,9 @@ impl<'a> RuleBuilder<'a> {
             .with(&Tproxy)
     }
 
-    /// `tproxy to :meta mark & MASK map @PORTS`, likewise.
-    pub(super) fn tproxy_by_meta_mark(self, mask: u32, ports: &CStr) -> Self {
-        self.with(&Meta::Mark { set: false })
-            .with(&Bitwise::new(mask, 0u32))
+    /// `tproxy to :meta priority map @PORTS`, likewise.
+    pub(super) fn tproxy_by_priority(self, ports: &CStr) -> Self {
+        self.with(&PacketPriority::Load)
             .with(&Lookup {
                 set: ports,
                 found: Found::Value,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-9-ff000000 { }              # the format of this table, and the mask of marks
+//!   chain version-10-ff000000 { }              # the format of this table, and the mask of marks
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
 //!   map marks   { type mark : verdict }       # a proxy's mark : goto proxy-1000-mihomo
@@ -88,7 +88,7 @@ use crate::peer::Uid;
 use crate::route::Family;
 
 /// How this table is laid out.
-const VERSION: u32 = 9;
+const VERSION: u32 = 10;
 pub(super) const CGROUPS: &CStr = c"cgroups";
 pub(super) const CHOICES: &CStr = c"choices";
 pub(super) const MARKS: &CStr = c"marks";
@@ -271,12 +271,12 @@ impl Transaction<'_> {
                         .goto(guard)
                 }],
             );
-            // meta l4proto PROTOCOL tproxy to :meta mark & MASK map @ports goto GUARD
+            // meta l4proto PROTOCOL tproxy to :meta priority map @ports goto GUARD
             self.add_rules(
                 answers,
                 [&|rule| {
                     rule.l4proto(protocol)
-                        .tproxy_by_meta_mark(mask, PORTS)
+                        .tproxy_by_priority(PORTS)
                         .goto(guard_answers)
                 }],
             );
@@ -314,10 +314,10 @@ impl Transaction<'_> {
             GUARD,
             [&|rule| rule.ct_mark_and_skuid_in(mask, OWNERS).leave()],
         );
-        // meta mark & MASK . meta skuid @owners return
+        // meta priority . meta skuid @owners return
         self.add_rules(
             GUARD_ANSWERS,
-            [&|rule| rule.meta_mark_and_skuid_in(mask, OWNERS).leave()],
+            [&|rule| rule.priority_and_skuid_in(OWNERS).leave()],
         );
         for chain in [GUARD_SYSTEM, GUARD_ANSWERS_SYSTEM] {
             for (first, last) in SYSTEM_UIDS {
@@ -396,13 +396,20 @@ impl Transaction<'_> {
                 // may give its packets any mark (SO_MARK), and another user's proxy would take them for that user's.
                 // iif lo ct mark & MASK vmap @deliver
                 &|rule| rule.iif_lo().ct_mark_vmap(mask, DELIVER),
-                // Answers to those for whom a proxy has spoken first have their own mark from the chain `answers` alone.
-                // iif lo ct mark & MASK == DIVERT ct direction reply meta mark & MASK vmap @deliver-answers
+                // What a proxy says to the application, as above, where it has spoken first.
+                // iif lo ct mark & MASK == DIVERT ct direction original return
                 &|rule| {
                     rule.iif_lo()
                         .ct_mark_is(mask, begun)
-                        .ct_direction_reply()
-                        .meta_mark_vmap(mask, DELIVER_ANSWERS)
+                        .ct_direction_original()
+                        .leave()
+                },
+                // Whose an answer to it is, the chain of the proxy has said.
+                // iif lo ct mark & MASK == DIVERT meta priority vmap @deliver-answers
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_mark_is(mask, begun)
+                        .priority_vmap(DELIVER_ANSWERS)
                 },
                 // What was translated, as above.
                 // iif lo ct mark & DIVERT != 0 ct status dnat return
@@ -625,7 +632,7 @@ impl Transaction<'_> {
             [
                 // ct direction original return
                 &|rule| rule.ct_direction_original().leave(),
-                // Nobody but the rules that follow says to whom it goes.
+                // Nobody but the rules that follow says whether it is diverted.
                 // meta mark set meta mark & ~MASK
                 &|rule| rule.meta_mark_set(mask, 0),
                 // meta skuid >= 0 goto enforced, or sessions
