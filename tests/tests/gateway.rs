@@ -298,6 +298,57 @@ fn open_connections_go_on_as_they_began() {
     });
 }
 
+/// As for what the machine's own applications answer.
+#[test]
+fn answers_to_whom_the_proxy_has_brought_go_to_the_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let proxy = sb.tproxy("company").uid(0).port(7890).start();
+        let app = sb.host_behind("lan0").app();
+        let mut root = Session::of(&sb.user(0));
+        divert(&mut root, &["lan0"], &company(), &json!([]));
+        let answers = |to: SocketAddr| {
+            let peer = app.open_udp(to);
+            proxy.speak_first(to, peer.local());
+            for _ in 0..2 {
+                assert_eq!(peer.ask(), proxied("company", to));
+                proxy.speak_first(to, peer.local());
+            }
+            sb.assert_nothing_left_for(to.ip());
+        };
+        for to in sb.destinations() {
+            answers(to);
+            let [udp, tcp] = [app.open_udp(to), app.open_tcp(to).expect("it is let out")];
+            for connection in [&udp, &tcp] {
+                assert_eq!(connection.ask(), proxied("company", to));
+            }
+            sb.forget_connections();
+            proxy.speak_first(to, udp.local());
+            proxy.speak_up();
+            for connection in [&udp, &tcp] {
+                assert_eq!(connection.ask(), proxied("company", to));
+            }
+            sb.assert_nothing_left_for(to.ip());
+        }
+        // They do not leave when the interface is not listed any more.
+        let to = sb.destinations()[1];
+        let peer = app.open_udp(to);
+        proxy.speak_first(to, peer.local());
+        divert(&mut root, &["lan1"], &company(), &json!([]));
+        assert_eq!(peer.ask(), Outcome::Refused);
+        sb.assert_nothing_left_for(to.ip());
+        // As wg-quick has it.
+        divert(&mut root, &["lan0"], &company(), &json!([]));
+        sb.nft(
+            "table inet wg-quick-wg0 { chain premangle { \
+             type filter hook prerouting priority mangle; meta mark set ct mark; }; }",
+        );
+        for to in sb.destinations() {
+            answers(to);
+        }
+    });
+}
+
 #[test]
 fn it_outlives_the_helper_is_restored_and_ends_with_the_session() {
     sandbox(|sb| {

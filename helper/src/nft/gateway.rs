@@ -7,7 +7,8 @@ use nftnl::MsgType;
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{Gateway, Layout, Proxy};
+use super::plan::{Delivery, Gateway, Layout, Proxy};
+use super::proxy::to_proxy_of_answer;
 use super::rule::Protocol;
 use super::ruleset::{DELIVER, DIVERT, FORWARDED, GATEWAY, INTERFACES};
 use super::transaction::Transaction;
@@ -28,13 +29,38 @@ impl Transaction<'_> {
     pub(super) fn gateway(&mut self, names: &Names, layout: &Layout) {
         self.gateway_chain();
         self.no_gateway();
-        self.open_forwarded_rules();
         let gateway = layout.gateway.as_ref();
-        if let Some((gateway, proxy)) =
-            gateway.and_then(|gateway| Some((gateway, layout.proxies.get(&gateway.proxy)?)))
-        {
+        let gateway =
+            gateway.and_then(|gateway| Some((gateway, layout.proxies.get(&gateway.proxy)?)));
+        if let Some((_, proxy)) = gateway {
+            self.forwarded_answer_rules(names, proxy);
+        }
+        self.open_forwarded_rules();
+        if let Some((gateway, proxy)) = gateway {
             self.new_forwarded_rules(names, layout, gateway, proxy);
         }
+    }
+
+    /// An answer to somebody for whom the TPROXY server has spoken first. One whose proxy is not there any more ends
+    /// in the forward chain.
+    fn forwarded_answer_rules(&mut self, names: &Names, proxy: &Proxy) {
+        if matches!(proxy.delivery, Delivery::Redirect(_)) {
+            return;
+        }
+        let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
+        // iifname @interfaces ct mark & MASK == DIVERT ct direction reply fib daddr type unicast
+        //   meta priority set MARK meta mark set meta mark & ~MASK | DIVERT goto deliver-answers-system
+        self.add_rules(
+            GATEWAY,
+            [&|rule| {
+                let rule = rule
+                    .iifname_in(INTERFACES)
+                    .ct_mark_is(mask, begun)
+                    .ct_direction_reply()
+                    .daddr_unicast();
+                to_proxy_of_answer(rule, proxy, mask, begun).goto(names.deliver_answers())
+            }],
+        );
     }
 
     fn open_forwarded_rules(&mut self) {

@@ -324,6 +324,14 @@ impl<'a> RuleBuilder<'a> {
         })
     }
 
+    /// `oifname @SET`
+    pub(super) fn oifname_in(self, set: &CStr) -> Self {
+        self.with(&Meta::OifName).with(&Lookup {
+            set,
+            found: Found::Key,
+        })
+    }
+
     /// `meta l4proto PROTOCOL`
     pub(super) fn l4proto(self, protocol: Protocol) -> Self {
         let number = match protocol {
@@ -436,6 +444,11 @@ impl<'a> RuleBuilder<'a> {
     /// `fib daddr type != unicast`
     pub(super) fn daddr_not_unicast(self) -> Self {
         self.with(&DestinationType).compare(CmpOp::Neq, UNICAST)
+    }
+
+    /// `fib daddr type unicast`
+    pub(super) fn daddr_unicast(self) -> Self {
+        self.with(&DestinationType).compare(CmpOp::Eq, UNICAST)
     }
 
     /// `meta skuid >= 0`: there is a socket, and somebody has it open.

@@ -80,7 +80,7 @@ use nftnl::{ChainType, Hook, MsgType};
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::{self, Names};
-use super::rule::Protocol;
+use super::rule::{Protocol, RuleBuilder};
 use super::shared::{LookedAt, Shared};
 use super::transaction::Transaction;
 use crate::mark::MarkRange;
@@ -585,28 +585,12 @@ impl Transaction<'_> {
                 },
                 // ct mark & DIVERT != 0 goto open
                 &|rule| rule.ct_mark_has(divert).goto(OPEN),
-                // A TPROXY server speaks for somebody whom the application has not spoken to, or not for long. In TCP, that
-                // is the middle of a connection that the kernel has forgotten; its beginning is another program's.
-                // ct status ! confirmed oif lo meta l4proto udp socket transparent 1 ct mark set ct mark & ~MASK | DIVERT return
-                &|rule| {
-                    rule.ct_unconfirmed()
-                        .oif_lo()
-                        .l4proto(Protocol::Udp)
-                        .socket_is_transparent()
-                        .ct_mark_set(mask, begun)
-                        .leave()
-                },
-                // ct status ! confirmed oif lo tcp flags ! syn socket transparent 1 ct mark set ct mark & ~MASK | DIVERT return
-                &|rule| {
-                    rule.ct_unconfirmed()
-                        .oif_lo()
-                        .tcp_without_syn()
-                        .socket_is_transparent()
-                        .ct_mark_set(mask, begun)
-                        .leave()
-                },
             ],
         );
+        self.begun_rules(|rule| rule.oif_lo());
+        if system {
+            self.begun_rules(|rule| rule.oifname_in(INTERFACES));
+        }
         let first = if system {
             // goto enforced
             self.add_rules(OUTPUT, [&|rule| rule.goto(ENFORCED)]);
@@ -665,6 +649,33 @@ impl Transaction<'_> {
                 // What the kernel says by itself.
                 // drop
                 &|rule| rule.drop(),
+            ],
+        );
+    }
+
+    /// A TPROXY server speaks for somebody whom the application has not spoken to, or not for long. In TCP, that is the
+    /// middle of a connection that the kernel has forgotten; its beginning is another program's.
+    fn begun_rules(&mut self, to: impl Fn(RuleBuilder<'_>) -> RuleBuilder<'_>) {
+        let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
+        self.add_rules(
+            OUTPUT,
+            [
+                // ct status ! confirmed TO meta l4proto udp socket transparent 1 ct mark set ct mark & ~MASK | DIVERT return
+                &|rule| {
+                    to(rule.ct_unconfirmed())
+                        .l4proto(Protocol::Udp)
+                        .socket_is_transparent()
+                        .ct_mark_set(mask, begun)
+                        .leave()
+                },
+                // ct status ! confirmed TO tcp flags ! syn socket transparent 1 ct mark set ct mark & ~MASK | DIVERT return
+                &|rule| {
+                    to(rule.ct_unconfirmed())
+                        .tcp_without_syn()
+                        .socket_is_transparent()
+                        .ct_mark_set(mask, begun)
+                        .leave()
+                },
             ],
         );
     }
