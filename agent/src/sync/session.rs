@@ -529,7 +529,11 @@ fn sentence(name: &str, fault: &Fault, closed: bool) -> String {
             "the helper holds no more than {} bytes of unfinished messages per user",
             number("limit")
         ),
-        "NoMarksLeft" => "all packet marks of the machine's range are in use".to_owned(),
+        "NoMarksLeft" => {
+            "all packet marks of the machine's range are in use; those of proxies that are renamed or \
+             replaced become free only when these are taken out first, or the agent is stopped and started"
+                .to_owned()
+        }
         "KernelRefused" => format!("the kernel refused the policy: {}", text("message")),
         "NoSession" => "the helper has ended the session".to_owned(),
         "org.varlink.service.PermissionDenied" => {
