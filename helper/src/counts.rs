@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use crate::cgroup::OwnedControlGroup;
 use crate::config::Limits;
 use crate::mark::MarkRange;
-use crate::nft::{self, Bypass, Element, Verdict};
+use crate::nft::{self, Bypass, Element, Enforced, Verdict};
 use crate::peer::Uid;
 use crate::registry::{PolicyRequest, Registry, Staged};
 use crate::session::assignments;
@@ -108,7 +108,7 @@ fn elements(numbers: impl Iterator<Item = usize>) -> BTreeMap<ControlGroupPath, 
         let element = Element {
             verdict: Verdict::Drop,
             hold: false,
-            enforced: false,
+            enforced: Enforced::Nothing,
         };
         let path = ControlGroupPath::from_wire(&scope(number)).unwrap();
         (path, element)

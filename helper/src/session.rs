@@ -24,7 +24,9 @@ use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
 use crate::guarded::Line;
 use crate::kernel::{Kernel, Linux};
-use crate::nft::{Delivery, DnsHijack, Element, Exceptions, Gateway, MarkWriter, Verdict};
+use crate::nft::{
+    Delivery, DnsHijack, Element, Enforced, Exceptions, Gateway, MarkWriter, Verdict,
+};
 use crate::peer::{Peer, Uid};
 use crate::quota::Connection;
 use crate::registry::{PolicyRequest, ProxyRequest, Refused};
@@ -422,20 +424,29 @@ pub(crate) fn assignments(
         let path = ControlGroupPath::from_wire(&assignment.controlGroup)
             .map_err(|_| invalid("controlGroup"))?;
         let proxy = assignment.proxy.map(|name| name.parse::<ProxyName>());
+        let undecided = assignment.undecided.unwrap_or(false);
+        if undecided && assignment.verdict != wire::Verdict::direct {
+            return Err(invalid("undecided"));
+        }
         let verdict = match (assignment.verdict, proxy) {
+            (wire::Verdict::direct, None) if undecided => Verdict::Released,
             (wire::Verdict::direct, None) => Verdict::Direct,
             (wire::Verdict::drop, None) => Verdict::Drop,
             (wire::Verdict::dropAll, None) => Verdict::DropAll,
             (wire::Verdict::proxy, Some(Ok(name))) => Verdict::Proxy(name),
             _ => return Err(invalid("proxy")),
         };
-        let enforced = assignment.enforce.unwrap_or(false);
-        if enforced && uid != Uid::ROOT {
-            return Err(invalid("enforce"));
-        }
+        let hold = assignment.hold.unwrap_or(false);
+        let enforced = match (assignment.enforce, assignment.enforceHold) {
+            (Some(true), _) if uid != Uid::ROOT => return Err(invalid("enforce")),
+            (_, Some(true)) if uid != Uid::ROOT => return Err(invalid("enforceHold")),
+            (Some(true), _) => Enforced::All,
+            (_, Some(true)) if hold => Enforced::Hold,
+            _ => Enforced::Nothing,
+        };
         let element = Element {
             verdict,
-            hold: assignment.hold.unwrap_or(false),
+            hold,
             enforced,
         };
         Ok((path, element))

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use cgtproxy_tests::sandbox::{
     App, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, direct, local, proxied, sandbox,
 };
-use cgtproxy_tests::session::{SOCKET, Session};
+use cgtproxy_tests::session::{SOCKET, Session, to_proxy};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport;
 use serde_json::{Value, json};
@@ -25,6 +25,16 @@ fn plain(path: &str, verdict: &str) -> Value {
 
 fn mihomo() -> Value {
     json!([{ "name": "mihomo", "port": 7890 }])
+}
+
+fn undecided(mut assignment: Value) -> Value {
+    assignment["undecided"] = json!(true);
+    assignment
+}
+
+fn before_users(mut assignment: Value) -> Value {
+    assignment["enforceHold"] = json!(true);
+    assignment
 }
 
 /// Whatever it sends, and wherever: not even to bypassed destinations, nor to this machine.
@@ -268,5 +278,122 @@ fn nothing_leaves_while_what_a_killed_helper_left_is_taken_over() {
         for to in to {
             sb.assert_nothing_left_for(to.ip());
         }
+    });
+}
+
+#[test]
+fn what_is_undecided_goes_the_machines_way() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _local = sb.service("local").port(9000).start();
+        let _company = sb.tproxy("mihomo").uid(0).port(7890).start();
+        let mut root = Session::of(&sb.user(0));
+        root.replace(mihomo(), json!([]), json!([to_proxy("", "mihomo")]));
+        let user = sb.user(1001);
+        let inner = user.cgroup(SLICE).app();
+        let child = user.cgroup(SCOPE).app();
+        let expect = |app: &App, outcome: fn(SocketAddr) -> Outcome| {
+            for to in sb.destinations() {
+                assert_eq!(app.udp(to), outcome(to));
+                assert_eq!(app.tcp(to), outcome(to));
+            }
+        };
+        let by_company = |to| proxied("mihomo", to);
+        let mut session = Session::of(&user);
+        let held = undecided(held(SLICE, "direct", None));
+        session.replace(json!([]), json!([]), json!([held]));
+        expect(&inner, by_company);
+        assert_held(sb, &child);
+        session.assign(json!([undecided(plain(SCOPE, "direct"))]));
+        expect(&child, by_company);
+        session.assign(json!([plain(SCOPE, "direct")]));
+        expect(&child, direct);
+        expect(&inner, by_company);
+        // It is the want of a verdict.
+        let wrong = json!({ "assign": [undecided(plain(SCOPE, "drop"))], "remove": [] });
+        let refusal = session.refusal("UpdateAssignments", wrong);
+        let parameter = json!({ "parameter": "assign[0].undecided" });
+        assert_eq!(refusal, ("InvalidParameter".to_owned(), parameter));
+        root.call("RemovePolicy", json!({}));
+        expect(&inner, direct);
+    });
+}
+
+#[test]
+fn the_machine_holds_before_its_users_have_a_say_if_it_says_so() {
+    sandbox(|sb| {
+        let config = "grace-seconds: 1\nown-table: false";
+        let mut helper = sb.helper().config(config).start();
+        let _local = sb.service("local").port(9000).start();
+        let user = sb.user(1001);
+        let child = user.cgroup(SCOPE).app();
+        let mut session = Session::of(&user);
+        session.replace(json!([]), json!([]), json!([plain("", "direct")]));
+        let free = |app: &App| {
+            for to in sb.destinations() {
+                assert_eq!(app.udp(to), direct(to));
+                assert_eq!(app.tcp(to), direct(to));
+            }
+        };
+        let machine = sb.user(0);
+        let slice = "user.slice/user-1001.slice/user@1001.service/app.slice";
+        let scope = format!("{slice}/app-a.scope");
+        let inner = user.cgroup(SLICE).app();
+        let mut root = Session::of(&machine);
+        // Users decide before it, or don't.
+        root.replace(json!([]), json!([]), json!([held("", "direct", None)]));
+        free(&child);
+        for verdict in ["direct", "drop", "dropAll"] {
+            let hold = before_users(held(slice, verdict, None));
+            root.replace(json!([]), json!([]), json!([hold]));
+            assert_held(sb, &child);
+            // Its own verdict is one that users decide before.
+            free(&inner);
+        }
+        root.assign(json!([plain(&scope, "drop")]));
+        free(&child);
+        root.call(
+            "UpdateAssignments",
+            json!({ "assign": [], "remove": [scope] }),
+        );
+        assert_held(sb, &child);
+        // The next helper reads it back: nothing changes for the agent that says it again.
+        let hold = before_users(held(slice, "dropAll", None));
+        for _ in 0..2 {
+            helper.kill();
+            assert_held(sb, &child);
+            helper.start_again();
+            assert_held(sb, &child);
+            session = Session::of(&user);
+            session.replace(json!([]), json!([]), json!([plain("", "direct")]));
+            root = Session::of(&machine);
+            root.replace(json!([]), json!([]), json!([hold.clone()]));
+            assert_held(sb, &child);
+            free(&inner);
+        }
+        // What others take away is put back.
+        sb.nft("flush ruleset");
+        wait_until("the table to be back", || sb.has_table());
+        assert_held(sb, &child);
+        free(&inner);
+        // An enforced verdict holds like that, and goes on to when it is released with its proxy.
+        let mut enforced = held(slice, "proxy", Some("mihomo"));
+        enforced["enforce"] = json!(true);
+        root.replace(mihomo(), json!([]), json!([enforced]));
+        assert_held(sb, &child);
+        drop(root);
+        wait_until("the machine's policy to be what is kept", || {
+            Session::of(&machine).status()["session"] == "kept"
+        });
+        assert_held(sb, &child);
+        free(&inner);
+        let mut root = Session::of(&machine);
+        root.replace(json!([]), json!([]), json!([]));
+        free(&child);
+        // Nobody else may.
+        let wrong = json!({ "assign": [before_users(plain(SCOPE, "drop"))], "remove": [] });
+        let refusal = session.refusal("UpdateAssignments", wrong);
+        let parameter = json!({ "parameter": "assign[0].enforceHold" });
+        assert_eq!(refusal, ("InvalidParameter".to_owned(), parameter));
     });
 }

@@ -97,8 +97,10 @@ mod tests {
                 controlGroup: path.into(),
                 verdict,
                 proxy: proxy.map(str::to_owned),
+                undecided: None,
                 hold: yes(hold),
                 enforce: yes(enforce),
+                enforceHold: None,
             };
         let meant = vec![
             meant("", Verdict::direct, None, false, false),

@@ -141,7 +141,7 @@ impl Table {
             };
             let replaced = elements.insert(cgroup.id(), told);
             assert_eq!(replaced, None, "added what is there");
-            if let Some(hold) = Hold::of(cgroup.level(), element) {
+            for hold in Hold::all_of(cgroup.level(), element) {
                 assert!(
                     layout.holds.contains(&hold),
                     "it leads to a chain that is not there"

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::ffi::Comment;
 use super::names::{self, ListNames, Names};
-use super::plan::{Element, Inherited, Known, Layout, LeftBehind, Stamp};
+use super::plan::{Element, Enforced, Inherited, Known, Layout, LeftBehind, Stamp};
 use super::shared::{Remnants, Shared};
 use super::socket::Dump;
 use super::verdicts::{holds_back, meaning};
@@ -72,8 +72,8 @@ struct Contents {
     proxies: BTreeMap<Uid, BTreeMap<ProxyName, Mark>>,
     /// Control groups and their numbers.
     cgroups: BTreeMap<Uid, Vec<(ControlGroupId, u32)>>,
-    /// Those of the system's policy whose verdict is not enforced.
-    free: BTreeSet<ControlGroupId>,
+    /// Those of the system's policy whose verdict is not enforced, and what of them is.
+    free: BTreeMap<ControlGroupId, Enforced>,
 }
 
 impl Contents {
@@ -106,7 +106,11 @@ impl Contents {
             let element = Element {
                 verdict,
                 hold: held.is_some(),
-                enforced: names.is_system() && !self.free.contains(&id),
+                enforced: match (names.is_system(), self.free.get(&id)) {
+                    (false, _) => Enforced::Nothing,
+                    (true, Some(enforced)) => *enforced,
+                    (true, None) => Enforced::All,
+                },
             };
             // What is held is one level deeper.
             let level = held.map_or(0, |level| level - 1);
@@ -206,10 +210,12 @@ impl Nftables {
             }
         }
         for found in self.elements(ruleset::ENFORCED)? {
-            if let (Value::Chain(chain), Some(id)) = (&found.value, found.id())
-                && Some(chain.as_str()) == ruleset::SESSIONS.to_str().ok()
-            {
-                contents.free.insert(id);
+            if let (Value::Chain(chain), Some(id)) = (&found.value, found.id()) {
+                if Some(chain.as_str()) == ruleset::SESSIONS.to_str().ok() {
+                    contents.free.insert(id, Enforced::Nothing);
+                } else if names::holds_before_users(chain) {
+                    contents.free.insert(id, Enforced::Hold);
+                }
             }
         }
         for map in [ruleset::CGROUPS, Names::of(Uid::ROOT).cgroups()] {

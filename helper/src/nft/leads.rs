@@ -100,10 +100,14 @@ impl Names {
         leads
     }
 
-    /// What leads to the chain of control groups below which everything is held.
+    /// What leads to the chain of control groups below which everything is held, but for these control groups.
     pub(super) fn lead_of_hold(&self, marks: MarkRange, layout: &Layout, hold: &Hold) -> Leads {
-        let number = of_hold(marks, layout, hold).to_ne_bytes().to_vec();
-        [((self.choices(), number), Lead::Goto(self.hold(hold)))].into()
+        let number = of_hold(marks, layout, hold);
+        let lead = |number: u32| {
+            let key = number.to_ne_bytes().to_vec();
+            ((self.choices(), key), Lead::Goto(self.hold(hold)))
+        };
+        number.map(lead).into_iter().collect()
     }
 
     /// That the user has a policy, and below which control group.

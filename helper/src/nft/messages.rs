@@ -16,8 +16,8 @@ use super::ffi::table_flags::{OWNER, PERSIST};
 use super::ffi::{Comment, Content, Element, KeyType};
 use super::names::Names;
 use super::plan::{
-    Before, Bypass, BypassList, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, Plan,
-    Proxy, Stamp, Verdict,
+    Before, Bypass, BypassList, Delivery, DnsHijack, Enforced, Exceptions, Gateway, Hold, Layout,
+    Plan, Proxy, Stamp, Verdict,
 };
 use super::shared::{Remnants, Shared};
 use super::transaction::Transaction;
@@ -226,6 +226,8 @@ pub(crate) fn layout(system: bool) -> Layout {
         levels: [0, 4, 5].into(),
         holds: verdicts
             .into_iter()
+            .map(Some)
+            .chain(system.then_some(None))
             .map(|verdict| Hold { level: 5, verdict })
             .collect(),
         enforced: system,
@@ -254,7 +256,11 @@ fn elements(count: u64) -> Vec<(OwnedControlGroup, super::plan::Element)> {
             let element = super::plan::Element {
                 verdict: verdict(id),
                 hold: id % 8 < 4,
-                enforced: id % 3 == 0,
+                enforced: match id % 3 {
+                    0 => Enforced::All,
+                    1 => Enforced::Hold,
+                    _ => Enforced::Nothing,
+                },
             };
             (OwnedControlGroup::for_test(1000 + id, 4), element)
         })
@@ -428,6 +434,7 @@ fn whole_lives_of_policies() {
             let whose = if system { "0-" } else { "" };
             found.has(&[&format!("hold-{whose}5-{verdict}")]);
         }
+        assert_eq!(found.strings.contains("hold-0-5-_users"), system);
         // Every kind of expression.
         found.has(&[
             "bitwise",

@@ -26,6 +26,9 @@ const PREFIXES: [&str; 7] = [
     HOLD_PREFIX,
 ];
 const HOLD_PREFIX: &str = "hold-";
+/// What is in the place of a verdict in the name of a chain that holds before users' own policies. No proxy's name
+/// begins like that.
+const BEFORE_USERS: &str = "_users";
 
 /// What the name of a bypass list's chain begins with.
 const DROP_PREFIX: &str = "drop-";
@@ -104,12 +107,13 @@ impl Names {
     /// nothing of any of them. No proxy can be named as another target is.
     pub(super) fn hold(&self, hold: &Hold) -> CString {
         let verdict = match &hold.verdict {
-            Verdict::Direct => "direct",
-            Verdict::Drop => "drop",
-            Verdict::DropAll => "drop-all",
-            Verdict::Proxy(proxy) => proxy.as_str(),
+            Some(Verdict::Direct) => "direct",
+            Some(Verdict::Drop) => "drop",
+            Some(Verdict::DropAll) => "drop-all",
+            Some(Verdict::Proxy(proxy)) => proxy.as_str(),
             // No proxy's name begins like that.
-            Verdict::Released => "_released",
+            Some(Verdict::Released) => "_released",
+            None => BEFORE_USERS,
         };
         let level = hold.level;
         if hold.is_common() && !self.is_system() {
@@ -209,6 +213,12 @@ pub(super) fn owner(chain: &str) -> Option<Uid> {
     Uid::from_name(uid)
 }
 
+/// Whether this chain holds before users' own policies.
+pub(super) fn holds_before_users(chain: &str) -> bool {
+    let rest = chain.strip_prefix(HOLD_PREFIX).unwrap_or_default();
+    rest.splitn(3, '-').nth(2) == Some(BEFORE_USERS)
+}
+
 /// Whose proxy's chain this is, and which proxy's.
 pub(super) fn proxy_of(chain: &str) -> Option<(Uid, ProxyName)> {
     let (uid, name) = chain.strip_prefix(PROXY_PREFIX)?.split_once('-')?;
@@ -229,6 +239,7 @@ mod tests {
             ("hold-1000-5-a-b", Some(1000)),
             ("hold-5-direct", None),
             ("hold-5-_released", None),
+            ("hold-0-5-_users", Some(0)),
             ("drop", None),
             ("drop-system", None),
             ("deliver-system", None),
@@ -238,6 +249,15 @@ mod tests {
             ("version-8", None),
         ] {
             assert_eq!(owner(chain), uid.map(Uid::for_test), "{chain}");
+        }
+        // A proxy may be called nearly so.
+        for (chain, holds) in [
+            ("hold-0-5-_users", true),
+            ("hold-0-5-a_users", false),
+            ("hold-0-5-5-_users", false),
+            ("sessions", false),
+        ] {
+            assert_eq!(holds_before_users(chain), holds, "{chain}");
         }
         let mihomo = "mihomo".parse().unwrap();
         let uid = Uid::for_test(1000);

@@ -27,9 +27,20 @@ pub enum Verdict {
     DropAll,
     /// TCP and UDP go to this proxy, which the layout has.
     Proxy(ProxyName),
-    /// They leave as if nothing were said about it nor about what it is in: what went to a proxy whose agent
-    /// is gone.
+    /// They leave as if nothing were said about it nor about what it is in: what no rule decides, where that
+    /// has to be said, and what went to a proxy whose agent is gone.
     Released,
+}
+
+/// What of an element users' own policies don't change. In the system's policy only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Enforced {
+    /// Nothing.
+    Nothing,
+    /// What it holds, but not its verdict.
+    Hold,
+    /// All of it.
+    All,
 }
 
 /// What is said about a control group.
@@ -39,8 +50,8 @@ pub struct Element {
     pub verdict: Verdict,
     /// Sockets in control groups below it that nothing is said about send nothing.
     pub hold: bool,
-    /// Users' own policies don't change it. In the system's policy only.
-    pub enforced: bool,
+    /// What of that users' own policies don't change.
+    pub enforced: Enforced,
 }
 
 impl Element {
@@ -57,7 +68,7 @@ impl From<Verdict> for Element {
         Self {
             verdict,
             hold: false,
-            enforced: false,
+            enforced: Enforced::Nothing,
         }
     }
 }
@@ -68,26 +79,44 @@ impl From<Verdict> for Element {
 pub struct Hold {
     /// The level of what is held: the one below these control groups.
     pub level: u32,
-    /// What happens to packets of these control groups' own sockets.
-    pub verdict: Verdict,
+    /// What happens to packets of these control groups' own sockets. None: users' own policies decide about them, and
+    /// then the system's.
+    pub verdict: Option<Verdict>,
 }
 
 impl Hold {
     /// Whether all users can have one chain for it: it leads to nothing of any of them.
     #[must_use]
     pub fn is_common(&self) -> bool {
-        !matches!(self.verdict, Verdict::Proxy(_))
+        !matches!(self.verdict, Some(Verdict::Proxy(_)))
     }
 
-    /// The chain that an element at `level` needs, if it needs one: where nothing leaves anyway there
-    /// is nothing to hold, and what is too deep for nftables is never told apart from its parent.
+    /// The chain that the number of an element at `level` leads to, if it needs one: where nothing leaves anyway
+    /// there is nothing to hold, and what is too deep for nftables is never told apart from its parent.
     #[must_use]
     pub fn of(level: u32, element: &Element) -> Option<Self> {
-        let wanted = element.hold && element.verdict != Verdict::DropAll && level < DEEPEST_LEVEL;
+        let leaves = element.verdict != Verdict::DropAll || element.enforced == Enforced::Hold;
+        let wanted = element.hold && leaves && level < DEEPEST_LEVEL;
         wanted.then(|| Self {
             level: level + 1,
-            verdict: element.verdict.clone(),
+            verdict: Some(element.verdict.clone()),
         })
+    }
+
+    /// The chain that such an element leads to before users' own policies, if it needs one for that.
+    #[must_use]
+    pub fn before_users(level: u32, element: &Element) -> Option<Self> {
+        let hold = Self::of(level, element).filter(|_| element.enforced == Enforced::Hold);
+        hold.map(|hold| Self {
+            verdict: None,
+            ..hold
+        })
+    }
+
+    /// All of these.
+    pub fn all_of(level: u32, element: &Element) -> impl Iterator<Item = Self> {
+        let chains = [Self::of(level, element), Self::before_users(level, element)];
+        chains.into_iter().flatten()
     }
 }
 
@@ -237,7 +266,7 @@ pub struct Layout {
     pub levels: BTreeSet<u32>,
     /// The chains for control groups below which everything is held.
     pub holds: BTreeSet<Hold>,
-    /// Whether any of those verdicts is enforced.
+    /// Whether anything of those is enforced.
     pub enforced: bool,
     /// Whether anything is dropped or held, or was when it last changed: then packets of open connections are looked
     /// at too.
@@ -250,7 +279,7 @@ pub struct Layout {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Looks<'a> {
     pub(super) levels: Cow<'a, BTreeSet<u32>>,
-    /// Those that are enforced, before all others.
+    /// What is enforced, before all others.
     pub(super) enforced: bool,
     /// Packets of open connections too.
     pub(super) holds_back: bool,

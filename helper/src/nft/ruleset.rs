@@ -50,6 +50,7 @@
 //!   chain redirect-1000-mihomo { … }  chain receive-1000-mihomo { … }   # if it is no TPROXY server
 //!   chain hold-1000-5-mihomo { … }            # control groups at level 4, below which all is held
 //!   chain hold-5-direct { … }                 # the same where all users can have one
+//!   chain hold-0-5-_users { … }               # what the system's policy holds before users' own have a say
 //! }
 //! ```
 //!

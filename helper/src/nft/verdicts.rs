@@ -15,7 +15,7 @@ use nftnl::MsgType;
 
 use super::ffi::{Comment, Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{self, Hold, Layout, Proxy, Verdict};
+use super::plan::{self, Enforced, Hold, Layout, Proxy, Verdict};
 use super::rule::RuleBuilder;
 use super::ruleset::{ENFORCED, SESSIONS, SYSTEM};
 use super::shared::Shared;
@@ -78,9 +78,10 @@ pub(super) fn holds_back(number: u32) -> bool {
     matches!(number & !0xff, DROP | DROP_ALL) || number & 0xff != 0
 }
 
-/// The number of control groups below which everything is held.
-pub(super) fn of_hold(marks: MarkRange, layout: &Layout, hold: &Hold) -> u32 {
-    of_verdict(marks, layout, &hold.verdict, Some(hold))
+/// The number of control groups below which everything is held, if it leads there.
+pub(super) fn of_hold(marks: MarkRange, layout: &Layout, hold: &Hold) -> Option<u32> {
+    let verdict = hold.verdict.as_ref()?;
+    Some(of_verdict(marks, layout, verdict, Some(hold)))
 }
 
 impl Transaction<'_> {
@@ -124,7 +125,10 @@ impl Transaction<'_> {
         let chain = names.hold(hold);
         self.add_chain(&chain);
         self.flush_chain(&chain);
-        let decided = decision(names, &hold.verdict);
+        let decided = match &hold.verdict {
+            Some(verdict) => decision(names, verdict),
+            None => Decision::Goto(SESSIONS.to_owned()),
+        };
         self.add_rules(
             &chain,
             [
@@ -195,11 +199,15 @@ impl Transaction<'_> {
         if names.is_system() {
             let mut map = self.set(ENFORCED, KeyType::ControlGroup, Content::Verdicts);
             for (cgroup, element) in verdicts {
-                let decided = match Hold::of(cgroup.level(), element) {
-                    // It may be in one whose verdict is enforced.
-                    _ if !element.enforced => Decision::Goto(SESSIONS.to_owned()),
+                let hold = match element.enforced {
+                    Enforced::All => Hold::of(cgroup.level(), element),
+                    _ => Hold::before_users(cgroup.level(), element),
+                };
+                let decided = match hold {
                     Some(hold) => Decision::Goto(names.hold(&hold)),
-                    None => decision(names, &element.verdict),
+                    None if element.enforced == Enforced::All => decision(names, &element.verdict),
+                    // It may be in one whose verdict is enforced.
+                    None => Decision::Goto(SESSIONS.to_owned()),
                 };
                 let element = match &decided {
                     Decision::Goto(chain) => Element::Goto(chain),

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
-use crate::nft::{Element, Hold, Layout, Verdict};
+use crate::nft::{Element, Enforced, Hold, Layout, Verdict};
 
 /// How many control groups need each part of a layout: a part is there while one does.
 #[derive(Debug, Clone, Default)]
@@ -17,19 +17,19 @@ pub(super) struct Census {
 impl Census {
     pub(super) fn add(&mut self, cgroup: OwnedControlGroup, element: &Element) {
         *self.levels.entry(cgroup.level()).or_default() += 1;
-        if let Some(hold) = Hold::of(cgroup.level(), element) {
+        for hold in Hold::all_of(cgroup.level(), element) {
             *self.holds.entry(hold).or_default() += 1;
         }
-        self.enforced += usize::from(element.enforced);
+        self.enforced += usize::from(element.enforced != Enforced::Nothing);
         self.holding_back += usize::from(element.holds_back());
     }
 
     pub(super) fn remove(&mut self, cgroup: OwnedControlGroup, element: &Element) {
         decrement(&mut self.levels, &cgroup.level());
-        if let Some(hold) = Hold::of(cgroup.level(), element) {
+        for hold in Hold::all_of(cgroup.level(), element) {
             decrement(&mut self.holds, &hold);
         }
-        self.enforced -= usize::from(element.enforced);
+        self.enforced -= usize::from(element.enforced != Enforced::Nothing);
         self.holding_back -= usize::from(element.holds_back());
     }
 
@@ -72,7 +72,7 @@ fn decrement<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) {
 }
 
 /// What the kernel is told of an element: a hold that holds nothing is none.
-fn told((cgroup, element): (OwnedControlGroup, &Element)) -> (&Verdict, Option<u32>, bool) {
+fn told((cgroup, element): (OwnedControlGroup, &Element)) -> (&Verdict, Option<u32>, Enforced) {
     let hold = Hold::of(cgroup.level(), element);
     (
         &element.verdict,

@@ -7,7 +7,7 @@ use super::change::Changes;
 use super::{Effect, Entry, Registry, Staged, stamp_of};
 use crate::cgroup::OwnedControlGroup;
 use crate::config::OnAgentLoss;
-use crate::nft::{Before, Element, Hold, Known, Layout, Plan, Verdict};
+use crate::nft::{Before, Element, Enforced, Hold, Known, Layout, Plan, Verdict};
 use crate::peer::Uid;
 
 /// What stays of a policy.
@@ -59,9 +59,11 @@ impl Registry {
             levels,
             holds: rest
                 .iter()
-                .filter_map(|(cgroup, element)| Hold::of(cgroup.level(), element))
+                .flat_map(|(cgroup, element)| Hold::all_of(cgroup.level(), element))
                 .collect(),
-            enforced: rest.iter().any(|(_, element)| element.enforced),
+            enforced: rest
+                .iter()
+                .any(|(_, element)| element.enforced != Enforced::Nothing),
             holds_back: true,
             ..Layout::clone(layout)
         });
@@ -106,7 +108,11 @@ fn released(elements: &[(OwnedControlGroup, Element)]) -> Vec<(OwnedControlGroup
             Verdict::Proxy(_) => Element {
                 verdict: Verdict::Released,
                 hold: element.hold,
-                enforced: false,
+                // What is held stays so.
+                enforced: match element.hold && element.enforced != Enforced::Nothing {
+                    true => Enforced::Hold,
+                    false => Enforced::Nothing,
+                },
             },
             _ => element.clone(),
         };

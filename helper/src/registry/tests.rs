@@ -9,7 +9,7 @@ use super::*;
 use crate::config::OnAgentLoss;
 use crate::kernel::model::Table;
 use crate::mark::Mark;
-use crate::nft::Hold;
+use crate::nft::{Enforced, Hold};
 use crate::snapshot::{Memory, Snapshot};
 
 /// Root's policy is the system's.
@@ -61,7 +61,7 @@ fn assert_consistent(registry: &Registry, table: &Table) {
         let holds: BTreeSet<_> = user
             .cgroups
             .values()
-            .filter_map(|(c, element)| Hold::of(c.level(), element))
+            .flat_map(|(c, element)| Hold::all_of(c.level(), element))
             .collect();
         assert_eq!(
             user.layout.holds, holds,
@@ -74,7 +74,9 @@ fn assert_consistent(registry: &Registry, table: &Table) {
         }
         assert_eq!(
             user.layout.enforced,
-            known.values().any(|element| element.enforced),
+            known
+                .values()
+                .any(|element| element.enforced != Enforced::Nothing),
             "the enforced verdicts are looked up while there are any"
         );
         assert!(
@@ -133,7 +135,7 @@ fn fate() -> impl Strategy<Value = Fate> {
 }
 
 fn call() -> impl Strategy<Value = Call> {
-    let assignments = || proptest::collection::vec((0u8..8, 0u8..6, 0u8..4), 0..8);
+    let assignments = || proptest::collection::vec((0u8..8, 0u8..6, 0u8..6), 0..8);
     prop_oneof![
         (
             proptest::collection::vec(0u8..4, 0..4),
@@ -199,7 +201,11 @@ fn elements(cgroups: Vec<(u8, u8, u8)>) -> BTreeMap<ControlGroupPath, Element> {
             let element = Element {
                 verdict: verdict(number),
                 hold: flags & 1 != 0,
-                enforced: flags & 2 != 0,
+                enforced: match flags {
+                    2 | 3 => Enforced::All,
+                    5 => Enforced::Hold,
+                    _ => Enforced::Nothing,
+                },
             };
             (path(cgroup), element)
         })

@@ -76,6 +76,8 @@ enum VerdictRecord {
     DropAll,
     Proxy(String),
     Released,
+    /// It is users' own policies' to say.
+    Users,
 }
 
 /// The record's bytes.
@@ -102,12 +104,13 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout) -> Vec<u8> {
             own: hijack.own,
         }),
     });
-    let verdict = |verdict: &Verdict| match verdict {
-        Verdict::Direct => VerdictRecord::Direct,
-        Verdict::Drop => VerdictRecord::Drop,
-        Verdict::DropAll => VerdictRecord::DropAll,
-        Verdict::Proxy(name) => VerdictRecord::Proxy(name.to_string()),
-        Verdict::Released => VerdictRecord::Released,
+    let verdict = |verdict: &Option<Verdict>| match verdict {
+        Some(Verdict::Direct) => VerdictRecord::Direct,
+        Some(Verdict::Drop) => VerdictRecord::Drop,
+        Some(Verdict::DropAll) => VerdictRecord::DropAll,
+        Some(Verdict::Proxy(name)) => VerdictRecord::Proxy(name.to_string()),
+        Some(Verdict::Released) => VerdictRecord::Released,
+        None => VerdictRecord::Users,
     };
     let record = Record {
         uid: uid.value(),
@@ -176,11 +179,12 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
     let mut holds = BTreeSet::new();
     for (level, verdict) in record.holds {
         let verdict = match verdict {
-            VerdictRecord::Direct => Verdict::Direct,
-            VerdictRecord::Drop => Verdict::Drop,
-            VerdictRecord::DropAll => Verdict::DropAll,
-            VerdictRecord::Proxy(name) => Verdict::Proxy(known(name)?),
-            VerdictRecord::Released => Verdict::Released,
+            VerdictRecord::Direct => Some(Verdict::Direct),
+            VerdictRecord::Drop => Some(Verdict::Drop),
+            VerdictRecord::DropAll => Some(Verdict::DropAll),
+            VerdictRecord::Proxy(name) => Some(Verdict::Proxy(known(name)?)),
+            VerdictRecord::Released => Some(Verdict::Released),
+            VerdictRecord::Users => None,
         };
         holds.insert(Hold { level, verdict });
     }

@@ -29,7 +29,7 @@ fn layout(level: u32) -> Layout {
         levels: BTreeSet::from([level]),
         holds: BTreeSet::from([Hold {
             level: level + 1,
-            verdict: Verdict::Drop,
+            verdict: Some(Verdict::Drop),
         }]),
         enforced: false,
         holds_back: false,

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::kernel::model::{Bed, Model};
-use crate::nft::{Bypass, Element, Verdict};
+use crate::nft::{Bypass, Element, Enforced, Verdict};
 
 #[derive(Debug, Clone)]
 enum Call {
@@ -40,7 +40,7 @@ fn elements(verdicts: Vec<bool>) -> BTreeMap<ControlGroupPath, Element> {
     let element = |drop| Element {
         verdict: if drop { Verdict::Drop } else { Verdict::Direct },
         hold: false,
-        enforced: false,
+        enforced: Enforced::Nothing,
     };
     let verdicts = verdicts.into_iter().enumerate();
     verdicts
