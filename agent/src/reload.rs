@@ -536,8 +536,8 @@ mod tests {
             source.config.rules.clone()
         };
         let (user, system) = (rules(Scope::User), rules(Scope::System));
-        assert!(user.relay && user.exec_slices.is_some());
-        assert!(!system.relay && system.exec_slices.is_none());
+        assert!(user.users && user.exec_slices.is_some());
+        assert!(!system.users && system.exec_slices.is_none());
     }
 
     #[tokio::test]

@@ -315,8 +315,9 @@ fn judge(state: &State, path: &ControlGroupPath, name: &str, target: &str) -> Ve
     let Some(group) = state.tree().get(path) else {
         return Verdict::Never(not_found(name));
     };
-    if *group.target != wanted && !(wanted == Target::Drop && *group.target == Target::DropAll) {
-        let parameters = json!({ "controlGroup": name, "target": group.target.name() });
+    let has = &group.verdict.target;
+    if *has != wanted && !(wanted == Target::Drop && *has == Target::DropAll) {
+        let parameters = json!({ "controlGroup": name, "target": has.name() });
         return Verdict::Never(Fault::new(wire_name(), "OtherTarget", parameters));
     }
     if state.in_force(path) {

@@ -169,12 +169,9 @@ impl State {
             .as_ref()
             .is_some_and(|a| Rc::ptr_eq(a, &self.source));
         let is_meant = match self.ledger.handling(path) {
-            Handling::By(element) => {
-                element.target == *view.target && element.enforce == view.enforce
-            }
+            Handling::By(element) => element.verdict == *view.verdict,
             Handling::Hold => false,
-            // With a policy for the machine, that is not the same as "direct".
-            Handling::Nothing => !view.ruled,
+            Handling::Nothing => *view.verdict == self.tree.rules().undecided(),
         };
         self.link == Link::Connected && current && is_meant
     }

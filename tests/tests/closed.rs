@@ -8,8 +8,11 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use cgtproxy_tests::agent::Agent;
-use cgtproxy_tests::sandbox::{Outcome, PORTS, Sandbox, User, direct, proxied, sandbox};
-use cgtproxy_tests::session::Session;
+use cgtproxy_tests::sandbox::{
+    App, Outcome, PORTS, Sandbox, Server, Service, User, direct, proxied, sandbox,
+};
+use cgtproxy_tests::session::{Session, to_proxy, verdict};
+use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::{Starts, StartsReport, Transport};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -174,7 +177,7 @@ fn a_connection_that_was_held_is_made_when_it_is_released() {
             let begun = Instant::now();
             let connecting = scope.spawn(|| early.burst(Transport::Tcp, to, 1));
             // The first packet has been sent, and dropped, when its socket is waiting for an answer.
-            cgtproxy_tests::wait::wait_until("a connection to be tried", || {
+            wait_until("a connection to be tried", || {
                 sb.run(&["ss", "-Htn", "state", "syn-sent"])
                     .contains(&PORTS[0].to_string())
             });
@@ -230,7 +233,7 @@ fn too_many_control_groups_stay_held_and_the_status_says_why() {
             })
             .collect();
         let mut agent = Agent::of(&user);
-        cgtproxy_tests::wait::wait_until("the agent to say so", || {
+        wait_until("the agent to say so", || {
             let problem = agent.status()["problem"].to_string();
             problem.contains("start: closed") && problem.contains("no more than 6")
         });
@@ -242,5 +245,185 @@ fn too_many_control_groups_stay_held_and_the_status_says_why() {
         // The helper holds what it took.
         let session = Session::of(&user).status();
         assert_eq!(session["session"], json!("active"));
+    });
+}
+
+/// The machine's policy: everything goes to a proxy, where nobody says otherwise.
+fn company(sb: &Sandbox) -> Session {
+    let mut root = Session::of(&sb.user(0));
+    root.replace(
+        json!([{ "name": "company", "port": 7891 }]),
+        json!([]),
+        json!([to_proxy("", "company")]),
+    );
+    root
+}
+
+#[track_caller]
+fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
+    for to in sb.destinations() {
+        assert_eq!(app.udp(to), outcome(to));
+        assert_eq!(app.tcp(to), outcome(to));
+    }
+}
+
+#[track_caller]
+fn expect_held(sb: &Sandbox, app: &App) {
+    for to in sb.destinations() {
+        assert!(app.udp(to).is_dropped());
+        assert!(app.tcp(to).is_dropped());
+        sb.assert_nothing_left_for(to.ip());
+    }
+}
+
+#[test]
+fn what_no_rule_decides_goes_the_machines_way_once_it_is_released() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _company = sb.tproxy("company").uid(0).port(7891).start();
+        let _root = company(sb);
+        let user = sb.user(1001);
+        let _agent = user.agent(CONFIG).start();
+        for path in ["app.slice", "app.slice/app-anything.scope"] {
+            let cgroup = user.cgroup(path);
+            let app = cgroup.app();
+            Agent::of(&user).wait_for_verdict(&cgroup, "direct");
+            expect(sb, &app, |to| proxied("company", to));
+        }
+        // Which is something else than what a rule has go direct.
+        let cgroup = user.cgroup("app.slice/app-direct.scope");
+        let app = cgroup.app();
+        Agent::of(&user).wait_for_verdict(&cgroup, "direct");
+        expect(sb, &app, direct);
+    });
+}
+
+#[test]
+fn what_goes_direct_by_a_rule_does_not_go_the_machines_way_first() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _company = sb.tproxy("company").uid(0).port(7891).start();
+        let _root = company(sb);
+        let user = sb.user(1001);
+        let config = "version: 1\nstart: closed\nrules: [{match: /app-direct, direct: true}]\n";
+        let agent = user.agent(config).start();
+        let pid = Pid::from_raw(agent.pid() as i32);
+        kill(pid, Signal::SIGSTOP).expect("it runs");
+        let cgroup = user.cgroup("app.slice/app-direct.scope");
+        let app = cgroup.app();
+        expect_held(sb, &app);
+        kill(pid, Signal::SIGCONT).expect("it is there");
+        Agent::of(&user).wait_for_verdict(&cgroup, "direct");
+        expect(sb, &app, direct);
+    });
+}
+
+/// The machine's agent, and a user whose own policy has everything go direct.
+struct Machine {
+    user: User,
+    agent: Service,
+    _session: Session,
+    _company: Server,
+    _helper: Service,
+}
+
+impl Machine {
+    fn start(sb: &Sandbox, rules: &str) -> Self {
+        let helper = sb.helper().start();
+        let company = sb.tproxy("company").uid(0).port(7891).start();
+        let user = sb.user(1001);
+        let mut session = Session::of(&user);
+        session.replace(json!([]), json!([]), json!([verdict("", "direct")]));
+        let config = format!(
+            "version: 1\nstart: closed\ntproxies: {{company: {{port: 7891}}}}\nrules: [{rules}]\n"
+        );
+        let agent = sb.user(0).agent(&config).argument("--system").start();
+        Self {
+            user,
+            agent,
+            _session: session,
+            _company: company,
+            _helper: helper,
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.agent.pid() as i32), signal).expect("it is there");
+    }
+
+    /// An application that starts while the agent stands still is held, though its user's own verdict is in the
+    /// kernel. What becomes of it then.
+    #[track_caller]
+    fn holds(&self, sb: &Sandbox, name: &str, then: impl Fn(SocketAddr) -> Outcome) {
+        self.signal(Signal::SIGSTOP);
+        let app = self.user.cgroup(format!("app.slice/{name}.scope")).app();
+        expect_held(sb, &app);
+        self.signal(Signal::SIGCONT);
+        wait_until("it to be decided about", || {
+            let [to, _] = sb.destinations();
+            app.udp(to) == then(to)
+        });
+        expect(sb, &app, then);
+    }
+}
+
+#[test]
+fn what_may_be_enforced_is_held_before_its_user_has_a_say() {
+    sandbox(|sb| {
+        let machine = Machine::start(
+            sb,
+            "{match: /app-taken, tproxy: company, enforce: true}, {match: /app-asked, tproxy: company}",
+        );
+        machine.holds(sb, "app-taken", |to| proxied("company", to));
+        // Whoever it turns out not to be about, too.
+        machine.holds(sb, "app-asked", direct);
+        machine.holds(sb, "app-other", direct);
+        // Who is there already is not held.
+        expect(sb, &machine.user.cgroup("app.slice").app(), direct);
+    });
+}
+
+#[test]
+fn what_is_enforced_and_what_is_not_are_not_the_same_verdict() {
+    sandbox(|sb| {
+        let machine = Machine::start(
+            sb,
+            "{match: /app-taken, tproxy: company, enforce: true}, {match: '', tproxy: company}",
+        );
+        machine.holds(sb, "app-taken", |to| proxied("company", to));
+        expect(sb, &machine.user.cgroup("app.slice").app(), direct);
+    });
+}
+
+#[test]
+fn what_its_user_decides_again_is_held_until_that_is_so() {
+    sandbox(|sb| {
+        let machine = Machine::start(
+            sb,
+            "{match: /app-free, tproxy: company}, {match: '', tproxy: company, enforce: true}",
+        );
+        machine.holds(sb, "app-free", direct);
+        let slice = machine.user.cgroup("app.slice").app();
+        expect(sb, &slice, |to| proxied("company", to));
+    });
+}
+
+#[test]
+fn what_nothing_is_enforced_about_is_its_users() {
+    sandbox(|sb| {
+        let machine = Machine::start(sb, "{match: /app-asked, tproxy: company}");
+        machine.signal(Signal::SIGSTOP);
+        for name in ["app-asked", "app-other"] {
+            let app = machine.user.cgroup(format!("app.slice/{name}.scope")).app();
+            expect(sb, &app, direct);
+        }
+        // Who has no policy is held.
+        let other = sb.user(1002).cgroup("app.slice/app-asked.scope").app();
+        expect_held(sb, &other);
+        machine.signal(Signal::SIGCONT);
+        wait_until("it to be decided about", || {
+            let [to, _] = sb.destinations();
+            other.udp(to) == proxied("company", to)
+        });
     });
 }

@@ -1,6 +1,10 @@
 //! What the helper makes of `hold`: nothing leaves from control groups that nothing is said about.
 
-#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 

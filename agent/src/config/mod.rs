@@ -132,7 +132,7 @@ impl Config {
             fake_addresses: FakeAddresses::default(),
             bypass: Vec::new(),
             rules: Rc::new(Rules {
-                relay: users,
+                users,
                 exec_slices: users.then(|| ExecSlices::new([])),
                 rules: Vec::new(),
                 start: Start::Open,

@@ -50,10 +50,14 @@ impl ExecSlices {
         found.cloned()
     }
 
-    /// Whether a control group below this one may be in a slice of these with another verdict.
+    /// Whether a control group below this one may be in a slice of these with such a verdict.
     #[must_use]
-    pub fn may_differ_below(&self, path: &ControlGroupPath, target: &Target) -> bool {
-        let mut others = self.0.iter().filter(|(_, other)| *other != target);
+    pub fn may_come_below(
+        &self,
+        path: &ControlGroupPath,
+        is_such: impl Fn(&Target) -> bool,
+    ) -> bool {
+        let mut others = self.0.iter().filter(|(_, other)| is_such(other));
         match Place::of(path) {
             Place::Above => others.next().is_some(),
             Place::Beside => false,
@@ -203,7 +207,8 @@ mod tests {
         ] {
             let path = ControlGroupPath::from_wire(path).unwrap();
             let target = one.find(&path).unwrap_or(Target::Direct);
-            let found = [&one, &nested].map(|slices| slices.may_differ_below(&path, &target));
+            let found = [&one, &nested]
+                .map(|slices| slices.may_come_below(&path, |other| *other != target));
             assert_eq!(found, differs, "{path:?}");
         }
     }

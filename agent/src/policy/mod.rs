@@ -85,22 +85,70 @@ pub struct Choice {
     pub origin: Origin,
 }
 
+/// What becomes of a control group's packets, its own verdict or an inherited one. The kernel makes a difference
+/// between two of them if they are not equal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// What happens to them.
+    pub target: Target,
+    /// Users' own policies don't change it. In the system's policy only.
+    pub enforce: bool,
+    /// No rule says so: they go direct if the system's policy does not say otherwise. In users' own policies only,
+    /// for nothing comes after the system's.
+    pub undecided: bool,
+}
+
+impl Verdict {
+    /// What a rule says.
+    fn by_rule(target: Target, enforce: bool) -> Self {
+        Self {
+            target,
+            enforce,
+            undecided: false,
+        }
+    }
+
+    /// What has to be held until it is known which of the two it is.
+    fn hold_for(&self, other: &Self) -> Hold {
+        if self == other {
+            Hold::None
+        } else if self.enforce || other.enforce {
+            Hold::Enforced
+        } else {
+            Hold::Plain
+        }
+    }
+}
+
+/// What sends nothing below a control group: what nothing is said about, since it could be decided otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hold {
+    /// Nothing is held: it has the verdict of what it is in.
+    None,
+    /// It is held; in the system's policy unless a user's own decides.
+    Plain,
+    /// It is held whatever users' own policies say. In the system's policy only.
+    Enforced,
+}
+
 /// What the kernel is told about a control group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Element {
     /// The verdict of its own sockets, and of those below it if nothing is held.
-    pub target: Target,
-    /// Below it, what nothing is said about sends nothing: it could be decided otherwise.
-    pub hold: bool,
-    /// Users' own policies don't change it. In the system's policy only.
-    pub enforce: bool,
+    pub verdict: Verdict,
+    /// What is held below it.
+    pub hold: Hold,
 }
 
 impl fmt::Display for Element {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let hold = if self.hold { "+hold" } else { "" };
-        let enforce = if self.enforce { "+enforce" } else { "" };
-        write!(f, "{}{hold}{enforce}", self.target)
+        let hold = match self.hold {
+            Hold::None => "",
+            Hold::Plain => "+hold",
+            Hold::Enforced => "+enforced-hold",
+        };
+        let enforce = if self.verdict.enforce { "+enforce" } else { "" };
+        write!(f, "{}{hold}{enforce}", self.verdict.target)
     }
 }
 
@@ -128,9 +176,9 @@ pub struct Rule {
 /// All that decides about verdicts.
 #[derive(Debug, Clone, Default)]
 pub struct Rules {
-    /// Whether the relay's unit goes direct before all else: in users' own policies. Anybody can give a control group
-    /// its name, which must not get anybody out of what root's policy enforces.
-    pub relay: bool,
+    /// Whether they are a user's own, and not the system's. In users' own the relay's unit goes direct before all else:
+    /// anybody can give a control group its name, which must not get anybody out of what root's policy enforces.
+    pub users: bool,
     /// Stand before the rules; none if they are switched off.
     pub exec_slices: Option<ExecSlices>,
     /// In the order of the file; the first that matches decides.
@@ -144,7 +192,7 @@ impl Rules {
     /// `prefix`, with a slash before each component, from the control group root.
     #[must_use]
     pub fn choose(&self, prefix: &[u8], path: &ControlGroupPath) -> Option<Choice> {
-        if self.relay && path.name() == Some(RELAY_UNIT.as_bytes()) {
+        if self.users && path.name() == Some(RELAY_UNIT.as_bytes()) {
             return Some(Choice {
                 target: Target::Direct,
                 origin: Origin::Relay,
@@ -174,35 +222,54 @@ impl Rules {
             })
     }
 
-    /// Whether a control group below this one, whose effective verdict is `target`, may have another one.
-    /// Says yes when in doubt.
+    /// The verdict of what no rule is about.
     #[must_use]
-    pub fn may_differ_below(
-        &self,
-        prefix: &[u8],
-        path: &ControlGroupPath,
-        target: &Target,
-    ) -> bool {
+    pub fn undecided(&self) -> Verdict {
+        Verdict {
+            target: Target::Direct,
+            enforce: false,
+            undecided: self.users,
+        }
+    }
+
+    /// What has to be held below a control group with this effective verdict: what may have another one. When in
+    /// doubt, it may.
+    ///
+    /// That the relay may come does not count. It may come anywhere, so that everything would be held.
+    #[must_use]
+    pub fn hold_below(&self, prefix: &[u8], path: &ControlGroupPath, verdict: &Verdict) -> Hold {
+        let hold_for = |target: &Target, enforce| {
+            let other = Verdict::by_rule(target.clone(), enforce);
+            verdict.hold_for(&other)
+        };
         if let Some(slices) = &self.exec_slices {
-            if slices.may_differ_below(path, target) {
-                return true;
+            let differs = |target: &Target| hold_for(target, false) != Hold::None;
+            if slices.may_come_below(path, differs) {
+                return Hold::Plain;
             }
             if slices.find(path).is_some() {
-                return false;
+                return Hold::None;
             }
         }
         let subject = Subject::new(prefix, path);
+        let most = if self.users {
+            Hold::Plain
+        } else {
+            Hold::Enforced
+        };
+        let mut hold = Hold::None;
         for rule in &self.rules {
-            match (rule.selector.below(&subject), rule.target == *target) {
-                (Below::Nothing, _) => {}
-                // Nothing gets past it.
-                (Below::Everything, same) => return !same,
-                (Below::Something, true) => {}
-                (Below::Something, false) => return true,
+            let below = rule.selector.below(&subject);
+            if below != Below::Nothing {
+                hold = hold.max(hold_for(&rule.target, rule.enforce));
+            }
+            // Nothing gets past it, or what does makes no difference any more.
+            if below == Below::Everything || hold == most {
+                break;
             }
         }
         // What no rule matches inherits.
-        false
+        hold
     }
 
     /// Verdict of a control group, and whose own verdict it is, without any [`Tree`].

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use cgtproxy_proto::path::ControlGroupPath;
 
-use super::{Choice, Element, Rules, Start, Target};
+use super::{Choice, Element, Hold, Rules, Start, Verdict};
 
 /// One control group.
 #[derive(Debug, Clone)]
@@ -15,8 +15,6 @@ struct Group {
     own: Option<Choice>,
     /// The effective verdict, and what becomes of what is below.
     decided: Element,
-    /// Whether a rule has decided that, and not the lack of one.
-    ruled: bool,
     /// Whether it must be in the kernel: the parent hands down something else, or nothing at all.
     mapped: bool,
 }
@@ -37,11 +35,7 @@ pub struct View<'a> {
     /// Its own verdict; none if it inherits.
     pub own: Option<&'a Choice>,
     /// Its effective verdict.
-    pub target: &'a Target,
-    /// Whether users' own policies don't change it.
-    pub enforce: bool,
-    /// Whether a rule has decided that, and not the lack of one.
-    pub ruled: bool,
+    pub verdict: &'a Verdict,
     /// Whether it is part of the cover.
     pub element: bool,
 }
@@ -50,9 +44,7 @@ impl Group {
     fn view(&self) -> View<'_> {
         View {
             own: self.own.as_ref(),
-            target: &self.decided.target,
-            enforce: self.decided.enforce,
-            ruled: self.ruled,
+            verdict: &self.decided.verdict,
             element: self.mapped,
         }
     }
@@ -217,29 +209,22 @@ impl Tree {
 /// `above` is the parent; none for the root.
 fn judge(rules: &Rules, prefix: &[u8], path: &ControlGroupPath, above: Option<&Group>) -> Group {
     let own = rules.choose(prefix, path);
-    let given = above.is_some_and(|above| above.ruled);
     let above = above.map(|above| &above.decided);
-    let inherited = above.map_or(&Target::Direct, |above| &above.target);
-    let target = own.as_ref().map_or(inherited, |choice| &choice.target);
-    let handed_down = above.is_some_and(|above| above.enforce);
-    let enforce = own.as_ref().map_or(handed_down, |choice| choice.enforce);
-    let ruled = given || own.is_some();
-    let held = above.is_some_and(|above| above.hold);
-    // Where nothing can differ from the parent, nothing can differ from its child.
-    let hold = rules.start == Start::Closed
-        && (held || above.is_none())
-        && rules.may_differ_below(prefix, path, target);
-    // Where no rule decides, the system's policy does: the first that says 'direct' is not the same.
-    let mapped = held || hold || ruled != given || target != inherited || enforce != handed_down;
-    let decided = Element {
-        target: target.clone(),
-        hold,
-        enforce,
+    let inherited = above.map_or_else(|| rules.undecided(), |above| above.verdict.clone());
+    let verdict = match &own {
+        Some(choice) => Verdict::by_rule(choice.target.clone(), choice.enforce),
+        None => inherited.clone(),
     };
+    let held = above.is_some_and(|above| above.hold != Hold::None);
+    // Where nothing can differ from the parent, nothing can differ from its child.
+    let hold = match rules.start == Start::Closed && (held || above.is_none()) {
+        true => rules.hold_below(prefix, path, &verdict),
+        false => Hold::None,
+    };
+    let mapped = held || hold != Hold::None || verdict != inherited;
     Group {
         own,
-        decided,
-        ruled,
+        decided: Element { verdict, hold },
         mapped,
     }
 }
@@ -251,7 +236,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::policy::{ExecSlices, Pattern, Rule, Selector};
+    use crate::policy::{ExecSlices, Pattern, Rule, Selector, Target};
 
     const PREFIX: &[u8] = b"/user.slice/user-1000.slice/user@1000.service";
 
@@ -262,7 +247,7 @@ mod tests {
     fn rules(list: &[(&str, Target)]) -> Rc<Rules> {
         Rc::new(Rules {
             start: Start::Open,
-            relay: false,
+            users: true,
             exec_slices: None,
             rules: list
                 .iter()
@@ -354,27 +339,28 @@ mod tests {
     }
 
     prop_compose! {
-            fn any_rules()(
-                patterns in proptest::collection::vec(("[ab/.^$-]{0,4}|cgtproxy|slice\\$|\\.\\*", 0u8..10), 0..6),
-                exec in any::<bool>(),
-                closed in any::<bool>(),
-            ) -> Rc<Rules> {
-                let proxies = [Rc::new("a".parse().unwrap()), Rc::new("b".parse().unwrap())];
-                Rc::new(Rules {
-                    start: if closed { Start::Closed } else { Start::Open },
-                    relay: false,
-                    exec_slices: exec.then(|| ExecSlices::new(&proxies)),
-                    rules: patterns
-                        .into_iter()
-                        .filter_map(|(pattern, number)| Some(Rule {
-                            selector: Selector::Match(Pattern::new(&pattern).ok()?),
-                            target: target(number),
-    enforce: number >= 5,
-                        }))
-                        .collect(),
-                })
-            }
+        fn any_rules()(
+            patterns in proptest::collection::vec(("[ab/.^$-]{0,4}|cgtproxy|slice\\$|\\.\\*", 0u8..10), 0..6),
+            users in any::<bool>(),
+            exec in any::<bool>(),
+            closed in any::<bool>(),
+        ) -> Rc<Rules> {
+            let proxies = [Rc::new("a".parse().unwrap()), Rc::new("b".parse().unwrap())];
+            Rc::new(Rules {
+                start: if closed { Start::Closed } else { Start::Open },
+                users,
+                exec_slices: (users && exec).then(|| ExecSlices::new(&proxies)),
+                rules: patterns
+                    .into_iter()
+                    .filter_map(|(pattern, number)| Some(Rule {
+                        selector: Selector::Match(Pattern::new(&pattern).ok()?),
+                        target: target(number),
+                        enforce: !users && number >= 5,
+                    }))
+                    .collect(),
+            })
         }
+    }
 
     #[derive(Debug, Clone)]
     enum Event {
@@ -396,33 +382,38 @@ mod tests {
         ]
     }
 
-    /// The rules as a person would read them: the verdict and whether it is enforced, if there is one.
-    fn plain_reading(rules: &Rules, path: &ControlGroupPath) -> Option<(Target, bool)> {
-        match rules.choose(PREFIX, path) {
-            Some(choice) => Some((choice.target, choice.enforce)),
-            None => plain_reading(rules, &path.parent()?),
+    /// The rules as a person would read them.
+    fn plain_reading(rules: &Rules, path: &ControlGroupPath) -> Verdict {
+        match (rules.choose(PREFIX, path), path.parent()) {
+            (Some(choice), _) => Verdict::by_rule(choice.target, choice.enforce),
+            (None, Some(parent)) => plain_reading(rules, &parent),
+            (None, None) => rules.undecided(),
         }
     }
 
-    /// The same, without the difference between no verdict and 'direct'.
-    fn verdict(given: Option<(Target, bool)>) -> (Target, bool) {
-        given.unwrap_or((Target::Direct, false))
-    }
-
-    /// What the kernel does with a cover: the deepest element decides. None if it holds the packets.
+    /// What the kernel does with a cover: the deepest element decides.
     fn kernel(
+        rules: &Rules,
         cover: &BTreeMap<ControlGroupPath, Element>,
         path: &ControlGroupPath,
-    ) -> Option<Option<(Target, bool)>> {
+    ) -> Element {
         let mut at = path.clone();
         loop {
             if let Some(element) = cover.get(&at) {
-                let free = !element.hold || at == *path;
-                return free.then(|| Some((element.target.clone(), element.enforce)));
+                let mut element = element.clone();
+                if at == *path {
+                    element.hold = Hold::None;
+                }
+                return element;
             }
             match at.parent() {
                 Some(parent) => at = parent,
-                None => return Some(None),
+                None => {
+                    return Element {
+                        verdict: rules.undecided(),
+                        hold: Hold::None,
+                    };
+                }
             }
         }
     }
@@ -464,31 +455,27 @@ mod tests {
             let cover: BTreeMap<_, _> = tree.cover().map(|(p, t)| (p.clone(), t.clone())).collect();
             for p in &exist {
                 let meant = plain_reading(&rules, p);
-                let held = kernel(&cover, p);
-                prop_assert_eq!(held.clone().map(verdict), Some(verdict(meant.clone())), "{:?}", p);
-                prop_assert_eq!(tree.get(p).unwrap().target, &verdict(meant.clone()).0);
-                let given = tree.giver(p).map(|(_, c)| (c.target.clone(), c.enforce));
-                prop_assert_eq!(&given, &meant);
-                if rules.start == Start::Open {
-                    // No verdict is not 'direct', about which the system's policy has nothing to say.
-                    prop_assert_eq!(held, Some(meant));
+                let has = kernel(&rules, &cover, p);
+                prop_assert_eq!(&has.verdict, &meant, "{:?}", p);
+                prop_assert_eq!(has.hold, Hold::None, "{:?}", p);
+                prop_assert_eq!(tree.get(p).unwrap().verdict, &meant);
+                let given = tree.giver(p).map(|(_, c)| Verdict::by_rule(c.target.clone(), c.enforce));
+                prop_assert_eq!(given.unwrap_or_else(|| rules.undecided()), meant);
+                if rules.start == Start::Open && let Some(element) = cover.get(p) {
                     // Minimal: what the parent hands down is never said again.
-                    let above = p.parent().and_then(|up| kernel(&cover, &up).flatten());
-                    if let Some(element) = cover.get(p) {
-                        prop_assert_ne!(Some((element.target.clone(), element.enforce)), above);
-                        prop_assert!(!element.hold);
-                    }
+                    let above = p.parent().map(|up| kernel(&rules, &cover, &up).verdict);
+                    prop_assert_ne!(&element.verdict, &above.unwrap_or_else(|| rules.undecided()));
+                    prop_assert_eq!(element.hold, Hold::None);
                 }
-                // What is not there yet has the right verdict already, or none at all.
+                // What is not there yet has the right verdict already, or is held until it has it: as well against users'
+                // own policies if either is enforced.
                 for more in &more {
                     let whole = [p.as_bytes(), more.as_bytes()].join(&b'/');
                     let Ok(new) = ControlGroupPath::from_bytes(whole.trim_ascii_start()) else { continue };
-                    if rules.start == Start::Closed
-                        && !exist.contains(&new)
-                        && let Some(given) = kernel(&cover, &new)
-                    {
-                        let meant = verdict(plain_reading(&rules, &new)).0;
-                        prop_assert_eq!(verdict(given).0, meant, "{:?}", new);
+                    if rules.start == Start::Closed && !exist.contains(&new) {
+                        let meant = plain_reading(&rules, &new);
+                        let has = kernel(&rules, &cover, &new);
+                        prop_assert!(has.hold >= has.verdict.hold_for(&meant), "{:?}: {} for {:?}", new, has, meant);
                     }
                 }
             }

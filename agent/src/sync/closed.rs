@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::{Call, Ledger};
 use crate::policy::{
-    Element, ExecSlices, Names, Pattern, Rule, Rules, Selector, Start, Target, Tree,
+    Element, ExecSlices, Hold, Names, Pattern, Rule, Rules, Selector, Start, Target, Tree, Verdict,
 };
 
 const PREFIX: &[u8] = b"/u";
@@ -49,31 +49,56 @@ impl Kernel {
         skipped
     }
 
-    /// The verdict of a socket in a control group, by its nearest ancestor that is in the map; none if it
-    /// is held.
-    fn verdict(&self, path: &ControlGroupPath, disk: &Disk) -> Option<Target> {
+    /// What there is for a socket in a control group, by its nearest ancestor that is in the map, and whether it is
+    /// held. None if there is nothing.
+    fn element(&self, path: &ControlGroupPath, disk: &Disk) -> Option<Element> {
         let mut at = path.clone();
         loop {
             if let Some((id, element)) = self.0.get(&at)
                 && disk.get(&at) == Some(id)
             {
-                let free = !element.hold || at == *path;
-                return free.then(|| element.target.clone());
+                let mut element = element.clone();
+                if at == *path {
+                    element.hold = Hold::None;
+                }
+                return Some(element);
             }
-            match at.parent() {
-                Some(parent) => at = parent,
-                None => return Some(Target::Direct),
-            }
+            at = at.parent()?;
+        }
+    }
+
+    /// Whether no packet of it can go another way than this one.
+    fn has_or_holds(
+        &self,
+        path: &ControlGroupPath,
+        disk: &Disk,
+        meant: &Verdict,
+        rules: &Rules,
+    ) -> bool {
+        match self.element(path, disk) {
+            None => *meant == rules.undecided(),
+            Some(element) => match element.hold {
+                Hold::None => element.verdict == *meant,
+                // Users' own policies decide before it, or are to have no say.
+                Hold::Plain => {
+                    element.verdict == *meant || !(element.verdict.enforce || meant.enforce)
+                }
+                Hold::Enforced => true,
+            },
         }
     }
 }
 
 /// The rules as a person would read them.
-fn meant(rules: &Rules, path: &ControlGroupPath) -> Target {
+fn meant(rules: &Rules, path: &ControlGroupPath) -> Verdict {
     match (rules.choose(PREFIX, path), path.parent()) {
-        (Some(choice), _) => choice.target,
+        (Some(choice), _) => Verdict {
+            target: choice.target,
+            enforce: choice.enforce,
+            undecided: false,
+        },
         (None, Some(parent)) => meant(rules, &parent),
-        (None, None) => Target::Direct,
+        (None, None) => rules.undecided(),
     }
 }
 
@@ -106,7 +131,8 @@ enum Event {
     Replace(Rc<Rules>),
 }
 
-fn any_rules() -> impl Strategy<Value = Rc<Rules>> {
+/// A user's, or the system's.
+fn any_rules(users: bool) -> impl Strategy<Value = Rc<Rules>> {
     let target = || {
         (0u8..4).prop_map(|number| match number {
             0 => Target::Direct,
@@ -128,18 +154,21 @@ fn any_rules() -> impl Strategy<Value = Rc<Rules>> {
         1 => names(Selector::App),
     ];
     let rules = proptest::collection::vec(
-        (selector, target()).prop_map(|(selector, target)| Rule {
+        (selector, target(), any::<bool>()).prop_map(|(selector, target, enforce)| Rule {
             selector,
             target,
-            enforce: false,
+            enforce,
         }),
         0..4,
     );
-    (rules, any::<bool>()).prop_map(|(rules, exec)| {
+    (rules, any::<bool>()).prop_map(move |(mut rules, exec)| {
         let proxies = ["p", "p-a"].map(|name| Rc::new(name.parse().unwrap()));
+        for rule in &mut rules {
+            rule.enforce &= !users;
+        }
         Rc::new(Rules {
-            relay: false,
-            exec_slices: exec.then(|| ExecSlices::new(&proxies)),
+            users,
+            exec_slices: (users && exec).then(|| ExecSlices::new(&proxies)),
             rules,
             start: Start::Closed,
         })
@@ -153,7 +182,7 @@ fn any_path() -> impl Strategy<Value = ControlGroupPath> {
     prop_oneof![4 => plain, 1 => exec].prop_map(|path| ControlGroupPath::from_wire(&path).unwrap())
 }
 
-fn any_event() -> impl Strategy<Value = Event> {
+fn any_event(users: bool) -> impl Strategy<Value = Event> {
     prop_oneof![
         8 => any_path().prop_map(Event::Make),
         3 => any_path().prop_map(Event::Unmake),
@@ -163,8 +192,15 @@ fn any_event() -> impl Strategy<Value = Event> {
         2 => Just(Event::Refuse),
         1 => Just(Event::Lose),
         2 => Just(Event::Rescan),
-        2 => any_rules().prop_map(Event::Replace),
+        2 => any_rules(users).prop_map(Event::Replace),
     ]
+}
+
+fn any_history() -> impl Strategy<Value = (Rc<Rules>, Vec<Event>)> {
+    any::<bool>().prop_flat_map(|users| {
+        let events = proptest::collection::vec(any_event(users), 0..80);
+        (any_rules(users), events)
+    })
 }
 
 /// The agent, as [`crate::state::State`] puts it together.
@@ -211,9 +247,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
     #[test]
     fn nothing_leaves_before_its_verdict(
-        first in any_rules(),
-        events in proptest::collection::vec(any_event(), 0..80),
-        limit in 150usize..2000,
+        (first, events) in any_history(),
+        limit in 200usize..2000,
     ) {
         let root = ControlGroupPath::root();
         let mut agent = Agent { tree: Tree::new(PREFIX.to_vec(), first.clone()), ledger: Ledger::default() };
@@ -306,9 +341,11 @@ proptest! {
             }
             if let Some(rules) = &in_force {
                 for path in disk.keys() {
-                    if let Some(verdict) = kernel.verdict(path, &disk) {
-                        prop_assert_eq!(verdict, meant(rules, path), "{:?} of {:?}", path, kernel.0);
-                    }
+                    let meant = meant(rules, path);
+                    prop_assert!(
+                        kernel.has_or_holds(path, &disk, &meant, rules),
+                        "{:?} of {:?}: {:?}", path, kernel.0, meant
+                    );
                 }
             }
         }
@@ -316,8 +353,12 @@ proptest! {
         prop_assert!(agent.ledger.is_settled());
         for path in disk.keys() {
             let meant = meant(agent.tree.rules(), path);
-            prop_assert_eq!(kernel.verdict(path, &disk), Some(meant.clone()), "{:?}", path);
-            prop_assert_eq!(agent.ledger.held_target(path), Some(meant));
+            let has = kernel.element(path, &disk);
+            let free = has.as_ref().is_none_or(|element| element.hold == Hold::None);
+            prop_assert!(free, "{:?}", path);
+            let verdict = has.map_or_else(|| agent.tree.rules().undecided(), |element| element.verdict);
+            prop_assert_eq!(&verdict, &meant, "{:?}", path);
+            prop_assert_eq!(agent.ledger.held_target(path), Some(meant.target));
         }
     }
 }

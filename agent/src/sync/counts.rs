@@ -31,7 +31,7 @@ fn rules() -> Rc<Rules> {
     ];
     Rc::new(Rules {
         start: Start::Open,
-        relay: false,
+        users: true,
         exec_slices: None,
         rules: rules.into_iter().map(rule).collect(),
     })

@@ -12,7 +12,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 
 #[cfg(test)]
 use crate::policy::Target;
-use crate::policy::{Element, Tree};
+use crate::policy::{Element, Hold, Tree};
 
 /// How long the control groups of one call may get, in bytes; proxies and bypass entries come on top.
 const CALL_BYTES: usize = MESSAGE_BYTES / 2;
@@ -266,7 +266,7 @@ impl Ledger {
         let mut at = path.clone();
         loop {
             if let Some(held) = self.held.get(&at).filter(|h| !h.stale) {
-                return match held.element.hold && at != *path {
+                return match held.element.hold != Hold::None && at != *path {
                     true => Handling::Hold,
                     false => Handling::By(&held.element),
                 };
@@ -282,7 +282,7 @@ impl Ledger {
     #[cfg(test)]
     pub(super) fn held_target(&self, path: &ControlGroupPath) -> Option<Target> {
         match self.handling(path) {
-            Handling::By(element) => Some(element.target.clone()),
+            Handling::By(element) => Some(element.verdict.target.clone()),
             Handling::Hold => None,
             Handling::Nothing => Some(Target::Direct),
         }
@@ -306,7 +306,7 @@ fn fresh(element: &Element) -> Held {
 fn encoded(path: &ControlGroupPath) -> usize {
     let escaped = |b: &u8| !matches!(b, b' '..=b'~') || matches!(b, b'"' | b'\\' | b'%');
     let bytes = path.as_bytes();
-    128 + bytes.len() + 5 * bytes.iter().filter(|b| escaped(b)).count()
+    160 + bytes.len() + 5 * bytes.iter().filter(|b| escaped(b)).count()
 }
 
 #[cfg(test)]
@@ -331,7 +331,7 @@ mod tests {
         };
         let rules = Rules {
             start: Start::Open,
-            relay: false,
+            users: true,
             exec_slices: None,
             rules: vec![
                 rule("/d[^/]*$", Target::Drop),
@@ -454,7 +454,7 @@ mod tests {
     #[test]
     fn no_call_gets_too_long() {
         let (mut tree, mut ledger) = (tree(), Ledger::default());
-        ledger.limit = 300;
+        ledger.limit = 350;
         for name in ["d", "d/x", "d/x/d", "d/x/d/x", "d2"] {
             add(&mut tree, &mut ledger, name);
         }
@@ -512,7 +512,9 @@ mod tests {
 
         fn target(&self, path: &ControlGroupPath, disk: &Disk) -> Target {
             match (self.held.get(path), disk.get(path), path.parent()) {
-                (Some((held, element)), Some(id), _) if held == id => element.target.clone(),
+                (Some((held, element)), Some(id), _) if held == id => {
+                    element.verdict.target.clone()
+                }
                 (_, _, Some(parent)) => self.target(&parent, disk),
                 (_, _, None) => Target::Direct,
             }
@@ -609,7 +611,7 @@ mod tests {
             }
             prop_assert!(ledger.is_settled());
             for path in disk.keys() {
-                let meant = tree.get(path).unwrap().target.clone();
+                let meant = tree.get(path).unwrap().verdict.target.clone();
                 prop_assert_eq!(helper.target(path, &disk), meant.clone(), "{:?}", path);
                 prop_assert_eq!(ledger.held_target(path), Some(meant));
             }

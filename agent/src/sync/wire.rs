@@ -3,11 +3,11 @@
 
 use std::borrow::Cow;
 
-use cgtproxy_proto::helper::{Gateway, Proxy, Verdict};
+use cgtproxy_proto::helper::{Gateway, Proxy, Verdict as WireVerdict};
 use cgtproxy_proto::path::ControlGroupPath;
 use serde::Serialize;
 
-use crate::policy::{Element, Target};
+use crate::policy::{Element, Hold, Target};
 
 /// The parameters of `ReplacePolicy`.
 #[derive(Debug, Serialize)]
@@ -30,13 +30,17 @@ pub(super) struct UpdateAssignments<'a> {
 #[serde(rename_all = "camelCase")]
 pub(super) struct Assignment<'a> {
     control_group: Cow<'a, str>,
-    verdict: Verdict,
+    verdict: WireVerdict,
     #[serde(skip_serializing_if = "Option::is_none")]
     proxy: Option<&'a str>,
+    #[serde(skip_serializing_if = "is_false")]
+    undecided: bool,
     #[serde(skip_serializing_if = "is_false")]
     hold: bool,
     #[serde(skip_serializing_if = "is_false")]
     enforce: bool,
+    #[serde(skip_serializing_if = "is_false")]
+    enforce_hold: bool,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde hands it over so")]
@@ -49,18 +53,20 @@ pub(super) fn assignments(list: &[(ControlGroupPath, Element)]) -> Vec<Assignmen
 }
 
 fn assignment((path, element): &(ControlGroupPath, Element)) -> Assignment<'_> {
-    let (verdict, proxy) = match &element.target {
-        Target::Direct => (Verdict::direct, None),
-        Target::Drop => (Verdict::drop, None),
-        Target::DropAll => (Verdict::dropAll, None),
-        Target::Proxy(name) => (Verdict::proxy, Some(name.as_str())),
+    let (verdict, proxy) = match &element.verdict.target {
+        Target::Direct => (WireVerdict::direct, None),
+        Target::Drop => (WireVerdict::drop, None),
+        Target::DropAll => (WireVerdict::dropAll, None),
+        Target::Proxy(name) => (WireVerdict::proxy, Some(name.as_str())),
     };
     Assignment {
         control_group: path.as_wire(),
         verdict,
         proxy,
-        hold: element.hold,
-        enforce: element.enforce,
+        undecided: element.verdict.undecided,
+        hold: element.hold != Hold::None,
+        enforce: element.verdict.enforce,
+        enforce_hold: element.hold == Hold::Enforced,
     }
 }
 
@@ -72,21 +78,31 @@ mod tests {
     use cgtproxy_proto::path::ControlGroupPath;
 
     use super::*;
+    use crate::policy::Verdict;
 
     /// What is written is what the interface says.
     #[test]
     fn the_generated_types_read_it() {
         let element = |target, hold, enforce| Element {
-            target,
+            verdict: Verdict {
+                target,
+                enforce,
+                undecided: false,
+            },
             hold,
-            enforce,
         };
+        let mut undecided = element(Target::Direct, Hold::Plain, false);
+        undecided.verdict.undecided = true;
         let proxy = Target::Proxy(Rc::new("p".parse().unwrap()));
         let list: Vec<(ControlGroupPath, Element)> = [
-            (&b""[..], element(Target::Direct, false, false)),
-            (b"a.slice", element(Target::Drop, true, false)),
-            (b"a%b/\xff", element(Target::DropAll, false, true)),
-            ("a.slice/\u{e9}\"".as_bytes(), element(proxy, true, true)),
+            (&b""[..], element(Target::Direct, Hold::None, false)),
+            (b"a.slice", element(Target::Drop, Hold::Plain, false)),
+            (b"a%b/\xff", element(Target::DropAll, Hold::None, true)),
+            (
+                "a.slice/\u{e9}\"".as_bytes(),
+                element(proxy, Hold::Enforced, true),
+            ),
+            (b"u", undecided),
         ]
         .into_iter()
         .map(|(path, element)| (ControlGroupPath::from_bytes(path).unwrap(), element))
@@ -102,12 +118,21 @@ mod tests {
                 enforce: yes(enforce),
                 enforceHold: None,
             };
-        let meant = vec![
-            meant("", Verdict::direct, None, false, false),
-            meant("a.slice", Verdict::drop, None, true, false),
-            meant("a%25b/%FF", Verdict::dropAll, None, false, true),
-            meant("a.slice/\u{e9}\"", Verdict::proxy, Some("p"), true, true),
+        let mut meant = vec![
+            meant("", WireVerdict::direct, None, false, false),
+            meant("a.slice", WireVerdict::drop, None, true, false),
+            meant("a%25b/%FF", WireVerdict::dropAll, None, false, true),
+            meant(
+                "a.slice/\u{e9}\"",
+                WireVerdict::proxy,
+                Some("p"),
+                true,
+                true,
+            ),
+            meant("u", WireVerdict::direct, None, true, false),
         ];
+        meant[3].enforceHold = Some(true);
+        meant[4].undecided = Some(true);
         let replace = ReplacePolicy {
             proxies: Vec::new(),
             bypass: vec!["::/0".into()],

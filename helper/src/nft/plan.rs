@@ -95,8 +95,8 @@ impl Hold {
     /// there is nothing to hold, and what is too deep for nftables is never told apart from its parent.
     #[must_use]
     pub fn of(level: u32, element: &Element) -> Option<Self> {
-        let leaves = element.verdict != Verdict::DropAll || element.enforced == Enforced::Hold;
-        let wanted = element.hold && leaves && level < DEEPEST_LEVEL;
+        let leaves = || element.verdict != Verdict::DropAll || element.enforced == Enforced::Hold;
+        let wanted = element.hold && leaves() && level < DEEPEST_LEVEL;
         wanted.then(|| Self {
             level: level + 1,
             verdict: Some(element.verdict.clone()),

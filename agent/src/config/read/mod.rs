@@ -162,7 +162,7 @@ impl Reader<'_> {
             bypass,
             gateway,
             rules: Rc::new(Rules {
-                relay: scope == Scope::User,
+                users: scope == Scope::User,
                 exec_slices,
                 rules,
                 start,
