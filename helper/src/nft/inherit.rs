@@ -87,8 +87,15 @@ impl Contents {
             .collect()
     }
 
-    /// A user's objects, if they are what the layout says.
-    fn known(&self, marks: MarkRange, uid: Uid, stamp: Stamp, layout: &Layout) -> Option<Known> {
+    /// A user's objects, as the layout says. None if chains of it that are to stay are not there.
+    fn known(
+        &self,
+        marks: MarkRange,
+        uid: Uid,
+        stamp: Stamp,
+        layout: &Layout,
+        stays: bool,
+    ) -> Option<Known> {
         let names = Names::of(uid);
         let has = |chain: CString| {
             chain
@@ -97,7 +104,7 @@ impl Contents {
         };
         let list = layout.bypass.as_ref();
         let drop = list.map(|list| ListNames::of(list.number).drop);
-        if !names.chains(layout).into_iter().chain(drop).all(has) {
+        if stays && !names.chains(layout).into_iter().chain(drop).all(has) {
             return None;
         }
         let mut elements = Vec::new();
@@ -143,10 +150,11 @@ impl Contents {
 }
 
 impl Nftables {
-    /// What an earlier helper left of users, and what they have together.
+    /// What an earlier helper left of users, and what they have together, in a table that stays or is made anew.
     pub(super) fn inherited(
         &self,
         snapshot: &Records,
+        stays: bool,
     ) -> Result<(BTreeMap<Uid, Inherited>, Shared), Error> {
         let contents = self.contents()?;
         let mut inherited = BTreeMap::new();
@@ -155,8 +163,8 @@ impl Nftables {
         for uid in contents.users() {
             let stamp = contents.stamps.get(&uid).copied();
             let layout = stamp.and_then(|stamp| Some((stamp, snapshot.get(uid, stamp)?)));
-            let known =
-                layout.and_then(|(stamp, layout)| contents.known(self.marks, uid, stamp, layout));
+            let known = layout
+                .and_then(|(stamp, layout)| contents.known(self.marks, uid, stamp, layout, stays));
             let found = match known {
                 Some(known) => {
                     layouts.insert(uid, Rc::clone(&known.layout));

@@ -163,7 +163,7 @@ impl Nftables {
         };
         this.owned = this.kernel_keeps_owned_tables()? && own;
         let adopted = this.adopt()?;
-        let (mut inherited, shared) = this.inherited(snapshot)?;
+        let (mut inherited, shared) = this.inherited(snapshot, adopted)?;
         if adopted {
             let mut base = this.transaction();
             base.base(&this.proxy_uids, &shared, false);
