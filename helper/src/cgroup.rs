@@ -82,6 +82,69 @@ impl OwnedControlGroup {
     }
 }
 
+/// The slices that a user's user@UID.service is in, beside those of whatever else the user has started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slices {
+    /// `user.slice`, at level 1.
+    pub users: ControlGroupId,
+    /// `user-UID.slice`, at level 2.
+    pub own: ControlGroupId,
+}
+
+/// Where a subtree begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Top {
+    cgroup: OwnedControlGroup,
+    slices: Option<Slices>,
+}
+
+impl Top {
+    /// A control group of which it is not known what it is in.
+    #[must_use]
+    pub fn new(cgroup: OwnedControlGroup) -> Self {
+        Self {
+            cgroup,
+            slices: None,
+        }
+    }
+
+    /// The control group: the user's user@UID.service, or for the system's policy the root.
+    #[must_use]
+    pub fn cgroup(&self) -> OwnedControlGroup {
+        self.cgroup
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> ControlGroupId {
+        self.cgroup.id
+    }
+
+    /// Its depth below the control group root.
+    #[must_use]
+    pub fn level(&self) -> u32 {
+        self.cgroup.level
+    }
+
+    /// What it is in. None for the root, or if it is not known. A control group never comes to be in another one.
+    #[must_use]
+    pub fn slices(&self) -> Option<Slices> {
+        self.slices
+    }
+
+    /// The same with what has been found out since.
+    #[must_use]
+    pub fn within(self, slices: Option<Slices>) -> Self {
+        Self { slices, ..self }
+    }
+
+    /// Any, for a test of what comes after opening it.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn for_test(id: u64, level: u32) -> Self {
+        Self::new(OwnedControlGroup::for_test(id, level))
+    }
+}
+
 /// Why a control group can't be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unavailable {
@@ -243,11 +306,12 @@ impl Root {
         let (path, directory, found) = self.open_subtree(peer.uid(), &mut room)?;
         let level = level(0, &path)?;
         let cgroup = owned(peer.uid(), found.st_uid, found.st_ino, level)?;
+        let top = Top::new(cgroup).within(slices(peer.uid(), &directory));
         Ok(Subtree {
             directory,
             opened: RefCell::new(Opened { parent: None, room }),
             mount: self.mount,
-            cgroup,
+            top,
             uid: peer.uid(),
             spare: self.spare(),
         })
@@ -260,6 +324,13 @@ impl Root {
             Ok((_, _, found)) => found.st_ino == id.0,
             Err(why) => matches!(why, Unavailable::Later | Unavailable::Unreadable),
         }
+    }
+
+    /// The slices that a user's user@UID.service is in, if this is it.
+    #[must_use]
+    pub fn slices(&self, uid: Uid, id: ControlGroupId) -> Option<Slices> {
+        let (_, directory, found) = self.open_subtree(uid, &mut None).ok()?;
+        slices(uid, &directory).filter(|_| found.st_ino == id.0)
     }
 
     fn open_subtree(
@@ -295,7 +366,7 @@ pub struct Subtree {
     directory: OwnedFd,
     opened: RefCell<Opened>,
     mount: Option<u64>,
-    cgroup: OwnedControlGroup,
+    top: Top,
     uid: Uid,
     spare: Spare,
 }
@@ -310,10 +381,10 @@ struct Opened {
 }
 
 impl Subtree {
-    /// The control group where it begins.
+    /// Where it begins.
     #[must_use]
-    pub fn cgroup(&self) -> OwnedControlGroup {
-        self.cgroup
+    pub fn top(&self) -> Top {
+        self.top
     }
 
     /// The control group at a path below.
@@ -321,9 +392,9 @@ impl Subtree {
     /// # Errors
     /// If it is not there, or not this user's.
     pub fn open(&self, path: &ControlGroupPath) -> Result<OwnedControlGroup, Unavailable> {
-        let level = level(self.cgroup.level, path)?;
+        let level = level(self.top.level(), path)?;
         let Some((parent, name)) = path.split_last() else {
-            return Ok(self.cgroup);
+            return Ok(self.top.cgroup);
         };
         let mut opened = self.opened.borrow_mut();
         let Opened { parent: last, room } = &mut *opened;
@@ -377,6 +448,21 @@ fn owned(uid: Uid, owner: u32, id: u64, level: u32) -> Result<OwnedControlGroup,
     }
     let id = ControlGroupId(id);
     Ok(OwnedControlGroup { id, level })
+}
+
+/// What a user's user@UID.service is in, which is where its path has led.
+fn slices(uid: Uid, service: &OwnedFd) -> Option<Slices> {
+    let above = |path| {
+        let found = statx(service, path, AtFlags::NO_AUTOMOUNT, StatxFlags::INO).ok()?;
+        Some(ControlGroupId(found.stx_ino))
+    };
+    let slices = || {
+        Some(Slices {
+            own: above(c"..")?,
+            users: above(c"../..")?,
+        })
+    };
+    (uid != Uid::ROOT).then(slices).flatten()
 }
 
 fn unavailable(error: Errno) -> Unavailable {

@@ -15,7 +15,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, serve};
 use serde_json::{Value, json};
 
-use crate::cgroup::OwnedControlGroup;
+use crate::cgroup::{OwnedControlGroup, Top};
 use crate::config::Limits;
 use crate::mark::MarkRange;
 use crate::nft::{self, Bypass, Element, Enforced, Verdict};
@@ -95,8 +95,8 @@ fn reading_2000_assignments() {
     });
 }
 
-fn subtree() -> OwnedControlGroup {
-    OwnedControlGroup::for_test(1, 3)
+fn subtree() -> Top {
+    Top::for_test(1, 3)
 }
 
 fn marks() -> MarkRange {

@@ -151,7 +151,8 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     }
     let marks = config.marks;
     let routing = Routing::open(marks, config.route_table, config.rule_priority)?;
-    let (snapshot, records) = Snapshot::open(stored, marks);
+    let (snapshot, mut records) = Snapshot::open(stored, marks);
+    records.locate(|uid, subtree| root.slices(uid, subtree));
     let (nftables, left) = Nftables::open(marks, &config.proxy_uids, config.own_table, &records)?;
     drop(records);
     if config.own_table && !nftables.owned() {

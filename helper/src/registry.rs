@@ -7,7 +7,7 @@ use std::rc::Rc;
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use crate::cgroup::{ControlGroupId, OwnedControlGroup};
+use crate::cgroup::{ControlGroupId, OwnedControlGroup, Top};
 use crate::config::Limits;
 use crate::mark::{MarkAllocator, MarkRange};
 use crate::nft::{
@@ -67,7 +67,7 @@ pub struct ProxyRequest {
 #[derive(Debug)]
 pub struct PolicyRequest {
     /// The user's user@UID.service; the control group root for the system's policy.
-    pub subtree: OwnedControlGroup,
+    pub subtree: Top,
     /// All proxies.
     pub proxies: Vec<ProxyRequest>,
     /// How many bypass entries were asked for.
@@ -251,7 +251,7 @@ impl Registry {
     pub fn update(
         &self,
         uid: Uid,
-        subtree: OwnedControlGroup,
+        subtree: Top,
         assign: BTreeMap<ControlGroupPath, Element>,
         remove: BTreeSet<ControlGroupPath>,
         mut open: impl FnMut(&ControlGroupPath) -> Option<OwnedControlGroup>,

@@ -133,7 +133,7 @@ impl<K: Kernel> Session<K> {
             .map_err(|index| Error::Parameter(format!("bypass[{index}]")))?;
         let subtree = self.subtree(&state)?;
         let policy = PolicyRequest {
-            subtree: subtree.cgroup(),
+            subtree: subtree.top(),
             proxies,
             bypass_entries: arguments.bypass.len(),
             bypass,

@@ -21,6 +21,7 @@ use cgtproxy_proto::text::chain;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use rustix::io::Errno;
 
+use crate::cgroup::{ControlGroupId, Slices};
 use crate::mark::MarkRange;
 use crate::nft::{Layout, Stamp};
 use crate::peer::Uid;
@@ -68,6 +69,14 @@ impl Records {
     #[must_use]
     pub fn get(&self, uid: Uid, stamp: Stamp) -> Option<&Layout> {
         self.0.get(&(uid.value(), stamp))
+    }
+
+    /// Adds what a control group tells by itself, and the file need not: what it is in.
+    pub fn locate(&mut self, slices: impl Fn(Uid, ControlGroupId) -> Option<Slices>) {
+        for ((uid, _), layout) in &mut self.0 {
+            let top = layout.subtree;
+            layout.subtree = top.within(slices(Uid::found(*uid), top.id()));
+        }
     }
 }
 

@@ -278,7 +278,7 @@ impl<K: Kernel> State<K> {
         let open = opener(subtree, &mut skipped);
         let staged = self
             .registry
-            .update(uid, subtree.cgroup(), assign, remove, open)?;
+            .update(uid, subtree.top(), assign, remove, open)?;
         all_seen(&skipped)?;
         let generation = self.commit(staged)?;
         Ok((generation, skipped))

@@ -490,7 +490,7 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
         .expect("routing");
 
         let policy = |proxies: &[&str]| PolicyRequest {
-            subtree: subtree.cgroup(),
+            subtree: subtree.top(),
             proxies: proxies
                 .iter()
                 .map(|name| ProxyRequest {

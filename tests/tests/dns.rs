@@ -5,13 +5,14 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use cgtproxy_tests::sandbox::{
-    App, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, Service, direct, local, proxied, sandbox,
+    App, Cgroup, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, Service, direct, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy};
 use cgtproxy_tests::wire::Transport::{Tcp, Udp};
 use serde_json::{Value, json};
 
 const APP: &str = "app.slice/app-a.scope";
+const OTHER: &str = "app.slice/app-b.scope";
 const LOCALHOST: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::LOCALHOST),
     IpAddr::V6(Ipv6Addr::LOCALHOST),
@@ -144,5 +145,122 @@ fn what_is_not_asked_for_is_left_alone() {
             let to = at(sb.fresh_v4(), 53);
             assert_eq!(app.ask(transport, to), proxied("mihomo", to));
         }
+    });
+}
+
+/// The port may be anybody's, if it is above 1023 and the user's own server does not listen.
+#[test]
+fn no_query_goes_to_a_server_in_another_users_session() {
+    sandbox(|sb| {
+        let mut helper = sb.helper().config("grace-seconds: 600").start();
+        let (user, mallory) = (sb.user(1001), sb.user(1002));
+        let app = user.cgroup(APP).app();
+        let hijack = json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 1053, "tcp": true });
+        let take = || {
+            let mut session = Session::of(&user);
+            session.replace(
+                json!([
+                    { "name": "mihomo", "port": 7890, "dnsHijack": hijack },
+                    { "name": "redir", "port": 7892, "redirect": true, "dnsHijack": hijack },
+                ]),
+                json!([]),
+                json!([to_proxy(APP, "mihomo"), to_proxy(OTHER, "redir")]),
+            );
+            session
+        };
+        let other = user.cgroup(OTHER).app();
+        let session_of = |uid| sb.cgroup(format!("user.slice/user-{uid}.slice/session-1.scope"));
+        let servers = [
+            (1002, Some(mallory.cgroup("app.slice/dns.service")), false),
+            (1002, Some(session_of(1002)), false),
+            // As sudo makes them.
+            (0, Some(session_of(1002)), false),
+            (1001, Some(user.cgroup("app.slice/dns.service")), true),
+            (1001, Some(session_of(1001)), true),
+            (0, Some(session_of(1001)), true),
+            (990, Some(sb.cgroup("system.slice/dns.service")), true),
+            (0, Some(sb.cgroup("machine.slice/container.scope")), true),
+            (0, Some(sb.cgroup("dns")), true),
+            (0, None, true),
+        ];
+        let check = |when: &str| {
+            for app in [&app, &other] {
+                let server = |to: SocketAddr| at(LOCALHOST[usize::from(to.is_ipv6())], 1053);
+                let ask = |expected: &dyn Fn(SocketAddr) -> Outcome, what: &str| {
+                    for to in sb.destinations().map(|to| at(to.ip(), 53)) {
+                        for transport in [Udp, Tcp] {
+                            let outcome = app.ask(transport, to);
+                            assert_eq!(outcome, expected(to), "{transport:?} {to} {what} {when}");
+                        }
+                        sb.assert_nothing_left_for(to.ip());
+                    }
+                };
+                ask(&|_| Outcome::Refused, "nobody");
+                for (uid, cgroup, served) in &servers {
+                    let mut dns = sb.service("dns").uid(*uid).port(1053);
+                    if let Some(cgroup) = cgroup {
+                        dns = dns.cgroup(cgroup);
+                    }
+                    let dns = dns.start();
+                    let what = format!("{uid} {:?}", cgroup.as_ref().map(Cgroup::directory));
+                    if *served {
+                        ask(&|to| local("dns", server(to)), &what);
+                    } else {
+                        ask(&|_| Outcome::Refused, &what);
+                        dns.assert_idle();
+                    }
+                }
+            }
+        };
+        let session = take();
+        check("at first");
+        helper.kill();
+        drop(session);
+        check("without a helper");
+        helper.start_again();
+        check("with another helper");
+        let _session = take();
+        check("with another session");
+    });
+}
+
+/// A connection that is open is not looked at again, nor are answers.
+#[test]
+fn what_has_begun_with_a_server_goes_on() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let (user, mallory) = (sb.user(1001), sb.user(1002));
+        let app = user.cgroup(APP).app();
+        let own = user.cgroup("app.slice/dns.service");
+        let dns = sb.service("dns").uid(1001).cgroup(&own).port(1053).start();
+        let hijack = json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 1053, "tcp": true });
+        let mut session = Session::of(&user);
+        session.replace(
+            json!([{ "name": "mihomo", "port": 7890, "dnsHijack": hijack }]),
+            json!([]),
+            json!([to_proxy(APP, "mihomo")]),
+        );
+        let destinations = sb.destinations().map(|to| at(to.ip(), 53));
+        let open = destinations.map(|to| app.open_tcp(to).expect("it is answered"));
+        let flows = destinations.map(|to| app.open_udp(to));
+        for _ in 0..3 {
+            for (connection, to) in open.iter().chain(&flows).zip(destinations.iter().cycle()) {
+                let server = at(LOCALHOST[usize::from(to.is_ipv6())], 1053);
+                assert_eq!(connection.ask(), local("dns", server));
+            }
+        }
+        // Each datagram may come to another socket than the one before it.
+        drop(dns);
+        let evil = mallory.cgroup("app.slice/evil.service");
+        let evil = sb
+            .service("evil")
+            .uid(1002)
+            .cgroup(&evil)
+            .listen(Udp, at(LOCALHOST[0], 1053));
+        let evil = evil.listen(Udp, at(LOCALHOST[1], 1053)).start();
+        for flow in &flows {
+            assert_eq!(flow.ask(), Outcome::Refused);
+        }
+        evil.assert_idle();
     });
 }

@@ -3,10 +3,11 @@
 
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use cgtproxy_tests::installed::{AGENT, HELPER, Installed};
-use cgtproxy_tests::sandbox::{App, Sandbox, Server, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{App, Outcome, Sandbox, Server, direct, proxied, sandbox};
 use cgtproxy_tests::session::{mapped_ids, mapped_ids_now};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::wait_until;
@@ -547,5 +548,68 @@ fn a_snapshot_that_does_not_fit_is_thrown_away() {
         installed.expect(&web, |to| proxied("machine", to));
         installed.expect_dropped(&tracker);
         signal("-CONT");
+    });
+}
+
+/// A helper that finds the table of an earlier version, which lacks what this one has for each user, makes it anew with
+/// all that was in force, and with what it lacked.
+#[test]
+fn a_table_of_an_earlier_version_is_replaced_with_all_that_was_in_force() {
+    sandbox(|sb| {
+        let installed = Installed::boot(sb, "own-table: false\ngrace-seconds: 600", |_| ());
+        let system = &installed.system;
+        let (alice, bob) = (system.alice(), system.bob());
+        let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        let hijack = "{port: 7890, dns-hijack: {port: 1053}}";
+        installed.enable(alice, &CONFIG.replace("{port: 7890}", hijack));
+        let browser = installed.desktop_app(alice, "browser");
+        let tracker = installed.desktop_app(alice, "tracker");
+        installed.wait_in_force(alice);
+        // The agent does not come back for now.
+        let agent = system.user_property(alice, AGENT, "MainPID");
+        system.run(&["kill", "-STOP", &agent]);
+        let evil = system.cgroup(&format!("{}/app.slice/evil.scope", bob.service()));
+        let query = |to: IpAddr| browser.udp(SocketAddr::new(to, 53));
+        let bobs = || {
+            let server = sb.service("evil").uid(bob.uid()).cgroup(&evil);
+            server.port(1053).start()
+        };
+        let holds = || {
+            let evil = bobs();
+            installed.expect(&browser, |to| proxied("mihomo", to));
+            installed.expect_dropped(&tracker);
+            for to in sb.destinations() {
+                assert_eq!(query(to.ip()), Outcome::Refused);
+            }
+            evil.assert_idle();
+        };
+        holds();
+        // Nor does the helper put back what is changed.
+        let helper = system.property(HELPER, "MainPID");
+        system.run(&["kill", "-STOP", &helper]);
+        let chains = sb.chains();
+        let version = chains.iter().find(|chain| chain.starts_with("version-"));
+        let version = version.expect("the table has a version");
+        let receive = format!("receive-{}-mihomo", alice.uid());
+        assert!(chains.contains(&receive));
+        sb.nft(&format!(
+            "flush map inet cgtproxy receive; delete chain inet cgtproxy {receive}; \
+             delete chain inet cgtproxy {version}; add chain inet cgtproxy version-9-ff000000"
+        ));
+        // As that one had it.
+        let evil = bobs();
+        assert!(matches!(query(sb.fresh_v4()), Outcome::Local { .. }));
+        drop(evil);
+        system.run(&["kill", "-KILL", &helper]);
+        wait_until("another process has taken its place", || {
+            let now = system.property(HELPER, "MainPID");
+            now != helper && now != "0" && system.property(HELPER, "ActiveState") == "active"
+        });
+        holds();
+        assert!(sb.chains().contains(&receive));
+        let log = system.journal(HELPER);
+        assert!(!log.contains("replaced as a whole"), "{log}");
+        system.run(&["kill", "-CONT", &agent]);
+        installed.wait_in_force(alice);
     });
 }

@@ -87,15 +87,10 @@ impl Names {
                 lead(RECEIVE, &mark, Lead::Goto(self.receive(name)));
             }
         }
-        if let Some(hijack) = &proxy.dns_hijack {
+        if proxy.dns_hijack.is_some() {
             let dns = marks.dns_value(proxy.mark).to_ne_bytes();
             lead(RESOLVE, &dns, Lead::Goto(self.resolve(name)));
-            // A DNS server that the user named may be anybody's.
-            let receive = match hijack.own {
-                true => Lead::Goto(self.receive(name)),
-                false => Lead::Return,
-            };
-            lead(RECEIVE, &dns, receive);
+            lead(RECEIVE, &dns, Lead::Goto(self.receive(name)));
         }
         leads
     }

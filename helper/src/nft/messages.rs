@@ -22,7 +22,7 @@ use super::plan::{
 use super::shared::{Remnants, Shared};
 use super::transaction::Transaction;
 use super::{PROBE, TABLE, probe};
-use crate::cgroup::OwnedControlGroup;
+use crate::cgroup::{OwnedControlGroup, Slices, Top};
 use crate::mark::{MarkAllocator, MarkRange};
 use crate::netlink::{Messages, attribute, attributes};
 use crate::peer::Uid;
@@ -219,8 +219,15 @@ pub(crate) fn layout(system: bool) -> Layout {
         Verdict::Proxy(name("tproxy")),
         Verdict::Released,
     ];
+    let slices = Slices {
+        users: OwnedControlGroup::for_test(1, 1).id(),
+        own: OwnedControlGroup::for_test(2, 2).id(),
+    };
     Layout {
-        subtree: OwnedControlGroup::for_test(3, if system { 0 } else { 3 }),
+        subtree: match system {
+            true => Top::for_test(3, 0),
+            false => Top::for_test(3, 3).within(Some(slices)),
+        },
         proxies,
         bypass: Some(list(1)),
         levels: [0, 4, 5].into(),
@@ -293,7 +300,7 @@ fn left(uid: Uid) -> Shared {
 fn life(uid: Uid, count: u64) -> Vec<Plan> {
     let layout = Rc::new(layout(uid == Uid::ROOT));
     let mut changed = (*layout).clone();
-    changed.subtree = OwnedControlGroup::for_test(4, layout.subtree.level());
+    changed.subtree = Top::for_test(4, layout.subtree.level());
     changed.proxies.remove(&name("nobody"));
     changed.proxies.get_mut(&name("redirect")).unwrap().delivery = Delivery::Redirect(None);
     changed.bypass = Some(list(2));

@@ -12,7 +12,7 @@ use cgtproxy_proto::name::ProxyName;
 
 use super::names::Names;
 use super::shared::Shared;
-use crate::cgroup::{ControlGroupId, DEEPEST_LEVEL, OwnedControlGroup};
+use crate::cgroup::{ControlGroupId, DEEPEST_LEVEL, OwnedControlGroup, Top};
 use crate::mark::Mark;
 use crate::peer::Uid;
 
@@ -131,7 +131,7 @@ pub struct DnsHijack {
     pub tcp: bool,
     /// Queries to servers on the loopback interface too, if the address is there as well.
     pub loopback: bool,
-    /// Only a socket below the user's own subtree answers.
+    /// Only a socket below the user's own subtree answers. Otherwise everybody may but other users' own programs.
     pub own: bool,
 }
 
@@ -194,10 +194,9 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Whether anything that it takes is translated, and only the user's own sockets may receive it.
+    /// Whether anything that it takes is translated, and not everybody's sockets may receive it.
     pub(super) fn is_translated(&self) -> bool {
-        let own = self.dns_hijack.as_ref().is_some_and(|hijack| hijack.own);
-        own || matches!(self.delivery, Delivery::Redirect(_))
+        self.dns_hijack.is_some() || matches!(self.delivery, Delivery::Redirect(_))
     }
 }
 
@@ -257,7 +256,7 @@ impl Stamp {
 pub struct Layout {
     /// The control group below which everything else is: the user's user@UID.service, or for the system's
     /// policy the root.
-    pub subtree: OwnedControlGroup,
+    pub subtree: Top,
     /// The policy's proxies.
     pub proxies: BTreeMap<ProxyName, Proxy>,
     /// The policy's bypass list, unless it is empty.

@@ -11,6 +11,7 @@ use super::plan::{Delivery, DnsHijack, Exceptions, Layout, Proxy};
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::REFUSE;
 use super::transaction::Transaction;
+use crate::cgroup::Slices;
 use crate::mark::Mark;
 use crate::route::Family;
 
@@ -91,7 +92,7 @@ impl Transaction<'_> {
             self.redirect_rules(&names.redirect(name), port.get());
         }
         if proxy.is_translated() {
-            self.owner_rules(&names.receive(name), layout);
+            self.receive_rules(&names.receive(name), layout, proxy);
         }
         if let Some(hijack) = &proxy.dns_hijack {
             self.nat_chains();
@@ -296,17 +297,28 @@ impl Transaction<'_> {
         }
     }
 
-    /// A translated packet reaches only a socket that was made below the user's own subtree.
+    /// A translated packet reaches only a socket that was made below the user's own subtree; a query to a server that
+    /// the user has named, any but one that was made in a session of another user's.
     ///
     /// Unlike one that `tproxy` delivers, it does not have its socket yet, so `skuid` knows nothing;
     /// `socket` looks for it, and knows its control group.
-    fn owner_rules(&mut self, chain: &CStr, layout: &Layout) {
+    fn receive_rules(&mut self, chain: &CStr, layout: &Layout, proxy: &Proxy) {
+        // meta l4proto tcp ct state != new return
+        self.add_rules(
+            chain,
+            [&|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave()],
+        );
+        if proxy.dns_hijack.as_ref().is_some_and(|hijack| !hijack.own) {
+            self.answerer_rules(chain, layout, proxy.mark);
+            if matches!(proxy.delivery, Delivery::Tproxy(_)) {
+                // Nothing else is translated.
+                return;
+            }
+        }
         let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
         self.add_rules(
             chain,
             [
-                // meta l4proto tcp ct state != new return
-                &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
                 // socket cgroupv2 level LEVEL SUBTREE return
                 &|rule| rule.socket_cgroupv2(level, &id).leave(),
                 // Whoever else has the port.
@@ -324,6 +336,34 @@ impl Transaction<'_> {
                 &|rule| rule.goto(REFUSE),
             ],
         );
+    }
+
+    /// A DNS server is often a service of the machine's, in whatever control group, and a user may have an own one in
+    /// any session. None is below a slice of another user's.
+    fn answerer_rules(&mut self, chain: &CStr, layout: &Layout, mark: Mark) {
+        let (mask, value) = (self.marks.mask(), self.marks.dns_value(mark));
+        if let Some(Slices { users, own }) = layout.subtree.slices() {
+            let (users, own) = (users.to_bytes(), own.to_bytes());
+            self.add_rules(
+                chain,
+                [
+                    // ct mark & MASK == DNS-MARK socket cgroupv2 level 2 user-UID.slice return
+                    &|rule| {
+                        rule.ct_mark_is(mask, value)
+                            .socket_cgroupv2(2, &own)
+                            .leave()
+                    },
+                    // ct mark & MASK == DNS-MARK socket cgroupv2 level 1 user.slice goto refuse
+                    &|rule| {
+                        rule.ct_mark_is(mask, value)
+                            .socket_cgroupv2(1, &users)
+                            .goto(REFUSE)
+                    },
+                ],
+            );
+        }
+        // ct mark & MASK == DNS-MARK return
+        self.add_rules(chain, [&|rule| rule.ct_mark_is(mask, value).leave()]);
     }
 
     /// The first packet of a DNS query: it is marked for translation, unless it goes to the

@@ -15,7 +15,7 @@
 //!   map divert  { type mark : verdict }       # a mark of a proxy of the system's : goto divert-0-mihomo
 //!   map resolve { type mark : verdict }       # a proxy's DNS mark : goto resolve-1000-mihomo
 //!                                             # a proxy's mark : goto redirect-1000-mihomo
-//!   map receive { type mark : verdict }       # both : goto receive-1000-mihomo
+//!   map receive { type mark : verdict }       # both : goto receive-1000-mihomo, or return
 //!   map users   { type uid : cgroupsv2 }      # whoever has a policy : user@1000.service
 //!   map stamps  { type uid : mark }           # a user : the name of that user's layout, no mark of a packet's
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
@@ -47,7 +47,8 @@
 //!   chain drop-1 { … }
 //!   chain proxy-1000-mihomo { … }
 //!   chain dns-1000-mihomo { … }      chain resolve-1000-mihomo { … }    # with dns-hijack
-//!   chain redirect-1000-mihomo { … }  chain receive-1000-mihomo { … }   # if it is no TPROXY server
+//!   chain redirect-1000-mihomo { … }          # if it is no TPROXY server
+//!   chain receive-1000-mihomo { … }           # in both cases
 //!   chain hold-1000-5-mihomo { … }            # control groups at level 4, below which all is held
 //!   chain hold-5-direct { … }                 # the same where all users can have one
 //!   chain hold-0-5-_users { … }               # what the system's policy holds before users' own have a say

@@ -44,7 +44,7 @@ impl Registry {
         };
         let (rest, levels) = match loss {
             OnAgentLoss::Drop => {
-                let all = (layout.subtree, Verdict::Drop.into());
+                let all = (layout.subtree.cgroup(), Verdict::Drop.into());
                 (vec![all], [layout.subtree.level()].into())
             }
             // Of some control groups it is not known how deep they are.

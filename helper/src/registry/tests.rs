@@ -174,7 +174,7 @@ fn bypass(number: u64) -> Bypass {
 }
 
 /// A policy without a proxy and without a destination that it leaves alone.
-fn nothing_of(subtree: OwnedControlGroup) -> PolicyRequest {
+fn nothing_of(subtree: Top) -> PolicyRequest {
     PolicyRequest {
         subtree,
         proxies: Vec::new(),
@@ -230,7 +230,7 @@ proptest! {
         snapshot.renew(range, registry.layouts());
         for (user, call, refused, seed) in calls {
             let uid = Uid::for_test(UIDS[user]);
-            let subtree = OwnedControlGroup::for_test(u64::from(UIDS[user]) + seed % 2, 3);
+            let subtree = Top::for_test(u64::from(UIDS[user]) + seed % 2, 3);
             // Some control groups are gone, some have a new id since the last call.
             let open = |path: &ControlGroupPath| {
                 let number = u64::from(path.as_bytes()[1] - b'0');
@@ -347,7 +347,7 @@ fn what_was_left_behind_keeps_its_marks() {
     };
     let policy = PolicyRequest {
         proxies: vec![request(1), request(3)],
-        ..nothing_of(OwnedControlGroup::for_test(1, 3))
+        ..nothing_of(Top::for_test(1, 3))
     };
     let staged = registry
         .replace(uid, policy, BTreeMap::new(), |_| None)
@@ -370,7 +370,7 @@ fn what_was_left_behind_keeps_its_marks() {
 fn open_connections_are_looked_at_for_drops_and_one_change_longer() {
     let mut registry = Registry::new(Limits::default(), MarkRange::new(0xff00_0000).unwrap());
     let uid = Uid::for_test(1000);
-    let subtree = OwnedControlGroup::for_test(1, 3);
+    let subtree = Top::for_test(1, 3);
     let open = |path: &ControlGroupPath| {
         let number = u64::from(path.as_bytes()[1]);
         Some(OwnedControlGroup::for_test(number, 4))
@@ -400,7 +400,7 @@ fn open_connections_are_looked_at_for_drops_and_one_change_longer() {
 fn a_level_is_looked_at_for_one_change_longer() {
     let mut registry = Registry::new(Limits::default(), MarkRange::new(0xff00_0000).unwrap());
     let uid = Uid::for_test(1000);
-    let subtree = OwnedControlGroup::for_test(1, 3);
+    let subtree = Top::for_test(1, 3);
     let open = |path: &ControlGroupPath| {
         let number = u64::from(path.as_bytes()[1]);
         Some(OwnedControlGroup::for_test(number, 3 + path.depth() as u32))
@@ -459,7 +459,7 @@ fn users_who_bypass_the_same_have_one_list() {
         let policy = PolicyRequest {
             bypass_entries: 1,
             bypass: bypass(bypassed),
-            ..nothing_of(OwnedControlGroup::for_test(1, 3))
+            ..nothing_of(Top::for_test(1, 3))
         };
         let staged = registry.replace(uid, policy, BTreeMap::new(), |_| None);
         registry.apply(staged.unwrap());

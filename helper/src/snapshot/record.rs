@@ -9,7 +9,7 @@ use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::name::ProxyName;
 use serde::{Deserialize, Serialize};
 
-use crate::cgroup::{ControlGroupId, OwnedControlGroup};
+use crate::cgroup::{ControlGroupId, OwnedControlGroup, Top};
 use crate::mark::{Mark, MarkRange};
 use crate::nft::{
     Bypass, BypassList, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, Proxy, Stamp,
@@ -152,8 +152,9 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
         return None;
     }
     let (id, level) = record.subtree;
+    let subtree = OwnedControlGroup::found(ControlGroupId::from_bytes(id.to_ne_bytes()), level);
     let mut layout = Layout {
-        subtree: OwnedControlGroup::found(ControlGroupId::from_bytes(id.to_ne_bytes()), level),
+        subtree: Top::new(subtree),
         proxies: record
             .proxies
             .into_iter()

@@ -53,7 +53,7 @@ fn do_call(state: &mut State<Model>, bed: &Bed, call: Call) -> Result<(), Error>
     match call {
         Call::Replace(verdicts) => {
             let policy = PolicyRequest {
-                subtree: bed.subtree.cgroup(),
+                subtree: bed.subtree.top(),
                 proxies: Vec::new(),
                 bypass_entries: 0,
                 bypass: Bypass::default(),

@@ -187,7 +187,7 @@ fn port(agent: usize) -> u16 {
 fn policy(subtree: &Subtree, agent: usize) -> (PolicyRequest, Assignments) {
     let name: ProxyName = "p".parse().unwrap();
     let policy = PolicyRequest {
-        subtree: subtree.cgroup(),
+        subtree: subtree.top(),
         proxies: vec![ProxyRequest {
             name: name.clone(),
             delivery: Delivery::Tproxy(NonZeroU16::new(port(agent)).unwrap()),
@@ -512,7 +512,8 @@ impl<'a> World<'a> {
                 self.kernel.gone.set(false);
                 let (config, root) = (self.bed.config.clone(), self.bed.root.clone());
                 let (snapshot, records) = Snapshot::in_memory(&self.snapshot, config.marks);
-                let records = records.unwrap_or_default();
+                let mut records = records.unwrap_or_default();
+                records.locate(|uid, subtree| root.slices(uid, subtree));
                 let inherited = self.kernel.table.borrow().inherited(&records);
                 if left == Left::All {
                     let known = |left: &Inherited| matches!(left, Inherited::Known(_));
