@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::policy::Tree;
 use crate::relay::Relay;
 use crate::subtree::Subtree;
-use crate::sync::{Call, Handling, Ledger};
+use crate::sync::{Call, Handling, Ledger, length_of};
 use crate::watch::{Observer, Watching};
 
 /// How long to wait before trying a configuration again that the helper could not put into force: doubled from one to
@@ -85,6 +85,8 @@ pub struct State {
 impl State {
     fn new(subtree: Subtree, source: Source, config_error: Option<String>) -> Self {
         let tree = Tree::new(subtree.prefix(), source.config.rules.clone());
+        let mut ledger = Ledger::default();
+        ledger.make_room_for(length_of(&source.config));
         Self {
             subtree,
             link: Link::Broken("the helper has not answered yet".into()),
@@ -101,7 +103,7 @@ impl State {
             accepted: None,
             postponed: None,
             tree,
-            ledger: Ledger::default(),
+            ledger,
         }
     }
 
@@ -224,6 +226,7 @@ impl State {
                 self.postpone(sent, passing);
                 self.config_error = Some(why.to_owned());
                 self.tree.replace_rules(old.config.rules.clone());
+                self.ledger.make_room_for(length_of(&old.config));
                 self.source = old;
                 self.ledger.keep_what_is_held(&self.tree);
                 Refused::TakenBack
@@ -305,6 +308,7 @@ impl State {
 
     fn put(&mut self, source: Rc<Source>) {
         self.tree.replace_rules(source.config.rules.clone());
+        self.ledger.make_room_for(length_of(&source.config));
         self.source = source;
         self.ledger.replace_all();
     }

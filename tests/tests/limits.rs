@@ -143,6 +143,29 @@ fn of_a_policy() {
     });
 }
 
+/// Drops what is named so, and leaves all else to what it is in.
+const DROPS: &str = "version: 1\nrules: [{match: '/dropped[^/]*$', drop: true}]";
+
+#[test]
+fn a_policy_of_as_many_control_groups_as_one_may_have_is_one_call() {
+    sandbox(|sb| {
+        const MOST: usize = 16 * 1024;
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let directory = user.cgroup("app.slice").directory();
+        let script = format!(
+            "cd {} && seq -f dropped-org.example.an-application-with-a-long-name-%g.scope {MOST} \
+             | xargs mkdir",
+            directory.display(),
+        );
+        user.shell(&script);
+        let _agent = user.agent(DROPS).start();
+        let status = Session::of(&user).status();
+        assert_eq!(status["controlGroups"], json!(MOST));
+        assert_eq!(status["generation"], json!(1));
+    });
+}
+
 #[test]
 fn of_connections() {
     sandbox(|sb| {

@@ -14,8 +14,10 @@ use cgtproxy_proto::path::ControlGroupPath;
 use crate::policy::Target;
 use crate::policy::{Element, Hold, Tree};
 
-/// How long the control groups of one call may get, in bytes; proxies and bypass entries come on top.
-const CALL_BYTES: usize = MESSAGE_BYTES / 2;
+/// How long the control groups of one call may get, in bytes: all of a message but its frame, so that a
+/// policy is replaced at once, and not in parts between which some control groups have the verdict of
+/// others. Only for names much longer than service managers make them it takes more than one.
+const CALL_BYTES: usize = MESSAGE_BYTES - 4096;
 
 /// What the helper has under a path.
 #[derive(Debug, Clone)]
@@ -70,6 +72,8 @@ pub struct Ledger {
     skipped: BTreeMap<ControlGroupPath, SkipReason>,
     /// How long the control groups of one call may get, in bytes.
     pub(super) limit: usize,
+    /// How much of that is taken when everything is replaced, by what is not about single control groups.
+    head: usize,
 }
 
 impl Default for Ledger {
@@ -81,6 +85,7 @@ impl Default for Ledger {
             flight: None,
             skipped: BTreeMap::new(),
             limit: CALL_BYTES,
+            head: 0,
         }
     }
 }
@@ -114,11 +119,16 @@ impl Ledger {
 
     /// The helper has nothing of ours, or nobody knows what.
     pub fn lost(&mut self) {
-        let limit = self.limit;
         *self = Self {
-            limit,
+            limit: self.limit,
+            head: self.head,
             ..Self::default()
         };
+    }
+
+    /// Replacing everything takes so many bytes beside the control groups.
+    pub fn make_room_for(&mut self, head: usize) {
+        self.head = head;
     }
 
     /// Nothing is left to be said or to be answered.
@@ -145,8 +155,9 @@ impl Ledger {
                 (Some(wanted), Some(held)) if !held.stale && held.element == *wanted => continue,
                 _ => {}
             }
-            bytes += encoded(&path);
-            if bytes > self.limit && bytes > encoded(&path) {
+            let length = encoded(&path, wanted);
+            bytes += length;
+            if bytes > self.limit && bytes > length {
                 self.dirty.insert(path);
                 break;
             }
@@ -174,9 +185,9 @@ impl Ledger {
             ..Flight::default()
         };
         let mut assign = Vec::new();
-        let mut bytes = 0;
+        let mut bytes = self.head;
         for (path, element) in tree.cover() {
-            bytes += encoded(path);
+            bytes += encoded(path, Some(element));
             if bytes > self.limit {
                 // Parents go first, so what comes later only narrows down what was said, or releases it.
                 self.dirty.insert(path.clone());
@@ -302,11 +313,13 @@ fn fresh(element: &Element) -> Held {
     }
 }
 
-/// How long an assignment of this path gets in a message, at most.
-fn encoded(path: &ControlGroupPath) -> usize {
+/// How long an assignment of this path gets in a message, at most, or its removal.
+fn encoded(path: &ControlGroupPath, element: Option<&Element>) -> usize {
     let escaped = |b: &u8| !matches!(b, b' '..=b'~') || matches!(b, b'"' | b'\\' | b'%');
     let bytes = path.as_bytes();
-    160 + bytes.len() + 5 * bytes.iter().filter(|b| escaped(b)).count()
+    let path = bytes.len() + 5 * bytes.iter().filter(|b| escaped(b)).count();
+    // Names of fields and all that is between them.
+    path + element.map_or(3, |element| 100 + element.verdict.target.name().len())
 }
 
 #[cfg(test)]
@@ -454,7 +467,7 @@ mod tests {
     #[test]
     fn no_call_gets_too_long() {
         let (mut tree, mut ledger) = (tree(), Ledger::default());
-        ledger.limit = 350;
+        ledger.limit = 230;
         for name in ["d", "d/x", "d/x/d", "d/x/d/x", "d2"] {
             add(&mut tree, &mut ledger, name);
         }
@@ -466,6 +479,64 @@ mod tests {
         assert_eq!(shown(ledger.next(&tree)), "d2=drop ");
         ledger.acknowledge(Vec::new());
         assert!(ledger.is_settled());
+    }
+
+    #[test]
+    fn what_else_is_said_takes_room_of_a_call_that_replaces_everything() {
+        let (mut tree, mut ledger) = (tree(), Ledger::default());
+        ledger.limit = 210;
+        ledger.make_room_for(100);
+        for name in ["d1", "d2", "d3"] {
+            add(&mut tree, &mut ledger, name);
+        }
+        assert_eq!(shown(ledger.next(&tree)), "all d1=drop");
+        ledger.acknowledge(Vec::new());
+        assert_eq!(shown(ledger.next(&tree)), "d2=drop d3=drop ");
+        // Also in the next session.
+        ledger.lost();
+        assert_eq!(shown(ledger.next(&tree)), "all d1=drop");
+    }
+
+    /// So many as one user may have fit into one message, with paths as service managers make them.
+    #[test]
+    fn a_whole_policy_is_one_call() {
+        let (mut tree, mut ledger) = (tree(), Ledger::default());
+        ledger.make_room_for(100_000);
+        let application = "user.slice/user-60000.slice/user@60000.service/app.slice/\
+                           d-gnome-org.example.an-application-with-a-long-name";
+        for number in 0..16384 {
+            tree.add(path(&format!("{application}-{number}.scope")));
+        }
+        let call = ledger.next(&tree);
+        assert!(matches!(call, Some(Call::Replace(all)) if all.len() == 16384));
+        ledger.acknowledge(Vec::new());
+        assert_eq!(shown(ledger.next(&tree)), "-");
+    }
+
+    #[test]
+    fn no_assignment_is_longer_than_is_counted() {
+        for bytes in [&b""[..], b"a.slice/b", b"%\"\\\x01\x7f\xff/\xc3\xa9"] {
+            let path = ControlGroupPath::from_bytes(bytes).unwrap();
+            for target in [
+                Target::Direct,
+                Target::DropAll,
+                Target::Proxy(Rc::new("p".repeat(64).parse().unwrap())),
+            ] {
+                let element = Element {
+                    target,
+                    hold: true,
+                    enforce: true,
+                };
+                let counted = encoded(&path, Some(&element));
+                let said = [(path.clone(), element)];
+                let said = crate::sync::wire::assignments(&said);
+                // With brackets in place of the comma after it.
+                let length = serde_json::to_string(&said).unwrap().len() - 1;
+                assert!(length <= counted, "{length} > {counted}");
+            }
+            let removed = serde_json::to_string(&[path.as_wire()]).unwrap();
+            assert!(removed.len() - 1 <= encoded(&path, None));
+        }
     }
 
     /// A helper that holds control groups by identity, as the kernel does.

@@ -13,3 +13,4 @@ mod wire;
 
 pub use ledger::{Call, Handling, Ledger};
 pub use session::{Error, run};
+pub use wire::length_of;

@@ -7,6 +7,7 @@ use cgtproxy_proto::helper::{Gateway, Proxy, Verdict as WireVerdict};
 use cgtproxy_proto::path::ControlGroupPath;
 use serde::Serialize;
 
+use crate::config::Config;
 use crate::policy::{Element, Hold, Target};
 
 /// The parameters of `ReplacePolicy`.
@@ -16,6 +17,14 @@ pub(super) struct ReplacePolicy<'a> {
     pub(super) bypass: Vec<String>,
     pub(super) assignments: Vec<Assignment<'a>>,
     pub(super) gateway: Option<Gateway>,
+}
+
+/// How long these get in a message, at most, but for the assignments, in bytes. A name has at most 64 of them, a network
+/// 43, and that of an interface 15.
+#[must_use]
+pub fn length_of(config: &Config) -> usize {
+    let interfaces = config.gateway.as_ref().map_or(0, |g| g.interfaces.len());
+    512 * config.proxies.len() + 46 * config.bypass.len() + 18 * interfaces
 }
 
 /// The parameters of `UpdateAssignments`.
