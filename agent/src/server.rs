@@ -205,7 +205,7 @@ impl Connection {
             .filter_map(|(path, _)| view::control_group(&state, path))
             .collect();
         let (connected, problem) = match &state.link {
-            Link::Connected => (true, state.problem.clone()),
+            Link::Connected => (true, state.problem()),
             Link::Broken(why) => (false, Some(why.clone())),
         };
         let (source, watching) = (state.source(), &state.watching);
@@ -326,10 +326,10 @@ fn judge(state: &State, path: &ControlGroupPath, name: &str, target: &str) -> Ve
     if let Link::Broken(why) = &state.link {
         return Verdict::NotYet(why.clone());
     }
-    if let Some(reason) = view::skipped(state, path) {
+    if let Some(reason) = view::skipped(state, path).filter(|reason| *reason != view::NO_ROOM) {
         return Verdict::NotYet(format!("the helper passed it over: {reason}"));
     }
-    let problem = state.problem.clone();
+    let problem = state.problem();
     Verdict::NotYet(problem.unwrap_or_else(|| "the helper does not answer".into()))
 }
 

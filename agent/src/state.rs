@@ -11,10 +11,11 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::config::Config;
-use crate::policy::Tree;
+use crate::policy::{Start, Tree};
 use crate::relay::Relay;
 use crate::subtree::Subtree;
-use crate::sync::{Call, Handling, Ledger, length_of};
+use crate::sync::{Call, Handling, Ledger, length_of, too_many_control_groups};
+use crate::text::printable;
 use crate::watch::{Observer, Watching};
 
 /// How long to wait before trying a configuration again that the helper could not put into force: doubled from one to
@@ -63,7 +64,7 @@ pub struct State {
     /// is left of an earlier agent's policy.
     unconfigured: bool,
     /// What the helper refused last, if that still stands.
-    pub problem: Option<String>,
+    pub refusal: Option<String>,
     /// A reload is under way, and the service manager waits for its end.
     pub reloading: bool,
     /// What is known of the relay.
@@ -93,7 +94,7 @@ impl State {
             generation: 0,
             unconfigured: config_error.is_some(),
             config_error,
-            problem: None,
+            refusal: None,
             reloading: false,
             relay: Relay::default(),
             announced: false,
@@ -154,6 +155,42 @@ impl State {
         self.link == Link::Connected && self.ledger.is_settled()
     }
 
+    /// What the helper does not hold of the policy and why, in a sentence.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        let refusal = self.refusal.clone();
+        refusal.or_else(|| {
+            let (count, path, most) = self.ledger.shortage()?;
+            Some(self.has_no_room(count - 1, path, most))
+        })
+    }
+
+    /// For whose control groups there is no room since this was asked last, in a sentence each.
+    pub fn news_of_shortage(&mut self) -> Vec<String> {
+        let news = self.ledger.news_of_shortage();
+        let Some((_, _, most)) = self.ledger.shortage() else {
+            return Vec::new();
+        };
+        let sentence = |path| self.has_no_room(0, path, most);
+        news.iter().map(sentence).collect()
+    }
+
+    fn has_no_room(&self, others: usize, path: &ControlGroupPath, most: usize) -> String {
+        let name = printable(&self.subtree.to_wire(path));
+        let whose = match others {
+            0 => format!("'{name}' has no verdict of its own"),
+            _ => format!("'{name}' and {others} more have no verdict of their own"),
+        };
+        let closed = self.source.config.rules.start == Start::Closed;
+        let why = too_many_control_groups(most, closed);
+        match self.subtree.path().as_bytes().is_empty() {
+            true => format!(
+                "{whose}: {why}; one user's may take no more of the machine's than is left for all others"
+            ),
+            false => format!("{whose}: {why}"),
+        }
+    }
+
     /// Whether the relay is still to say where it listens.
     #[must_use]
     pub fn awaits_relay(&self) -> bool {
@@ -211,6 +248,12 @@ impl State {
             }
         }
         self.ledger.acknowledge(skipped)
+    }
+
+    /// The last call was refused, since it would have made more control groups than these. Returns whether that is news,
+    /// so that the next one says what there is room for.
+    pub fn bound(&mut self, most: usize) -> bool {
+        self.ledger.bound(most)
     }
 
     /// The last call, by this configuration, was refused, for a reason that may pass by itself or not. If it was to
@@ -283,7 +326,7 @@ impl State {
             self.put(old);
         }
         self.generation = 0;
-        self.problem = None;
+        self.refusal = None;
         self.announced = false;
         self.ledger.lost();
     }

@@ -10,6 +10,9 @@ use crate::relay::Relay;
 use crate::state::State;
 use crate::subtree::Subtree;
 
+/// What stands for the reason of a control group's for which there is no room.
+pub const NO_ROOM: &str = "noRoom";
+
 /// A control group and its verdict; none if there is no such control group.
 #[must_use]
 pub fn control_group(state: &State, path: &ControlGroupPath) -> Option<ControlGroup> {
@@ -64,9 +67,12 @@ pub fn find<'a>(
     first.map(|(_, path)| path)
 }
 
-/// Why the helper passed over a control group, if it did.
+/// Why the helper passed over a control group, if it did, or why it was not told of it.
 #[must_use]
 pub fn skipped(state: &State, path: &ControlGroupPath) -> Option<&'static str> {
+    if state.ledger().is_waiting(path) {
+        return Some(NO_ROOM);
+    }
     state.ledger().skipped(path).map(|reason| match reason {
         SkipReason::missing => "missing",
         SkipReason::notOwned => "notOwned",

@@ -1,9 +1,14 @@
 //! Every limit at n and at n + 1, through every method.
 
-#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
 
-use cgtproxy_tests::sandbox::sandbox;
-use cgtproxy_tests::session::{SOCKET, Session, verdict};
+use cgtproxy_tests::agent::Agent;
+use cgtproxy_tests::sandbox::{App, Cgroup, Sandbox, direct, sandbox};
+use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, verdict};
 use cgtproxy_tests::wait::wait_until;
 use serde_json::{Value, json};
 
@@ -145,6 +150,123 @@ fn of_a_policy() {
 
 /// Drops what is named so, and leaves all else to what it is in.
 const DROPS: &str = "version: 1\nrules: [{match: '/dropped[^/]*$', drop: true}]";
+
+/// The problem that an agent's status tells of once it knows this much and has said all there is to say.
+#[track_caller]
+fn problem_of(agent: &mut Agent, cgroups: usize, without: usize) -> Option<String> {
+    let mut problem = None;
+    wait_until("the agent to know them all", || {
+        let status = agent.status();
+        problem = status["problem"].as_str().map(str::to_owned);
+        let list = status["controlGroups"].as_array().expect("a list");
+        let dropped = list.iter().filter(|group| group["target"] == "drop");
+        let (inside, out): (Vec<_>, Vec<_>) = dropped.partition(|g| g["inForce"] == true);
+        let waiting = out.iter().filter(|group| group["skipped"] == "noRoom");
+        waiting.count() == without && out.len() == without && inside.len() + without == cgroups
+    });
+    problem
+}
+
+#[track_caller]
+fn expect_direct(sb: &Sandbox, app: &App) {
+    for to in sb.destinations() {
+        assert_eq!(app.udp(to), direct(to));
+    }
+}
+
+#[test]
+fn of_an_agent_that_says_what_fits_and_removes_what_has_gone() {
+    sandbox(|sb| {
+        let _helper = sb.helper().config("limits: {control-groups: 3}").start();
+        let user = sb.user(1001);
+        let cgroup = |name: &str| user.cgroup(format!("app.slice/{name}"));
+        let mut service = user.agent(DROPS).start();
+        let mut agent = Agent::of(&user);
+        let dropped: Vec<_> = (0..3).map(|n| cgroup(&format!("dropped-{n}"))).collect();
+        let apps: Vec<_> = dropped.iter().map(Cgroup::app).collect();
+        assert_eq!(problem_of(&mut agent, 3, 0), None);
+        // One more inherits, and nothing changes for the others.
+        let more = cgroup("dropped-more");
+        let app = more.app();
+        let problem = problem_of(&mut agent, 4, 1).expect("one has no room");
+        let whose = format!("'{}' has no verdict of its own", more.path().display());
+        assert!(problem.starts_with(&whose), "{problem}");
+        assert!(problem.contains("no more than 3 "), "{problem}");
+        service.wait_log(&whose);
+        apps.iter().for_each(|app| sb.expect_dropped(app));
+        expect_direct(sb, &app);
+        // Nor when everything is said anew, when what is less deep comes first.
+        service.kill();
+        let slice = user.cgroup("dropped.slice");
+        let below = user.cgroup("dropped.slice/anything").app();
+        service.start_again();
+        let mut agent = Agent::of(&user);
+        problem_of(&mut agent, 6, 2).expect("two have no room");
+        sb.expect_dropped(&below);
+        expect_direct(sb, &app);
+        drop(below);
+        user.cgroup("dropped.slice/anything").remove();
+        slice.remove();
+        // What is gone is removed and makes room, first for what has waited.
+        drop(apps);
+        dropped.iter().for_each(Cgroup::remove);
+        assert_eq!(problem_of(&mut agent, 1, 0), None);
+        assert_eq!(mapped_ids(sb, 1001), [more.id()]);
+        sb.expect_dropped(&app);
+        assert_eq!(service.log().matches("no verdict of its own").count(), 2);
+    });
+}
+
+#[test]
+fn of_one_users_part_of_roots_policy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().config("limits: {control-groups: 8}").start();
+        let root = sb.user(0);
+        let config = DROPS.replace("drop: true", "drop: true, enforce: true");
+        let service = root.agent(&config).argument("--system").start();
+        let mut agent = Agent(root.varlink("/run/cgtproxy-agent-system/agent.sock"));
+        let (alice, bob) = (sb.user(1001), sb.user(1002));
+        let of_alice = |n: u32| alice.cgroup(format!("app.slice/dropped-{n}"));
+        let of_bob = |n: u32| bob.cgroup(format!("app.slice/dropped-{n}"));
+        // Half of all there is room for, and not one more.
+        let flood: Vec<_> = (0..4).map(of_alice).collect();
+        assert_eq!(problem_of(&mut agent, 4, 0), None);
+        let more: Vec<_> = (4..40).map(of_alice).collect();
+        let problem = problem_of(&mut agent, 40, 36).expect("most have no room");
+        let user = "user.slice/user-1001.slice/user@1001.service/";
+        assert!(problem.starts_with(&format!("'/{user}")), "{problem}");
+        assert!(problem.contains("' and 35 more have no verdict of their own"));
+        sb.expect_dropped(&flood[3].app());
+        // It has the verdict of what it is in, in which its user could have left it.
+        expect_direct(sb, &more[0].app());
+        // There is room for others, and in the end for what no user makes.
+        let (first, second) = (of_bob(1), of_bob(2));
+        problem_of(&mut agent, 42, 36);
+        sb.expect_dropped(&first.app());
+        sb.expect_dropped(&second.app());
+        let third = of_bob(3);
+        problem_of(&mut agent, 43, 37);
+        let web = sb.cgroup("system.slice/dropped.service");
+        problem_of(&mut agent, 44, 37);
+        sb.expect_dropped(&web.app());
+        assert_eq!(mapped_ids(sb, 0).len(), 7);
+        // Root's file is loaded all the same.
+        service.write_config(&config.replace("drop: true, e", "drop: all, e"));
+        wait_until("the other rules are in force", || {
+            let status = agent.status();
+            let list = status["controlGroups"].as_array().expect("a list");
+            let is = |group: &&Value| group["target"] == "drop-all" && group["inForce"] == true;
+            list.iter().filter(is).count() == 7
+        });
+        service.write_config(&config);
+        problem_of(&mut agent, 44, 37);
+        // And what alice gives back others get.
+        flood.iter().chain(&more).for_each(Cgroup::remove);
+        assert_eq!(problem_of(&mut agent, 4, 0), None);
+        sb.expect_dropped(&third.app());
+        assert_eq!(mapped_ids(sb, 0).len(), 4);
+    });
+}
 
 #[test]
 fn a_policy_of_as_many_control_groups_as_one_may_have_is_one_call() {

@@ -183,6 +183,10 @@ fn sentences(group: &ControlGroup, running: bool, system_policy: bool) -> String
     };
     let force = match (running, &group.skipped, group.inForce) {
         (false, ..) => "cgtproxy-agent is not running: nothing of this is in force.".to_owned(),
+        (_, Some(reason), _) if reason == view::NO_ROOM => {
+            "It is not in force: there is no room for another verdict; see 'cgtproxy-agent status'."
+                .to_owned()
+        }
         (_, Some(reason), _) => {
             format!(
                 "It is not in force: the helper passed it over ({}).",

@@ -49,6 +49,20 @@ impl Kernel {
         skipped
     }
 
+    /// Whether a call would make more of them than there may be: paths that are not there count until they are looked
+    /// for.
+    fn has_room(&self, call: &Call, most: usize) -> bool {
+        let after = match call {
+            Call::Replace(assign) => assign.len(),
+            Call::Update { assign, remove } => {
+                let new = assign.iter().filter(|(path, _)| !self.0.contains_key(path));
+                let gone = remove.iter().filter(|path| self.0.contains_key(path));
+                self.0.len() + new.count() - gone.count()
+            }
+        };
+        after <= most
+    }
+
     /// What there is for a socket in a control group, by its nearest ancestor that is in the map, and whether it is
     /// held. None if there is nothing.
     fn element(&self, path: &ControlGroupPath, disk: &Disk) -> Option<Element> {
@@ -108,6 +122,8 @@ enum Reply {
     Done(Vec<(ControlGroupPath, SkipReason)>, Option<Rc<Rules>>),
     /// What was said by these rules was refused.
     Refused(Rc<Rules>),
+    /// There is not so much room.
+    TooMany,
 }
 
 #[derive(Debug, Clone)]
@@ -249,6 +265,7 @@ proptest! {
     fn nothing_leaves_before_its_verdict(
         (first, events) in any_history(),
         limit in 200usize..2000,
+        most in prop_oneof![Just(1000), 1usize..12],
     ) {
         let root = ControlGroupPath::root();
         let mut agent = Agent { tree: Tree::new(PREFIX.to_vec(), first.clone()), ledger: Ledger::default() };
@@ -295,6 +312,10 @@ proptest! {
                 }
                 Event::Send => {
                     if let Some(call) = agent.ledger.next(&agent.tree) {
+                        if !kernel.has_room(&call, most) {
+                            reply = Some(Reply::TooMany);
+                            continue;
+                        }
                         let replaced = matches!(call, Call::Replace(_)).then(|| agent.tree.rules().clone());
                         if let Some(rules) = &replaced {
                             in_force = Some(rules.clone());
@@ -318,6 +339,8 @@ proptest! {
                             _ => agent.ledger.refuse(),
                         }
                     }
+                    // Nobody says too much twice.
+                    Some(Reply::TooMany) => assert!(agent.ledger.bound(most)),
                     None => {}
                 },
                 Event::Refuse => {
@@ -349,8 +372,13 @@ proptest! {
                 }
             }
         }
-        // And in the end nobody is held.
         prop_assert!(agent.ledger.is_settled());
+        prop_assert_eq!(agent.ledger.shortage().is_none(), agent.tree.cover().count() <= most);
+        if agent.ledger.shortage().is_some() {
+            prop_assert_eq!(kernel.0.len(), most);
+            return Ok(());
+        }
+        // And in the end nobody is held for whom there is room.
         for path in disk.keys() {
             let meant = meant(agent.tree.rules(), path);
             let has = kernel.element(path, &disk);

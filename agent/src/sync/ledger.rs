@@ -3,6 +3,10 @@
 //!
 //! A path is *dirty* when what it should have may differ from what the helper has for it. Only dirty
 //! paths are looked at, and one that turns out to be right already is not sent.
+//!
+//! The helper takes no more control groups than the administrator allows, and refuses a call that would
+//! make more of them as a whole. How many that is it says then, and from there on what there is no room
+//! for *waits*: all else is said, and removals are never kept back.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -70,6 +74,12 @@ pub struct Ledger {
     dirty: BTreeSet<ControlGroupPath>,
     flight: Option<Flight>,
     skipped: BTreeMap<ControlGroupPath, SkipReason>,
+    /// How many control groups the helper takes; as far as is known, any number.
+    most: usize,
+    /// What is not said, since there is no room for it.
+    waiting: BTreeMap<Option<Maker>, BTreeSet<ControlGroupPath>>,
+    /// For whose control groups that was told.
+    told: BTreeSet<Option<Maker>>,
     /// How long the control groups of one call may get, in bytes.
     pub(super) limit: usize,
     /// How much of that is taken when everything is replaced, by what is not about single control groups.
@@ -84,9 +94,81 @@ impl Default for Ledger {
             dirty: BTreeSet::new(),
             flight: None,
             skipped: BTreeMap::new(),
+            most: usize::MAX,
+            waiting: BTreeMap::new(),
+            told: BTreeSet::new(),
             limit: CALL_BYTES,
             head: 0,
         }
+    }
+}
+
+/// The slice of the user who makes a control group: `user-1000.slice`.
+type Maker = Box<[u8]>;
+
+/// Which user makes a control group, and as many as they like. What is not below a user's own service manager the
+/// system's makes, or a service or machine to which the administrator has delegated that.
+fn maker(path: &ControlGroupPath) -> Option<&[u8]> {
+    let mut components = path.components();
+    let slice = match (components.next(), components.next()) {
+        (Some(b"user.slice"), Some(slice)) => slice,
+        _ => return None,
+    };
+    let _user_manager = components.next()?;
+    components.next().map(|_| slice)
+}
+
+/// How many control groups the helper takes, and who has how many of them.
+struct Room {
+    most: usize,
+    taken: usize,
+    by: BTreeMap<Maker, usize>,
+}
+
+impl Room {
+    fn new(most: usize) -> Self {
+        Self {
+            most,
+            taken: 0,
+            by: BTreeMap::new(),
+        }
+    }
+
+    /// What these leave of it.
+    fn beside<'a>(most: usize, held: impl Iterator<Item = &'a ControlGroupPath>) -> Self {
+        let mut room = Self::new(most);
+        if most < usize::MAX {
+            held.for_each(|path| room.count(maker(path)));
+        }
+        room
+    }
+
+    /// Whether there is room for another one. One user may not take more of it than is left for all others: so there
+    /// always is for these, whoever makes control groups without end.
+    fn is_for(&self, maker: Option<&[u8]>) -> bool {
+        let left = self.most.saturating_sub(self.taken);
+        let has = maker.and_then(|maker| self.by.get(maker));
+        left > 0 && has.is_none_or(|has| *has < left)
+    }
+
+    fn count(&mut self, maker: Option<&[u8]>) {
+        self.taken += 1;
+        if let Some(maker) = maker {
+            match self.by.get_mut(maker) {
+                Some(count) => *count += 1,
+                None => _ = self.by.insert(maker.into(), 1),
+            }
+        }
+    }
+
+    /// Takes room for a control group. False if there is none.
+    fn take(&mut self, path: &ControlGroupPath) -> bool {
+        let maker = maker(path);
+        let is = self.is_for(maker);
+        if is {
+            self.count(maker);
+        }
+        is
     }
 }
 
@@ -102,6 +184,7 @@ impl Ledger {
     /// The control group at this path is gone; another one may be there already.
     pub fn renew(&mut self, path: &ControlGroupPath) {
         self.skipped.remove(path);
+        self.wait_no_more(path);
         if let Some(held) = self.held.get_mut(path) {
             held.stale = true;
             self.dirty.insert(path.clone());
@@ -131,6 +214,71 @@ impl Ledger {
         self.head = head;
     }
 
+    /// The call under way was refused, for the helper takes no more control groups than these. Returns whether that is
+    /// news: what is said next keeps to it.
+    pub fn bound(&mut self, most: usize) -> bool {
+        if most >= self.most {
+            return false;
+        }
+        self.most = most;
+        self.refuse();
+        true
+    }
+
+    fn wait(&mut self, path: ControlGroupPath) {
+        let maker = maker(&path).map(Maker::from);
+        self.waiting.entry(maker).or_default().insert(path);
+    }
+
+    fn wait_no_more(&mut self, path: &ControlGroupPath) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let maker = maker(path).map(Maker::from);
+        if let Some(paths) = self.waiting.get_mut(&maker) {
+            paths.remove(path);
+            if paths.is_empty() {
+                self.waiting.remove(&maker);
+            }
+        }
+    }
+
+    /// One that has waited and for which there is room.
+    fn pop_waiting(&mut self, room: &Room) -> Option<ControlGroupPath> {
+        let mut waiting = self.waiting.iter();
+        let (_, paths) = waiting.find(|(maker, _)| room.is_for(maker.as_deref()))?;
+        let path = paths.first()?.clone();
+        self.wait_no_more(&path);
+        Some(path)
+    }
+
+    /// Whether there is no room for a control group.
+    #[must_use]
+    pub fn is_waiting(&self, path: &ControlGroupPath) -> bool {
+        self.waiting.values().any(|paths| paths.contains(path))
+    }
+
+    /// For how many control groups there is no room, one of them, and how many there may be.
+    #[must_use]
+    pub fn shortage(&self) -> Option<(usize, &ControlGroupPath, usize)> {
+        let count = self.waiting.values().map(BTreeSet::len).sum();
+        let first = self.waiting.values().find_map(BTreeSet::first)?;
+        Some((count, first, self.most))
+    }
+
+    /// One control group of each user's for which there is no room, unless that was told of that user's before, and
+    /// likewise one of all others.
+    pub fn news_of_shortage(&mut self) -> Vec<ControlGroupPath> {
+        let mut news = Vec::new();
+        for (maker, paths) in &self.waiting {
+            if !self.told.contains(maker) {
+                self.told.insert(maker.clone());
+                news.extend(paths.first().cloned());
+            }
+        }
+        news
+    }
+
     /// Nothing is left to be said or to be answered.
     #[must_use]
     pub fn is_settled(&self) -> bool {
@@ -145,14 +293,27 @@ impl Ledger {
         if self.replace {
             return Some(self.next_replace(tree));
         }
+        if self.dirty.is_empty() && self.waiting.is_empty() {
+            return None;
+        }
         let mut flight = Flight::default();
         let mut assign = Vec::new();
         let mut bytes = 0;
-        while let Some(path) = self.dirty.pop_first() {
+        // What is removed makes room for the next call: in this one, the helper may know less of it.
+        let mut room = Room::beside(self.most, self.held.keys());
+        loop {
+            let path = self.dirty.pop_first();
+            let Some(path) = path.or_else(|| self.pop_waiting(&room)) else {
+                break;
+            };
             let wanted = tree.element(&path);
             match (wanted, self.held.get(&path)) {
                 (None, None) => continue,
                 (Some(wanted), Some(held)) if !held.stale && held.element == *wanted => continue,
+                (Some(_), None) if !room.take(&path) => {
+                    self.wait(path);
+                    continue;
+                }
                 _ => {}
             }
             let length = encoded(&path, wanted);
@@ -180,13 +341,24 @@ impl Ledger {
     fn next_replace(&mut self, tree: &Tree) -> Call {
         self.replace = false;
         self.dirty.clear();
+        self.waiting.clear();
         let mut flight = Flight {
             replace: true,
             ..Flight::default()
         };
+        let mut cover: Vec<_> = tree.cover().collect();
+        if self.most < usize::MAX {
+            // More inherit from those that are less deep.
+            cover.sort_by_key(|(path, _)| path.depth());
+        }
         let mut assign = Vec::new();
         let mut bytes = self.head;
-        for (path, element) in tree.cover() {
+        let mut room = Room::new(self.most);
+        for (path, element) in cover {
+            if !room.take(path) {
+                self.wait(path.clone());
+                continue;
+            }
             bytes += encoded(path, Some(element));
             if bytes > self.limit {
                 // Parents go first, so what comes later only narrows down what was said, or releases it.
@@ -223,10 +395,8 @@ impl Ledger {
             let Some(sent) = flight.assigned.remove(&path) else {
                 continue;
             };
-            // What the helper had under this path is not what was meant now.
-            if let Some(held) = self.held.get_mut(&path) {
-                held.stale = true;
-            }
+            // What the helper had under this path it has no more.
+            self.held.remove(&path);
             if sent.stale {
                 continue;
             }
@@ -266,6 +436,7 @@ impl Ledger {
         let replace = self.replace;
         self.refuse();
         self.replace = replace;
+        self.waiting.clear();
         self.dirty.extend(self.held.keys().cloned());
         self.dirty
             .extend(tree.cover().map(|(path, _)| path.clone()));
@@ -539,6 +710,105 @@ mod tests {
         }
     }
 
+    /// Makes the one refusal of a call that there is no room for.
+    fn bound(tree: &Tree, ledger: &mut Ledger, most: usize) {
+        assert!(ledger.next(tree).is_some());
+        assert!(ledger.bound(most));
+    }
+
+    #[test]
+    fn what_there_is_no_room_for_waits_and_removals_do_not() {
+        let (mut tree, mut ledger) = (tree(), Ledger::default());
+        for name in ["a/d1", "b/d2", "d3"] {
+            add(&mut tree, &mut ledger, name);
+        }
+        bound(&tree, &mut ledger, 2);
+        // Those first that are less deep.
+        assert_eq!(shown(ledger.next(&tree)), "all d3=drop a/d1=drop");
+        ledger.acknowledge(Vec::new());
+        assert_eq!(shown(ledger.next(&tree)), "-");
+        assert!(ledger.is_settled());
+        assert_eq!(ledger.shortage(), Some((1, &path("b/d2"), 2)));
+        assert!(ledger.is_waiting(&path("b/d2")));
+        assert_eq!(ledger.news_of_shortage(), [path("b/d2")]);
+        // Nobody asks in vain.
+        add(&mut tree, &mut ledger, "d4");
+        assert_eq!(shown(ledger.next(&tree)), "-");
+        assert!(ledger.news_of_shortage().is_empty(), "once");
+        assert_eq!(ledger.shortage(), Some((2, &path("b/d2"), 2)));
+        assert!(!ledger.bound(2));
+        remove(&mut tree, &mut ledger, "d3");
+        assert_eq!(shown(ledger.next(&tree)), " -d3");
+        ledger.acknowledge(Vec::new());
+        assert_eq!(shown(ledger.next(&tree)), "b/d2=drop ");
+        ledger.acknowledge(Vec::new());
+        // What has waited may be gone.
+        remove(&mut tree, &mut ledger, "d4");
+        assert_eq!(ledger.shortage(), None);
+        assert_eq!(shown(ledger.next(&tree)), "-");
+        // Another helper may take more.
+        add(&mut tree, &mut ledger, "d5");
+        ledger.lost();
+        assert_eq!(shown(ledger.next(&tree)), "all a/d1=drop b/d2=drop d5=drop");
+    }
+
+    #[test]
+    fn what_was_passed_over_takes_no_room() {
+        let (mut tree, mut ledger) = (tree(), Ledger::default());
+        for name in ["d1", "d2", "d3"] {
+            add(&mut tree, &mut ledger, name);
+        }
+        bound(&tree, &mut ledger, 2);
+        assert_eq!(shown(ledger.next(&tree)), "all d1=drop d2=drop");
+        ledger.acknowledge(vec![(path("d1"), SkipReason::missing)]);
+        assert_eq!(shown(ledger.next(&tree)), "d3=drop ");
+        ledger.acknowledge(Vec::new());
+        assert_eq!(ledger.shortage(), None);
+    }
+
+    #[test]
+    fn one_users_control_groups_leave_room_for_others() {
+        let (mut tree, mut ledger) = (tree(), Ledger::default());
+        let mine = |uid: u32, name: &str| {
+            format!("user.slice/user-{uid}.slice/user@{uid}.service/app.slice/{name}")
+        };
+        let count = |call: Option<Call>| match call {
+            Some(Call::Replace(assign) | Call::Update { assign, .. }) => assign.len(),
+            None => 0,
+        };
+        for number in 0..100 {
+            tree.add(path(&mine(1, &format!("d{number}"))));
+        }
+        bound(&tree, &mut ledger, 12);
+        assert_eq!(count(ledger.next(&tree)), 6);
+        ledger.acknowledge(Vec::new());
+        // The next one who does the same, and what the system's service manager makes.
+        for number in 0..100 {
+            add(&mut tree, &mut ledger, &mine(2, &format!("d{number}")));
+        }
+        assert_eq!(count(ledger.next(&tree)), 3);
+        ledger.acknowledge(Vec::new());
+        for name in [
+            "d",
+            "system.slice/d.service",
+            "user.slice/user-1.slice/d.scope",
+        ] {
+            add(&mut tree, &mut ledger, name);
+        }
+        assert_eq!(count(ledger.next(&tree)), 3);
+        ledger.acknowledge(Vec::new());
+        assert_eq!(ledger.news_of_shortage().len(), 2, "once for each");
+        assert_eq!(ledger.shortage().map(|(count, ..)| count), Some(191));
+        // What one of them gives back is there for others.
+        remove(&mut tree, &mut ledger, &mine(1, "d0"));
+        assert_eq!(shown(ledger.next(&tree)), format!(" -{}", mine(1, "d0")));
+        ledger.acknowledge(Vec::new());
+        add(&mut tree, &mut ledger, "d.service");
+        assert_eq!(shown(ledger.next(&tree)), "d.service=drop ");
+        ledger.acknowledge(Vec::new());
+        assert_eq!(shown(ledger.next(&tree)), "-");
+    }
+
     /// A helper that holds control groups by identity, as the kernel does.
     #[derive(Default)]
     struct Helper {
@@ -581,6 +851,20 @@ mod tests {
             skipped
         }
 
+        fn has_room(&self, call: &Call, most: usize) -> bool {
+            let after = match call {
+                Call::Replace(assign) => assign.len(),
+                Call::Update { assign, remove } => {
+                    let new = assign
+                        .iter()
+                        .filter(|(path, _)| !self.held.contains_key(path));
+                    let gone = remove.iter().filter(|path| self.held.contains_key(path));
+                    self.held.len() + new.count() - gone.count()
+                }
+            };
+            after <= most
+        }
+
         fn target(&self, path: &ControlGroupPath, disk: &Disk) -> Target {
             match (self.held.get(path), disk.get(path), path.parent()) {
                 (Some((held, element)), Some(id), _) if held == id => {
@@ -620,7 +904,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_helper_ends_up_with_the_cover(events in proptest::collection::vec(any_event(), 0..80), limit in 100usize..1000) {
+        fn the_helper_ends_up_with_the_cover(
+            events in proptest::collection::vec(any_event(), 0..80),
+            limit in 100usize..1000,
+            most in prop_oneof![Just(1000), 0usize..10],
+        ) {
             let (mut tree, mut ledger, mut helper) = (tree(), Ledger::default(), Helper::default());
             ledger.limit = limit;
             let mut disk = Disk::from([(ControlGroupPath::root(), 0)]);
@@ -659,6 +947,11 @@ mod tests {
                     }
                     Event::Send => {
                         if let Some(call) = ledger.next(&tree) {
+                            if !helper.has_room(&call, most) {
+                                // Nobody says too much twice.
+                                assert!(ledger.bound(most));
+                                continue;
+                            }
                             reply = Some(helper.carry_out(&call, &disk));
                         }
                     }
@@ -681,14 +974,20 @@ mod tests {
                 }
             }
             prop_assert!(ledger.is_settled());
+            // Nothing is left of what is gone.
+            for path in helper.held.keys() {
+                prop_assert!(disk.contains_key(path), "{:?}", path);
+            }
+            let waiting = ledger.shortage().map_or(0, |(count, ..)| count);
+            prop_assert_eq!(waiting, tree.cover().count().saturating_sub(most));
+            prop_assert_eq!(helper.held.len() + waiting, tree.cover().count());
+            if waiting > 0 {
+                return Ok(());
+            }
             for path in disk.keys() {
                 let meant = tree.get(path).unwrap().verdict.target.clone();
                 prop_assert_eq!(helper.target(path, &disk), meant.clone(), "{:?}", path);
                 prop_assert_eq!(ledger.held_target(path), Some(meant));
-            }
-            // Nothing is left of what is gone.
-            for path in helper.held.keys() {
-                prop_assert!(disk.contains_key(path), "{:?}", path);
             }
         }
     }

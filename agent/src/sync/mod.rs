@@ -12,5 +12,5 @@ mod session;
 mod wire;
 
 pub use ledger::{Call, Handling, Ledger};
-pub use session::{Error, run};
+pub use session::{Error, run, too_many_control_groups};
 pub use wire::length_of;

@@ -1,6 +1,7 @@
 //! The session with the helper: connects, says what there is to say, one call at a time, and starts
 //! over when the connection breaks.
 
+use std::fmt::Display;
 use std::io;
 use std::path::Path;
 use std::rc::Rc;
@@ -199,6 +200,9 @@ impl Session<'_> {
                     tokio::task::yield_now().await;
                 }
                 Err(CallError::Fault(fault)) => {
+                    if self.learns_limit(&fault) {
+                        continue;
+                    }
                     if let Some(end) = self.refused(&call, &source, &fault) {
                         return end;
                     }
@@ -230,7 +234,7 @@ impl Session<'_> {
             .collect();
         let (news, mended) = {
             let mut state = self.agent.state_mut();
-            state.problem = None;
+            state.refusal = None;
             let postponed = state.is_postponed();
             let news = state.acknowledged(call, reply.generation, skipped, source);
             (news, postponed && !state.is_postponed())
@@ -249,6 +253,18 @@ impl Session<'_> {
             }
         }
         self.agent.tell();
+    }
+
+    /// Whether a refusal only says how many control groups there is room for, which nobody knew. What there is room for
+    /// is said at once, and what has gone is removed.
+    fn learns_limit(&self, fault: &Fault) -> bool {
+        let limit = match &*fault.name {
+            "org.cgtproxy.Helper.TooManyControlGroups" => fault.parameters.get("limit"),
+            _ => None,
+        };
+        let limit = limit.and_then(Value::as_u64);
+        let limit = limit.and_then(|limit| usize::try_from(limit).ok());
+        limit.is_some_and(|limit| self.agent.state_mut().bound(limit))
     }
 
     /// Deals with a refusal; returns the session's end if it is one.
@@ -278,14 +294,14 @@ impl Session<'_> {
         let passing = matches!(short, "KernelRefused" | "NoMarksLeft" | "NoUserManager");
         let (refused, repeated) = {
             let mut state = self.agent.state_mut();
-            let said = [&state.problem, &state.config_error];
+            let said = [&state.refusal, &state.config_error];
             let repeated = said.into_iter().flatten().any(|said| *said == why);
             let refused = state.refused(call, &why, passing, source);
             if refused == Refused::Again {
                 if let Link::Broken(reason) = &mut state.link {
                     reason.clone_from(&why);
                 }
-                state.problem = Some(why.clone());
+                state.refusal = Some(why.clone());
             }
             (refused, repeated)
         };
@@ -320,6 +336,11 @@ impl Session<'_> {
 
     /// There is nothing to say.
     fn settled(&self) {
+        // What has room after the next call has it by now.
+        let news = self.agent.state_mut().news_of_shortage();
+        for why in news {
+            tracing::warn!("{why}");
+        }
         let (settled, awaited) = {
             let state = self.agent.state();
             (state.is_settled(), state.awaited())
@@ -397,7 +418,8 @@ fn announce(agent: &Agent) {
     let text = {
         let mut state = agent.state_mut();
         state.announced = true;
-        let mapped = state.tree().cover().count();
+        let without = state.ledger().shortage().map_or(0, |(count, ..)| count);
+        let mapped = state.tree().cover().count().saturating_sub(without);
         let count = state.tree().len();
         format!("{count} control groups, {mapped} of them with a verdict of their own")
     };
@@ -479,6 +501,23 @@ fn skip_reason(reason: &SkipReason) -> &'static str {
     }
 }
 
+/// That a user has more control groups with a verdict of their own than one may have, for a person.
+#[must_use]
+pub fn too_many_control_groups(limit: impl Display, closed: bool) -> String {
+    match closed {
+        true => format!(
+            "the administrator allows no more than {limit} control groups with a verdict of their \
+             own per user, and with 'start: closed' each has one that rules could decide otherwise \
+             than its slice: those that are too many stay without network; tie rules to slices \
+             with '^', or let packets leave at once with 'start: open'"
+        ),
+        false => format!(
+            "the administrator allows no more than {limit} control groups with a verdict of their \
+             own per user: let rules match slices rather than everything in them"
+        ),
+    }
+}
+
 /// An error of the helper for a person.
 fn sentence(name: &str, fault: &Fault, closed: bool) -> String {
     let number = |field: &str| {
@@ -505,18 +544,7 @@ fn sentence(name: &str, fault: &Fault, closed: bool) -> String {
             "the administrator allows no more than {} bypass entries per user",
             number("limit")
         ),
-        "TooManyControlGroups" if closed => format!(
-            "the administrator allows no more than {} control groups with a verdict of their own \
-             per user, and with 'start: closed' each has one that rules could decide otherwise \
-             than its slice: those that are too many stay without network; tie rules to slices \
-             with '^', or let packets leave at once with 'start: open'",
-            number("limit")
-        ),
-        "TooManyControlGroups" => format!(
-            "the administrator allows no more than {} control groups with a verdict of their own \
-             per user: let rules match slices rather than everything in them",
-            number("limit")
-        ),
+        "TooManyControlGroups" => too_many_control_groups(number("limit"), closed),
         "TooManyConnections" => format!(
             "the administrator allows no more than {} connections per user",
             number("limit")

@@ -173,10 +173,11 @@ fn says_again_what_was_refused() {
     agent.says("the helper finds no control group user.slice");
     world.helper.wait_for(&[("drop-1", "drop")]);
     // An update as well, and what comes meanwhile is not forgotten.
-    let limit = fault("TooManyControlGroups", json!({ "limit": 1 }));
-    world.helper.books().faults.extend([limit.clone(), limit]);
+    let refused = fault("KernelRefused", json!({ "message": "no room" }));
+    let faults = [refused.clone(), refused];
+    world.helper.books().faults.extend(faults);
     world.make(&["drop-2"]);
-    agent.says("the administrator allows no more than 1 control groups");
+    agent.says("the kernel refused the policy: no room");
     world.make(&["drop-3"]);
     world
         .helper
@@ -184,6 +185,40 @@ fn says_again_what_was_refused() {
     agent.wait("no problem", |status| {
         status.connected && status.problem.is_none()
     });
+}
+
+#[test]
+fn what_there_is_no_room_for_is_not_said_again_and_again() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    let limit = fault("TooManyControlGroups", json!({ "limit": 1 }));
+    world.helper.books().faults.push_back(limit);
+    world.make(&["drop-2"]);
+    let line = agent.says("drop-2' has no verdict of its own: the administrator allows no more");
+    assert!(line.starts_with("<4>") && line.contains("no more than 1 control groups"));
+    world.make(&["drop-3"]);
+    let status = agent.wait("both", |s| {
+        let without = s.controlGroups.iter().filter(|g| g.skipped.is_some());
+        without.count() == 2
+    });
+    let problem = status.problem.unwrap();
+    assert!(problem.contains("drop-2' and 1 more have no verdict of their own"));
+    let group = agent.explain("drop-3");
+    assert!(!group.inForce && group.skipped.as_deref() == Some("noRoom"));
+    agent.in_force("drop-1");
+    // What is gone is removed, and makes room.
+    world.remove(&["drop-1"]);
+    world.helper.wait_for(&[("drop-2", "drop")]);
+    world.remove(&["drop-3"]);
+    let status = agent.wait("no problem", |status| status.problem.is_none());
+    assert!(status.controlGroups.iter().all(|g| g.skipped.is_none()));
+    let calls = world.helper.books().calls.clone();
+    let (replace, update) = ("ReplacePolicy", "UpdateAssignments");
+    assert_eq!(calls, [replace, update, update, update]);
+    assert_eq!(agent.count("no verdict of its own"), 1);
 }
 
 #[test]
