@@ -222,6 +222,8 @@ impl Ledger {
         }
         self.most = most;
         self.refuse();
+        // One user may have taken all of it by now, while nobody knew how much there is.
+        self.replace_all();
         true
     }
 

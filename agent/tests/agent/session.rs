@@ -217,7 +217,7 @@ fn what_there_is_no_room_for_is_not_said_again_and_again() {
     assert!(status.controlGroups.iter().all(|g| g.skipped.is_none()));
     let calls = world.helper.books().calls.clone();
     let (replace, update) = ("ReplacePolicy", "UpdateAssignments");
-    assert_eq!(calls, [replace, update, update, update]);
+    assert_eq!(calls, [replace, update, replace, update, update]);
     assert_eq!(agent.count("no verdict of its own"), 1);
 }
 
