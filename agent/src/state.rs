@@ -257,7 +257,7 @@ impl State {
     }
 
     /// The last call, by this configuration, was refused, for a reason that may pass by itself or not. If it was to
-    /// bring it into force, the old one stays, which the helper holds still.
+    /// bring it into force, the old one stays, which the helper holds still, and is said once more.
     pub fn refused(&mut self, call: &Call, why: &str, passing: bool, sent: &Rc<Source>) -> Refused {
         if !Rc::ptr_eq(sent, &self.source) {
             self.ledger.refuse();
@@ -268,10 +268,10 @@ impl State {
                 let old = old.clone();
                 self.postpone(sent, passing);
                 self.config_error = Some(why.to_owned());
-                self.tree.replace_rules(old.config.rules.clone());
-                self.ledger.make_room_for(length_of(&old.config));
-                self.source = old;
-                self.ledger.keep_what_is_held(&self.tree);
+                self.ledger.refuse();
+                // As a whole: the refused call would have told of more than of its configuration, such as what had been
+                // missed.
+                self.put(old);
                 Refused::TakenBack
             }
             _ => {
@@ -318,7 +318,10 @@ impl State {
     /// The session is over: nobody knows what is in force.
     pub fn disconnected(&mut self, why: String) {
         self.link = Link::Broken(why);
-        // One that was being tried again is tried when the old one is back.
+        // One that was refused is tried when the old one is back, and not before: then nobody would hold any.
+        if let Some(postponed) = &mut self.postponed {
+            postponed.at = None;
+        }
         if let Some(old) = self.accepted.take()
             && let Some(postponed) = &self.postponed
             && Rc::ptr_eq(&postponed.source, &self.source)
@@ -478,5 +481,85 @@ impl Drop for Calling<'_> {
     fn drop(&mut self) {
         self.0.calling.set(false);
         self.0.tell();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::{self, Scope};
+
+    /// A configuration with one name in it.
+    fn source(name: &str) -> Source {
+        let text = format!("version: 1\nrules: [{{match: '/{name}$', drop: true}}]\n");
+        let loaded = config::parse(Path::new("/c"), text.as_bytes(), Scope::User).unwrap();
+        Source {
+            config: loaded.config,
+            file: None,
+        }
+    }
+
+    /// The next call, with the control groups that it is about.
+    fn next(state: &mut State) -> (Call, Vec<String>) {
+        let call = state.next_call().unwrap();
+        let Call::Replace(assign) = &call else {
+            panic!("{call:?}");
+        };
+        let paths = assign.iter().map(|(path, _)| path.to_wire()).collect();
+        (call, paths)
+    }
+
+    fn accept(state: &mut State) -> Vec<String> {
+        let (call, paths) = next(state);
+        let source = state.source().clone();
+        state.acknowledged(&call, 1, Vec::new(), &source);
+        paths
+    }
+
+    /// The helper holds a configuration that drops `old`; another one, which drops `new`, is about to replace it.
+    fn replacing() -> State {
+        let subtree = Subtree::of_user("/sys/fs/cgroup".into(), 1000).unwrap();
+        let mut state = State::new(subtree, source("old"), None);
+        for path in ["", "old", "new"] {
+            state.added(ControlGroupPath::from_wire(path).unwrap());
+        }
+        assert_eq!(accept(&mut state), ["old"]);
+        state.replace_config(source("new"));
+        state
+    }
+
+    fn refuse(state: &mut State) {
+        let (call, paths) = next(state);
+        assert_eq!(paths, ["new"]);
+        let source = state.source().clone();
+        let refused = state.refused(&call, "no", true, &source);
+        assert_eq!(refused, Refused::TakenBack);
+    }
+
+    #[test]
+    fn all_is_said_again_of_a_configuration_that_is_put_back() {
+        let mut state = replacing();
+        // Which the refused call would have mended as well.
+        state.lost_track();
+        refuse(&mut state);
+        assert_eq!(accept(&mut state), ["old"]);
+        assert!(state.is_settled());
+    }
+
+    #[test]
+    fn a_session_begins_with_what_the_one_before_it_had() {
+        let mut state = replacing();
+        refuse(&mut state);
+        state.disconnected("gone".into());
+        // However long that takes.
+        if let Some(Postponed { at: Some(at), .. }) = &mut state.postponed {
+            *at -= POSTPONED.1;
+        }
+        state.try_postponed();
+        assert_eq!(accept(&mut state), ["old"]);
+        state.try_postponed();
+        assert_eq!(accept(&mut state), ["new"]);
     }
 }

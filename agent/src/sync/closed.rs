@@ -330,14 +330,11 @@ proptest! {
                     }
                     Some(Reply::Refused(sent)) => {
                         let current = Rc::ptr_eq(&sent, agent.tree.rules());
-                        match &accepted {
-                            // It is taken back.
-                            Some(old) if current && !Rc::ptr_eq(old, &sent) => {
-                                agent.tree.replace_rules(old.clone());
-                                agent.ledger.keep_what_is_held(&agent.tree);
-                            }
-                            _ => agent.ledger.refuse(),
+                        // It is taken back.
+                        if let Some(old) = accepted.as_ref().filter(|old| current && !Rc::ptr_eq(old, &sent)) {
+                            agent.tree.replace_rules(old.clone());
                         }
+                        agent.ledger.refuse();
                     }
                     // Nobody says too much twice.
                     Some(Reply::TooMany) => assert!(agent.ledger.bound(most)),

@@ -432,18 +432,6 @@ impl Ledger {
         }
     }
 
-    /// Drops a refused replacement: the helper keeps what it has, and is brought in step with `tree`
-    /// from there, unless there is another reason by now to say everything.
-    pub fn keep_what_is_held(&mut self, tree: &Tree) {
-        let replace = self.replace;
-        self.refuse();
-        self.replace = replace;
-        self.waiting.clear();
-        self.dirty.extend(self.held.keys().cloned());
-        self.dirty
-            .extend(tree.cover().map(|(path, _)| path.clone()));
-    }
-
     /// What the helper does with a control group's packets.
     #[must_use]
     pub fn handling(&self, path: &ControlGroupPath) -> Handling<'_> {
@@ -617,24 +605,6 @@ mod tests {
         assert_eq!(shown(ledger.next(&tree)), "d=drop ");
         ledger.acknowledge(Vec::new());
         assert_eq!(ledger.held_target(&path("d/e")), Some(Target::Drop));
-    }
-
-    #[test]
-    fn what_is_taken_back_leaves_other_reasons_to_say_everything() {
-        let (mut tree, mut ledger) = (tree(), Ledger::default());
-        add(&mut tree, &mut ledger, "d");
-        ledger.next(&tree);
-        ledger.acknowledge(Vec::new());
-        ledger.replace_all();
-        ledger.next(&tree);
-        ledger.keep_what_is_held(&tree);
-        assert_eq!(shown(ledger.next(&tree)), "-");
-        ledger.replace_all();
-        ledger.next(&tree);
-        // Events are lost meanwhile.
-        ledger.replace_all();
-        ledger.keep_what_is_held(&tree);
-        assert_eq!(shown(ledger.next(&tree)), "all d=drop");
     }
 
     #[test]
