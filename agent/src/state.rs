@@ -22,6 +22,9 @@ use crate::watch::{Observer, Watching};
 /// the other.
 const POSTPONED: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
 
+/// What an agent says, and before the reason, that has had no configuration yet which is right.
+pub const AWAITS_CONFIGURATION: &str = "waiting for the configuration to be mended";
+
 /// A configuration and where it comes from.
 #[derive(Debug)]
 pub struct Source {
@@ -137,7 +140,7 @@ impl State {
     pub fn awaited_configuration(&self) -> Option<String> {
         let why = self.config_error.as_deref().unwrap_or_default();
         self.unconfigured
-            .then(|| format!("waiting for the configuration to be mended: {why}"))
+            .then(|| format!("{AWAITS_CONFIGURATION}: {why}"))
     }
 
     /// What has to come before anything can be said to the helper, in a sentence.

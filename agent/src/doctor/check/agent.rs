@@ -6,12 +6,14 @@ use super::count;
 use crate::config::Scope;
 use crate::doctor::facts::{Agent, ConfigFile, Facts, Helper};
 use crate::doctor::{Finding, Group};
+use crate::state::AWAITS_CONFIGURATION;
 
 /// What to call the agent, and the commands about it.
 struct Words {
     agent: &'static str,
     enable: &'static str,
     restart: &'static str,
+    reload: &'static str,
     check: &'static str,
     /// What it means that no rule is in force.
     idle: &'static str,
@@ -23,6 +25,7 @@ fn words(scope: Scope) -> Words {
             agent: "cgtproxy-agent",
             enable: "systemctl --user enable --now cgtproxy-agent",
             restart: "systemctl --user restart cgtproxy-agent",
+            reload: "systemctl --user reload cgtproxy-agent",
             check: "cgtproxy-agent check",
             idle: "Everything of yours goes direct.",
         },
@@ -30,6 +33,7 @@ fn words(scope: Scope) -> Words {
             agent: "the machine's cgtproxy-agent",
             enable: "systemctl enable --now cgtproxy-agent-system",
             restart: "systemctl restart cgtproxy-agent-system",
+            reload: "systemctl reload cgtproxy-agent-system",
             check: "cgtproxy-agent --system check",
             idle: "Everything goes direct but for what users say themselves.",
         },
@@ -111,7 +115,8 @@ fn running(facts: &Facts) -> Option<Finding> {
                 format!("the helper refuses a part of your policy: {problem}"),
             )
             .effect("What it refuses has the verdict that it had before.")
-            .command(words.restart),
+            // One that starts anew would say all at once, and all would be refused.
+            .advice("the agent says it again by itself, and it is in force once the helper has room for it"),
         ),
         (false, problem) => Some(
             Finding::error(
@@ -122,7 +127,8 @@ fn running(facts: &Facts) -> Option<Finding> {
                 ),
             )
             .effect("None of your rules is in force.")
-            .command(words.restart),
+            // Another one would be told the same.
+            .advice("when that is mended, the agent connects by itself within seconds"),
         ),
     }
 }
@@ -133,20 +139,28 @@ fn configuration(facts: &Facts) -> Option<Finding> {
     if let Agent::Answers(status) = &facts.agent
         && let Some(error) = &status.configError
     {
-        return Some(
-            Finding::error(
-                "config-not-in-force",
-                format!("the configuration has a mistake: {error}"),
-            )
-            .effect(match status.connected {
-                true => "The configuration that was there before it is still in force.",
-                false => {
-                    "The agent waits for the file to be mended, and none of your rules is in force."
-                }
-            })
-            .advice(format!("'{check}' lists all that is wrong with the file"))
-            .command(check),
-        );
+        let problem = status.problem.as_deref().unwrap_or_default();
+        let effect = match status.connected {
+            true => "The configuration that was there before it is still in force.",
+            false if problem.starts_with(AWAITS_CONFIGURATION) => {
+                "The agent waits for the file to be mended, and none of your rules is in force."
+            }
+            false => "The agent keeps to the configuration that was there before it.",
+        };
+        return Some(match &facts.config {
+            ConfigFile::Read(_) => {
+                Finding::error("config-not-in-force", format!("the configuration is not in force: {error}"))
+                    .effect(effect)
+                    .advice(
+                        "the file has no mistake: when what stands in its way is mended, have the agent load it again",
+                    )
+                    .command(words(facts.scope).reload)
+            }
+            _ => Finding::error("config-not-in-force", format!("the configuration has a mistake: {error}"))
+                .effect(effect)
+                .advice(format!("'{check}' lists all that is wrong with the file"))
+                .command(check),
+        });
     }
     match &facts.config {
         ConfigFile::Wrong(why) => Some(

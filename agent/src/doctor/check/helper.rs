@@ -25,7 +25,15 @@ pub(super) fn check(facts: &Facts) -> Group {
             .advice("'journalctl -u cgtproxy-helper' says why")
             .command("sudo systemctl restart cgtproxy-helper.socket"),
         ),
-        Helper::Forbidden => Some(
+        Helper::Forbidden { in_sight: false } => Some(
+            Finding::error(
+                "helper-forbidden",
+                format!("you may not get to the socket {socket}; everybody may, as it is installed"),
+            )
+            .advice("the mode of a directory on the way keeps you out: each needs 'x' for others")
+            .command(format!("namei -l {socket}")),
+        ),
+        Helper::Forbidden { in_sight: true } => Some(
             Finding::error(
                 "helper-forbidden",
                 format!("you may not open the socket {socket}; everybody may, as it is installed"),

@@ -86,16 +86,18 @@ fn one(facts: &Facts, proxy: &Proxy, port: u16, listeners: &[Listener]) -> Vec<F
         if !wanted {
             continue;
         }
-        let takers = on_port.iter().filter(|listener| {
+        let mut takers = on_port.clone();
+        takers.retain(|listener| {
             listener.transport == transport && takes(listener, family, loopback(family))
         });
-        let before = found.len();
-        for taker in takers {
-            found.push(taker);
+        // Who listens on the very address comes before who listens on all.
+        if takers.iter().any(|taker| !taker.address.is_unspecified()) {
+            takers.retain(|taker| !taker.address.is_unspecified());
         }
-        if found.len() == before {
+        if takers.is_empty() {
             missing.push((transport, family));
         }
+        found.extend(takers);
     }
     let mut findings = Vec::new();
     findings.extend(not_listening(proxy, port, &on_port, &found, &missing));

@@ -12,7 +12,7 @@ use cgtproxy_proto::relay::{GetStatus_Reply as RelayStatus, UpstreamStatus};
 use super::all;
 use crate::config::Scope;
 use crate::doctor::facts::*;
-use crate::doctor::{Severity, report};
+use crate::doctor::{Finding, Group, Severity, report};
 
 const MANAGER: &str = "/user.slice/user-1000.slice/user@1000.service";
 
@@ -230,7 +230,9 @@ const BROKEN: &[(&str, Severity, Break)] = {
     &[
         ("helper-missing", Error, |f| f.helper = Helper::Missing),
         ("helper-dead", Error, |f| f.helper = Helper::Dead),
-        ("helper-forbidden", Error, |f| f.helper = Helper::Forbidden),
+        ("helper-forbidden", Error, |f| {
+            f.helper = Helper::Forbidden { in_sight: true };
+        }),
         ("helper-unreachable", Error, |f| {
             f.helper = Helper::Unreachable("no".into());
         }),
@@ -459,6 +461,22 @@ const HARMLESS: &[(&str, Break)] = &[
         },
     ),
     (
+        "a server for all addresses beside the one that is meant",
+        |f| {
+            redirect(f);
+            for transport in [Transport::Tcp, Transport::Udp] {
+                let ipv4 = listener(transport, Ipv4Addr::LOCALHOST, 7890);
+                let ipv6 = listener(transport, Ipv6Addr::LOCALHOST, 7890);
+                listeners(f).extend([ipv4, ipv6]);
+            }
+            for other in listeners(f) {
+                if other.address.is_unspecified() {
+                    other.control_group = Some(9);
+                }
+            }
+        },
+    ),
+    (
         "a server of the machine's own for redirected connections",
         |f| {
             redirect(f);
@@ -676,6 +694,74 @@ fn what_is_kept_of_an_agent_that_is_gone_does_not_pass_for_direct() {
     assert_eq!(effect(&facts), "Everything of yours goes direct.");
     helper(&mut facts).0.session = GetStatus_Reply_session::kept;
     assert!(effect(&facts).contains("still dropped"));
+}
+
+/// The one finding of a check.
+fn only(facts: &Facts, check: fn(&Facts) -> Group) -> Finding {
+    let findings = check(facts).findings;
+    assert_eq!(findings.len(), 1, "{findings:?}");
+    findings[0].clone()
+}
+
+#[test]
+fn nobody_is_told_to_restart_an_agent_that_would_have_it_no_better() {
+    let mut facts = fine();
+    agent(&mut facts).problem = Some("too many control groups".into());
+    let refused = only(&facts, super::agent::check);
+    assert_eq!((refused.id, refused.commands.len()), ("agent-refused", 0));
+    agent(&mut facts).connected = false;
+    let finding = only(&facts, super::agent::check);
+    assert_eq!(
+        (finding.id, finding.commands.len()),
+        ("agent-disconnected", 0)
+    );
+}
+
+#[test]
+fn what_the_helper_refuses_is_no_mistake_in_the_file() {
+    let mut facts = fine();
+    agent(&mut facts).configError = Some("no more than 3 proxies".into());
+    let refused = only(&facts, super::agent::check);
+    assert_eq!(refused.id, "config-not-in-force");
+    assert!(!refused.problem.contains("mistake"), "{refused:?}");
+    let advice = refused.advice.unwrap();
+    assert!(advice.contains("the file has no mistake"), "{advice}");
+    assert!(
+        refused.commands[0].contains("reload"),
+        "{:?}",
+        refused.commands
+    );
+
+    facts.config = ConfigFile::Wrong("c:1:1".into());
+    let wrong = only(&facts, super::agent::check);
+    assert!(wrong.problem.contains("mistake"), "{wrong:?}");
+    assert!(wrong.commands[0].contains("check"), "{wrong:?}");
+    // Without the helper the one before it waits for that, and not for the file.
+    let waits = |facts: &Facts| {
+        let findings = super::agent::check(facts).findings;
+        let found = findings.iter().find(|f| f.id == "config-not-in-force");
+        found.unwrap().effect.contains("to be mended")
+    };
+    agent(&mut facts).connected = false;
+    agent(&mut facts).problem = Some("no helper listens".into());
+    assert!(!waits(&facts));
+    let why = "waiting for the configuration to be mended: c:1:1";
+    agent(&mut facts).problem = Some(why.into());
+    assert!(waits(&facts));
+}
+
+#[test]
+fn the_socket_is_not_blamed_for_the_directory_that_it_is_in() {
+    let mut facts = fine();
+    facts.helper = Helper::Forbidden { in_sight: true };
+    let socket = only(&facts, super::helper::check);
+    assert_eq!(
+        socket.commands,
+        ["sudo chmod 666 /run/cgtproxy/helper.sock"]
+    );
+    facts.helper = Helper::Forbidden { in_sight: false };
+    let directory = only(&facts, super::helper::check);
+    assert_eq!(directory.commands, ["namei -l /run/cgtproxy/helper.sock"]);
 }
 
 #[test]

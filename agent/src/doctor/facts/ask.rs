@@ -81,7 +81,10 @@ async fn ask_status(socket: &Path) -> Result<(Client, GetStatus_Reply), Helper> 
             return Err(match error.kind() {
                 io::ErrorKind::NotFound => Helper::Missing,
                 io::ErrorKind::ConnectionRefused => Helper::Dead,
-                io::ErrorKind::PermissionDenied => Helper::Forbidden,
+                io::ErrorKind::PermissionDenied => Helper::Forbidden {
+                    // To look at it takes no right but to get there.
+                    in_sight: socket.metadata().is_ok(),
+                },
                 _ => Helper::Unreachable(chain(&error)),
             });
         }

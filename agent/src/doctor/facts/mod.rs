@@ -68,8 +68,11 @@ pub enum Helper {
     Missing,
     /// Nobody listens on it.
     Dead,
-    /// The socket's or its directory's mode does not let this user in.
-    Forbidden,
+    /// The socket's mode does not let this user in, or that of a directory on the way to it.
+    Forbidden {
+        /// It is the socket's own.
+        in_sight: bool,
+    },
     /// Something else is wrong.
     Unreachable(String),
     /// It answered with a declared error: its name and all of it.
