@@ -185,13 +185,19 @@ impl Config {
     /// The names of all targets.
     #[must_use]
     pub fn target_names(&self) -> Vec<String> {
-        let proxies = self.proxies.iter().map(|p| p.name.as_str());
-        ["direct", "drop"]
-            .into_iter()
-            .chain(proxies)
-            .map(str::to_owned)
-            .collect()
+        target_names(self.proxies.iter().map(|p| p.name.to_string()).collect())
     }
+}
+
+/// The names of all targets, given those of the proxies: the first one has another name, unless that is taken.
+#[must_use]
+pub fn target_names(proxies: Vec<String>) -> Vec<String> {
+    let mut names: Vec<_> = ["direct", "drop"].map(str::to_owned).into();
+    if !proxies.is_empty() && proxies.iter().all(|name| name != DEFAULT_PROXY) {
+        names.push(DEFAULT_PROXY.to_owned());
+    }
+    names.extend(proxies);
+    names
 }
 
 /// Why a file gave no configuration.
@@ -300,5 +306,18 @@ pub fn parse(file: &Path, bytes: &[u8], scope: Scope) -> Result<Loaded, LoadErro
     match config {
         Some(config) => Ok(Loaded { config, findings }),
         None => Err(LoadError::Invalid(findings)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::target_names;
+
+    #[test]
+    fn the_first_proxy_has_two_names() {
+        let names = |names: &[&str]| target_names(names.iter().map(|&n| n.to_owned()).collect());
+        assert_eq!(names(&[]), ["direct", "drop"]);
+        assert_eq!(names(&["a", "b"]), ["direct", "drop", "proxy", "a", "b"]);
+        assert_eq!(names(&["a", "proxy"]), ["direct", "drop", "a", "proxy"]);
     }
 }

@@ -10,8 +10,8 @@ use cgtproxy_proto::agent::{
 use cgtproxy_proto::client::CallError;
 use tokio::time::{Instant, sleep, timeout_at};
 
+use crate::config::target_names;
 use crate::connection::{ConnectError, Connection};
-use crate::policy::DEFAULT_PROXY;
 
 /// How long the agent may take to answer, and to get a verdict into the kernel.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -22,9 +22,6 @@ const HELPER_PATIENCE: Duration = Duration::from_secs(1);
 /// How soon the agent is asked again.
 const AGAIN: Duration = Duration::from_millis(10);
 
-/// Every policy has these targets.
-const BUILT_IN: [&str; 2] = ["direct", "drop"];
-
 /// What to do without an agent, for a person.
 const START: &str = "start it with 'systemctl --user enable --now cgtproxy-agent'";
 
@@ -34,6 +31,12 @@ pub enum Error {
     /// Nobody listens.
     #[error("cgtproxy-agent is not running; {START}, or use --no-wait to do without it")]
     NotRunning,
+    /// Root has no agent for cgtproxy-exec.
+    #[error(
+        "root has no targets of its own, and no cgtproxy-agent that knows any: as a user, say \
+         'cgtproxy-exec TARGET sudo COMMAND'"
+    )]
+    Root,
     /// Its socket is there, but of no use.
     #[error("can't connect to cgtproxy-agent at {}", .socket.display())]
     Connect {
@@ -42,10 +45,9 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The agent has no helper.
+    /// The agent has no helper, or no configuration yet, or the helper did not take the verdict.
     #[error(
-        "cgtproxy-agent is not connected to cgtproxy-helper, so no target is in force ({0}); \
-         look at 'systemctl status cgtproxy-helper.socket', or use --no-wait to do without it"
+        "the target is not in force: {0}; look at 'cgtproxy-agent status', or use --no-wait to do without it"
     )]
     NotConnected(String),
     /// The configuration has no such target.
@@ -82,6 +84,7 @@ pub enum Error {
 impl From<ConnectError> for Error {
     fn from(error: ConnectError) -> Self {
         match error {
+            ConnectError::NotRunning if rustix::process::getuid().is_root() => Self::Root,
             ConnectError::NotRunning => Self::NotRunning,
             ConnectError::Failed { socket, source } => Self::Connect { socket, source },
         }
@@ -106,7 +109,7 @@ impl Agent {
             .map_err(|_| Error::Timeout)?
             .map_err(fault)?;
         let proxies = status.targets.into_iter().filter(|t| t.port.is_some());
-        let known = known_targets(proxies.map(|t| t.name).collect());
+        let known = target_names(proxies.map(|t| t.name).collect());
         let problem = match status.connected {
             true => None,
             false => Some(status.problem.unwrap_or_else(|| "not yet".to_owned())),
@@ -173,16 +176,6 @@ impl Agent {
     }
 }
 
-/// All names of targets that may be asked for, given those of the proxies.
-fn known_targets(proxies: Vec<String>) -> Vec<String> {
-    let mut known: Vec<_> = BUILT_IN.map(str::to_owned).into();
-    if !proxies.is_empty() && proxies.iter().all(|name| name != DEFAULT_PROXY) {
-        known.push(DEFAULT_PROXY.to_owned());
-    }
-    known.extend(proxies);
-    known
-}
-
 /// A failed call as what it means.
 fn fault(error: CallError) -> Error {
     let CallError::Fault(fault) = error else {
@@ -205,18 +198,5 @@ fn fault(error: CallError) -> Error {
             }
         }
         _ => Error::Call(CallError::Fault(fault)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::known_targets;
-
-    #[test]
-    fn knows_the_first_proxy_by_two_names() {
-        let known = |names: &[&str]| known_targets(names.iter().map(|&n| n.to_owned()).collect());
-        assert_eq!(known(&[]), ["direct", "drop"]);
-        assert_eq!(known(&["a", "b"]), ["direct", "drop", "proxy", "a", "b"]);
-        assert_eq!(known(&["a", "proxy"]), ["direct", "drop", "a", "proxy"]);
     }
 }

@@ -113,7 +113,10 @@ fn says_why_not() {
     assert_eq!(await_target(&agent, &path, "drop"), Ok(()));
     let (name, parameters) = await_target(&agent, &path, "nothing").unwrap_err();
     assert_eq!(name, "UnknownTarget");
-    assert_eq!(parameters["known"], json!(["direct", "drop", "p", "q"]));
+    assert_eq!(
+        parameters["known"],
+        json!(["direct", "drop", "proxy", "p", "q"])
+    );
     for path in [
         format!("{path}x"),
         "/other".into(),

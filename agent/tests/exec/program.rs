@@ -252,9 +252,14 @@ fn without_an_agent_it_says_what_to_do() {
         agent: false,
         ..Behaviour::default()
     });
-    let output = session.run(["mihomo", "echo", "ran"]);
+    session.release = None;
+    let run = |user| {
+        let arguments = ["mihomo", "echo", "ran"];
+        let mut command = session.wrapped("unshare", ["--user", user], arguments);
+        command.output().unwrap()
+    };
     assert_refused(
-        &output,
+        &run("--map-user=1000"),
         125,
         &[
             "not running",
@@ -262,6 +267,10 @@ fn without_an_agent_it_says_what_to_do() {
             "--no-wait",
         ],
     );
+    // An agent of root's would be the machine's.
+    let output = run("--map-root-user");
+    assert_refused(&output, 125, &["as a user", "cgtproxy-exec TARGET sudo"]);
+    assert!(!stderr(&output).contains("enable --now"));
     assert_eq!(session.asked(), []);
 }
 
@@ -306,9 +315,9 @@ fn without_a_helper_it_says_so() {
         &output,
         125,
         &[
-            "not connected",
+            "not in force",
             "no such socket",
-            "cgtproxy-helper.socket",
+            "cgtproxy-agent status",
             "--no-wait",
         ],
     );
