@@ -1,14 +1,19 @@
 //! The user's running agent, for programs that do one thing after another.
 
-use cgtproxy_proto::client::CallError;
+use std::time::Duration;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
+use tokio::time::timeout;
 
 use super::Error;
 use crate::config::Scope;
 use crate::connection::{ConnectError, Connection};
 use crate::server;
+
+/// How long the agent may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A connection, and what waits for it.
 pub(super) struct Agent {
@@ -41,8 +46,14 @@ impl Agent {
         &mut self,
         method: &str,
         arguments: A,
-    ) -> Result<R, CallError> {
-        self.runtime
-            .block_on(self.connection.call(method, arguments))
+    ) -> Result<R, Error> {
+        let call = self.connection.call(method, arguments);
+        // The time begins within the runtime.
+        let answer = self
+            .runtime
+            .block_on(async { timeout(PATIENCE, call).await });
+        answer
+            .map_err(|_| Error::NoAnswer(PATIENCE.as_secs()))?
+            .map_err(Error::Call)
     }
 }

@@ -110,10 +110,12 @@ fn ask(agent: &mut Agent, subtree: &Subtree, subject: &Subject) -> Result<Contro
     };
     match agent.call::<_, Explain_Reply>("Explain", arguments) {
         Ok(reply) => Ok(reply.controlGroup),
-        Err(CallError::Fault(fault)) if fault.name == "org.cgtproxy.Agent.ControlGroupNotFound" => {
+        Err(Error::Call(CallError::Fault(fault)))
+            if fault.name == "org.cgtproxy.Agent.ControlGroupNotFound" =>
+        {
             Err(unknown(&name))
         }
-        Err(error) => Err(Error::Call(error)),
+        Err(error) => Err(error),
     }
 }
 

@@ -75,6 +75,9 @@ pub enum Error {
     /// The agent gave no answer.
     #[error("cgtproxy-agent gave no answer")]
     Call(#[source] CallError),
+    /// The agent gave none in so many seconds.
+    #[error("cgtproxy-agent gave no answer within {0} seconds")]
+    NoAnswer(u64),
     /// There is no such control group, process or unit.
     #[error("{0}")]
     NotFound(String),

@@ -26,9 +26,7 @@ struct WithRelay<'a> {
 
 /// Asks the agent, and the relay if there is one, and prints what they say.
 pub(super) fn run(json: bool, scope: Scope) -> Result<ExitCode, Error> {
-    let status: GetStatus_Reply = Agent::connect(scope)?
-        .call("GetStatus", GetStatus_Args {})
-        .map_err(Error::Call)?;
+    let status: GetStatus_Reply = Agent::connect(scope)?.call("GetStatus", GetStatus_Args {})?;
     // Only who has a relay asks it: asking starts it.
     let relayed = status
         .targets

@@ -78,9 +78,7 @@ pub(super) fn run(arguments: &Arguments, all: bool, json: bool) -> Result<ExitCo
 
 /// What the running agent says.
 fn ask(agent: &mut Agent, subtree: &Subtree) -> Result<Verdicts, Error> {
-    let status: GetStatus_Reply = agent
-        .call("GetStatus", GetStatus_Args {})
-        .map_err(Error::Call)?;
+    let status: GetStatus_Reply = agent.call("GetStatus", GetStatus_Args {})?;
     let groups = status.controlGroups.into_iter();
     let rules = status.rules.unwrap_or_default();
     Ok(Verdicts {
