@@ -326,8 +326,10 @@ fn judge(state: &State, path: &ControlGroupPath, name: &str, target: &str) -> Ve
     if let Link::Broken(why) = &state.link {
         return Verdict::NotYet(why.clone());
     }
-    if let Some(reason) = view::skipped(state, path).filter(|reason| *reason != view::NO_ROOM) {
-        return Verdict::NotYet(format!("the helper passed it over: {reason}"));
+    if let Some(reason) = view::skipped(state, path).filter(|reason| *reason != view::NO_ROOM)
+    {
+        let why = view::named_sentence(reason);
+        return Verdict::NotYet(format!("the helper passed it over: {why}"));
     }
     let problem = state.problem();
     Verdict::NotYet(problem.unwrap_or_else(|| "the helper does not answer".into()))

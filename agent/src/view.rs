@@ -9,6 +9,7 @@ use crate::policy::{Choice, Origin, unit_name};
 use crate::relay::Relay;
 use crate::state::State;
 use crate::subtree::Subtree;
+use crate::text::printable;
 
 /// What stands for the reason of a control group's for which there is no room.
 pub const NO_ROOM: &str = "noRoom";
@@ -80,6 +81,25 @@ pub fn skipped(state: &State, path: &ControlGroupPath) -> Option<&'static str> {
         SkipReason::unreadable => "unreadable",
         SkipReason::tooDeep => "tooDeep",
     })
+}
+
+/// Such a reason for a person.
+#[must_use]
+pub fn sentence(reason: &SkipReason) -> &'static str {
+    match reason {
+        SkipReason::missing => "it was gone already",
+        SkipReason::notOwned => "it belongs to another user",
+        SkipReason::notControlGroup => "it is no control group of this user's",
+        SkipReason::unreadable => "the helper can't open it",
+        SkipReason::tooDeep => "it is nested deeper than any rule looks",
+    }
+}
+
+/// The same by its name, which another version's agent may have said.
+#[must_use]
+pub fn named_sentence(reason: &str) -> String {
+    let known: Result<SkipReason, _> = serde_json::from_value(reason.into());
+    known.map_or_else(|_| printable(reason), |known| sentence(&known).to_owned())
 }
 
 /// The targets of a configuration, and how many of these control groups have each.

@@ -192,7 +192,7 @@ fn sentences(group: &ControlGroup, running: bool, system_policy: bool) -> String
         (_, Some(reason), _) => {
             format!(
                 "It is not in force: the helper passed it over ({}).",
-                printable(reason)
+                view::named_sentence(reason)
             )
         }
         (_, None, true) => "The kernel holds this verdict.".to_owned(),
@@ -232,5 +232,19 @@ mod tests {
             );
         }
         assert!(super::subject(&subtree, b"4294967295").is_err());
+    }
+
+    #[test]
+    fn says_why_the_helper_passed_it_over() {
+        let subtree = Subtree::of_user("/sys/fs/cgroup".into(), 5).unwrap();
+        let mut group = view::judged(&subtree, &ControlGroupPath::root(), None);
+        for (reason, said) in [
+            ("tooDeep", "(it is nested deeper than any rule looks)"),
+            ("later\x1b", "(later\\u{1b})"),
+        ] {
+            group.skipped = Some(reason.into());
+            let text = sentences(&group, true, false);
+            assert!(text.contains(said), "{text}");
+        }
     }
 }

@@ -14,6 +14,7 @@ use super::table::{dash, table};
 use crate::config::Scope;
 use crate::relay;
 use crate::text::printable;
+use crate::view;
 
 /// What both say, for programs.
 #[derive(Serialize)]
@@ -103,7 +104,13 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
     }
     writeln!(out, "Generation:     {}", status.generation)?;
     let config = status.config.as_deref();
-    let config = config.map_or_else(|| "none, everything goes direct".to_owned(), printable);
+    // The environment may have named one.
+    let proxied = status.targets.iter().any(|target| target.port.is_some());
+    let none = match proxied {
+        true => "none, everything goes direct but for 'cgtproxy-exec proxy'",
+        false => "none, everything goes direct",
+    };
+    let config = config.map_or_else(|| none.to_owned(), printable);
     writeln!(out, "Configuration:  {config}")?;
     if let Some(error) = &status.configError {
         writeln!(out, "  not in force: {}", printable(error))?;
@@ -161,7 +168,7 @@ fn by(group: &ControlGroup) -> String {
 
 fn in_force(group: &ControlGroup) -> String {
     match (&group.skipped, group.inForce) {
-        (Some(reason), _) => format!("no: {}", printable(reason)),
+        (Some(reason), _) => format!("no: {}", view::named_sentence(reason)),
         (None, true) => "yes".to_owned(),
         (None, false) => "no".to_owned(),
     }
@@ -185,7 +192,7 @@ mod tests {
             skipped: None,
             relay: None,
         };
-        let status = GetStatus_Reply {
+        let mut status = GetStatus_Reply {
             version: "1".into(),
             connected: true,
             problem: None,
@@ -206,14 +213,16 @@ mod tests {
             ],
             rules: None,
         };
-        let mut out = Vec::new();
-        print(&mut out, &status).unwrap();
-        let text = String::from_utf8(out).unwrap();
+        let shown = |status: &GetStatus_Reply| {
+            let mut out = Vec::new();
+            print(&mut out, status).unwrap();
+            String::from_utf8(out).unwrap()
+        };
         assert_eq!(
-            text,
+            shown(&status),
             "Helper:         connected\n\
              Generation:     3\n\
-             Configuration:  none, everything goes direct\n\
+             Configuration:  none, everything goes direct but for 'cgtproxy-exec proxy'\n\
              Monitor:        inotify, dbus\n\
              \x20 degraded: no watches\n\
              \n\
@@ -224,5 +233,10 @@ mod tests {
              mihomo  rule 1              yes       /a\\u{1b}[2J\n\
              mihomo  rule 1 (inherited)  yes       /a/b\n"
         );
+        status.targets.clear();
+        status.controlGroups[0].skipped = Some("notOwned".into());
+        let text = shown(&status);
+        assert!(text.contains("none, everything goes direct\n"), "{text}");
+        assert!(text.contains("no: it belongs to another user"), "{text}");
     }
 }

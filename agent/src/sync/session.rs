@@ -28,6 +28,7 @@ use crate::policy::Start;
 use crate::relay::Relay;
 use crate::state::{Agent, Link, Refused, Source};
 use crate::text::{chain, printable};
+use crate::view;
 use crate::watch::inotify::Events;
 
 /// How long to wait before connecting again: doubled from one to the other.
@@ -245,7 +246,7 @@ impl Session<'_> {
         self.established = true;
         for (path, reason) in news {
             let name = printable(&self.agent.state().subtree.to_wire(&path));
-            let why = skip_reason(&reason);
+            let why = view::sentence(&reason);
             match reason {
                 // It was gone before the helper looked, as short-lived ones are.
                 SkipReason::missing => tracing::debug!("the helper passed over '{name}': {why}"),
@@ -487,17 +488,6 @@ async fn send(
                 skipped: reply.skipped,
             })
         }
-    }
-}
-
-/// A reason for a person.
-fn skip_reason(reason: &SkipReason) -> &'static str {
-    match reason {
-        SkipReason::missing => "it was gone already",
-        SkipReason::notOwned => "it belongs to another user",
-        SkipReason::notControlGroup => "it is no control group of this user's",
-        SkipReason::unreadable => "the helper can't open it",
-        SkipReason::tooDeep => "it is nested deeper than any rule looks",
     }
 }
 

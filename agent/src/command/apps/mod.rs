@@ -15,7 +15,7 @@ use super::Error;
 use super::client::Agent;
 use super::table::{dash, table};
 use crate::cli::Arguments;
-use crate::policy::{Subject, application_ids};
+use crate::policy::{Subject, application_ids, unit_name};
 use crate::subtree::Subtree;
 use crate::text::printable;
 use crate::view;
@@ -181,11 +181,14 @@ fn to_json(verdicts: &Verdicts, running: &[Running], shared: &[Shared], all: boo
     })
 }
 
-/// The unit's name, and what follows it if it is a control group in that unit.
+/// The unit's name as systemctl shows it, and what follows it if it is a control group in that unit.
 fn unit(running: &Running) -> String {
     let subject = Subject::new(b"/", &running.path);
-    let names: Vec<_> = running.path.components().collect();
+    let mut names: Vec<_> = running.path.components().collect();
     let above = subject.units().count().saturating_sub(1);
+    if let Some(unit) = names.get_mut(above) {
+        *unit = unit_name(unit);
+    }
     let rest = names.get(above..).unwrap_or_default().join(&b'/');
     String::from_utf8_lossy(&rest).into_owned()
 }
@@ -300,8 +303,10 @@ mod tests {
                 Some("app: org.telegram.desktop"),
             ),
             running("app.slice/app-a\x1b[2J-1.scope/b", Some(2), Some(&long)),
-            running("app.slice/pipewire.service", None, None),
+            running("app.slice/_io.github.Foo.service/_io.x", None, None),
         ];
+        // As systemctl shows it; what the unit has made in itself is nobody else's to name.
+        assert_eq!(unit(&list[2]), "io.github.Foo.service/_io.x");
         let shared = [Shared {
             unit: "session-2.scope".into(),
             in_reach: false,
