@@ -2,6 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -35,27 +36,39 @@ pub(super) fn run(file: &Path, output: Option<&Path>, force: bool) -> Result<Exi
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes a file, all at once: an agent may be waiting for it.
+/// Writes a file, all at once: an agent may be waiting for it. One that it replaces keeps its mode, since there may be
+/// passwords in it, and its place, if there is a link to it.
 fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
     let failed = |source| Error::Write {
         file: file.to_owned(),
         source,
     };
-    let mut name = file.as_os_str().to_owned();
+    let (place, replaced) = match force.then(|| file.canonicalize()) {
+        Some(Ok(place)) => {
+            let replaced = place.metadata().map_err(failed)?;
+            (place, Some(replaced.permissions()))
+        }
+        _ => (file.to_owned(), None),
+    };
+    let mut name = place.as_os_str().to_owned();
     name.push(format!(".{}", std::process::id()));
     let new = Path::new(&name);
     let mut opened = OpenOptions::new()
         .write(true)
         .create_new(true)
+        .mode(if replaced.is_some() { 0o600 } else { 0o666 })
         .open(new)
         .map_err(failed)?;
     let mut put = || -> io::Result<()> {
+        if let Some(permissions) = &replaced {
+            opened.set_permissions(permissions.clone())?;
+        }
         opened.write_all(bytes)?;
         opened.sync_all()?;
         match force {
-            true => fs::rename(new, file),
+            true => fs::rename(new, &place),
             // Unlike a renamed file, a link takes nobody's place.
-            false => fs::hard_link(new, file).and_then(|()| fs::remove_file(new)),
+            false => fs::hard_link(new, &place).and_then(|()| fs::remove_file(new)),
         }
     };
     put().map_err(|source| {

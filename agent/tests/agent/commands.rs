@@ -1,8 +1,10 @@
 //! The other commands of the agent.
 
+use std::fs::Permissions;
 use std::io::Read;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
@@ -175,6 +177,25 @@ fn a_reader_that_has_seen_enough_is_no_error() {
     assert_eq!((child.wait().unwrap().code(), said.as_str()), (Some(0), ""));
 }
 
+#[test]
+fn an_agent_that_does_not_answer_is_not_waited_for_forever() {
+    let world = World::new(CONFIG);
+    std::fs::create_dir(world.path().join("run/cgtproxy")).unwrap();
+    let _silent = UnixListener::bind(world.path().join("run/cgtproxy/agent.sock")).unwrap();
+    std::thread::scope(|scope| {
+        for arguments in [&["status"][..], &["apps"], &["explain", "app.slice"]] {
+            let mut command = world.command();
+            command.arg("--cgroup-root").arg(&world.cgroups);
+            command.args(arguments);
+            scope.spawn(move || {
+                let (code, _, said) = output(command);
+                assert_eq!(code, Some(1), "{arguments:?}: {said}");
+                assert!(said.contains("within 5 seconds"), "{arguments:?}: {said}");
+            });
+        }
+    });
+}
+
 /// What nobody reads.
 fn closed() -> Stdio {
     let (here, there) = UnixStream::pair().unwrap();
@@ -258,6 +279,17 @@ fn migrate_overwrites_only_what_it_is_told_to() {
     // Nothing else is left behind.
     let files = std::fs::read_dir(world.config.parent().unwrap()).unwrap();
     assert_eq!(files.count(), 2);
+    // What only its owner may read, it may still, and a link leads where it did.
+    let kept = world.path().join("kept");
+    std::fs::rename(file, &kept).unwrap();
+    std::fs::set_permissions(&kept, Permissions::from_mode(0o600)).unwrap();
+    symlink(&kept, file).unwrap();
+    std::fs::write(&kept, CONFIG).unwrap();
+    assert_eq!(migrate(&["-o", file, "--force"]).0, Some(0));
+    assert_eq!(std::fs::read_to_string(&kept).unwrap(), new);
+    assert!(world.config.is_symlink());
+    let mode = kept.metadata().unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
     let mut check = world.command();
     check.arg("check");
     assert_eq!(output(check).0, Some(0));
