@@ -183,7 +183,9 @@ fn settle(agent: &Agent, relay: Relay) {
         if state.relay == relay {
             return;
         }
-        let moved = state.relay.ports != relay.ports;
+        let mut proxies = state.source().config.proxies.iter();
+        let ports = |relay: &Relay, proxy: &Proxy| (relay.port(proxy), relay.dns_port(proxy));
+        let moved = proxies.any(|proxy| ports(&state.relay, proxy) != ports(&relay, proxy));
         state.relay = relay;
         if moved {
             state.relay_moved();
@@ -196,7 +198,11 @@ fn settle(agent: &Agent, relay: Relay) {
 fn wanted(agent: &Agent) -> Configure_Args {
     let state = agent.state();
     let config = &state.source().config;
-    let relayed = config.proxies.iter().filter_map(|proxy| {
+    // What the helper holds stays until it has taken what is to replace it: it may refuse that.
+    let held = state.accepted().map_or(config, |source| &source.config);
+    let named = |proxy: &Proxy| config.proxies.iter().any(|p| p.name == proxy.name);
+    let leaving = held.proxies.iter().filter(|proxy| !named(proxy));
+    let relayed = config.proxies.iter().chain(leaving).filter_map(|proxy| {
         let Means::Relay { upstream, fake_dns } = &proxy.means else {
             return None;
         };
@@ -221,8 +227,8 @@ fn wanted(agent: &Agent) -> Configure_Args {
     let text = |network: Option<Network>| network.map(|network| network.to_string());
     Configure_Args {
         upstreams: relayed.collect(),
-        fakeIpv4: text(config.fake_addresses.ipv4),
-        fakeIpv6: text(config.fake_addresses.ipv6),
+        fakeIpv4: text(held.fake_addresses.ipv4),
+        fakeIpv6: text(held.fake_addresses.ipv6),
     }
 }
 

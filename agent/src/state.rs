@@ -117,6 +117,12 @@ impl State {
         &self.source
     }
 
+    /// The configuration that the helper holds, in this session.
+    #[must_use]
+    pub fn accepted(&self) -> Option<&Rc<Source>> {
+        self.accepted.as_ref()
+    }
+
     /// The control groups.
     #[must_use]
     pub fn tree(&self) -> &Tree {

@@ -81,6 +81,36 @@ fn is_told_of_what_comes_while_it_is_being_told() {
     world.notified("READY=1");
 }
 
+/// The helper may refuse what is to replace it.
+#[test]
+fn is_told_to_keep_what_the_helper_holds_still() {
+    let mut world = World::new(&config("one"));
+    let relay = Relay::start(&world);
+    world.helper.start();
+    let _agent = world.agent();
+    relay.is_told();
+    relay.answer();
+    world.notified("READY=1");
+    let told = || {
+        let call = relay.told.recv_timeout(PATIENCE).expect("it is told");
+        let upstreams = call["upstreams"].as_array().unwrap().iter();
+        let names: Vec<_> = upstreams
+            .map(|u| u["name"].as_str().unwrap().to_owned())
+            .collect();
+        relay.answer();
+        (
+            names.join(" "),
+            call["fakeIpv4"].as_str().map(str::to_owned),
+        )
+    };
+    world.helper.books().paused = true;
+    let other = config("two").replace("there", "other");
+    world.write(&format!("{other}fake-addresses: 100.64.0.0/16\n"));
+    assert_eq!(told(), ("other there".into(), None));
+    world.helper.resume();
+    assert_eq!(told(), ("other".into(), Some("100.64.0.0/16".into())));
+}
+
 #[test]
 fn is_told_of_the_old_one_when_the_helper_refuses_the_new_one() {
     let mut world = World::new(&config("one"));
