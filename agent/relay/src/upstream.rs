@@ -7,7 +7,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, lookup_host};
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::client::TlsStream;
 
@@ -21,6 +22,9 @@ use crate::tls::Tls;
 /// How long a proxy may take to accept a connection, to agree on TLS, and to greet: it needs nobody else for any of
 /// them.
 const CONNECT: Duration = Duration::from_secs(10);
+
+/// How much earlier than the next one an address of a proxy is tried (RFC 8305, 5).
+const HEAD_START: Duration = Duration::from_millis(250);
 
 /// How long a proxy may take to reach a destination. Some go a long way (Tor), and some destinations never answer; nobody
 /// waits longer than this for a page.
@@ -230,7 +234,8 @@ impl Upstream {
 
     async fn dial(&self) -> Result<Stream, Error> {
         let down = |error: io::Error| Error::Down(error.to_string());
-        let connected = TcpStream::connect((self.host.as_str(), self.port));
+        let connected =
+            async { connect(lookup_host((self.host.as_str(), self.port)).await?).await };
         let stream = match timeout(CONNECT, connected).await {
             Ok(stream) => stream.map_err(down)?,
             Err(_) => return Err(Error::Down("it does not answer".into())),
@@ -250,6 +255,26 @@ impl Upstream {
         match timeout(CONNECT, tls.connect(&self.host, stream)).await {
             Ok(stream) => Ok(Stream::Tls(Box::new(stream.map_err(down)?))),
             Err(_) => Err(Error::Down("it does not answer".into())),
+        }
+    }
+}
+
+/// Connects to the first of these addresses that answers. Each has a head start over the next one, so that a family that
+/// leads nowhere keeps nobody waiting for long.
+async fn connect(addresses: impl Iterator<Item = SocketAddr>) -> io::Result<TcpStream> {
+    let mut addresses = addresses.fuse();
+    let mut attempts = JoinSet::new();
+    let mut failure = io::Error::other("its name has no address");
+    loop {
+        if let Some(address) = addresses.next() {
+            attempts.spawn(TcpStream::connect(address));
+        }
+        match timeout(HEAD_START, attempts.join_next()).await {
+            Ok(Some(Ok(Ok(stream)))) => return Ok(stream),
+            Ok(Some(Ok(Err(error)))) => failure = error,
+            Ok(Some(Err(error))) => failure = error.into(),
+            Ok(None) => return Err(failure),
+            Err(_) => {}
         }
     }
 }
@@ -286,6 +311,26 @@ mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
     use tokio::time::Instant;
+
+    #[tokio::test]
+    async fn an_address_that_leads_nowhere_keeps_nobody_waiting() {
+        // Whoever has not called accept(2), and lets nobody wait for it, answers nobody.
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let silent = socket.listen(0).unwrap();
+        let silent = silent.local_addr().unwrap();
+        let _waits = TcpStream::connect(silent).await.unwrap();
+        let proxy = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let there = proxy.local_addr().unwrap();
+        let nobody = "127.0.0.1:1".parse().unwrap();
+
+        let connected = connect([silent, nobody, there].into_iter());
+        let stream = timeout(CONNECT, connected).await.unwrap().unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), there);
+        let refused = connect([nobody].into_iter()).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        connect([].into_iter()).await.unwrap_err();
+    }
 
     /// Time stands still but for who waits for it.
     #[tokio::test(start_paused = true)]
