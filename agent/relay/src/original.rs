@@ -2,10 +2,11 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::helper::{FindRedirected_Args, FindRedirected_Reply};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 /// What the helper says of what nobody has redirected.
 const NOT_REDIRECTED: &str = "org.cgtproxy.Helper.NotRedirected";
@@ -14,8 +15,12 @@ const NOT_REDIRECTED: &str = "org.cgtproxy.Helper.NotRedirected";
 #[derive(Debug)]
 pub struct Originals {
     socket: PathBuf,
-    client: Mutex<Option<Client>>,
+    client: Arc<Mutex<Option<Client>>>,
 }
+
+/// The right to ask next.
+#[derive(Debug)]
+pub(crate) struct Turn(OwnedMutexGuard<Option<Client>>);
 
 /// Who sends, and where to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +44,7 @@ impl Originals {
     pub fn new(socket: PathBuf) -> Self {
         Self {
             socket,
-            client: Mutex::new(None),
+            client: Arc::default(),
         }
     }
 
@@ -57,7 +62,22 @@ impl Originals {
         listener: SocketAddr,
         client: SocketAddr,
     ) -> Result<Original, Unknown> {
-        let mut connection = self.client.lock().await;
+        let turn = Turn(self.client.clone().lock_owned().await);
+        self.find_in(turn, listener, client).await
+    }
+
+    /// The next turn, unless somebody else has it: for what can wait, so that nobody waits for it.
+    pub(crate) fn turn(&self) -> Option<Turn> {
+        self.client.clone().try_lock_owned().ok().map(Turn)
+    }
+
+    /// As [`Self::find`], for who has the turn.
+    pub(crate) async fn find_in(
+        &self,
+        Turn(mut connection): Turn,
+        listener: SocketAddr,
+        client: SocketAddr,
+    ) -> Result<Original, Unknown> {
         // A helper that was restarted has closed the connection.
         for _ in 0..2 {
             // Taken out for the call: one that is given up in its middle is of no use any more.
