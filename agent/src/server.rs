@@ -326,8 +326,7 @@ fn judge(state: &State, path: &ControlGroupPath, name: &str, target: &str) -> Ve
     if let Link::Broken(why) = &state.link {
         return Verdict::NotYet(why.clone());
     }
-    if let Some(reason) = view::skipped(state, path).filter(|reason| *reason != view::NO_ROOM)
-    {
+    if let Some(reason) = view::skipped(state, path).filter(|reason| *reason != view::NO_ROOM) {
         let why = view::named_sentence(reason);
         return Verdict::NotYet(format!("the helper passed it over: {why}"));
     }

@@ -98,6 +98,9 @@ pub fn sentence(reason: &SkipReason) -> &'static str {
 /// The same by its name, which another version's agent may have said.
 #[must_use]
 pub fn named_sentence(reason: &str) -> String {
+    if reason == NO_ROOM {
+        return "there is no room for another verdict".to_owned();
+    }
     let known: Result<SkipReason, _> = serde_json::from_value(reason.into());
     known.map_or_else(|_| printable(reason), |known| sentence(&known).to_owned())
 }

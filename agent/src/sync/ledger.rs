@@ -490,7 +490,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::policy::{Pattern, Rule, Rules, Selector, Start};
+    use crate::policy::{Pattern, Rule, Rules, Selector, Start, Verdict};
 
     fn path(text: &str) -> ControlGroupPath {
         ControlGroupPath::from_wire(text).unwrap()
@@ -627,7 +627,7 @@ mod tests {
     #[test]
     fn what_else_is_said_takes_room_of_a_call_that_replaces_everything() {
         let (mut tree, mut ledger) = (tree(), Ledger::default());
-        ledger.limit = 210;
+        ledger.limit = 220;
         ledger.make_room_for(100);
         for name in ["d1", "d2", "d3"] {
             add(&mut tree, &mut ledger, name);
@@ -665,10 +665,14 @@ mod tests {
                 Target::DropAll,
                 Target::Proxy(Rc::new("p".repeat(64).parse().unwrap())),
             ] {
+                // A user's own can be undecided, and no other thing besides.
                 let element = Element {
-                    target,
-                    hold: true,
-                    enforce: true,
+                    verdict: Verdict {
+                        target,
+                        enforce: true,
+                        undecided: false,
+                    },
+                    hold: Hold::Enforced,
                 };
                 let counted = encoded(&path, Some(&element));
                 let said = [(path.clone(), element)];
