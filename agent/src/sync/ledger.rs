@@ -350,8 +350,8 @@ impl Ledger {
         };
         let mut cover: Vec<_> = tree.cover().collect();
         if self.most < usize::MAX {
-            // More inherit from those that are less deep.
-            cover.sort_by_key(|(path, _)| path.depth());
+            // More inherit from those that are less deep; and nobody loses what they have to those that come later.
+            cover.sort_by_key(|(path, _)| (path.depth(), !self.held.contains_key(*path)));
         }
         let mut assign = Vec::new();
         let mut bytes = self.head;
