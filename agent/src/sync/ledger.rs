@@ -369,7 +369,7 @@ impl Ledger {
                 assign.push((path.clone(), element.clone()));
             }
         }
-        // All at once: they are in order.
+        // All at once, which takes next to nothing where they are in order: where no limit is known.
         let sent = assign.iter().map(|(p, e)| (p.clone(), fresh(e)));
         flight.assigned = sent.collect();
         self.flight = Some(flight);
