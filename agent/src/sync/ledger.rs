@@ -14,6 +14,7 @@ use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
 
+use super::room::{Room, Waiting};
 #[cfg(test)]
 use crate::policy::Target;
 use crate::policy::{Element, Hold, Tree};
@@ -77,9 +78,7 @@ pub struct Ledger {
     /// How many control groups the helper takes; as far as is known, any number.
     most: usize,
     /// What is not said, since there is no room for it.
-    waiting: BTreeMap<Option<Maker>, BTreeSet<ControlGroupPath>>,
-    /// For whose control groups that was told.
-    told: BTreeSet<Option<Maker>>,
+    waiting: Waiting,
     /// How long the control groups of one call may get, in bytes.
     pub(super) limit: usize,
     /// How much of that is taken when everything is replaced, by what is not about single control groups.
@@ -95,80 +94,10 @@ impl Default for Ledger {
             flight: None,
             skipped: BTreeMap::new(),
             most: usize::MAX,
-            waiting: BTreeMap::new(),
-            told: BTreeSet::new(),
+            waiting: Waiting::default(),
             limit: CALL_BYTES,
             head: 0,
         }
-    }
-}
-
-/// The slice of the user who makes a control group: `user-1000.slice`.
-type Maker = Box<[u8]>;
-
-/// Which user makes a control group, and as many as they like. What is not below a user's own service manager the
-/// system's makes, or a service or machine to which the administrator has delegated that.
-fn maker(path: &ControlGroupPath) -> Option<&[u8]> {
-    let mut components = path.components();
-    let slice = match (components.next(), components.next()) {
-        (Some(b"user.slice"), Some(slice)) => slice,
-        _ => return None,
-    };
-    let _user_manager = components.next()?;
-    components.next().map(|_| slice)
-}
-
-/// How many control groups the helper takes, and who has how many of them.
-struct Room {
-    most: usize,
-    taken: usize,
-    by: BTreeMap<Maker, usize>,
-}
-
-impl Room {
-    fn new(most: usize) -> Self {
-        Self {
-            most,
-            taken: 0,
-            by: BTreeMap::new(),
-        }
-    }
-
-    /// What these leave of it.
-    fn beside<'a>(most: usize, held: impl Iterator<Item = &'a ControlGroupPath>) -> Self {
-        let mut room = Self::new(most);
-        if most < usize::MAX {
-            held.for_each(|path| room.count(maker(path)));
-        }
-        room
-    }
-
-    /// Whether there is room for another one. One user may not take more of it than is left for all others: so there
-    /// always is for these, whoever makes control groups without end.
-    fn is_for(&self, maker: Option<&[u8]>) -> bool {
-        let left = self.most.saturating_sub(self.taken);
-        let has = maker.and_then(|maker| self.by.get(maker));
-        left > 0 && has.is_none_or(|has| *has < left)
-    }
-
-    fn count(&mut self, maker: Option<&[u8]>) {
-        self.taken += 1;
-        if let Some(maker) = maker {
-            match self.by.get_mut(maker) {
-                Some(count) => *count += 1,
-                None => _ = self.by.insert(maker.into(), 1),
-            }
-        }
-    }
-
-    /// Takes room for a control group. False if there is none.
-    fn take(&mut self, path: &ControlGroupPath) -> bool {
-        let maker = maker(path);
-        let is = self.is_for(maker);
-        if is {
-            self.count(maker);
-        }
-        is
     }
 }
 
@@ -184,7 +113,7 @@ impl Ledger {
     /// The control group at this path is gone; another one may be there already.
     pub fn renew(&mut self, path: &ControlGroupPath) {
         self.skipped.remove(path);
-        self.wait_no_more(path);
+        self.waiting.remove(path);
         if let Some(held) = self.held.get_mut(path) {
             held.stale = true;
             self.dirty.insert(path.clone());
@@ -227,58 +156,23 @@ impl Ledger {
         true
     }
 
-    fn wait(&mut self, path: ControlGroupPath) {
-        let maker = maker(&path).map(Maker::from);
-        self.waiting.entry(maker).or_default().insert(path);
-    }
-
-    fn wait_no_more(&mut self, path: &ControlGroupPath) {
-        if self.waiting.is_empty() {
-            return;
-        }
-        let maker = maker(path).map(Maker::from);
-        if let Some(paths) = self.waiting.get_mut(&maker) {
-            paths.remove(path);
-            if paths.is_empty() {
-                self.waiting.remove(&maker);
-            }
-        }
-    }
-
-    /// One that has waited and for which there is room.
-    fn pop_waiting(&mut self, room: &Room) -> Option<ControlGroupPath> {
-        let mut waiting = self.waiting.iter();
-        let (_, paths) = waiting.find(|(maker, _)| room.is_for(maker.as_deref()))?;
-        let path = paths.first()?.clone();
-        self.wait_no_more(&path);
-        Some(path)
-    }
-
     /// Whether there is no room for a control group.
     #[must_use]
     pub fn is_waiting(&self, path: &ControlGroupPath) -> bool {
-        self.waiting.values().any(|paths| paths.contains(path))
+        self.waiting.contains(path)
     }
 
     /// For how many control groups there is no room, one of them, and how many there may be.
     #[must_use]
     pub fn shortage(&self) -> Option<(usize, &ControlGroupPath, usize)> {
-        let count = self.waiting.values().map(BTreeSet::len).sum();
-        let first = self.waiting.values().find_map(BTreeSet::first)?;
-        Some((count, first, self.most))
+        let first = self.waiting.first()?;
+        Some((self.waiting.len(), first, self.most))
     }
 
     /// One control group of each user's for which there is no room, unless that was told of that user's before, and
     /// likewise one of all others.
     pub fn news_of_shortage(&mut self) -> Vec<ControlGroupPath> {
-        let mut news = Vec::new();
-        for (maker, paths) in &self.waiting {
-            if !self.told.contains(maker) {
-                self.told.insert(maker.clone());
-                news.extend(paths.first().cloned());
-            }
-        }
-        news
+        self.waiting.news()
     }
 
     /// Nothing is left to be said or to be answered.
@@ -305,7 +199,7 @@ impl Ledger {
         let mut room = Room::beside(self.most, self.held.keys());
         loop {
             let path = self.dirty.pop_first();
-            let Some(path) = path.or_else(|| self.pop_waiting(&room)) else {
+            let Some(path) = path.or_else(|| self.waiting.pop(&room)) else {
                 break;
             };
             let wanted = tree.element(&path);
@@ -313,7 +207,7 @@ impl Ledger {
                 (None, None) => continue,
                 (Some(wanted), Some(held)) if !held.stale && held.element == *wanted => continue,
                 (Some(_), None) if !room.take(&path) => {
-                    self.wait(path);
+                    self.waiting.add(path);
                     continue;
                 }
                 _ => {}
@@ -358,7 +252,7 @@ impl Ledger {
         let mut room = Room::new(self.most);
         for (path, element) in cover {
             if !room.take(path) {
-                self.wait(path.clone());
+                self.waiting.add(path.clone());
                 continue;
             }
             bytes += encoded(path, Some(element));
@@ -484,487 +378,4 @@ fn encoded(path: &ControlGroupPath, element: Option<&Element>) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::rc::Rc;
-
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::policy::{Pattern, Rule, Rules, Selector, Start, Verdict};
-
-    fn path(text: &str) -> ControlGroupPath {
-        ControlGroupPath::from_wire(text).unwrap()
-    }
-
-    /// Groups named `d…` are dropped, `x…` direct.
-    fn tree() -> Tree {
-        let rule = |pattern: &str, target| Rule {
-            selector: Selector::Match(Pattern::new(pattern).unwrap()),
-            target,
-            enforce: false,
-        };
-        let rules = Rules {
-            start: Start::Open,
-            users: true,
-            exec_slices: None,
-            rules: vec![
-                rule("/d[^/]*$", Target::Drop),
-                rule("/x[^/]*$", Target::Direct),
-            ],
-        };
-        Tree::new(b"/u".to_vec(), Rc::new(rules))
-    }
-
-    fn add(tree: &mut Tree, ledger: &mut Ledger, text: &str) {
-        if let Some(path) = tree.add(path(text))
-            && tree.element(&path).is_some()
-        {
-            ledger.touch(&path);
-        }
-    }
-
-    fn remove(tree: &mut Tree, ledger: &mut Ledger, text: &str) {
-        for path in tree.remove(&path(text)) {
-            ledger.renew(&path);
-        }
-    }
-
-    fn shown(call: Option<Call>) -> String {
-        let assigned = |list: Vec<(ControlGroupPath, Element)>| {
-            let list: Vec<_> = list
-                .iter()
-                .map(|(p, t)| format!("{}={t}", p.to_wire()))
-                .collect();
-            list.join(" ")
-        };
-        match call {
-            None => "-".into(),
-            Some(Call::Replace(list)) => format!("all {}", assigned(list)),
-            Some(Call::Update { assign, remove }) => {
-                let remove: Vec<_> = remove.iter().map(|p| format!("-{}", p.to_wire())).collect();
-                format!("{} {}", assigned(assign), remove.join(" "))
-            }
-        }
-    }
-
-    #[test]
-    fn merges_what_happens_during_a_call() {
-        let (mut tree, mut ledger) = (tree(), Ledger::default());
-        add(&mut tree, &mut ledger, "d1");
-        assert_eq!(shown(ledger.next(&tree)), "all d1=drop");
-        add(&mut tree, &mut ledger, "d2");
-        add(&mut tree, &mut ledger, "d3");
-        remove(&mut tree, &mut ledger, "d2");
-        assert_eq!(shown(ledger.next(&tree)), "-", "one call at a time");
-        ledger.acknowledge(Vec::new());
-        assert_eq!(shown(ledger.next(&tree)), "d3=drop ");
-        ledger.acknowledge(Vec::new());
-        assert!(ledger.is_settled());
-        assert_eq!(shown(ledger.next(&tree)), "-");
-    }
-
-    #[test]
-    fn a_path_that_another_control_group_got_is_assigned_again() {
-        let (mut tree, mut ledger) = (tree(), Ledger::default());
-        add(&mut tree, &mut ledger, "d");
-        ledger.next(&tree);
-        ledger.acknowledge(Vec::new());
-        remove(&mut tree, &mut ledger, "d");
-        add(&mut tree, &mut ledger, "d");
-        assert_eq!(ledger.held_target(&path("d")), Some(Target::Direct));
-        assert_eq!(shown(ledger.next(&tree)), "d=drop ");
-        // And again while that is under way.
-        remove(&mut tree, &mut ledger, "d");
-        add(&mut tree, &mut ledger, "d");
-        ledger.acknowledge(Vec::new());
-        assert_eq!(shown(ledger.next(&tree)), "d=drop ");
-        remove(&mut tree, &mut ledger, "d");
-        ledger.acknowledge(Vec::new());
-        assert_eq!(shown(ledger.next(&tree)), " -d");
-        ledger.acknowledge(Vec::new());
-        assert_eq!(shown(ledger.next(&tree)), "-");
-    }
-
-    #[test]
-    fn what_was_skipped_is_tried_when_it_comes_back() {
-        let (mut tree, mut ledger) = (tree(), Ledger::default());
-        add(&mut tree, &mut ledger, "d");
-        ledger.next(&tree);
-        let skipped = vec![(path("d"), SkipReason::missing)];
-        assert_eq!(ledger.acknowledge(skipped).len(), 1);
-        assert_eq!(ledger.skipped(&path("d")), Some(&SkipReason::missing));
-        assert_eq!(shown(ledger.next(&tree)), "-");
-        remove(&mut tree, &mut ledger, "d");
-        assert_eq!(
-            shown(ledger.next(&tree)),
-            "-",
-            "the helper has nothing of it"
-        );
-        add(&mut tree, &mut ledger, "d");
-        assert_eq!(ledger.skipped(&path("d")), None);
-        assert_eq!(shown(ledger.next(&tree)), "d=drop ");
-        ledger.acknowledge(Vec::new());
-        assert_eq!(ledger.held_target(&path("d/e")), Some(Target::Drop));
-    }
-
-    #[test]
-    fn no_call_gets_too_long() {
-        let (mut tree, mut ledger) = (tree(), Ledger::default());
-        ledger.limit = 230;
-        for name in ["d", "d/x", "d/x/d", "d/x/d/x", "d2"] {
-            add(&mut tree, &mut ledger, name);
-        }
-        assert_eq!(shown(ledger.next(&tree)), "all d=drop d/x=direct");
-        ledger.acknowledge(Vec::new());
-        assert!(!ledger.is_settled());
-        assert_eq!(shown(ledger.next(&tree)), "d/x/d=drop d/x/d/x=direct ");
-        ledger.acknowledge(Vec::new());
-        assert_eq!(shown(ledger.next(&tree)), "d2=drop ");
-        ledger.acknowledge(Vec::new());
-        assert!(ledger.is_settled());
-    }
-
-    #[test]
-    fn what_else_is_said_takes_room_of_a_call_that_replaces_everything() {
-        let (mut tree, mut ledger) = (tree(), Ledger::default());
-        ledger.limit = 220;
-        ledger.make_room_for(100);
-        for name in ["d1", "d2", "d3"] {
-            add(&mut tree, &mut ledger, name);
-        }
-        assert_eq!(shown(ledger.next(&tree)), "all d1=drop");
-        ledger.acknowledge(Vec::new());
-        assert_eq!(shown(ledger.next(&tree)), "d2=drop d3=drop ");
-        // Also in the next session.
-        ledger.lost();
-        assert_eq!(shown(ledger.next(&tree)), "all d1=drop");
-    }
-
-    /// So many as one user may have fit into one message, with paths as service managers make them.
-    #[test]
-    fn a_whole_policy_is_one_call() {
-        let (mut tree, mut ledger) = (tree(), Ledger::default());
-        ledger.make_room_for(100_000);
-        let application = "user.slice/user-60000.slice/user@60000.service/app.slice/\
-                           d-gnome-org.example.an-application-with-a-long-name";
-        for number in 0..16384 {
-            tree.add(path(&format!("{application}-{number}.scope")));
-        }
-        let call = ledger.next(&tree);
-        assert!(matches!(call, Some(Call::Replace(all)) if all.len() == 16384));
-        ledger.acknowledge(Vec::new());
-        assert_eq!(shown(ledger.next(&tree)), "-");
-    }
-
-    #[test]
-    fn no_assignment_is_longer_than_is_counted() {
-        for bytes in [&b""[..], b"a.slice/b", b"%\"\\\x01\x7f\xff/\xc3\xa9"] {
-            let path = ControlGroupPath::from_bytes(bytes).unwrap();
-            for target in [
-                Target::Direct,
-                Target::DropAll,
-                Target::Proxy(Rc::new("p".repeat(64).parse().unwrap())),
-            ] {
-                // A user's own can be undecided, and no other thing besides.
-                let element = Element {
-                    verdict: Verdict {
-                        target,
-                        enforce: true,
-                        undecided: false,
-                    },
-                    hold: Hold::Enforced,
-                };
-                let counted = encoded(&path, Some(&element));
-                let said = [(path.clone(), element)];
-                let said = crate::sync::wire::assignments(&said);
-                // With brackets in place of the comma after it.
-                let length = serde_json::to_string(&said).unwrap().len() - 1;
-                assert!(length <= counted, "{length} > {counted}");
-            }
-            let removed = serde_json::to_string(&[path.as_wire()]).unwrap();
-            assert!(removed.len() - 1 <= encoded(&path, None));
-        }
-    }
-
-    /// Makes the one refusal of a call that there is no room for.
-    fn bound(tree: &Tree, ledger: &mut Ledger, most: usize) {
-        assert!(ledger.next(tree).is_some());
-        assert!(ledger.bound(most));
-    }
-
-    #[test]
-    fn what_there_is_no_room_for_waits_and_removals_do_not() {
-        let (mut tree, mut ledger) = (tree(), Ledger::default());
-        for name in ["a/d1", "b/d2", "d3"] {
-            add(&mut tree, &mut ledger, name);
-        }
-        bound(&tree, &mut ledger, 2);
-        // Those first that are less deep.
-        assert_eq!(shown(ledger.next(&tree)), "all d3=drop a/d1=drop");
-        ledger.acknowledge(Vec::new());
-        assert_eq!(shown(ledger.next(&tree)), "-");
-        assert!(ledger.is_settled());
-        assert_eq!(ledger.shortage(), Some((1, &path("b/d2"), 2)));
-        assert!(ledger.is_waiting(&path("b/d2")));
-        assert_eq!(ledger.news_of_shortage(), [path("b/d2")]);
-        // Nobody asks in vain.
-        add(&mut tree, &mut ledger, "d4");
-        assert_eq!(shown(ledger.next(&tree)), "-");
-        assert!(ledger.news_of_shortage().is_empty(), "once");
-        assert_eq!(ledger.shortage(), Some((2, &path("b/d2"), 2)));
-        assert!(!ledger.bound(2));
-        remove(&mut tree, &mut ledger, "d3");
-        assert_eq!(shown(ledger.next(&tree)), " -d3");
-        ledger.acknowledge(Vec::new());
-        assert_eq!(shown(ledger.next(&tree)), "b/d2=drop ");
-        ledger.acknowledge(Vec::new());
-        // What has waited may be gone.
-        remove(&mut tree, &mut ledger, "d4");
-        assert_eq!(ledger.shortage(), None);
-        assert_eq!(shown(ledger.next(&tree)), "-");
-        // Another helper may take more.
-        add(&mut tree, &mut ledger, "d5");
-        ledger.lost();
-        assert_eq!(shown(ledger.next(&tree)), "all a/d1=drop b/d2=drop d5=drop");
-    }
-
-    #[test]
-    fn what_was_passed_over_takes_no_room() {
-        let (mut tree, mut ledger) = (tree(), Ledger::default());
-        for name in ["d1", "d2", "d3"] {
-            add(&mut tree, &mut ledger, name);
-        }
-        bound(&tree, &mut ledger, 2);
-        assert_eq!(shown(ledger.next(&tree)), "all d1=drop d2=drop");
-        ledger.acknowledge(vec![(path("d1"), SkipReason::missing)]);
-        assert_eq!(shown(ledger.next(&tree)), "d3=drop ");
-        ledger.acknowledge(Vec::new());
-        assert_eq!(ledger.shortage(), None);
-    }
-
-    #[test]
-    fn one_users_control_groups_leave_room_for_others() {
-        let (mut tree, mut ledger) = (tree(), Ledger::default());
-        let mine = |uid: u32, name: &str| {
-            format!("user.slice/user-{uid}.slice/user@{uid}.service/app.slice/{name}")
-        };
-        let count = |call: Option<Call>| match call {
-            Some(Call::Replace(assign) | Call::Update { assign, .. }) => assign.len(),
-            None => 0,
-        };
-        for number in 0..100 {
-            tree.add(path(&mine(1, &format!("d{number}"))));
-        }
-        bound(&tree, &mut ledger, 12);
-        assert_eq!(count(ledger.next(&tree)), 6);
-        ledger.acknowledge(Vec::new());
-        // The next one who does the same, and what the system's service manager makes.
-        for number in 0..100 {
-            add(&mut tree, &mut ledger, &mine(2, &format!("d{number}")));
-        }
-        assert_eq!(count(ledger.next(&tree)), 3);
-        ledger.acknowledge(Vec::new());
-        for name in [
-            "d",
-            "system.slice/d.service",
-            "user.slice/user-1.slice/d.scope",
-        ] {
-            add(&mut tree, &mut ledger, name);
-        }
-        assert_eq!(count(ledger.next(&tree)), 3);
-        ledger.acknowledge(Vec::new());
-        assert_eq!(ledger.news_of_shortage().len(), 2, "once for each");
-        assert_eq!(ledger.shortage().map(|(count, ..)| count), Some(191));
-        // What one of them gives back is there for others.
-        remove(&mut tree, &mut ledger, &mine(1, "d0"));
-        assert_eq!(shown(ledger.next(&tree)), format!(" -{}", mine(1, "d0")));
-        ledger.acknowledge(Vec::new());
-        add(&mut tree, &mut ledger, "d.service");
-        assert_eq!(shown(ledger.next(&tree)), "d.service=drop ");
-        ledger.acknowledge(Vec::new());
-        assert_eq!(shown(ledger.next(&tree)), "-");
-    }
-
-    /// A helper that holds control groups by identity, as the kernel does.
-    #[derive(Default)]
-    struct Helper {
-        session: bool,
-        /// Path to the identity it had, and the target.
-        held: BTreeMap<ControlGroupPath, (u64, Element)>,
-    }
-
-    /// The file system: path to identity.
-    type Disk = BTreeMap<ControlGroupPath, u64>;
-
-    impl Helper {
-        fn carry_out(&mut self, call: &Call, disk: &Disk) -> Vec<(ControlGroupPath, SkipReason)> {
-            let (assign, remove) = match call {
-                Call::Replace(assign) => {
-                    self.session = true;
-                    self.held.clear();
-                    (assign, &Vec::new())
-                }
-                Call::Update { assign, remove } => {
-                    assert!(self.session);
-                    (assign, remove)
-                }
-            };
-            for path in remove {
-                self.held.remove(path);
-            }
-            let mut skipped = Vec::new();
-            for (path, target) in assign {
-                match disk.get(path) {
-                    Some(id) => {
-                        self.held.insert(path.clone(), (*id, target.clone()));
-                    }
-                    None => {
-                        self.held.remove(path);
-                        skipped.push((path.clone(), SkipReason::missing));
-                    }
-                }
-            }
-            skipped
-        }
-
-        fn has_room(&self, call: &Call, most: usize) -> bool {
-            let after = match call {
-                Call::Replace(assign) => assign.len(),
-                Call::Update { assign, remove } => {
-                    let new = assign
-                        .iter()
-                        .filter(|(path, _)| !self.held.contains_key(path));
-                    let gone = remove.iter().filter(|path| self.held.contains_key(path));
-                    self.held.len() + new.count() - gone.count()
-                }
-            };
-            after <= most
-        }
-
-        fn target(&self, path: &ControlGroupPath, disk: &Disk) -> Target {
-            match (self.held.get(path), disk.get(path), path.parent()) {
-                (Some((held, element)), Some(id), _) if held == id => {
-                    element.verdict.target.clone()
-                }
-                (_, _, Some(parent)) => self.target(&parent, disk),
-                (_, _, None) => Target::Direct,
-            }
-        }
-    }
-
-    #[derive(Debug, Clone)]
-    enum Event {
-        /// On disk; the agent hears of it later.
-        Make(String),
-        Unmake(String),
-        /// The agent hears of the next so many events.
-        Hear(usize),
-        Send,
-        Receive,
-        Refuse,
-        Lose,
-    }
-
-    fn any_event() -> impl Strategy<Value = Event> {
-        let any_path = || proptest::collection::vec("[dxn][12]?", 1..4).prop_map(|n| n.join("/"));
-        prop_oneof![
-            6 => any_path().prop_map(Event::Make),
-            3 => any_path().prop_map(Event::Unmake),
-            6 => (1usize..5).prop_map(Event::Hear),
-            4 => Just(Event::Send),
-            4 => Just(Event::Receive),
-            1 => Just(Event::Refuse),
-            1 => Just(Event::Lose),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn the_helper_ends_up_with_the_cover(
-            events in proptest::collection::vec(any_event(), 0..80),
-            limit in 100usize..1000,
-            most in prop_oneof![Just(1000), 0usize..10],
-        ) {
-            let (mut tree, mut ledger, mut helper) = (tree(), Ledger::default(), Helper::default());
-            ledger.limit = limit;
-            let mut disk = Disk::from([(ControlGroupPath::root(), 0)]);
-            tree.add(ControlGroupPath::root());
-            let mut identity = 0;
-            let mut unheard: std::collections::VecDeque<(bool, String)> = Default::default();
-            let mut reply = None;
-            let settle = [Event::Receive, Event::Hear(1000), Event::Send, Event::Receive];
-            let rounds = std::iter::repeat_n(settle, 100).flatten();
-            for event in events.into_iter().chain(rounds) {
-                match event {
-                    Event::Make(text) => {
-                        let p = path(&text);
-                        if disk.contains_key(&p.parent().unwrap()) && !disk.contains_key(&p) {
-                            identity += 1;
-                            disk.insert(p, identity);
-                            unheard.push_back((true, text));
-                        }
-                    }
-                    Event::Unmake(text) => {
-                        let p = path(&text);
-                        let gone: Vec<_> = disk.keys().filter(|o| o.is_within(&p)).cloned().collect();
-                        for p in gone.into_iter().rev() {
-                            disk.remove(&p);
-                            unheard.push_back((false, p.to_wire()));
-                        }
-                    }
-                    Event::Hear(count) => {
-                        for _ in 0..count {
-                            match unheard.pop_front() {
-                                Some((true, text)) => add(&mut tree, &mut ledger, &text),
-                                Some((false, text)) => remove(&mut tree, &mut ledger, &text),
-                                None => {}
-                            }
-                        }
-                    }
-                    Event::Send => {
-                        if let Some(call) = ledger.next(&tree) {
-                            if !helper.has_room(&call, most) {
-                                // Nobody says too much twice.
-                                assert!(ledger.bound(most));
-                                continue;
-                            }
-                            reply = Some(helper.carry_out(&call, &disk));
-                        }
-                    }
-                    Event::Receive => {
-                        if let Some(skipped) = reply.take() {
-                            ledger.acknowledge(skipped);
-                        }
-                    }
-                    Event::Refuse => {
-                        // Refused before anything was done.
-                        if reply.is_none() && ledger.next(&tree).is_some() {
-                            ledger.refuse();
-                        }
-                    }
-                    Event::Lose => {
-                        helper = Helper::default();
-                        reply = None;
-                        ledger.lost();
-                    }
-                }
-            }
-            prop_assert!(ledger.is_settled());
-            // Nothing is left of what is gone.
-            for path in helper.held.keys() {
-                prop_assert!(disk.contains_key(path), "{:?}", path);
-            }
-            let waiting = ledger.shortage().map_or(0, |(count, ..)| count);
-            prop_assert_eq!(waiting, tree.cover().count().saturating_sub(most));
-            prop_assert_eq!(helper.held.len() + waiting, tree.cover().count());
-            if waiting > 0 {
-                return Ok(());
-            }
-            for path in disk.keys() {
-                let meant = tree.get(path).unwrap().verdict.target.clone();
-                prop_assert_eq!(helper.target(path, &disk), meant.clone(), "{:?}", path);
-                prop_assert_eq!(ledger.held_target(path), Some(meant));
-            }
-        }
-    }
-}
+mod tests;

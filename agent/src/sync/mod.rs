@@ -8,6 +8,7 @@ mod closed;
 mod counts;
 mod ledger;
 mod proxy;
+mod room;
 mod session;
 mod wire;
 

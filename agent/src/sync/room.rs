@@ -1,0 +1,147 @@
+//! Who has how much of what the helper takes, and what waits since there is no room for it. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cgtproxy_proto::path::ControlGroupPath;
+
+/// The slice of the user who makes a control group: `user-1000.slice`.
+type Maker = Box<[u8]>;
+
+/// Which user makes a control group, and as many as they like. What is not below a user's own service manager the
+/// system's makes, or a service or machine to which the administrator has delegated that.
+fn maker(path: &ControlGroupPath) -> Option<&[u8]> {
+    let mut components = path.components();
+    let slice = match (components.next(), components.next()) {
+        (Some(b"user.slice"), Some(slice)) => slice,
+        _ => return None,
+    };
+    let _user_manager = components.next()?;
+    components.next().map(|_| slice)
+}
+
+/// How many control groups the helper takes, and who has how many of them.
+pub(super) struct Room {
+    most: usize,
+    taken: usize,
+    by: BTreeMap<Maker, usize>,
+}
+
+impl Room {
+    pub(super) fn new(most: usize) -> Self {
+        Self {
+            most,
+            taken: 0,
+            by: BTreeMap::new(),
+        }
+    }
+
+    /// What these leave of it.
+    pub(super) fn beside<'a>(
+        most: usize,
+        held: impl Iterator<Item = &'a ControlGroupPath>,
+    ) -> Self {
+        let mut room = Self::new(most);
+        if most < usize::MAX {
+            held.for_each(|path| room.count(maker(path)));
+        }
+        room
+    }
+
+    /// Whether there is room for another one. One user may not take more of it than is left for all others: so there
+    /// always is for these, whoever makes control groups without end.
+    fn is_for(&self, maker: Option<&[u8]>) -> bool {
+        let left = self.most.saturating_sub(self.taken);
+        let has = maker.and_then(|maker| self.by.get(maker));
+        left > 0 && has.is_none_or(|has| *has < left)
+    }
+
+    fn count(&mut self, maker: Option<&[u8]>) {
+        self.taken += 1;
+        if let Some(maker) = maker {
+            match self.by.get_mut(maker) {
+                Some(count) => *count += 1,
+                None => _ = self.by.insert(maker.into(), 1),
+            }
+        }
+    }
+
+    /// Takes room for a control group. False if there is none.
+    pub(super) fn take(&mut self, path: &ControlGroupPath) -> bool {
+        let maker = maker(path);
+        let is = self.is_for(maker);
+        if is {
+            self.count(maker);
+        }
+        is
+    }
+}
+
+/// Control groups for which there is no room, by who makes them.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    paths: BTreeMap<Option<Maker>, BTreeSet<ControlGroupPath>>,
+    /// For whose it was told.
+    told: BTreeSet<Option<Maker>>,
+}
+
+impl Waiting {
+    pub(super) fn add(&mut self, path: ControlGroupPath) {
+        let maker = maker(&path).map(Maker::from);
+        self.paths.entry(maker).or_default().insert(path);
+    }
+
+    pub(super) fn remove(&mut self, path: &ControlGroupPath) {
+        if self.paths.is_empty() {
+            return;
+        }
+        let maker = maker(path).map(Maker::from);
+        if let Some(paths) = self.paths.get_mut(&maker) {
+            paths.remove(path);
+            if paths.is_empty() {
+                self.paths.remove(&maker);
+            }
+        }
+    }
+
+    /// All of them. What was told stays told.
+    pub(super) fn clear(&mut self) {
+        self.paths.clear();
+    }
+
+    /// One for which there is room now.
+    pub(super) fn pop(&mut self, room: &Room) -> Option<ControlGroupPath> {
+        let mut paths = self.paths.iter();
+        let (_, paths) = paths.find(|(maker, _)| room.is_for(maker.as_deref()))?;
+        let path = paths.first()?.clone();
+        self.remove(&path);
+        Some(path)
+    }
+
+    pub(super) fn contains(&self, path: &ControlGroupPath) -> bool {
+        self.paths.values().any(|paths| paths.contains(path))
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.paths.is_empty()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.paths.values().map(BTreeSet::len).sum()
+    }
+
+    pub(super) fn first(&self) -> Option<&ControlGroupPath> {
+        self.paths.values().find_map(BTreeSet::first)
+    }
+
+    /// One of each maker's, unless that was told before.
+    pub(super) fn news(&mut self) -> Vec<ControlGroupPath> {
+        let mut news = Vec::new();
+        for (maker, paths) in &self.paths {
+            if !self.told.contains(maker) {
+                self.told.insert(maker.clone());
+                news.extend(paths.first().cloned());
+            }
+        }
+        news
+    }
+}
