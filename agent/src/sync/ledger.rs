@@ -75,8 +75,8 @@ pub struct Ledger {
     dirty: BTreeSet<ControlGroupPath>,
     flight: Option<Flight>,
     skipped: BTreeMap<ControlGroupPath, SkipReason>,
-    /// How many control groups the helper takes; as far as is known, any number.
-    most: usize,
+    /// How many control groups the helper takes, as far as is known any number, and who has how many of what it holds.
+    room: Room,
     /// What is not said, since there is no room for it.
     waiting: Waiting,
     /// How long the control groups of one call may get, in bytes.
@@ -93,7 +93,7 @@ impl Default for Ledger {
             dirty: BTreeSet::new(),
             flight: None,
             skipped: BTreeMap::new(),
-            most: usize::MAX,
+            room: Room::new(usize::MAX),
             waiting: Waiting::default(),
             limit: CALL_BYTES,
             head: 0,
@@ -146,10 +146,10 @@ impl Ledger {
     /// The call under way was refused, for the helper takes no more control groups than these. Returns whether that is
     /// news: what is said next keeps to it.
     pub fn bound(&mut self, most: usize) -> bool {
-        if most >= self.most {
+        if most >= self.room.most() {
             return false;
         }
-        self.most = most;
+        self.room = Room::beside(most, self.held.keys());
         self.refuse();
         // One user may have taken all of it by now, while nobody knew how much there is.
         self.replace_all();
@@ -166,7 +166,7 @@ impl Ledger {
     #[must_use]
     pub fn shortage(&self) -> Option<(usize, &ControlGroupPath, usize)> {
         let first = self.waiting.first()?;
-        Some((self.waiting.len(), first, self.most))
+        Some((self.waiting.len(), first, self.room.most()))
     }
 
     /// One control group of each user's for which there is no room, unless that was told of that user's before, and
@@ -196,7 +196,7 @@ impl Ledger {
         let mut assign = Vec::new();
         let mut bytes = 0;
         // What is removed makes room for the next call: in this one, the helper may know less of it.
-        let mut room = Room::beside(self.most, self.held.keys());
+        let mut room = self.room.clone();
         loop {
             let path = self.dirty.pop_first();
             let Some(path) = path.or_else(|| self.waiting.pop(&room)) else {
@@ -242,16 +242,11 @@ impl Ledger {
             replace: true,
             ..Flight::default()
         };
-        let mut cover: Vec<_> = tree.cover().collect();
-        if self.most < usize::MAX {
-            // More inherit from those that are less deep; and nobody loses what they have to those that come later.
-            cover.sort_by_key(|(path, _)| (path.depth(), !self.held.contains_key(*path)));
-        }
+        let left_out = self.leave_out(tree);
         let mut assign = Vec::new();
         let mut bytes = self.head;
-        let mut room = Room::new(self.most);
-        for (path, element) in cover {
-            if !room.take(path) {
+        for (path, element) in tree.cover() {
+            if left_out.contains(path) {
                 self.waiting.add(path.clone());
                 continue;
             }
@@ -263,11 +258,23 @@ impl Ledger {
                 assign.push((path.clone(), element.clone()));
             }
         }
-        // All at once, which takes next to nothing where they are in order: where no limit is known.
+        // All at once, which takes next to nothing where they are in order.
         let sent = assign.iter().map(|(p, e)| (p.clone(), fresh(e)));
         flight.assigned = sent.collect();
         self.flight = Some(flight);
         Call::Replace(assign)
+    }
+
+    /// What there is no room for if everything is said anew. Nobody loses what they have to what has come since; of all
+    /// else, more inherits from what is less deep.
+    fn leave_out<'t>(&self, tree: &'t Tree) -> BTreeSet<&'t ControlGroupPath> {
+        let mut room = Room::new(self.room.most());
+        if !room.is_limited() {
+            return BTreeSet::new();
+        }
+        let mut cover: Vec<_> = tree.cover().map(|(path, _)| path).collect();
+        cover.sort_by_key(|path| (!self.held.contains_key(*path), path.depth()));
+        cover.into_iter().filter(|path| !room.take(path)).collect()
     }
 
     /// The call under way was carried out, but for these. Returns those that were not skipped for
@@ -281,9 +288,10 @@ impl Ledger {
         };
         if flight.replace {
             self.held.clear();
+            self.room = Room::new(self.room.most());
         }
         for path in &flight.removed {
-            self.held.remove(path);
+            self.let_go(path);
         }
         let mut news = Vec::new();
         let mut still = BTreeMap::new();
@@ -292,7 +300,7 @@ impl Ledger {
                 continue;
             };
             // What the helper had under this path it has no more.
-            self.held.remove(&path);
+            self.let_go(&path);
             if sent.stale {
                 continue;
             }
@@ -303,6 +311,9 @@ impl Ledger {
         }
         for path in flight.assigned.keys() {
             self.skipped.remove(path);
+            if self.room.is_limited() && !self.held.contains_key(path) {
+                self.room.count(path);
+            }
         }
         if flight.replace {
             self.skipped.clear();
@@ -315,6 +326,13 @@ impl Ledger {
             self.held.extend(flight.assigned);
         }
         news
+    }
+
+    /// The helper has nothing under this path.
+    fn let_go(&mut self, path: &ControlGroupPath) {
+        if self.held.remove(path).is_some() {
+            self.room.give_back(path);
+        }
     }
 
     /// The call under way was refused, and nothing has changed: what it said is still to be said.

@@ -19,7 +19,8 @@ fn maker(path: &ControlGroupPath) -> Option<&[u8]> {
     components.next().map(|_| slice)
 }
 
-/// How many control groups the helper takes, and who has how many of them.
+/// How many control groups the helper takes, and who has how many of them. Nobody counts where no limit is known.
+#[derive(Debug, Clone)]
 pub(super) struct Room {
     most: usize,
     taken: usize,
@@ -41,10 +42,17 @@ impl Room {
         held: impl Iterator<Item = &'a ControlGroupPath>,
     ) -> Self {
         let mut room = Self::new(most);
-        if most < usize::MAX {
-            held.for_each(|path| room.count(maker(path)));
-        }
+        held.for_each(|path| room.count(path));
         room
+    }
+
+    /// How many it takes.
+    pub(super) fn most(&self) -> usize {
+        self.most
+    }
+
+    pub(super) fn is_limited(&self) -> bool {
+        self.most < usize::MAX
     }
 
     /// Whether there is room for another one. One user may not take more of it than is left for all others: so there
@@ -55,9 +63,13 @@ impl Room {
         left > 0 && has.is_none_or(|has| *has < left)
     }
 
-    fn count(&mut self, maker: Option<&[u8]>) {
+    /// Counts one that is held, whether there was room for it or not.
+    pub(super) fn count(&mut self, path: &ControlGroupPath) {
+        if !self.is_limited() {
+            return;
+        }
         self.taken += 1;
-        if let Some(maker) = maker {
+        if let Some(maker) = maker(path) {
             match self.by.get_mut(maker) {
                 Some(count) => *count += 1,
                 None => _ = self.by.insert(maker.into(), 1),
@@ -65,12 +77,27 @@ impl Room {
         }
     }
 
+    /// One that was counted is held no more.
+    pub(super) fn give_back(&mut self, path: &ControlGroupPath) {
+        if !self.is_limited() {
+            return;
+        }
+        self.taken = self.taken.saturating_sub(1);
+        if let Some(maker) = maker(path)
+            && let Some(count) = self.by.get_mut(maker)
+        {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.by.remove(maker);
+            }
+        }
+    }
+
     /// Takes room for a control group. False if there is none.
     pub(super) fn take(&mut self, path: &ControlGroupPath) -> bool {
-        let maker = maker(path);
-        let is = self.is_for(maker);
+        let is = self.is_for(maker(path));
         if is {
-            self.count(maker);
+            self.count(path);
         }
         is
     }

@@ -214,8 +214,8 @@ fn what_there_is_no_room_for_waits_and_removals_do_not() {
         add(&mut tree, &mut ledger, name);
     }
     bound(&tree, &mut ledger, 2);
-    // Those first that are less deep.
-    assert_eq!(shown(ledger.next(&tree)), "all d3=drop a/d1=drop");
+    // What is less deep has room, and of that what comes first.
+    assert_eq!(shown(ledger.next(&tree)), "all a/d1=drop d3=drop");
     ledger.acknowledge(Vec::new());
     assert_eq!(shown(ledger.next(&tree)), "-");
     assert!(ledger.is_settled());
@@ -255,6 +255,28 @@ fn what_was_passed_over_takes_no_room() {
     assert_eq!(shown(ledger.next(&tree)), "d3=drop ");
     ledger.acknowledge(Vec::new());
     assert_eq!(ledger.shortage(), None);
+}
+
+#[test]
+fn nobody_loses_what_they_have_when_everything_is_said_anew() {
+    let (mut tree, mut ledger) = (tree(), Ledger::default());
+    for name in ["a/b/d1", "d2", "d3"] {
+        add(&mut tree, &mut ledger, name);
+    }
+    bound(&tree, &mut ledger, 2);
+    assert_eq!(shown(ledger.next(&tree)), "all d2=drop d3=drop");
+    ledger.acknowledge(Vec::new());
+    remove(&mut tree, &mut ledger, "d2");
+    assert_eq!(shown(ledger.next(&tree)), " -d2");
+    ledger.acknowledge(Vec::new());
+    assert_eq!(shown(ledger.next(&tree)), "a/b/d1=drop ");
+    ledger.acknowledge(Vec::new());
+    // Less deep, but later.
+    add(&mut tree, &mut ledger, "d4");
+    ledger.replace_all();
+    assert_eq!(shown(ledger.next(&tree)), "all a/b/d1=drop d3=drop");
+    ledger.acknowledge(Vec::new());
+    assert!(ledger.is_waiting(&path("d4")));
 }
 
 #[test]
