@@ -298,6 +298,30 @@ fn open_connections_go_on_as_they_began() {
     });
 }
 
+/// As for the machine's own applications.
+#[test]
+fn a_forwarded_connection_outlives_what_belongs_to_none() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _proxy = sb.tproxy("company").uid(0).port(7890).start();
+        let app = sb.host_behind("lan0").app();
+        let mut root = Session::of(&sb.user(0));
+        divert(&mut root, &["lan0"], &company(), &json!([]));
+        for to in sb.destinations() {
+            let connection = app.open_tcp(to).expect("it is let out");
+            assert_eq!(connection.ask(), proxied("company", to));
+            sb.pick_up_connections(false);
+            sb.forget_connections();
+            assert_eq!(connection.ask(), Outcome::Silent);
+            sb.assert_nothing_left_for(to.ip());
+            sb.pick_up_connections(true);
+            let outcome = Outcome::in_the_end(|| connection.ask());
+            assert_eq!(outcome, proxied("company", to));
+            sb.assert_nothing_left_for(to.ip());
+        }
+    });
+}
+
 /// As for what the machine's own applications answer.
 #[test]
 fn answers_to_whom_the_proxy_has_brought_go_to_the_proxy() {

@@ -282,10 +282,17 @@ impl Transaction<'_> {
         self.add_rules(
             chain,
             [
-                // ct mark set ct mark & ~MASK | MARK
-                &|rule| rule.ct_mark_set(mask, mark),
-                // meta mark set meta mark & ~MASK | MARK
-                &|rule| rule.meta_mark_set(mask, mark),
+                // ct mark set ct mark & ~MASK | MARK meta mark set meta mark & ~MASK | MARK return
+                &|rule| {
+                    rule.ct_mark_set(mask, mark)
+                        .meta_mark_set(mask, mark)
+                        .leave()
+                },
+                // What belongs to no connection, as for the machine's own.
+                // tcp flags ! syn drop
+                &|rule| rule.tcp_without_syn().drop(),
+                // goto refuse
+                &|rule| rule.goto(REFUSE),
             ],
         );
     }

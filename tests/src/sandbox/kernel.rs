@@ -84,6 +84,17 @@ impl Sandbox {
         assert_eq!(answer[16..20], [0; 4], "the kernel refuses to forget");
     }
 
+    /// Whether the kernel takes the middle of a TCP connection that it does not know for one (`nf_conntrack_tcp_loose`,
+    /// Documentation/networking/nf_conntrack-sysctl.rst). It does unless it is told otherwise.
+    ///
+    /// # Panics
+    /// When it can't be told.
+    pub fn pick_up_connections(&self, pick_up: bool) {
+        let file = "/proc/sys/net/netfilter/nf_conntrack_tcp_loose";
+        let value = u8::from(pick_up);
+        self.run(&["sh", "-c", &format!("echo {value} >{file}")]);
+    }
+
     /// Feeds a script to nft.
     ///
     /// # Panics
