@@ -12,7 +12,7 @@ use super::names::{self, ListNames, Names};
 use super::plan::{Element, Enforced, Inherited, Known, Layout, LeftBehind, Stamp};
 use super::shared::{Remnants, Shared};
 use super::socket::Dump;
-use super::verdicts::{holds_back, meaning};
+use super::verdicts::{holds_back, meaning, what_is_enforced};
 use super::{Error, Nftables, TABLE, leads, ruleset};
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::mark::{Mark, MarkRange};
@@ -72,8 +72,8 @@ struct Contents {
     proxies: BTreeMap<Uid, BTreeMap<ProxyName, Mark>>,
     /// Control groups and their numbers.
     cgroups: BTreeMap<Uid, Vec<(ControlGroupId, u32)>>,
-    /// Those of the system's policy whose verdict is not enforced, and what of them is.
-    free: BTreeMap<ControlGroupId, Enforced>,
+    /// What of those of the system's policy is enforced.
+    enforced: BTreeMap<ControlGroupId, Enforced>,
 }
 
 impl Contents {
@@ -113,7 +113,7 @@ impl Contents {
             let element = Element {
                 verdict,
                 hold: held.is_some(),
-                enforced: match (names.is_system(), self.free.get(&id)) {
+                enforced: match (names.is_system(), self.enforced.get(&id)) {
                     (false, _) => Enforced::Nothing,
                     (true, Some(enforced)) => *enforced,
                     (true, None) => Enforced::All,
@@ -218,15 +218,11 @@ impl Nftables {
             }
         }
         for found in self.elements(ruleset::ENFORCED)? {
-            if let (Value::Chain(chain), Some(id)) = (&found.value, found.id()) {
-                if Some(chain.as_str()) == ruleset::SESSIONS.to_str().ok() {
-                    contents.free.insert(id, Enforced::Nothing);
-                } else if names::holds_before_users(chain) {
-                    contents.free.insert(id, Enforced::Hold);
-                }
+            if let (Some(number), Some(id)) = (found.value.number(), found.id()) {
+                contents.enforced.insert(id, what_is_enforced(number));
             }
         }
-        for map in [ruleset::CGROUPS, Names::of(Uid::ROOT).cgroups()] {
+        for map in [ruleset::CGROUPS, ruleset::CGROUPS_SYSTEM] {
             for found in self.elements(map)? {
                 if let (Some(uid), Some(id), Some(number)) =
                     (found.whose, found.id(), found.value.number())
@@ -284,7 +280,11 @@ impl Nftables {
                 left.places.extend(drops.contains(&drop.1).then_some(drop));
             }
         }
-        let by_chain = [ruleset::CHOICES, Names::of(Uid::ROOT).choices()];
+        let by_chain = [
+            ruleset::CHOICES,
+            ruleset::CHOICES_SYSTEM,
+            ruleset::CHOICES_ENFORCED,
+        ];
         for map in by_chain.into_iter().chain(leads::BY_MARK) {
             for found in self.elements(map)? {
                 let chain = match &found.value {

@@ -9,7 +9,8 @@ use super::ffi::Element;
 use super::names::{ListNames, Names};
 use super::plan::{BypassList, Delivery, Hold, Layout, Proxy};
 use super::ruleset::{
-    DELIVER, DELIVER_ANSWERS, DIVERT, DROPS, GUARD, MARKS, OWNERS, PORTS, RECEIVE, RESOLVE, USERS,
+    CHOICES_ENFORCED, DELIVER, DELIVER_ANSWERS, DIVERT, DROPS, GUARD, MARKS, OWNERS, PORTS,
+    RECEIVE, RESOLVE, USERS,
 };
 use super::transaction::Transaction;
 use super::verdicts::{of_hold, of_proxy};
@@ -57,8 +58,9 @@ impl Names {
     ) -> Leads {
         let mark = proxy.mark.value().to_ne_bytes();
         let chain = || Lead::Goto(self.proxy(name));
-        let number = of_proxy(marks, proxy).to_ne_bytes().to_vec();
-        let mut leads = Leads::from([((self.choices(), number), chain())]);
+        let number = of_proxy(marks, proxy).to_ne_bytes();
+        let maps = self.choices_maps().iter();
+        let mut leads: Leads = maps.map(|map| ((*map, number.to_vec()), chain())).collect();
         let mut lead = |map, key: &[u8], lead| {
             leads.insert((map, key.to_vec()), lead);
         };
@@ -96,13 +98,14 @@ impl Names {
     }
 
     /// What leads to the chain of control groups below which everything is held, but for these control groups.
-    pub(super) fn lead_of_hold(&self, marks: MarkRange, layout: &Layout, hold: &Hold) -> Leads {
-        let number = of_hold(marks, layout, hold);
-        let lead = |number: u32| {
-            let key = number.to_ne_bytes().to_vec();
-            ((self.choices(), key), Lead::Goto(self.hold(hold)))
+    pub(super) fn leads_of_hold(&self, marks: MarkRange, layout: &Layout, hold: &Hold) -> Leads {
+        let number = of_hold(marks, layout, hold).to_ne_bytes();
+        let maps = match hold.verdict {
+            Some(_) => self.choices_maps(),
+            None => &[CHOICES_ENFORCED],
         };
-        number.map(lead).into_iter().collect()
+        let lead = |map: &&'static CStr| ((*map, number.to_vec()), Lead::Goto(self.hold(hold)));
+        maps.iter().map(lead).collect()
     }
 
     /// That the user has a policy, and below which control group.

@@ -356,7 +356,7 @@ fn a_table_and_its_base() {
             });
             found.has(&[
                 "cgtproxy",
-                "version-10-ff000000",
+                "version-11-ff000000",
                 "output",
                 "forward",
                 "proxy-uids",

@@ -7,8 +7,9 @@ use cgtproxy_proto::name::ProxyName;
 
 use super::plan::{Delivery, Hold, Layout, Proxy, Verdict};
 use super::ruleset::{
-    CGROUPS, CHOICES, DELIVER, DELIVER_ANSWERS, DELIVER_ANSWERS_SYSTEM, DELIVER_SYSTEM, DROP,
-    DROP_SYSTEM, ENFORCED, GUARD, GUARD_ANSWERS, GUARD_ANSWERS_SYSTEM, GUARD_SYSTEM,
+    CGROUPS, CGROUPS_SYSTEM, CHOICES, CHOICES_ENFORCED, CHOICES_SYSTEM, DELIVER, DELIVER_ANSWERS,
+    DELIVER_ANSWERS_SYSTEM, DELIVER_SYSTEM, DROP, DROP_SYSTEM, ENFORCED, GUARD, GUARD_ANSWERS,
+    GUARD_ANSWERS_SYSTEM, GUARD_SYSTEM,
 };
 use crate::peer::Uid;
 
@@ -61,12 +62,20 @@ impl Names {
 
     /// The map from control groups to numbers.
     pub(super) fn cgroups(&self) -> &'static CStr {
-        self.either(c"cgroups-0", CGROUPS)
+        self.either(CGROUPS_SYSTEM, CGROUPS)
     }
 
     /// The map that says what the numbers mean.
     pub(super) fn choices(&self) -> &'static CStr {
-        self.either(c"choices-0", CHOICES)
+        self.either(CHOICES_SYSTEM, CHOICES)
+    }
+
+    /// The maps that say what the numbers of these control groups mean.
+    pub(super) fn choices_maps(&self) -> &'static [&'static CStr] {
+        match self.is_system() {
+            true => &[CHOICES_SYSTEM, CHOICES_ENFORCED],
+            false => &[CHOICES],
+        }
     }
 
     /// The chain that what is dropped goes to.
@@ -94,13 +103,12 @@ impl Names {
         self.either(GUARD_SYSTEM, GUARD)
     }
 
-    /// The maps that have every control group of the policy as a key.
-    pub(super) fn verdict_maps(&self) -> Vec<&'static CStr> {
-        let mut maps = vec![self.cgroups()];
-        if self.is_system() {
-            maps.push(ENFORCED);
+    /// The maps from every control group of the policy to numbers.
+    pub(super) fn number_maps(&self) -> &'static [&'static CStr] {
+        match self.is_system() {
+            true => &[CGROUPS_SYSTEM, ENFORCED],
+            false => &[CGROUPS],
         }
-        maps
     }
 
     /// The chain of control groups below which everything is held. All users have one together where it leads to
@@ -213,12 +221,6 @@ pub(super) fn owner(chain: &str) -> Option<Uid> {
     Uid::from_name(uid)
 }
 
-/// Whether this chain holds before users' own policies.
-pub(super) fn holds_before_users(chain: &str) -> bool {
-    let rest = chain.strip_prefix(HOLD_PREFIX).unwrap_or_default();
-    rest.splitn(3, '-').nth(2) == Some(BEFORE_USERS)
-}
-
 /// Whose proxy's chain this is, and which proxy's.
 pub(super) fn proxy_of(chain: &str) -> Option<(Uid, ProxyName)> {
     let (uid, name) = chain.strip_prefix(PROXY_PREFIX)?.split_once('-')?;
@@ -249,15 +251,6 @@ mod tests {
             ("version-8", None),
         ] {
             assert_eq!(owner(chain), uid.map(Uid::for_test), "{chain}");
-        }
-        // A proxy may be called nearly so.
-        for (chain, holds) in [
-            ("hold-0-5-_users", true),
-            ("hold-0-5-a_users", false),
-            ("hold-0-5-5-_users", false),
-            ("sessions", false),
-        ] {
-            assert_eq!(holds_before_users(chain), holds, "{chain}");
         }
         let mihomo = "mihomo".parse().unwrap();
         let uid = Uid::for_test(1000);

@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-10-ff000000 { }              # the format of this table, and the mask of marks
+//!   chain version-11-ff000000 { }              # the format of this table, and the mask of marks
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
+//!   map enforced { type cgroupsv2 : mark }    # a control group of the system's policy : what of that is enforced
+//!   map choices-enforced { type mark : verdict }  # that number : goto proxy-0-mihomo; where it is nothing, goto sessions
 //!   map marks   { type mark : verdict }       # a proxy's mark : goto proxy-1000-mihomo
 //!   map drops   { type cgroupsv2 : verdict }  # user@1000.service : goto drop-1
 //!   map deliver { type mark : verdict }       # a proxy's mark : goto deliver
@@ -90,9 +92,12 @@ use crate::peer::Uid;
 use crate::route::Family;
 
 /// How this table is laid out.
-const VERSION: u32 = 10;
+const VERSION: u32 = 11;
 pub(super) const CGROUPS: &CStr = c"cgroups";
+pub(super) const CGROUPS_SYSTEM: &CStr = c"cgroups-0";
 pub(super) const CHOICES: &CStr = c"choices";
+pub(super) const CHOICES_SYSTEM: &CStr = c"choices-0";
+pub(super) const CHOICES_ENFORCED: &CStr = c"choices-enforced";
 pub(super) const MARKS: &CStr = c"marks";
 pub(super) const DROPS: &CStr = c"drops";
 pub(super) const PORTS: &CStr = c"ports";

@@ -121,7 +121,7 @@ impl Transaction<'_> {
             leads.extend(names.leads_of_proxy(self.marks, name, proxy));
         }
         for hold in &layout.holds {
-            leads.extend(names.lead_of_hold(self.marks, layout, hold));
+            leads.extend(names.leads_of_hold(self.marks, layout, hold));
         }
         leads
     }
@@ -131,7 +131,7 @@ impl Transaction<'_> {
         if names.is_system() {
             self.no_system(shared);
             self.create_system_sets(names);
-            for map in names.verdict_maps() {
+            for map in names.number_maps() {
                 self.flush_set(map);
             }
         } else {

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use super::ffi::{Content, Element, KeyType};
+use super::ffi::{Content, KeyType};
 use super::names::Names;
 use super::plan::{ElementChanges, Layout, Looks};
-use super::ruleset::{DROP_SYSTEM, ENFORCED, SESSIONS, SYSTEM};
+use super::ruleset::{CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, SESSIONS, SYSTEM};
 use super::shared::Shared;
 use super::transaction::Transaction;
 
@@ -78,7 +78,7 @@ impl Transaction<'_> {
         self.flush_chain(ENFORCED);
         if enforced {
             self.level_rules_of(ENFORCED, levels, |rule, level| {
-                rule.socket_cgroupv2_vmap(level, ENFORCED)
+                rule.socket_cgroupv2_map_vmap(level, ENFORCED, CHOICES_ENFORCED)
             });
         }
         // goto sessions
@@ -95,7 +95,7 @@ impl Transaction<'_> {
     ) {
         if names.is_system() {
             self.no_system(shared);
-            for map in names.verdict_maps() {
+            for map in names.number_maps() {
                 self.flush_set(map);
             }
         } else {
@@ -128,16 +128,21 @@ impl Transaction<'_> {
     /// The sets that only the system's policy has.
     pub(super) fn create_system_sets(&mut self, names: &Names) {
         let group = KeyType::ControlGroup;
-        self.add_set(names.cgroups(), group, Content::Values(KeyType::Mark));
-        self.add_set(names.choices(), KeyType::Mark, Content::Verdicts);
-        self.add_set(ENFORCED, group, Content::Verdicts);
-        self.common_choices(names.choices(), DROP_SYSTEM, Element::Return);
+        for map in names.number_maps() {
+            self.add_set(map, group, Content::Values(KeyType::Mark));
+        }
+        for map in names.choices_maps() {
+            self.add_set(map, KeyType::Mark, Content::Verdicts);
+        }
+        self.common_system_choices(names);
     }
 
     pub(super) fn delete_system_sets(&mut self, names: &Names) {
-        self.flush_set(names.choices());
-        for set in [names.cgroups(), names.choices(), ENFORCED] {
-            self.delete_set(set);
+        for map in names.choices_maps() {
+            self.flush_set(map);
+        }
+        for map in names.number_maps().iter().chain(names.choices_maps()) {
+            self.delete_set(map);
         }
     }
 }

@@ -6,7 +6,8 @@
 //! (nf_tables_validate, net/netfilter/nf_tables_api.c): the more control groups all users have, the longer
 //! would each one's change take. A number makes it look at nothing.
 //!
-//! What the system's policy enforces is in a map of verdicts all the same: those are few.
+//! What the system's policy enforces is in a map of numbers of its own, which has another meaning for what it
+//! leaves to users.
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
@@ -17,7 +18,7 @@ use super::ffi::{Comment, Content, Element, KeyType};
 use super::names::Names;
 use super::plan::{self, Enforced, Hold, Layout, Proxy, Verdict};
 use super::rule::RuleBuilder;
-use super::ruleset::{ENFORCED, SESSIONS, SYSTEM};
+use super::ruleset::{CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, SESSIONS, SYSTEM};
 use super::shared::Shared;
 use super::transaction::Transaction;
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
@@ -28,6 +29,8 @@ const DIRECT: u32 = 1 << 8;
 const DROP: u32 = 2 << 8;
 const DROP_ALL: u32 = 3 << 8;
 const RELEASED: u32 = 4 << 8;
+/// Users' own policies decide, and then the system's.
+const USERS: u32 = 5 << 8;
 /// What proxies' numbers come after.
 const PROXY: u32 = 16;
 
@@ -78,10 +81,38 @@ pub(super) fn holds_back(number: u32) -> bool {
     matches!(number & !0xff, DROP | DROP_ALL) || number & 0xff != 0
 }
 
-/// The number of control groups below which everything is held, if it leads there.
-pub(super) fn of_hold(marks: MarkRange, layout: &Layout, hold: &Hold) -> Option<u32> {
-    let verdict = hold.verdict.as_ref()?;
-    Some(of_verdict(marks, layout, verdict, Some(hold)))
+/// The number of control groups below which everything is held.
+pub(super) fn of_hold(marks: MarkRange, layout: &Layout, hold: &Hold) -> u32 {
+    match &hold.verdict {
+        Some(verdict) => of_verdict(marks, layout, verdict, Some(hold)),
+        None => USERS | hold.level,
+    }
+}
+
+/// What is enforced of an element, by its number: where users have no say, that is the number of its verdict.
+fn of_enforced(marks: MarkRange, layout: &Layout, level: u32, element: &plan::Element) -> u32 {
+    let hold = match element.enforced {
+        Enforced::All => Hold::of(level, element),
+        Enforced::Hold => Hold::before_users(level, element),
+        Enforced::Nothing => None,
+    };
+    match hold {
+        Some(hold) => of_hold(marks, layout, &hold),
+        None if element.enforced == Enforced::All => {
+            of_verdict(marks, layout, &element.verdict, None)
+        }
+        // It may be in one whose verdict is enforced.
+        None => USERS,
+    }
+}
+
+/// What such a number says is enforced.
+pub(super) fn what_is_enforced(number: u32) -> Enforced {
+    match (number & !0xff, number & 0xff) {
+        (USERS, 0) => Enforced::Nothing,
+        (USERS, _) => Enforced::Hold,
+        _ => Enforced::All,
+    }
 }
 
 impl Transaction<'_> {
@@ -116,6 +147,15 @@ impl Transaction<'_> {
         self.write_elements(&map, MsgType::Add);
     }
 
+    /// The same for the system's policy, and for what of it is enforced.
+    pub(super) fn common_system_choices(&mut self, names: &Names) {
+        for choices in [names.choices(), CHOICES_ENFORCED] {
+            self.common_choices(choices, DROP_SYSTEM, Element::Return);
+        }
+        let key = USERS.to_ne_bytes();
+        self.add_element(CHOICES_ENFORCED, &key, Element::Goto(SESSIONS));
+    }
+
     /// The control groups' own sockets have their verdict. A socket that is deeper comes here only if
     /// nothing nearer to it is in the map: what it may do is not decided yet.
     ///
@@ -142,7 +182,7 @@ impl Transaction<'_> {
                 },
             ],
         );
-        self.add_leads(&names.lead_of_hold(self.marks, layout, hold));
+        self.add_leads(&names.leads_of_hold(self.marks, layout, hold));
     }
 
     /// Unless another user has it too.
@@ -157,7 +197,7 @@ impl Transaction<'_> {
             return;
         }
         let chain = names.hold(hold);
-        self.delete_leads(names.lead_of_hold(self.marks, layout, hold).keys());
+        self.delete_leads(names.leads_of_hold(self.marks, layout, hold).keys());
         self.flush_chain(&chain);
         self.delete_chain(&chain);
     }
@@ -167,7 +207,7 @@ impl Transaction<'_> {
         names: &Names,
         ids: impl Iterator<Item = ControlGroupId> + Clone,
     ) {
-        for map in names.verdict_maps() {
+        for map in names.number_maps() {
             let mut deleted = self.set(map, KeyType::ControlGroup, Content::Keys);
             for id in ids.clone() {
                 deleted.push(&id.to_bytes(), Element::Key);
@@ -197,24 +237,11 @@ impl Transaction<'_> {
         }
         self.write_elements(&map, MsgType::Add);
         if names.is_system() {
-            let mut map = self.set(ENFORCED, KeyType::ControlGroup, Content::Verdicts);
+            let mut map = self.set(ENFORCED, KeyType::ControlGroup, content);
             for (cgroup, element) in verdicts {
-                let hold = match element.enforced {
-                    Enforced::All => Hold::of(cgroup.level(), element),
-                    _ => Hold::before_users(cgroup.level(), element),
-                };
-                let decided = match hold {
-                    Some(hold) => Decision::Goto(names.hold(&hold)),
-                    None if element.enforced == Enforced::All => decision(names, &element.verdict),
-                    // It may be in one whose verdict is enforced.
-                    None => Decision::Goto(SESSIONS.to_owned()),
-                };
-                let element = match &decided {
-                    Decision::Goto(chain) => Element::Goto(chain),
-                    Decision::Return => Element::Return,
-                    Decision::Drop => Element::Drop,
-                };
-                map.push(&cgroup.id().to_bytes(), element);
+                let number = of_enforced(self.marks, layout, cgroup.level(), element);
+                let number = number.to_ne_bytes();
+                map.push(&cgroup.id().to_bytes(), Element::Value(&number));
             }
             self.write_elements(&map, MsgType::Add);
         }
