@@ -30,7 +30,7 @@ pub trait Kernel {
     /// Whether the table is protected from other programs.
     fn owned(&self) -> bool;
 
-    /// Sees to it that a family's rule and route are there. False if the kernel does not have the family.
+    /// Sees to it that a family's rule and route are there. False if the kernel, or lo, does not have the family.
     ///
     /// # Errors
     /// If the kernel refuses for another reason.

@@ -176,7 +176,9 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         let (mut state, graces) =
             State::new(config, root, Linux::new(nftables, routing), snapshot, left)?;
         if !state.ipv6() {
-            tracing::info!("the kernel has no IPv6: only IPv4 is diverted");
+            tracing::info!(
+                "the kernel has no IPv6, or it is switched off on lo: only IPv4 is diverted"
+            );
         }
         if !state.table_owned() && state.restore_lost_table()? {
             tracing::info!("the table 'inet cgtproxy' was removed by another program; restored it");

@@ -125,7 +125,8 @@ impl Routing {
     }
 
     /// Sees to it that the family's route and rule are there. False if the kernel does not have
-    /// the family at all (`ipv6.disable=1`).
+    /// the family at all (`ipv6.disable=1`), or lo does not have it now (`net.ipv6.conf.lo.disable_ipv6`): then nothing
+    /// that is diverted could come in, and an address of the family's on lo announces that it could.
     ///
     /// # Errors
     /// If the kernel refuses for another reason.
@@ -139,7 +140,7 @@ impl Routing {
         };
         let replace = NLM_F_CREATE | NLM_F_REPLACE;
         match self.request(RTM_NEWROUTE, &self.route(family), replace) {
-            Err(error) if not_supported(&error) => return Ok(false),
+            Err(error) if not_supported(&error) || not_on_lo(family, &error) => return Ok(false),
             result => result.map_err(refused("route"))?,
         }
         let create = NLM_F_CREATE | NLM_F_EXCL;
@@ -239,4 +240,14 @@ fn not_supported(error: &io::Error) -> bool {
         Errno::from_io_error(error),
         Some(Errno::AFNOSUPPORT | Errno::OPNOTSUPP)
     )
+}
+
+/// What the kernel says of a route over an interface that IPv6 is switched off on, or that is too small for it
+/// (`fib6_nh_init`, net/ipv6/route.c). Without a capability it says EPERM.
+fn not_on_lo(family: Family, error: &io::Error) -> bool {
+    family == Family::Ipv6
+        && matches!(
+            Errno::from_io_error(error),
+            Some(Errno::ACCESS | Errno::NODEV)
+        )
 }

@@ -216,8 +216,20 @@ impl Server {
     fn restore(&self, loss: Loss) -> bool {
         match loss {
             Loss::Routing => {
-                let restored = self.state.borrow().ensure_routing();
-                report("the routing of diverted packets", restored.map(|_| ()))
+                let mut state = self.state.borrow_mut();
+                let before = state.ipv6();
+                let restored = state.ensure_routing();
+                match (before, state.ipv6()) {
+                    (true, false) => {
+                        tracing::info!("IPv6 has been switched off on lo: only IPv4 is diverted");
+                        true
+                    }
+                    (false, true) => {
+                        tracing::info!("IPv6 has been switched on: it is diverted as well");
+                        true
+                    }
+                    _ => report("the routing of diverted packets", restored),
+                }
             }
             Loss::Table => {
                 let restored = self.state.borrow_mut().rebuild_table();

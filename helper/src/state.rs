@@ -146,7 +146,7 @@ impl<K: Kernel> State<K> {
             graces: 0,
             diagnosis: None,
         };
-        this.ipv6 = this.ensure_routing()?;
+        this.ensure_routing()?;
         let graces = uids
             .into_iter()
             .map(|uid| (uid, this.begin_grace(uid)))
@@ -166,19 +166,20 @@ impl<K: Kernel> State<K> {
         &self.registry
     }
 
-    /// Whether IPv6 is diverted: false if the kernel has none.
+    /// Whether IPv6 is diverted: false if the kernel has none, or it is switched off on lo.
     #[must_use]
     pub fn ipv6(&self) -> bool {
         self.ipv6
     }
 
-    /// Sees to it that the rules and routes are there; returns whether IPv6's are.
+    /// Sees to it that the rules and routes are there, IPv6's as far as it is there itself; [`Self::ipv6`] says so then.
     ///
     /// # Errors
     /// If the kernel refuses them.
-    pub fn ensure_routing(&self) -> Result<bool, route::Error> {
+    pub fn ensure_routing(&mut self) -> Result<(), route::Error> {
         self.kernel.ensure_routing(Family::Ipv4)?;
-        self.kernel.ensure_routing(Family::Ipv6)
+        self.ipv6 = self.kernel.ensure_routing(Family::Ipv6)?;
+        Ok(())
     }
 
     /// Makes the table anew as it should be, in one transaction.

@@ -105,6 +105,41 @@ fn what_is_diverted_does_not_leave_while_rules_or_routes_are_missing() {
     });
 }
 
+/// A network that its administrator wants no IPv6 in, and then does.
+#[test]
+fn a_helper_starts_without_ipv6_and_diverts_it_once_it_is_there() {
+    sandbox(|sb| {
+        let switch = |setting: &str| sb.run(&["sysctl", "-w", setting]);
+        switch("net.ipv6.conf.lo.disable_ipv6=1");
+        let (helper, user, mut session) = with_policy(sb, "");
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup(APP).app();
+        for _ in 0..2 {
+            assert_eq!(session.status()["ipv6"], json!(false));
+            let [v4, v6] = sb.destinations();
+            assert_eq!(app.udp(v4), proxied("mihomo", v4));
+            assert!(app.udp(v6).is_dropped());
+            switch("net.ipv6.conf.lo.disable_ipv6=0");
+            wait_for_routing(sb, &["IPv6"]);
+            wait_until("the helper says so", || {
+                session.status()["ipv6"] == json!(true)
+            });
+            let [_, v6] = sb.destinations();
+            assert_eq!(app.udp(v6), proxied("mihomo", v6));
+            assert_eq!(app.tcp(v6), proxied("mihomo", v6));
+            switch("net.ipv6.conf.lo.disable_ipv6=1");
+            wait_until("the helper says so", || {
+                session.status()["ipv6"] == json!(false)
+            });
+        }
+        assert!(
+            !helper.log().contains("can't be restored"),
+            "{}",
+            helper.log()
+        );
+    });
+}
+
 /// `nft monitor`, which writes a line for each transaction, with who made it.
 struct Transactions {
     monitor: Child,

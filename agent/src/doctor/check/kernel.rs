@@ -30,7 +30,9 @@ pub(super) fn check(facts: &Facts) -> Group {
                  back, a moment later.",
             )
         }));
-        group.found((!status.ipv6).then(|| {
+        // Where it is switched off, another finding says so.
+        let off = facts.network.ipv6_off_on_lo == Ok(true);
+        group.found((!status.ipv6 && !off).then(|| {
             Finding::note("kernel-no-ipv6", "the kernel has no IPv6")
                 .effect("Only IPv4 goes through proxies; there is nothing else.")
         }));
