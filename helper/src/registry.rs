@@ -473,7 +473,10 @@ impl Registry {
     }
 
     /// The one place where limits are checked: what a user would have against what one may have.
-    fn admit(&self, proxies: usize, bypass: usize, cgroups: usize) -> Result<(), Refused> {
+    ///
+    /// # Errors
+    /// With the first limit that it breaks.
+    pub fn admit(&self, proxies: usize, bypass: usize, cgroups: usize) -> Result<(), Refused> {
         if proxies > self.limits.proxies {
             return Err(Refused::TooManyProxies(self.limits.proxies));
         }

@@ -32,6 +32,8 @@ use crate::quota::Connection;
 use crate::registry::{PolicyRequest, ProxyRequest, Refused};
 use crate::state::{self, ConnectionId, Holder, Skipped, State};
 
+mod lists;
+
 /// Why a call is refused.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -91,6 +93,47 @@ impl<K: Kernel> Session<K> {
             true => Err(state::Error::NoSession.into()),
             false => Ok(()),
         }
+    }
+
+    /// The parameters of a policy that may be somebody else's to replace, or larger than a user may have: only what may be
+    /// brought into force is taken apart.
+    fn policy_arguments(&self, arguments: Parameters<'_>) -> Result<ReplacePolicy_Args, Fault> {
+        let may = self.state.borrow().may_replace(self.peer.uid(), self.id);
+        may.map_err(|error| self.fault(error.into()))?;
+        if arguments.length() > lists::LOOKED_AT {
+            let lists: lists::OfPolicy = parameters(arguments)?;
+            if lists.gateway.is_some() && self.peer.uid() != Uid::ROOT {
+                return Err(Fault::invalid_parameter("gateway"));
+            }
+            self.admit(lists.proxies.0, lists.bypass.0, lists.assignments.0)?;
+        }
+        let policy: ReplacePolicy_Args = parameters(arguments)?;
+        let (proxies, bypass) = (policy.proxies.len(), policy.bypass.len());
+        self.admit(proxies, bypass, policy.assignments.len())?;
+        Ok(policy)
+    }
+
+    /// The same of a change of some verdicts. What is removed is no more than what one may have either.
+    fn update_arguments(&self, arguments: Parameters<'_>) -> Result<UpdateAssignments_Args, Fault> {
+        let holds = self.state.borrow().holds(self.peer.uid(), self.id);
+        holds.map_err(|error| self.fault(error.into()))?;
+        if arguments.length() > lists::LOOKED_AT {
+            let lists: lists::OfUpdate = parameters(arguments)?;
+            self.admit(0, 0, lists.assign.0.max(lists.remove.0))?;
+        }
+        let update: UpdateAssignments_Args = parameters(arguments)?;
+        self.admit(0, 0, update.assign.len().max(update.remove.len()))?;
+        Ok(update)
+    }
+
+    /// Refuses lists that are longer than what a user may have.
+    fn admit(&self, proxies: usize, bypass: usize, cgroups: usize) -> Result<(), Fault> {
+        let admitted = self
+            .state
+            .borrow()
+            .registry()
+            .admit(proxies, bypass, cgroups);
+        admitted.map_err(|refused| self.fault(state::Error::Refused(refused).into()))
     }
 
     fn replace_policy(&self, arguments: ReplacePolicy_Args) -> Result<ReplacePolicy_Reply, Error> {
@@ -160,9 +203,6 @@ impl<K: Kernel> Session<K> {
             let path = ControlGroupPath::from_wire(path)
                 .map_err(|_| Error::Parameter(format!("remove[{index}]")))?;
             remove.insert(path);
-        }
-        if state.holder(self.peer.uid()) != Holder::Connection(self.id) {
-            return Err(state::Error::NoSession.into());
         }
         let subtree = self.subtree(&state)?;
         let (generation, skipped) =
@@ -344,11 +384,11 @@ impl<K: Kernel> Session<K> {
         let refused = |error| self.fault(error);
         match method {
             "ReplacePolicy" => reply(
-                self.replace_policy(parameters(arguments)?)
+                self.replace_policy(self.policy_arguments(arguments)?)
                     .map_err(refused)?,
             ),
             "UpdateAssignments" => reply(
-                self.update_assignments(parameters(arguments)?)
+                self.update_assignments(self.update_arguments(arguments)?)
                     .map_err(refused)?,
             ),
             "FindRedirected" => reply(

@@ -160,6 +160,28 @@ impl<K: Kernel> State<K> {
         self.holders.get(&uid).copied().unwrap_or(Holder::None)
     }
 
+    /// Insists that this connection holds the user's policy.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn holds(&self, uid: Uid, connection: ConnectionId) -> Result<(), Error> {
+        match self.holder(uid) == Holder::Connection(connection) {
+            true => Ok(()),
+            false => Err(Error::NoSession),
+        }
+    }
+
+    /// Insists that no other connection holds the user's policy.
+    ///
+    /// # Errors
+    /// If one does.
+    pub fn may_replace(&self, uid: Uid, connection: ConnectionId) -> Result<(), Error> {
+        match self.holder(uid) {
+            Holder::Connection(holder) if holder != connection => Err(Error::SessionExists),
+            _ => Ok(()),
+        }
+    }
+
     /// All policies.
     #[must_use]
     pub fn registry(&self) -> &Registry {
@@ -245,10 +267,7 @@ impl<K: Kernel> State<K> {
         policy: PolicyRequest,
         assignments: BTreeMap<ControlGroupPath, nft::Element>,
     ) -> Result<(u64, Vec<Skipped>), Error> {
-        match self.holder(uid) {
-            Holder::Connection(holder) if holder != connection => return Err(Error::SessionExists),
-            _ => {}
-        }
+        self.may_replace(uid, connection)?;
         self.dispel_doubt()?;
         let mut skipped = Vec::new();
         let open = opener(subtree, &mut skipped);
@@ -271,9 +290,7 @@ impl<K: Kernel> State<K> {
         assign: BTreeMap<ControlGroupPath, nft::Element>,
         remove: std::collections::BTreeSet<ControlGroupPath>,
     ) -> Result<(u64, Vec<Skipped>), Error> {
-        if self.holder(uid) != Holder::Connection(connection) {
-            return Err(Error::NoSession);
-        }
+        self.holds(uid, connection)?;
         self.dispel_doubt()?;
         let mut skipped = Vec::new();
         let open = opener(subtree, &mut skipped);
@@ -290,9 +307,7 @@ impl<K: Kernel> State<K> {
     /// # Errors
     /// If it holds none, or the kernel refuses.
     pub fn remove(&mut self, uid: Uid, connection: ConnectionId) -> Result<(), Error> {
-        if self.holder(uid) != Holder::Connection(connection) {
-            return Err(Error::NoSession);
-        }
+        self.holds(uid, connection)?;
         self.remove_policy(uid)?;
         Ok(())
     }

@@ -81,6 +81,14 @@ pub struct Identity {
 #[derive(Debug, Clone, Copy)]
 pub struct Parameters<'a>(&'a str);
 
+impl Parameters<'_> {
+    /// How many bytes of text they are.
+    #[must_use]
+    pub fn length(self) -> usize {
+        self.0.len()
+    }
+}
+
 /// What a method replies, as the text of a JSON value; [`reply`] makes one.
 #[derive(Debug)]
 pub struct Answer(String);

@@ -288,6 +288,46 @@ fn a_policy_of_as_many_control_groups_as_one_may_have_is_one_call() {
     });
 }
 
+/// Nobody's message makes much more of itself than it is, however many things it names.
+#[test]
+fn of_lists_and_nothing_is_made_of_longer_ones() {
+    sandbox(|sb| {
+        const MOST: usize = 16 * 1024;
+        let helper = sb.helper().start();
+        let user = sb.user(1001);
+        user.cgroup("app.slice");
+        let names = |count: usize| (0..count).map(|n| format!("{n:05x}")).collect::<Vec<_>>();
+        let remove = |count: usize| json!({ "assign": [], "remove": names(count) });
+        let bypass = |count: usize| {
+            let bypass = vec!["::"; count];
+            json!({ "proxies": [], "bypass": bypass, "assignments": [] })
+        };
+        let limit = |error: &str, limit: usize| (error.to_owned(), json!({ "limit": limit }));
+        let begun = helper.peak_memory();
+        let mut session = Session::of(&user);
+        let without = session.refusal("UpdateAssignments", remove(500_000));
+        assert_eq!(without.0, "NoSession");
+        assert_eq!(
+            session.refusal("ReplacePolicy", bypass(800_000)),
+            limit("TooManyBypassEntries", 1024)
+        );
+        session.replace(json!([]), json!([]), json!([verdict("app.slice", "drop")]));
+        assert_eq!(
+            session.refusal("UpdateAssignments", remove(500_000)),
+            limit("TooManyControlGroups", MOST)
+        );
+        let taken = helper.peak_memory() - begun;
+        println!("{taken} KiB");
+        assert!(taken <= MEMORY_EACH, "{taken} KiB");
+        session.call("UpdateAssignments", remove(MOST));
+        assert_eq!(
+            session.refusal("UpdateAssignments", remove(MOST + 1)),
+            limit("TooManyControlGroups", MOST)
+        );
+        assert_eq!(session.status()["controlGroups"], 1);
+    });
+}
+
 #[test]
 fn of_connections() {
     sandbox(|sb| {
