@@ -8,8 +8,11 @@ use tokio::time::Instant;
 
 use crate::peer::Uid;
 
-/// For how long an answer of the databases is good.
-const ANSWER_HOLDS: Duration = Duration::from_secs(1);
+/// For how long an answer of the databases is good to whoever connects.
+pub(crate) const ANSWER_HOLDS: Duration = Duration::from_secs(1);
+
+/// For how long it is good to what is only kept: nobody waits there for a group to be another one.
+pub(crate) const ANSWER_HOLDS_FOR_KEPT: Duration = Duration::from_secs(60);
 
 /// How many are remembered at most.
 const MOST_ANSWERS: usize = 1024;
@@ -33,32 +36,34 @@ pub struct Access {
 }
 
 impl Access {
-    /// Whether a user may connect. Root always may, who could change the configuration as well.
+    /// Whether a user may connect, if that can be told without the databases of users and groups: they are files, or on
+    /// another machine. Root always may, who could change the configuration as well.
     #[must_use]
-    pub fn allows(&self, uid: Uid) -> bool {
-        // Who can't be told to be in no denied group is not let in.
-        self.decides(uid).unwrap_or(false)
-    }
-
-    /// Whether the databases of users and groups have to be asked. They are files, or on another machine.
-    #[must_use]
-    pub fn names_groups(&self) -> bool {
-        let allow = self.allow.as_ref();
-        !self.deny.gids.is_empty() || allow.is_some_and(|allow| !allow.gids.is_empty())
-    }
-
-    /// The same; none if the databases can't be asked, or don't know a user who may be in a denied group.
-    #[must_use]
-    pub fn decides(&self, uid: Uid) -> Option<bool> {
+    pub fn decides_by_uid(&self, uid: Uid) -> Option<bool> {
         if uid.value() == 0 {
             return Some(true);
         }
-        // Only asked for where it matters: the databases may be on another machine.
-        let groups = match self.names_groups() {
-            true => groups_of(uid)?,
-            false => Some(BTreeSet::new()),
-        };
-        let groups = match groups {
+        if self.deny.uids.contains(&uid.value()) {
+            return Some(false);
+        }
+        if !self.deny.gids.is_empty() {
+            return None;
+        }
+        match &self.allow {
+            None => Some(true),
+            Some(allow) if allow.uids.contains(&uid.value()) => Some(true),
+            Some(allow) if allow.gids.is_empty() => Some(false),
+            Some(_) => None,
+        }
+    }
+
+    /// The same by the databases; none if they can't be asked, or don't know a user who may be in a denied group.
+    #[must_use]
+    pub fn decides(&self, uid: Uid) -> Option<bool> {
+        if let Some(decided) = self.decides_by_uid(uid) {
+            return Some(decided);
+        }
+        let groups = match groups_of(uid)? {
             Some(groups) => groups,
             // Its account may be where nobody can be asked at the moment.
             None if !self.deny.gids.is_empty() => return None,
@@ -73,22 +78,28 @@ impl Access {
 
 /// What was found out about users a moment ago: whoever connects all the time has the databases asked once a second.
 #[derive(Debug, Default)]
-pub struct Answers(BTreeMap<Uid, (Instant, bool)>);
+pub struct Answers(BTreeMap<Uid, (Instant, Option<bool>)>);
 
 impl Answers {
-    /// What was found out about this user, or is now.
-    pub fn get(&mut self, uid: Uid, ask: impl FnOnce() -> bool) -> bool {
+    /// What was found out about this user within this time, or is now.
+    pub fn get(
+        &mut self,
+        uid: Uid,
+        within: Duration,
+        ask: impl FnOnce() -> Option<bool>,
+    ) -> Option<bool> {
         let now = Instant::now();
-        let holds = |when: Instant| now.saturating_duration_since(when) < ANSWER_HOLDS;
+        let age = |when: Instant| now.saturating_duration_since(when);
         match self.0.get(&uid) {
-            Some(&(when, answer)) if holds(when) => return answer,
+            Some(&(when, answer)) if age(when) < within => return answer,
             _ => {}
         }
         let answer = ask();
         if self.0.len() >= MOST_ANSWERS {
-            self.0.retain(|_, (when, _)| holds(*when));
+            self.0
+                .retain(|_, (when, _)| age(*when) < ANSWER_HOLDS_FOR_KEPT);
         }
-        if self.0.len() < MOST_ANSWERS {
+        if self.0.len() < MOST_ANSWERS || self.0.contains_key(&uid) {
             self.0.insert(uid, (now, answer));
         }
         answer
@@ -122,23 +133,46 @@ mod tests {
         let mut asked = 0;
         for round in 0..3 {
             for _ in 0..100 {
-                let first = answers.get(Uid::for_test(1), || {
+                let first = answers.get(Uid::for_test(1), ANSWER_HOLDS, || {
                     asked += 1;
-                    round == 1
+                    Some(round == 1)
                 });
-                assert_eq!(first, round == 1);
+                assert_eq!(first, Some(round == 1));
             }
             assert_eq!(asked, round + 1);
             tokio::time::advance(ANSWER_HOLDS).await;
         }
+        // What is kept needs no newer one.
+        let kept = answers.get(Uid::for_test(1), ANSWER_HOLDS_FOR_KEPT, || None);
+        assert_eq!(kept, Some(false));
         // However many come, no more are remembered.
         for uid in 0..3000 {
-            assert!(answers.get(Uid::for_test(uid), || true));
+            assert_eq!(answers.get(Uid::for_test(uid), ANSWER_HOLDS, || None), None);
         }
         assert_eq!(answers.0.len(), MOST_ANSWERS);
-        tokio::time::advance(ANSWER_HOLDS).await;
-        assert!(!answers.get(Uid::for_test(5000), || false));
+        tokio::time::advance(ANSWER_HOLDS_FOR_KEPT).await;
+        let other = answers.get(Uid::for_test(5000), ANSWER_HOLDS, || Some(true));
+        assert_eq!(other, Some(true));
         assert_eq!(answers.0.len(), 1);
+    }
+
+    #[test]
+    fn numbers_are_looked_at_before_the_databases() {
+        let (one, two, root) = (Uid::for_test(1), Uid::for_test(2), Uid::for_test(0));
+        let decides = |access: &Access| [root, one, two].map(|uid| access.decides_by_uid(uid));
+        let some = Some(accounts(&[1], &[]));
+        let group = Some(accounts(&[1], &[60]));
+        for (allow, deny, one, two) in [
+            (None, accounts(&[], &[]), Some(true), Some(true)),
+            (some.clone(), accounts(&[], &[]), Some(true), Some(false)),
+            (group.clone(), accounts(&[], &[]), Some(true), None),
+            (some, accounts(&[], &[60]), None, None),
+            (group, accounts(&[2], &[]), Some(true), Some(false)),
+            (None, accounts(&[1], &[60]), Some(false), None),
+        ] {
+            let access = Access { allow, deny };
+            assert_eq!(decides(&access), [Some(true), one, two], "{access:?}");
+        }
     }
 
     // Debian's static accounts: daemon is user 1 in group 1, games user 5 with the primary group 60.
@@ -147,28 +181,31 @@ mod tests {
     fn deny_comes_before_allow_and_nothing_means_everybody() {
         let (daemon, games, nobody_there) =
             (Uid::for_test(1), Uid::for_test(5), Uid::for_test(987_654));
+        let allows = |access: &Access, uid| access.decides(uid) == Some(true);
         let everybody = Access::default();
-        assert!(everybody.allows(daemon) && everybody.allows(nobody_there));
+        assert!(allows(&everybody, daemon) && allows(&everybody, nobody_there));
         let some = Access {
             allow: Some(accounts(&[987_654], &[60])),
             deny: Accounts::default(),
         };
-        assert!(some.allows(games) && some.allows(nobody_there) && !some.allows(daemon));
+        assert!(allows(&some, games) && allows(&some, nobody_there) && !allows(&some, daemon));
         let but = Access {
             allow: Some(accounts(&[1, 5], &[])),
             deny: accounts(&[], &[60]),
         };
-        assert!(but.allows(daemon) && !but.allows(games));
+        assert!(allows(&but, daemon) && !allows(&but, games));
         let all_but = Access {
             allow: None,
             deny: accounts(&[], &[60]),
         };
-        assert!(all_but.allows(daemon) && !all_but.allows(games) && !all_but.allows(nobody_there));
+        assert!(
+            allows(&all_but, daemon) && !allows(&all_but, games) && !allows(&all_but, nobody_there)
+        );
         assert_eq!(all_but.decides(nobody_there), None);
         let none = Access {
             allow: Some(Accounts::default()),
             deny: accounts(&[0], &[]),
         };
-        assert!(!none.allows(daemon) && none.allows(Uid::for_test(0)));
+        assert!(!allows(&none, daemon) && allows(&none, Uid::for_test(0)));
     }
 }

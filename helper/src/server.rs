@@ -18,7 +18,6 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::access::Answers;
 use crate::cgroup::Unavailable;
 use crate::guarded::{Guarded, Parked};
 use crate::monitor::{Loss, Monitor};
@@ -49,7 +48,6 @@ pub struct Server {
     state: Rc<RefCell<State>>,
     quotas: Quotas,
     parked: Parked,
-    answers: Rc<RefCell<Answers>>,
     tasks: TaskTracker,
     /// Who waits for what becomes of each user's policy.
     graces: Rc<RefCell<BTreeMap<Uid, AbortHandle>>>,
@@ -65,7 +63,6 @@ impl Server {
             state,
             quotas,
             parked: Parked::default(),
-            answers: Rc::default(),
             tasks: TaskTracker::new(),
             graces: Rc::default(),
             shutdown,
@@ -255,16 +252,16 @@ impl Server {
             }
         };
         let uid = peer.uid();
-        if !self.allows(uid) {
-            self.tasks
-                .spawn_local(refuse(stream, Fault::permission_denied()));
-            return;
-        }
         let account = match self.state.borrow().root.subtree(&peer) {
             // Whose service manager can't be looked for at the moment is not taken for one without.
             Ok(_) | Err(Unavailable::Later) => Account::User(uid),
             Err(_) => Account::Others,
         };
+        if !self.state.borrow_mut().allows(account, uid) {
+            self.tasks
+                .spawn_local(refuse(stream, Fault::permission_denied()));
+            return;
+        }
         let Some(connection) = self.quotas.connect(account) else {
             let limit = self.state.borrow().config.limits.connections;
             self.tasks
@@ -282,21 +279,6 @@ impl Server {
                 this.await_grace(uid, grace);
             }
         });
-    }
-
-    /// Whether a user may connect.
-    fn allows(&self, uid: Uid) -> bool {
-        let state = self.state.borrow();
-        let access = &state.config.access;
-        if !access.names_groups() {
-            return access.allows(uid);
-        }
-        self.answers.borrow_mut().get(uid, || {
-            let spare = state.root.spare();
-            // The databases of users and groups are files.
-            let _room = spare.make_room();
-            access.allows(uid)
-        })
     }
 
     async fn converse(

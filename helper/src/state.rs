@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 use cgtproxy_proto::path::ControlGroupPath;
 use rustix::io::Errno;
 
+use crate::access::{ANSWER_HOLDS, ANSWER_HOLDS_FOR_KEPT, Answers};
 use crate::cgroup::{OwnedControlGroup, Root, Subtree, Unavailable};
 use crate::config::Config;
 use crate::conntrack::{Conntrack, Entry};
 use crate::kernel::{Kernel, Linux};
 use crate::nft::{self, Delivery, Inherited, MarkWriter};
 use crate::peer::Uid;
+use crate::quota::Account;
 use crate::registry::{PolicyRequest, Refused, Registry, Remains, Staged};
 use crate::route::{self, Family};
 use crate::snapshot::Snapshot;
@@ -107,6 +109,8 @@ pub struct State<K = Linux> {
     conntrack: Option<Conntrack>,
     holders: BTreeMap<Uid, Holder>,
     graces: u64,
+    /// Who may use the helper, as far as that was asked.
+    answers: Answers,
     diagnosis: Option<(Instant, Diagnosis)>,
 }
 
@@ -144,6 +148,7 @@ impl<K: Kernel> State<K> {
             conntrack: None,
             holders,
             graces: 0,
+            answers: Answers::default(),
             diagnosis: None,
         };
         this.ensure_routing()?;
@@ -420,15 +425,34 @@ impl<K: Kernel> State<K> {
 
     /// Whether there is still somebody who may come for it: the user's service manager runs, and it is the same.
     /// What can't be told at the moment is no reason to let go of a drop.
-    fn may_keep(&self, uid: Uid) -> bool {
+    fn may_keep(&mut self, uid: Uid) -> bool {
         let subtree = self.registry.subtree(uid);
+        subtree.is_none_or(|subtree| self.root.has_subtree(uid, subtree))
+            && self.decides(uid, ANSWER_HOLDS_FOR_KEPT) != Some(false)
+    }
+
+    /// Whether a user may connect. Who can't be told to be in no denied group is not let in. Nor is one without a service
+    /// manager, who may be any of thousands of uids of one user's (subuid(5)), where a group would have to be known:
+    /// everybody else waits for the databases that know it.
+    pub fn allows(&mut self, account: Account, uid: Uid) -> bool {
+        let decided = match account {
+            Account::User(_) => self.decides(uid, ANSWER_HOLDS),
+            Account::Others => self.config.access.decides_by_uid(uid),
+        };
+        decided.unwrap_or(false)
+    }
+
+    /// Whether a user may use the helper, as was found out within this time.
+    fn decides(&mut self, uid: Uid, within: Duration) -> Option<bool> {
         let access = &self.config.access;
-        let spare = self.root.spare();
-        // The databases of users and groups are files.
-        let room = access.names_groups().then(|| spare.make_room());
-        let decided = access.decides(uid);
-        drop(room);
-        decided != Some(false) && subtree.is_none_or(|subtree| self.root.has_subtree(uid, subtree))
+        access.decides_by_uid(uid).or_else(|| {
+            let spare = self.root.spare();
+            self.answers.get(uid, within, || {
+                // The databases of users and groups are files.
+                let _room = spare.make_room();
+                access.decides(uid)
+            })
+        })
     }
 
     fn begin_grace(&mut self, uid: Uid) -> u64 {

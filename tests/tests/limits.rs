@@ -288,6 +288,30 @@ fn a_policy_of_as_many_control_groups_as_one_may_have_is_one_call() {
     });
 }
 
+/// One user may have thousands of uids, and everybody waits for the databases of users and groups.
+#[test]
+fn of_whom_the_databases_are_asked_about() {
+    sandbox(|sb| {
+        // Debian's static accounts: games is user 5 in group 60.
+        let config = "allow: {users: [1001], groups: [60]}";
+        let _helper = sb.helper().config(config).start();
+        let (named, member) = (sb.user(1001), sb.user(5));
+        Session::of(&member).status();
+        for user in [&named, &member] {
+            user.cgroup("app.slice").remove();
+            user.service().remove();
+        }
+        // It needs no group.
+        Session::of(&named).status();
+        assert_eq!(
+            member.varlink(SOCKET).receive(),
+            Some(json!({
+                "error": "org.varlink.service.PermissionDenied", "parameters": {},
+            })),
+        );
+    });
+}
+
 /// Nobody's message makes much more of itself than it is, however many things it names.
 #[test]
 fn of_lists_and_nothing_is_made_of_longer_ones() {

@@ -247,6 +247,7 @@ impl<'a> World<'a> {
                 conntrack: None,
                 holders: state.holders.clone(),
                 graces: state.graces,
+                answers: Answers::default(),
                 diagnosis: None,
             };
             Helper {
