@@ -401,3 +401,56 @@ fn the_machine_holds_before_its_users_have_a_say_if_it_says_so() {
         assert_eq!(refusal, ("InvalidParameter".to_owned(), parameter));
     });
 }
+
+/// Nobody keeps a snapshot here: no helper knows what its predecessors had in force, nor whose it was.
+#[test]
+fn chains_that_users_share_go_with_the_last_of_an_earlier_helpers() {
+    sandbox(|sb| {
+        let config = "grace-seconds: 1\non-agent-loss: direct";
+        let mut helper = sb.helper().config(config).start();
+        let users = [1001, 1002].map(|uid| sb.user(uid));
+        for user in &users {
+            user.cgroup(SLICE);
+        }
+        let replace = |verdict: &str, hold: bool| {
+            users.each_ref().map(|user| {
+                let mut session = Session::of(user);
+                let mut slice = held(SLICE, verdict, None);
+                slice["hold"] = json!(hold);
+                session.replace(json!([]), json!([]), json!([slice]));
+                session
+            })
+        };
+        let holds = || -> Vec<_> {
+            let chains = sb.chains().into_iter();
+            chains.filter(|chain| chain.starts_with("hold-")).collect()
+        };
+        let choices = || sb.map_elements("choices").len();
+        let none = choices();
+        let sessions = replace("direct", true);
+        assert_eq!(holds(), ["hold-5-direct"]);
+        assert_eq!(choices(), none + 1);
+        helper.kill();
+        drop(sessions);
+        helper.start_again();
+        let sessions = replace("drop", true);
+        assert_eq!(holds(), ["hold-5-drop"]);
+        assert_eq!(choices(), none + 1);
+        helper.kill();
+        drop(sessions);
+        helper.start_again();
+        let sessions = replace("drop", true);
+        assert_eq!(holds(), ["hold-5-drop"]);
+        // One keeps nothing of it, and the other never comes back.
+        helper.kill();
+        drop(sessions);
+        helper.start_again();
+        let mut first = Session::of(&users[0]);
+        first.replace(json!([]), json!([]), json!([plain(SLICE, "direct")]));
+        wait_until("nothing is left of who is gone", || {
+            sb.objects_of(1002).is_empty()
+        });
+        assert!(holds().is_empty(), "{:?}", holds());
+        assert_eq!(choices(), none);
+    });
+}

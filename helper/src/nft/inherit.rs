@@ -259,6 +259,14 @@ impl Nftables {
         let chains = [ruleset::SYSTEM, ruleset::SESSIONS, ruleset::DEEP];
         let [system, mut sessions, deep] = self.levels_of(chains)?;
         sessions.extend(deep);
+        let mut holds = BTreeMap::new();
+        for found in self.elements(ruleset::CHOICES)? {
+            if let Value::Chain(chain) = &found.value
+                && let Some(hold) = names::hold_of(chain)
+            {
+                holds.insert(hold, (ruleset::CHOICES, found.key));
+            }
+        }
         let lists = contents.lists();
         let drops: BTreeSet<_> = self
             .elements(ruleset::DROPS)?
@@ -266,10 +274,12 @@ impl Nftables {
             .map(|found| found.key)
             .collect();
         for (&uid, left) in &mut *left {
-            left.levels = match uid {
-                Uid::ROOT => system.clone(),
-                _ => sessions.clone(),
-            };
+            if uid == Uid::ROOT {
+                left.levels.clone_from(&system);
+            } else {
+                left.levels.clone_from(&sessions);
+                left.holds.clone_from(&holds);
+            }
             let cgroups = contents.cgroups.get(&uid).into_iter().flatten();
             left.cgroups = cgroups.map(|(id, _)| *id).collect();
             left.lists.clone_from(&lists);

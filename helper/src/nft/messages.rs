@@ -279,8 +279,16 @@ fn left(uid: Uid) -> Shared {
     let names = Names::of(uid);
     let layout = layout(uid == Uid::ROOT);
     let leads = |(name, proxy)| names.leads_of_proxy(marks(), name, proxy);
+    let common = |hold: &&Hold| hold.is_common() && uid != Uid::ROOT;
+    let holds = layout.holds.iter().filter(common).filter_map(|hold| {
+        let (place, _) = names.lead_of_hold(marks(), &layout, hold).pop_first()?;
+        Some((hold.clone(), place))
+    });
+    let holds: BTreeMap<_, _> = holds.collect();
+    let mut chains = names.chains(&layout);
+    chains.retain(|chain| holds.keys().all(|hold| names.hold(hold) != *chain));
     let remnants = Remnants {
-        chains: names.chains(&layout),
+        chains,
         places: layout
             .proxies
             .iter()
@@ -292,6 +300,7 @@ fn left(uid: Uid) -> Shared {
             .collect(),
         levels: layout.levels,
         lists: [1, 2].into(),
+        holds,
     };
     Shared::found(BTreeMap::new(), [(uid, remnants)].into())
 }

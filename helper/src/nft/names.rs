@@ -114,15 +114,7 @@ impl Names {
     /// The chain of control groups below which everything is held. All users have one together where it leads to
     /// nothing of any of them. No proxy can be named as another target is.
     pub(super) fn hold(&self, hold: &Hold) -> CString {
-        let verdict = match &hold.verdict {
-            Some(Verdict::Direct) => "direct",
-            Some(Verdict::Drop) => "drop",
-            Some(Verdict::DropAll) => "drop-all",
-            Some(Verdict::Proxy(proxy)) => proxy.as_str(),
-            // No proxy's name begins like that.
-            Some(Verdict::Released) => "_released",
-            None => BEFORE_USERS,
-        };
+        let verdict = hold.verdict.as_ref().map_or(BEFORE_USERS, held);
         let level = hold.level;
         if hold.is_common() && !self.is_system() {
             name(format!("{HOLD_PREFIX}{level}-{verdict}"))
@@ -221,6 +213,33 @@ pub(super) fn owner(chain: &str) -> Option<Uid> {
     Uid::from_name(uid)
 }
 
+/// A verdict as the names of such chains have it.
+fn held(verdict: &Verdict) -> &str {
+    match verdict {
+        Verdict::Direct => "direct",
+        Verdict::Drop => "drop",
+        Verdict::DropAll => "drop-all",
+        Verdict::Proxy(proxy) => proxy.as_str(),
+        // No proxy's name begins like that.
+        Verdict::Released => "_released",
+    }
+}
+
+/// What is held by a chain that users have together.
+pub(super) fn hold_of(chain: &str) -> Option<Hold> {
+    let (level, verdict) = chain.strip_prefix(HOLD_PREFIX)?.split_once('-')?;
+    let verdicts = [
+        Verdict::Direct,
+        Verdict::Drop,
+        Verdict::DropAll,
+        Verdict::Released,
+    ];
+    Some(Hold {
+        level: level.parse().ok()?,
+        verdict: Some(verdicts.into_iter().find(|known| held(known) == verdict)?),
+    })
+}
+
 /// Whose proxy's chain this is, and which proxy's.
 pub(super) fn proxy_of(chain: &str) -> Option<(Uid, ProxyName)> {
     let (uid, name) = chain.strip_prefix(PROXY_PREFIX)?.split_once('-')?;
@@ -251,6 +270,27 @@ mod tests {
             ("version-8", None),
         ] {
             assert_eq!(owner(chain), uid.map(Uid::for_test), "{chain}");
+        }
+        for verdict in [
+            Verdict::Direct,
+            Verdict::Drop,
+            Verdict::DropAll,
+            Verdict::Released,
+        ] {
+            let hold = Hold {
+                level: 12,
+                verdict: Some(verdict),
+            };
+            let chain = Names::of(Uid::for_test(1000)).hold(&hold);
+            assert_eq!(hold_of(chain.to_str().unwrap()), Some(hold));
+        }
+        for chain in [
+            "hold-0-5-direct",
+            "hold-5-mihomo",
+            "hold-1000-5-a",
+            "drop-5",
+        ] {
+            assert_eq!(hold_of(chain), None, "{chain}");
         }
         let mihomo = "mihomo".parse().unwrap();
         let uid = Uid::for_test(1000);

@@ -24,6 +24,9 @@ pub(super) struct Remnants {
     pub(super) levels: BTreeSet<u32>,
     /// The bypass lists that the table had, one of which may be this user's.
     pub(super) lists: BTreeSet<u32>,
+    /// The chains of holds that users have together which the table had, any of which may be this user's, with what
+    /// leads to them. Root has its own.
+    pub(super) holds: BTreeMap<Hold, Place>,
 }
 
 /// What the rules look at that every packet comes by.
@@ -75,6 +78,7 @@ impl Shared {
             cgroups: Vec::new(),
             levels: BTreeSet::new(),
             lists: BTreeSet::new(),
+            holds: BTreeMap::new(),
         };
         self.left.get(&uid).unwrap_or(&NOTHING)
     }
@@ -156,8 +160,9 @@ impl Shared {
 
     /// Whether some other user needs, or may need, this chain that all can have together.
     pub(super) fn is_held_elsewhere(&self, uid: Uid, hold: &Hold) -> bool {
-        let mut others = self.layouts.iter().filter(|(other, _)| **other != uid);
-        self.left.keys().any(|other| *other != uid)
-            || others.any(|(other, layout)| *other != Uid::ROOT && layout.holds.contains(hold))
+        let mut layouts = self.layouts.iter().filter(|(other, _)| **other != uid);
+        let mut left = self.left.iter().filter(|(other, _)| **other != uid);
+        layouts.any(|(other, layout)| *other != Uid::ROOT && layout.holds.contains(hold))
+            || left.any(|(_, left)| left.holds.contains_key(hold))
     }
 }

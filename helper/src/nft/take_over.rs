@@ -73,6 +73,9 @@ impl Transaction<'_> {
                 self.delete_leads(gone);
                 let needed = names.chains(after);
                 self.delete_chains(left.chains.difference(&needed));
+                let holds = left.holds.iter();
+                let gone = holds.filter(|(hold, _)| !after.holds.contains(hold));
+                self.delete_holds(names, gone, shared);
                 let mut lists = left.lists.clone();
                 if let Some(list) = &after.bypass {
                     lists.remove(&list.number);
@@ -140,6 +143,7 @@ impl Transaction<'_> {
         }
         self.delete_leads(&left.places);
         self.delete_chains(&left.chains);
+        self.delete_holds(names, &left.holds, shared);
         if names.is_system() {
             self.delete_system_sets(names);
         }

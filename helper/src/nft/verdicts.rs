@@ -15,6 +15,7 @@ use std::ffi::{CStr, CString};
 use nftnl::MsgType;
 
 use super::ffi::{Comment, Content, Element, KeyType};
+use super::leads::Place;
 use super::names::Names;
 use super::plan::{self, Enforced, Hold, Layout, Proxy, Verdict};
 use super::rule::RuleBuilder;
@@ -196,8 +197,32 @@ impl Transaction<'_> {
         if hold.is_common() && !names.is_system() && shared.is_held_elsewhere(names.uid, hold) {
             return;
         }
+        let leads = names.leads_of_hold(self.marks, layout, hold);
+        self.delete_hold_chain(names, hold, leads.keys());
+    }
+
+    /// The same for chains that users have together of which it is only known that they are there.
+    pub(super) fn delete_holds<'h>(
+        &mut self,
+        names: &Names,
+        holds: impl IntoIterator<Item = (&'h Hold, &'h Place)>,
+        shared: &Shared,
+    ) {
+        for (hold, place) in holds {
+            if !shared.is_held_elsewhere(names.uid, hold) {
+                self.delete_hold_chain(names, hold, [place]);
+            }
+        }
+    }
+
+    fn delete_hold_chain<'p>(
+        &mut self,
+        names: &Names,
+        hold: &Hold,
+        leads: impl IntoIterator<Item = &'p Place>,
+    ) {
         let chain = names.hold(hold);
-        self.delete_leads(names.leads_of_hold(self.marks, layout, hold).keys());
+        self.delete_leads(leads);
         self.flush_chain(&chain);
         self.delete_chain(&chain);
     }
