@@ -40,11 +40,14 @@ const HEADER: u64 = 24;
 /// What comes before a record: its length and its checksum.
 const PREFIX: usize = 12;
 
-/// More than all users of a machine may have: what is longer is not looked at.
+/// More than all users of a machine may have, in bytes: a longer log is not looked at.
 const MOST: u64 = 256 * 1024 * 1024;
 
 /// How much the log may grow beyond twice what is in force.
 const SLACK: u64 = 64 * 1024;
+
+/// What is said where nobody keeps one.
+const NOT_LEFT: &str = "can't leave a snapshot for the next helper";
 
 /// Why a snapshot is thrown away.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +107,8 @@ pub struct Snapshot {
     in_force: u64,
     /// Writing has failed, and that was said.
     failed: bool,
+    /// The service manager is to be given the file, once there is something in it.
+    new: bool,
 }
 
 impl Snapshot {
@@ -132,12 +137,19 @@ impl Snapshot {
     }
 
     /// Goes on with the file that an earlier helper left, or else with a new one, which the service manager
-    /// is asked to keep. Returns what the earlier one says; what makes no sense is thrown away.
+    /// is asked to keep once something has been written. Returns what the earlier one says; what makes no sense is thrown
+    /// away.
     #[must_use]
     pub fn open(stored: Option<File>, range: MarkRange) -> (Self, Records) {
         let mut records = Records::default();
-        if let Some(file) = &stored {
-            match read(file, range) {
+        let mut place = None;
+        if let Some(file) = stored {
+            let length = file.metadata().map(|data| data.len());
+            let read = read(&file, range);
+            // However much has ever been written, what is not in force any more takes no memory.
+            let fits = read.is_ok() || length.as_ref().is_ok_and(|length| *length <= MOST);
+            place = length.ok().filter(|_| fits).map(|length| (file, length));
+            match read {
                 Ok(found) => records = found,
                 Err(error) => {
                     tracing::warn!(
@@ -147,22 +159,18 @@ impl Snapshot {
                 }
             }
         }
-        let length = stored
-            .as_ref()
-            .map(|file| file.metadata().map(|data| data.len()));
-        let place = match (stored, length) {
-            (Some(file), Some(Ok(length))) if length <= MOST => Some((file, length)),
-            _ => None,
-        };
         let this = match place {
             Some((file, length)) => Self {
                 end: length,
                 ..Self::at(Place::File(file))
             },
             None if std::env::var_os(notify::VARIABLE).is_some() => match new_file() {
-                Ok(file) => Self::at(Place::File(file)),
+                Ok(file) => Self {
+                    new: true,
+                    ..Self::at(Place::File(file))
+                },
                 Err(error) => {
-                    tracing::warn!("can't leave a snapshot for the next helper: {error}");
+                    tracing::warn!("{NOT_LEFT}: {error}");
                     Self::nowhere()
                 }
             },
@@ -178,6 +186,7 @@ impl Snapshot {
             end: 0,
             in_force: 0,
             failed: false,
+            new: false,
         }
     }
 
@@ -222,6 +231,19 @@ impl Snapshot {
             // The header says where it begins, whether or not what was before is still there.
             if let Err(error) = self.forget(start) {
                 tracing::debug!("can't give back what the snapshot had before: {error}");
+            }
+            self.hand_over();
+        }
+    }
+
+    /// Has the service manager keep a new file from now on, in place of the one that it has: there is room for one. That
+    /// one is of use for as long as there is nothing in the new one.
+    fn hand_over(&mut self) {
+        if let (true, Place::File(file)) = (self.new, &self.place) {
+            self.new = false;
+            if let Err(error) = notify::store(NAME, file.as_fd()) {
+                tracing::warn!("{NOT_LEFT}: {error}");
+                self.place = Place::Nowhere;
             }
         }
     }
@@ -269,7 +291,7 @@ impl Snapshot {
     }
 }
 
-/// A file in memory, which the service manager keeps from now on.
+/// A file in memory.
 fn new_file() -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC;
     // Older kernels do not know the flag (Linux 6.3).
@@ -277,8 +299,6 @@ fn new_file() -> io::Result<File> {
         Err(Errno::INVAL) => memfd_create(c"cgtproxy-snapshot", flags),
         file => file,
     }?;
-    // In place of one that was thrown away: there is room for one.
-    notify::store(NAME, file.as_fd())?;
     Ok(file.into())
 }
 

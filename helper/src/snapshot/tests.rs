@@ -165,3 +165,33 @@ fn memory_that_is_not_taken_back_spoils_nothing() {
     }
     assert!(snapshot.forget(snapshot.start).is_err());
 }
+
+/// What was written before takes no memory, but counts in the file's length.
+#[test]
+#[cfg_attr(miri, ignore = "needs a file in memory")]
+fn a_file_that_was_written_to_for_long_is_gone_on_with() {
+    let file: File = memfd_create(c"test", MemfdFlags::CLOEXEC).unwrap().into();
+    let (mut snapshot, _) = Snapshot::open(None, range());
+    snapshot.place = Place::File(file.try_clone().unwrap());
+    snapshot.end = MOST + 1;
+    let stamp = Stamp::found(1);
+    snapshot.renew(range(), [(uid(), stamp, &layout(4))].into_iter());
+    let (next, records) = Snapshot::open(Some(file), range());
+    assert_eq!(records.get(uid(), stamp), Some(&layout(4)));
+    assert!(matches!(next.place, Place::File(_)));
+    assert_eq!(next.end, snapshot.end);
+}
+
+/// The service manager has the one before as long as there is nothing in it.
+#[test]
+#[cfg_attr(miri, ignore = "needs files")]
+fn a_new_file_is_handed_over_when_something_is_in_it() {
+    let (mut snapshot, _) = Snapshot::open(None, range());
+    snapshot.place = Place::File(File::open("/dev/null").unwrap());
+    snapshot.new = true;
+    snapshot.renew(range(), std::iter::empty());
+    assert!(snapshot.failed && snapshot.new);
+    snapshot.place = Place::File(memfd_create(c"test", MemfdFlags::CLOEXEC).unwrap().into());
+    snapshot.renew(range(), std::iter::empty());
+    assert!(!snapshot.new);
+}
