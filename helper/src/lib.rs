@@ -28,6 +28,7 @@ pub mod peer;
 pub mod quota;
 pub mod registry;
 pub mod route;
+pub mod said;
 pub mod server;
 pub mod session;
 pub mod snapshot;

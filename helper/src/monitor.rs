@@ -52,7 +52,7 @@ const TAKE: u16 = 0x06;
 const TABLE_NAME: u16 = 1;
 
 /// What somebody else changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Loss {
     /// A rule or route of ours may be gone.
     Routing,

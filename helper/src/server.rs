@@ -24,6 +24,7 @@ use crate::monitor::{Loss, Monitor};
 use crate::nft;
 use crate::peer::{Peer, Uid};
 use crate::quota::{Account, Connection, Quotas};
+use crate::said::Said;
 use crate::session::{Session, too_many_connections};
 use crate::state::{ConnectionId, Outcome, State};
 
@@ -177,6 +178,7 @@ impl Server {
             let mut missing = Vec::new();
             let mut again = TRY_AGAIN.0;
             let mut deaf = false;
+            let mut said = BTreeMap::new();
             loop {
                 let lost = tokio::select! {
                     loss = monitor.next(), if !deaf => match loss {
@@ -201,7 +203,7 @@ impl Server {
                 };
                 for loss in lost {
                     missing.retain(|still| *still != loss);
-                    if !this.restore(loss) {
+                    if !this.restore(loss, said.entry(loss).or_default()) {
                         missing.push(loss);
                     }
                 }
@@ -210,7 +212,7 @@ impl Server {
     }
 
     /// Puts back what may be gone. False if the kernel refuses, now.
-    fn restore(&self, loss: Loss) -> bool {
+    fn restore(&self, loss: Loss, said: &mut Said) -> bool {
         match loss {
             Loss::Routing => {
                 let mut state = self.state.borrow_mut();
@@ -219,18 +221,19 @@ impl Server {
                 match (before, state.ipv6()) {
                     (true, false) => {
                         tracing::info!("IPv6 has been switched off on lo: only IPv4 is diverted");
-                        true
                     }
                     (false, true) => {
                         tracing::info!("IPv6 has been switched on: it is diverted as well");
-                        true
                     }
-                    _ => report("the routing of diverted packets", restored),
+                    _ => return report("the routing of diverted packets", restored, said),
                 }
+                // It was asked last, and the kernel has refused nothing.
+                said.works();
+                true
             }
             Loss::Table => {
                 let restored = self.state.borrow_mut().rebuild_table();
-                report("the table 'inet cgtproxy'", restored)
+                report("the table 'inet cgtproxy'", restored, said)
             }
         }
     }
@@ -308,16 +311,19 @@ async fn until_done(
     mut act: impl FnMut() -> Result<Outcome, nft::Error>,
 ) -> Outcome {
     let mut again = TRY_AGAIN.0;
+    let mut said = Said::default();
     loop {
         sleep_awake(period).await;
         match act() {
             Ok(outcome) => return outcome,
             Err(error) => {
-                tracing::error!(
-                    uid = uid.value(),
-                    "can't release or remove what an agent left: {}; trying again",
-                    chain(&error)
-                );
+                let why = chain(&error);
+                if said.is_news(&why) {
+                    tracing::error!(
+                        uid = uid.value(),
+                        "can't release or remove what an agent left: {why}; trying again"
+                    );
+                }
                 period = again;
                 again = TRY_AGAIN.1.min(again * 2);
             }
@@ -340,14 +346,23 @@ async fn sleep_awake(period: Duration) {
 }
 
 /// Says what became of it; returns whether it is there again.
-fn report(what: &str, restored: Result<(), impl std::error::Error + 'static>) -> bool {
+fn report(
+    what: &str,
+    restored: Result<(), impl std::error::Error + 'static>,
+    said: &mut Said,
+) -> bool {
     match &restored {
-        Ok(()) => tracing::info!("{what} was changed by another program; restored it"),
+        Ok(()) => {
+            said.works();
+            tracing::info!("{what} was changed by another program; restored it");
+        }
         Err(error) => {
-            tracing::error!(
-                "{what} was changed by another program and can't be restored: {}; trying again",
-                chain(error)
-            );
+            let why = chain(error);
+            if said.is_news(&why) {
+                tracing::error!(
+                    "{what} was changed by another program and can't be restored: {why}; trying again"
+                );
+            }
         }
     }
     restored.is_ok()

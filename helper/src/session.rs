@@ -30,6 +30,7 @@ use crate::nft::{
 use crate::peer::{Peer, Uid};
 use crate::quota::Connection;
 use crate::registry::{PolicyRequest, ProxyRequest, Refused};
+use crate::said::Said;
 use crate::state::{self, ConnectionId, Holder, Skipped, State};
 
 mod lists;
@@ -57,7 +58,7 @@ pub struct Session<K = Linux> {
     /// None where nobody hangs up.
     line: Option<Line>,
     /// What was last said of the kernel's refusals.
-    warned: RefCell<Option<String>>,
+    warned: RefCell<Said>,
 }
 
 impl<K: Kernel> Session<K> {
@@ -332,17 +333,15 @@ impl<K: Kernel> Session<K> {
     }
 
     /// Says once what the kernel refuses, for as long as it refuses nothing else: agents try again and again.
-    fn warn(&self, what: String) {
-        let mut warned = self.warned.borrow_mut();
-        if warned.as_ref() != Some(&what) {
+    fn warn(&self, what: &str) {
+        if self.warned.borrow_mut().is_news(what) {
             tracing::warn!(uid = self.peer.uid().value(), "{what}");
-            *warned = Some(what);
         }
     }
 
     /// The kernel has done what was asked: what it refuses next is news.
     fn taken(&self) {
-        *self.warned.borrow_mut() = None;
+        self.warned.borrow_mut().works();
     }
 
     /// The one place where an error becomes what the caller is told.
@@ -356,7 +355,7 @@ impl<K: Kernel> Session<K> {
             Error::State(state::Error::NoSession) => fault("NoSession", json!({})),
             Error::State(state::Error::NotRedirected) => fault("NotRedirected", json!({})),
             Error::State(state::Error::Conntrack(refusal)) => {
-                self.warn(format!("can't look connections up: {refusal}"));
+                self.warn(&format!("can't look connections up: {refusal}"));
                 fault("KernelRefused", json!({ "message": refusal.to_string() }))
             }
             Error::State(state::Error::Refused(refused)) => match refused {
@@ -374,7 +373,7 @@ impl<K: Kernel> Session<K> {
             },
             Error::State(error @ (state::Error::Kernel(_) | state::Error::Later)) => {
                 let message = chain(&error);
-                self.warn(message.clone());
+                self.warn(&message);
                 fault("KernelRefused", json!({ "message": message }))
             }
         }

@@ -19,6 +19,7 @@ use crate::peer::Uid;
 use crate::quota::Account;
 use crate::registry::{PolicyRequest, Refused, Registry, Remains, Staged};
 use crate::route::{self, Family};
+use crate::said::Said;
 use crate::snapshot::Snapshot;
 
 /// Tells connections apart.
@@ -112,6 +113,8 @@ pub struct State<K = Linux> {
     /// Who may use the helper, as far as that was asked.
     answers: Answers,
     diagnosis: Option<(Instant, Diagnosis)>,
+    /// Why others' rules can't be looked at.
+    unreadable: Said,
 }
 
 /// A control group that was asked for and can't be had.
@@ -150,6 +153,7 @@ impl<K: Kernel> State<K> {
             graces: 0,
             answers: Answers::default(),
             diagnosis: None,
+            unreadable: Said::default(),
         };
         this.ensure_routing()?;
         let graces = uids
@@ -243,8 +247,13 @@ impl<K: Kernel> State<K> {
             return diagnosis.clone();
         }
         let mark_writers = self.kernel.mark_writers();
-        if let Err(error) = &mark_writers {
-            tracing::warn!("can't look at other programs' nftables rules: {error}");
+        match &mark_writers {
+            Ok(_) => self.unreadable.works(),
+            // Whoever asks, and however often.
+            Err(error) if self.unreadable.is_news(&error.to_string()) => {
+                tracing::warn!("can't look at other programs' nftables rules: {error}");
+            }
+            Err(_) => {}
         }
         let diagnosis = Diagnosis {
             missing_features: self.kernel.missing_features(),

@@ -105,6 +105,27 @@ fn what_is_diverted_does_not_leave_while_rules_or_routes_are_missing() {
     });
 }
 
+#[test]
+fn what_can_not_be_restored_is_said_once() {
+    sandbox(|sb| {
+        let (helper, _user, mut session) = with_policy(sb, "");
+        sb.run(&["ip", "link", "set", "lo", "down"]);
+        // Each is announced, and looked at: nothing of ours can be put back while lo is down.
+        sb.run(&["ip", "rule", "del", "priority", "800"]);
+        for _ in 0..5 {
+            sb.run(&["ip", "rule", "add", "priority", "900", "lookup", "25447"]);
+            sb.run(&["ip", "rule", "del", "priority", "900"]);
+            session.status();
+            session.status();
+        }
+        helper.wait_log("can't be restored");
+        sb.run(&["ip", "link", "set", "lo", "up"]);
+        wait_for_routing(sb, &["lo is up"]);
+        let log = helper.log();
+        assert_eq!(log.matches("can't be restored").count(), 1, "{log}");
+    });
+}
+
 /// A network that its administrator wants no IPv6 in, and then does.
 #[test]
 fn a_helper_starts_without_ipv6_and_diverts_it_once_it_is_there() {

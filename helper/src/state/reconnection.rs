@@ -249,6 +249,7 @@ impl<'a> World<'a> {
                 graces: state.graces,
                 answers: Answers::default(),
                 diagnosis: None,
+                unreadable: Said::default(),
             };
             Helper {
                 state,
