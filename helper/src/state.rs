@@ -497,7 +497,11 @@ impl<K: Kernel> State<K> {
             }
             // What was refused stays written down, and may be refused any number of times.
             self.shorten_snapshot();
-            return Err(error);
+            return Err(match error {
+                // What it may have changed is as it was.
+                nft::Error::Unknown(refusal) => nft::Error::Refused(refusal),
+                error => error,
+            });
         }
         let generation = self.registry.apply(staged);
         self.shorten_snapshot();

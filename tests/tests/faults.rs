@@ -396,7 +396,7 @@ fn an_answer_that_is_lost_leaves_no_doubt() {
             let (error, parameters) = session.refusal("UpdateAssignments", change.clone());
             assert_eq!(error, "KernelRefused");
             let why = parameters["message"].as_str().expect("a sentence");
-            assert!(why.contains("perhaps"), "{why}");
+            assert!(why.contains("the kernel refuses the change: "), "{why}");
         }
         // The kernel has made the change, and nobody knew: what was refused is not there.
         assert_eq!(mapped_ids(sb, 1001), before);
