@@ -144,7 +144,7 @@ impl References {
 pub struct Limits {
     /// Connections that are open at the same time.
     pub connections: usize,
-    /// Bytes of unfinished messages on all of them. One whole message must fit.
+    /// Bytes of messages that are not whole, not dealt with or not answered yet, on all of them. One whole message must fit.
     pub message_bytes: usize,
     /// Calls in a second, in the long run.
     pub calls_per_second: usize,

@@ -12,13 +12,14 @@ pub trait Kernel {
     /// Carries a plan out, or nothing of it.
     ///
     /// # Errors
-    /// If the kernel refuses; it holds what it held before.
+    /// If the kernel refuses; it holds what it held before. After [`nft::Error::Unknown`] it may hold any part of the
+    /// plan.
     fn commit(&mut self, plan: &Plan) -> Result<(), nft::Error>;
 
     /// Makes the table anew with what these plans add to an empty one, in one transaction.
     ///
     /// # Errors
-    /// If the kernel refuses; it holds what it held before.
+    /// If the kernel refuses; it holds what it held before. After [`nft::Error::Unknown`] it may be either.
     fn rebuild(&mut self, plans: &[Plan]) -> Result<(), nft::Error>;
 
     /// Whether the table is there, as far as its version tells.

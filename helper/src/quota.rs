@@ -1,4 +1,4 @@
-//! What one user may use of the helper at a time: connections, bytes of unfinished messages, and calls.
+//! What one user may use of the helper at a time: connections, bytes of messages, and calls.
 //! What a user may *have* is the registry's business.
 
 use std::cell::RefCell;
@@ -130,7 +130,7 @@ impl Drop for Connection {
     }
 }
 
-/// The bytes that a user's connections hold of unfinished messages.
+/// The bytes that a user's connections hold of messages that are not whole, not dealt with or not answered yet.
 #[derive(Debug)]
 struct Bytes {
     account: Account,

@@ -330,7 +330,7 @@ impl<K: Kernel> State<K> {
     /// from `client`.
     ///
     /// # Errors
-    /// If the user has no such proxy, or it was not sent such packets.
+    /// If the user has no such proxy, or it was not sent such packets; if the kernel can't tell.
     pub fn find_redirected(
         &mut self,
         uid: Uid,

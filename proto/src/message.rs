@@ -34,7 +34,7 @@ pub enum ReadError {
     #[error("a message is longer than {0} bytes")]
     TooLarge(usize),
     /// The buffers that share the budget hold as much as they may.
-    #[error("unfinished messages hold as many bytes as they may")]
+    #[error("messages hold as many bytes as they may")]
     OverBudget,
 }
 

@@ -108,7 +108,7 @@ pub trait Service {
     /// What a caller is told whose message is longer than `limit` bytes.
     fn message_too_large(limit: usize) -> Fault;
 
-    /// What a caller is told whose connections hold more of unfinished messages than they may; see
+    /// What a caller is told whose connections hold more than they may of messages, unfinished or unanswered; see
     /// [`MessageReader::with_budget`].
     fn over_budget(&self) -> Option<Fault> {
         None

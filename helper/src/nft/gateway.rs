@@ -14,7 +14,7 @@ use super::ruleset::{DELIVER, DIVERT, FORWARDED, GATEWAY, INTERFACES};
 use super::transaction::Transaction;
 
 /// `IFNAMSIZ` (linux/if.h): nftables' keys are that long.
-const NAME_BYTES: usize = 16;
+const KEY_BYTES: usize = 16;
 
 impl Transaction<'_> {
     /// Nothing is diverted that the machine forwards.
@@ -146,8 +146,8 @@ impl Transaction<'_> {
 }
 
 /// A name as nftables has it. No name is longer than a key.
-fn key(interface: &InterfaceName) -> [u8; NAME_BYTES] {
-    let mut key = [0; NAME_BYTES];
+fn key(interface: &InterfaceName) -> [u8; KEY_BYTES] {
+    let mut key = [0; KEY_BYTES];
     for (to, from) in key.iter_mut().zip(interface.as_str().bytes()) {
         *to = from;
     }

@@ -210,7 +210,7 @@ impl Nftables {
     /// in one transaction.
     ///
     /// # Errors
-    /// If the kernel refuses; it holds what it held before.
+    /// If the kernel refuses; it holds what it held before. After [`Error::Unknown`] it may be either.
     pub fn rebuild(&mut self, plans: &[Plan]) -> Result<(), Error> {
         let mut transaction = self.transaction();
         // There must be a table to delete.
@@ -226,7 +226,7 @@ impl Nftables {
     /// many transactions as it has steps; if one is refused, the ones before it are taken back.
     ///
     /// # Errors
-    /// If the kernel refuses; it holds what it held before.
+    /// If the kernel refuses; it holds what it held before. After [`Error::Unknown`] it may hold any part of the plan.
     pub fn commit(&mut self, plan: &Plan) -> Result<(), Error> {
         if plan.is_empty() {
             return Ok(());
