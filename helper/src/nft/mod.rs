@@ -13,8 +13,6 @@ mod foreign;
 mod gateway;
 mod inherit;
 mod leads;
-#[cfg(test)]
-pub(crate) mod messages;
 mod names;
 mod plan;
 mod probe;
@@ -24,6 +22,8 @@ mod ruleset;
 mod shared;
 mod socket;
 mod take_over;
+#[cfg(test)]
+pub(crate) mod tests;
 mod transaction;
 mod user;
 mod verdicts;

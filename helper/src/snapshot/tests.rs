@@ -64,7 +64,7 @@ fn has_what_was_in_force_and_what_was_to_be() {
 fn tells_everything_that_a_layout_has() {
     let memory = Memory::default();
     let (mut snapshot, _) = Snapshot::in_memory(&memory, range());
-    let layouts = [false, true].map(crate::nft::messages::layout);
+    let layouts = [false, true].map(crate::nft::tests::layout);
     let uids = [uid(), Uid::ROOT];
     let stamp = Stamp::found(1);
     let in_force = uids.into_iter().zip(&layouts);

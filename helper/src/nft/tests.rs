@@ -549,7 +549,7 @@ fn nothing_is_used_that_is_not_ours() {
         .arg("--errors-for-leak-kinds=definite")
         .arg(env::current_exe().unwrap())
         .args(["--exact", "--test-threads=1"])
-        .args(others.map(|test| format!("nft::messages::{test}")))
+        .args(others.map(|test| format!("nft::tests::{test}")))
         .output()
         .expect("this needs valgrind");
     let text = [&output.stdout[..], &output.stderr].concat();
