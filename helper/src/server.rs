@@ -2,16 +2,13 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::message::MessageReader;
-use cgtproxy_proto::service::{Fault, ServeError, serve};
+use cgtproxy_proto::service::{Fault, ServeError, send_fault, serve};
 use cgtproxy_proto::text::chain;
-use serde_json::json;
-use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -370,10 +367,7 @@ fn report(
 
 /// Says why, and closes. The socket's buffer is empty, so that nobody can make this wait.
 async fn refuse(mut stream: Guarded, fault: Fault) {
-    let mut reply = json!({ "error": fault.name, "parameters": fault.parameters }).to_string();
-    reply.push('\0');
-    let written: io::Result<()> = stream.write_all(reply.as_bytes()).await;
-    if let Err(error) = written {
+    if let Err(error) = send_fault(&mut stream, fault).await {
         tracing::debug!("can't refuse a connection: {error}");
     }
 }

@@ -250,15 +250,28 @@ async fn send<W: AsyncWrite + Unpin>(
     stream: &mut W,
     answer: Result<Answer, Fault>,
 ) -> Result<(), ServeError> {
-    let message = match answer {
-        Ok(Answer(parameters)) => format!("{{\"parameters\":{parameters}}}\0"),
-        Err(Fault { name, parameters }) => {
-            let fault = json!({ "error": name, "parameters": parameters });
-            format!("{fault}\0")
+    let written = match answer {
+        Ok(Answer(parameters)) => {
+            let message = format!("{{\"parameters\":{parameters}}}\0");
+            stream.write_all(message.as_bytes()).await
         }
+        Err(fault) => send_fault(stream, fault).await,
     };
-    let written = stream.write_all(message.as_bytes()).await;
     written.map_err(ServeError::Write)
+}
+
+/// Writes a declared error in one piece, also to whoever has called nothing yet.
+///
+/// # Errors
+/// If it can't be written.
+pub async fn send_fault<W: AsyncWrite + Unpin>(
+    stream: &mut W,
+    fault: Fault,
+) -> std::io::Result<()> {
+    let Fault { name, parameters } = fault;
+    let message = json!({ "error": name, "parameters": parameters });
+    let message = format!("{message}\0");
+    stream.write_all(message.as_bytes()).await
 }
 
 async fn dispatch<S: Service>(service: &mut S, call: &Call<'_>) -> Result<Answer, Fault> {
