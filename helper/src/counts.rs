@@ -166,8 +166,8 @@ fn staging_one_among_10000() {
             let staged = update(&registry, &assign);
             registry.apply(staged);
         });
-        let (_, count, _) = registry.policy(Uid::for_test(1000)).unwrap();
-        assert_eq!(count, 10_001);
+        let policy = registry.policy(Uid::for_test(1000)).unwrap();
+        assert_eq!(policy.cgroups, 10_001);
     });
 }
 

@@ -78,6 +78,17 @@ pub struct PolicyRequest {
     pub gateway: Option<Gateway>,
 }
 
+/// What of a user's is in force.
+#[derive(Debug, Clone, Copy)]
+pub struct InForce<'a> {
+    /// Everything but single control groups' verdicts.
+    pub layout: &'a Layout,
+    /// How many control groups have a verdict of their own.
+    pub cgroups: usize,
+    /// How often the policy was changed; 0 of what an earlier helper left, or an agent that did not come back.
+    pub generation: u64,
+}
+
 /// What a user has in the kernel.
 #[derive(Debug, Clone)]
 struct User {
@@ -447,12 +458,20 @@ impl Registry {
         }
     }
 
-    /// What a user has: the layout, the number of control groups, and the generation.
+    /// What a user has, as far as it is known.
     #[must_use]
-    pub fn policy(&self, uid: Uid) -> Option<(&Layout, usize, u64)> {
+    pub fn policy(&self, uid: Uid) -> Option<InForce<'_>> {
         match self.users.get(&uid)? {
-            Entry::Policy(user) => Some((&user.layout, user.cgroups.len(), user.generation)),
-            Entry::Known(known) => Some((&known.layout, known.elements.len(), 0)),
+            Entry::Policy(user) => Some(InForce {
+                layout: &user.layout,
+                cgroups: user.cgroups.len(),
+                generation: user.generation,
+            }),
+            Entry::Known(known) => Some(InForce {
+                layout: &known.layout,
+                cgroups: known.elements.len(),
+                generation: 0,
+            }),
             Entry::LeftBehind(_) => None,
         }
     }

@@ -254,8 +254,9 @@ impl<K: Kernel> Session<K> {
                 Holder::Grace(_) => GetStatus_Reply_session::grace,
                 Holder::Kept(_) => GetStatus_Reply_session::kept,
             },
-            generation: number(policy.map_or(0, |(_, _, generation)| generation)),
-            proxies: policy.map_or_else(Vec::new, |(layout, _, _)| {
+            generation: number(policy.map_or(0, |policy| policy.generation)),
+            proxies: policy.map_or_else(Vec::new, |policy| {
+                let layout = policy.layout;
                 let proxies = layout.proxies.iter().map(|(name, proxy)| wire::Proxy {
                     name: name.to_string(),
                     port: proxy.delivery.port().into(),
@@ -269,7 +270,7 @@ impl<K: Kernel> Session<K> {
                 });
                 proxies.collect()
             }),
-            controlGroups: number(policy.map_or(0, |(_, cgroups, _)| cgroups as u64)),
+            controlGroups: number(policy.map_or(0, |policy| policy.cgroups as u64)),
             ipv6: state.ipv6(),
             tableOwned: state.table_owned(),
             proxyUids: state

@@ -344,7 +344,8 @@ impl<K: Kernel> State<K> {
         let port = NonZeroU16::new(listener.port()).ok_or(Error::NotRedirected)?;
         let range = self.config.marks;
         let marks: Vec<u32> = match self.registry.policy(uid) {
-            Some((layout, _, _)) if ADDRESSES.contains(&listener.ip()) => layout
+            Some(policy) if ADDRESSES.contains(&listener.ip()) => policy
+                .layout
                 .proxies
                 .values()
                 .flat_map(|proxy| {

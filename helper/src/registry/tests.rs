@@ -390,7 +390,7 @@ fn open_connections_are_looked_at_for_drops_and_one_change_longer() {
         let removed = removed.into_iter().map(path).collect();
         let staged = registry.update(uid, subtree, elements(assigned), removed, open);
         registry.apply(staged.unwrap());
-        let (layout, ..) = registry.policy(uid).unwrap();
+        let layout = registry.policy(uid).unwrap().layout;
         assert_eq!(layout.holds_back, looked_at);
     }
 }
@@ -431,7 +431,7 @@ fn a_level_is_looked_at_for_one_change_longer() {
         open,
     );
     registry.apply(elsewhere.unwrap());
-    let levels = |registry: &Registry| registry.policy(uid).unwrap().0.levels.clone();
+    let levels = |registry: &Registry| registry.policy(uid).unwrap().layout.levels.clone();
     assert_eq!(levels(&registry), [5, 6].into());
     let again = registry.update(
         uid,
@@ -463,7 +463,7 @@ fn users_who_bypass_the_same_have_one_list() {
         };
         let staged = registry.replace(uid, policy, BTreeMap::new(), |_| None);
         registry.apply(staged.unwrap());
-        let (layout, ..) = registry.policy(uid).unwrap();
+        let layout = registry.policy(uid).unwrap().layout;
         layout.bypass.as_ref().map(|list| list.number)
     };
     assert_eq!(number_of(one, 7), Some(2));

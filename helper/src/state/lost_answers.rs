@@ -140,7 +140,7 @@ proptest! {
             let table = kernel.table.borrow();
             let there = table.of(bed.uid).map(|o| (&o.layout, o.elements.len()));
             let known = state.registry().policy(bed.uid);
-            prop_assert_eq!(known.map(|(layout, cgroups, _)| (layout, cgroups)), there);
+            prop_assert_eq!(known.map(|policy| (policy.layout, policy.cgroups)), there);
         }
     }
 }

@@ -692,9 +692,10 @@ impl<'a> World<'a> {
         let objects = table.of(self.bed.uid);
         if !self.kernel.gone.get() {
             let known = state.registry.policy(self.bed.uid);
-            if let Some((layout, cgroups, _)) = known {
+            if let Some(policy) = known {
                 let objects = objects.expect("the kernel has what the helper knows");
-                assert_eq!((&objects.layout, objects.elements.len()), (layout, cgroups));
+                assert_eq!(&objects.layout, policy.layout);
+                assert_eq!(objects.elements.len(), policy.cgroups);
             }
             assert_eq!(state.registry.has(self.bed.uid), objects.is_some());
         }
