@@ -281,7 +281,7 @@ fn left(uid: Uid) -> Shared {
     let leads = |(name, proxy)| names.leads_of_proxy(marks(), name, proxy);
     let common = |hold: &&Hold| hold.is_common() && uid != Uid::ROOT;
     let holds = layout.holds.iter().filter(common).filter_map(|hold| {
-        let (place, _) = names.lead_of_hold(marks(), &layout, hold).pop_first()?;
+        let (place, _) = names.leads_of_hold(marks(), &layout, hold).pop_first()?;
         Some((hold.clone(), place))
     });
     let holds: BTreeMap<_, _> = holds.collect();
