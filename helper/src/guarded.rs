@@ -5,8 +5,8 @@
 //! (`SO_LINGER`, socket(7)), and whoever closes it last sleeps so long. The one thread that serves everybody must
 //! not.
 //!
-//! Linux 6.16 does not let anybody send them ([`refuse_descriptors`]). Before that, and for what was sent to the
-//! socket before, nothing is read here that was not looked at first. Looking (`MSG_PEEK`) closes nothing. Where
+//! Linux 6.16 does not let anybody send them ([`refuse_descriptors`]). Before that, and to connections that were made
+//! before, they can be sent, and nothing is read here that was not looked at first. Looking (`MSG_PEEK`) closes nothing. Where
 //! descriptors are, nothing is read, and the socket stays open until this process ends: a process that ends does not
 //! linger (`PF_EXITING` in inet_release, net/ipv4/af_inet.c). Where systemd has the listening socket, the helper is
 //! started again once there are too many of them ([`Parked::too_many`]). Elsewhere they may reach the limit of open
@@ -33,7 +33,7 @@ use tokio::net::UnixStream;
 use tokio::sync::Notify;
 
 pub use crate::nft::refuse_descriptors;
-use crate::nft::watch_guarded;
+use crate::nft::{refuses_descriptors, watch_guarded};
 
 /// How much is looked at, and read, at once.
 const CHUNK: usize = 64 * 1024;
@@ -99,6 +99,8 @@ impl From<Failure> for io::Error {
 pub(crate) struct Socket {
     /// None once it is dropped.
     socket: Option<Rc<OwnedFd>>,
+    /// There may be descriptors in it.
+    suspect: bool,
     parked: Parked,
 }
 
@@ -110,10 +112,13 @@ impl Socket {
 
     fn receive(&self, room: &mut [u8]) -> Result<usize, Failure> {
         let socket = self.get().map_err(Failure::Other)?;
-        let length = look(socket, room)?;
+        let length = match self.suspect {
+            true => look(socket, room)?,
+            false => room.len(),
+        };
         // As far as has been looked, there are none, and nobody else reads.
-        let seen = room.get_mut(..length).unwrap_or_default();
-        let read = recv(socket, seen, RecvFlags::DONTWAIT).map_err(Failure::Other)?;
+        let room = room.get_mut(..length).unwrap_or_default();
+        let read = recv(socket, room, RecvFlags::DONTWAIT).map_err(Failure::Other)?;
         Ok(read.0)
     }
 }
@@ -197,8 +202,10 @@ impl Guarded {
     /// # Errors
     /// If the runtime can't wait for it.
     pub fn new(stream: UnixStream, parked: &Parked) -> io::Result<Self> {
+        let stream = OwnedFd::from(stream.into_std()?);
         let socket = Socket {
-            socket: Some(Rc::new(stream.into_std()?.into())),
+            suspect: !refuses_descriptors(&stream),
+            socket: Some(Rc::new(stream)),
             parked: parked.clone(),
         };
         // Urgent data is looked at only where it is data like any other.
@@ -317,7 +324,9 @@ mod tests {
     use super::*;
 
     use std::net::{TcpListener, TcpStream};
-    use std::os::unix::net::UnixStream as Blocking;
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixListener, UnixStream as Blocking};
+    use std::sync::atomic::{AtomicU32, Ordering};
     use std::time::Duration;
 
     use rustix::net::sockopt::set_socket_linger;
@@ -332,11 +341,45 @@ mod tests {
             .block_on(future)
     }
 
+    /// As connections are to a listener that takes descriptors, on every kernel.
     fn pair(parked: &Parked) -> (Guarded, Blocking) {
         let (ours, theirs) = Blocking::pair().unwrap();
+        let ours = guarded(ours, parked);
+        assert!(suspect(&ours));
+        (ours, theirs)
+    }
+
+    fn guarded(ours: Blocking, parked: &Parked) -> Guarded {
         ours.set_nonblocking(true).unwrap();
-        let ours = UnixStream::from_std(ours).unwrap();
-        (Guarded::new(ours, parked).unwrap(), theirs)
+        Guarded::new(UnixStream::from_std(ours).unwrap(), parked).unwrap()
+    }
+
+    fn suspect(guarded: &Guarded) -> bool {
+        match &guarded.0 {
+            Waiting::Read(socket) | Waiting::Write(socket) => socket.get_ref().suspect,
+            Waiting::Nothing => unreachable!(),
+        }
+    }
+
+    fn listener() -> UnixListener {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = format!("cgtproxy-guarded-{process}-{number}");
+        UnixListener::bind_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap()
+    }
+
+    fn connect(listener: &UnixListener) -> Blocking {
+        Blocking::connect_addr(&listener.local_addr().unwrap()).unwrap()
+    }
+
+    /// A connection to a listener that takes none, as far as the kernel sees to that.
+    fn refusing_pair(parked: &Parked) -> (Guarded, Blocking) {
+        let listener = listener();
+        let refused = refuse_descriptors(&listener);
+        let theirs = connect(&listener);
+        let ours = guarded(listener.accept().unwrap().0, parked);
+        assert_eq!(suspect(&ours), refused.is_err());
+        (ours, theirs)
     }
 
     /// The end of a TCP connection that takes a thousand seconds to close, and the one that makes it.
@@ -353,12 +396,58 @@ mod tests {
 
     /// Sends a descriptor away that has no other owner any more.
     fn give_away(to: &Blocking, bytes: &[u8], file: TcpStream, flags: SendFlags) {
+        assert_eq!(send_file(to, bytes, file, flags), Ok(bytes.len()));
+    }
+
+    fn send_file(
+        to: &Blocking,
+        bytes: &[u8],
+        file: TcpStream,
+        flags: SendFlags,
+    ) -> Result<usize, Errno> {
         let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         let files = [file.as_fd()];
         assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
-        let sent = sendmsg(to, &[io::IoSlice::new(bytes)], &mut control, flags);
-        assert_eq!(sent, Ok(bytes.len()));
+        sendmsg(to, &[io::IoSlice::new(bytes)], &mut control, flags)
+    }
+
+    /// What is not looked at can't have any.
+    #[test]
+    fn who_is_not_looked_at_can_send_none() {
+        let parked = Parked::default();
+        block_on(async {
+            let (mut ours, mut theirs) = refusing_pair(&parked);
+            if suspect(&ours) {
+                return;
+            }
+            for flags in [SendFlags::empty(), SendFlags::OOB] {
+                let (end, _other) = Blocking::pair().unwrap();
+                let sent = send_file(&theirs, b"x", OwnedFd::from(end).into(), flags);
+                assert_eq!(sent, Err(Errno::PERM));
+            }
+            io::Write::write_all(&mut theirs, b"plain").unwrap();
+            let mut read = [0; 64];
+            assert_eq!(ours.read(&mut read).await.unwrap(), 5);
+            assert_eq!(&read[..5], b"plain");
+        });
+        assert_eq!(parked.0.count.get(), 0);
+    }
+
+    #[test]
+    fn who_came_before_they_were_refused_is_looked_at() {
+        let parked = Parked::default();
+        block_on(async {
+            let listener = listener();
+            let theirs = connect(&listener);
+            let (file, _other) = lingering();
+            give_away(&theirs, b"x", file, SendFlags::empty());
+            let _ = refuse_descriptors(&listener);
+            let mut ours = guarded(listener.accept().unwrap().0, &parked);
+            assert!(suspect(&ours));
+            assert!(ours.read(&mut [0; 64]).await.is_err());
+        });
+        assert_eq!(parked.0.count.get(), 1);
     }
 
     #[test]
@@ -431,6 +520,11 @@ mod tests {
 
     #[test]
     fn what_is_plain_goes_through_in_both_directions() {
+        goes_through_in_both_directions(pair);
+        goes_through_in_both_directions(refusing_pair);
+    }
+
+    fn goes_through_in_both_directions(pair: fn(&Parked) -> (Guarded, Blocking)) {
         let parked = Parked::default();
         block_on(async {
             let (mut ours, theirs) = pair(&parked);
@@ -458,6 +552,11 @@ mod tests {
     /// What was not read is no reset for the peer, and what was sent is there to be read.
     #[test]
     fn closed_unread_it_is_the_end_and_no_error() {
+        is_the_end_and_no_error(pair);
+        is_the_end_and_no_error(refusing_pair);
+    }
+
+    fn is_the_end_and_no_error(pair: fn(&Parked) -> (Guarded, Blocking)) {
         let parked = Parked::default();
         block_on(async {
             let (mut ours, mut theirs) = pair(&parked);

@@ -35,18 +35,18 @@ pub(crate) fn watch(socket: Socket) -> io::Result<AsyncFd<Socket>> {
     unsafe { AsyncFd::register(socket) }.map_err(Into::into)
 }
 
+/// `SO_PASSRIGHTS` (Linux 6.16): include/uapi/asm-generic/socket.h, and arch/sparc's own.
+const PASS_RIGHTS: libc::c_int = match cfg!(any(target_arch = "sparc", target_arch = "sparc64")) {
+    true => 0x5c,
+    false => 83,
+};
+
 /// Has the kernel let nobody send descriptors to this listener, nor to the connections that are made to it from now on
 /// (`SO_PASSRIGHTS`, Linux 6.16).
 ///
 /// # Errors
 /// As setsockopt(2); `ENOPROTOOPT` where the kernel is older.
 pub fn refuse_descriptors(listener: impl AsFd) -> io::Result<()> {
-    /// include/uapi/asm-generic/socket.h, and arch/sparc's own.
-    const PASS_RIGHTS: libc::c_int = match cfg!(any(target_arch = "sparc", target_arch = "sparc64"))
-    {
-        true => 0x5c,
-        false => 83,
-    };
     let no: libc::c_int = 0;
     // SAFETY: the kernel reads as many bytes as it is told that there are, those of `no`.
     let set = unsafe {
@@ -62,6 +62,26 @@ pub fn refuse_descriptors(listener: impl AsFd) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Whether the kernel lets nobody send descriptors to this socket. A connection has that from the listener, as it was at
+/// connect(2) (unix_stream_connect, net/unix/af_unix.c).
+pub(crate) fn refuses_descriptors(connection: impl AsFd) -> bool {
+    let mut passes: libc::c_int = 1;
+    let mut length = size_of_val(&passes) as libc::socklen_t;
+    // SAFETY: the kernel writes no more bytes than it is told that there is room for, those of `passes`, and how many
+    // these are to `length`.
+    let told = unsafe {
+        libc::getsockopt(
+            connection.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            PASS_RIGHTS,
+            (&raw mut passes).cast(),
+            &raw mut length,
+        )
+    };
+    // Older kernels don't know it.
+    told == 0 && passes == 0
 }
 
 /// Lets the runtime wait for a user's connection.

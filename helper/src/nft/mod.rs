@@ -35,7 +35,7 @@ use nftnl::{ProtoFamily, Table};
 use rustix::io::Errno;
 
 pub use ffi::refuse_descriptors;
-pub(crate) use ffi::{watch, watch_guarded};
+pub(crate) use ffi::{refuses_descriptors, watch, watch_guarded};
 pub use foreign::MarkWriter;
 pub use plan::{
     Before, Bypass, BypassList, Delivery, DnsHijack, Element, Enforced, Exceptions, Gateway, Hold,
