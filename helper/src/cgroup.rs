@@ -302,11 +302,22 @@ impl Root {
     /// # Errors
     /// If there is none, as for a user without a user manager.
     pub fn subtree(&self, peer: &Peer) -> Result<Subtree, Unavailable> {
+        self.subtree_again(peer, None)
+    }
+
+    /// The same of a peer whose subtree began there: if it still does, what it is in is known.
+    ///
+    /// # Errors
+    /// As [`Self::subtree`].
+    pub fn subtree_again(&self, peer: &Peer, before: Option<Top>) -> Result<Subtree, Unavailable> {
         let mut room = None;
         let (path, directory, found) = self.open_subtree(peer.uid(), &mut room)?;
         let level = level(0, &path)?;
         let cgroup = owned(peer.uid(), found.st_uid, found.st_ino, level)?;
-        let top = Top::new(cgroup).within(slices(peer.uid(), &directory));
+        let known = before.filter(|before| before.cgroup == cgroup);
+        let slices = known.and_then(|known| known.slices);
+        let slices = slices.or_else(|| slices_above(peer.uid(), &directory));
+        let top = Top::new(cgroup).within(slices);
         Ok(Subtree {
             directory,
             opened: RefCell::new(Opened { parent: None, room }),
@@ -330,7 +341,7 @@ impl Root {
     #[must_use]
     pub fn slices(&self, uid: Uid, id: ControlGroupId) -> Option<Slices> {
         let (_, directory, found) = self.open_subtree(uid, &mut None).ok()?;
-        slices(uid, &directory).filter(|_| found.st_ino == id.0)
+        slices_above(uid, &directory).filter(|_| found.st_ino == id.0)
     }
 
     fn open_subtree(
@@ -451,7 +462,7 @@ fn owned(uid: Uid, owner: u32, id: u64, level: u32) -> Result<OwnedControlGroup,
 }
 
 /// What a user's user@UID.service is in, which is where its path has led.
-fn slices(uid: Uid, service: &OwnedFd) -> Option<Slices> {
+fn slices_above(uid: Uid, service: &OwnedFd) -> Option<Slices> {
     let above = |path| {
         let found = statx(service, path, AtFlags::NO_AUTOMOUNT, StatxFlags::INO).ok()?;
         Some(ControlGroupId(found.stx_ino))
@@ -516,4 +527,28 @@ fn mount(found: &Statx) -> Option<u64> {
 
 fn file_system(directory: impl AsFd) -> Result<u32, Errno> {
     Ok(fstatfs(directory)?.f_type as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::model::Bed;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "makes directories")]
+    fn what_a_control_group_is_in_is_not_asked_again() {
+        let bed = Bed::new().unwrap();
+        let peer = Peer::for_test(bed.uid);
+        let top = bed.subtree.top();
+        assert!(top.slices().is_some());
+        let again = |before| bed.root.subtree_again(&peer, Some(before)).unwrap().top();
+        // Who asked would be told of others.
+        let (users, own) = (ControlGroupId(1), ControlGroupId(2));
+        let known = top.within(Some(Slices { users, own }));
+        assert_eq!(again(known), known);
+        // What is not known is asked, and of another control group of this name nothing is known.
+        assert_eq!(again(top.within(None)), top);
+        let other = Top::for_test(u64::MAX, top.level()).within(known.slices());
+        assert_eq!(again(other), top);
+    }
 }

@@ -327,7 +327,10 @@ impl<K: Kernel> Session<K> {
     }
 
     fn subtree(&self, state: &State<K>) -> Result<Subtree, Error> {
-        state.root.subtree(&self.peer).map_err(|why| match why {
+        let before = state.registry().policy(self.peer.uid());
+        let before = before.map(|(layout, ..)| layout.subtree);
+        let subtree = state.root.subtree_again(&self.peer, before);
+        subtree.map_err(|why| match why {
             Unavailable::Later => state::Error::Later.into(),
             _ => Error::NoUserManager(subtree_path(self.peer.uid())),
         })
