@@ -226,9 +226,6 @@ impl<K: Kernel> Session<K> {
         let listener = address("listener", &arguments.listener)?;
         let client = address("client", &arguments.client)?;
         let mut state = self.state.borrow_mut();
-        // For the socket that asks the kernel.
-        let spare = state.root.spare();
-        let _room = spare.make_room();
         let (source, destination) = state.find_redirected(self.peer.uid(), listener, client)?;
         self.taken();
         Ok(FindRedirected_Reply {

@@ -367,7 +367,12 @@ impl<K: Kernel> State<K> {
         let refused = |error: io::Error| Error::Conntrack(error.into());
         let conntrack = match self.conntrack.take() {
             Some(conntrack) => conntrack,
-            None => Conntrack::open().map_err(refused)?,
+            // It stays open: no other look-up needs a descriptor.
+            None => {
+                let spare = self.root.spare();
+                let _room = spare.make_room();
+                Conntrack::open().map_err(refused)?
+            }
         };
         let found = conntrack.find_udp(listener, client);
         self.conntrack = Some(conntrack);
