@@ -5,7 +5,10 @@ use std::pin::pin;
 
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// How much is asked of the kernel at once; also what an idle connection keeps.
+/// How much is asked of the kernel at first: more than most messages are. Also what an idle connection keeps.
+const FIRST: usize = 4 * 1024;
+
+/// What a longer message has room for at least.
 const CHUNK: usize = 16 * 1024;
 
 /// A bound that the buffers of several connections share.
@@ -130,13 +133,15 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
             if self.scanned > self.limit {
                 return Err(ReadError::TooLarge(self.limit));
             }
-            let (length, capacity) = (self.buffer.len(), self.buffer.capacity());
-            let needed = length + CHUNK;
-            if needed > capacity {
+            let length = self.buffer.len();
+            if length == self.buffer.capacity() {
                 // Doubled, so that a long message is not copied for each chunk, but not beyond what the
                 // longest one needs.
-                let doubled = (2 * capacity).min(self.limit.saturating_add(CHUNK));
-                let wanted = needed.max(doubled);
+                let most = self.limit.saturating_add(CHUNK);
+                let wanted = match length {
+                    0 => FIRST,
+                    _ => (2 * length).min(most).max(CHUNK),
+                };
                 self.account(wanted)?;
                 self.buffer.reserve_exact(wanted - length);
             }
@@ -158,7 +163,7 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
     }
 }
 
-/// What counts of a buffer: the first chunk is what every connection has.
+/// What counts of a buffer: that of a short message is what every connection may have.
 fn countable(capacity: usize) -> usize {
     if capacity <= CHUNK { 0 } else { capacity }
 }
@@ -173,6 +178,11 @@ impl<R, B: Budget> Drop for MessageReader<R, B> {
 mod tests {
     use super::*;
 
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use tokio::io::ReadBuf;
+
     fn block_on<T>(future: impl Future<Output = T>) -> T {
         tokio::runtime::Builder::new_current_thread()
             .build()
@@ -186,6 +196,47 @@ mod tests {
         assert_eq!(block_on(reader.next()).unwrap().unwrap(), b"{}\0");
         assert_eq!(block_on(reader.next()).unwrap().unwrap(), b"[1]\0");
         assert!(block_on(reader.next()).unwrap().is_none());
+    }
+
+    /// Hands out so many bytes at a time.
+    struct Pieces<'a>(&'a [u8], usize);
+
+    impl AsyncRead for Pieces<'_> {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buffer: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            let length = self.1.min(self.0.len()).min(buffer.remaining());
+            let (piece, rest) = self.0.split_at(length);
+            buffer.put_slice(piece);
+            self.0 = rest;
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[test]
+    fn messages_of_any_length_come_whole_in_pieces_of_any_length() {
+        for length in [0, FIRST - 2, FIRST - 1, FIRST, CHUNK - 1, 5 * CHUNK] {
+            let message = [&vec![b'x'; length][..], b"\0"].concat();
+            let sent = [&message[..], b"{}\0", &message, &message].concat();
+            for piece in [1, 1000, FIRST, sent.len()] {
+                let mut reader = MessageReader::new(Pieces(&sent, piece), length.max(2));
+                for expected in [&message[..], b"{}\0", &message, &message] {
+                    let read = block_on(reader.next()).unwrap().unwrap();
+                    assert!(read == expected, "{length} {piece}");
+                    assert!(read.capacity() <= length.max(CHUNK) + CHUNK);
+                }
+                assert!(block_on(reader.next()).unwrap().is_none());
+            }
+        }
+    }
+
+    #[test]
+    fn a_short_message_takes_little_room() {
+        let mut reader = MessageReader::new(&b"{}\0"[..], 100 * CHUNK);
+        let message = block_on(reader.next()).unwrap().unwrap();
+        assert!(message.capacity() <= 4096);
     }
 
     #[test]
