@@ -15,6 +15,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::rc::{Rc, Weak};
 
 use cgtproxy_proto::notify;
 use cgtproxy_proto::text::chain;
@@ -23,7 +24,7 @@ use rustix::io::Errno;
 
 use crate::cgroup::{ControlGroupId, Slices};
 use crate::mark::MarkRange;
-use crate::nft::{Layout, Stamp};
+use crate::nft::{Bypass, BypassList, Layout, Stamp};
 use crate::peer::Uid;
 
 mod record;
@@ -95,7 +96,7 @@ enum Place {
 
 /// A file for tests.
 #[cfg(any(test, fuzzing))]
-pub(crate) type Memory = std::rc::Rc<std::cell::RefCell<Vec<u8>>>;
+pub(crate) type Memory = Rc<std::cell::RefCell<Vec<u8>>>;
 
 /// The snapshot that this helper writes.
 #[derive(Debug)]
@@ -109,6 +110,28 @@ pub struct Snapshot {
     failed: bool,
     /// The service manager is to be given the file, once there is something in it.
     new: bool,
+    lists: Lists,
+}
+
+/// The bytes of bypass lists, by their numbers: a list never changes, and may be most of a layout that does.
+#[derive(Debug, Default)]
+struct Lists(BTreeMap<u32, (Weak<Bypass>, Vec<u8>)>);
+
+impl Lists {
+    fn get(&mut self, list: &BypassList) -> &[u8] {
+        let (known, bytes) = self.0.entry(list.number).or_default();
+        // Another one may have had its number before.
+        if !std::ptr::eq(known.as_ptr(), Rc::as_ptr(&list.destinations)) {
+            *known = Rc::downgrade(&list.destinations);
+            *bytes = record::encode_list(Some(list));
+        }
+        bytes
+    }
+
+    /// Forgets those that nobody has any more.
+    fn tidy(&mut self) {
+        self.0.retain(|_, (list, _)| list.strong_count() > 0);
+    }
 }
 
 impl Snapshot {
@@ -131,8 +154,10 @@ impl Snapshot {
     #[cfg(test)]
     pub(crate) fn fork(&self, copy: &Memory) -> Self {
         Self {
-            place: Place::Memory(copy.clone()),
-            ..*self
+            start: self.start,
+            end: self.end,
+            in_force: self.in_force,
+            ..Self::at(Place::Memory(copy.clone()))
         }
     }
 
@@ -187,13 +212,14 @@ impl Snapshot {
             in_force: 0,
             failed: false,
             new: false,
+            lists: Lists::default(),
         }
     }
 
     /// Writes down what the kernel is about to have for a user. What it has now stays written down.
     pub fn add(&mut self, uid: Uid, stamp: Stamp, layout: &Layout) {
         let mut bytes = Vec::new();
-        push(&mut bytes, uid, stamp, layout);
+        push(&mut bytes, uid, stamp, layout, &mut self.lists);
         let written = self.write(self.end, &bytes);
         if self.succeeded(written) {
             self.end += bytes.len() as u64;
@@ -214,8 +240,9 @@ impl Snapshot {
     ) {
         let mut bytes = Vec::new();
         for (uid, stamp, layout) in in_force {
-            push(&mut bytes, uid, stamp, layout);
+            push(&mut bytes, uid, stamp, layout, &mut self.lists);
         }
+        self.lists.tidy();
         let start = self.end.max(HEADER);
         let mut header = Vec::from(MAGIC);
         header.extend(range.mask().to_le_bytes());
@@ -361,8 +388,11 @@ fn next(log: &[u8]) -> Option<(&[u8], &[u8])> {
     (checksum(bytes) == u64::from_le_bytes(*sum)).then_some((bytes, rest))
 }
 
-fn push(log: &mut Vec<u8>, uid: Uid, stamp: Stamp, layout: &Layout) {
-    let bytes = record::encode(uid, stamp, layout);
+fn push(log: &mut Vec<u8>, uid: Uid, stamp: Stamp, layout: &Layout, lists: &mut Lists) {
+    let bytes = match &layout.bypass {
+        Some(list) => record::encode(uid, stamp, layout, lists.get(list)),
+        None => record::encode(uid, stamp, layout, &record::encode_list(None)),
+    };
     let Ok(length) = u32::try_from(bytes.len()) else {
         return;
     };
@@ -405,7 +435,7 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     assert!(cut.is_ok_and(|records| records.get(uid, stamp).is_none()));
 
     let mut registry = Registry::new(Limits::default(), range);
-    let layout = std::rc::Rc::new(layout);
+    let layout = Rc::new(layout);
     let elements = Vec::new();
     let known = Known {
         layout,

@@ -20,14 +20,25 @@ use crate::peer::Uid;
 /// More memory than any layout takes: a policy comes in one message.
 const LONGEST: usize = 4 * MESSAGE_BYTES;
 
-#[derive(Serialize, Deserialize)]
+/// One after the other, as if they were one structure: what comes before the bypass list, and after it.
+#[derive(Deserialize)]
 struct Record {
+    before: Before,
+    bypass: Option<BypassRecord>,
+    after: After,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Before {
     uid: u32,
     stamp: u32,
     /// Id and level.
     subtree: (u64, u32),
     proxies: Vec<ProxyRecord>,
-    bypass: Option<BypassRecord>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct After {
     levels: BTreeSet<u32>,
     holds: Vec<(u32, VerdictRecord)>,
     enforced: bool,
@@ -80,8 +91,17 @@ enum VerdictRecord {
     Users,
 }
 
-/// The record's bytes.
-pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout) -> Vec<u8> {
+/// A list's bytes within a record.
+pub(super) fn encode_list(list: Option<&BypassList>) -> Vec<u8> {
+    bytes(&list.map(|list| BypassRecord {
+        number: list.number,
+        ipv4: list.destinations.ipv4.clone(),
+        ipv6: list.destinations.ipv6.clone(),
+    }))
+}
+
+/// The record's bytes, those of its bypass list among them.
+pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout, list: &[u8]) -> Vec<u8> {
     let proxies = layout.proxies.iter().map(|(name, proxy)| ProxyRecord {
         name: name.to_string(),
         mark: proxy.mark.value(),
@@ -112,7 +132,7 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout) -> Vec<u8> {
         Some(Verdict::Released) => VerdictRecord::Released,
         None => VerdictRecord::Users,
     };
-    let record = Record {
+    let before = Before {
         uid: uid.value(),
         stamp: stamp.value(),
         subtree: (
@@ -120,11 +140,8 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout) -> Vec<u8> {
             layout.subtree.level(),
         ),
         proxies: proxies.collect(),
-        bypass: layout.bypass.as_ref().map(|list| BypassRecord {
-            number: list.number,
-            ipv4: list.destinations.ipv4.clone(),
-            ipv6: list.destinations.ipv6.clone(),
-        }),
+    };
+    let after = After {
         levels: layout.levels.clone(),
         holds: layout
             .holds
@@ -138,8 +155,12 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout) -> Vec<u8> {
         }),
         holds_back: layout.holds_back,
     };
+    [&bytes(&before), list, &bytes(&after)].concat()
+}
+
+fn bytes(part: &impl Serialize) -> Vec<u8> {
     // Nothing in it is of a kind that can't be written.
-    bincode::serde::encode_to_vec(&record, bincode::config::standard()).unwrap_or_default()
+    bincode::serde::encode_to_vec(part, bincode::config::standard()).unwrap_or_default()
 }
 
 /// What a record says; none if it makes no sense.
@@ -151,26 +172,31 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
     if read != bytes.len() {
         return None;
     }
-    let (id, level) = record.subtree;
+    let Record {
+        before,
+        bypass,
+        after,
+    } = record;
+    let (id, level) = before.subtree;
     let subtree = OwnedControlGroup::found(ControlGroupId::from_bytes(id.to_ne_bytes()), level);
     let mut layout = Layout {
         subtree: Top::new(subtree),
-        proxies: record
+        proxies: before
             .proxies
             .into_iter()
             .map(|proxy| self::proxy(proxy, range))
             .collect::<Option<_>>()?,
-        bypass: record.bypass.map(|list| BypassList {
+        bypass: bypass.map(|list| BypassList {
             number: list.number,
             destinations: Rc::new(Bypass {
                 ipv4: list.ipv4,
                 ipv6: list.ipv6,
             }),
         }),
-        levels: record.levels,
+        levels: after.levels,
         holds: BTreeSet::new(),
-        enforced: record.enforced,
-        holds_back: record.holds_back,
+        enforced: after.enforced,
+        holds_back: after.holds_back,
         gateway: None,
     };
     let known = |name: String| {
@@ -178,7 +204,7 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
         layout.proxies.contains_key(&name).then_some(name)
     };
     let mut holds = BTreeSet::new();
-    for (level, verdict) in record.holds {
+    for (level, verdict) in after.holds {
         let verdict = match verdict {
             VerdictRecord::Direct => Some(Verdict::Direct),
             VerdictRecord::Drop => Some(Verdict::Drop),
@@ -189,7 +215,7 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
         };
         holds.insert(Hold { level, verdict });
     }
-    let gateway = match record.gateway {
+    let gateway = match after.gateway {
         Some((interfaces, proxy)) => Some(Gateway {
             interfaces: interfaces
                 .into_iter()
@@ -201,7 +227,7 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
     };
     layout.holds = holds;
     layout.gateway = gateway;
-    Some((record.uid, Stamp::found(record.stamp), layout))
+    Some((before.uid, Stamp::found(before.stamp), layout))
 }
 
 fn proxy(record: ProxyRecord, range: MarkRange) -> Option<(ProxyName, Proxy)> {

@@ -77,6 +77,43 @@ fn tells_everything_that_a_layout_has() {
 }
 
 #[test]
+fn a_list_is_known_by_more_than_its_number() {
+    let memory = Memory::default();
+    let (mut snapshot, _) = Snapshot::in_memory(&memory, range());
+    let lists: Vec<_> = (10..13)
+        .map(|first| {
+            let addresses = ([first, 0, 0, 0].into(), [first, 0, 0, 9].into());
+            Layout {
+                bypass: Some(BypassList {
+                    number: 1,
+                    destinations: Rc::new(Bypass {
+                        ipv4: vec![addresses],
+                        ipv6: Vec::new(),
+                    }),
+                }),
+                ..layout(4)
+            }
+        })
+        .collect();
+    let order = [0, 0, 1, 2, 0, 1, 1];
+    snapshot.renew(range(), std::iter::empty());
+    for (stamp, list) in (0..).zip(order) {
+        snapshot.add(uid(), Stamp::found(stamp), &lists[list]);
+    }
+    let records = read_back(&memory);
+    for (stamp, list) in (0..).zip(order) {
+        assert_eq!(records.get(uid(), Stamp::found(stamp)), Some(&lists[list]));
+    }
+    // What nobody has any more is not kept.
+    let in_force = [(uid(), Stamp::found(0), &lists[1])];
+    snapshot.renew(range(), in_force.into_iter());
+    assert_eq!(snapshot.lists.0.len(), 1);
+    drop(lists);
+    snapshot.renew(range(), std::iter::empty());
+    assert!(snapshot.lists.0.is_empty());
+}
+
+#[test]
 fn a_helper_that_is_killed_while_it_writes_spoils_nothing() {
     let memory = Memory::default();
     let (mut snapshot, _) = Snapshot::in_memory(&memory, range());
