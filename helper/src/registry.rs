@@ -19,7 +19,7 @@ use crate::peer::Uid;
 mod change;
 mod remains;
 
-use change::{Census, Changes};
+use change::{Census, Changes, are};
 pub use remains::Remains;
 
 /// Why a change can't be staged.
@@ -122,6 +122,7 @@ enum Effect {
     Change {
         layout: Rc<Layout>,
         stamp: Stamp,
+        /// How many more there are of what.
         census: Census,
         cgroups: Vec<(ControlGroupPath, Option<(OwnedControlGroup, Element)>)>,
     },
@@ -204,8 +205,8 @@ impl Registry {
             subtree: policy.subtree,
             proxies,
             bypass: self.list_of(policy.bypass),
-            levels: census.levels(),
-            holds: census.holds(),
+            levels: census.levels().copied().collect(),
+            holds: census.holds().cloned().collect(),
             enforced: census.enforced(),
             holds_back: census.holds_back(),
             gateway: policy.gateway,
@@ -270,49 +271,54 @@ impl Registry {
         let Some(Entry::Policy(user)) = self.users.get(&uid) else {
             return Err(Refused::NoPolicy);
         };
-        let added = assign
-            .keys()
-            .filter(|path| !user.cgroups.contains_key(path))
-            .count();
-        let removed = remove
-            .iter()
-            .filter(|path| user.cgroups.contains_key(path) && !assign.contains_key(path))
-            .count();
-        self.admit(0, 0, user.cgroups.len() + added - removed)?;
-        for element in assign.values() {
+        // Each is looked up once.
+        let removed: Vec<_> = remove
+            .into_iter()
+            .filter(|path| !assign.contains_key(path))
+            .filter_map(|path| user.cgroups.get(&path).map(|old| (path, old)))
+            .collect();
+        let assigned: Vec<_> = assign
+            .into_iter()
+            .map(|(path, element)| (user.cgroups.get(&path), path, element))
+            .collect();
+        let added = assigned.iter().filter(|(old, ..)| old.is_none()).count();
+        self.admit(0, 0, user.cgroups.len() + added - removed.len())?;
+        for (_, _, element) in &assigned {
             known(&user.layout.proxies, &element.verdict)?;
         }
 
-        let mut cgroups = Vec::with_capacity(assign.len() + remove.len());
-        for path in remove {
-            if user.cgroups.contains_key(&path) && !assign.contains_key(&path) {
-                cgroups.push((path, None));
-            }
+        let mut census = Census::default();
+        let mut before = Vec::with_capacity(removed.len() + assigned.len());
+        let mut cgroups = Vec::with_capacity(removed.len() + assigned.len());
+        for (path, old) in removed {
+            before.push(old);
+            cgroups.push((path, None));
         }
-        for (path, element) in assign {
+        for (old, path, element) in assigned {
             let opened = open(&path).map(|cgroup| (cgroup, element));
+            before.extend(old);
             // One that is gone takes the verdict with it that its predecessor of this name had.
-            if opened.is_some() || user.cgroups.contains_key(&path) {
+            if opened.is_some() || old.is_some() {
                 cgroups.push((path, opened));
             }
         }
-        let mut census = user.census.clone();
         let mut changes = Changes::default();
-        for (path, new) in &cgroups {
-            if let Some((cgroup, element)) = user.cgroups.get(path) {
-                changes.had(*cgroup, element);
-                census.remove(*cgroup, element);
-            }
-            if let Some((cgroup, element)) = new {
-                changes.has(*cgroup, element);
-                census.add(*cgroup, element);
-            }
+        for (cgroup, element) in before {
+            changes.had(*cgroup, element);
+            census.remove(*cgroup, element);
+        }
+        for (cgroup, element) in cgroups.iter().filter_map(|(_, new)| new.as_ref()) {
+            changes.has(*cgroup, element);
+            census.add(*cgroup, element);
         }
         // What starts next is often what has just ended: it is one change later that nobody looks for it any more. To
         // write another layout down takes longer than all else that a new control group needs.
-        let holds_back = census.holds_back() || user.census.holds_back();
-        let same = census.is_of(&user.layout)
-            && census.levels_are(&user.census, &user.layout.levels)
+        let had = &user.census;
+        let holds_back = had.holds_back_after(&census) || had.holds_back();
+        let enforced = had.enforced_after(&census);
+        let same = are(had.levels_around(&census), &user.layout.levels)
+            && are(had.holds_after(&census), &user.layout.holds)
+            && enforced == user.layout.enforced
             && holds_back == user.layout.holds_back
             && subtree == user.layout.subtree;
         let layout = if same {
@@ -320,9 +326,9 @@ impl Registry {
         } else {
             Rc::new(Layout {
                 subtree,
-                levels: &census.levels() | &user.census.levels(),
-                holds: census.holds(),
-                enforced: census.enforced(),
+                levels: had.levels_around(&census).copied().collect(),
+                holds: had.holds_after(&census).cloned().collect(),
+                enforced,
                 holds_back,
                 ..Layout::clone(&user.layout)
             })
@@ -401,7 +407,7 @@ impl Registry {
                 };
                 user.layout = layout;
                 user.stamp = stamp;
-                user.census = census;
+                user.census.change(census);
                 for (path, cgroup) in cgroups {
                     match cgroup {
                         Some(cgroup) => user.cgroups.insert(path, cgroup),
