@@ -244,12 +244,12 @@ impl Nftables {
     }
 
     fn carry_out(&self, fill: impl FnOnce(&mut Transaction<'_>)) -> Result<(), Failure> {
-        let looked_at = self.shared.looked_at();
+        self.shared.begin();
         let mut transaction = self.transaction();
         fill(&mut transaction);
         self.socket
             .carry_out(&transaction.finish())
-            .inspect_err(|_| self.shared.look_again_at(looked_at))
+            .inspect_err(|_| self.shared.take_back())
     }
 
     /// In between, what there is has no stamp: it is neither the one layout nor the other, and a helper that is

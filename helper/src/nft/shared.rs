@@ -1,7 +1,7 @@
 //! What users have together: rules that look at every level at which any of them has a verdict, and chains that lead
 //! to nothing of any of them.
 
-use std::cell::RefCell;
+use std::cell::{Ref, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::rc::Rc;
@@ -46,6 +46,8 @@ pub(super) struct Shared {
     left: BTreeMap<Uid, Remnants>,
     /// What rules look at once the transaction in the making is carried out.
     looked_at: RefCell<LookedAt>,
+    /// The same before it, if it changes that.
+    looked_at_before: RefCell<Option<LookedAt>>,
 }
 
 impl Shared {
@@ -54,7 +56,7 @@ impl Shared {
         let shared = Self {
             layouts,
             left,
-            looked_at: RefCell::default(),
+            ..Self::default()
         };
         let needed = shared.needed(None, None);
         shared.looked_at.replace(needed);
@@ -111,8 +113,8 @@ impl Shared {
     }
 
     /// What the rules look at.
-    pub(super) fn looked_at(&self) -> LookedAt {
-        self.looked_at.borrow().clone()
+    pub(super) fn looked_at(&self) -> Ref<'_, LookedAt> {
+        self.looked_at.borrow()
     }
 
     /// Has the rules look at what is needed if what `uid` has needs this. None if they can stay as they are: one level
@@ -136,13 +138,24 @@ impl Shared {
     }
 
     fn replace(&self, needed: LookedAt) -> Option<LookedAt> {
+        if *self.looked_at.borrow() == needed {
+            return None;
+        }
         let before = self.looked_at.replace(needed.clone());
-        (before != needed).then_some(needed)
+        self.looked_at_before.borrow_mut().get_or_insert(before);
+        Some(needed)
     }
 
-    /// A transaction was not carried out: the rules look at what they looked at before it.
-    pub(super) fn look_again_at(&self, before: LookedAt) {
-        self.looked_at.replace(before);
+    /// What is changed from here on is another transaction's.
+    pub(super) fn begin(&self) {
+        self.looked_at_before.replace(None);
+    }
+
+    /// The transaction was not carried out: the rules look at what they looked at before it.
+    pub(super) fn take_back(&self) {
+        if let Some(before) = self.looked_at_before.take() {
+            self.looked_at.replace(before);
+        }
     }
 
     /// Whether the system has a policy.
