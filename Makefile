@@ -1,4 +1,4 @@
-# make              build the programs, their manual pages and the shells' completions
+# make              build the programs, their manual pages, the shells' completions and the licences of what is linked
 # make test         install what is missing, build, run every test
 # make fuzz         fuzz what comes from outside: FUZZ='session path', SECONDS_EACH=600; needs a nightly compiler
 # make miri         look for undefined behaviour where Miri can; needs a nightly compiler

@@ -1,6 +1,6 @@
 //! The manual pages and the shells' completions of cgtproxy, each from what says the same thing elsewhere: the
 //! programs' from the definitions of their command lines, the configuration's from docs/configuration.md, the
-//! interfaces' from their descriptions.
+//! interfaces' from their descriptions. And the licences of the crates that are linked, from their sources (build.rs).
 
 #![forbid(unsafe_code)]
 
@@ -15,6 +15,8 @@ mod page;
 mod program;
 
 use clap::CommandFactory;
+
+const LICENCES: &str = include_str!(concat!(env!("OUT_DIR"), "/third-party-licenses"));
 
 /// A file to be installed.
 #[derive(Debug)]
@@ -77,6 +79,10 @@ pub fn all(date: &str) -> Result<Vec<Paper>, Error> {
     papers.extend(configuration::pages(date)?);
     papers.extend(completion::of_agent(agent)?);
     papers.extend(completion::of_exec(exec));
+    papers.push(Paper {
+        path: "third-party-licenses".to_owned(),
+        text: LICENCES.to_owned(),
+    });
     Ok(papers)
 }
 

@@ -1,4 +1,5 @@
-//! cgtproxy-papers: writes the manual pages and the shells' completions, when cgtproxy is built.
+//! cgtproxy-papers: writes the manual pages, the shells' completions and the licences of what is linked, when cgtproxy is
+//! built.
 
 #![forbid(unsafe_code)]
 
@@ -7,7 +8,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Writes the manual pages and the shells' completions of cgtproxy
+/// Writes the manual pages, the shells' completions and the third parties' licences of cgtproxy
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {

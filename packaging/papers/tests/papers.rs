@@ -112,6 +112,47 @@ fn every_paper_is_installed() {
     }
 }
 
+#[test]
+fn every_linked_crate_is_among_the_licences() {
+    let papers = papers();
+    let is_it = |paper: &&Paper| paper.path == "third-party-licenses";
+    let text = &papers.iter().find(is_it).unwrap().text;
+    let (list, texts) = text.split_once("\n\n----").unwrap();
+    for program in ["cgtproxy-helper", "cgtproxy-agent", "cgtproxy-relay"] {
+        let tree = run(Command::new(env!("CARGO"))
+            .args(["tree", "--locked", "--offline", "--prefix", "none"])
+            .args(["--edges", "normal,no-proc-macro", "--package", program])
+            .current_dir(workspace()));
+        assert!(tree.status.success(), "{tree:?}");
+        let tree = String::from_utf8(tree.stdout).unwrap();
+        let mut linked = 0;
+        for line in tree.lines().filter(|line| !line.starts_with("cgtproxy-")) {
+            let of = line.split(' ').take(2).collect::<Vec<_>>().join(" ");
+            let of = of.replacen(" v", " ", 1);
+            let (_, entry) = list
+                .split_once(&format!("\n\n{of}\n    Licence: "))
+                .unwrap_or_else(|| panic!("{of}"));
+            let entry = entry.split("\n\n").next().unwrap();
+            let (_, referred) = entry.split_once("    Texts: ").unwrap();
+            if referred != "none in its sources" {
+                for reference in referred.split(", ") {
+                    let number = reference.split(' ').next().unwrap();
+                    assert!(texts.contains(&format!("\n{number} ")), "{of}: {reference}");
+                }
+            }
+            linked += 1;
+        }
+        assert!(linked > 50, "{program}: {linked}");
+    }
+    // Nothing stands there twice.
+    let title = "Permission is hereby granted, free of charge, to any person";
+    assert!(texts.contains(title));
+    assert_eq!(
+        texts.matches("Mozilla Public License Version 2.0").count(),
+        1
+    );
+}
+
 /// "Every CLI flag is in help and manual page."
 #[test]
 fn every_option_and_command_is_in_the_programs_page() {
