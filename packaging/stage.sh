@@ -11,8 +11,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$OUTDIR"
 
-# Everything as a distribution has it, in the directory $1: stripped, manual pages compressed. Variables of
-# packaging/install may follow.
+# Everything as a distribution has it, in the directory $1: stripped, manual pages compressed, and a directory for what
+# administrators write. Variables of packaging/install may follow.
 stage() {
     root=$1
     shift
@@ -20,6 +20,7 @@ stage() {
         PREFIX=/usr DESTDIR="$root" "$@" packaging/install install
     strip_programs "$root"
     find "$root/usr/share/man" -type f -exec gzip -9n {} +
+    mkdir -p "$root/etc/cgtproxy"
 }
 
 # What is not needed to run is left out, as cargo's release profile does.

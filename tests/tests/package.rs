@@ -122,6 +122,10 @@ fn the_debian_package_is_clean_and_the_same_each_time() {
         expected.insert("/usr/share/lintian/overrides/cgtproxy".to_owned());
         assert_eq!(files(&root), expected);
         assert_eq!(dead_links(&root), Vec::<String>::new());
+        let listed = run(Command::new("dpkg-deb").args(["--contents", &package]));
+        let is_ours = |line: &&str| line.ends_with(" ./etc/cgtproxy/");
+        let directory = listed.lines().find(is_ours).unwrap();
+        assert!(directory.starts_with("drwxr-xr-x root/root"), "{directory}");
 
         let field = |name: &str| run(Command::new("dpkg-deb").args(["--field", &package, name]));
         assert!(
@@ -150,8 +154,8 @@ fn the_rpm_package_has_the_same_files_and_is_the_same_each_time() {
             "[%{FILEMODES:perms} %{FILENAMES}\n]",
         ]));
         let is_file = |line: &str| line.starts_with('-').then(|| line[11..].to_owned());
-        let packaged: BTreeSet<_> = packaged.iter().filter_map(|line| is_file(line)).collect();
-        assert_eq!(packaged, compressed());
+        let regular: BTreeSet<_> = packaged.iter().filter_map(|line| is_file(line)).collect();
+        assert_eq!(regular, compressed());
         let documents = query(&["--docfiles"]);
         assert!(
             documents.contains("/usr/share/doc/cgtproxy/README.md"),
@@ -159,8 +163,11 @@ fn the_rpm_package_has_the_same_files_and_is_the_same_each_time() {
         );
         assert_eq!(
             query(&["--licensefiles"]),
-            "/usr/share/doc/cgtproxy/LICENSE\n"
+            "/usr/share/doc/cgtproxy/LICENSE\n\
+             /usr/share/doc/cgtproxy/third-party-licenses\n"
         );
+        let directory = "drwxr-xr-x /etc/cgtproxy";
+        assert!(packaged.contains(directory), "{packaged:?}");
         let needed = query(&["--requires"]);
         assert!(needed.contains("libnftnl.so.11"), "{needed}");
     });
@@ -194,9 +201,15 @@ fn the_package_for_arch_has_the_same_files() {
         run(Command::new("bash")
             .args(["-c", script, "bash"])
             .args([workspace.as_os_str(), OUT.as_ref()]));
-        let mut expected: BTreeSet<_> = list().into_iter().collect();
-        expected.insert("/usr/share/licenses/cgtproxy/LICENSE".to_owned());
+        let mut expected: BTreeSet<_> = list()
+            .into_iter()
+            .map(|path| path.replace("/usr/libexec/", "/usr/lib/cgtproxy/"))
+            .collect();
+        for name in ["LICENSE", "third-party-licenses"] {
+            expected.insert(format!("/usr/share/licenses/cgtproxy/{name}"));
+        }
         assert_eq!(files(&format!("{OUT}/pkg")), expected);
+        assert!(Path::new(&format!("{OUT}/pkg/etc/cgtproxy")).is_dir());
     });
 }
 
@@ -232,6 +245,12 @@ fn the_package_for_arch_takes_over_from_the_original_and_restarts_under_its_own_
         assert!(list().iter().any(|path| path == document));
 
         assert_eq!(said(&["pre_upgrade", "0.4.1-1", "0.4.0-1"]), "");
+        // Where nothing runs, as where a root is made, nothing can be stopped.
+        std::fs::remove_dir("/run/systemd/system").unwrap();
+        let only_disabled = "systemctl disable cgtproxy.service\n";
+        assert_eq!(said(&["pre_upgrade", "0.4.0-1", "0.3.3-1"]), only_disabled);
+        assert!(!said(&["pre_remove", "0.4.0-1"]).contains("--now"));
+        std::fs::create_dir("/run/systemd/system").unwrap();
         assert_eq!(
             said(&["post_upgrade", "0.4.1-1", "0.4.0-1"]),
             "systemctl daemon-reload\n\
@@ -415,6 +434,9 @@ fn the_debian_package_installs_enabled_upgrades_and_leaves_nothing_when_purged()
         let system = boot(sb, &package);
         let alice = system.alice();
         let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
+        // The original's, which nobody has taken away yet.
+        let original = "mkdir -p /etc/cgtproxy && echo 'version: 1' >/etc/cgtproxy/config.yaml";
+        system.run(&["sh", "-c", original]);
         let before = snapshot(&system);
         system.run(&["dpkg", "--install", "/var/tmp/package"]);
         expect_working(sb, &system, alice);
@@ -422,8 +444,7 @@ fn the_debian_package_installs_enabled_upgrades_and_leaves_nothing_when_purged()
         for path in lines(&installed) {
             system.run(&["test", "-e", &path]);
         }
-        let configured =
-            "mkdir -p /etc/cgtproxy && echo 'grace-seconds: 4' >/etc/cgtproxy/helper.yaml";
+        let configured = "echo 'grace-seconds: 4' >/etc/cgtproxy/helper.yaml";
         system.run(&["sh", "-c", configured]);
 
         // An upgrade, to the same version: another helper takes over, and a choice stays one.
