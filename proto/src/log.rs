@@ -1,14 +1,12 @@
 //! Messages on standard error: for a person with colours, for the journal with priorities.
 
 use std::fmt::{self, Write as _};
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write as _};
 
 use tracing::field::{Field, Visit};
-use tracing::{Event, Level, Subscriber};
-use tracing_subscriber::filter::LevelFilter;
-use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
-use tracing_subscriber::registry::LookupSpan;
+use tracing::level_filters::LevelFilter;
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Level, Metadata, Subscriber};
 
 use crate::text::printable;
 
@@ -26,7 +24,12 @@ enum Style {
     Colour,
 }
 
-struct Lines(Style);
+/// Hands each event to `write`, as a line.
+struct Lines<W> {
+    level: LevelFilter,
+    style: Style,
+    write: W,
+}
 
 /// Begins to log, at the level that the first of these environment variables asks for.
 pub fn init(variables: &[&str]) {
@@ -45,28 +48,26 @@ pub fn init(variables: &[&str]) {
     } else {
         Style::Plain
     };
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(io::stderr)
-        // It would panic where standard error is closed.
-        .log_internal_errors(false)
-        .event_format(Lines(style))
-        .finish();
+    let subscriber = Lines {
+        level,
+        style,
+        // There may be no standard error, and nowhere else to say so.
+        write: |line: &str| drop(io::stderr().write_all(line.as_bytes())),
+    };
     // It fails only if there is one already, which is as good.
     let _ = tracing::subscriber::set_global_default(subscriber);
 }
 
-impl<S, N> FormatEvent<S, N> for Lines
-where
-    S: Subscriber + for<'a> LookupSpan<'a>,
-    N: for<'a> FormatFields<'a> + 'static,
-{
-    fn format_event(
-        &self,
-        _: &FmtContext<'_, S, N>,
-        mut writer: Writer<'_>,
-        event: &Event<'_>,
-    ) -> fmt::Result {
+impl<W: Fn(&str) + Send + Sync + 'static> Subscriber for Lines<W> {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.is_event() && *metadata.level() <= self.level
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(self.level)
+    }
+
+    fn event(&self, event: &Event<'_>) {
         let (priority, name, colour) = match *event.metadata().level() {
             Level::ERROR => (3, "error", "31"),
             Level::WARN => (4, "warning", "33"),
@@ -74,16 +75,30 @@ where
             Level::DEBUG => (7, "debug", "34"),
             Level::TRACE => (7, "trace", "35"),
         };
-        match self.0 {
-            Style::Journal => write!(writer, "<{priority}>")?,
-            Style::Plain => write!(writer, "{name}: ")?,
-            Style::Colour => write!(writer, "\x1b[{colour}m{name}\x1b[0m: ")?,
-        }
+        let begin = match self.style {
+            Style::Journal => format!("<{priority}>"),
+            Style::Plain => format!("{name}: "),
+            Style::Colour => format!("\x1b[{colour}m{name}\x1b[0m: "),
+        };
         let mut line = Line::default();
         event.record(&mut line);
         // A line break would begin a line without a priority.
-        writeln!(writer, "{}", printable(&(line.message + &line.fields)))
+        let said = printable(&(line.message + &line.fields));
+        (self.write)(&format!("{begin}{said}\n"));
     }
+
+    // What libraries do takes its time as well (spans), of which nothing is said: none is enabled.
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
 }
 
 /// An event's message, and its other fields behind it.
@@ -104,33 +119,22 @@ impl Visit for Line {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
     use std::sync::{Arc, Mutex};
 
     use super::*;
 
-    #[derive(Clone, Default)]
-    struct Written(Arc<Mutex<Vec<u8>>>);
-
-    impl Write for Written {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().write(bytes)
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    fn written(style: Style, log: impl FnOnce()) -> String {
-        let written = Written::default();
+    fn written(style: Style, level: LevelFilter, log: impl FnOnce()) -> String {
+        let written = Arc::new(Mutex::new(String::new()));
         let to = written.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_writer(move || to.clone())
-            .event_format(Lines(style))
-            .finish();
+        let write = move |line: &str| to.lock().unwrap().push_str(line);
+        let subscriber = Lines {
+            level,
+            style,
+            write,
+        };
         tracing::subscriber::with_default(subscriber, log);
-        String::from_utf8(written.0.lock().unwrap().clone()).unwrap()
+        let written = written.lock().unwrap();
+        written.clone()
     }
 
     #[test]
@@ -138,14 +142,16 @@ mod tests {
         let log = || {
             tracing::warn!(uid = 1000, "refused: {}", "two\nlines");
             tracing::info!("ready");
+            tracing::debug!("nobody wants to know");
+            let _within = tracing::error_span!("within").entered();
         };
         assert_eq!(
-            written(Style::Journal, log),
+            written(Style::Journal, LevelFilter::INFO, log),
             "<4>refused: two\\u{a}lines uid=1000\n<6>ready\n"
         );
         assert_eq!(
-            written(Style::Plain, log),
-            "warning: refused: two\\u{a}lines uid=1000\ninfo: ready\n"
+            written(Style::Plain, LevelFilter::WARN, log),
+            "warning: refused: two\\u{a}lines uid=1000\n"
         );
     }
 }
