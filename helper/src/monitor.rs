@@ -171,10 +171,11 @@ async fn announced(
     socket: &AsyncFd<Socket>,
     wanted: impl Fn(&Message<'_>) -> bool,
 ) -> io::Result<()> {
-    let mut buffer: Vec<u8> = Vec::with_capacity(MESSAGE);
     let mut found = false;
     loop {
         let mut ready = socket.readable().await?;
+        // While nothing comes, nothing is kept for it.
+        let mut buffer: Vec<u8> = Vec::with_capacity(MESSAGE);
         loop {
             buffer.clear();
             match socket.get_ref().recv(&mut buffer, DONT_WAIT) {
