@@ -104,6 +104,23 @@ fn addresses_of_both_families_stand_for_a_name_and_no_query_leaves() {
                 sb.assert_nothing_left_for(fake);
             }
         }
+        // There is nothing else of a name, of whatever type: whoever asks for that is not left waiting.
+        let cgroup = bed.relayed.user.cgroup("app.slice/app-a.scope/dig");
+        for kind in ["MX", "SSHFP", "URI"] {
+            let server = format!("@{}", sb.fresh_v4());
+            let argv = [
+                "dig",
+                "+tries=1",
+                "+noall",
+                "+comments",
+                &server,
+                V4_NAME,
+                kind,
+            ];
+            let answer = bed.relayed.user.output(&cgroup, &argv);
+            assert!(answer.contains("status: NOERROR"), "{kind}: {answer}");
+            assert!(answer.contains("QUERY: 1, ANSWER: 0"), "{kind}: {answer}");
+        }
         assert_eq!(sb.queries_left(), 0);
         // The counter counts: another application's query does leave.
         let other = bed.relayed.user.cgroup("app.slice/app-b.scope").app();

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -27,6 +28,9 @@ const SILENCE: Duration = Duration::from_secs(10);
 
 /// How long to wait after accept(2) failed.
 const BACK_OFF: Duration = Duration::from_millis(50);
+
+/// How long a query's header is, in bytes (RFC 1035, 4.1.1).
+const HEADER_BYTES: usize = 12;
 
 /// How many queries may wait for the helper at once.
 const WAITING: usize = 256;
@@ -140,6 +144,43 @@ fn answer_for(entry: &Entry, query: &[u8]) -> Option<Vec<u8>> {
 
 /// The answer to a query; none if there is nothing to say to that.
 pub(crate) fn answer(query: &[u8], fakes: &mut Fakes, left_out: LeftOut) -> Option<Vec<u8>> {
+    let Some((known, place)) = with_known_type(query) else {
+        return answer_known(query, fakes, left_out);
+    };
+    let mut answer = answer_known(&known, fakes, left_out)?;
+    // Who asked takes no answer to another question. There is none in an answer to what can't be read.
+    if let (Some(in_answer), Some(kind)) = (answer.get_mut(place.clone()), query.get(place)) {
+        in_answer.copy_from_slice(kind);
+    }
+    Some(answer)
+}
+
+/// A query for records of a type that [`Packet`] refuses to read, as one for a type that it reads and that nothing
+/// has here, and where in both the type is. It is in the same place in the answer, which begins with the question as
+/// well.
+pub(crate) fn with_known_type(query: &[u8]) -> Option<(Vec<u8>, Range<usize>)> {
+    let mut at = HEADER_BYTES;
+    loop {
+        match *query.get(at)? {
+            0 => break,
+            length @ 1..=63 => at += 1 + usize::from(length),
+            // A pointer (RFC 1035, 4.1.4), which can only lead to what is no name in a first question.
+            _ => return None,
+        }
+    }
+    let place = at + 1..at + 3;
+    let kind = u16::from_be_bytes(*query.get(place.clone())?.first_chunk()?);
+    if QTYPE::try_from(kind).is_ok() {
+        return None;
+    }
+    let mut known = query.to_vec();
+    let in_known = known.get_mut(place.clone())?;
+    in_known.copy_from_slice(&u16::from(TYPE::NULL).to_be_bytes());
+    Some((known, place))
+}
+
+/// The same for a query of a type that [`Packet`] reads.
+fn answer_known(query: &[u8], fakes: &mut Fakes, left_out: LeftOut) -> Option<Vec<u8>> {
     let parsed = Packet::parse(query);
     let Ok(query) = parsed else {
         // An answer to what can't be read needs its number at least.
@@ -242,6 +283,7 @@ fn reverse(name: &str) -> Option<IpAddr> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use simple_dns::rdata::OPT;
     use simple_dns::{QCLASS, Question};
 
     /// Nothing is left out.
@@ -314,6 +356,32 @@ mod tests {
                 panic!("{records:?}");
             };
             assert_eq!(pointer.to_string(), "example.org");
+        }
+    }
+
+    /// SSHFP, TLSA and URI, as ssh, mail servers and kinit ask for them, and one that nobody has given out.
+    #[test]
+    fn other_records_than_addresses_have_empty_answers_of_whatever_type() {
+        let mut fakes = Fakes::new(None);
+        for kind in [44_u16, 52, 256, 65_000] {
+            let mut query = Packet::new_query(7);
+            let qname = Name::new_unchecked("_443._tcp.Example.org");
+            let question = Question::new(qname, TYPE::MX.into(), CLASS::IN.into(), false);
+            query.questions.push(question);
+            *query.opt_mut() = Some(OPT {
+                opt_codes: Vec::new(),
+                udp_packet_size: 1232,
+                version: 0,
+            });
+            let mut query = query.build_bytes_vec().unwrap();
+            let question = HEADER_BYTES..HEADER_BYTES + 1 + 4 + 1 + 4 + 1 + 7 + 1 + 3 + 1 + 4;
+            query[question.end - 4..question.end - 2].copy_from_slice(&kind.to_be_bytes());
+            let answer = answer(&query, &mut fakes, ALL).unwrap();
+            // The same number, a response without an error, to one question, and nothing more.
+            assert_eq!(answer[..2], query[..2], "{kind}");
+            assert_eq!((answer[2] & 0x80, answer[3] & 0x0f), (0x80, 0), "{kind}");
+            assert_eq!(answer[4..HEADER_BYTES], [0, 1, 0, 0, 0, 0, 0, 0], "{kind}");
+            assert_eq!(answer[HEADER_BYTES..], query[question], "{kind}");
         }
     }
 

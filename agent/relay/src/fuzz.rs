@@ -82,7 +82,9 @@ pub fn dns(bytes: &[u8]) {
         let left_out = dns::LeftOut { ipv4: !ipv6, ipv6 };
         if let Some(answer) = dns::answer(bytes, &mut fakes, left_out) {
             assert_eq!(answer.get(..2), bytes.get(..2));
-            assert!(simple_dns::Packet::parse(&answer).is_ok());
+            // Its question may be of a type that the reader here refuses.
+            let known = dns::with_known_type(&answer).map(|(known, _)| known);
+            assert!(simple_dns::Packet::parse(&known.unwrap_or(answer)).is_ok());
         }
     }
 }
