@@ -115,23 +115,40 @@ impl Entry {
         self.total.set(self.total.get().saturating_add(1));
     }
 
-    /// Notes how reaching the proxy went, which began at that time, for whoever asks; the log has changes alone.
-    pub(crate) fn reached(&self, began: Instant, result: Result<(), &Error>) {
+    /// Notes how reaching the proxy went, which began at that time, for whoever asks; the log has changes alone. What
+    /// became of one that is not configured any more says nothing about the one that is.
+    pub(crate) fn reached(
+        &self,
+        upstream: &Rc<Upstream>,
+        began: Instant,
+        result: Result<(), &Error>,
+    ) {
+        if !self.leads_to(upstream) {
+            return;
+        }
         match result {
             Ok(()) | Err(Error::Refused(_)) => self.answered.set(Some(Instant::now())),
             // It is there for others: this destination is what is slow.
             Err(Error::Silent) if self.answered.get().is_some_and(|at| at >= began) => return,
             Err(Error::Silent | Error::Ended | Error::Down(_)) => {}
         }
-        note(&self.problem, &self.upstream.borrow().name, result, "");
+        note(&self.problem, &upstream.name, result, "");
     }
 
     /// The same for UDP.
-    pub(crate) fn reached_for_udp(&self, began: Instant, result: Result<(), &Error>) {
-        if let Err(error @ (Error::Down(_) | Error::Silent)) = result {
-            return self.reached(began, Err(error));
+    pub(crate) fn reached_for_udp(
+        &self,
+        upstream: &Rc<Upstream>,
+        began: Instant,
+        result: Result<(), &Error>,
+    ) {
+        if !self.leads_to(upstream) {
+            return;
         }
-        self.reached(began, Ok(()));
+        if let Err(error @ (Error::Down(_) | Error::Silent)) = result {
+            return self.reached(upstream, began, Err(error));
+        }
+        self.reached(upstream, began, Ok(()));
         // It is there, but has no UDP: it is not down, and will not have any the next time.
         let refused = match result {
             Err(Error::Refused(why)) => Some(Error::Down(why.clone())),
@@ -139,13 +156,17 @@ impl Entry {
             Err(Error::Ended) => Some(Error::Ended),
             _ => None,
         };
-        let name = &self.upstream.borrow().name;
         note(
             &self.udp_problem,
-            name,
+            &upstream.name,
             refused.as_ref().map_or(Ok(()), Err),
             " for UDP",
         );
+    }
+
+    /// Whether that is the proxy as it is configured now.
+    fn leads_to(&self, upstream: &Rc<Upstream>) -> bool {
+        Rc::ptr_eq(&self.upstream.borrow(), upstream)
     }
 
     /// What a destination means; none if that is not known any more.

@@ -111,7 +111,7 @@ async fn carry(client: &mut TcpStream, at: SocketAddr, entry: &Entry) -> bool {
         match timeout(upstream::SILENCE, connecting.as_mut()).await {
             Ok(connected) => connected,
             Err(_) => {
-                entry.reached(began, Err(&Error::Silent));
+                entry.reached(&upstream, began, Err(&Error::Silent));
                 connecting.await
             }
         }
@@ -125,12 +125,12 @@ async fn carry(client: &mut TcpStream, at: SocketAddr, entry: &Entry) -> bool {
     };
     let (mut server, early) = match connected {
         Ok(connected) => {
-            entry.reached(began, Ok(()));
+            entry.reached(&upstream, began, Ok(()));
             upstream.prepare();
             connected
         }
         Err(error) => {
-            entry.reached(began, Err(&error));
+            entry.reached(&upstream, began, Err(&error));
             tracing::debug!(
                 "no connection to {target} through '{}': {error}",
                 upstream.name

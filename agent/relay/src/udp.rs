@@ -389,7 +389,7 @@ async fn begin(
             (associated, Some(*address))
         }
     };
-    entry.reached_for_udp(began, associated.as_ref().map(|_| ()));
+    entry.reached_for_udp(&upstream, began, associated.as_ref().map(|_| ()));
     if associated.is_ok() {
         upstream.prepare();
     }
@@ -422,7 +422,7 @@ mod tests {
     use crate::fake::Fakes;
     use crate::original::Originals;
     use crate::relay::{Relay, Shared, Wanted};
-    use crate::upstream::{Protocol, Upstream};
+    use crate::upstream::{Error, Protocol, Upstream};
     use std::rc::Weak;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::task::LocalSet;
@@ -476,6 +476,19 @@ mod tests {
         upstream: Upstream,
     ) -> (Rc<Entry>, Rc<UdpSocket>, UdpSocket) {
         let relay = Relay::new(Shared::new(limit, originals, Fakes::new(None)));
+        bed_of(&relay, upstream).await
+    }
+
+    /// The same of a relay that is there.
+    async fn bed_of(relay: &Relay, upstream: Upstream) -> (Rc<Entry>, Rc<UdpSocket>, UdpSocket) {
+        configure(relay, upstream);
+        let entry = relay.entry("own").unwrap();
+        let listener = Rc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        let application = socket_to(&listener).await;
+        (entry, listener, application)
+    }
+
+    fn configure(relay: &Relay, upstream: Upstream) {
         let wanted = Wanted {
             upstream,
             fake_dns: false,
@@ -483,10 +496,6 @@ mod tests {
             preferred_port: None,
         };
         relay.configure(vec![wanted]).unwrap();
-        let entry = relay.entry("own").unwrap();
-        let listener = Rc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
-        let application = socket_to(&listener).await;
-        (entry, listener, application)
     }
 
     async fn socket_to(listener: &UdpSocket) -> UdpSocket {
@@ -610,6 +619,58 @@ mod tests {
             }
             let seconds: Vec<_> = attempts.iter().map(|(second, _)| *second).collect();
             assert_eq!(seconds, [0, 30, 60]);
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn what_becomes_of_a_former_proxy_is_not_said_of_its_successor() {
+        let test = async {
+            let directory = tempfile::tempdir().unwrap();
+            let known = Known::default();
+            let originals = helper(directory.path(), &known);
+            let relay = Relay::new(Shared::new(2, originals, Fakes::new(None)));
+            // It takes connections and says nothing.
+            let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let port = silent.local_addr().unwrap().port();
+            let leads_to = |port| {
+                let host = "127.0.0.1".into();
+                Upstream::new("own".into(), Protocol::Socks5, host, port, None)
+            };
+            let problem = || relay.reports()[0].problem.clone();
+            for (another, expected) in [(false, Some("it does not answer")), (true, None)] {
+                let (entry, listener, application) = bed_of(&relay, leads_to(port)).await;
+                let client = application.local_addr().unwrap();
+                known
+                    .borrow_mut()
+                    .insert(client, "192.0.2.1:1".parse().unwrap());
+                let (flows, associations) = (Flows::default(), Rc::default());
+                application.send(b"?").await.unwrap();
+                listener.readable().await.unwrap();
+                receive(&listener, &entry, TIMEOUTS, &flows, &associations);
+                let (_asked, _) = silent.accept().await.unwrap();
+                assert_eq!(problem(), None);
+                if another {
+                    configure(&relay, leads_to(1));
+                }
+                let flow = flows.borrow()[&client].clone();
+                while matches!(*flow.state.borrow(), State::Waiting(_)) {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                assert_eq!(problem().as_deref(), expected);
+                if another {
+                    // Nor that it is there.
+                    let former = Rc::new(leads_to(port));
+                    entry.reached(&former, Instant::now(), Err(&Error::Ended));
+                    assert_eq!(problem(), None);
+                    let now = entry.upstream();
+                    entry.reached(&now, Instant::now(), Err(&Error::Ended));
+                    entry.reached(&former, Instant::now(), Ok(()));
+                    assert!(problem().is_some());
+                }
+                configure(&relay, leads_to(2));
+            }
         };
         LocalSet::new().run_until(test).await;
     }
