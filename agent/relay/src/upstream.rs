@@ -23,6 +23,10 @@ use crate::tls::Tls;
 /// them.
 const CONNECT: Duration = Duration::from_secs(10);
 
+/// How much of the first of these looking up its name may take: a little less than [`SILENCE`], after which it is the
+/// proxy that is blamed.
+const LOOK_UP: Duration = Duration::from_secs(9);
+
 /// How much earlier than the next one an address of a proxy is tried (RFC 8305, 5).
 const HEAD_START: Duration = Duration::from_millis(250);
 
@@ -233,13 +237,7 @@ impl Upstream {
     }
 
     async fn dial(&self) -> Result<Stream, Error> {
-        let down = |error: io::Error| Error::Down(error.to_string());
-        let connected =
-            async { connect(lookup_host((self.host.as_str(), self.port)).await?).await };
-        let stream = match timeout(CONNECT, connected).await {
-            Ok(stream) => stream.map_err(down)?,
-            Err(_) => return Err(Error::Down("it does not answer".into())),
-        };
+        let stream = reach(lookup_host((self.host.as_str(), self.port))).await?;
         set_options(&stream).map_err(down)?;
         if self.protocol != Protocol::Https {
             return Ok(Stream::Tcp(stream));
@@ -257,6 +255,24 @@ impl Upstream {
             Err(_) => Err(Error::Down("it does not answer".into())),
         }
     }
+}
+
+/// A connection to one of the addresses that are being looked up.
+async fn reach(
+    addresses: impl Future<Output = io::Result<impl Iterator<Item = SocketAddr>>>,
+) -> Result<TcpStream, Error> {
+    let reached = async {
+        match timeout(LOOK_UP, addresses).await {
+            Ok(addresses) => connect(addresses.map_err(down)?).await.map_err(down),
+            Err(_) => Err(Error::Down("looking up its name takes too long".into())),
+        }
+    };
+    let reached = timeout(CONNECT, reached).await;
+    reached.unwrap_or_else(|_| Err(Error::Down("it does not answer".into())))
+}
+
+fn down(error: io::Error) -> Error {
+    Error::Down(error.to_string())
 }
 
 /// Connects to the first of these addresses that answers. Each has a head start over the next one, so that a family that
@@ -312,13 +328,19 @@ mod tests {
     use tokio::io::AsyncWriteExt;
     use tokio::time::Instant;
 
-    #[tokio::test]
-    async fn an_address_that_leads_nowhere_keeps_nobody_waiting() {
-        // Whoever has not called accept(2), and lets nobody wait for it, answers nobody.
+    /// Somebody who answers nobody, once there is a connection.
+    fn silent() -> (tokio::net::TcpListener, SocketAddr) {
+        // Nobody calls accept(2), and one may wait for it.
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let silent = socket.listen(0).unwrap();
-        let silent = silent.local_addr().unwrap();
+        let socket = socket.listen(0).unwrap();
+        let address = socket.local_addr().unwrap();
+        (socket, address)
+    }
+
+    #[tokio::test]
+    async fn an_address_that_leads_nowhere_keeps_nobody_waiting() {
+        let (_socket, silent) = silent();
         let _waits = TcpStream::connect(silent).await.unwrap();
         let proxy = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let there = proxy.local_addr().unwrap();
@@ -330,6 +352,21 @@ mod tests {
         let refused = connect([nobody].into_iter()).await.unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
         connect([].into_iter()).await.unwrap_err();
+    }
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn a_proxy_is_not_blamed_for_who_looks_up_its_name() {
+        let nobody = std::future::pending::<io::Result<std::iter::Empty<SocketAddr>>>();
+        // Before it counts as silent.
+        let error = timeout(SILENCE, reach(nobody)).await.unwrap().unwrap_err();
+        assert!(error.to_string().contains("its name"), "{error}");
+
+        let (_socket, silent) = silent();
+        let _waits = TcpStream::connect(silent).await.unwrap();
+        let found = std::future::ready(Ok([silent].into_iter()));
+        let error = reach(found).await.unwrap_err();
+        assert_eq!(error.to_string(), "it does not answer");
     }
 
     /// Time stands still but for who waits for it.
