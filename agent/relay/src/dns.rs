@@ -105,33 +105,43 @@ async fn converse(mut stream: TcpStream, at: SocketAddr, entry: &Entry) {
     if tcp::original(&stream, at).is_none() {
         return reset(&stream);
     }
-    // RFC 1035, 4.2.2: two bytes for the length.
-    let talk = async {
-        while let Ok(length) = timeout(SILENCE, stream.read_u16()).await {
-            let length = usize::from(length?);
-            // As over UDP: who says that 64 KiB will follow and sends nothing holds no memory.
-            if length > QUERY_BYTES {
-                break;
-            }
-            let mut query = vec![0; length];
-            match timeout(SILENCE, stream.read_exact(&mut query)).await {
-                Ok(read) => read?,
-                Err(_) => break,
-            };
-            let Some(answer) = answer_for(entry, &query) else {
-                break;
-            };
-            let length = u16::try_from(answer.len()).unwrap_or(u16::MAX);
-            let message = [&length.to_be_bytes()[..], &answer].concat();
-            stream.write_all(&message).await?;
-        }
-        Ok::<_, io::Error>(())
+    serve(&mut stream, entry).await;
+}
+
+/// Answers what is asked until the proxy is gone.
+async fn serve(stream: &mut TcpStream, entry: &Entry) {
+    let talked = tokio::select! {
+        talked = talk(stream, entry) => talked,
+        () = entry.gone.cancelled() => return reset(stream),
     };
-    if let Err(error) = talk.await
+    if let Err(error) = talked
         && error.kind() != io::ErrorKind::UnexpectedEof
     {
         tracing::debug!("a DNS connection broke: {error}");
     }
+}
+
+async fn talk(stream: &mut TcpStream, entry: &Entry) -> io::Result<()> {
+    // RFC 1035, 4.2.2: two bytes for the length.
+    while let Ok(length) = timeout(SILENCE, stream.read_u16()).await {
+        let length = usize::from(length?);
+        // As over UDP: who says that 64 KiB will follow and sends nothing holds no memory.
+        if length > QUERY_BYTES {
+            break;
+        }
+        let mut query = vec![0; length];
+        match timeout(SILENCE, stream.read_exact(&mut query)).await {
+            Ok(read) => read?,
+            Err(_) => break,
+        };
+        let Some(answer) = answer_for(entry, &query) else {
+            break;
+        };
+        let length = u16::try_from(answer.len()).unwrap_or(u16::MAX);
+        let message = [&length.to_be_bytes()[..], &answer].concat();
+        stream.write_all(&message).await?;
+    }
+    Ok(())
 }
 
 fn answer_for(entry: &Entry, query: &[u8]) -> Option<Vec<u8>> {
@@ -282,9 +292,13 @@ fn reverse(name: &str) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::original::Originals;
+    use crate::relay::{Relay, Shared, Wanted};
+    use crate::upstream::{Protocol, Upstream};
     use proptest::prelude::*;
     use simple_dns::rdata::OPT;
     use simple_dns::{QCLASS, Question};
+    use tokio::task::LocalSet;
 
     /// Nothing is left out.
     const ALL: LeftOut = left_out(false, false);
@@ -395,6 +409,39 @@ mod tests {
         assert_eq!(refused.rcode(), RCODE::FormatError);
         let reply = Packet::new_reply(1).build_bytes_vec().unwrap();
         assert_eq!(answer(&reply, &mut fakes, ALL), None);
+    }
+
+    #[tokio::test]
+    async fn a_connection_ends_with_its_proxy() {
+        let test = async {
+            let originals = Originals::new("/nonexistent".into());
+            let relay = Relay::new(Shared::new(1, originals, Fakes::new(None)));
+            let wanted = Wanted {
+                upstream: Upstream::new("own".into(), Protocol::Http, "there".into(), 1, None),
+                fake_dns: true,
+                left_out: ALL,
+                preferred_port: None,
+            };
+            relay.configure(vec![wanted]).unwrap();
+            let entry = relay.entry("own").unwrap();
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let mut application = TcpStream::connect(address).await.unwrap();
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::task::spawn_local(async move { serve(&mut stream, &entry).await });
+
+            let query = Packet::new_query(7).build_bytes_vec().unwrap();
+            let length = u16::try_from(query.len()).unwrap();
+            application.write_u16(length).await.unwrap();
+            application.write_all(&query).await.unwrap();
+            assert_eq!(application.read_u16().await.unwrap(), 12);
+            application.read_exact(&mut [0; 12]).await.unwrap();
+            relay.configure(Vec::new()).unwrap();
+            let ended = timeout(SILENCE / 2, application.read_u8()).await;
+            let error = ended.expect("it ends at once").unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        };
+        LocalSet::new().run_until(test).await;
     }
 
     proptest! {
