@@ -105,6 +105,55 @@ pub struct Report {
 }
 
 impl Entry {
+    /// One that is listened for from now on.
+    fn start(
+        shared: Rc<Shared>,
+        wanted: Wanted,
+        sockets: Sockets,
+        dns: Option<Sockets>,
+    ) -> Rc<Self> {
+        let entry = Rc::new(Self {
+            upstream: RefCell::new(Rc::new(wanted.upstream)),
+            left_out: Cell::new(wanted.left_out),
+            port: sockets.port,
+            dns_port: dns.as_ref().map(|sockets| sockets.port),
+            shared,
+            gone: CancellationToken::new(),
+            open: Cell::new(0),
+            flows: Cell::new(0),
+            total: Cell::new(0),
+            answered: Cell::new(None),
+            problem: RefCell::default(),
+            udp_problem: RefCell::default(),
+        });
+        for (listener, at) in sockets.tcp {
+            tokio::task::spawn_local(tcp::run(listener, at, entry.clone()));
+        }
+        for socket in sockets.udp {
+            tokio::task::spawn_local(udp::run(Rc::new(socket), entry.clone()));
+        }
+        if let Some(dns) = dns {
+            for (listener, at) in dns.tcp {
+                tokio::task::spawn_local(dns::run_tcp(listener, at, entry.clone()));
+            }
+            for socket in dns.udp {
+                tokio::task::spawn_local(dns::run_udp(Rc::new(socket), entry.clone()));
+            }
+        }
+        entry
+    }
+
+    /// Goes on as that proxy. What is known of one that is the same in all that matters stays known.
+    fn keep(&self, wanted: Wanted) {
+        if !self.upstream.borrow().is_same_as(&wanted.upstream) {
+            *self.upstream.borrow_mut() = Rc::new(wanted.upstream);
+            self.answered.set(None);
+            *self.problem.borrow_mut() = None;
+            *self.udp_problem.borrow_mut() = None;
+        }
+        self.left_out.set(wanted.left_out);
+    }
+
     /// The proxy as it is configured now.
     pub(crate) fn upstream(&self) -> Rc<Upstream> {
         self.upstream.borrow().clone()
@@ -271,8 +320,7 @@ impl Relay {
         let mut fresh = Vec::new();
         let mut kept = Vec::new();
         for wanted in wanted {
-            let name = wanted.upstream.name.clone();
-            match entries.get(&name) {
+            match entries.get(&wanted.upstream.name) {
                 Some(entry) if entry.dns_port.is_some() == wanted.fake_dns => {
                     kept.push((entry.clone(), wanted));
                 }
@@ -288,48 +336,16 @@ impl Relay {
                 }
             }
         }
+        // From here on nothing fails.
         let mut next = BTreeMap::new();
         for (entry, wanted) in kept {
-            if !entry.upstream.borrow().is_same_as(&wanted.upstream) {
-                *entry.upstream.borrow_mut() = Rc::new(wanted.upstream);
-                entry.answered.set(None);
-                *entry.problem.borrow_mut() = None;
-                *entry.udp_problem.borrow_mut() = None;
-            }
-            entry.left_out.set(wanted.left_out);
-            let name = entry.upstream.borrow().name.clone();
+            let name = wanted.upstream.name.clone();
+            entry.keep(wanted);
             next.insert(name, entry);
         }
         for (wanted, sockets, dns) in fresh {
             let name = wanted.upstream.name.clone();
-            let entry = Rc::new(Entry {
-                upstream: RefCell::new(Rc::new(wanted.upstream)),
-                left_out: Cell::new(wanted.left_out),
-                port: sockets.port,
-                dns_port: dns.as_ref().map(|sockets| sockets.port),
-                shared: self.shared.clone(),
-                gone: CancellationToken::new(),
-                open: Cell::new(0),
-                flows: Cell::new(0),
-                total: Cell::new(0),
-                answered: Cell::new(None),
-                problem: RefCell::default(),
-                udp_problem: RefCell::default(),
-            });
-            for (listener, at) in sockets.tcp {
-                tokio::task::spawn_local(tcp::run(listener, at, entry.clone()));
-            }
-            for socket in sockets.udp {
-                tokio::task::spawn_local(udp::run(Rc::new(socket), entry.clone()));
-            }
-            if let Some(dns) = dns {
-                for (listener, at) in dns.tcp {
-                    tokio::task::spawn_local(dns::run_tcp(listener, at, entry.clone()));
-                }
-                for socket in dns.udp {
-                    tokio::task::spawn_local(dns::run_udp(Rc::new(socket), entry.clone()));
-                }
-            }
+            let entry = Entry::start(self.shared.clone(), wanted, sockets, dns);
             next.insert(name, entry);
         }
         let old = std::mem::replace(&mut *entries, next);
