@@ -14,7 +14,7 @@ use crate::config::LoadError;
 use crate::notify;
 use crate::relay;
 use crate::reload::{self, ConfigFile, Loader};
-use crate::server::{self, Socket};
+use crate::server;
 use crate::state::Agent;
 use crate::subtree::Subtree;
 use crate::sync;
@@ -85,7 +85,7 @@ async fn serve(options: Options) -> Result<(), Error> {
         );
     }
     // cgtproxy-exec and status do without the agent's socket, applications do not do without rules.
-    let socket = match Socket::listen(&options.socket) {
+    let socket = match server::listen(&options.socket) {
         Ok(socket) => Some(socket),
         Err(error @ server::Error::InUse(_)) => return Err(error.into()),
         Err(error) => {

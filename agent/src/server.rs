@@ -1,12 +1,10 @@
 //! Serves `org.cgtproxy.Agent` to the user's own programs.
 
 use std::cell::RefCell;
-use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use cgtproxy_proto::agent::{
@@ -14,19 +12,15 @@ use cgtproxy_proto::agent::{
 };
 use cgtproxy_proto::limits::PATH_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
-use cgtproxy_proto::service::{
-    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve_stream,
-};
+use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, reply};
+use cgtproxy_proto::socket::Socket;
 use serde_json::json;
-use tokio::net::UnixListener;
-use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 use crate::config::Scope;
 use crate::policy::Target;
 use crate::state::{Agent, Link, State};
 use crate::systemd::runtime_directory;
-use crate::text::chain;
 use crate::view;
 use crate::watch::Watcher;
 
@@ -44,9 +38,6 @@ const PATIENCE: Duration = Duration::from_secs(4);
 
 /// How long a caller waits for a helper that is not there: long enough for one that restarts.
 const HELPER_PATIENCE: Duration = Duration::from_secs(1);
-
-/// How long to wait after accept(2) failed.
-const BACK_OFF: Duration = Duration::from_millis(100);
 
 /// Why the socket can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -73,121 +64,37 @@ pub fn default_socket(scope: Scope) -> PathBuf {
     runtime_directory().join("cgtproxy/agent.sock")
 }
 
-/// A socket that is removed in the end.
-#[derive(Debug)]
-pub struct Socket {
-    listener: UnixListener,
-    /// Held for as long as it listens: see [`lock`].
-    _lock: File,
-    path: PathBuf,
-    /// By what to know it again.
-    inode: Option<u64>,
-}
-
-impl Socket {
-    /// Listens on `path`. A socket on which nobody listens any more is replaced.
-    ///
-    /// # Errors
-    /// If somebody listens on it, or it can't be made.
-    pub fn listen(path: &Path) -> Result<Self, Error> {
-        let failed = |source| Error::Listen {
+/// Listens on `path`. A socket on which nobody listens any more is replaced.
+///
+/// # Errors
+/// If somebody listens on it, or it can't be made.
+pub fn listen(path: &Path) -> Result<Socket, Error> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::AddrInUse => Error::InUse(path.to_owned()),
+        _ => Error::Listen {
             path: path.to_owned(),
             source,
-        };
-        if let Some(directory) = path.parent() {
-            std::fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(directory)
-                .map_err(failed)?;
-            let private = std::fs::Permissions::from_mode(0o700);
-            std::fs::set_permissions(directory, private).map_err(failed)?;
-        }
-        let lock = match lock(path) {
-            Err(TryLockError::WouldBlock) => return Err(Error::InUse(path.to_owned())),
-            lock => lock.map_err(|error| failed(error.into()))?,
-        };
-        // It may be one of before there were locks.
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            return Err(Error::InUse(path.to_owned()));
-        }
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
-        }
-        // In a directory of its own user's: nobody else gets at it before its mode is set.
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        let private = std::fs::Permissions::from_mode(0o600);
-        std::fs::set_permissions(path, private).map_err(failed)?;
-        Ok(Self {
-            listener,
-            _lock: lock,
-            path: path.to_owned(),
-            inode: std::fs::symlink_metadata(path).ok().map(|m| m.ino()),
-        })
+        },
+    };
+    if let Some(directory) = path.parent() {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .map_err(failed)?;
+        let private = std::fs::Permissions::from_mode(0o700);
+        std::fs::set_permissions(directory, private).map_err(failed)?;
     }
-}
-
-/// Takes the lock of a socket, so that of agents that start at once none takes away what another has just made. Its file
-/// stays, for whoever removed it might remove one that somebody else waits for.
-fn lock(socket: &Path) -> Result<File, TryLockError> {
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .open(socket.with_extension("lock"))
-        .map_err(TryLockError::Error)?;
-    file.try_lock()?;
-    Ok(file)
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let inode = std::fs::symlink_metadata(&self.path).ok().map(|m| m.ino());
-        if inode.is_some() && inode == self.inode {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
+    Socket::listen(path).map_err(failed)
 }
 
 /// Serves for ever. To be run within a `LocalSet`.
 pub async fn run(socket: &Socket, agent: &Rc<Agent>, watcher: &Rc<RefCell<Watcher>>) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS));
-    let own = rustix::process::geteuid().as_raw();
-    let mut said = false;
-    loop {
-        let Ok(slot) = slots.clone().acquire_owned().await else {
-            return;
-        };
-        let stream = match socket.listener.accept().await {
-            Ok((stream, _)) => {
-                said = false;
-                stream
-            }
-            Err(error) => {
-                if !std::mem::replace(&mut said, true) {
-                    tracing::warn!("can't accept connections: {}", chain(&error));
-                }
-                sleep(BACK_OFF).await;
-                continue;
-            }
-        };
-        match stream.peer_cred() {
-            Ok(peer) if peer.uid() == own || peer.uid() == 0 => {}
-            _ => continue,
-        }
-        let mut connection = Connection {
-            agent: agent.clone(),
-            watcher: watcher.clone(),
-        };
-        tokio::task::spawn_local(async move {
-            if let Err(error) = serve_stream(stream, MESSAGE_BYTES, &mut connection).await {
-                tracing::debug!("a connection ended: {}", chain(&error));
-            }
-            drop(slot);
-        });
-    }
+    let connection = || Connection {
+        agent: agent.clone(),
+        watcher: watcher.clone(),
+    };
+    socket.serve(CONNECTIONS, MESSAGE_BYTES, connection).await;
 }
 
 /// One program that is connected.
@@ -374,42 +281,5 @@ impl Service for Connection {
 
     fn message_too_large(_limit: usize) -> Fault {
         Fault::invalid_parameter("controlGroup")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::net::UnixStream;
-    use std::sync::Barrier;
-
-    use super::*;
-
-    /// Whether another one has left its socket or not.
-    #[tokio::test]
-    async fn of_agents_that_start_at_once_one_listens() {
-        const AGENTS: usize = 4;
-        let runtime = tokio::runtime::Handle::current();
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("agent.sock");
-        for round in 0..300 {
-            if round % 2 == 1 {
-                drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-            }
-            let barrier = Barrier::new(AGENTS);
-            let listen = || {
-                let _runtime = runtime.enter();
-                barrier.wait();
-                Socket::listen(&path)
-            };
-            let sockets: Vec<_> = std::thread::scope(|scope| {
-                let agents: Vec<_> = (0..AGENTS).map(|_| scope.spawn(listen)).collect();
-                agents.into_iter().map(|a| a.join().unwrap()).collect()
-            });
-            let listening = sockets.iter().filter(|s| s.is_ok()).count();
-            assert_eq!(listening, 1, "in round {round}: {sockets:?}");
-            UnixStream::connect(&path).unwrap();
-            let in_use = |s: &Result<_, Error>| matches!(s, Ok(_) | Err(Error::InUse(_)));
-            assert!(sockets.iter().all(in_use), "{sockets:?}");
-        }
     }
 }

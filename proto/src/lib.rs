@@ -14,6 +14,7 @@ pub mod notify;
 pub mod path;
 pub mod scheduling;
 pub mod service;
+pub mod socket;
 pub mod stream;
 pub mod text;
 

@@ -3,13 +3,13 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
+use cgtproxy_proto::socket::Socket;
 use cgtproxy_proto::text::chain;
 use cgtproxy_proto::{log, notify};
 use cgtproxy_relay::cli::Arguments;
@@ -59,33 +59,18 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     let handed_over = ListenFd::from_env()
         .take_unix_listener(0)
         .map_err(Error::ActivatedSocket)?;
-    let (listener, own) = match handed_over {
-        Some(listener) => (listener, None),
-        None => {
-            let path = match &arguments.socket {
-                Some(path) => path.clone(),
-                None => default_socket().ok_or(Error::NoRuntimeDirectory)?,
-            };
-            (listen(&path)?, Some(path))
-        }
-    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(LOOKUPS)
         .build()
         .map_err(Error::Start)?;
-    let served = LocalSet::new().block_on(&runtime, serve(arguments, listener));
-    if let Some(path) = own {
-        let _ = std::fs::remove_file(path);
-    }
-    served
+    LocalSet::new().block_on(&runtime, serve(arguments, handed_over))
 }
 
-async fn serve(arguments: &Arguments, listener: UnixListener) -> Result<(), Error> {
+async fn serve(arguments: &Arguments, handed_over: Option<UnixListener>) -> Result<(), Error> {
+    let socket = socket(arguments, handed_over)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Start)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Start)?;
-    listener.set_nonblocking(true).map_err(Error::Start)?;
-    let listener = tokio::net::UnixListener::from_std(listener).map_err(Error::Start)?;
     let shared = Shared::new(
         arguments.connections as usize,
         Originals::new(arguments.helper.clone()),
@@ -100,7 +85,7 @@ async fn serve(arguments: &Arguments, listener: UnixListener) -> Result<(), Erro
         }
     };
     tokio::select! {
-        () = service::run(listener, relay.clone(), service::LINGER) => {}
+        () = service::run(&socket, &relay, service::LINGER) => {}
         () = save => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
@@ -128,21 +113,17 @@ fn directory(variable: &str) -> Option<PathBuf> {
     directory.is_absolute().then_some(directory)
 }
 
-/// Listens on a socket of our own, in place of one that nobody listens on any more.
-fn listen(path: &Path) -> Result<UnixListener, Error> {
-    let failed = |source| Error::Listen {
-        path: path.to_owned(),
-        source,
+/// The socket that systemd has handed over, or one of our own.
+fn socket(arguments: &Arguments, handed_over: Option<UnixListener>) -> Result<Socket, Error> {
+    if let Some(listener) = handed_over {
+        return Socket::handed_over(listener).map_err(Error::ActivatedSocket);
+    }
+    let path = match &arguments.socket {
+        Some(path) => path.clone(),
+        None => default_socket().ok_or(Error::NoRuntimeDirectory)?,
     };
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        return Err(Error::InUse(path.to_owned()));
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    let private = std::fs::Permissions::from_mode(0o600);
-    std::fs::set_permissions(path, private).map_err(failed)?;
-    Ok(listener)
+    Socket::listen(&path).map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => Error::InUse(path),
+        _ => Error::Listen { path, source },
+    })
 }

@@ -3,20 +3,16 @@
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::relay::{
     self as wire, Configure_Args, Configure_Reply, GetStatus_Reply, Listener, UpstreamStatus,
 };
-use cgtproxy_proto::service::{
-    Answer, Fault, Identity, Parameters, Service, parameters, reply, serve_stream,
-};
-use cgtproxy_proto::text::chain;
+use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, reply};
+use cgtproxy_proto::socket::Socket;
 use serde_json::json;
-use tokio::net::UnixListener;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 
 use crate::dns::LeftOut;
 use crate::fake::Networks;
@@ -31,9 +27,6 @@ pub const LINGER: Duration = Duration::from_secs(30);
 /// How many programs may be connected at once.
 const CONNECTIONS: usize = 16;
 
-/// How long to wait after accept(2) failed.
-const BACK_OFF: Duration = Duration::from_millis(100);
-
 /// Who is connected.
 #[derive(Default)]
 struct Agents {
@@ -43,10 +36,15 @@ struct Agents {
 }
 
 /// Serves until nobody has wanted the relay for `linger`. To be run within a `LocalSet`.
-pub async fn run(listener: UnixListener, relay: Rc<Relay>, linger: Duration) {
+pub async fn run(socket: &Socket, relay: &Rc<Relay>, linger: Duration) {
     let agents = Rc::new(Agents::default());
+    let connection = || Connection {
+        relay: relay.clone(),
+        agents: agents.clone(),
+        counted: false,
+    };
     tokio::select! {
-        () = accept(listener, &relay, &agents) => {}
+        () = socket.serve(CONNECTIONS, MESSAGE_BYTES, connection) => {}
         () = idle(&agents, linger) => tracing::info!("no agent needs the relay any more"),
     }
 }
@@ -62,45 +60,6 @@ async fn idle(agents: &Agents, linger: Duration) {
             () = agents.changed.notified() => {}
             () = tokio::time::sleep(linger) => return,
         }
-    }
-}
-
-async fn accept(listener: UnixListener, relay: &Rc<Relay>, agents: &Rc<Agents>) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS));
-    let own = rustix::process::geteuid().as_raw();
-    let mut told = false;
-    loop {
-        let Ok(slot) = slots.clone().acquire_owned().await else {
-            return;
-        };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => {
-                told = false;
-                stream
-            }
-            Err(error) => {
-                if !std::mem::replace(&mut told, true) {
-                    tracing::warn!("can't accept a connection, and tries on: {error}");
-                }
-                tokio::time::sleep(BACK_OFF).await;
-                continue;
-            }
-        };
-        match stream.peer_cred() {
-            Ok(peer) if peer.uid() == own || peer.uid() == 0 => {}
-            _ => continue,
-        }
-        let mut connection = Connection {
-            relay: relay.clone(),
-            agents: agents.clone(),
-            counted: false,
-        };
-        tokio::task::spawn_local(async move {
-            if let Err(error) = serve_stream(stream, MESSAGE_BYTES, &mut connection).await {
-                tracing::debug!("ended a connection: {}", chain(&error));
-            }
-            drop(slot);
-        });
     }
 }
 

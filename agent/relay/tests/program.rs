@@ -3,8 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a panic is a failed test")]
 
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::process::Command;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 #[test]
 fn nobody_has_to_read_what_it_says() {
@@ -30,4 +33,57 @@ fn the_journal_learns_how_bad_it_is() {
         said.starts_with("<3>can't listen on /nonexistent/relay.sock: "),
         "{said}"
     );
+}
+
+/// A relay that listens there, with files of its own in that directory.
+fn relay(socket: &Path, directory: &Path) -> Command {
+    let mut relay = Command::new(env!("CARGO_BIN_EXE_cgtproxy-relay"));
+    relay.arg("--socket").arg(socket).env("HOME", directory);
+    relay
+}
+
+/// One that is ready, and the socket by which it says so.
+struct Started {
+    relay: Child,
+    _told: UnixDatagram,
+}
+
+impl Started {
+    fn new(socket: &Path, directory: &Path) -> Self {
+        let notify = directory.join("notify");
+        let told = UnixDatagram::bind(&notify).unwrap();
+        let mut relay = relay(socket, directory);
+        let relay = relay.env("NOTIFY_SOCKET", &notify).spawn().unwrap();
+        let mut message = [0; 64];
+        let length = told.recv(&mut message).unwrap();
+        assert!(message[..length].starts_with(b"READY=1"));
+        Self { relay, _told: told }
+    }
+
+    fn stop(mut self) {
+        kill_process(Pid::from_child(&self.relay), Signal::TERM).unwrap();
+        assert_eq!(self.relay.wait().unwrap().code(), Some(0));
+    }
+}
+
+#[test]
+fn of_two_relays_neither_takes_the_others_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let socket = directory.join("relay.sock");
+    let first = Started::new(&socket, directory);
+    // One that is starting has none yet.
+    std::fs::rename(&socket, directory.join("first")).unwrap();
+    let output = relay(&socket, directory).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("another relay listens on"), "{said}");
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    // One that does not see the first one's lock.
+    std::fs::remove_file(socket.with_extension("lock")).unwrap();
+    std::fs::remove_file(directory.join("notify")).unwrap();
+    let second = Started::new(&socket, directory);
+    first.stop();
+    UnixStream::connect(&socket).unwrap();
+    second.stop();
+    assert!(!socket.exists());
 }

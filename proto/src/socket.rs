@@ -1,0 +1,210 @@
+//! The sockets on which a user's own programs are served: made in place of one that nobody listens on any more, and
+//! open to their user and root alone.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::UnixListener;
+use tokio::sync::Semaphore;
+
+use crate::service::{Service, serve_stream};
+use crate::text::chain;
+
+/// How long to wait after accept(2) failed.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
+/// A socket that is listened on.
+#[derive(Debug)]
+pub struct Socket {
+    listener: UnixListener,
+    /// What is to be removed in the end, if nobody has handed the socket over.
+    _own: Option<Own>,
+}
+
+/// A socket's name, which goes with it.
+#[derive(Debug)]
+struct Own {
+    path: PathBuf,
+    /// By what to know it again.
+    inode: Option<u64>,
+    /// Held for as long as it is listened on: see [`lock`].
+    _lock: File,
+}
+
+impl Socket {
+    /// Listens on `path`, in a directory that nobody else may write to. A socket on which nobody listens any more is
+    /// replaced. To be called within a runtime.
+    ///
+    /// # Errors
+    /// `AddrInUse` if somebody listens on it; whatever the kernel says if it can't be made.
+    pub fn listen(path: &Path) -> io::Result<Self> {
+        let lock = match lock(path) {
+            Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::AddrInUse.into()),
+            lock => lock?,
+        };
+        // It may be one of before there were locks.
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        // In a directory of its own user's: nobody else gets at it before its mode is set.
+        let listener = UnixListener::bind(path)?;
+        let private = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(path, private)?;
+        let own = Own {
+            path: path.to_owned(),
+            inode: inode(path),
+            _lock: lock,
+        };
+        Ok(Self {
+            listener,
+            _own: Some(own),
+        })
+    }
+
+    /// One that the service manager listens on, and has handed over. To be called within a runtime.
+    ///
+    /// # Errors
+    /// If the runtime can't wait for it.
+    pub fn handed_over(listener: std::os::unix::net::UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            listener: UnixListener::from_std(listener)?,
+            _own: None,
+        })
+    }
+
+    /// Serves programs of its user's and root's, at most `connections` at once, with messages of at most `limit` bytes:
+    /// each by a service of its own. It does so for ever. To be run within a `LocalSet`.
+    pub async fn serve<S: Service + 'static>(
+        &self,
+        connections: usize,
+        limit: usize,
+        mut service: impl FnMut() -> S,
+    ) {
+        let slots = Arc::new(Semaphore::new(connections));
+        let own = rustix::process::geteuid().as_raw();
+        let mut said = false;
+        loop {
+            let Ok(slot) = slots.clone().acquire_owned().await else {
+                return;
+            };
+            let stream = match self.listener.accept().await {
+                Ok((stream, _)) => {
+                    said = false;
+                    stream
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut said, true) {
+                        tracing::warn!("can't accept connections: {}", chain(&error));
+                    }
+                    tokio::time::sleep(BACK_OFF).await;
+                    continue;
+                }
+            };
+            match stream.peer_cred() {
+                Ok(peer) if peer.uid() == own || peer.uid() == 0 => {}
+                _ => continue,
+            }
+            let mut service = service();
+            tokio::task::spawn_local(async move {
+                if let Err(error) = serve_stream(stream, limit, &mut service).await {
+                    tracing::debug!("a connection ended: {}", chain(&error));
+                }
+                drop(slot);
+            });
+        }
+    }
+}
+
+/// Takes the lock of a socket, so that of programs that start at once none takes away what another has just made. Its
+/// file stays, for whoever removed it might remove one that somebody else waits for.
+fn lock(socket: &Path) -> Result<File, TryLockError> {
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(socket.with_extension("lock"))
+        .map_err(TryLockError::Error)?;
+    file.try_lock()?;
+    Ok(file)
+}
+
+fn inode(path: &Path) -> Option<u64> {
+    std::fs::symlink_metadata(path).ok().map(|m| m.ino())
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        let inode = inode(&self.path);
+        if inode.is_some() && inode == self.inode {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::sync::Barrier;
+
+    use super::*;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        builder.enable_io().build().unwrap()
+    }
+
+    /// Whether another one has left its socket or not.
+    #[test]
+    fn of_programs_that_start_at_once_one_listens() {
+        const PROGRAMS: usize = 4;
+        let runtime = runtime();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("agent.sock");
+        for round in 0..300 {
+            if round % 2 == 1 {
+                drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+            }
+            let barrier = Barrier::new(PROGRAMS);
+            let listen = || {
+                let _runtime = runtime.enter();
+                barrier.wait();
+                Socket::listen(&path)
+            };
+            let sockets: Vec<_> = std::thread::scope(|scope| {
+                let programs: Vec<_> = (0..PROGRAMS).map(|_| scope.spawn(listen)).collect();
+                programs.into_iter().map(|p| p.join().unwrap()).collect()
+            });
+            let listening = sockets.iter().filter(|s| s.is_ok()).count();
+            assert_eq!(listening, 1, "in round {round}: {sockets:?}");
+            UnixStream::connect(&path).unwrap();
+            let others = sockets.iter().filter_map(|s| s.as_ref().err());
+            let in_use = |error: &io::Error| error.kind() == io::ErrorKind::AddrInUse;
+            assert!(others.into_iter().all(in_use), "{sockets:?}");
+        }
+    }
+
+    #[test]
+    fn a_socket_goes_with_its_program_but_not_that_of_another_one() {
+        let runtime = runtime();
+        let _runtime = runtime.enter();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("agent.sock");
+        drop(Socket::listen(&path).unwrap());
+        assert!(!path.exists());
+        let former = Socket::listen(&path).unwrap();
+        std::fs::rename(&path, directory.path().join("elsewhere")).unwrap();
+        let _another = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        drop(former);
+        assert!(path.exists());
+    }
+}
