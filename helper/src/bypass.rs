@@ -41,6 +41,22 @@ pub fn parse(entries: &[String]) -> Result<Bypass, usize> {
     })
 }
 
+/// A network as it is written: its first address, and the length of its prefix.
+pub(crate) fn network(entry: &str) -> Option<(IpAddr, u8)> {
+    let (address, length) = split(entry)?;
+    let first = match address {
+        IpAddr::V4(address) => {
+            let host = low_bits(128 - 32 + length) as u32;
+            IpAddr::V4(Ipv4Addr::from_bits(address.to_bits() & !host))
+        }
+        IpAddr::V6(address) => {
+            let host = low_bits(length);
+            IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & !host))
+        }
+    };
+    Some((first, u8::try_from(length).ok()?))
+}
+
 /// An address and the length of its prefix, which is all of it unless it is written.
 fn split(entry: &str) -> Option<(IpAddr, u32)> {
     let (address, length) = match entry.split_once('/') {

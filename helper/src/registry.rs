@@ -11,8 +11,8 @@ use crate::cgroup::{ControlGroupId, OwnedControlGroup, Top};
 use crate::config::Limits;
 use crate::mark::{MarkAllocator, MarkRange};
 use crate::nft::{
-    Before, Bypass, BypassList, Delivery, DnsHijack, Element, Exceptions, Gateway, Inherited,
-    Known, Layout, LeftBehind, Plan, Proxy, Stamp, Verdict,
+    Before, Bypass, BypassList, Delivery, DnsHijack, Element, Exceptions, Fakes, Gateway,
+    Inherited, Known, Layout, LeftBehind, Plan, Proxy, Stamp, Verdict,
 };
 use crate::peer::Uid;
 
@@ -61,6 +61,8 @@ pub struct ProxyRequest {
     pub reject_udp: bool,
     /// Where DNS queries go.
     pub dns_hijack: Option<DnsHijack>,
+    /// What stands for names.
+    pub fakes: Fakes,
 }
 
 /// A policy's part that is not about single control groups.
@@ -597,6 +599,7 @@ impl Registry {
                 exceptions,
                 reject_udp,
                 dns_hijack,
+                fakes,
             } = request;
             let mark = match kept.get(&name) {
                 Some(&mark) => mark,
@@ -611,6 +614,7 @@ impl Registry {
                         exceptions,
                         reject_udp,
                         dns_hijack,
+                        fakes,
                     },
                 )
                 .is_some()

@@ -25,7 +25,7 @@ use crate::cgroup::{Subtree, Unavailable, subtree_path};
 use crate::guarded::Line;
 use crate::kernel::{Kernel, Linux};
 use crate::nft::{
-    Delivery, DnsHijack, Element, Enforced, Exceptions, Gateway, MarkWriter, Verdict,
+    Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway, MarkWriter, Verdict,
 };
 use crate::peer::{Peer, Uid};
 use crate::quota::Connection;
@@ -171,6 +171,8 @@ impl<K: Kernel> Session<K> {
                     .map(dns_hijack)
                     .transpose()
                     .map_err(invalid)?,
+                fakes: fakes(proxy.fakeIpv4.as_deref(), proxy.fakeIpv6.as_deref())
+                    .map_err(invalid)?,
             });
         }
         let bypass = bypass::parse(&arguments.bypass)
@@ -264,6 +266,14 @@ impl<K: Kernel> Session<K> {
                     noIpv4: Some(proxy.exceptions.no_ipv4),
                     noIpv6: Some(proxy.exceptions.no_ipv6),
                     dnsHijack: proxy.dns_hijack.as_ref().map(dns_hijack_reply),
+                    fakeIpv4: proxy
+                        .fakes
+                        .ipv4
+                        .map(|(ip, prefix)| format!("{ip}/{prefix}")),
+                    fakeIpv6: proxy
+                        .fakes
+                        .ipv6
+                        .map(|(ip, prefix)| format!("{ip}/{prefix}")),
                 });
                 proxies.collect()
             }),
@@ -493,6 +503,21 @@ pub(crate) fn assignments(
     };
     // All at once: they are mostly in order, so that no place has to be looked for.
     assignments.into_iter().enumerate().map(element).collect()
+}
+
+/// Networks of addresses that stand for names; the name of the field that is wrong otherwise.
+fn fakes(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<Fakes, &'static str> {
+    let ipv4 = match ipv4.map(bypass::network) {
+        None => None,
+        Some(Some((IpAddr::V4(address), prefix))) => Some((address, prefix)),
+        Some(_) => return Err("fakeIpv4"),
+    };
+    let ipv6 = match ipv6.map(bypass::network) {
+        None => None,
+        Some(Some((IpAddr::V6(address), prefix))) => Some((address, prefix)),
+        Some(_) => return Err("fakeIpv6"),
+    };
+    Ok(Fakes { ipv4, ipv6 })
 }
 
 /// The address must be of the right family; the field's name is what is wrong otherwise.

@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use cgtproxy_tests::proxies::microsocks;
 use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, config};
-use cgtproxy_tests::sandbox::{Outcome, PORTS, Program, Sandbox, Service, sandbox};
+use cgtproxy_tests::sandbox::{Outcome, PORTS, Program, Sandbox, Service, direct, sandbox};
 use cgtproxy_tests::session::Session;
 use cgtproxy_tests::wait::wait_until;
 
@@ -125,7 +125,7 @@ fn addresses_of_both_families_stand_for_a_name_and_no_query_leaves() {
         // The counter counts: another application's query does leave.
         let other = bed.relayed.user.cgroup("app.slice/app-b.scope").app();
         let server = SocketAddr::new(sb.fresh_v4(), 53);
-        assert_eq!(other.udp(server), cgtproxy_tests::sandbox::direct(server));
+        assert_eq!(other.udp(server), direct(server));
         assert_eq!(sb.queries_left(), 1);
     });
 }
@@ -153,6 +153,29 @@ fn with_ipv4_left_out_no_address_of_it_stands_for_a_name() {
 #[test]
 fn with_ipv6_left_out_no_address_of_it_stands_for_a_name() {
     left_out("no-ipv6", "AAAA", "A");
+}
+
+#[test]
+fn what_the_proxy_leaves_out_does_not_leave_for_an_address_that_stands_for_a_name() {
+    sandbox(|sb| {
+        let fake_addresses = "fake-addresses: [10.99.0.0/16, 'fd00:99::/64']\n";
+        let bed = Bed::of(sb, ", no-udp: true", fake_addresses);
+        for kind in ["A", "AAAA"] {
+            let fake = bed.look_up(sb, V4_NAME, kind);
+            // A datagram that is refused on its way out fails as it is sent.
+            let to = SocketAddr::new(fake, PORTS[0]);
+            let outcome = bed.relayed.app.udp(to);
+            let told = matches!(outcome, Outcome::Refused | Outcome::Forbidden);
+            assert!(told, "{fake}: {outcome:?}");
+            bed.relayed.app.ping(fake);
+            assert_eq!(bed.tcp(fake), Outcome::Redirected { to: bed.to[0] });
+            sb.assert_nothing_left_for(fake);
+        }
+        // What goes to an address as it is goes direct.
+        for to in sb.destinations() {
+            assert_eq!(bed.relayed.app.udp(to), direct(to));
+        }
+    });
 }
 
 #[test]

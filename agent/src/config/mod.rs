@@ -10,7 +10,7 @@ mod upstream;
 mod yaml;
 
 use std::io::{self, Read};
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -103,6 +103,24 @@ pub struct FakeAddresses {
     pub ipv4: Option<Network>,
     /// Those of IPv6; none: the relay's own choice.
     pub ipv6: Option<Network>,
+}
+
+impl FakeAddresses {
+    /// The networks that the relay takes them from unless it is told otherwise: those for benchmarks.
+    const DEFAULT: [(IpAddr, u8); 2] = [
+        (IpAddr::V4(Ipv4Addr::new(198, 18, 0, 0)), 15),
+        (IpAddr::V6(Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0)), 48),
+    ];
+
+    /// The network of IPv4 and that of IPv6, as an address and the length of its prefix.
+    #[must_use]
+    pub fn networks(&self) -> [(IpAddr, u8); 2] {
+        let [ipv4, ipv6] = Self::DEFAULT;
+        let network = |network: Option<Network>, default| {
+            network.map_or(default, |network| (network.address(), network.prefix()))
+        };
+        [network(self.ipv4, ipv4), network(self.ipv6, ipv6)]
+    }
 }
 
 /// What a configuration file means.

@@ -2,7 +2,7 @@
 
 use cgtproxy_proto::helper::{DnsHijack, Proxy};
 
-use crate::config::{self, Means};
+use crate::config::{self, FakeAddresses, Means};
 use crate::relay::Relay;
 
 /// A port where nobody can listen for the relay's queries until the relay has one: privileged, and the
@@ -10,7 +10,8 @@ use crate::relay::Relay;
 const NOBODY: u16 = 1;
 
 /// What is said of a proxy, where `relay` is what is known of the relay.
-pub(super) fn proxy(proxy: &config::Proxy, relay: &Relay) -> Proxy {
+pub(super) fn proxy(proxy: &config::Proxy, fake: &FakeAddresses, relay: &Relay) -> Proxy {
+    let mut networks = None;
     let mut dns_hijack = proxy.dns_hijack.as_ref().map(|hijack| DnsHijack {
         ipv4: hijack.ipv4.map(|address| address.to_string()),
         ipv6: hijack.ipv6.map(|address| address.to_string()),
@@ -24,6 +25,8 @@ pub(super) fn proxy(proxy: &config::Proxy, relay: &Relay) -> Proxy {
         Means::Redirect(port) => (port.get(), true, false),
         Means::Relay { upstream, fake_dns } => {
             if *fake_dns {
+                let text = |(address, prefix)| format!("{address}/{prefix}");
+                networks = Some(fake.networks().map(text));
                 dns_hijack = Some(DnsHijack {
                     ipv4: Some("127.0.0.1".to_owned()),
                     ipv6: Some("::1".to_owned()),
@@ -36,6 +39,7 @@ pub(super) fn proxy(proxy: &config::Proxy, relay: &Relay) -> Proxy {
             (relay.port(proxy), true, upstream.scheme.is_http())
         }
     };
+    let [fake_ipv4, fake_ipv6] = networks.map_or([None, None], |networks| networks.map(Some));
     Proxy {
         name: proxy.name.to_string(),
         port: port.into(),
@@ -46,5 +50,7 @@ pub(super) fn proxy(proxy: &config::Proxy, relay: &Relay) -> Proxy {
         noIpv4: Some(proxy.no_ipv4),
         noIpv6: Some(proxy.no_ipv6),
         dnsHijack: dns_hijack,
+        fakeIpv4: fake_ipv4,
+        fakeIpv6: fake_ipv6,
     }
 }

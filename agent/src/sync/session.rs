@@ -459,7 +459,11 @@ async fn send(
     match call {
         Call::Replace(assign) => {
             let arguments = wire::ReplacePolicy {
-                proxies: config.proxies.iter().map(|p| proxy(p, relay)).collect(),
+                proxies: config
+                    .proxies
+                    .iter()
+                    .map(|p| proxy(p, &config.fake_addresses, relay))
+                    .collect(),
                 bypass: config.bypass.iter().map(ToString::to_string).collect(),
                 assignments: wire::assignments(assign),
                 gateway: config.gateway.as_ref().map(|gateway| Gateway {

@@ -125,6 +125,7 @@ impl Transaction<'_> {
                 self.query_rules(FORWARDED, address, hijack.tcp, &dns);
             }
         }
+        self.fake_rules(FORWARDED, proxy);
         self.exception_rules(FORWARDED, proxy.exceptions);
         let (divert, reject_udp) = (names.divert(&gateway.proxy), proxy.reject_udp);
         if let Some(list) = &layout.bypass {

@@ -38,8 +38,8 @@ pub use ffi::refuse_descriptors;
 pub(crate) use ffi::{refuses_descriptors, watch, watch_guarded};
 pub use foreign::MarkWriter;
 pub use plan::{
-    Before, Bypass, BypassList, Delivery, DnsHijack, Element, Enforced, Exceptions, Gateway, Hold,
-    Inherited, Known, Layout, LeftBehind, Plan, Proxy, Stamp, Verdict,
+    Before, Bypass, BypassList, Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway,
+    Hold, Inherited, Known, Layout, LeftBehind, Plan, Proxy, Stamp, Verdict,
 };
 
 use crate::mark::MarkRange;

@@ -169,6 +169,16 @@ pub struct Exceptions {
     pub no_ipv6: bool,
 }
 
+/// Networks of addresses that stand for names, which nobody but their proxy knows: the address and the length of its
+/// prefix.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Fakes {
+    /// Those of IPv4.
+    pub ipv4: Option<(Ipv4Addr, u8)>,
+    /// Those of IPv6.
+    pub ipv6: Option<(Ipv6Addr, u8)>,
+}
+
 /// What is forwarded from these interfaces goes to a proxy too. In the system's policy only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gateway {
@@ -191,6 +201,8 @@ pub struct Proxy {
     pub reject_udp: bool,
     /// Before any of that.
     pub dns_hijack: Option<DnsHijack>,
+    /// What goes there goes to the proxy or nowhere.
+    pub fakes: Fakes,
 }
 
 impl Proxy {

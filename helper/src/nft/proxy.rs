@@ -199,6 +199,7 @@ impl Transaction<'_> {
                 self.query_rules(&chain, address, hijack.tcp, &dns);
             }
         }
+        self.fake_rules(&chain, proxy);
         self.exception_rules(&chain, proxy.exceptions);
         self.add_rules(
             &chain,
@@ -247,6 +248,37 @@ impl Transaction<'_> {
             self.add_rules(
                 chain,
                 [&|rule| rule.nfproto(family).dport(protocol, DNS_PORT).goto(dns)],
+            );
+        }
+    }
+
+    /// What goes to an address that stands for a name, and is not for the proxy to take, has nowhere to go. It would
+    /// reach nobody, and what it says could be read on its way.
+    pub(super) fn fake_rules(&mut self, chain: &CStr, proxy: &Proxy) {
+        let Exceptions {
+            no_tcp,
+            no_udp,
+            no_ipv4,
+            no_ipv6,
+        } = proxy.exceptions;
+        let ipv4 = proxy.fakes.ipv4.map(|(ip, prefix)| (ip.into(), prefix));
+        let ipv6 = proxy.fakes.ipv6.map(|(ip, prefix)| (ip.into(), prefix));
+        for (network, left_out) in [(ipv4, no_ipv4), (ipv6, no_ipv6)] {
+            let Some((address, prefix)) = network else {
+                continue;
+            };
+            let protocols = [(Protocol::Tcp, no_tcp), (Protocol::Udp, no_udp)];
+            let takes = |(_, no): &(Protocol, bool)| !left_out && !no;
+            // meta l4proto != tcp meta l4proto != udp ip daddr NETWORK goto refuse, with the protocols that it takes
+            self.add_rules(
+                chain,
+                [&|rule| {
+                    let others = protocols.into_iter().filter(takes);
+                    others
+                        .fold(rule, |rule, (protocol, _)| rule.l4proto_not(protocol))
+                        .daddr_within(address, prefix)
+                        .goto(REFUSE)
+                }],
             );
         }
     }

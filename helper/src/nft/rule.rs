@@ -45,6 +45,15 @@ pub(super) enum Protocol {
     Udp,
 }
 
+impl Protocol {
+    fn number(self) -> u8 {
+        match self {
+            Self::Tcp => TCP,
+            Self::Udp => UDP,
+        }
+    }
+}
+
 /// A rule in the making. Matches come first, then what is done with packets that match them all.
 /// Register 1 carries each value from the expression that loads it to the one that looks at it.
 pub(super) struct RuleBuilder<'a>(Rule<'a>);
@@ -334,11 +343,14 @@ impl<'a> RuleBuilder<'a> {
 
     /// `meta l4proto PROTOCOL`
     pub(super) fn l4proto(self, protocol: Protocol) -> Self {
-        let number = match protocol {
-            Protocol::Tcp => TCP,
-            Protocol::Udp => UDP,
-        };
-        self.with(&Meta::L4Proto).compare(CmpOp::Eq, number)
+        self.with(&Meta::L4Proto)
+            .compare(CmpOp::Eq, protocol.number())
+    }
+
+    /// `meta l4proto != PROTOCOL`
+    pub(super) fn l4proto_not(self, protocol: Protocol) -> Self {
+        self.with(&Meta::L4Proto)
+            .compare(CmpOp::Neq, protocol.number())
     }
 
     /// `tcp flags ! syn`: in the middle of a connection.
@@ -427,6 +439,21 @@ impl<'a> RuleBuilder<'a> {
         let network = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
         let mask = Ipv6Addr::new(0xffc0, 0, 0, 0, 0, 0, 0, 0);
         self.daddr_network(Family::Ipv6, network.octets(), mask.octets())
+    }
+
+    /// `ip daddr ADDRESS/PREFIX` or `ip6 daddr ADDRESS/PREFIX`, which has no bits beyond the prefix
+    pub(super) fn daddr_within(self, address: IpAddr, prefix: u8) -> Self {
+        let prefix = u32::from(prefix);
+        match address {
+            IpAddr::V4(address) => {
+                let mask = !u32::MAX.checked_shr(prefix).unwrap_or(0);
+                self.daddr_network(Family::Ipv4, address.octets(), mask.to_be_bytes())
+            }
+            IpAddr::V6(address) => {
+                let mask = !u128::MAX.checked_shr(prefix).unwrap_or(0);
+                self.daddr_network(Family::Ipv6, address.octets(), mask.to_be_bytes())
+            }
+        }
     }
 
     /// `ip daddr NETWORK` or `ip6 daddr NETWORK`

@@ -16,8 +16,8 @@ use super::ffi::table_flags::{OWNER, PERSIST};
 use super::ffi::{Comment, Content, Element, KeyType};
 use super::names::Names;
 use super::plan::{
-    Before, Bypass, BypassList, Delivery, DnsHijack, Enforced, Exceptions, Gateway, Hold, Layout,
-    Plan, Proxy, Stamp, Verdict,
+    Before, Bypass, BypassList, Delivery, DnsHijack, Enforced, Exceptions, Fakes, Gateway, Hold,
+    Layout, Plan, Proxy, Stamp, Verdict,
 };
 use super::shared::{Remnants, Shared};
 use super::transaction::Transaction;
@@ -209,6 +209,10 @@ pub(crate) fn layout(system: bool) -> Layout {
             },
             reject_udp: number == 0,
             dns_hijack,
+            fakes: Fakes {
+                ipv4: Some(([198, 18, 0, 0].into(), 15)),
+                ipv6: all.then(|| ("2001:2::".parse().unwrap(), 48)),
+            },
         };
         proxies.insert(name(proxy), proxy_of);
     }

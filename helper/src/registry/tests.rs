@@ -9,7 +9,7 @@ use super::*;
 use crate::config::OnAgentLoss;
 use crate::kernel::model::Table;
 use crate::mark::Mark;
-use crate::nft::{Enforced, Hold};
+use crate::nft::{Enforced, Fakes, Hold};
 use crate::snapshot::{Memory, Snapshot};
 
 /// Root's policy is the system's.
@@ -252,6 +252,10 @@ proptest! {
                         reject_udp: seed & 2 != 0,
                         exceptions: Exceptions { no_udp: seed & 1 != 0, ..Exceptions::default() },
                         dns_hijack: None,
+                        fakes: Fakes {
+                            ipv4: (seed & 4 != 0).then(|| ([198, 18, 0, 0].into(), 15)),
+                            ipv6: None,
+                        },
                     });
                     let policy = PolicyRequest {
                         subtree,
@@ -344,6 +348,7 @@ fn what_was_left_behind_keeps_its_marks() {
         exceptions: Exceptions::default(),
         reject_udp: false,
         dns_hijack: None,
+        fakes: Fakes::default(),
     };
     let policy = PolicyRequest {
         proxies: vec![request(1), request(3)],

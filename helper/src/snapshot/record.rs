@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup::{ControlGroupId, OwnedControlGroup, Top};
 use crate::mark::{Mark, MarkRange};
 use crate::nft::{
-    Bypass, BypassList, Delivery, DnsHijack, Exceptions, Gateway, Hold, Layout, Proxy, Stamp,
-    Verdict,
+    Bypass, BypassList, Delivery, DnsHijack, Exceptions, Fakes, Gateway, Hold, Layout, Proxy,
+    Stamp, Verdict,
 };
 use crate::peer::Uid;
 
@@ -91,6 +91,15 @@ enum VerdictRecord {
     Users,
 }
 
+/// What follows the record if it says anything: a helper from before there was any of it reads the others.
+#[derive(Serialize, Deserialize)]
+struct Rest {
+    /// The networks of each proxy's that stand for names, in the order of proxies.
+    fakes: Vec<FakesRecord>,
+}
+
+type FakesRecord = (Option<(Ipv4Addr, u8)>, Option<(Ipv6Addr, u8)>);
+
 /// A list's bytes within a record.
 pub(super) fn encode_list(list: Option<&BypassList>) -> Vec<u8> {
     bytes(&list.map(|list| BypassRecord {
@@ -155,7 +164,13 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout, list: &[u8]) -> Ve
         }),
         holds_back: layout.holds_back,
     };
-    [&bytes(&before), list, &bytes(&after)].concat()
+    let fakes = layout.proxies.values().map(|proxy| proxy.fakes);
+    let fakes: Vec<FakesRecord> = fakes.map(|fakes| (fakes.ipv4, fakes.ipv6)).collect();
+    let rest = match fakes.iter().any(|fakes| *fakes != (None, None)) {
+        true => bytes(&Rest { fakes }),
+        false => Vec::new(),
+    };
+    [&bytes(&before), list, &bytes(&after), &rest].concat()
 }
 
 fn bytes(part: &impl Serialize) -> Vec<u8> {
@@ -169,14 +184,21 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
     // made for a string before it is read.
     let format = bincode::config::standard().with_limit::<LONGEST>();
     let (record, read): (Record, usize) = bincode::serde::decode_from_slice(bytes, format).ok()?;
-    if read != bytes.len() {
-        return None;
+    let rest = bytes.get(read..)?;
+    let mut fakes = Vec::new();
+    if !rest.is_empty() {
+        let (all, read): (Rest, usize) = bincode::serde::decode_from_slice(rest, format).ok()?;
+        if read != rest.len() || all.fakes.len() != record.before.proxies.len() {
+            return None;
+        }
+        fakes = all.fakes;
     }
     let Record {
         before,
         bypass,
         after,
     } = record;
+    let fakes = fakes.into_iter().chain(std::iter::repeat((None, None)));
     let (id, level) = before.subtree;
     let subtree = OwnedControlGroup::found(ControlGroupId::from_bytes(id.to_ne_bytes()), level);
     let mut layout = Layout {
@@ -184,7 +206,8 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
         proxies: before
             .proxies
             .into_iter()
-            .map(|proxy| self::proxy(proxy, range))
+            .zip(fakes)
+            .map(|(proxy, fakes)| self::proxy(proxy, fakes, range))
             .collect::<Option<_>>()?,
         bypass: bypass.map(|list| BypassList {
             number: list.number,
@@ -230,7 +253,11 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
     Some((before.uid, Stamp::found(before.stamp), layout))
 }
 
-fn proxy(record: ProxyRecord, range: MarkRange) -> Option<(ProxyName, Proxy)> {
+fn proxy(
+    record: ProxyRecord,
+    (ipv4, ipv6): FakesRecord,
+    range: MarkRange,
+) -> Option<(ProxyName, Proxy)> {
     let mark = Mark::adopted(record.mark);
     if !range.has(mark) {
         return None;
@@ -256,6 +283,7 @@ fn proxy(record: ProxyRecord, range: MarkRange) -> Option<(ProxyName, Proxy)> {
             loopback: hijack.loopback,
             own: hijack.own,
         }),
+        fakes: Fakes { ipv4, ipv6 },
     };
     Some((record.name.parse().ok()?, proxy))
 }

@@ -27,7 +27,7 @@ use super::*;
 use crate::access::Accounts;
 use crate::config::OnAgentLoss;
 use crate::kernel::model::{Bed, Model};
-use crate::nft::{Bypass, Exceptions, Verdict};
+use crate::nft::{Bypass, Exceptions, Fakes, Verdict};
 use crate::registry::ProxyRequest;
 use crate::snapshot::Memory;
 
@@ -194,6 +194,7 @@ fn policy(subtree: &Subtree, agent: usize) -> (PolicyRequest, Assignments) {
             exceptions: Exceptions::default(),
             reject_udp: false,
             dns_hijack: None,
+            fakes: Fakes::default(),
         }],
         bypass_entries: 0,
         bypass: Bypass::default(),

@@ -9,12 +9,6 @@ use crate::text::printable;
 
 use super::tproxy::Proxies;
 
-/// The networks that the relay takes them from unless it is told otherwise: those for benchmarks.
-const DEFAULT: [(IpAddr, u8); 2] = [
-    (IpAddr::V4(Ipv4Addr::new(198, 18, 0, 0)), 15),
-    (IpAddr::V6(Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0)), 48),
-];
-
 /// What no proxy takes: this machine, the link, and what is no one's address.
 const LEFT_OUT: [(IpAddr, u8); 6] = [
     (IpAddr::V4(Ipv4Addr::new(127, 0, 0, 0)), 8),
@@ -91,11 +85,7 @@ impl Reader<'_> {
         if !proxies.list.iter().any(|proxy| fake(&proxy.means)) {
             return;
         }
-        let [ipv4, ipv6] = DEFAULT;
-        let range = |network: &Option<Network>, default| {
-            network.map_or(default, |network| (network.address(), network.prefix()))
-        };
-        for (address, prefix) in [range(&networks.ipv4, ipv4), range(&networks.ipv6, ipv6)] {
+        for (address, prefix) in networks.networks() {
             for bypassed in bypass {
                 if bypassed.overlaps(address, prefix) {
                     let message = format!(

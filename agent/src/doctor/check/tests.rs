@@ -778,6 +778,8 @@ fn without_the_configuration_the_policy_in_force_counts() {
         noIpv4: None,
         noIpv6: None,
         dnsHijack: None,
+        fakeIpv4: None,
+        fakeIpv6: None,
     }];
     assert_eq!(ids(&facts), ["config-missing", "proxy-not-listening"]);
 }
