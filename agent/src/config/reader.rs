@@ -193,17 +193,17 @@ impl<'t> Reader<'t> {
     }
 }
 
-/// A list for a sentence.
+/// A list for a sentence. The names may be a file's.
 pub(crate) fn list(names: &[impl AsRef<str>]) -> String {
     names
         .iter()
-        .map(|name| format!("'{}'", name.as_ref()))
+        .map(|name| format!("'{}'", printable(name.as_ref())))
         .collect::<Vec<_>>()
         .join(", ")
 }
 
-/// The name that somebody who wrote another one may have meant.
-pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+/// The name that somebody who wrote another one may have meant, for a sentence.
+pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
     // Nobody means a short name who writes a long one; and the comparison takes quadratic time.
     if name.len() > 100 {
         return None;
@@ -219,5 +219,5 @@ pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) 
         })
         .filter(|(distance, known)| *distance <= (known.len() / 3).max(1))
         .min_by_key(|(distance, _)| *distance)
-        .map(|(_, known)| known)
+        .map(|(_, known)| printable(known))
 }

@@ -383,3 +383,25 @@ fn the_monitor_is_one_of_three() {
     );
     assert!(finding.contains("'dbus'"), "{finding}");
 }
+
+/// They are a file's, which may be somebody else's.
+#[test]
+fn names_that_are_there_give_a_terminal_no_orders() {
+    for name in ["nothing-like-it", "\\e[2Jy"] {
+        let found = found(&format!(
+            "version: 1\ntproxies: {{\"\\e[2Jx\": {{port: 1}}}}\nrules: [{{match: a, tproxy: \"{name}\"}}]\n"
+        ));
+        let help = |line: &String| line.contains("'\\u{1b}[2Jx'") && !line.contains('\u{1b}');
+        assert!(
+            found.iter().all(|line| !line.contains('\u{1b}')),
+            "{found:?}"
+        );
+        assert!(
+            found
+                .iter()
+                .filter(|line| line.contains("there is no tproxy"))
+                .all(help),
+            "{found:?}"
+        );
+    }
+}
