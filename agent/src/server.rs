@@ -167,7 +167,8 @@ impl Connection {
             let mut state = self.agent.state_mut();
             self.watcher.borrow_mut().look(path, &mut *state);
         }
-        self.agent.wake();
+        // Whoever awaits a target looks after every change: to tell them of one each time would never end.
+        self.agent.wake_if_news();
     }
 
     async fn await_target(&self, name: &str, target: &str) -> Result<AwaitTarget_Reply, Fault> {
@@ -281,5 +282,38 @@ impl Service for Connection {
 
     fn message_too_large(_limit: usize) -> Fault {
         Fault::invalid_parameter("controlGroup")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::state::Source;
+    use crate::subtree::Subtree;
+    use crate::watch::{self, Monitor};
+
+    #[tokio::test]
+    async fn to_look_for_what_is_not_there_wakes_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let subtree = Subtree::of_machine(directory.path().to_owned());
+        let source = Source {
+            config: Config::without_file(Scope::User),
+            file: None,
+        };
+        let agent = Rc::new(Agent::new(subtree.clone(), source, Some("wrong".into())));
+        let (_sources, watcher) = watch::open(subtree, Monitor::Inotify);
+        let connection = Connection {
+            agent: agent.clone(),
+            watcher: Rc::new(RefCell::new(watcher)),
+        };
+        let path = ControlGroupPath::from_wire("a").unwrap();
+        connection.look(&path);
+        let changed = agent.subscribe();
+        connection.look(&path);
+        assert!(!changed.has_changed().unwrap());
+        std::fs::create_dir(directory.path().join("a")).unwrap();
+        connection.look(&path);
+        assert!(changed.has_changed().unwrap());
     }
 }

@@ -78,6 +78,8 @@ pub struct State {
     pub ready: bool,
     /// How well control groups are noticed.
     pub watching: Watching,
+    /// Something was learnt of control groups, and nobody was woken for it yet: see [`Agent::wake_if_news`].
+    news: bool,
     source: Rc<Source>,
     /// The configuration that the helper holds, in this session.
     accepted: Option<Rc<Source>>,
@@ -103,6 +105,7 @@ impl State {
             announced: false,
             ready: false,
             watching: Watching::default(),
+            news: false,
             source: Rc::new(source),
             accepted: None,
             postponed: None,
@@ -383,7 +386,9 @@ pub enum Refused {
 impl Observer for State {
     fn added(&mut self, path: ControlGroupPath) -> ControlGroupPath {
         let (ledger, accepted) = (&mut self.ledger, self.accepted.is_some());
+        let news = &mut self.news;
         self.tree.take_in(path, &mut |path, element| {
+            *news = true;
             if path.as_bytes().is_empty() && accepted {
                 // The helper hangs everything on this one control group.
                 ledger.replace_all();
@@ -398,10 +403,12 @@ impl Observer for State {
         for path in &removed {
             self.ledger.renew(path);
         }
+        self.news |= !removed.is_empty();
         removed
     }
 
     fn lost_track(&mut self) {
+        self.news = true;
         self.ledger.replace_all();
     }
 }
@@ -451,6 +458,14 @@ impl Agent {
     pub fn wake(&self) {
         self.work.notify_one();
         self.tell();
+    }
+
+    /// The same, if anything was learnt of control groups since this was asked last.
+    pub fn wake_if_news(&self) {
+        let news = std::mem::take(&mut self.state_mut().news);
+        if news {
+            self.wake();
+        }
     }
 
     /// Tells everybody but the session that something has changed.

@@ -1,7 +1,9 @@
 //! Watches the control groups of a subtree, by what inotify or systemd tells of them.
 //!
 //! What they tell is only a hint that something has changed; what is there is looked up. A directory is
-//! watched first and listed then, so that what is made in between is seen twice rather than never.
+//! watched first and listed then, so that what is made in between is seen twice rather than never. At the start
+//! all that is there is listed first, since it waits for its verdict and not for its watch; and listed once more when
+//! it is watched.
 //! Where cgroupfs can't be read, systemd's word is all there is.
 //!
 //! Whatever is not watched, because inotify has no watches left or is not to be used, is looked at again
@@ -191,7 +193,8 @@ impl Watcher {
     /// Reports what is in the whole subtree, of which nothing is known yet, and leaves it to be watched later: what
     /// is there already waits for its verdict and not for its watch. What comes or was overlooked meanwhile is found
     /// when its parent is watched and listed, and so is what has gone: nobody tells of it, and if there is another one
-    /// at its path by then, which its inode says, that has no verdict yet.
+    /// at its path by then, which its inode says, that has no verdict yet. What has others in it is watched first: it is
+    /// there that service managers make more of them.
     fn discover(&mut self, observer: &mut dyn Observer) {
         self.open_eyes();
         if self.blind {
@@ -203,6 +206,7 @@ impl Watcher {
             return;
         }
         let mut stack = vec![(root, self.subtree.directory(&ControlGroupPath::root()))];
+        let mut empty = Vec::new();
         while let Some((path, directory)) = stack.pop() {
             let mut found = Vec::new();
             // Whoever watches it will say so.
@@ -213,15 +217,24 @@ impl Watcher {
             let nested = contains_more_than(&directory, found.len());
             for (child, _) in &found {
                 observer.added(child.clone());
-                if nested && let Some(name) = child.name() {
-                    stack.push((child.clone(), directory.join(OsStr::from_bytes(name))));
+                match child.name() {
+                    Some(name) if nested => {
+                        stack.push((child.clone(), directory.join(OsStr::from_bytes(name))));
+                    }
+                    _ => empty.push(child.clone()),
                 }
-                self.pending.push_back(child.clone());
             }
-            if !found.is_empty() && !self.is_watched(&path) {
+            if self.is_watched(&path) {
+                continue;
+            }
+            if found.is_empty() {
+                empty.push(path);
+            } else {
+                self.pending.push_back(path.clone());
                 self.noted.insert(path, found);
             }
         }
+        self.pending.extend(empty);
     }
 
     /// Looks at the whole subtree. What is gone is reported as well.

@@ -16,7 +16,7 @@ use crate::text::{chain, printable};
 
 /// How many directories are looked at before new events are read, so that a burst of new control
 /// groups does not keep the next one waiting.
-const LOOKS: usize = 32;
+pub(super) const LOOKS: usize = 32;
 
 /// How often everything is looked at while something is not watched: when nobody tells of it, and when
 /// systemd tells of units.
@@ -178,7 +178,7 @@ impl Sources {
                 () = self.alarm.goes_off(quiet.into_iter().chain(rescan).min()) => {}
                 // There may be another configuration, or the call may be over.
                 _ = changed.changed() => {}
-                () = tokio::task::yield_now(), if !idle => {}
+                () = std::future::ready(()), if !idle => {}
             }
             if agent.is_calling() && self.quiet(agent).is_some() {
                 continue;
@@ -188,7 +188,9 @@ impl Sources {
                 watcher.look_at_pending(LOOKS, &mut *agent.state_mut())
             };
             if looked {
-                agent.wake();
+                agent.wake_if_news();
+                // Others have their turn before more is looked at, whatever else there is to do here.
+                tokio::task::yield_now().await;
             }
         }
     }

@@ -1,11 +1,13 @@
 //! What changes at the start, between the steps of it.
 
+use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 
 use cgtproxy_proto::helper::SkipReason;
 use tempfile::TempDir;
 
+use super::run::LOOKS;
 use super::*;
 use crate::config::{self, Scope};
 use crate::state::{Agent, Source};
@@ -17,7 +19,7 @@ struct Start {
     agent: Agent,
     watcher: Watcher,
     /// Where the watches' events come from: they are not read.
-    _sources: Sources,
+    sources: Sources,
 }
 
 impl Start {
@@ -44,7 +46,7 @@ impl Start {
             root,
             agent,
             watcher,
-            _sources: sources,
+            sources,
         }
     }
 
@@ -192,4 +194,57 @@ async fn what_is_in_a_directory_that_was_made_again_is_not_in_force_by_what_was_
     );
     assert_eq!(start.said(&[]), ["a/drop-1"]);
     assert!(in_force(&start, "a/drop-1/c"));
+}
+
+/// Who tells the helper and who answers need not wait until everything is watched.
+#[tokio::test]
+async fn others_have_their_turn_between_what_is_watched() {
+    const COUNT: usize = 20 * LOOKS;
+    let paths: Vec<_> = (0..COUNT).map(|number| format!("a/{number}")).collect();
+    let paths: Vec<_> = paths.iter().map(String::as_str).collect();
+    let start = Start::with(&paths);
+    let (agent, watcher) = (start.agent, RefCell::new(start.watcher));
+    let mut turns = 0;
+    let others = async {
+        while !watcher.borrow().pending.is_empty() {
+            turns += 1;
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = start.sources.run(&watcher, &agent) => {}
+        () = others => {}
+    }
+    assert!(turns >= COUNT / LOOKS, "{turns} turns");
+}
+
+#[tokio::test]
+async fn nobody_is_woken_by_what_is_known() {
+    let mut start = Start::with(&["a/drop-1"]);
+    start.agent.wake_if_news();
+    let changed = start.agent.subscribe();
+    start.watch();
+    start.agent.wake_if_news();
+    assert!(!changed.has_changed().unwrap());
+    start.make_again("groups/a/drop-1");
+    let path = ControlGroupPath::from_wire("a/drop-1").unwrap();
+    start.watcher.look(&path, &mut *start.agent.state_mut());
+    start.agent.wake_if_news();
+    assert!(changed.has_changed().unwrap());
+}
+
+/// That is where service managers make others.
+#[tokio::test]
+async fn what_has_others_in_it_is_watched_first() {
+    let mut start = Start::with(&["a", "b/c", "b/d/e", "b/f", "g"]);
+    start.look_at(2);
+    let watched = |path| {
+        let path = ControlGroupPath::from_wire(path).unwrap();
+        start.watcher.is_watched(&path)
+    };
+    assert_eq!(
+        ["b", "b/d", "a", "g"].map(watched),
+        [true, true, false, false]
+    );
 }
