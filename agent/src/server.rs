@@ -229,7 +229,10 @@ fn judge(state: &State, path: &ControlGroupPath, name: &str, target: &str) -> Ve
         return Verdict::Never(Fault::new(wire_name(), "OtherTarget", parameters));
     }
     if state.in_force(path) {
-        return Verdict::InForce;
+        return match state.lacks_relay(has) {
+            Some(why) => Verdict::NotYet(why),
+            None => Verdict::InForce,
+        };
     }
     if let Link::Broken(why) = &state.link {
         return Verdict::NotYet(why.clone());

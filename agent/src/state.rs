@@ -10,8 +10,8 @@ use cgtproxy_proto::path::ControlGroupPath;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use crate::config::Config;
-use crate::policy::{Start, Tree};
+use crate::config::{Config, Means};
+use crate::policy::{Start, Target, Tree};
 use crate::relay::Relay;
 use crate::subtree::Subtree;
 use crate::sync::{Call, Handling, Ledger, length_of, too_many_control_groups};
@@ -207,6 +207,31 @@ impl State {
     #[must_use]
     pub fn awaits_relay(&self) -> bool {
         self.relay.is_awaited(&self.source.config)
+    }
+
+    /// Why what has this target is refused, though that is in the kernel: it is a proxy of the relay's, and it is not known
+    /// where that listens, or the helper is still to be told.
+    #[must_use]
+    pub fn lacks_relay(&self, target: &Target) -> Option<String> {
+        let Target::Proxy(name) = target else {
+            return None;
+        };
+        let mut proxies = self.source.config.proxies.iter();
+        let proxy = proxies.find(|proxy| proxy.name == *name)?;
+        if !matches!(proxy.means, Means::Relay { .. }) {
+            return None;
+        }
+        if let Some(problem) = &self.relay.problem {
+            return Some(problem.clone());
+        }
+        if self.relay.port(proxy) == 0 {
+            return Some("the relay has not said yet where it listens".to_owned());
+        }
+        let untold = self.ledger.is_replacing();
+        untold.then(|| {
+            let problem = self.problem();
+            problem.unwrap_or_else(|| "the helper does not know yet where the relay listens".into())
+        })
     }
 
     /// Whether the verdict of a control group is in the kernel.

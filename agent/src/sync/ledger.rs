@@ -181,6 +181,12 @@ impl Ledger {
         !self.replace && self.dirty.is_empty() && self.flight.is_none()
     }
 
+    /// Everything is still to be said, or being said.
+    #[must_use]
+    pub fn is_replacing(&self) -> bool {
+        self.replace || self.flight.as_ref().is_some_and(|flight| flight.replace)
+    }
+
     /// The next call, if there is something to say and no call is under way.
     pub fn next(&mut self, tree: &Tree) -> Option<Call> {
         if self.flight.is_some() {

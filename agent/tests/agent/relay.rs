@@ -3,10 +3,12 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::fake::{PATIENCE, fault};
+use crate::target::await_target;
 use crate::world::World;
 
 /// The port that the relay listens on for its first proxy.
@@ -64,6 +66,50 @@ impl Relay {
 
 fn config(host: &str) -> String {
     format!("version: 1\nproxies: {{there: {{upstream: 'socks5h://{host}:1080'}}}}\n")
+}
+
+/// Whoever waits for a proxy of the relay's waits until connections get there.
+#[test]
+fn a_proxy_is_in_force_when_the_helper_knows_where_it_is() {
+    let mut world = World::new(&config("one"));
+    let relay = Relay::start(&world);
+    world.helper.start();
+    let mut agent = world.agent();
+    relay.is_told();
+    let slice = "cgtproxy.slice/cgtproxy-there.slice";
+    world.make(&["cgtproxy.slice", slice]);
+    let path = format!("{}/{slice}", world.prefix);
+    world
+        .helper
+        .wait("the slice", |books| books.held.contains_key(slice));
+    let error = await_target(&agent, &path, "there").unwrap_err();
+    assert_eq!(error.0, "NotConnected");
+    let problem = error.1["problem"].as_str().unwrap();
+    assert!(problem.contains("the relay has not said"), "{problem}");
+    // Nor is it while the helper is being told.
+    world.helper.books().paused = true;
+    let calls = world.helper.books().calls.len();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            relay.answers.send(()).unwrap();
+            world
+                .helper
+                .wait("the call", |books| books.calls.len() > calls);
+            // Longer than it takes to answer at once.
+            std::thread::sleep(Duration::from_millis(50));
+            world.helper.resume();
+        });
+        assert_eq!(await_target(&agent, &path, "there"), Ok(()));
+        let books = world.helper.books();
+        assert_eq!(books.proxies[0].port, i64::from(PORT));
+    });
+    world.notified("READY=1");
+    // And when it is gone, as soon as it is told of something.
+    drop(relay.answers);
+    world.write(&config("two"));
+    agent.says("lost the relay");
+    let error = await_target(&agent, &path, "there").unwrap_err();
+    assert_eq!(error.0, "NotConnected");
 }
 
 #[test]

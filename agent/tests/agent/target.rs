@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::CONFIG;
 use crate::world::{Agent, World};
 
-fn await_target(agent: &Agent, path: &str, target: &str) -> Result<(), (String, Value)> {
+pub(crate) fn await_target(agent: &Agent, path: &str, target: &str) -> Result<(), (String, Value)> {
     let arguments = AwaitTarget_Args {
         controlGroup: path.into(),
         target: target.into(),
