@@ -27,7 +27,7 @@ use crate::notify;
 use crate::policy::Start;
 use crate::relay::Relay;
 use crate::state::{Agent, Link, Refused, Source};
-use crate::text::{chain, printable};
+use crate::text::{chain, count, printable};
 use crate::view;
 use crate::watch::inotify::Events;
 
@@ -327,7 +327,7 @@ impl Session<'_> {
             Refused::Again if repeated => {}
             Refused::Again => {
                 tracing::error!("{why}; trying again");
-                notify::status(&why);
+                say_problem(self.agent, &why);
             }
         }
         finish_reload(self.agent);
@@ -351,20 +351,20 @@ impl Session<'_> {
             return;
         }
         if settled {
-            if self.agent.state().reloading {
-                self.agent.state_mut().announced = false;
-            }
             announce(self.agent);
         } else if let Some(awaited) = awaited {
-            let mut state = self.agent.state_mut();
-            if state.link != Link::Broken(awaited.clone()) {
-                notify::status(&awaited);
+            let (known, logged) = {
+                let state = self.agent.state();
+                let known = state.link == Link::Broken(awaited.clone());
                 // What is wrong with a configuration was logged when it was read.
-                if state.awaited_configuration().is_none() {
+                (known, state.awaited_configuration().is_some())
+            };
+            if !known {
+                if !logged {
                     tracing::info!("{awaited}");
                 }
-                state.link = Link::Broken(awaited);
-                drop(state);
+                say_problem(self.agent, &awaited);
+                self.agent.state_mut().link = Link::Broken(awaited);
                 self.agent.tell();
             }
         }
@@ -411,18 +411,24 @@ async fn wait_for_news(agent: &Agent, back_off: Duration, source: &Rc<Source>) {
     }
 }
 
-/// Says once that all is in force.
+/// Tells the service manager why not all is in force. When it is, that is said again.
+fn say_problem(agent: &Agent, why: &str) {
+    notify::status(why);
+    agent.state_mut().announced = false;
+}
+
+/// Says once that all is in force, and at the end of each reload.
 fn announce(agent: &Agent) {
-    if agent.state().announced {
-        return;
-    }
     let text = {
         let mut state = agent.state_mut();
-        state.announced = true;
+        let reloaded = std::mem::take(&mut state.reloading);
+        if std::mem::replace(&mut state.announced, true) && !reloaded {
+            return;
+        }
         let without = state.ledger().shortage().map_or(0, |(count, ..)| count);
         let mapped = state.tree().cover().count().saturating_sub(without);
-        let count = state.tree().len();
-        format!("{count} control groups, {mapped} of them with a verdict of their own")
+        let all = count(state.tree().len(), "control group");
+        format!("{all}, {mapped} of them with a verdict of their own")
     };
     tracing::info!("the policy is in force: {text}");
     notify::status(&format!("In force: {text}"));

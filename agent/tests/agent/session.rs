@@ -172,6 +172,7 @@ fn says_again_what_was_refused() {
     agent.says("all packet marks");
     agent.says("the helper finds no control group user.slice");
     world.helper.wait_for(&[("drop-1", "drop")]);
+    world.notified("READY=1");
     // An update as well, and what comes meanwhile is not forgotten.
     let refused = fault("KernelRefused", json!({ "message": "no room" }));
     let faults = [refused.clone(), refused];
@@ -185,6 +186,15 @@ fn says_again_what_was_refused() {
     agent.wait("no problem", |status| {
         status.connected && status.problem.is_none()
     });
+    // Nor does the service manager go on saying so.
+    world.notified("STATUS=the kernel refused the policy: no room");
+    world.notified("STATUS=In force: 4 control groups");
+    // The control group of the user's service manager, without which there is nothing to hold a policy for.
+    world.remove(&["drop-1", "drop-2", "drop-3"]);
+    world.remove(&[""]);
+    world.notified("STATUS=waiting for the control group");
+    world.make(&[""]);
+    world.notified("STATUS=In force: 1 control group,");
 }
 
 #[test]
