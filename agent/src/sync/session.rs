@@ -16,7 +16,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::Fault;
 use inotify::{Inotify, WatchMask};
 use serde_json::Value;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Call;
@@ -41,9 +41,12 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 /// gone for the helper yet.
 const SUCCESSION: Duration = Duration::from_secs(2);
 
-/// How long the helper may take to remove the policy of an agent that ends. If it takes longer, the
-/// end of the connection will do.
+/// How long the helper may take to remove the policy of an agent that ends, or to come back to do so. If it takes
+/// longer, the policy stays for the grace, and then as the administrator's `on-agent-loss` says.
 const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How long an agent that ends waits before connecting again.
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// Why there can be no session.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +66,8 @@ enum End {
     Lost(String),
 }
 
-/// Keeps the helper in step until `stop` is cancelled; then removes the policy.
+/// Keeps the helper in step until `stop` is cancelled; then removes the policy, even if the helper is just restarting.
+/// `early` is a connection that is there already.
 ///
 /// # Errors
 /// If another agent of the user has the session when this one starts. One that comes later, while
@@ -89,7 +93,7 @@ pub async fn run(agent: &Agent, socket: &Path, stop: &CancellationToken) -> Resu
                 }
                 Err(error) => End::Lost(unreachable(socket, &error)),
             },
-            () = stop.cancelled() => End::Stopped,
+            () = stop.cancelled() => break,
         };
         let why = match end {
             End::Stopped => return Ok(()),
@@ -97,6 +101,7 @@ pub async fn run(agent: &Agent, socket: &Path, stop: &CancellationToken) -> Resu
                 return Err(Error::SessionExists);
             }
             End::SessionExists => Error::SessionExists.to_string(),
+            End::Lost(_) if stop.is_cancelled() => break,
             End::Lost(why) => why,
         };
         // Once, not at every attempt.
@@ -112,9 +117,66 @@ pub async fn run(agent: &Agent, socket: &Path, stop: &CancellationToken) -> Resu
         tokio::select! {
             () = sleep(back_off) => back_off = (back_off * 2).min(RECONNECT.1),
             () = arrived.next() => back_off = RECONNECT.0,
-            () = stop.cancelled() => return Ok(()),
+            () = stop.cancelled() => break,
         }
     }
+    if had_session {
+        remove_what_is_left(socket).await;
+    }
+    Ok(())
+}
+
+/// Removes the policy of a session that is over, for an agent that ends. The helper may come back in a moment.
+async fn remove_what_is_left(socket: &Path) {
+    let mut why = "the helper does not answer".to_owned();
+    let removing = async {
+        loop {
+            match Client::connect(socket).await {
+                Ok(mut client) => match take_over_and_remove(&mut client).await {
+                    Ok(()) => return Ok(()),
+                    // Another agent has taken it over.
+                    Err(CallError::Fault(fault)) if short_name(&fault) == "SessionExists" => {
+                        return Ok(());
+                    }
+                    Err(CallError::Fault(fault)) => return Err(refusal(&fault, false)),
+                    Err(error) => why = chain(&error),
+                },
+                Err(error) => why = unreachable(socket, &error),
+            }
+            sleep(AGAIN).await;
+        }
+    };
+    match timeout(FAREWELL, removing).await {
+        Ok(Ok(())) => {}
+        Ok(Err(why)) => say_that_it_stays(&why),
+        Err(_) => say_that_it_stays(&why),
+    }
+}
+
+/// What is kept of an earlier session can be removed by another one alone.
+async fn take_over_and_remove(client: &mut Client) -> Result<(), CallError> {
+    let nothing = wire::ReplacePolicy {
+        proxies: Vec::new(),
+        bypass: Vec::new(),
+        assignments: Vec::new(),
+        gateway: None,
+    };
+    let _: ReplacePolicy_Reply = client
+        .call("org.cgtproxy.Helper.ReplacePolicy", nothing)
+        .await?;
+    remove(client).await
+}
+
+async fn remove(client: &mut Client) -> Result<(), CallError> {
+    let call = client.call("org.cgtproxy.Helper.RemovePolicy", RemovePolicy_Args {});
+    call.await.map(|RemovePolicy_Reply {}| ())
+}
+
+/// Says of an agent's policy that it outlives the agent.
+fn say_that_it_stays(why: &str) {
+    tracing::warn!(
+        "the policy could not be removed: {why}; what becomes of it is up to 'on-agent-loss' in helper.yaml"
+    );
 }
 
 fn unreachable(socket: &Path, error: &io::Error) -> String {
@@ -178,10 +240,7 @@ impl Session<'_> {
                     () = self.agent.work() => continue,
                     () = until(postponed) => continue,
                     () = self.client.closed() => return lost(&CallError::Closed),
-                    () = stop.cancelled() => {
-                        self.remove_policy().await;
-                        return End::Stopped;
-                    }
+                    () = stop.cancelled() => return self.remove_policy().await,
                 }
             };
             tracing::trace!("telling the helper: {call:?}");
@@ -189,8 +248,11 @@ impl Session<'_> {
             let answer = tokio::select! {
                 answer = send(&mut self.client, &call, &source.config, &relay) => answer,
                 // The connection is of no use in the middle of a call. The helper ends the session
-                // with it, and does what it was asked before.
-                () = async { stop.cancelled().await; sleep(FAREWELL).await } => return End::Stopped,
+                // with it, and may have done by then what it was asked.
+                () = async { stop.cancelled().await; sleep(FAREWELL).await } => {
+                    say_that_it_stays("the helper does not answer");
+                    return End::Stopped;
+                }
             };
             drop(calling);
             match answer {
@@ -215,10 +277,7 @@ impl Session<'_> {
                     tokio::select! {
                         () = wait_for_news(self.agent, back_off, &source) => {}
                         () = self.client.closed() => return lost(&CallError::Closed),
-                        () = stop.cancelled() => {
-                            self.remove_policy().await;
-                            return End::Stopped;
-                        }
+                        () = stop.cancelled() => return self.remove_policy().await,
                     }
                     back_off = (back_off * 2).min(RETRY.1);
                 }
@@ -270,12 +329,8 @@ impl Session<'_> {
 
     /// Deals with a refusal; returns the session's end if it is one.
     fn refused(&mut self, call: &Call, source: &Rc<Source>, fault: &Fault) -> Option<End> {
-        let short = fault
-            .name
-            .strip_prefix("org.cgtproxy.Helper.")
-            .unwrap_or(&fault.name);
-        let closed = source.config.rules.start == Start::Closed;
-        let why = sentence(short, fault, closed);
+        let short = short_name(fault);
+        let why = refusal(fault, source.config.rules.start == Start::Closed);
         match short {
             "SessionExists" => return Some(End::SessionExists),
             // The helper closes the connection after these.
@@ -371,19 +426,18 @@ impl Session<'_> {
         finish_reload(self.agent);
     }
 
-    async fn remove_policy(&mut self) {
+    /// Ends what this session has established. What an earlier one has left is not this one's to remove.
+    async fn remove_policy(&mut self) -> End {
         if !self.established {
-            return;
+            return End::Lost("stopped before the helper took anything".to_owned());
         }
-        let call = self.client.call::<_, RemovePolicy_Reply>(
-            "org.cgtproxy.Helper.RemovePolicy",
-            RemovePolicy_Args {},
-        );
-        match tokio::time::timeout(FAREWELL, call).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => tracing::warn!("the helper did not remove the policy: {error}"),
-            Err(_) => tracing::warn!("the helper does not answer; it removes the policy later"),
+        match timeout(FAREWELL, remove(&mut self.client)).await {
+            Ok(Ok(())) => return End::Stopped,
+            Ok(Err(CallError::Fault(fault))) => say_that_it_stays(&refusal(&fault, false)),
+            Ok(Err(error)) => return lost(&error),
+            Err(_) => say_that_it_stays("the helper does not answer"),
         }
+        End::Stopped
     }
 }
 
@@ -518,8 +572,14 @@ pub fn too_many_control_groups(limit: impl Display, closed: bool) -> String {
     }
 }
 
-/// An error of the helper for a person.
-fn sentence(name: &str, fault: &Fault, closed: bool) -> String {
+/// An error's name without the helper's interface.
+fn short_name(fault: &Fault) -> &str {
+    let name = fault.name.strip_prefix("org.cgtproxy.Helper.");
+    name.unwrap_or(&fault.name)
+}
+
+/// An error of the helper for a person. `closed`: the configuration says `start: closed`.
+fn refusal(fault: &Fault, closed: bool) -> String {
     let number = |field: &str| {
         let value = fault.parameters.get(field).and_then(Value::as_i64);
         value.map_or_else(|| "so many".to_owned(), |n| n.to_string())
@@ -528,7 +588,7 @@ fn sentence(name: &str, fault: &Fault, closed: bool) -> String {
         let value = fault.parameters.get(field).and_then(Value::as_str);
         printable(value.unwrap_or_default())
     };
-    match name {
+    match short_name(fault) {
         "NoUserManager" => format!(
             "the helper finds no control group {}: is there a user manager, and is the control \
              group root the same for both?",

@@ -127,6 +127,49 @@ fn removes_its_policy_in_the_end() {
 }
 
 #[test]
+fn leaves_nothing_when_it_is_stopped_between_two_sessions() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    world.helper.stop();
+    agent.wait("the loss", |status| !status.connected);
+    agent.signal(Signal::TERM);
+    world.notified("STOPPING=1");
+    world.helper.start();
+    assert_eq!(agent.process.wait().unwrap().code(), Some(0));
+    let calls = world.helper.books().calls.clone();
+    assert_eq!(calls, ["ReplacePolicy", "RemovePolicy"]);
+    assert!(world.helper.books().proxies.is_empty());
+}
+
+#[test]
+fn says_that_its_policy_stays_if_it_can_not_remove_it() {
+    // No helper is there any more, or it does not answer.
+    for silent in [false, true] {
+        let mut world = World::new(CONFIG);
+        world.make(&["drop-1"]);
+        world.helper.start();
+        let mut agent = world.agent();
+        world.helper.wait_for(&[("drop-1", "drop")]);
+        if silent {
+            world.helper.books().paused = true;
+            world.make(&["drop-2"]);
+            world
+                .helper
+                .wait("the call", |books| books.calls.len() == 2);
+        } else {
+            world.helper.stop();
+            agent.wait("the loss", |status| !status.connected);
+        }
+        agent.signal(Signal::TERM);
+        agent.says("<4>the policy could not be removed");
+        assert_eq!(agent.process.wait().unwrap().code(), Some(0));
+    }
+}
+
+#[test]
 fn a_second_agent_does_not_start() {
     let mut world = World::new(CONFIG);
     world.helper.start();
