@@ -128,6 +128,10 @@ pub struct Watcher {
     groups: BTreeMap<ControlGroupPath, Known>,
     /// Those that should be watched and are not.
     unwatched: BTreeSet<ControlGroupPath>,
+    /// Why, the last time.
+    unwatched_why: String,
+    /// Those that this user may not look into, as was said. Nobody waits for that to change.
+    closed: BTreeSet<ControlGroupPath>,
     /// Those of which it is not known what is in them.
     unlisted: BTreeSet<ControlGroupPath>,
     /// Why, the last time.
@@ -156,6 +160,8 @@ impl Watcher {
             watches: None,
             groups: BTreeMap::new(),
             unwatched: BTreeSet::new(),
+            unwatched_why: String::new(),
+            closed: BTreeSet::new(),
             unlisted: BTreeSet::new(),
             unlisted_why: String::new(),
             blind: false,
@@ -188,6 +194,7 @@ impl Watcher {
     pub fn forget_what_was_said(&mut self) {
         self.said_exhausted = false;
         self.said_unlisted = false;
+        self.closed.clear();
     }
 
     /// Reports what is in the whole subtree, of which nothing is known yet, and leaves it to be watched later: what
@@ -548,23 +555,44 @@ impl Watcher {
         };
         match error.raw_os_error().map(Errno::from_raw_os_error) {
             Some(Errno::NOENT | Errno::NOTDIR) => return Err(Vanished),
-            Some(Errno::NOSPC) if self.said_exhausted => {}
-            Some(Errno::NOSPC) => {
-                self.said_exhausted = true;
-                tracing::warn!(
-                    "inotify has no watches left for '{}': raise fs.inotify.max_user_watches with \
-                     sysctl; until then control groups are looked at every now and then",
-                    printable(&self.subtree.to_wire(path)),
-                );
+            Some(Errno::ACCESS) => {
+                self.unwatched.remove(path);
+                self.say_closed(path, &error);
+                return Ok(None);
             }
-            _ if self.unwatched.contains(path) => {}
+            Some(Errno::NOSPC) => {
+                "inotify has no watches left (fs.inotify.max_user_watches)"
+                    .clone_into(&mut self.unwatched_why);
+                if !std::mem::replace(&mut self.said_exhausted, true) {
+                    tracing::warn!(
+                        "inotify has no watches left for '{}': raise fs.inotify.max_user_watches with \
+                         sysctl; until then control groups are looked at every now and then",
+                        printable(&self.subtree.to_wire(path)),
+                    );
+                }
+            }
             _ => {
-                let name = printable(&self.subtree.to_wire(path));
-                tracing::warn!("can't watch '{name}': {}", chain(&error));
+                self.unwatched_why = format!("control groups can't be watched ({})", chain(&error));
+                if !self.unwatched.contains(path) {
+                    let name = printable(&self.subtree.to_wire(path));
+                    tracing::warn!("can't watch '{name}': {}", chain(&error));
+                }
             }
         }
         self.unwatched.insert(path.clone());
         Ok(None)
+    }
+
+    /// This user may not look into a control group, as into those that a container's users have for themselves. That is
+    /// said once: to look again and again would change nothing.
+    fn say_closed(&mut self, path: &ControlGroupPath, error: &io::Error) {
+        if self.closed.insert(path.clone()) {
+            let name = printable(&self.subtree.to_wire(path));
+            tracing::info!(
+                "can't look into '{name}': {}; what is in it has its verdict",
+                chain(error)
+            );
+        }
     }
 
     /// Adds the control groups in one to `found`. Returns whether it is known what is in it.
@@ -580,6 +608,11 @@ impl Watcher {
             Ok(()) => {
                 self.unlisted.remove(path);
                 self.noted.remove(path)
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                self.unlisted.remove(path);
+                self.say_closed(path, error);
+                None
             }
             Err(error) => {
                 self.unlisted_why = chain(error);
@@ -657,6 +690,7 @@ impl Watcher {
     fn forget(&mut self, path: &ControlGroupPath) {
         self.unwatched.remove(path);
         self.unlisted.remove(path);
+        self.closed.remove(path);
         self.noted.remove(path);
         if let Some(Known {
             watch: Some(watch), ..

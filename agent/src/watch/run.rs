@@ -408,8 +408,7 @@ impl Sources {
                 problems.push(format!("inotify can't be used ({})", self.unusable));
             }
             if !watcher.unwatched.is_empty() {
-                problems
-                    .push("inotify has no watches left (fs.inotify.max_user_watches)".to_owned());
+                problems.push(watcher.unwatched_why.clone());
             }
             if !watcher.unlisted.is_empty() {
                 problems.push(format!(

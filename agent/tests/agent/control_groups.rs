@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::fs::Permissions;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Duration;
@@ -297,4 +298,32 @@ fn remove_tree(directory: &std::path::Path) {
         }
     }
     let _ = std::fs::remove_dir(directory);
+}
+
+/// As those of other users in a container are, which nobody else can look into.
+#[test]
+fn one_that_may_not_be_read_is_no_reason_to_look_again_and_again() {
+    let mut world = World::new(CONFIG);
+    world.make(&["closed", "closed/drop-1", "drop-2"]);
+    let closed = world.subtree.join("closed");
+    let mode = |mode| std::fs::set_permissions(&closed, Permissions::from_mode(mode)).unwrap();
+    mode(0);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.helper.wait_for(&[("drop-2", "drop")]);
+    agent.says("can't look into '/user.slice");
+    // Those that come later as well.
+    world.make(&["late"]);
+    let status = agent.wait("late", |status| status.controlGroups.len() == 4);
+    assert_eq!(status.monitorProblem, None);
+    assert_eq!(status.monitors, Some(vec!["inotify".into()]));
+    assert_eq!(agent.count("can't look into"), 1);
+    // It is looked at again by whoever is told to, and is still known when it goes.
+    mode(0o700);
+    agent.signal(Signal::HUP);
+    world
+        .helper
+        .wait_for(&[("drop-2", "drop"), ("closed/drop-1", "drop")]);
+    world.remove(&["closed/drop-1", "closed"]);
+    world.helper.wait_for(&[("drop-2", "drop")]);
 }
