@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is a failed test")]
 
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
@@ -38,13 +41,23 @@ fn who_may_not_remove_anything_is_told_so() {
 
 #[test]
 fn the_journal_learns_how_bad_it_is() {
-    let output = Command::new(env!("CARGO_BIN_EXE_cgtproxy-helper"))
+    let (mut reader, journal) = std::io::pipe().unwrap();
+    let file = File::from(OwnedFd::from(journal.try_clone().unwrap()));
+    let metadata = file.metadata().unwrap();
+    drop(file);
+    let status = Command::new(env!("CARGO_BIN_EXE_cgtproxy-helper"))
         .args(["--config", "/nonexistent/helper.yaml"])
         .env_remove("LISTEN_FDS")
-        .env("JOURNAL_STREAM", "1:1")
-        .output()
+        .env(
+            "JOURNAL_STREAM",
+            format!("{}:{}", metadata.dev(), metadata.ino()),
+        )
+        .stderr(journal)
+        .status()
         .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
+    let mut said = String::new();
+    reader.read_to_string(&mut said).unwrap();
+    assert!(!status.success());
     assert!(
         said.starts_with("<3>can't read '/nonexistent/helper.yaml': "),
         "{said}"

@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal, Write as _};
+use std::os::fd::AsFd;
 
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
@@ -43,7 +44,10 @@ pub fn init(variables: &[&str]) {
             Some(value) if !value.is_empty() => Style::Plain,
             _ => Style::Colour,
         }
-    } else if std::env::var_os("JOURNAL_STREAM").is_some() {
+    } else if is_journal(
+        std::env::var("JOURNAL_STREAM").ok().as_deref(),
+        io::stderr(),
+    ) {
         Style::Journal
     } else {
         Style::Plain
@@ -56,6 +60,16 @@ pub fn init(variables: &[&str]) {
     };
     // It fails only if there is one already, which is as good.
     let _ = tracing::subscriber::set_global_default(subscriber);
+}
+
+/// Whether a file is what the journal reads, by the variable that says which one that is, as `DEVICE:INODE`. It is
+/// inherited by programs whose standard error has been redirected: systemd.exec(5).
+fn is_journal(stream: Option<&str>, file: impl AsFd) -> bool {
+    let Some((device, inode)) = stream.and_then(|stream| stream.split_once(':')) else {
+        return false;
+    };
+    rustix::fs::fstat(file)
+        .is_ok_and(|stat| device.parse() == Ok(stat.st_dev) && inode.parse() == Ok(stat.st_ino))
 }
 
 impl<W: Fn(&str) + Send + Sync + 'static> Subscriber for Lines<W> {
@@ -153,5 +167,19 @@ mod tests {
             written(Style::Plain, LevelFilter::WARN, log),
             "warning: refused: two\\u{a}lines uid=1000\n"
         );
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "asks the system")]
+    fn the_journal_is_known_by_its_stream() {
+        let (_, journal) = io::pipe().unwrap();
+        let (_, other) = io::pipe().unwrap();
+        let stat = rustix::fs::fstat(&journal).unwrap();
+        let stream = format!("{}:{}", stat.st_dev, stat.st_ino);
+        assert!(is_journal(Some(&stream), &journal));
+        assert!(!is_journal(Some(&stream), &other));
+        for stream in [None, Some(""), Some("1:1"), Some("x:y")] {
+            assert!(!is_journal(stream, &journal), "{stream:?}");
+        }
     }
 }

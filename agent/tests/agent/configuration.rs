@@ -355,7 +355,7 @@ fn a_file_that_the_user_names_must_be_there() {
     let (code, _, said) = crate::world::output(command);
     assert_eq!(
         (code, said.as_str()),
-        (Some(1), "<3>there is no file /nonexistent/c.yaml\n")
+        (Some(1), "error: there is no file /nonexistent/c.yaml\n")
     );
 }
 

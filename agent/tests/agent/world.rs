@@ -128,6 +128,7 @@ impl World {
             .env("XDG_RUNTIME_DIR", self.path().join("run"))
             .env("CGTPROXY_SOCKET", self.path().join("helper.sock"))
             .env("NOTIFY_SOCKET", self.path().join("notify"))
+            // As in a shell of a terminal that runs as a unit, whose standard error is another one.
             .env("JOURNAL_STREAM", "1:1")
             .env("CGTPROXY_LOG", "debug")
             .env("CGROUPS", &self.cgroups)
@@ -150,13 +151,17 @@ impl World {
     }
 
     fn spawn(&self, mut command: Command) -> Agent {
-        let mut process = command
-            .stderr(Stdio::piped())
+        let (stderr, journal) = std::io::pipe().unwrap();
+        let stat = rustix::fs::fstat(&journal).unwrap();
+        let process = command
+            .env("JOURNAL_STREAM", format!("{}:{}", stat.st_dev, stat.st_ino))
+            .stderr(journal)
             .process_group(0)
             .spawn()
             .unwrap();
+        // Its end is the agent's alone.
+        drop(command);
         let (sender, log) = channel();
-        let stderr = process.stderr.take().unwrap();
         thread::spawn(move || {
             for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
                 let line = String::from_utf8_lossy(&line).into_owned();
