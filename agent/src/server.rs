@@ -134,12 +134,16 @@ impl Connection {
     fn explain(&self, name: &str) -> Result<Explain_Reply, Fault> {
         let found = self.find(name);
         let state = self.agent.state();
-        found
-            .and_then(|path| view::control_group(&state, &path))
-            .map(|group| Explain_Reply {
-                controlGroup: group,
-            })
-            .ok_or_else(|| not_found(name))
+        let group = found.and_then(|path| view::control_group(&state, &path));
+        let group = group.ok_or_else(|| not_found(name))?;
+        let source = state.source();
+        let rule = view::rule(&source.config, &group);
+        let file = source.file.as_ref().filter(|_| rule.is_some());
+        Ok(Explain_Reply {
+            config: file.map(|file| file.to_string_lossy().into()),
+            rule,
+            controlGroup: group,
+        })
     }
 
     /// A control group by its path, from the control group root or the subtree's, or its unit.

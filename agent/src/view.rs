@@ -5,7 +5,7 @@ use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::path::ControlGroupPath;
 
 use crate::config::{Config, Means};
-use crate::policy::{Choice, Origin, unit_name};
+use crate::policy::{self, Choice, Origin, unit_name};
 use crate::relay::Relay;
 use crate::state::State;
 use crate::subtree::Subtree;
@@ -134,11 +134,20 @@ pub fn targets(config: &Config, relay: &Relay, groups: &[ControlGroup]) -> Vec<T
 /// The rules of a configuration, in their order.
 #[must_use]
 pub fn rules(config: &Config) -> Vec<Rule> {
-    let rules = config.rules.rules.iter();
-    rules
-        .map(|rule| Rule {
-            selector: rule.selector.to_string(),
-            target: rule.target.name().to_owned(),
-        })
-        .collect()
+    config.rules.rules.iter().map(shown).collect()
+}
+
+/// The rule of a configuration that gives a control group its verdict, if one does.
+#[must_use]
+pub fn rule(config: &Config, group: &ControlGroup) -> Option<Rule> {
+    let index = usize::try_from(group.rule?).ok()?.checked_sub(1)?;
+    config.rules.rules.get(index).map(shown)
+}
+
+fn shown(rule: &policy::Rule) -> Rule {
+    Rule {
+        selector: rule.selector.to_string(),
+        target: rule.target.name().to_owned(),
+        line: i64::try_from(rule.line).ok(),
+    }
 }

@@ -859,6 +859,7 @@ fn status_and_explain_tell_what_is_so_and_why() {
                 format!(
                     "{base}/app.slice/app-any.scope\n  goes through 'mihomo'\n  \
                      No rule matches it; it inherits from {base}/app.slice, which rule 3 matches.\n  \
+                     rule 3 (match: /app\\.slice$), /run/home/1001/.config/cgtproxy/config.yaml:8\n  \
                      The kernel holds this verdict.\n"
                 ),
                 "{what}"

@@ -3,10 +3,10 @@
 use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
-
+use std::path::Path;
 use std::process::ExitCode;
 
-use cgtproxy_proto::agent::{ControlGroup, Explain_Args, Explain_Reply};
+use cgtproxy_proto::agent::{Explain_Args, Explain_Reply};
 use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::path::ControlGroupPath;
 use serde_json::json;
@@ -33,7 +33,7 @@ enum Subject {
 pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<ExitCode, Error> {
     let subtree = super::own_subtree(arguments)?;
     let subject = subject(&subtree, what.as_bytes())?;
-    let (group, running) = match Agent::connect(arguments.scope()) {
+    let (reply, running) = match Agent::connect(arguments.scope()) {
         Ok(mut agent) => (ask(&mut agent, &subtree, &subject)?, true),
         Err(Error::NotRunning | Error::SystemNotRunning) => {
             (compute(arguments, &subtree, &subject)?, false)
@@ -48,13 +48,15 @@ pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<Exi
     if json {
         let value = json!({
             "agentRunning": running,
-            "controlGroup": group,
+            "controlGroup": reply.controlGroup,
+            "rule": reply.rule,
+            "config": reply.config,
             "systemPolicy": system_policy,
         });
         serde_json::to_writer_pretty(&mut out, &value).map_err(io::Error::from)?;
         writeln!(out)?;
     } else {
-        let text = sentences(&group, running, system_policy == Some(true));
+        let text = sentences(&reply, running, system_policy == Some(true));
         out.write_all(text.as_bytes())?;
     }
     out.flush()?;
@@ -78,12 +80,11 @@ fn subject(subtree: &Subtree, what: &[u8]) -> Result<Subject, Error> {
             .ok_or_else(|| Error::NotFound(format!("process {pid} is in no control group of v2")));
     }
     if what.starts_with(b"/") {
-        let root = subtree.root().as_os_str().as_bytes();
-        let path = match what.strip_prefix(root) {
-            Some(rest) if rest.starts_with(b"/") => rest,
-            _ => what,
-        };
-        return Ok(Subject::Absolute(path.to_vec()));
+        let path = Path::new(OsStr::from_bytes(what));
+        return Ok(Subject::Absolute(match path.strip_prefix(subtree.root()) {
+            Ok(below) => [b"/", below.as_os_str().as_bytes()].concat(),
+            Err(_) => what.to_vec(),
+        }));
     }
     Ok(Subject::Name(what.to_vec()))
 }
@@ -100,7 +101,7 @@ fn relative(subtree: &Subtree, absolute: &[u8]) -> Result<ControlGroupPath, Erro
 }
 
 /// Asks the running agent.
-fn ask(agent: &mut Agent, subtree: &Subtree, subject: &Subject) -> Result<ControlGroup, Error> {
+fn ask(agent: &mut Agent, subtree: &Subtree, subject: &Subject) -> Result<Explain_Reply, Error> {
     let name = match subject {
         Subject::Absolute(path) => subtree.to_wire(&relative(subtree, path)?),
         Subject::Name(name) => named(name)?.to_wire(),
@@ -108,14 +109,13 @@ fn ask(agent: &mut Agent, subtree: &Subtree, subject: &Subject) -> Result<Contro
     let arguments = Explain_Args {
         controlGroup: name.clone(),
     };
-    match agent.call::<_, Explain_Reply>("Explain", arguments) {
-        Ok(reply) => Ok(reply.controlGroup),
+    match agent.call("Explain", arguments) {
         Err(Error::Call(CallError::Fault(fault)))
             if fault.name == "org.cgtproxy.Agent.ControlGroupNotFound" =>
         {
             Err(unknown(&name))
         }
-        Err(error) => Err(error),
+        answer => answer,
     }
 }
 
@@ -124,15 +124,22 @@ fn compute(
     arguments: &Arguments,
     subtree: &Subtree,
     subject: &Subject,
-) -> Result<ControlGroup, Error> {
-    let config = super::config(arguments)?;
+) -> Result<Explain_Reply, Error> {
+    let (config, file) = super::config(arguments)?;
     let path = match subject {
         Subject::Absolute(path) => relative(subtree, path)?,
         Subject::Name(name) => find(subtree, name)?,
     };
     let given = config.rules.explain(&subtree.prefix(), &path);
     let given = given.as_ref().map(|(choice, giver)| (giver, choice));
-    Ok(view::judged(subtree, &path, given))
+    let group = view::judged(subtree, &path, given);
+    let rule = view::rule(&config, &group);
+    let file = file.filter(|_| rule.is_some());
+    Ok(Explain_Reply {
+        config: file.map(|file| file.to_string_lossy().into_owned()),
+        rule,
+        controlGroup: group,
+    })
 }
 
 /// Finds a path or a unit on disk.
@@ -156,8 +163,23 @@ fn unknown(name: &str) -> Error {
     Error::NotFound(format!("there is no control group or unit '{name}'"))
 }
 
+/// What the rule says, and where it stands, as far as the agent tells that: a line, or nothing.
+fn rule(reply: &Explain_Reply) -> String {
+    let (Some(number), Some(rule)) = (reply.controlGroup.rule, &reply.rule) else {
+        return String::new();
+    };
+    let rule_and_selector = format!("rule {number} ({})", printable(&rule.selector));
+    match (&reply.config, rule.line) {
+        (Some(file), Some(line)) => {
+            format!("  {rule_and_selector}, {}:{line}\n", printable(file))
+        }
+        _ => format!("  {rule_and_selector}\n"),
+    }
+}
+
 /// `system_policy`: root has a policy for the machine as well.
-fn sentences(group: &ControlGroup, running: bool, system_policy: bool) -> String {
+fn sentences(reply: &Explain_Reply, running: bool, system_policy: bool) -> String {
+    let group = &reply.controlGroup;
     let is_relay = group.relay == Some(true);
     let undecided = group.rule.is_none() && !group.execSlice && !is_relay;
     if system_policy && undecided {
@@ -207,7 +229,8 @@ fn sentences(group: &ControlGroup, running: bool, system_policy: bool) -> String
         }
         false => "",
     };
-    format!("{path}\n  {what}\n  {why}\n  {force}\n{system}")
+    let rule = rule(reply);
+    format!("{path}\n  {what}\n  {why}\n{rule}  {force}\n{system}")
 }
 
 #[cfg(test)]
@@ -222,28 +245,41 @@ mod tests {
             ("/sys/fs/cgroup/user.slice/x", absolute("/user.slice/x")),
             ("/user.slice/x", absolute("/user.slice/x")),
             ("/sys/fs/cgroups", absolute("/sys/fs/cgroups")),
+            ("/sys/fs/cgroup/user.slice/x/", absolute("/user.slice/x")),
+            ("/sys/fs/cgroup", absolute("/")),
+            ("/sys/fs/cgroup/", absolute("/")),
             ("a.scope", Subject::Name(b"a.scope".to_vec())),
         ];
-        for (what, meant) in cases {
-            assert_eq!(
-                super::subject(&subtree, what.as_bytes()).unwrap(),
-                meant,
-                "{what}"
-            );
+        // However it is written.
+        let slash = Subtree::of_user("/sys/fs//cgroup/".into(), 5).unwrap();
+        for (what, meant) in &cases {
+            for subtree in [&subtree, &slash] {
+                let subject = super::subject(subtree, what.as_bytes()).unwrap();
+                assert_eq!(subject, *meant, "{what}");
+            }
         }
+        let machine = Subtree::of_machine("/".into());
+        assert_eq!(
+            super::subject(&machine, b"/user.slice").unwrap(),
+            absolute("/user.slice")
+        );
         assert!(super::subject(&subtree, b"4294967295").is_err());
     }
 
     #[test]
     fn says_why_the_helper_passed_it_over() {
         let subtree = Subtree::of_user("/sys/fs/cgroup".into(), 5).unwrap();
-        let mut group = view::judged(&subtree, &ControlGroupPath::root(), None);
+        let mut reply = Explain_Reply {
+            controlGroup: view::judged(&subtree, &ControlGroupPath::root(), None),
+            rule: None,
+            config: None,
+        };
         for (reason, said) in [
             ("tooDeep", "(it is nested deeper than any rule looks)"),
             ("later\x1b", "(later\\u{1b})"),
         ] {
-            group.skipped = Some(reason.into());
-            let text = sentences(&group, true, false);
+            reply.controlGroup.skipped = Some(reason.into());
+            let text = sentences(&reply, true, false);
             assert!(text.contains(said), "{text}");
         }
     }

@@ -248,12 +248,14 @@ fn config_file(arguments: &Arguments) -> Result<ConfigFile, Error> {
     })
 }
 
-/// What the configuration file means; without one at the usual place, what holds then.
-fn config(arguments: &Arguments) -> Result<Config, Error> {
+/// What the configuration file means, and where it is; without one at the usual place, what holds then.
+fn config(arguments: &Arguments) -> Result<(Config, Option<PathBuf>), Error> {
     let file = config_file(arguments)?;
     match config::load(&file.path, file.scope) {
-        Ok(loaded) => Ok(loaded.config),
-        Err(LoadError::Missing(_)) if !file.explicit => Ok(Config::without_file(file.scope)),
+        Ok(loaded) => Ok((loaded.config, Some(file.path))),
+        Err(LoadError::Missing(_)) if !file.explicit => {
+            Ok((Config::without_file(file.scope), None))
+        }
         Err(error) => Err(error.into()),
     }
 }

@@ -171,6 +171,8 @@ pub struct Rule {
     pub target: Target,
     /// Users' own policies don't change it. In the system's configuration only.
     pub enforce: bool,
+    /// The line of the file that it begins in, counted from 1.
+    pub line: u64,
 }
 
 /// All that decides about verdicts.

@@ -255,6 +255,7 @@ mod tests {
                     selector: Selector::Match(Pattern::new(pattern).unwrap()),
                     target: target.clone(),
                     enforce: false,
+                    line: 1,
                 })
                 .collect(),
         })
@@ -356,6 +357,7 @@ mod tests {
                         selector: Selector::Match(Pattern::new(&pattern).ok()?),
                         target: target(number),
                         enforce: !users && number >= 5,
+                        line: 1,
                     }))
                     .collect(),
             })

@@ -174,6 +174,7 @@ fn any_rules(users: bool) -> impl Strategy<Value = Rc<Rules>> {
             selector,
             target,
             enforce,
+            line: 1,
         }),
         0..4,
     );

@@ -22,6 +22,7 @@ fn rules() -> Rc<Rules> {
         selector: Selector::Match(Pattern::new(pattern).unwrap()),
         target: target.clone(),
         enforce: false,
+        line: 1,
     };
     let rules = [
         ("/app-firefox-[0-9]+\\.scope$", &proxy),

@@ -90,8 +90,9 @@ fn status_and_explain_show_what_is_in_force() {
     let on_disk = world.subtree.join("app.slice/a.scope");
     let meant = format!(
         "{scope}\n  goes through 'p'\n  No rule matches it; it inherits from {}/app.slice, which rule 3 \
-         matches.\n  The kernel holds this verdict.\n",
-        world.prefix
+         matches.\n  rule 3 (match: /app\\.slice$), {}:9\n  The kernel holds this verdict.\n",
+        world.prefix,
+        world.config.display()
     );
     for name in [
         "a.scope",
@@ -119,6 +120,7 @@ fn status_and_explain_show_what_is_in_force() {
     let explained: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(explained["agentRunning"], true);
     assert_eq!(explained["controlGroup"]["rule"], 3);
+    assert_eq!(explained["rule"]["line"], 9);
     for (name, said) in [
         (
             "nothing.scope",

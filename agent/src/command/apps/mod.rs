@@ -92,7 +92,7 @@ fn ask(agent: &mut Agent, subtree: &Subtree) -> Result<Verdicts, Error> {
 
 /// What the configuration means for the control groups that there are.
 fn compute(arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> {
-    let config = super::config(arguments)?;
+    let (config, _) = super::config(arguments)?;
     let judged = |path: ControlGroupPath| {
         let given = config.rules.explain(&subtree.prefix(), &path);
         let given = given.as_ref().map(|(choice, giver)| (giver, choice));

@@ -112,6 +112,7 @@ impl Reader<'_> {
                 selector: selector?,
                 target: target.clone()?,
                 enforce,
+                line: node.place.line,
             }),
             [] => {
                 self.error(node.place, "this rule has no target").help =

@@ -17,6 +17,7 @@ fn tree() -> Tree {
         selector: Selector::Match(Pattern::new(pattern).unwrap()),
         target,
         enforce: false,
+        line: 1,
     };
     let rules = Rules {
         start: Start::Open,
