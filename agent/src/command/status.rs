@@ -92,7 +92,15 @@ fn print_relay(out: &mut impl Write, status: Result<&RelayStatus, &String>) -> i
 }
 
 fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
-    let problem = status.problem.as_deref().map(printable);
+    let mut problem = status.problem.as_deref();
+    // What is wrong with the configuration is said below, where that is.
+    if let (Some(text), Some(error)) = (problem, &status.configError)
+        && let Some(text) = text.strip_suffix(error.as_str())
+        && let Some(text) = text.strip_suffix(": ")
+    {
+        problem = Some(text);
+    }
+    let problem = problem.map(printable);
     match (status.connected, problem) {
         (true, None) => writeln!(out, "Helper:         connected")?,
         (true, Some(problem)) => writeln!(out, "Helper:         connected, but {problem}")?,
@@ -233,6 +241,15 @@ mod tests {
              mihomo  rule 1              yes       /a\\u{1b}[2J\n\
              mihomo  rule 1 (inherited)  yes       /a/b\n"
         );
+        status.connected = false;
+        status.configError = Some("c.yaml:1:1: error: wrong".into());
+        status.problem = Some("waiting for it to be mended: c.yaml:1:1: error: wrong".into());
+        let text = shown(&status);
+        assert!(
+            text.starts_with("Helper:         not connected: waiting for it to be mended\n"),
+            "{text}"
+        );
+        assert_eq!(text.matches("c.yaml:1:1").count(), 1, "{text}");
         status.targets.clear();
         status.controlGroups[0].skipped = Some("notOwned".into());
         let text = shown(&status);

@@ -92,6 +92,9 @@ pub enum InvalidUpstream {
          with '%' and two digits for characters that mean something else"
     )]
     Credentials,
+    /// Something in user or password would end them.
+    #[error("in a user or a password '/' is written '%2F', '?' is '%3F' and '#' is '%23'")]
+    Unescaped,
     /// There is something after the port.
     #[error("nothing may follow the port")]
     Path,
@@ -110,8 +113,11 @@ impl std::str::FromStr for Upstream {
             _ => return Err(InvalidUpstream::Scheme),
         };
         let authority = rest.strip_suffix('/').unwrap_or(rest);
-        if authority.contains(['/', '?', '#']) {
-            return Err(InvalidUpstream::Path);
+        if let Some((_, after)) = authority.split_once(['/', '?', '#']) {
+            return Err(match after.contains('@') {
+                true => InvalidUpstream::Unescaped,
+                false => InvalidUpstream::Path,
+            });
         }
         let (credentials, address) = match authority.rsplit_once('@') {
             Some((credentials, address)) => (Some(self::credentials(credentials)?), address),
@@ -139,6 +145,10 @@ impl std::str::FromStr for Upstream {
             return Err(InvalidUpstream::Host);
         }
         let port = match port {
+            // Nor has it a sign.
+            Some(port) if !port.bytes().all(|b| b.is_ascii_digit()) => {
+                return Err(InvalidUpstream::Port);
+            }
             Some(port) => port.parse().map_err(|_| InvalidUpstream::Port)?,
             None => NonZeroU16::new(scheme.port()).ok_or(InvalidUpstream::Port)?,
         };
@@ -222,7 +232,11 @@ mod tests {
             ("socks5://h:0", InvalidUpstream::Port),
             ("socks5://h:65536", InvalidUpstream::Port),
             ("socks5://::1", InvalidUpstream::Host),
+            ("socks5://h:+80", InvalidUpstream::Port),
+            ("socks5://h:", InvalidUpstream::Port),
             ("http://h:1/path", InvalidUpstream::Path),
+            ("http://me:a/b@h:1", InvalidUpstream::Unescaped),
+            ("http://me#:a@h:1/", InvalidUpstream::Unescaped),
             ("http://me@h:1", InvalidUpstream::Credentials),
             ("http://me:@h:1", InvalidUpstream::Credentials),
             ("http://me:%4@h:1", InvalidUpstream::Credentials),

@@ -181,7 +181,14 @@ async fn enter(target: &str, name: &str, pid: u32, wait: bool) -> Result<(), Err
     check_name(target)?;
     let session_bus = std::env::var("DBUS_SESSION_BUS_ADDRESS").ok();
     let addresses = Address::all(session_bus.as_deref(), &runtime_directory());
-    Scope::new(target, name, pid).enter(&addresses, pid).await?;
+    let entered = Scope::new(target, name, pid).enter(&addresses, pid).await;
+    match entered {
+        // Whoever is root is so in another user's session, most often.
+        Err(ScopeError::NoManager(_)) if rustix::process::getuid().is_root() => {
+            return Err(AgentError::Root.into());
+        }
+        entered => entered?,
+    }
     if let Some(mut agent) = agent {
         let control_group =
             control_group_of(pid).map_err(|source| Error::ControlGroup { pid, source })?;

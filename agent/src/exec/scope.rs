@@ -30,9 +30,11 @@ pub enum Error {
         /// What systemd said.
         answer: zbus::Error,
     },
-    /// It made the scope, but could not move this process into it.
-    #[error("systemd could not move this process into {scope}: the job ended as '{result}'")]
+    /// It made the scope, but could not move the process into it.
+    #[error("systemd could not move process {pid} into {scope}: the job ended as '{result}'")]
     Failed {
+        /// The process.
+        pid: u32,
         /// The scope's name.
         scope: String,
         /// How systemd calls the outcome.
@@ -101,6 +103,7 @@ async fn start(manager: &Manager, scope: &Scope, pid: u32) -> Result<(), Error> 
             return match result {
                 "done" => Ok(()),
                 _ => Err(Error::Failed {
+                    pid,
                     scope: scope.name.clone(),
                     result: result.to_owned(),
                 }),

@@ -300,8 +300,17 @@ fn no_wait_does_without_the_agent_but_not_without_the_slice() {
     assert_eq!(slice, "cgtproxy-mihomo.slice");
 
     std::fs::remove_file(session.directory.path().join("bus")).unwrap();
-    let output = session.run(["--no-wait", "mihomo", "echo", "ran"]);
+    session.release = None;
+    let run = |user| {
+        let arguments = ["--no-wait", "mihomo", "echo", "ran"];
+        let mut command = session.wrapped("unshare", ["--user", user], arguments);
+        command.output().unwrap()
+    };
+    let output = run("--map-user=1000");
     assert_refused(&output, 125, &["systemd user manager", "/nonexistent"]);
+    // Root most often is so in another user's session.
+    let output = run("--map-root-user");
+    assert_refused(&output, 125, &["as a user", "cgtproxy-exec TARGET sudo"]);
 }
 
 #[test]
@@ -398,7 +407,7 @@ fn a_scope_that_does_not_start_is_reported() {
         ..Behaviour::default()
     });
     let output = session.run(["mihomo", "echo", "ran"]);
-    assert_refused(&output, 125, &["could not move this process", "'failed'"]);
+    assert_refused(&output, 125, &["could not move process", "'failed'"]);
 }
 
 #[test]

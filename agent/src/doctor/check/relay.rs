@@ -63,7 +63,7 @@ fn down(upstream: &UpstreamStatus) -> Option<Finding> {
                 printable(problem)
             ),
         )
-        .effect("Connections to it are reset, if it says nothing after a minute at most; none goes direct.")
+        .effect("Connections to it are reset, after a minute at most if it says nothing; none goes direct.")
         .advice(
             "start it, or correct 'upstream' in the configuration; the next connection finds out",
         ),
