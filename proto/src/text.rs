@@ -35,13 +35,36 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 pub fn count(number: usize, what: &str) -> String {
     match number {
         1 => format!("1 {what}"),
-        number => format!("{number} {what}s"),
+        number => format!("{number} {}", plural(what)),
+    }
+}
+
+fn plural(what: &str) -> String {
+    match what.strip_suffix('y') {
+        Some(stem) if !stem.ends_with(['a', 'e', 'o', 'u']) => format!("{stem}ies"),
+        _ if what.ends_with('s') => format!("{what}es"),
+        _ => format!("{what}s"),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::printable;
+    use super::{count, printable};
+
+    #[test]
+    fn counts_as_english_does() {
+        let counted = [
+            (1, "proxy"),
+            (0, "proxy"),
+            (2, "process"),
+            (3, "control group"),
+        ];
+        assert_eq!(
+            counted.map(|(number, what)| count(number, what)),
+            ["1 proxy", "0 proxies", "2 processes", "3 control groups"]
+        );
+        assert_eq!(count(2, "key"), "2 keys");
+    }
 
     #[test]
     fn a_terminal_gets_no_orders() {

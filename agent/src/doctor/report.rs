@@ -5,7 +5,7 @@ use std::fmt::{self, Write as _};
 use serde_json::{Value, json};
 
 use super::{Group, Severity};
-use crate::text::printable;
+use crate::text::{self, printable};
 
 /// How many findings of that severity there are.
 #[must_use]
@@ -99,8 +99,7 @@ pub fn render(out: &mut impl fmt::Write, groups: &[Group], colours: bool) -> fmt
         let number = count(groups, severity);
         if number > 0 {
             let separator = if total.is_empty() { "" } else { ", " };
-            let plural = if number == 1 { "" } else { "s" };
-            write!(total, "{separator}{number} {name}{plural}")?;
+            write!(total, "{separator}{}", text::count(number, name))?;
         }
     }
     let unseen: usize = groups.iter().map(|group| group.unseen.len()).sum();

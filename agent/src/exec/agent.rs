@@ -91,6 +91,17 @@ impl From<ConnectError> for Error {
     }
 }
 
+/// The targets there are.
+#[derive(Debug)]
+pub(crate) struct Targets {
+    /// All their names.
+    pub(crate) known: Vec<String>,
+    /// Why they are not in force, if they are not.
+    pub(crate) problem: Option<String>,
+    /// The file on disk is wrong: those in force are an older one's, or there are none of a file's yet.
+    pub(crate) config_is_wrong: bool,
+}
+
 /// What is asked of the user's agent.
 #[derive(Debug)]
 pub(crate) struct Agent(Connection);
@@ -101,8 +112,8 @@ impl Agent {
         Ok(Self(Connection::open(socket).await?))
     }
 
-    /// All names of targets, why they are not in force if they are not, and whether they are not those of the file.
-    pub(crate) async fn targets(&mut self) -> Result<(Vec<String>, Option<String>, bool), Error> {
+    /// What the agent says of targets.
+    pub(crate) async fn targets(&mut self) -> Result<Targets, Error> {
         let call = self.0.call("GetStatus", GetStatus_Args {});
         let status: GetStatus_Reply = timeout_at(Instant::now() + PATIENCE, call)
             .await
@@ -114,18 +125,25 @@ impl Agent {
             true => None,
             false => Some(status.problem.unwrap_or_else(|| "not yet".to_owned())),
         };
-        Ok((known, problem, status.configError.is_some()))
+        Ok(Targets {
+            known,
+            problem,
+            config_is_wrong: status.configError.is_some(),
+        })
     }
 
     /// Fails unless the agent has a target of this name, in force.
     pub(crate) async fn check_target(&mut self, name: &str) -> Result<(), Error> {
         let deadline = Instant::now() + HELPER_PATIENCE;
         loop {
-            let (known, problem, unconfigured) = self.targets().await?;
+            let Targets {
+                known,
+                problem,
+                config_is_wrong,
+            } = self.targets().await?;
             // A wrong name is wrong with or without a helper, and the more useful thing to hear.
-            let known_or_to_come =
-                known.iter().any(|known| known == name) || unconfigured && problem.is_some();
-            if !known_or_to_come {
+            let to_come = config_is_wrong && problem.is_some();
+            if !to_come && !known.iter().any(|known| known == name) {
                 let name = name.to_owned();
                 return Err(Error::UnknownTarget { name, known });
             }

@@ -159,10 +159,8 @@ fn run(options: Options) -> Result<(), Error> {
 
 /// Prints all targets.
 async fn list() -> Result<(), Error> {
-    let (mut targets, ..) = Agent::connect(default_socket(config::Scope::User))
-        .await?
-        .targets()
-        .await?;
+    let mut agent = Agent::connect(default_socket(config::Scope::User)).await?;
+    let mut targets = agent.targets().await?.known;
     targets.push(String::new());
     let lines = targets.join("\n");
     io::stdout()

@@ -17,7 +17,7 @@ use super::table::{dash, table};
 use crate::cli::Arguments;
 use crate::policy::{Subject, application_ids, unit_name};
 use crate::subtree::Subtree;
-use crate::text::printable;
+use crate::text::{count, printable};
 use crate::view;
 use shared::Shared;
 
@@ -110,11 +110,6 @@ fn compute(arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> 
 
 /// The units that have processes, and control groups in them that have another verdict.
 fn running(subtree: &Subtree, verdicts: &Verdicts) -> Vec<Running> {
-    let targets: BTreeMap<&ControlGroupPath, &str> = verdicts
-        .groups
-        .iter()
-        .map(|(path, group)| (path, group.target.as_str()))
-        .collect();
     let mut found: BTreeMap<ControlGroupPath, Running> = BTreeMap::new();
     let groups: BTreeMap<&ControlGroupPath, &ControlGroup> =
         verdicts.groups.iter().map(|(p, g)| (p, g)).collect();
@@ -129,7 +124,7 @@ fn running(subtree: &Subtree, verdicts: &Verdicts) -> Vec<Running> {
             unit = unit.parent().unwrap_or_default();
         }
         let (shown, group) = match groups.get(&unit) {
-            Some(of_unit) if targets.get(&unit) == Some(&group.target.as_str()) => (unit, *of_unit),
+            Some(of_unit) if of_unit.target == group.target => (unit, *of_unit),
             _ => (path.clone(), group),
         };
         let entry = found.entry(shown.clone()).or_insert_with(|| Running {
@@ -230,10 +225,10 @@ fn print(
     }
     let others = running.len() - shown.len();
     if others > 0 {
-        let units = if others == 1 { "unit" } else { "units" };
+        let others = count(others, "other unit");
         writeln!(
             out,
-            "\n{others} other {units}, of no application: 'cgtproxy-agent apps --all' shows them."
+            "\n{others}, of no application: 'cgtproxy-agent apps --all' shows them."
         )?;
     }
     shared::print(out, shared)

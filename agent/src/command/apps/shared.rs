@@ -92,8 +92,7 @@ fn beside(subtree: &Subtree) -> Vec<(String, BTreeSet<String>)> {
     let mut sessions: Vec<_> = entries
         .filter_map(|entry| {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let executables = processes::executables(&entry.path());
-            is_session(&name).then_some((name, executables))
+            is_session(&name).then(|| (name, processes::executables(&entry.path())))
         })
         .collect();
     sessions.sort();

@@ -21,10 +21,7 @@ pub(super) fn check(facts: &Facts) -> Group {
     if let Some(listeners) = group.see("who listens where", &facts.listeners) {
         group.summary = match servers.len() {
             0 => "no tproxies or redirects in the configuration".to_owned(),
-            number => format!(
-                "{} ready",
-                count(number, "proxy").replace("proxys", "proxies")
-            ),
+            number => format!("{} ready", count(number, "proxy")),
         };
         for (proxy, port) in servers {
             group.found(one(facts, proxy, port, listeners));

@@ -25,10 +25,7 @@ pub(super) fn check(facts: &Facts) -> Group {
         }
         Some(Ok(status)) => status,
     };
-    group.summary = format!(
-        "runs, {}",
-        count(status.upstreams.len(), "proxy").replace("proxys", "proxies")
-    );
+    group.summary = format!("runs, {}", count(status.upstreams.len(), "proxy"));
     if status.version != facts.version {
         group.found([Finding::warning(
             "relay-version",

@@ -10,9 +10,11 @@ use cgtproxy_proto::helper::{
     self as wire, Diagnose_Args, Diagnose_Reply, GetStatus_Args, GetStatus_Reply,
 };
 use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
 use super::{Agent, ConfigFile, Dns, Helper, Proxy, Server};
 use crate::config::{self, LoadError};
+use crate::connection::{ConnectError, Connection};
 use crate::doctor::Look;
 use crate::reload::ConfigFile as Source;
 use crate::text::chain;
@@ -33,7 +35,7 @@ async fn call<T: DeserializeOwned>(
     method: String,
     arguments: impl serde::Serialize,
 ) -> Answer<T> {
-    match tokio::time::timeout(PATIENCE, client.call(&method, arguments)).await {
+    match timeout(PATIENCE, client.call(&method, arguments)).await {
         Err(_) => Answer::Timeout,
         Ok(Err(error)) => Answer::Failed(error),
         Ok(Ok(answer)) => Answer::Reply(answer),
@@ -41,7 +43,7 @@ async fn call<T: DeserializeOwned>(
 }
 
 async fn connect(path: &Path) -> Result<Client, Answer<()>> {
-    match tokio::time::timeout(PATIENCE, Client::connect(path)).await {
+    match timeout(PATIENCE, Client::connect(path)).await {
         Err(_) => Err(Answer::Timeout),
         Ok(Err(error)) => Err(Answer::Io(error)),
         Ok(Ok(client)) => Ok(client),
@@ -104,25 +106,17 @@ async fn ask_status(socket: &Path) -> Result<(Client, GetStatus_Reply), Helper> 
 
 /// Asks the agent for its state.
 pub async fn ask_agent(socket: &Path) -> Agent {
-    let mut client = match connect(socket).await {
-        Ok(client) => client,
-        Err(Answer::Io(error))
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            return Agent::NotRunning;
-        }
-        Err(Answer::Io(error)) => return Agent::Unreachable(chain(&error)),
+    let mut connection = match timeout(PATIENCE, Connection::open(socket.to_owned())).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(ConnectError::NotRunning)) => return Agent::NotRunning,
+        Ok(Err(ConnectError::Failed { source, .. })) => return Agent::Unreachable(chain(&source)),
         Err(_) => return Agent::Unreachable(no_answer()),
     };
-    let method = format!("{}.GetStatus", cgtproxy_proto::agent::INTERFACE);
-    match call::<AgentStatus>(&mut client, method, AgentArgs {}).await {
-        Answer::Reply(status) => Agent::Answers(Box::new(status)),
-        Answer::Failed(error) => Agent::Unreachable(chain(&error)),
-        Answer::Io(error) => Agent::Unreachable(chain(&error)),
-        Answer::Timeout => Agent::Unreachable(no_answer()),
+    let call = connection.call::<_, AgentStatus>("GetStatus", AgentArgs {});
+    match timeout(PATIENCE, call).await {
+        Ok(Ok(status)) => Agent::Answers(Box::new(status)),
+        Ok(Err(error)) => Agent::Unreachable(chain(&error)),
+        Err(_) => Agent::Unreachable(no_answer()),
     }
 }
 
