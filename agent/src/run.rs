@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use cgtproxy_proto::client::Client;
 use cgtproxy_proto::scheduling;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::LocalSet;
@@ -78,6 +79,8 @@ async fn serve(options: Options) -> Result<(), Error> {
     let mut hand_over = signal(SignalKind::user_defined1()).map_err(Error::Start)?;
     let hangup = signal(SignalKind::hangup()).map_err(Error::Start)?;
 
+    // One that its socket starts has the time until there is something to say.
+    let helper = Client::connect(&options.helper).await.ok();
     let (loader, source, config_error) = Loader::start(options.config)?;
     if config_error.is_some() {
         tracing::error!(
@@ -103,7 +106,7 @@ async fn serve(options: Options) -> Result<(), Error> {
     sources.start(&watcher, &agent).await?;
 
     let stop = CancellationToken::new();
-    let session = sync::run(&agent, &options.helper, &stop);
+    let session = sync::run(&agent, &options.helper, helper, &stop);
     tokio::pin!(session);
     let served = async {
         match &socket {

@@ -72,15 +72,27 @@ enum End {
 /// # Errors
 /// If another agent of the user has the session when this one starts. One that comes later, while
 /// the helper is away, is waited out.
-pub async fn run(agent: &Agent, socket: &Path, stop: &CancellationToken) -> Result<(), Error> {
+pub async fn run(
+    agent: &Agent,
+    socket: &Path,
+    mut early: Option<Client>,
+    stop: &CancellationToken,
+) -> Result<(), Error> {
     let started = Instant::now();
     let mut had_session = false;
     let mut back_off = RECONNECT.0;
     let mut arrival = None;
     let mut said = String::new();
     loop {
+        let early = early.take();
+        let connecting = async {
+            match early {
+                Some(client) => Ok(client),
+                None => Client::connect(socket).await,
+            }
+        };
         let end = tokio::select! {
-            connected = Client::connect(socket) => match connected {
+            connected = connecting => match connected {
                 Ok(client) => {
                     let mut session = Session { agent, client, established: false };
                     let end = session.run(stop).await;
