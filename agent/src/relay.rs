@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Duration;
 
 use cgtproxy_proto::client::{CallError, Client};
@@ -15,7 +16,7 @@ use cgtproxy_proto::relay::{
 use tokio::time::{sleep, timeout};
 
 use crate::config::{Config, Means, Network, Proxy, Scheme};
-use crate::state::Agent;
+use crate::state::{Agent, Source};
 use crate::systemd::runtime_directory;
 use crate::text::{chain, printable};
 
@@ -89,11 +90,14 @@ pub async fn run(agent: &Agent, socket: &Path) {
     let mut changes = agent.subscribe();
     let mut back_off = RECONNECT.0;
     loop {
+        let basis = Basis::of(agent);
         let wanted = wanted(agent);
         if wanted.upstreams.is_empty() {
             settle(agent, Relay::default());
-            if changes.changed().await.is_err() {
-                return;
+            while Basis::of(agent) == basis {
+                if changes.changed().await.is_err() {
+                    return;
+                }
             }
             continue;
         }
@@ -153,14 +157,19 @@ async fn converse(
                 problem: None,
             },
         );
+        let mut basis = None;
         loop {
-            let now = wanted(agent);
-            if now.upstreams.is_empty() {
-                return (None, configured);
-            }
-            if now != told {
-                told = now;
-                break;
+            let now = Basis::of(agent);
+            if basis.as_ref() != Some(&now) {
+                basis = Some(now);
+                let now = wanted(agent);
+                if now.upstreams.is_empty() {
+                    return (None, configured);
+                }
+                if now != told {
+                    told = now;
+                    break;
+                }
             }
             tokio::select! {
                 changed = changes.changed() => {
@@ -192,6 +201,32 @@ fn settle(agent: &Agent, relay: Relay) {
         }
     }
     agent.wake();
+}
+
+/// What decides what the relay is to do, beside what it has said itself. Nearly all changes are of something else.
+struct Basis {
+    source: Rc<Source>,
+    accepted: Option<Rc<Source>>,
+}
+
+impl Basis {
+    fn of(agent: &Agent) -> Self {
+        let state = agent.state();
+        Self {
+            source: state.source().clone(),
+            accepted: state.accepted().cloned(),
+        }
+    }
+}
+
+impl PartialEq for Basis {
+    fn eq(&self, other: &Self) -> bool {
+        let accepted = match (&self.accepted, &other.accepted) {
+            (Some(a), Some(b)) => Rc::ptr_eq(a, b),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        accepted && Rc::ptr_eq(&self.source, &other.source)
+    }
 }
 
 /// What the relay is to do.

@@ -156,8 +156,10 @@ impl State {
     #[must_use]
     pub fn awaited(&self) -> Option<String> {
         self.awaited_configuration().or_else(|| {
-            let root = self.subtree.to_wire(&ControlGroupPath::root());
-            (!self.has_root()).then(|| format!("waiting for the control group {root}"))
+            (!self.has_root()).then(|| {
+                let root = self.subtree.to_wire(&ControlGroupPath::root());
+                format!("waiting for the control group {root}")
+            })
         })
     }
 

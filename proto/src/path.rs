@@ -1,6 +1,6 @@
 //! Paths of control groups, and how they travel in messages.
 
-use std::borrow::Cow;
+use std::borrow::{Borrow, Cow};
 use std::ffi::OsStr;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
@@ -51,6 +51,13 @@ pub enum InvalidPath {
     /// A `%` without two hexadecimal digits after it.
     #[error("a '%' in the path is not followed by two hexadecimal digits")]
     Escape,
+}
+
+/// In a map, a path is found by its bytes too, such as [`ControlGroupPath::split_last`] has them.
+impl Borrow<[u8]> for ControlGroupPath {
+    fn borrow(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 impl ControlGroupPath {

@@ -28,14 +28,16 @@ impl Selector {
     #[must_use]
     pub fn matches(&self, group: &Subject) -> bool {
         match self {
-            Self::Match(pattern) => pattern.matches(group.path()),
+            Self::Match(pattern) => pattern.matches_either(group.path(), group.lossy()),
             Self::App(names) => group
                 .applications()
                 .iter()
                 .any(|id| names.matches(id.as_bytes())),
             // Whoever wrote the name down as they saw it in the control groups means it too.
             Self::Unit(names) | Self::Slice(names) => group.units().any(|control_group| {
-                names.matches(unit_name(control_group)) || names.matches(control_group)
+                let unit = unit_name(control_group);
+                names.matches(unit)
+                    || unit.len() != control_group.len() && names.matches(control_group)
             }),
         }
     }
@@ -165,15 +167,18 @@ impl Pattern {
     }
 
     /// Whether it matches somewhere in `path`.
-    #[must_use]
-    pub fn matches(&self, path: &[u8]) -> bool {
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn matches(&self, path: &[u8]) -> bool {
+        self.matches_either(path, super::subject::lossy(path).as_deref())
+    }
+
+    /// Whether it matches somewhere in `path`, or in what that is with characters in the place of bytes that are not
+    /// UTF-8, if it has any.
+    fn matches_either(&self, path: &[u8], lossy: Option<&str>) -> bool {
         // A byte that is not UTF-8 counts as one unknown character, as in RE2: '.' matches it.
         // Otherwise a file name with such a byte would slip by a rule that ends in '.*$'.
         self.automaton.matches(path)
-            || match String::from_utf8_lossy(path) {
-                Cow::Borrowed(_) => false,
-                Cow::Owned(lossy) => self.automaton.matches(lossy.as_bytes()),
-            }
+            || lossy.is_some_and(|lossy| self.automaton.matches(lossy.as_bytes()))
     }
 }
 

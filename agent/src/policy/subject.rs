@@ -1,5 +1,6 @@
 //! A control group as rules see it.
 
+use std::borrow::Cow;
 use std::cell::OnceCell;
 
 use cgtproxy_proto::path::ControlGroupPath;
@@ -14,6 +15,8 @@ pub struct Subject {
     below: usize,
     /// Taken apart once, whatever the number of rules.
     applications: OnceCell<Vec<String>>,
+    /// See [`Self::lossy`].
+    lossy: OnceCell<Option<String>>,
 }
 
 impl Subject {
@@ -25,6 +28,7 @@ impl Subject {
             path: absolute(prefix, path),
             below: prefix.len(),
             applications: OnceCell::new(),
+            lossy: OnceCell::new(),
         }
     }
 
@@ -32,6 +36,12 @@ impl Subject {
     #[must_use]
     pub fn path(&self) -> &[u8] {
         &self.path
+    }
+
+    /// The path with characters in the place of bytes that are not UTF-8; none if there are no such bytes.
+    #[must_use]
+    pub fn lossy(&self) -> Option<&str> {
+        self.lossy.get_or_init(|| lossy(&self.path)).as_deref()
     }
 
     /// The units below the subtree's root that it is in, from the outermost: slices, and in the innermost
@@ -60,6 +70,14 @@ impl Subject {
     pub fn applications(&self) -> &[String] {
         self.applications
             .get_or_init(|| self.units().flat_map(application_ids).collect())
+    }
+}
+
+/// A path with U+FFFD in the place of bytes that are not UTF-8; none if there are no such bytes.
+pub(super) fn lossy(path: &[u8]) -> Option<String> {
+    match String::from_utf8_lossy(path) {
+        Cow::Borrowed(_) => None,
+        Cow::Owned(lossy) => Some(lossy),
     }
 }
 

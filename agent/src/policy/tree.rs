@@ -145,19 +145,16 @@ impl Tree {
         if let Some((path, _)) = self.groups.get_key_value(&path) {
             return path.clone();
         }
-        let parent = path.parent();
+        let parent = path.split_last().map(|(parent, _)| parent);
         let group = loop {
-            let above = match &parent {
-                None => None,
-                Some(parent) => match self.groups.get(parent) {
-                    Some(above) => Some(above),
-                    None => {
-                        self.take_in(parent.clone(), new);
-                        continue;
-                    }
-                },
-            };
-            break judge(&self.rules, &self.prefix, &path, above);
+            let above = parent.map(|parent| self.groups.get(parent));
+            if let Some(None) = above
+                && let Some(parent) = path.parent()
+            {
+                self.take_in(parent, new);
+                continue;
+            }
+            break judge(&self.rules, &self.prefix, &path, above.flatten());
         };
         new(&path, group.mapped);
         self.groups.insert(path.clone(), group);
@@ -199,7 +196,8 @@ impl Tree {
     pub fn replace_rules(&mut self, rules: Rc<Rules>) {
         self.rules = rules;
         for (path, _) in std::mem::take(&mut self.groups) {
-            let above = path.parent().and_then(|parent| self.groups.get(&parent));
+            let parent = path.split_last().map(|(parent, _)| parent);
+            let above = parent.and_then(|parent| self.groups.get(parent));
             let group = judge(&self.rules, &self.prefix, &path, above);
             self.groups.insert(path, group);
         }

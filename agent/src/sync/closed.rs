@@ -56,7 +56,7 @@ impl Kernel {
             Call::Replace(assign) => assign.len(),
             Call::Update { assign, remove } => {
                 let new = assign.iter().filter(|(path, _)| !self.0.contains_key(path));
-                let gone = remove.iter().filter(|path| self.0.contains_key(path));
+                let gone = remove.iter().filter(|path| self.0.contains_key(*path));
                 self.0.len() + new.count() - gone.count()
             }
         };
@@ -247,7 +247,7 @@ impl Agent {
         let gone: Vec<_> = self
             .tree
             .iter()
-            .filter(|(path, _)| !disk.contains_key(path))
+            .filter(|(path, _)| !disk.contains_key(*path))
             .map(|(path, _)| path.clone())
             .collect();
         for path in gone {

@@ -244,7 +244,12 @@ impl Session<'_> {
                 state.try_postponed();
                 let source = state.source().clone();
                 let call = state.next_call();
-                (call, source, state.relay.clone(), state.postponed_until())
+                // Only a whole policy says where the relay listens.
+                let relay = match call {
+                    Some(Call::Replace(_)) => state.relay.clone(),
+                    _ => Relay::default(),
+                };
+                (call, source, relay, state.postponed_until())
             };
             let Some(call) = call else {
                 self.settled();

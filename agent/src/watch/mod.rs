@@ -203,7 +203,6 @@ impl Watcher {
     /// at its path by then, which its inode says, that has no verdict yet. What has others in it is watched first: it is
     /// there that service managers make more of them.
     fn discover(&mut self, observer: &mut dyn Observer) {
-        self.open_eyes();
         if self.blind {
             return;
         }
@@ -312,12 +311,12 @@ impl Watcher {
     /// The path, or the highest control group above it that is not known.
     fn first_unknown(&self, path: &ControlGroupPath) -> ControlGroupPath {
         let mut first = path.clone();
-        let mut at = path.parent();
-        while let Some(path) = at {
-            at = path.parent();
-            if !self.groups.contains_key(&path) {
-                first = path;
-            }
+        // Those above one that is known are known.
+        while let Some((parent, _)) = first.split_last()
+            && !self.groups.contains_key(parent)
+            && let Some(parent) = first.parent()
+        {
+            first = parent;
         }
         first
     }
@@ -352,11 +351,11 @@ impl Watcher {
     /// component of a path in cgroupfs, and there are eight in the usual one. Those that come next are often in
     /// the same directory.
     fn go_beside(&mut self, path: &ControlGroupPath) {
-        let parent = path.parent();
-        if parent != self.here {
+        let parent = path.split_last().map(|(parent, _)| parent);
+        if parent != self.here.as_ref().map(ControlGroupPath::as_bytes) {
             // The control group root may have been given relative to it.
             self.go_home();
-            self.here = parent.filter(|parent| {
+            self.here = path.parent().filter(|parent| {
                 let directory = self.subtree.directory(parent);
                 self.home.is_some() && std::env::set_current_dir(directory).is_ok()
             });
@@ -376,8 +375,8 @@ impl Watcher {
 
     /// A control group's directory: its name, where that is enough.
     fn directory(&self, path: &ControlGroupPath) -> PathBuf {
-        match (path.name(), &self.here) {
-            (Some(name), Some(here)) if path.parent().as_ref() == Some(here) => {
+        match (path.split_last(), &self.here) {
+            (Some((parent, name)), Some(here)) if parent == here.as_bytes() => {
                 Path::new(OsStr::from_bytes(name)).to_owned()
             }
             _ => self.subtree.directory(path),

@@ -26,13 +26,13 @@ impl Reader<'_> {
             return Vec::new();
         };
         let mut rules: Vec<Rule> = Vec::new();
-        let mut reached: Vec<(Place, usize, Rule)> = Vec::new();
+        let mut numbers: Vec<usize> = Vec::new();
         for (item, number) in items.iter().zip(1usize..) {
             let Some(rule) = self.rule(item, proxies, used, scope) else {
                 continue;
             };
-            self.warn_if_unreachable(item.place, &rule, &reached);
-            reached.push((item.place, number, rule.clone()));
+            self.warn_if_unreachable(item.place, &rule, numbers.iter().zip(&rules));
+            numbers.push(number);
             rules.push(rule);
         }
         rules
@@ -49,12 +49,18 @@ impl Reader<'_> {
         }
     }
 
-    fn warn_if_unreachable(&mut self, place: Place, rule: &Rule, earlier: &[(Place, usize, Rule)]) {
-        let hider = earlier.iter().find_map(|(place, number, other)| {
+    /// `earlier`: the rules before this one, with their numbers.
+    fn warn_if_unreachable<'r>(
+        &mut self,
+        place: Place,
+        rule: &Rule,
+        mut earlier: impl Iterator<Item = (&'r usize, &'r Rule)>,
+    ) {
+        let hider = earlier.find_map(|(number, other)| {
             if other.selector.is_catch_all() {
-                Some((place.line, number, "matches everything"))
+                Some((other.line, number, "matches everything"))
             } else if other.selector.covers(&rule.selector) {
-                Some((place.line, number, "matches the same"))
+                Some((other.line, number, "matches the same"))
             } else {
                 None
             }

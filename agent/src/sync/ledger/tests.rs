@@ -372,7 +372,7 @@ impl Helper {
                 let new = assign
                     .iter()
                     .filter(|(path, _)| !self.held.contains_key(path));
-                let gone = remove.iter().filter(|path| self.held.contains_key(path));
+                let gone = remove.iter().filter(|path| self.held.contains_key(*path));
                 self.held.len() + new.count() - gone.count()
             }
         };
