@@ -335,7 +335,7 @@ impl<K: Kernel> Session<K> {
 
     fn subtree(&self, state: &State<K>) -> Result<Subtree, Error> {
         let before = state.registry().policy(self.peer.uid());
-        let before = before.map(|(layout, ..)| layout.subtree);
+        let before = before.map(|policy| policy.layout.subtree);
         let subtree = state.root.subtree_again(&self.peer, before);
         subtree.map_err(|why| match why {
             Unavailable::Later => state::Error::Later.into(),

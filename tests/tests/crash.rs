@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use cgtproxy_helper::cgroup::Root;
 use cgtproxy_helper::config::Config;
 use cgtproxy_helper::kernel::Linux;
-use cgtproxy_helper::nft::{Bypass, Delivery, Exceptions, Nftables, Verdict};
+use cgtproxy_helper::nft::{Bypass, Delivery, Exceptions, Fakes, Nftables, Verdict};
 use cgtproxy_helper::peer::Peer;
 use cgtproxy_helper::registry::{PolicyRequest, ProxyRequest};
 use cgtproxy_helper::route::Routing;
@@ -497,6 +497,7 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
                     name: name.parse().expect("a name"),
                     delivery: Delivery::Tproxy(NonZeroU16::MIN),
                     exceptions: Exceptions::default(),
+                    fakes: Fakes::default(),
                     reject_udp: false,
                     dns_hijack: None,
                 })
