@@ -233,11 +233,17 @@ impl PartialEq for Basis {
 fn wanted(agent: &Agent) -> Configure_Args {
     let state = agent.state();
     let config = &state.source().config;
-    // What the helper holds stays until it has taken what is to replace it: it may refuse that.
+    // What the helper holds stays as it is until the helper has taken what is to replace it: it may refuse that.
     let held = state.accepted().map_or(config, |source| &source.config);
-    let named = |proxy: &Proxy| config.proxies.iter().any(|p| p.name == proxy.name);
-    let leaving = held.proxies.iter().filter(|proxy| !named(proxy));
-    let relayed = config.proxies.iter().chain(leaving).filter_map(|proxy| {
+    let relayed = |proxy: &&Proxy| matches!(proxy.means, Means::Relay { .. });
+    let is_held = |p: &Proxy| {
+        held.proxies
+            .iter()
+            .filter(relayed)
+            .any(|h| h.name == p.name)
+    };
+    let coming = config.proxies.iter().filter(|proxy| !is_held(proxy));
+    let upstreams = held.proxies.iter().chain(coming).filter_map(|proxy| {
         let Means::Relay { upstream, fake_dns } = &proxy.means else {
             return None;
         };
@@ -261,7 +267,7 @@ fn wanted(agent: &Agent) -> Configure_Args {
     });
     let text = |network: Option<Network>| network.map(|network| network.to_string());
     Configure_Args {
-        upstreams: relayed.collect(),
+        upstreams: upstreams.collect(),
         fakeIpv4: text(held.fake_addresses.ipv4),
         fakeIpv6: text(held.fake_addresses.ipv6),
     }

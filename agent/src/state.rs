@@ -83,6 +83,8 @@ pub struct State {
     source: Rc<Source>,
     /// The configuration that the helper holds, in this session.
     accepted: Option<Rc<Source>>,
+    /// The one that it held last, in whichever session: what another helper keeps for this agent is of that.
+    held_last: Option<Rc<Source>>,
     postponed: Option<Postponed>,
     tree: Tree,
     ledger: Ledger,
@@ -108,6 +110,7 @@ impl State {
             news: false,
             source: Rc::new(source),
             accepted: None,
+            held_last: None,
             postponed: None,
             tree,
             ledger,
@@ -275,6 +278,7 @@ impl State {
         self.generation = generation;
         if matches!(call, Call::Replace(_)) {
             let is_first = self.accepted.replace(sent.clone()).is_none();
+            self.held_last = Some(sent.clone());
             self.link = Link::Connected;
             match &mut self.postponed {
                 Some(postponed) if Rc::ptr_eq(&postponed.source, sent) => {
@@ -296,13 +300,14 @@ impl State {
     }
 
     /// The last call, by this configuration, was refused, for a reason that may pass by itself or not. If it was to
-    /// bring it into force, the old one stays, which the helper holds still, and is said once more.
+    /// bring it into force, the old one stays, which the helper holds still, and is said once more; also if no session has
+    /// begun with it yet.
     pub fn refused(&mut self, call: &Call, why: &str, passing: bool, sent: &Rc<Source>) -> Refused {
         if !Rc::ptr_eq(sent, &self.source) {
             self.ledger.refuse();
             return Refused::Overtaken;
         }
-        match &self.accepted {
+        match &self.held_last {
             Some(old) if matches!(call, Call::Replace(_)) && !Rc::ptr_eq(old, sent) => {
                 let old = old.clone();
                 self.postpone(sent, passing);
@@ -361,11 +366,12 @@ impl State {
         if let Some(postponed) = &mut self.postponed {
             postponed.at = None;
         }
-        if let Some(old) = self.accepted.take()
+        self.accepted = None;
+        if let Some(old) = &self.held_last
             && let Some(postponed) = &self.postponed
             && Rc::ptr_eq(&postponed.source, &self.source)
         {
-            self.put(old);
+            self.put(old.clone());
         }
         self.generation = 0;
         self.refusal = None;
@@ -612,5 +618,15 @@ mod tests {
         assert_eq!(accept(&mut state), ["old"]);
         state.try_postponed();
         assert_eq!(accept(&mut state), ["new"]);
+    }
+
+    #[test]
+    fn what_is_refused_at_the_beginning_of_a_session_displaces_nothing() {
+        let mut state = replacing();
+        // It came while there was no helper.
+        state.disconnected("gone".into());
+        refuse(&mut state);
+        assert_eq!(accept(&mut state), ["old"]);
+        assert!(state.is_postponed());
     }
 }
