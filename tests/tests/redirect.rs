@@ -177,6 +177,48 @@ fn udp_is_refused_or_direct_on_request() {
 }
 
 #[test]
+fn what_is_left_out_of_networks_that_stand_for_names_is_refused() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _server = redir(sb, &user);
+        let app = user.cgroup(APP).app();
+        let mut session = Session::of(&user);
+        for option in ["noTcp", "noUdp", "noIpv4", "noIpv6"] {
+            let [v4, v6] = sb.destinations();
+            let mut proxies = redirect();
+            proxies[0][option] = json!(true);
+            proxies[0]["fakeIpv4"] = json!(format!("{}/32", v4.ip()));
+            proxies[0]["fakeIpv6"] = json!(format!("{}/128", v6.ip()));
+            session.replace(proxies, json!([]), json!([to_proxy(APP, "redir")]));
+            for (transport, to) in [(Tcp, v4), (Udp, v4), (Tcp, v6), (Udp, v6)] {
+                let left_out = match option {
+                    "noTcp" => transport == Tcp,
+                    "noUdp" => transport == Udp,
+                    "noIpv4" => to.is_ipv4(),
+                    _ => to.is_ipv6(),
+                };
+                let outcome = app.ask(transport, to);
+                assert_eq!(is_refused(&outcome), left_out, "{option} {to}: {outcome:?}");
+                sb.assert_nothing_left_for(to.ip());
+            }
+        }
+        for (field, wrong) in [
+            ("fakeIpv4", "fd00::/8"),
+            ("fakeIpv4", "10.0.0.0/33"),
+            ("fakeIpv6", "10.0.0.0/8"),
+        ] {
+            let mut proxies = redirect();
+            proxies[0][field] = json!(wrong);
+            let policy = json!({ "proxies": proxies, "bypass": [], "assignments": [] });
+            let (error, parameters) = session.refusal("ReplacePolicy", policy);
+            assert_eq!(error, "InvalidParameter");
+            assert_eq!(parameters["parameter"], format!("proxies[0].{field}"));
+        }
+    });
+}
+
+#[test]
 fn open_connections_go_on_as_they_began_or_end() {
     sandbox(|sb| {
         let _helper = sb.helper().start();

@@ -68,7 +68,7 @@ impl Started {
         let mut relay = relay(socket, directory);
         let relay = relay.env("NOTIFY_SOCKET", &notify).spawn().unwrap();
         let mut message = [0; 64];
-        let length = told.recv(&mut message).unwrap();
+        told.recv(&mut message).unwrap();
         assert!(message.starts_with(b"READY=1"));
         Self { relay, _told: told }
     }
