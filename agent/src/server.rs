@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -64,7 +64,8 @@ pub fn default_socket(scope: Scope) -> PathBuf {
     runtime_directory().join("cgtproxy/agent.sock")
 }
 
-/// Listens on `path`. A socket on which nobody listens any more is replaced.
+/// Listens on `path`. A socket on which nobody listens any more is replaced. A directory that is not there is made, for
+/// this user alone; one that is there stays as it is, for it may be everybody's.
 ///
 /// # Errors
 /// If somebody listens on it, or it can't be made.
@@ -82,8 +83,6 @@ pub fn listen(path: &Path) -> Result<Socket, Error> {
             .mode(0o700)
             .create(directory)
             .map_err(failed)?;
-        let private = std::fs::Permissions::from_mode(0o700);
-        std::fs::set_permissions(directory, private).map_err(failed)?;
     }
     Socket::listen(path).map_err(failed)
 }
@@ -294,11 +293,27 @@ impl Service for Connection {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
     use crate::config::Config;
     use crate::state::Source;
     use crate::subtree::Subtree;
     use crate::watch::{self, Monitor};
+
+    #[tokio::test]
+    async fn leaves_a_directory_as_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let open = std::fs::Permissions::from_mode(0o1777);
+        std::fs::set_permissions(directory.path(), open).unwrap();
+        let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o7777;
+        let socket = listen(&directory.path().join("a.sock")).unwrap();
+        assert_eq!(mode(directory.path()), 0o1777);
+        let own = directory.path().join("own");
+        let other = listen(&own.join("a.sock")).unwrap();
+        assert_eq!(mode(&own), 0o700);
+        drop((socket, other));
+    }
 
     #[tokio::test]
     async fn to_look_for_what_is_not_there_wakes_nobody() {
