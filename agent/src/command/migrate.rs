@@ -2,7 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -36,19 +36,23 @@ pub(super) fn run(file: &Path, output: Option<&Path>, force: bool) -> Result<Exi
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes a file, all at once: an agent may be waiting for it. One that it replaces keeps its mode, since there may be
-/// passwords in it, and its place, if there is a link to it.
+/// Writes a file, all at once: an agent may be waiting for it. One that it replaces keeps its owner and its mode, since
+/// there may be passwords in it, and its place, if there is a link of one's own to it.
 fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
     let failed = |source| Error::Write {
         file: file.to_owned(),
         source,
     };
-    let (place, replaced) = match force.then(|| file.canonicalize()) {
-        Some(Ok(place)) => {
-            let replaced = place.metadata().map_err(failed)?;
-            (place, Some(replaced.permissions()))
-        }
-        _ => (file.to_owned(), None),
+    // Another user's link may lead to a file that they could not write to themselves.
+    let own = rustix::process::geteuid();
+    let place = match fs::symlink_metadata(file) {
+        Ok(link) if force && link.uid() == own.as_raw() => file.canonicalize().ok(),
+        _ => None,
+    };
+    let place = place.unwrap_or_else(|| file.to_owned());
+    let replaced = match fs::symlink_metadata(&place) {
+        Ok(replaced) if force && replaced.is_file() => Some(replaced),
+        _ => None,
     };
     let mut name = place.as_os_str().to_owned();
     name.push(format!(".{}", std::process::id()));
@@ -60,8 +64,12 @@ fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
         .open(new)
         .map_err(failed)?;
     let mut put = || -> io::Result<()> {
-        if let Some(permissions) = &replaced {
-            opened.set_permissions(permissions.clone())?;
+        if let Some(replaced) = &replaced {
+            // Nobody else could give it away.
+            if own.is_root() {
+                fchown(&opened, Some(replaced.uid()), Some(replaced.gid()))?;
+            }
+            opened.set_permissions(replaced.permissions())?;
         }
         opened.write_all(bytes)?;
         opened.sync_all()?;
@@ -78,4 +86,34 @@ fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
             _ => failed(source),
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{chown, lchown, symlink};
+
+    use super::*;
+
+    /// For root, who may write anywhere.
+    #[test]
+    fn what_is_another_users_stays_theirs() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let [file, link] = ["file", "link"].map(|name| directory.path().join(name));
+        let owner = || fs::metadata(&file).unwrap().uid();
+        let other = Some(65534);
+        fs::write(&file, "old").unwrap();
+        chown(&file, other, other).unwrap();
+        symlink(&file, &link).unwrap();
+        write(&link, b"new", true).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"new");
+        assert_eq!(owner(), 65534);
+        // A link of theirs leads nowhere.
+        lchown(&link, other, other).unwrap();
+        write(&link, b"newer", true).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"new");
+        assert_eq!(fs::read(&link).unwrap(), b"newer");
+    }
 }
