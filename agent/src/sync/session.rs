@@ -418,13 +418,7 @@ impl Session<'_> {
             let state = self.agent.state();
             (state.is_settled(), state.awaited())
         };
-        // Until the relay has said where it listens, what goes to it is refused.
-        if settled && self.agent.state().awaits_relay() {
-            return;
-        }
-        if settled {
-            announce(self.agent);
-        } else if let Some(awaited) = awaited {
+        if let Some(awaited) = awaited {
             let (known, logged) = {
                 let state = self.agent.state();
                 let known = state.link == Link::Broken(awaited.clone());
@@ -439,6 +433,12 @@ impl Session<'_> {
                 self.agent.state_mut().link = Link::Broken(awaited);
                 self.agent.tell();
             }
+        } else if settled {
+            // Until the relay has said where it listens, what goes to it is refused.
+            if self.agent.state().awaits_relay() {
+                return;
+            }
+            announce(self.agent);
         }
         finish_reload(self.agent);
     }
