@@ -19,7 +19,7 @@ use crate::peer::Uid;
 mod change;
 mod remains;
 
-use change::{Census, Changes, are};
+use change::{Census, Changes};
 pub use remains::Remains;
 
 /// Why a change can't be staged.
@@ -124,7 +124,6 @@ enum Effect {
     Change {
         layout: Rc<Layout>,
         stamp: Stamp,
-        /// How many more there are of what.
         census: Census,
         cgroups: Vec<(ControlGroupPath, Option<(OwnedControlGroup, Element)>)>,
     },
@@ -207,8 +206,8 @@ impl Registry {
             subtree: policy.subtree,
             proxies,
             bypass: self.list_of(policy.bypass),
-            levels: census.levels().copied().collect(),
-            holds: census.holds().cloned().collect(),
+            levels: census.levels(),
+            holds: census.holds(),
             enforced: census.enforced(),
             holds_back: census.holds_back(),
             gateway: policy.gateway,
@@ -289,7 +288,6 @@ impl Registry {
             known(&user.layout.proxies, &element.verdict)?;
         }
 
-        let mut census = Census::default();
         let mut before = Vec::with_capacity(removed.len() + assigned.len());
         let mut cgroups = Vec::with_capacity(removed.len() + assigned.len());
         for (path, old) in removed {
@@ -304,6 +302,7 @@ impl Registry {
                 cgroups.push((path, opened));
             }
         }
+        let mut census = user.census.clone();
         let mut changes = Changes::default();
         for (cgroup, element) in before {
             changes.had(*cgroup, element);
@@ -315,12 +314,9 @@ impl Registry {
         }
         // What starts next is often what has just ended: it is one change later that nobody looks for it any more. To
         // write another layout down takes longer than all else that a new control group needs.
-        let had = &user.census;
-        let holds_back = had.holds_back_after(&census) || had.holds_back();
-        let enforced = had.enforced_after(&census);
-        let same = are(had.levels_around(&census), &user.layout.levels)
-            && are(had.holds_after(&census), &user.layout.holds)
-            && enforced == user.layout.enforced
+        let holds_back = census.holds_back() || user.census.holds_back();
+        let same = census.is_of(&user.layout)
+            && census.levels_are(&user.census, &user.layout.levels)
             && holds_back == user.layout.holds_back
             && subtree == user.layout.subtree;
         let layout = if same {
@@ -328,9 +324,9 @@ impl Registry {
         } else {
             Rc::new(Layout {
                 subtree,
-                levels: had.levels_around(&census).copied().collect(),
-                holds: had.holds_after(&census).cloned().collect(),
-                enforced,
+                levels: &census.levels() | &user.census.levels(),
+                holds: census.holds(),
+                enforced: census.enforced(),
                 holds_back,
                 ..Layout::clone(&user.layout)
             })
@@ -409,7 +405,7 @@ impl Registry {
                 };
                 user.layout = layout;
                 user.stamp = stamp;
-                user.census.change(census);
+                user.census = census;
                 for (path, cgroup) in cgroups {
                     match cgroup {
                         Some(cgroup) => user.cgroups.insert(path, cgroup),

@@ -1,56 +1,44 @@
 //! From what is to be to what the kernel has to do.
 
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
-use crate::nft::{Element, Enforced, Hold, Verdict};
+use crate::nft::{Element, Enforced, Hold, Layout, Verdict};
 
-/// How many control groups need each part of a layout: a part is there while one does. Of a change: how many more.
+/// How many control groups need each part of a layout: a part is there while one does.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Census {
-    levels: BTreeMap<u32, isize>,
-    holds: BTreeMap<Hold, isize>,
-    enforced: isize,
-    holding_back: isize,
+    levels: BTreeMap<u32, usize>,
+    holds: BTreeMap<Hold, usize>,
+    enforced: usize,
+    holding_back: usize,
 }
 
 impl Census {
     pub(super) fn add(&mut self, cgroup: OwnedControlGroup, element: &Element) {
-        self.count(cgroup, element, 1);
+        *self.levels.entry(cgroup.level()).or_default() += 1;
+        for hold in Hold::all_of(cgroup.level(), element) {
+            *self.holds.entry(hold).or_default() += 1;
+        }
+        self.enforced += usize::from(element.enforced != Enforced::Nothing);
+        self.holding_back += usize::from(element.holds_back());
     }
 
     pub(super) fn remove(&mut self, cgroup: OwnedControlGroup, element: &Element) {
-        self.count(cgroup, element, -1);
-    }
-
-    fn count(&mut self, cgroup: OwnedControlGroup, element: &Element, more: isize) {
-        add_to(&mut self.levels, cgroup.level(), more);
+        decrement(&mut self.levels, &cgroup.level());
         for hold in Hold::all_of(cgroup.level(), element) {
-            add_to(&mut self.holds, hold, more);
+            decrement(&mut self.holds, &hold);
         }
-        self.enforced += more * isize::from(element.enforced != Enforced::Nothing);
-        self.holding_back += more * isize::from(element.holds_back());
+        self.enforced -= usize::from(element.enforced != Enforced::Nothing);
+        self.holding_back -= usize::from(element.holds_back());
     }
 
-    /// Counts what a change makes of it.
-    pub(super) fn change(&mut self, by: Self) {
-        for (level, more) in by.levels {
-            add_to(&mut self.levels, level, more);
-        }
-        for (hold, more) in by.holds {
-            add_to(&mut self.holds, hold, more);
-        }
-        self.enforced += by.enforced;
-        self.holding_back += by.holding_back;
+    pub(super) fn levels(&self) -> BTreeSet<u32> {
+        self.levels.keys().copied().collect()
     }
 
-    pub(super) fn levels(&self) -> impl Iterator<Item = &u32> {
-        self.levels.keys()
-    }
-
-    pub(super) fn holds(&self) -> impl Iterator<Item = &Hold> {
-        self.holds.keys()
+    pub(super) fn holds(&self) -> BTreeSet<Hold> {
+        self.holds.keys().cloned().collect()
     }
 
     pub(super) fn enforced(&self) -> bool {
@@ -61,65 +49,26 @@ impl Census {
         self.holding_back > 0
     }
 
-    /// The levels at which anything is before or after a change.
-    pub(super) fn levels_around<'a>(&'a self, by: &'a Self) -> impl Iterator<Item = &'a u32> {
-        self.levels.keys().chain(new(&self.levels, &by.levels))
+    /// Whether these are the levels at which anything is, or was before.
+    pub(super) fn levels_are(&self, before: &Self, levels: &BTreeSet<u32>) -> bool {
+        let has = |level| self.levels.contains_key(level) || before.levels.contains_key(level);
+        let mut both = self.levels.keys().chain(before.levels.keys());
+        levels.iter().all(has) && both.all(|level| levels.contains(level))
     }
 
-    /// What is held after a change.
-    pub(super) fn holds_after<'a>(&'a self, by: &'a Self) -> impl Iterator<Item = &'a Hold> {
-        let more = |hold: &Hold| by.holds.get(hold).copied().unwrap_or_default();
-        let old = self.holds.iter();
-        let old = old.filter(move |(hold, count)| **count + more(hold) > 0);
-        old.map(|(hold, _)| hold).chain(new(&self.holds, &by.holds))
-    }
-
-    /// Whether anything is enforced after a change.
-    pub(super) fn enforced_after(&self, by: &Self) -> bool {
-        self.enforced + by.enforced > 0
-    }
-
-    /// Whether anything is dropped or held after a change.
-    pub(super) fn holds_back_after(&self, by: &Self) -> bool {
-        self.holding_back + by.holding_back > 0
+    /// Whether a layout has just the parts that are needed, but for levels.
+    pub(super) fn is_of(&self, layout: &Layout) -> bool {
+        self.holds.keys().eq(&layout.holds) && self.enforced() == layout.enforced
     }
 }
 
-fn add_to<K: Ord>(counts: &mut BTreeMap<K, isize>, key: K, more: isize) {
-    match counts.entry(key) {
-        Entry::Vacant(entry) => {
-            entry.insert(more);
-        }
-        Entry::Occupied(mut entry) => {
-            *entry.get_mut() += more;
-            if *entry.get() == 0 {
-                entry.remove();
-            }
+fn decrement<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
         }
     }
-}
-
-/// What a change adds that was not there.
-fn new<'a, K: Ord>(
-    counts: &'a BTreeMap<K, isize>,
-    by: &'a BTreeMap<K, isize>,
-) -> impl Iterator<Item = &'a K> {
-    let more = by.iter().filter(|(_, more)| **more > 0);
-    more.map(|(key, _)| key)
-        .filter(|key| !counts.contains_key(key))
-}
-
-/// Whether these, none of them twice, are just what is in a set.
-pub(super) fn are<'a, K: Ord + 'a>(
-    mut keys: impl Iterator<Item = &'a K>,
-    set: &BTreeSet<K>,
-) -> bool {
-    let mut count = 0;
-    let all = keys.all(|key| {
-        count += 1;
-        set.contains(key)
-    });
-    all && count == set.len()
 }
 
 /// What the kernel is told of an element: a hold that holds nothing is none.
