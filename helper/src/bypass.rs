@@ -13,18 +13,12 @@ pub fn parse(entries: &[String]) -> Result<Bypass, usize> {
     let mut ipv6 = Vec::new();
     for (index, entry) in entries.iter().enumerate() {
         let (address, length) = split(entry).ok_or(index)?;
-        match address {
-            IpAddr::V4(address) => {
-                let host = low_bits(128 - 32 + length) as u32;
-                let first = address.to_bits() & !host;
-                ipv4.push((u128::from(first), u128::from(first | host)));
-            }
-            IpAddr::V6(address) => {
-                let host = low_bits(length);
-                let first = address.to_bits() & !host;
-                ipv6.push((first, first | host));
-            }
-        }
+        let ranges = if address.is_ipv4() {
+            &mut ipv4
+        } else {
+            &mut ipv6
+        };
+        ranges.push(range(address, length));
     }
     let ipv4 = merge(ipv4).into_iter().map(|(first, last)| {
         (
@@ -44,15 +38,10 @@ pub fn parse(entries: &[String]) -> Result<Bypass, usize> {
 /// A network as it is written: its first address, and the length of its prefix.
 pub(crate) fn network(entry: &str) -> Option<(IpAddr, u8)> {
     let (address, length) = split(entry)?;
+    let (first, _) = range(address, length);
     let first = match address {
-        IpAddr::V4(address) => {
-            let host = low_bits(128 - 32 + length) as u32;
-            IpAddr::V4(Ipv4Addr::from_bits(address.to_bits() & !host))
-        }
-        IpAddr::V6(address) => {
-            let host = low_bits(length);
-            IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & !host))
-        }
+        IpAddr::V4(_) => Ipv4Addr::from_bits(first as u32).into(),
+        IpAddr::V6(_) => Ipv6Addr::from_bits(first).into(),
     };
     Some((first, u8::try_from(length).ok()?))
 }
@@ -70,6 +59,15 @@ fn split(entry: &str) -> Option<(IpAddr, u32)> {
     let longest = if address.is_ipv4() { 32 } else { 128 };
     let length = length.unwrap_or(longest);
     (length <= longest).then_some((address, length))
+}
+
+/// The first and the last address of the network with this address and length of prefix.
+fn range(address: IpAddr, length: u32) -> (u128, u128) {
+    let (address, free) = match address {
+        IpAddr::V4(address) => (address.to_bits().into(), low_bits(128 - 32 + length)),
+        IpAddr::V6(address) => (address.to_bits(), low_bits(length)),
+    };
+    (address & !free, address | free)
 }
 
 /// The bits of a 128-bit address that a prefix of this length leaves free.
