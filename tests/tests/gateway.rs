@@ -307,18 +307,7 @@ fn a_forwarded_connection_outlives_what_belongs_to_none() {
         let app = sb.host_behind("lan0").app();
         let mut root = Session::of(&sb.user(0));
         divert(&mut root, &["lan0"], &company(), &json!([]));
-        for to in sb.destinations() {
-            let connection = app.open_tcp(to).expect("it is let out");
-            assert_eq!(connection.ask(), proxied("company", to));
-            sb.pick_up_connections(false);
-            sb.forget_connections();
-            assert_eq!(connection.ask(), Outcome::Silent);
-            sb.assert_nothing_left_for(to.ip());
-            sb.pick_up_connections(true);
-            let outcome = Outcome::in_the_end(|| connection.ask());
-            assert_eq!(outcome, proxied("company", to));
-            sb.assert_nothing_left_for(to.ip());
-        }
+        sb.assert_connections_outlive_what_belongs_to_none(&app, "company");
     });
 }
 

@@ -412,11 +412,10 @@ fn chains_that_users_share_go_with_the_last_of_an_earlier_helpers() {
         for user in &users {
             user.cgroup(SLICE);
         }
-        let replace = |verdict: &str, hold: bool| {
+        let replace = |verdict: &str| {
             users.each_ref().map(|user| {
                 let mut session = Session::of(user);
-                let mut slice = held(SLICE, verdict, None);
-                slice["hold"] = json!(hold);
+                let slice = held(SLICE, verdict, None);
                 session.replace(json!([]), json!([]), json!([slice]));
                 session
             })
@@ -427,24 +426,15 @@ fn chains_that_users_share_go_with_the_last_of_an_earlier_helpers() {
         };
         let choices = || sb.map_elements("choices").len();
         let none = choices();
-        let sessions = replace("direct", true);
-        assert_eq!(holds(), ["hold-5-direct"]);
-        assert_eq!(choices(), none + 1);
-        helper.kill();
-        drop(sessions);
-        helper.start_again();
-        let sessions = replace("drop", true);
-        assert_eq!(holds(), ["hold-5-drop"]);
-        assert_eq!(choices(), none + 1);
-        helper.kill();
-        drop(sessions);
-        helper.start_again();
-        let sessions = replace("drop", true);
-        assert_eq!(holds(), ["hold-5-drop"]);
+        for verdict in ["direct", "drop", "drop"] {
+            let sessions = replace(verdict);
+            assert_eq!(holds(), [format!("hold-5-{verdict}")]);
+            assert_eq!(choices(), none + 1);
+            helper.kill();
+            drop(sessions);
+            helper.start_again();
+        }
         // One keeps nothing of it, and the other never comes back.
-        helper.kill();
-        drop(sessions);
-        helper.start_again();
         let mut first = Session::of(&users[0]);
         first.replace(json!([]), json!([]), json!([plain(SLICE, "direct")]));
         wait_until("nothing is left of who is gone", || {

@@ -160,18 +160,7 @@ fn a_connection_outlives_what_belongs_to_none() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
         let (_user, app, _session, _proxy) = proxied_app(sb);
-        for to in sb.destinations() {
-            let connection = app.open_tcp(to).expect("it opens");
-            assert_eq!(connection.ask(), proxied("mihomo", to));
-            sb.pick_up_connections(false);
-            sb.forget_connections();
-            assert_eq!(connection.ask(), Outcome::Silent);
-            sb.assert_nothing_left_for(to.ip());
-            sb.pick_up_connections(true);
-            let outcome = Outcome::in_the_end(|| connection.ask());
-            assert_eq!(outcome, proxied("mihomo", to));
-            sb.assert_nothing_left_for(to.ip());
-        }
+        sb.assert_connections_outlive_what_belongs_to_none(&app, "mihomo");
     });
 }
 

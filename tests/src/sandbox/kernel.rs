@@ -7,7 +7,7 @@ use nix::sys::socket::{
 };
 use serde_json::Value;
 
-use super::Sandbox;
+use super::{App, Outcome, Sandbox, proxied};
 use crate::command::{output_with_input, run, run_with_input};
 
 /// An element of a verdict map.
@@ -89,10 +89,31 @@ impl Sandbox {
     ///
     /// # Panics
     /// When it can't be told.
-    pub fn pick_up_connections(&self, pick_up: bool) {
+    fn pick_up_connections(&self, pick_up: bool) {
         let file = "/proc/sys/net/netfilter/nf_conntrack_tcp_loose";
         let value = u8::from(pick_up);
         self.run(&["sh", "-c", &format!("echo {value} >{file}")]);
+    }
+
+    /// Has TCP connections of an application that go through this proxy say something that the kernel takes for packets
+    /// of none, and then go on.
+    ///
+    /// # Panics
+    /// When one ends by it, or anything leaves but to the proxy.
+    #[track_caller]
+    pub fn assert_connections_outlive_what_belongs_to_none(&self, app: &App, proxy: &str) {
+        for to in self.destinations() {
+            let connection = app.open_tcp(to).expect("it opens");
+            assert_eq!(connection.ask(), proxied(proxy, to));
+            self.pick_up_connections(false);
+            self.forget_connections();
+            assert_eq!(connection.ask(), Outcome::Silent);
+            self.assert_nothing_left_for(to.ip());
+            self.pick_up_connections(true);
+            let outcome = Outcome::in_the_end(|| connection.ask());
+            assert_eq!(outcome, proxied(proxy, to));
+            self.assert_nothing_left_for(to.ip());
+        }
     }
 
     /// Feeds a script to nft.
