@@ -10,7 +10,8 @@ use nftnl::MsgType;
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::{ListNames, Names};
-use super::plan::{Bypass, BypassList, Layout};
+use super::plan::Layout;
+use super::policy::{Bypass, BypassList};
 use super::ruleset::DROP_SYSTEM;
 use super::shared::Shared;
 use super::transaction::Transaction;

@@ -7,7 +7,8 @@ use nftnl::MsgType;
 
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{Delivery, Gateway, Layout, Proxy};
+use super::plan::Layout;
+use super::policy::{Delivery, Gateway, Proxy};
 use super::proxy::to_proxy_of_answer;
 use super::rule::Protocol;
 use super::ruleset::{DELIVER, DIVERT, FORWARDED, GATEWAY, INTERFACES};

@@ -9,7 +9,8 @@ use rustix::io::Errno;
 
 use super::ffi::Comment;
 use super::names::{self, ListNames, Names};
-use super::plan::{Element, Enforced, Inherited, Known, Layout, LeftBehind, Stamp};
+use super::plan::{Inherited, Known, Layout, LeftBehind, Stamp};
+use super::policy::{Element, Enforced};
 use super::shared::{Remnants, Shared};
 use super::socket::Dump;
 use super::verdicts::{holds_back, meaning, what_is_enforced};

@@ -7,7 +7,8 @@ use cgtproxy_proto::name::ProxyName;
 
 use super::ffi::Element;
 use super::names::{ListNames, Names};
-use super::plan::{BypassList, Delivery, Hold, Layout, Proxy};
+use super::plan::Layout;
+use super::policy::{BypassList, Delivery, Hold, Proxy};
 use super::ruleset::{
     CHOICES_ENFORCED, DELIVER, DELIVER_ANSWERS, DIVERT, DROPS, GUARD, MARKS, OWNERS, PORTS,
     RECEIVE, RESOLVE, USERS,

@@ -1,10 +1,11 @@
 //! nftables: a [`Plan`] goes in, one transaction comes out.
 //!
-//! `plan` says what is wanted, `change` what that changes, and `take_over` what of an earlier helper's it replaces, which
-//! `inherit` has read back. In the table, `ruleset` is nobody's, `shared` and `bypass` are all users', `user`, `proxy`,
-//! `verdicts` and `leads` are one user's, and `gateway` is root's. They are written as commands (`transaction`), with
-//! rules (`rule`) and names (`names`), and sent by `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can
-//! do and at what other programs do to marks.
+//! `policy` is what users and root say of control groups, `plan` what the kernel is to have of it, `change` what that
+//! changes, and `take_over` what of an earlier helper's it replaces, which `inherit` has read back. In the table,
+//! `ruleset` is nobody's, `shared` and `bypass` are all users', `user`, `proxy`, `verdicts` and `leads` are one user's,
+//! and `gateway` is root's. They are written as commands (`transaction`), with rules (`rule`) and names (`names`), and
+//! sent by `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can do and at what other programs do to
+//! marks.
 
 mod bypass;
 mod change;
@@ -15,6 +16,7 @@ mod inherit;
 mod leads;
 mod names;
 mod plan;
+mod policy;
 mod probe;
 mod proxy;
 mod rule;
@@ -37,9 +39,10 @@ use rustix::io::Errno;
 pub use ffi::refuse_descriptors;
 pub(crate) use ffi::{refuses_descriptors, watch, watch_guarded};
 pub use foreign::MarkWriter;
-pub use plan::{
-    Before, Bypass, BypassList, Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway,
-    Hold, Inherited, Known, Layout, LeftBehind, Plan, Proxy, Stamp, Verdict,
+pub use plan::{Before, Inherited, Known, Layout, LeftBehind, Plan, Stamp};
+pub use policy::{
+    Bypass, BypassList, Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway, Hold,
+    Proxy, Verdict,
 };
 
 use crate::mark::MarkRange;

@@ -5,7 +5,8 @@ use std::ffi::{CStr, CString};
 
 use cgtproxy_proto::name::ProxyName;
 
-use super::plan::{Delivery, Hold, Layout, Proxy, Verdict};
+use super::plan::Layout;
+use super::policy::{Delivery, Hold, Proxy, Verdict};
 use super::ruleset::{
     CGROUPS, CGROUPS_SYSTEM, CHOICES, CHOICES_ENFORCED, CHOICES_SYSTEM, DELIVER, DELIVER_ANSWERS,
     DELIVER_ANSWERS_SYSTEM, DELIVER_SYSTEM, DROP, DROP_SYSTEM, ENFORCED, GUARD, GUARD_ANSWERS,

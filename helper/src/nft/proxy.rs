@@ -7,7 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use cgtproxy_proto::name::ProxyName;
 
 use super::names::Names;
-use super::plan::{Delivery, DnsHijack, Exceptions, Layout, Proxy};
+use super::plan::Layout;
+use super::policy::{Delivery, DnsHijack, Exceptions, Proxy};
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::REFUSE;
 use super::transaction::Transaction;

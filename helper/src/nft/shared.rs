@@ -7,7 +7,8 @@ use std::ffi::CString;
 use std::rc::Rc;
 
 use super::leads::Place;
-use super::plan::{Hold, Layout, Looks, Plan};
+use super::plan::{Layout, Looks, Plan};
+use super::policy::Hold;
 use crate::cgroup::ControlGroupId;
 use crate::peer::Uid;
 

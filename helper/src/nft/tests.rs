@@ -15,9 +15,10 @@ use nftnl::{FinalizedBatch, MsgType, ProtoFamily, Table, nft_nlmsg_maxsize};
 use super::ffi::table_flags::{OWNER, PERSIST};
 use super::ffi::{Comment, Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{
-    Before, Bypass, BypassList, Delivery, DnsHijack, Enforced, Exceptions, Fakes, Gateway, Hold,
-    Layout, Plan, Proxy, Stamp, Verdict,
+use super::plan::{Before, Layout, Plan, Stamp};
+use super::policy::{
+    self, Bypass, BypassList, Delivery, DnsHijack, Enforced, Exceptions, Fakes, Gateway, Hold,
+    Proxy, Verdict,
 };
 use super::shared::{Remnants, Shared};
 use super::transaction::Transaction;
@@ -254,7 +255,7 @@ pub(crate) fn layout(system: bool) -> Layout {
 }
 
 /// Control groups with every verdict, held below and not, enforced and not.
-fn elements(count: u64) -> Vec<(OwnedControlGroup, super::plan::Element)> {
+fn elements(count: u64) -> Vec<(OwnedControlGroup, policy::Element)> {
     let verdict = |id| match id % 5 {
         0 => Verdict::Direct,
         1 => Verdict::Drop,
@@ -264,7 +265,7 @@ fn elements(count: u64) -> Vec<(OwnedControlGroup, super::plan::Element)> {
     };
     (0..count)
         .map(|id| {
-            let element = super::plan::Element {
+            let element = policy::Element {
                 verdict: verdict(id),
                 hold: id % 8 < 4,
                 enforced: match id % 3 {

@@ -17,7 +17,8 @@ use nftnl::MsgType;
 use super::ffi::{Comment, Content, Element, KeyType};
 use super::leads::Place;
 use super::names::Names;
-use super::plan::{self, Enforced, Hold, Layout, Proxy, Verdict};
+use super::plan::Layout;
+use super::policy::{self, Enforced, Hold, Proxy, Verdict};
 use super::rule::RuleBuilder;
 use super::ruleset::{CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, SESSIONS, SYSTEM};
 use super::shared::Shared;
@@ -91,7 +92,7 @@ pub(super) fn of_hold(marks: MarkRange, layout: &Layout, hold: &Hold) -> u32 {
 }
 
 /// What is enforced of an element, by its number: where users have no say, that is the number of its verdict.
-fn of_enforced(marks: MarkRange, layout: &Layout, level: u32, element: &plan::Element) -> u32 {
+fn of_enforced(marks: MarkRange, layout: &Layout, level: u32, element: &policy::Element) -> u32 {
     let hold = match element.enforced {
         Enforced::All => Hold::of(level, element),
         Enforced::Hold => Hold::before_users(level, element),
@@ -245,7 +246,7 @@ impl Transaction<'_> {
         &mut self,
         names: &Names,
         layout: &Layout,
-        verdicts: &[&(OwnedControlGroup, plan::Element)],
+        verdicts: &[&(OwnedControlGroup, policy::Element)],
     ) {
         let content = Content::Values(KeyType::Mark);
         let mut map = self.set(names.cgroups(), KeyType::ControlGroup, content);

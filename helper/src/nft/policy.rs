@@ -1,0 +1,235 @@
+//! What a policy is made of: what users and root say of control groups, proxies and destinations.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU16;
+use std::rc::Rc;
+
+use cgtproxy_proto::interface::InterfaceName;
+use cgtproxy_proto::name::ProxyName;
+
+use crate::cgroup::DEEPEST_LEVEL;
+use crate::mark::Mark;
+
+/// What happens to packets of a control group's sockets.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verdict {
+    /// They leave as if cgtproxy were not there.
+    Direct,
+    /// None leaves but to bypassed destinations.
+    Drop,
+    /// None leaves.
+    DropAll,
+    /// TCP and UDP go to this proxy, which the layout has.
+    Proxy(ProxyName),
+    /// They leave as if nothing were said about it nor about what it is in: what no rule decides, where that
+    /// has to be said, and what went to a proxy whose agent is gone.
+    Released,
+}
+
+/// What of an element users' own policies don't change. In the system's policy only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Enforced {
+    /// Nothing.
+    Nothing,
+    /// What it holds, but not its verdict.
+    Hold,
+    /// All of it.
+    All,
+}
+
+/// What is said about a control group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Element {
+    /// What happens to packets of its own sockets, and of those below it unless they are held.
+    pub verdict: Verdict,
+    /// Sockets in control groups below it that nothing is said about send nothing.
+    pub hold: bool,
+    /// What of that users' own policies don't change.
+    pub enforced: Enforced,
+}
+
+impl Element {
+    /// Whether anything is dropped or held.
+    #[must_use]
+    pub fn holds_back(&self) -> bool {
+        self.hold || matches!(self.verdict, Verdict::Drop | Verdict::DropAll)
+    }
+}
+
+impl From<Verdict> for Element {
+    /// Nothing below it is held, and nothing enforced.
+    fn from(verdict: Verdict) -> Self {
+        Self {
+            verdict,
+            hold: false,
+            enforced: Enforced::Nothing,
+        }
+    }
+}
+
+/// A chain for control groups whose sockets have a verdict and below which everything is held. It is
+/// for all of them that are at one level and have one verdict.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Hold {
+    /// The level of what is held: the one below these control groups.
+    pub level: u32,
+    /// What happens to packets of these control groups' own sockets. None: users' own policies decide about them, and
+    /// then the system's.
+    pub verdict: Option<Verdict>,
+}
+
+impl Hold {
+    /// Whether all users can have one chain for it: it leads to nothing of any of them.
+    #[must_use]
+    pub fn is_common(&self) -> bool {
+        !matches!(self.verdict, Some(Verdict::Proxy(_)))
+    }
+
+    /// The chain that the number of an element at `level` leads to, if it needs one: where nothing leaves anyway
+    /// there is nothing to hold, and what is too deep for nftables is never told apart from its parent.
+    #[must_use]
+    pub fn of(level: u32, element: &Element) -> Option<Self> {
+        let leaves = || element.verdict != Verdict::DropAll || element.enforced == Enforced::Hold;
+        let wanted = element.hold && leaves() && level < DEEPEST_LEVEL;
+        wanted.then(|| Self {
+            level: level + 1,
+            verdict: Some(element.verdict.clone()),
+        })
+    }
+
+    /// The chain that such an element leads to before users' own policies, if it needs one for that.
+    #[must_use]
+    pub fn before_users(level: u32, element: &Element) -> Option<Self> {
+        let hold = Self::of(level, element).filter(|_| element.enforced == Enforced::Hold);
+        hold.map(|hold| Self {
+            verdict: None,
+            ..hold
+        })
+    }
+
+    /// All of these.
+    pub fn all_of(level: u32, element: &Element) -> impl Iterator<Item = Self> {
+        let chains = [Self::of(level, element), Self::before_users(level, element)];
+        chains.into_iter().flatten()
+    }
+}
+
+/// Where DNS queries go instead of to the server that they ask.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DnsHijack {
+    /// At most one address of each family; queries of a family without one are packets as others.
+    pub addresses: Vec<IpAddr>,
+    /// The port there.
+    pub port: NonZeroU16,
+    /// DNS over TCP too.
+    pub tcp: bool,
+    /// Queries to servers on the loopback interface too, if the address is there as well.
+    pub loopback: bool,
+    /// Only a socket below the user's own subtree answers. Otherwise everybody may but other users' own programs.
+    pub own: bool,
+}
+
+/// How packets get to a proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// It is a TPROXY server on this TCP and UDP port: packets keep their destination.
+    Tproxy(NonZeroU16),
+    /// It listens on this TCP and UDP port of 127.0.0.1 and ::1, and packets are sent there; without a
+    /// port nobody listens yet.
+    Redirect(Option<NonZeroU16>),
+}
+
+impl Delivery {
+    /// The port; 0 if nobody listens yet.
+    #[must_use]
+    pub fn port(self) -> u16 {
+        match self {
+            Self::Tproxy(port) => port.get(),
+            Self::Redirect(port) => port.map_or(0, NonZeroU16::get),
+        }
+    }
+}
+
+/// What a proxy does not take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Exceptions {
+    /// TCP goes direct.
+    pub no_tcp: bool,
+    /// UDP goes direct.
+    pub no_udp: bool,
+    /// IPv4 goes direct.
+    pub no_ipv4: bool,
+    /// IPv6 goes direct.
+    pub no_ipv6: bool,
+}
+
+/// Networks of addresses that stand for names, which nobody but their proxy knows: the address and the length of its
+/// prefix.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Fakes {
+    /// Those of IPv4.
+    pub ipv4: Option<(Ipv4Addr, u8)>,
+    /// Those of IPv6.
+    pub ipv6: Option<(Ipv6Addr, u8)>,
+}
+
+/// What is forwarded from these interfaces goes to a proxy too. In the system's policy only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gateway {
+    /// Where it comes in.
+    pub interfaces: BTreeSet<InterfaceName>,
+    /// Where it goes, which the layout has.
+    pub proxy: ProxyName,
+}
+
+/// A proxy and the mark that leads to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Proxy {
+    /// In force as long as the proxy is in the user's policy.
+    pub mark: Mark,
+    /// Where it listens.
+    pub delivery: Delivery,
+    /// What goes direct.
+    pub exceptions: Exceptions,
+    /// UDP that does not go direct is refused.
+    pub reject_udp: bool,
+    /// Before any of that.
+    pub dns_hijack: Option<DnsHijack>,
+    /// What goes there goes to the proxy or nowhere.
+    pub fakes: Fakes,
+}
+
+impl Proxy {
+    /// Whether anything that it takes is translated, and not everybody's sockets may receive it.
+    pub(super) fn is_translated(&self) -> bool {
+        self.dns_hijack.is_some() || matches!(self.delivery, Delivery::Redirect(_))
+    }
+}
+
+/// Destinations that neither a proxy nor a drop touches: ranges in ascending order that neither
+/// overlap nor touch, first and last address included.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Bypass {
+    /// IPv4.
+    pub ipv4: Vec<(Ipv4Addr, Ipv4Addr)>,
+    /// IPv6.
+    pub ipv6: Vec<(Ipv6Addr, Ipv6Addr)>,
+}
+
+impl Bypass {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ipv4.is_empty() && self.ipv6.is_empty()
+    }
+}
+
+/// A bypass list as the table has it: in sets that have its number, once for all users who bypass the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BypassList {
+    /// No other list has it.
+    pub number: u32,
+    /// What is in it: not nothing.
+    pub destinations: Rc<Bypass>,
+}
