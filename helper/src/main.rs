@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -22,7 +21,7 @@ use cgtproxy_helper::server::Server;
 use cgtproxy_helper::snapshot::{self, Snapshot};
 use cgtproxy_helper::state::State;
 use cgtproxy_proto::text::chain;
-use cgtproxy_proto::{log, notify, scheduling};
+use cgtproxy_proto::{log, notify, scheduling, socket};
 use clap::Parser;
 use listenfd::ListenFd;
 use rustix::io::Errno;
@@ -139,10 +138,12 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     // The socket comes first: two helpers would fight over the table, and one socket is what
     // tells them apart on a kernel that does not protect the table.
     let (handed_over, stored) = activation().map_err(Error::ActivatedSocket)?;
-    let own_socket = handed_over.is_none();
-    let listener = match handed_over {
-        Some(listener) => listener,
-        None => listen(&arguments.socket)?,
+    let (listener, own_name) = match handed_over {
+        Some(listener) => (listener, None),
+        None => {
+            let (listener, name) = listen(&arguments.socket)?;
+            (listener, Some(name))
+        }
     };
     match refuse_descriptors(&listener) {
         // Before Linux 6.16 each connection sees to it by itself.
@@ -200,7 +201,7 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
             let ended = tokio::select! {
                 _ = terminate.recv() => Ok(()),
                 _ = interrupt.recv() => Ok(()),
-                () = too_many_parked, if !own_socket => Err(Error::TooManyParked),
+                () = too_many_parked, if own_name.is_none() => Err(Error::TooManyParked),
             };
             notify::stopping();
             shutdown.cancel();
@@ -210,8 +211,8 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     });
     // With a socket of systemd's the next helper goes on where this one stops, and stopping the
     // socket unit removes everything. Without, nobody would.
-    if own_socket {
-        let _ = std::fs::remove_file(&arguments.socket);
+    if let Some(name) = own_name {
+        drop(name);
         remove(arguments)?;
     }
     served
@@ -241,25 +242,17 @@ fn activation() -> io::Result<(Option<UnixListener>, Option<File>)> {
 }
 
 /// Listens on a socket of our own, in place of one that nobody listens on any more.
-fn listen(path: &Path) -> Result<UnixListener, Error> {
-    let failed = |source| Error::Listen {
-        path: path.to_owned(),
-        source,
+fn listen(path: &Path) -> Result<(UnixListener, socket::Name), Error> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::AddrInUse => Error::InUse(path.to_owned()),
+        _ => Error::Listen {
+            path: path.to_owned(),
+            source,
+        },
     };
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory).map_err(failed)?;
     }
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            if std::os::unix::net::UnixStream::connect(path).is_ok() {
-                return Err(Error::InUse(path.to_owned()));
-            }
-            std::fs::remove_file(path).map_err(failed)?;
-            UnixListener::bind(path).map_err(failed)?
-        }
-        result => result.map_err(failed)?,
-    };
     // Anybody may connect: what a peer may do depends on its uid.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666)).map_err(failed)?;
-    Ok(listener)
+    socket::bind(path, 0o666).map_err(failed)
 }

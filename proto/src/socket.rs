@@ -1,5 +1,5 @@
-//! The sockets on which a user's own programs are served: made in place of one that nobody listens on any more, and
-//! open to their user and root alone.
+//! The sockets that daemons listen on, made in place of one that nobody listens on any more; and how a user's own
+//! programs are served there.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -17,17 +17,17 @@ use crate::text::chain;
 /// How long to wait after accept(2) failed.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
-/// A socket that is listened on.
+/// A socket that is listened on, for its user and root alone.
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
     /// What is to be removed in the end, if nobody has handed the socket over.
-    _own: Option<Own>,
+    _name: Option<Name>,
 }
 
-/// A socket's name, which goes with it.
+/// A socket's name in the file system, which is removed with this, unless it is another socket's by then.
 #[derive(Debug)]
-struct Own {
+pub struct Name {
     path: PathBuf,
     /// By what to know it again.
     inode: Option<u64>,
@@ -42,30 +42,10 @@ impl Socket {
     /// # Errors
     /// `AddrInUse` if somebody listens on it; whatever the kernel says if it can't be made.
     pub fn listen(path: &Path) -> io::Result<Self> {
-        let lock = match lock(path) {
-            Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::AddrInUse.into()),
-            lock => lock?,
-        };
-        // It may be one of before there were locks.
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            return Err(io::ErrorKind::AddrInUse.into());
-        }
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        // In a directory of its own user's: nobody else gets at it before its mode is set.
-        let listener = UnixListener::bind(path)?;
-        let private = std::fs::Permissions::from_mode(0o600);
-        std::fs::set_permissions(path, private)?;
-        let own = Own {
-            path: path.to_owned(),
-            inode: inode(path),
-            _lock: lock,
-        };
+        let (listener, name) = bind(path, 0o600)?;
         Ok(Self {
-            listener,
-            _own: Some(own),
+            _name: Some(name),
+            ..Self::handed_over(listener)?
         })
     }
 
@@ -77,7 +57,7 @@ impl Socket {
         listener.set_nonblocking(true)?;
         Ok(Self {
             listener: UnixListener::from_std(listener)?,
-            _own: None,
+            _name: None,
         })
     }
 
@@ -124,6 +104,34 @@ impl Socket {
     }
 }
 
+/// Listens on `path` with these permissions, in a directory that nobody else may write to. A socket on which nobody
+/// listens any more is replaced.
+///
+/// # Errors
+/// `AddrInUse` if somebody listens on it; whatever the kernel says if it can't be made.
+pub fn bind(path: &Path, mode: u32) -> io::Result<(std::os::unix::net::UnixListener, Name)> {
+    let lock = match lock(path) {
+        Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::AddrInUse.into()),
+        lock => lock?,
+    };
+    // It may be the service manager's, or one of before there were locks.
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(io::ErrorKind::AddrInUse.into());
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    let name = Name {
+        path: path.to_owned(),
+        inode: inode(path),
+        _lock: lock,
+    };
+    Ok((listener, name))
+}
+
 /// Takes the lock of a socket, so that of programs that start at once none takes away what another has just made. Its
 /// file stays, for whoever removed it might remove one that somebody else waits for.
 fn lock(socket: &Path) -> Result<File, TryLockError> {
@@ -142,7 +150,7 @@ fn inode(path: &Path) -> Option<u64> {
     std::fs::symlink_metadata(path).ok().map(|m| m.ino())
 }
 
-impl Drop for Own {
+impl Drop for Name {
     fn drop(&mut self) {
         let inode = inode(&self.path);
         if inode.is_some() && inode == self.inode {
