@@ -98,7 +98,7 @@ async fn serve(options: Options) -> Result<(), Error> {
     };
     let agent = Rc::new(Agent::new(options.subtree.clone(), source, config_error));
     if let Some(awaited) = agent.state().awaited_configuration() {
-        notify::status(&awaited);
+        notify::status(&awaited.to_string());
     }
     let monitor = agent.state().source().config.monitor;
     let (mut sources, watcher) = watch::open(options.subtree, monitor);

@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::config::Scope;
 use crate::policy::Target;
-use crate::state::{Agent, Link, State};
+use crate::state::{Agent, Awaited, Link, State};
 use crate::systemd::runtime_directory;
 use crate::view;
 use crate::watch::Watcher;
@@ -110,14 +110,23 @@ impl Connection {
             .iter()
             .filter_map(|(path, _)| view::control_group(&state, path))
             .collect();
-        let (connected, problem) = match &state.link {
-            Link::Connected => (true, state.problem()),
-            Link::Broken(why) => (false, Some(why.clone())),
+        let (awaits, problem) = match &state.link {
+            Link::Connected => (None, state.problem()),
+            // What is wrong with it has a place of its own.
+            Link::Waiting(Awaited::Configuration(_)) => (
+                Some(wire::Awaited::configuration),
+                Some(Awaited::CONFIGURATION.into()),
+            ),
+            Link::Waiting(Awaited::ControlGroup(_)) => {
+                (Some(wire::Awaited::controlGroup), state.link.problem())
+            }
+            Link::Broken(_) => (None, state.link.problem()),
         };
         let (source, watching) = (state.source(), &state.watching);
         GetStatus_Reply {
             version: env!("CARGO_PKG_VERSION").into(),
-            connected,
+            connected: state.link == Link::Connected,
+            awaits,
             problem,
             generation: state.generation,
             config: source.file.as_ref().map(|f| f.to_string_lossy().into()),
@@ -216,7 +225,7 @@ enum Verdict {
 fn judge(state: &State, path: &ControlGroupPath, name: &str, target: &str) -> Verdict {
     // Nobody knows yet which targets there are.
     if let Some(awaited) = state.awaited_configuration() {
-        return Verdict::NotYet(awaited);
+        return Verdict::NotYet(awaited.to_string());
     }
     let config = &state.source().config;
     let Some(wanted) = config.target(target) else {
@@ -237,8 +246,8 @@ fn judge(state: &State, path: &ControlGroupPath, name: &str, target: &str) -> Ve
             None => Verdict::InForce,
         };
     }
-    if let Link::Broken(why) = &state.link {
-        return Verdict::NotYet(why.clone());
+    if let Some(why) = state.link.problem() {
+        return Verdict::NotYet(why);
     }
     if let Some(reason) = view::skipped(state, path).filter(|reason| *reason != view::NO_ROOM) {
         let why = view::named_sentence(reason);

@@ -22,9 +22,6 @@ use crate::watch::{Observer, Watching};
 /// the other.
 const POSTPONED: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
 
-/// What an agent says, and before the reason, that has had no configuration yet which is right.
-pub const AWAITS_CONFIGURATION: &str = "waiting for the configuration to be mended";
-
 /// A configuration and where it comes from.
 #[derive(Debug)]
 pub struct Source {
@@ -39,8 +36,38 @@ pub struct Source {
 pub enum Link {
     /// It holds this agent's policy.
     Connected,
-    /// It does not, for this reason.
+    /// It was told nothing yet.
+    Waiting(Awaited),
+    /// It does not hold it, for this reason.
     Broken(String),
+}
+
+impl Link {
+    /// Why the helper does not hold the policy, in a sentence.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        match self {
+            Self::Connected => None,
+            Self::Waiting(awaited) => Some(awaited.to_string()),
+            Self::Broken(why) => Some(why.clone()),
+        }
+    }
+}
+
+/// What has to come before anything can be said to the helper.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Awaited {
+    /// A configuration that is right: this is wrong with the one there is.
+    #[error("{configuration}: {0}", configuration = Self::CONFIGURATION)]
+    Configuration(String),
+    /// The user's service manager has to have this control group.
+    #[error("waiting for the control group {0}")]
+    ControlGroup(String),
+}
+
+impl Awaited {
+    /// What is said, before the reason, without a configuration that is right.
+    pub const CONFIGURATION: &str = "waiting for the configuration to be mended";
 }
 
 /// A configuration that is right and that the helper refused, so that the old one was kept.
@@ -147,23 +174,19 @@ impl State {
         !self.tree.is_empty()
     }
 
-    /// That there was no configuration yet that is right, and what is wrong with the one there is.
+    /// A configuration that is right, if there was none yet.
     #[must_use]
-    pub fn awaited_configuration(&self) -> Option<String> {
-        let why = self.config_error.as_deref().unwrap_or_default();
-        self.unconfigured
-            .then(|| format!("{AWAITS_CONFIGURATION}: {why}"))
+    pub fn awaited_configuration(&self) -> Option<Awaited> {
+        let why = || self.config_error.clone().unwrap_or_default();
+        self.unconfigured.then(|| Awaited::Configuration(why()))
     }
 
-    /// What has to come before anything can be said to the helper, in a sentence.
+    /// What has to come before anything can be said to the helper.
     #[must_use]
-    pub fn awaited(&self) -> Option<String> {
-        self.awaited_configuration().or_else(|| {
-            (!self.has_root()).then(|| {
-                let root = self.subtree.to_wire(&ControlGroupPath::root());
-                format!("waiting for the control group {root}")
-            })
-        })
+    pub fn awaited(&self) -> Option<Awaited> {
+        let root = || self.subtree.to_wire(&ControlGroupPath::root());
+        let waits_for_root = || (!self.has_root()).then(|| Awaited::ControlGroup(root()));
+        self.awaited_configuration().or_else(waits_for_root)
     }
 
     /// Whether the helper holds all that it should.

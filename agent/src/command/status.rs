@@ -92,15 +92,7 @@ fn print_relay(out: &mut impl Write, status: Result<&RelayStatus, &String>) -> i
 }
 
 fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
-    let mut problem = status.problem.as_deref();
-    // What is wrong with the configuration is said below, where that is.
-    if let (Some(text), Some(error)) = (problem, &status.configError)
-        && let Some(text) = text.strip_suffix(error.as_str())
-        && let Some(text) = text.strip_suffix(": ")
-    {
-        problem = Some(text);
-    }
-    let problem = problem.map(printable);
+    let problem = status.problem.as_deref().map(printable);
     match (status.connected, problem) {
         (true, None) => writeln!(out, "Helper:         connected")?,
         (true, Some(problem)) => writeln!(out, "Helper:         connected, but {problem}")?,
@@ -204,6 +196,7 @@ mod tests {
             version: "1".into(),
             connected: true,
             problem: None,
+            awaits: None,
             generation: 3,
             config: None,
             configError: None,
@@ -243,7 +236,7 @@ mod tests {
         );
         status.connected = false;
         status.configError = Some("c.yaml:1:1: error: wrong".into());
-        status.problem = Some("waiting for it to be mended: c.yaml:1:1: error: wrong".into());
+        status.problem = Some("waiting for it to be mended".into());
         let text = shown(&status);
         assert!(
             text.starts_with("Helper:         not connected: waiting for it to be mended\n"),

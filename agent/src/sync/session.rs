@@ -416,21 +416,17 @@ impl Session<'_> {
         }
         let (settled, awaited) = {
             let state = self.agent.state();
-            (state.is_settled(), state.awaited())
+            (state.is_settled(), state.awaited().map(Link::Waiting))
         };
-        if let Some(awaited) = awaited {
-            let (known, logged) = {
-                let state = self.agent.state();
-                let known = state.link == Link::Broken(awaited.clone());
+        if let Some(waiting) = awaited {
+            if self.agent.state().link != waiting {
+                let why = waiting.problem().unwrap_or_default();
                 // What is wrong with a configuration was logged when it was read.
-                (known, state.awaited_configuration().is_some())
-            };
-            if !known {
-                if !logged {
-                    tracing::info!("{awaited}");
+                if self.agent.state().awaited_configuration().is_none() {
+                    tracing::info!("{why}");
                 }
-                say_problem(self.agent, &awaited);
-                self.agent.state_mut().link = Link::Broken(awaited);
+                say_problem(self.agent, &why);
+                self.agent.state_mut().link = waiting;
                 self.agent.tell();
             }
         } else if settled {

@@ -369,9 +369,9 @@ fn one_that_is_wrong_at_the_start_is_waited_for() {
     agent.says("config.yaml:2:1: unknown key 'rule'");
     agent.says("waiting for the configuration to be mended");
     let waits = |s: &GetStatus_Reply, place: &str| {
-        let (problem, error) = (s.problem.as_deref(), s.configError.as_deref());
+        let error = s.configError.as_deref();
         !s.connected
-            && problem.is_some_and(|p| p.starts_with("waiting for the config") && p.contains(place))
+            && s.problem.as_deref() == Some("waiting for the configuration to be mended")
             && error.is_some_and(|e| e.contains(place))
     };
     world.notified("STATUS=waiting for the configuration to be mended: ");

@@ -274,6 +274,7 @@ impl Service for Pretender {
                     version: "0".into(),
                     connected: self.behaviour.connected,
                     problem: (!self.behaviour.connected).then(|| "no such socket".into()),
+                    awaits: None,
                     generation: 1,
                     config: None,
                     configError: None,

@@ -1,12 +1,12 @@
 //! Is the agent running, with the configuration that is on disk?
 
+use cgtproxy_proto::agent::Awaited;
 use cgtproxy_proto::helper::GetStatus_Reply_session;
 
 use super::count;
 use crate::config::Scope;
 use crate::doctor::facts::{Agent, ConfigFile, Facts, Helper};
 use crate::doctor::{Finding, Group};
-use crate::state::AWAITS_CONFIGURATION;
 
 /// What to call the agent, and the commands about it.
 struct Words {
@@ -118,6 +118,8 @@ fn running(facts: &Facts) -> Option<Finding> {
             // One that starts anew would say all at once, and all would be refused.
             .advice("the agent says it again by itself, and it is in force once the helper has room for it"),
         ),
+        // That is what is said of the configuration.
+        (false, _) if status.awaits == Some(Awaited::configuration) => None,
         (false, problem) => Some(
             Finding::error(
                 "agent-disconnected",
@@ -139,10 +141,9 @@ fn configuration(facts: &Facts) -> Option<Finding> {
     if let Agent::Answers(status) = &facts.agent
         && let Some(error) = &status.configError
     {
-        let problem = status.problem.as_deref().unwrap_or_default();
         let effect = match status.connected {
             true => "The configuration that was there before it is still in force.",
-            false if problem.starts_with(AWAITS_CONFIGURATION) => {
+            false if status.awaits == Some(Awaited::configuration) => {
                 "The agent waits for the file to be mended, and none of your rules is in force."
             }
             false => "The agent keeps to the configuration that was there before it.",

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use cgtproxy_proto::agent::{ControlGroup, GetStatus_Reply as AgentStatus};
+use cgtproxy_proto::agent::{Awaited, ControlGroup, GetStatus_Reply as AgentStatus};
 use cgtproxy_proto::helper::{
     Diagnose_Reply, GetStatus_Reply as HelperStatus, GetStatus_Reply_session, MarkWriter,
 };
@@ -46,6 +46,7 @@ fn agent_status() -> AgentStatus {
         version: "1".into(),
         connected: true,
         problem: None,
+        awaits: None,
         generation: 1,
         config: Some("/c".into()),
         configError: None,
@@ -740,13 +741,16 @@ fn what_the_helper_refuses_is_no_mistake_in_the_file() {
     let waits = |facts: &Facts| {
         let findings = super::agent::check(facts).findings;
         let found = findings.iter().find(|f| f.id == "config-not-in-force");
-        found.unwrap().effect.contains("to be mended")
+        let disconnected = findings.iter().any(|f| f.id == "agent-disconnected");
+        let waits = found.unwrap().effect.contains("to be mended");
+        assert_ne!(waits, disconnected, "{findings:?}");
+        waits
     };
     agent(&mut facts).connected = false;
     agent(&mut facts).problem = Some("no helper listens".into());
     assert!(!waits(&facts));
-    let why = "waiting for the configuration to be mended: c:1:1";
-    agent(&mut facts).problem = Some(why.into());
+    agent(&mut facts).problem = Some("waiting".into());
+    agent(&mut facts).awaits = Some(Awaited::configuration);
     assert!(waits(&facts));
 }
 
