@@ -56,6 +56,9 @@ const MARGIN: Duration = Duration::from_secs(2);
 /// has the kernel choose anew which client port stands for which destination.
 const RECHECK: Duration = Duration::from_secs(10);
 
+/// How long it is good for while so many flows begin that the helper is asked about nothing else.
+const RECHECK_AT_LATEST: Duration = Duration::from_secs(30);
+
 /// How long to wait after receiving failed.
 const BACK_OFF: Duration = Duration::from_millis(50);
 
@@ -322,23 +325,27 @@ fn recheck(
     flows: &Flows,
     client: SocketAddr,
 ) {
-    let due = flow.asked.get().elapsed() >= RECHECK;
-    let Some(original) = flow.original.get().filter(|_| due) else {
+    let age = flow.asked.get().elapsed();
+    let Some(original) = flow.original.get().filter(|_| age >= RECHECK) else {
         return;
     };
-    let lookup = entry.shared.lookups.clone().try_acquire_owned();
-    let (Ok(lookup), Ok(local)) = (lookup, listener.local_addr()) else {
+    let Ok(local) = listener.local_addr() else {
         return;
     };
-    // The helper answers so many questions in a second, and flows that begin wait for theirs. This one can do without.
-    let Some(turn) = entry.shared.originals.turn() else {
+    // The helper answers so many questions in a second, and flows that begin wait for theirs. This one can do without,
+    // for a while.
+    let turn = entry.shared.originals.turn();
+    if turn.is_none() && age < RECHECK_AT_LATEST {
         return;
-    };
+    }
     flow.asked.set(Instant::now());
     let (entry, flows) = (entry.clone(), Rc::downgrade(flows));
     tokio::task::spawn_local(async move {
-        let _lookup = lookup;
-        let found = entry.shared.originals.find_in(turn, local, client).await;
+        let originals = &entry.shared.originals;
+        let found = match turn {
+            Some(turn) => originals.find_in(turn, local, client).await,
+            None => originals.find(local, client).await,
+        };
         // A helper that is away for a moment says nothing about it.
         if found != Ok(original)
             && found != Err(Unknown::NoAnswer)
@@ -522,11 +529,21 @@ mod tests {
             let client = application.local_addr().unwrap();
             let (flows, associations) = (Flows::default(), Rc::default());
             let say = |to: &str| known.borrow_mut().insert(client, to.parse().unwrap());
-            let flow = async || {
+            let Shared {
+                originals, lookups, ..
+            } = &*entry.shared;
+            let timeouts = Timeouts {
+                short: 2 * RECHECK_AT_LATEST,
+                ..TIMEOUTS
+            };
+            let send = async || {
                 application.send(b"?").await.unwrap();
                 listener.readable().await.unwrap();
-                receive(&listener, &entry, TIMEOUTS, &flows, &associations);
-                while entry.shared.lookups.available_permits() < 1 {
+                receive(&listener, &entry, timeouts, &flows, &associations);
+            };
+            let flow = async || {
+                send().await;
+                while lookups.available_permits() < 1 || originals.turn().is_none() {
                     tokio::task::yield_now().await;
                 }
                 let flow = flows.borrow().get(&client).cloned();
@@ -537,16 +554,29 @@ mod tests {
             say("192.0.2.2:2");
             assert_eq!(flow().await.as_deref(), Some("192.0.2.1:1"), "not yet");
             tokio::time::advance(RECHECK).await;
-            // Nor while somebody else asks.
-            let turn = entry.shared.originals.turn();
-            assert_eq!(flow().await.as_deref(), Some("192.0.2.1:1"));
+            // Nor while others ask.
+            let turn = originals.turn();
+            send().await;
+            tokio::task::yield_now().await;
             drop(turn);
+            assert!(flows.borrow().contains_key(&client));
             assert_eq!(flow().await, None);
             assert_eq!(flow().await.as_deref(), Some("192.0.2.2:2"));
+            // Where they always do, it waits for its turn.
+            say("192.0.2.3:3");
+            let asked = (originals.turn(), lookups.clone().try_acquire_owned());
+            tokio::time::advance(RECHECK_AT_LATEST).await;
+            send().await;
+            tokio::task::yield_now().await;
+            drop(asked);
+            while originals.turn().is_none() {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(flow().await.as_deref(), Some("192.0.2.3:3"));
             // Without a change it stays.
             let before = flows.borrow().get(&client).map(Rc::as_ptr);
             tokio::time::advance(RECHECK).await;
-            assert_eq!(flow().await.as_deref(), Some("192.0.2.2:2"));
+            assert_eq!(flow().await.as_deref(), Some("192.0.2.3:3"));
             assert_eq!(flows.borrow().get(&client).map(Rc::as_ptr), before);
             assert_eq!(entry.shared.flows.available_permits(), 1);
         };
