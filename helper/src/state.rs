@@ -554,8 +554,4 @@ fn opener<'a>(
 }
 
 #[cfg(test)]
-mod diagnoses;
-#[cfg(test)]
-mod lost_answers;
-#[cfg(test)]
-mod reconnection;
+mod tests;

@@ -1,0 +1,5 @@
+use super::*;
+
+mod diagnoses;
+mod lost_answers;
+mod reconnection;
