@@ -389,6 +389,16 @@ fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
             let new = system.app_as(alice, &["cgtproxy-exec", "drop"]);
             expect_dropped(sb, &new);
         }
+        // Oftener than the service manager starts a service by default.
+        let kill_often = format!(
+            "while [ $(systemctl --user show --value --property=NRestarts {AGENT}) -lt 25 ]; do
+                systemctl --user --quiet is-failed {AGENT} && exit
+                systemctl --user --quiet kill --signal=KILL {AGENT}
+            done"
+        );
+        by_alice(&["sh", "-c", &kill_often]);
+        wait_in_force(&system, alice);
+        holds("the agent killed again and again", "mihomo");
         // The file edited: what is open goes on, what is new follows. (From here on to new
         // destinations, since a UDP socket may get a port that an earlier one had, and with it,
         // for the kernel, that one's connection.)
