@@ -18,6 +18,9 @@ use varlink::{GetInterfaceDescriptionReply, ServiceInfo};
 use crate::message::{Budget, MessageReader, ReadError};
 use crate::stream::Stream;
 
+/// What a caller is told who may not do something.
+const PERMISSION_DENIED: &str = "org.varlink.service.PermissionDenied";
+
 /// A declared error, as it is sent to the caller.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fault {
@@ -37,6 +40,13 @@ impl Fault {
         }
     }
 
+    /// Which error of an interface it is: `K` is the `ErrorKind` that is generated from its description.
+    #[must_use]
+    pub fn kind<K: for<'a> From<&'a varlink::Reply>>(&self) -> K {
+        let parameters = Some(self.parameters.clone());
+        K::from(&varlink::Reply::error(self.name.clone(), parameters))
+    }
+
     /// `org.varlink.service.InvalidParameter`: a field has a value that it can't have.
     #[must_use]
     pub fn invalid_parameter(parameter: impl Into<String>) -> Self {
@@ -50,7 +60,16 @@ impl Fault {
     /// `org.varlink.service.PermissionDenied`: the caller may not do this.
     #[must_use]
     pub fn permission_denied() -> Self {
-        Self::new("org.varlink.service", "PermissionDenied", json!({}))
+        Self {
+            name: PERMISSION_DENIED.into(),
+            parameters: json!({}),
+        }
+    }
+
+    /// Whether it is that.
+    #[must_use]
+    pub fn is_permission_denied(&self) -> bool {
+        self.name == PERMISSION_DENIED
     }
 
     /// `org.varlink.service.MethodNotFound`: the interface has no such method.

@@ -5,11 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use cgtproxy_proto::client::{CallError, Client};
-use cgtproxy_proto::helper::{FindRedirected_Args, FindRedirected_Reply};
+use cgtproxy_proto::helper::{ErrorKind, FindRedirected_Args, FindRedirected_Reply};
 use tokio::sync::{Mutex, OwnedMutexGuard};
-
-/// What the helper says of what nobody has redirected.
-const NOT_REDIRECTED: &str = "org.cgtproxy.Helper.NotRedirected";
 
 /// A connection to the helper, made when it is first needed.
 #[derive(Debug)]
@@ -110,8 +107,8 @@ impl Originals {
                 Err(CallError::Fault(fault)) => {
                     *connection = Some(helper);
                     tracing::debug!("a datagram from {client} has no known way: {}", fault.name);
-                    return Err(match &*fault.name {
-                        NOT_REDIRECTED => Unknown::NotRedirected,
+                    return Err(match fault.kind() {
+                        ErrorKind::NotRedirected(_) => Unknown::NotRedirected,
                         _ => Unknown::NoAnswer,
                     });
                 }

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 
-use cgtproxy_proto::agent::{Explain_Args, Explain_Reply};
+use cgtproxy_proto::agent::{ErrorKind, Explain_Args, Explain_Reply};
 use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::path::ControlGroupPath;
 use serde_json::json;
@@ -111,7 +111,7 @@ fn ask(agent: &mut Agent, subtree: &Subtree, subject: &Subject) -> Result<Explai
     };
     match agent.call("Explain", arguments) {
         Err(Error::Call(CallError::Fault(fault)))
-            if fault.name == "org.cgtproxy.Agent.ControlGroupNotFound" =>
+            if matches!(fault.kind(), ErrorKind::ControlGroupNotFound(_)) =>
         {
             Err(unknown(&name))
         }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use cgtproxy_proto::agent::{
-    AwaitTarget_Args, AwaitTarget_Reply, GetStatus_Args, GetStatus_Reply, UnknownTarget_Args,
+    AwaitTarget_Args, AwaitTarget_Reply, ErrorKind, GetStatus_Args, GetStatus_Reply,
 };
 use cgtproxy_proto::client::CallError;
 use tokio::time::{Instant, sleep, timeout_at};
@@ -180,7 +180,7 @@ impl Agent {
                 Ok(AwaitTarget_Reply {}) => return Ok(()),
                 // The control group is a few milliseconds old: word of it may be on its way.
                 Err(CallError::Fault(fault))
-                    if fault.name == "org.cgtproxy.Agent.ControlGroupNotFound" =>
+                    if matches!(fault.kind(), ErrorKind::ControlGroupNotFound(_)) =>
                 {
                     let again = Instant::now() + AGAIN;
                     if again >= deadline {
@@ -199,22 +199,16 @@ fn fault(error: CallError) -> Error {
     let CallError::Fault(fault) = error else {
         return Error::Call(error);
     };
-    let field = |name| {
-        let value = fault.parameters.get(name).and_then(|v| v.as_str());
-        value.unwrap_or_default().to_owned()
-    };
-    match &*fault.name {
-        "org.cgtproxy.Agent.NotConnected" => Error::NotConnected(field("problem")),
-        "org.cgtproxy.Agent.OtherTarget" => Error::OtherTarget {
-            control_group: field("controlGroup"),
-            target: field("target"),
+    match fault.kind() {
+        ErrorKind::NotConnected(Some(args)) => Error::NotConnected(args.problem),
+        ErrorKind::OtherTarget(Some(args)) => Error::OtherTarget {
+            control_group: args.controlGroup,
+            target: args.target,
         },
-        "org.cgtproxy.Agent.UnknownTarget" => {
-            match serde_json::from_value(fault.parameters.clone()) {
-                Ok(UnknownTarget_Args { name, known }) => Error::UnknownTarget { name, known },
-                Err(_) => Error::Call(CallError::Fault(fault)),
-            }
-        }
+        ErrorKind::UnknownTarget(Some(args)) => Error::UnknownTarget {
+            name: args.name,
+            known: args.known,
+        },
         _ => Error::Call(CallError::Fault(fault)),
     }
 }

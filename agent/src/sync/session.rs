@@ -9,13 +9,12 @@ use std::time::Duration;
 
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::helper::{
-    Gateway, RemovePolicy_Args, RemovePolicy_Reply, ReplacePolicy_Reply, SkipReason, Skipped,
-    UpdateAssignments_Reply,
+    ErrorKind, Gateway, RemovePolicy_Args, RemovePolicy_Reply, ReplacePolicy_Reply, SkipReason,
+    Skipped, UpdateAssignments_Reply,
 };
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::Fault;
 use inotify::{Inotify, WatchMask};
-use serde_json::Value;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -147,7 +146,7 @@ async fn remove_what_is_left(socket: &Path) {
                 Ok(mut client) => match take_over_and_remove(&mut client).await {
                     Ok(()) => return Ok(()),
                     // Another agent has taken it over.
-                    Err(CallError::Fault(fault)) if short_name(&fault) == "SessionExists" => {
+                    Err(CallError::Fault(fault)) if is_held(&fault) => {
                         return Ok(());
                     }
                     Err(CallError::Fault(fault)) => return Err(refusal(&fault, false)),
@@ -177,6 +176,11 @@ async fn take_over_and_remove(client: &mut Client) -> Result<(), CallError> {
         .call("org.cgtproxy.Helper.ReplacePolicy", nothing)
         .await?;
     remove(client).await
+}
+
+/// Whether another agent has the session.
+fn is_held(fault: &Fault) -> bool {
+    matches!(fault.kind(), ErrorKind::SessionExists(_))
 }
 
 async fn remove(client: &mut Client) -> Result<(), CallError> {
@@ -335,27 +339,25 @@ impl Session<'_> {
     /// Whether a refusal only says how many control groups there is room for, which nobody knew. What there is room for
     /// is said at once, and what has gone is removed.
     fn learns_limit(&self, fault: &Fault) -> bool {
-        let limit = match &*fault.name {
-            "org.cgtproxy.Helper.TooManyControlGroups" => fault.parameters.get("limit"),
-            _ => None,
+        let ErrorKind::TooManyControlGroups(Some(args)) = fault.kind() else {
+            return false;
         };
-        let limit = limit.and_then(Value::as_u64);
-        let limit = limit.and_then(|limit| usize::try_from(limit).ok());
-        limit.is_some_and(|limit| self.agent.state_mut().bound(limit))
+        let limit = usize::try_from(args.limit);
+        limit.is_ok_and(|limit| self.agent.state_mut().bound(limit))
     }
 
     /// Deals with a refusal; returns the session's end if it is one.
     fn refused(&mut self, call: &Call, source: &Rc<Source>, fault: &Fault) -> Option<End> {
-        let short = short_name(fault);
+        let kind = fault.kind();
         let why = refusal(fault, source.config.rules.start == Start::Closed);
-        match short {
-            "SessionExists" => return Some(End::SessionExists),
+        match kind {
+            ErrorKind::SessionExists(_) => return Some(End::SessionExists),
             // The helper closes the connection after these.
-            "TooManyConnections"
-            | "TooManyBytes"
-            | "MessageTooLarge"
-            | "org.varlink.service.PermissionDenied" => return Some(End::Lost(why)),
-            "NoSession" => {
+            ErrorKind::TooManyConnections(_)
+            | ErrorKind::TooManyBytes(_)
+            | ErrorKind::MessageTooLarge(_) => return Some(End::Lost(why)),
+            _ if fault.is_permission_denied() => return Some(End::Lost(why)),
+            ErrorKind::NoSession(_) => {
                 // It has forgotten us, and takes everything anew.
                 let mut state = self.agent.state_mut();
                 state.refused(call, &why, true, source);
@@ -364,7 +366,10 @@ impl Session<'_> {
             }
             _ => {}
         }
-        let passing = matches!(short, "KernelRefused" | "NoMarksLeft" | "NoUserManager");
+        let passing = matches!(
+            kind,
+            ErrorKind::KernelRefused(_) | ErrorKind::NoMarksLeft(_) | ErrorKind::NoUserManager(_)
+        );
         let (refused, repeated) = {
             let mut state = self.agent.state_mut();
             let said = [&state.refusal, &state.config_error];
@@ -585,59 +590,59 @@ pub fn too_many_control_groups(limit: impl Display, closed: bool) -> String {
     }
 }
 
-/// An error's name without the helper's interface.
-fn short_name(fault: &Fault) -> &str {
-    let name = fault.name.strip_prefix("org.cgtproxy.Helper.");
-    name.unwrap_or(&fault.name)
-}
-
 /// An error of the helper for a person. `closed`: the configuration says `start: closed`.
 fn refusal(fault: &Fault, closed: bool) -> String {
-    let number = |field: &str| {
-        let value = fault.parameters.get(field).and_then(Value::as_i64);
-        value.map_or_else(|| "so many".to_owned(), |n| n.to_string())
-    };
-    let text = |field: &str| {
-        let value = fault.parameters.get(field).and_then(Value::as_str);
-        printable(value.unwrap_or_default())
-    };
-    match short_name(fault) {
-        "NoUserManager" => format!(
+    use ErrorKind as Kind;
+    let text = |text: Option<&str>| printable(text.unwrap_or_default());
+    let limit = |limit: Option<i64>| limit.map_or_else(|| "so many".to_owned(), |n| n.to_string());
+    match fault.kind() {
+        Kind::NoUserManager(args) => format!(
             "the helper finds no control group {}: is there a user manager, and is the control \
              group root the same for both?",
-            text("controlGroup")
+            text(args.as_ref().map(|args| &*args.controlGroup))
         ),
-        "ProxyExists" => format!("two proxies are named '{}'", text("name")),
-        "UnknownProxy" => format!("the helper knows no proxy '{}'", text("name")),
-        "TooManyProxies" => format!(
+        Kind::ProxyExists(args) => format!(
+            "two proxies are named '{}'",
+            text(args.as_ref().map(|args| &*args.name))
+        ),
+        Kind::UnknownProxy(args) => format!(
+            "the helper knows no proxy '{}'",
+            text(args.as_ref().map(|args| &*args.name))
+        ),
+        Kind::TooManyProxies(args) => format!(
             "the administrator allows no more than {} proxies per user",
-            number("limit")
+            limit(args.map(|args| args.limit))
         ),
-        "TooManyBypassEntries" => format!(
+        Kind::TooManyBypassEntries(args) => format!(
             "the administrator allows no more than {} bypass entries per user",
-            number("limit")
+            limit(args.map(|args| args.limit))
         ),
-        "TooManyControlGroups" => too_many_control_groups(number("limit"), closed),
-        "TooManyConnections" => format!(
+        Kind::TooManyControlGroups(args) => {
+            too_many_control_groups(limit(args.map(|args| args.limit)), closed)
+        }
+        Kind::TooManyConnections(args) => format!(
             "the administrator allows no more than {} connections per user",
-            number("limit")
+            limit(args.map(|args| args.limit))
         ),
-        "MessageTooLarge" => format!(
+        Kind::MessageTooLarge(args) => format!(
             "the helper takes no messages of more than {} bytes",
-            number("limit")
+            limit(args.map(|args| args.limit))
         ),
-        "TooManyBytes" => format!(
+        Kind::TooManyBytes(args) => format!(
             "the helper holds no more than {} bytes of unfinished messages per user",
-            number("limit")
+            limit(args.map(|args| args.limit))
         ),
-        "NoMarksLeft" => {
+        Kind::NoMarksLeft(_) => {
             "all packet marks of the machine's range are in use; those of proxies that are renamed or \
              replaced become free only when these are taken out first, or the agent is stopped and started"
                 .to_owned()
         }
-        "KernelRefused" => format!("the kernel refused the policy: {}", text("message")),
-        "NoSession" => "the helper has ended the session".to_owned(),
-        "org.varlink.service.PermissionDenied" => {
+        Kind::KernelRefused(args) => format!(
+            "the kernel refused the policy: {}",
+            text(args.as_ref().map(|args| &*args.message))
+        ),
+        Kind::NoSession(_) => "the helper has ended the session".to_owned(),
+        _ if fault.is_permission_denied() => {
             "the administrator does not allow this user to use the helper".to_owned()
         }
         _ => format!(
