@@ -127,10 +127,6 @@ fn an_open_start_is_what_lets_packets_out() {
             assert_eq!(packets(17), 10, "{left:?}");
             assert!(packets(6) >= 10, "{left:?}");
         }
-        kill(pid, Signal::SIGCONT).expect("it is there");
-        let to = sb.destinations();
-        let report = start(&user, &starts(&user, "app-dropped", 200, 0, &to));
-        println!("open: {} of 400 datagrams were not let out", report.refused);
     });
 }
 
