@@ -112,7 +112,7 @@ pub async fn run(agent: &Agent, socket: &Path) {
             Err(error) => Some(unreachable(socket, &error)),
         };
         let Some(why) = why else { continue };
-        // Where it listened stays: whoever comes next tries to listen there again.
+        // Its ports stay known: the next relay tries to listen on them again.
         let known = agent.state().relay.clone();
         if known.problem.as_ref() != Some(&why) {
             tracing::warn!("{why}; what goes to proxies by it is refused; trying again");
@@ -145,8 +145,7 @@ async fn converse(
         let listeners = reply.listeners.into_iter();
         let ports = listeners.map(|l| (l.name, (port(l.port), l.dnsPort.map(port))));
         let ports: Ports = ports.collect();
-        // It need not be told of the ports that it listens on from now on. Whatever else differs has come while it was
-        // being told.
+        // It need not be told which ports it listens on now. Anything else that differs has changed during the call.
         for upstream in &mut told.upstreams {
             upstream.preferredPort = preferred(&ports, &upstream.name);
         }

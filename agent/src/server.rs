@@ -179,15 +179,15 @@ impl Connection {
             let mut state = self.agent.state_mut();
             self.watcher.borrow_mut().look(path, &mut *state);
         }
-        // Whoever awaits a target looks after every change: to tell them of one each time would never end.
+        // Those who await a target look again after every change. If each look woke them, they would never stop.
         self.agent.wake_if_news();
     }
 
     async fn await_target(&self, name: &str, target: &str) -> Result<AwaitTarget_Reply, Fault> {
         let path = self.agent.state().subtree.from_wire(name);
         let path = path.ok_or_else(|| not_found(name))?;
-        // What the verdict is from may be gone, and another slice have its path: that is in inotify's queue, which is not
-        // read while the helper is told of something.
+        // The slice that the verdict is from may be gone, and another one may have its path. inotify's queue says so,
+        // but it is not read during a call to the helper.
         self.look(&path);
         let mut changed = self.agent.subscribe();
         let started = Instant::now();

@@ -336,8 +336,8 @@ impl State {
                 self.postpone(sent, passing);
                 self.config_error = Some(why.to_owned());
                 self.ledger.refuse();
-                // As a whole: the refused call would have told of more than of its configuration, such as what had been
-                // missed.
+                // As a whole policy: the refused call had more in it than its configuration, such as changes that had
+                // been missed.
                 self.put(old);
                 Refused::TakenBack
             }
@@ -385,7 +385,8 @@ impl State {
     /// The session is over: nobody knows what is in force.
     pub fn disconnected(&mut self, why: String) {
         self.link = Link::Broken(why);
-        // One that was refused is tried when the old one is back, and not before: then nobody would hold any.
+        // A refused configuration is tried again only when the old one is in force again: refused once more before that,
+        // it would leave the helper with none.
         if let Some(postponed) = &mut self.postponed {
             postponed.at = None;
         }

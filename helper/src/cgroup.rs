@@ -229,7 +229,7 @@ impl Drop for Room {
             let copies = (0..missing).map_while(|_| fcntl_dupfd_cloexec(any, 0).ok());
             copies.collect::<Vec<_>>()
         });
-        // Fewer where the limit was lowered meanwhile: there will be more after another call.
+        // Fewer if the limit on descriptors has been lowered; another call makes up for it.
         spare.extend(copies.unwrap_or_default());
     }
 }

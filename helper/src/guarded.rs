@@ -116,7 +116,7 @@ impl Socket {
             true => look(socket, room)?,
             false => room.len(),
         };
-        // As far as has been looked, there are none, and nobody else reads.
+        // `look` has seen no descriptors in so many bytes, and nothing else reads from the socket.
         let room = room.get_mut(..length).unwrap_or_default();
         let read = recv(socket, room, RecvFlags::DONTWAIT).map_err(Failure::Other)?;
         Ok(read.0)

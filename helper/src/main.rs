@@ -209,8 +209,8 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         });
         ended
     });
-    // With a socket of systemd's the next helper goes on where this one stops, and stopping the
-    // socket unit removes everything. Without, nobody would.
+    // With systemd's socket the next helper goes on where this one stops, and stopping the socket unit removes
+    // everything. Without it, nothing else would remove what is in the kernel.
     if let Some(name) = own_name {
         drop(name);
         remove(arguments)?;
@@ -228,7 +228,7 @@ fn activation() -> io::Result<(Option<UnixListener>, Option<File>)> {
         if names.next() != Some(snapshot::NAME) {
             listener = listener.or(activated.take_unix_listener(index)?);
         } else if let Some(number) = activated.take_raw_fd(index)? {
-            // Opened once more: a bare number is nobody's.
+            // Opened again by its path: to own a descriptor that is a bare number would take unsafe code.
             let path = format!("/proc/self/fd/{number}");
             match File::options().read(true).write(true).open(path) {
                 Ok(file) => stored = Some(file),

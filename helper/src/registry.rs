@@ -297,7 +297,7 @@ impl Registry {
         for (old, path, element) in assigned {
             let opened = open(&path).map(|cgroup| (cgroup, element));
             before.extend(old);
-            // One that is gone takes the verdict with it that its predecessor of this name had.
+            // If the control group is gone, the verdict goes as well that an earlier one of this name had.
             if opened.is_some() || old.is_some() {
                 cgroups.push((path, opened));
             }
@@ -312,8 +312,8 @@ impl Registry {
             changes.has(*cgroup, element);
             census.add(*cgroup, element);
         }
-        // What starts next is often what has just ended: it is one change later that nobody looks for it any more. To
-        // write another layout down takes longer than all else that a new control group needs.
+        // A level that no control group needs any more is left out one change later: what starts next is often what has
+        // just ended, and writing another layout takes longer than everything else that a new control group needs.
         let holds_back = census.holds_back() || user.census.holds_back();
         let same = census.is_of(&user.layout)
             && census.levels_are(&user.census, &user.layout.levels)
@@ -577,8 +577,8 @@ impl Registry {
             .iter()
             .map(|request| request.name.clone())
             .collect();
-        // What a mark led to is deleted in the last step of a change, what it leads to added in the first: none is given
-        // to another proxy in the change in which it becomes free.
+        // The first step of a change adds what marks lead to, and the last one deletes what they led to. So a mark that
+        // becomes free in a change is not given to another proxy in the same one.
         let mut freed = Vec::new();
         for (name, mark) in before.marks() {
             if names.contains(name) && marks.is_used(mark) {

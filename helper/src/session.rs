@@ -501,7 +501,7 @@ pub(crate) fn assignments(
         };
         Ok((path, element))
     };
-    // All at once: they are mostly in order, so that no place has to be looked for.
+    // Collected at once: they are mostly sorted, which is faster than inserting one by one.
     assignments.into_iter().enumerate().map(element).collect()
 }
 

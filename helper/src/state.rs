@@ -377,8 +377,7 @@ impl<K: Kernel> State<K> {
         let found = conntrack.find_udp(listener, client);
         self.conntrack = Some(conntrack);
         match found.map_err(Error::Conntrack)? {
-            // What others send to the port by themselves has no mark, and what is another user's
-            // another one.
+            // What was sent to the port directly has no mark, and what another user's rules redirected has another one.
             Some(Entry {
                 source,
                 destination,

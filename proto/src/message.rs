@@ -109,7 +109,7 @@ impl<R: AsyncRead + Unpin, B: Budget> MessageReader<R, B> {
     /// If the stream fails or ends in the middle of a message, or the message is too long.
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, ReadError> {
         self.waited = false;
-        // Less never is too much.
+        // An account that shrinks is never refused.
         self.handed_out = 0;
         self.account(self.buffer.capacity())?;
         loop {

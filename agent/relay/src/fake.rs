@@ -92,7 +92,7 @@ impl Networks {
             IpAddr::V6(ip) => {
                 let (base, prefix) = self.ipv6;
                 let inside = ip.to_bits() & mask128(prefix) == base.to_bits();
-                // One too far out is nobody's.
+                // An offset beyond u32 can't belong to an entry.
                 inside.then(|| u32::try_from(ip.to_bits() - base.to_bits()).unwrap_or(u32::MAX))
             }
         }

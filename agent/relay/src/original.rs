@@ -77,7 +77,7 @@ impl Originals {
     ) -> Result<Original, Unknown> {
         // A helper that was restarted has closed the connection.
         for _ in 0..2 {
-            // Taken out for the call: one that is given up in its middle is of no use any more.
+            // Taken out during the call: after a call that was cancelled, a connection can't be used again.
             let mut helper = match connection.take() {
                 Some(helper) => helper,
                 None => match Client::connect(&self.socket).await {

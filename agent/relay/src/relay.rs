@@ -177,7 +177,7 @@ impl Entry {
         }
         match result {
             Ok(()) | Err(Error::Refused(_)) => self.answered.set(Some(Instant::now())),
-            // It is there for others: this destination is what is slow.
+            // It has answered other connections since, so this destination is slow and not the proxy.
             Err(Error::Silent) if self.answered.get().is_some_and(|at| at >= began) => return,
             Err(Error::Silent | Error::Ended | Error::Down(_)) => {}
         }

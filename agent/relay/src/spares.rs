@@ -1,8 +1,8 @@
 //! Connections to a proxy that wait for a request.
 //!
-//! To connect and to greet takes two round trips, which nobody has to wait for who finds a connection that has them
-//! behind it. Each connection that is made leaves one more, up to [`SPARES`], for [`IDLE`]: a program that has made one
-//! soon makes another, and a proxy that nobody uses is left alone.
+//! Connecting and greeting takes two round trips. A request that finds a connection with both behind it does not wait
+//! for them. Each connection that is made leaves one more, up to [`SPARES`], for [`IDLE`]: a program that has made one
+//! soon makes another, and a proxy that is not in use is left alone.
 
 use std::cell::{Cell, RefCell};
 use std::time::Duration;
@@ -43,8 +43,8 @@ struct Spare {
 }
 
 impl Spares {
-    /// The newest that the proxy has not closed, and none from before the machine was suspended: the proxy may have given
-    /// that up meanwhile, and nobody was there to hear of it.
+    /// The newest that the proxy has not closed, and none from before the machine was suspended: the proxy may have
+    /// closed that during the suspension, when its packets did not arrive.
     pub(crate) fn take(&self) -> Option<Stream> {
         let mut waiting = self.waiting.borrow_mut();
         let now = since_boot();

@@ -34,7 +34,8 @@ const HEAD_START: Duration = Duration::from_millis(250);
 /// waits longer than this for a page.
 const REACH: Duration = Duration::from_secs(60);
 
-/// How long nothing may come of a connection until a proxy counts as down that has answered nobody else since.
+/// How long a connection may stay without an answer until its proxy counts as down, unless the proxy has answered on
+/// another one since.
 pub(crate) const SILENCE: Duration = Duration::from_secs(10);
 
 /// Why UDP is not carried on by one.
@@ -141,7 +142,7 @@ impl Upstream {
     ) -> Result<(Stream, T), Error> {
         if let Some(mut stream) = self.spares.take() {
             match ask(&mut stream).await {
-                // It had had enough of waiting: no byte of the application's has gone there yet.
+                // The proxy has closed the spare connection. None of the application's data has been sent on it yet.
                 Err(error @ (Error::Down(_) | Error::Ended)) => {
                     tracing::debug!("a connection was of no use: {error}");
                 }
@@ -165,7 +166,7 @@ impl Upstream {
         }
         let upstream = Rc::downgrade(self);
         tokio::task::spawn_local(async move {
-            // Nobody waits for it but this task: an upstream that is replaced takes it along.
+            // Only this task holds the upstream for that long: if it is replaced, its spare connections go with it.
             let number = {
                 let Some(upstream) = upstream.upgrade() else {
                     return;

@@ -204,7 +204,7 @@ pub(crate) fn list(names: &[impl AsRef<str>]) -> String {
 
 /// The name that somebody who wrote another one may have meant, for a sentence.
 pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
-    // Nobody means a short name who writes a long one; and the comparison takes quadratic time.
+    // No known name is nearly as long as this one, and the comparison takes quadratic time.
     if name.len() > 100 {
         return None;
     }

@@ -181,7 +181,7 @@ async fn enter(target: &str, name: &str, pid: u32, wait: bool) -> Result<(), Err
     let addresses = Address::all(session_bus.as_deref(), &runtime_directory());
     let entered = Scope::new(target, name, pid).enter(&addresses, pid).await;
     match entered {
-        // Whoever is root is so in another user's session, most often.
+        // Root without a manager is mostly in another user's session, as under sudo.
         Err(ScopeError::NoManager(_)) if rustix::process::getuid().is_root() => {
             return Err(AgentError::Root.into());
         }

@@ -104,7 +104,7 @@ impl Default for Ledger {
 impl Ledger {
     /// What a control group should have may have changed.
     pub fn touch(&mut self, path: &ControlGroupPath) {
-        // Whoever sends everything looks at everything.
+        // A whole policy has every control group in it, touched or not.
         if !self.replace {
             self.dirty.insert(path.clone());
         }
@@ -151,7 +151,7 @@ impl Ledger {
         }
         self.room = Room::beside(most, self.held.keys());
         self.refuse();
-        // One user may have taken all of it by now, while nobody knew how much there is.
+        // While the limit was not known, one user may have taken all of the room.
         self.replace_all();
         true
     }
@@ -305,7 +305,7 @@ impl Ledger {
             let Some(sent) = flight.assigned.remove(&path) else {
                 continue;
             };
-            // What the helper had under this path it has no more.
+            // The helper no longer has anything under this path.
             self.let_go(&path);
             if sent.stale {
                 continue;

@@ -486,7 +486,7 @@ impl Watcher {
         let before = self.groups.get_key_value(path);
         let known_id = before.and_then(|(_, known)| known.id);
         let id = match (&watch, before) {
-            // Its watch tells.
+            // It has the same watch, so it is the same directory.
             (Some(watch), Some((path, known))) if known.watch.as_ref() == Some(watch) => {
                 return Some(path.clone());
             }
@@ -494,7 +494,7 @@ impl Watcher {
             _ => match std::fs::symlink_metadata(&directory) {
                 Ok(metadata) if metadata.is_dir() => Some(metadata.ino()),
                 _ => {
-                    // Nobody else takes it away: it is in no account yet.
+                    // No control group has this watch yet, so nothing else would remove it.
                     if let (Some(watch), Some(watches)) = (watch, &mut self.watches)
                         && watches.group(&watch).is_none()
                     {
@@ -507,7 +507,7 @@ impl Watcher {
         };
         let another = match (known_id, id) {
             (Some(before), Some(now)) => before != now,
-            // A directory that is watched already takes no other watch.
+            // A directory that is watched already would have the watch that it had: this is another one.
             _ => before.is_some_and(|(_, known)| known.watch.is_some()),
         };
         if another {
@@ -633,7 +633,7 @@ impl Watcher {
                 if !there {
                     self.gone(&child, observer);
                 } else if !watched {
-                    // Nor does anybody tell what happens before it is looked at itself.
+                    // Without a watch, nothing reports what happens before it is looked at itself.
                     let id = Some(inode);
                     let known = self.groups.entry(child);
                     known.or_insert(Known { watch: None, id });

@@ -158,8 +158,8 @@ impl Sources {
                 tokio::task::yield_now().await;
                 continue;
             }
-            // The helper has them looked up first, by which the kernel can find them without waiting for who makes
-            // others in the same directory.
+            // The helper looks them up first. Then the kernel has them cached, and finds them without waiting for
+            // programs that make others in the same directory.
             let idle = quiet.is_some() && agent.is_calling() || watcher.borrow().pending.is_empty();
             tokio::select! {
                 biased;

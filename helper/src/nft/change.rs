@@ -133,7 +133,7 @@ impl Transaction<'_> {
     ) {
         let names = Names::of(plan.uid);
         let (before, after) = match (&plan.before, &plan.after) {
-            // What was to lead to it is what was refused.
+            // A first policy has two steps. The second one, with what leads to the layout, is the one that was refused.
             (Before::Nothing, Some(after)) => return self.delete_layout(&names, after, shared),
             (Before::Layout(before), Some(after)) => (before, after),
             _ => return,

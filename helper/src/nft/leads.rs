@@ -80,7 +80,7 @@ impl Names {
                 lead(DELIVER_ANSWERS, &mark, Lead::Goto(answers));
                 lead(PORTS, &mark, Lead::Value(port));
                 lead(GUARD, &mark, Lead::Goto(self.guard().to_owned()));
-                // It was looked at when it was delivered.
+                // The delivery guard has checked it already.
                 lead(RECEIVE, &mark, Lead::Return);
             }
             Delivery::Redirect(port) => {

@@ -173,7 +173,7 @@ impl Nftables {
             this.socket.transact(&base.finish()).map_err(Error::Base)?;
             this.shared = shared;
         } else {
-            // What is not known as a whole goes with the old table.
+            // Policies that are not fully known go with the old table.
             inherited.retain(|_, left| matches!(left, Inherited::Known(_)));
             let plan = |(&uid, left): (&Uid, &Inherited)| match left {
                 Inherited::Known(known) => Some(known.plan(uid)),
@@ -282,8 +282,8 @@ impl Nftables {
                 Err(Failure::Refused(refusal)) => refusal,
                 Err(unknown) => return Err(unknown.into()),
             };
-            // The verdicts that were replaced are known to the policy alone, and what an earlier helper had to
-            // nobody.
+            // The verdicts that were replaced can't be put back from here: only the policy has them and, if an earlier
+            // helper made them, nothing has.
             let unknown = matches!(plan.before, Before::LeftBehind(_)) && !done.is_empty();
             if done.contains(&Step::Changes) || unknown {
                 return Err(Error::Unknown(refusal));

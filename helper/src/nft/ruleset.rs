@@ -390,8 +390,8 @@ impl Transaction<'_> {
                 // Nearly every packet is nothing of ours and ends here.
                 // meta mark & DIVERT == 0 return
                 &|rule| rule.meta_mark_lacks(divert).leave(),
-                // What a proxy says to the application is not diverted, though others' rules may give each packet the
-                // mark of its connection, as wg-quick's do.
+                // What a proxy sends to the application is not diverted. Other programs' rules may have given it the
+                // mark of its connection all the same, as wg-quick's do.
                 // ct direction reply ct mark & DIVERT != 0 ct mark & MASK != DIVERT return
                 &|rule| {
                     rule.ct_direction_reply()
@@ -399,11 +399,12 @@ impl Transaction<'_> {
                         .ct_mark_is_not(mask, begun)
                         .leave()
                 },
-                // Whose it is says the connection's mark, which nobody but a rule can set: a program with CAP_NET_RAW
-                // may give its packets any mark (SO_MARK), and another user's proxy would take them for that user's.
+                // The connection's mark says which proxy gets it, since only rules can set that. A program with
+                // CAP_NET_RAW may give its packets any mark (SO_MARK), and another user's proxy would take them for that
+                // user's.
                 // iif lo ct mark & MASK vmap @deliver
                 &|rule| rule.iif_lo().ct_mark_vmap(mask, DELIVER),
-                // What a proxy says to the application, as above, where it has spoken first.
+                // What a proxy sends to the application, as above, on a connection that the proxy began.
                 // iif lo ct mark & MASK == DIVERT ct direction original return
                 &|rule| {
                     rule.iif_lo()
@@ -411,7 +412,7 @@ impl Transaction<'_> {
                         .ct_direction_original()
                         .leave()
                 },
-                // Whose an answer to it is, the chain of the proxy has said.
+                // A reply on such a connection: the proxy's chain has written into the priority which proxy gets it.
                 // iif lo ct mark & MASK == DIVERT meta priority vmap @deliver-answers
                 &|rule| {
                     rule.iif_lo()
@@ -467,10 +468,10 @@ impl Transaction<'_> {
                 // Nearly every packet is nothing of ours and ends here.
                 // meta mark & DIVERT == 0 ct mark & MASK == 0 return
                 &|rule| rule.meta_mark_lacks(divert).ct_mark_lacks(mask).leave(),
-                // What a proxy has begun; answers to it were looked at when they were delivered.
+                // A connection that a proxy began; replies on it were checked when they were delivered.
                 // ct mark & MASK == DIVERT return
                 &|rule| rule.ct_mark_is(mask, begun).leave(),
-                // What was translated, which nothing but its connection tells.
+                // A translated packet, which only the mark of its connection tells from others.
                 // iif lo ct direction original ct mark & MASK vmap @receive
                 &|rule| {
                     rule.iif_lo()
@@ -603,7 +604,7 @@ impl Transaction<'_> {
             self.add_rules(OUTPUT, [&|rule| rule.goto(ENFORCED)]);
             ENFORCED
         } else {
-            // Every packet of the machine comes by: it need not go anywhere.
+            // Every packet of the machine comes by, so the rules are in this chain itself, which saves a jump.
             self.session_rules(OUTPUT, levels, system);
             SESSIONS
         };
@@ -623,12 +624,12 @@ impl Transaction<'_> {
             [
                 // ct direction original return
                 &|rule| rule.ct_direction_original().leave(),
-                // Nobody but the rules that follow says whether it is diverted.
+                // Clear bits that other programs may have restored; the chains below set them again.
                 // meta mark set meta mark & ~MASK
                 &|rule| rule.meta_mark_set(mask, 0),
                 // meta skuid >= 0 goto enforced, or sessions
                 &|rule| rule.skuid_known().goto(first),
-                // What a closed socket still has to say, which has no owner any more.
+                // The last packets of a closed socket, which has no owner any more.
                 // socket wildcard 0 goto enforced, or sessions
                 &|rule| rule.socket_has_address().goto(first),
                 // Sockets of the kernel's own, to which other programs speak.

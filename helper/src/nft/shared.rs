@@ -106,7 +106,7 @@ impl Shared {
             needed.open = true;
             if *other != Uid::ROOT {
                 needed.levels.extend(&left.levels);
-                // Each has all users'.
+                // Every remnant lists the levels of the whole table, so one is enough.
                 break;
             }
         }

@@ -128,8 +128,8 @@ impl Transaction<'_> {
     ) {
         for &level in levels.iter().rev() {
             if level == 0 {
-                // At the root are the kernel's own sockets too, which nobody has open: what they say
-                // (neighbour discovery, ICMP errors, resets) is about everybody's connections.
+                // The kernel's own sockets are at the root too, and have no owner. What they send (neighbour
+                // discovery, ICMP errors, resets) is left alone, since it is about all users' connections.
                 // meta skuid >= 0 socket cgroupv2 level 0 …
                 self.add_rules(chain, [&|rule| look(rule.skuid_known(), level)]);
             } else {

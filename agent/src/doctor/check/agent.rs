@@ -115,7 +115,7 @@ fn running(facts: &Facts) -> Option<Finding> {
                 format!("the helper refuses a part of your policy: {problem}"),
             )
             .effect("What it refuses has the verdict that it had before.")
-            // One that starts anew would say all at once, and all would be refused.
+            // A restarted agent would send its whole policy at once, and all of it would be refused.
             .advice("the agent says it again by itself, and it is in force once the helper has room for it"),
         ),
         // That is what is said of the configuration.
@@ -129,7 +129,7 @@ fn running(facts: &Facts) -> Option<Finding> {
                 ),
             )
             .effect("None of your rules is in force.")
-            // Another one would be told the same.
+            // A restarted agent would get the same answer.
             .advice("when that is mended, the agent connects by itself within seconds"),
         ),
     }

@@ -84,7 +84,7 @@ async fn ask_status(socket: &Path) -> Result<(Client, GetStatus_Reply), Helper> 
                 io::ErrorKind::NotFound => Helper::Missing,
                 io::ErrorKind::ConnectionRefused => Helper::Dead,
                 io::ErrorKind::PermissionDenied => Helper::Forbidden {
-                    // To look at it takes no right but to get there.
+                    // stat(2) needs no permission for the socket itself, only for the directories on the way.
                     in_sight: socket.metadata().is_ok(),
                 },
                 _ => Helper::Unreachable(chain(&error)),
