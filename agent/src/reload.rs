@@ -6,12 +6,13 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask, Watches};
 use tokio::net::unix::pipe::Receiver;
 use tokio::signal::unix::Signal;
+use tokio::time::{Instant, sleep_until};
 
 use crate::config::{self, Config, Environment, Findings, LoadError, Loaded, Scope, Severity};
 use crate::notify;
@@ -217,10 +218,15 @@ pub async fn run(
 /// How many links lead to a file at most, as for the kernel.
 const LINKS: usize = 40;
 
+/// How long whoever makes a file may take to open it, which is one system call.
+const OPENING: Duration = Duration::from_millis(200);
+
 /// Tells when a file changes, whether or not it is there yet.
 #[derive(Debug)]
 struct Changes {
     path: PathBuf,
+    /// The file was made, and nobody has opened it: when it is complete if nobody has by then.
+    made: Option<Instant>,
     inotify: Option<(Watches, Events)>,
     /// Tells of mounts, while a link leads to nothing: inotify does not say what is mounted over a directory.
     mounts: Option<Receiver>,
@@ -236,6 +242,7 @@ struct Watched {
     watch: WatchDescriptor,
     directory: PathBuf,
     names: HashSet<OsString>,
+    missing: bool,
 }
 
 /// What is of interest in a directory on the way to a file, beside that it stays where it is.
@@ -245,6 +252,8 @@ struct Wanted {
     names: HashSet<OsString>,
     /// The file is in it, or would be.
     last: bool,
+    /// It would be.
+    missing: bool,
 }
 
 impl Wanted {
@@ -259,6 +268,10 @@ impl Wanted {
         }
         if self.last {
             mask |= WatchMask::CLOSE_WRITE;
+        }
+        if self.missing {
+            // Tells a file that somebody writes from one that had another name.
+            mask |= WatchMask::OPEN;
         }
         mask
     }
@@ -297,9 +310,9 @@ fn way(file: &Path) -> BTreeMap<PathBuf, Wanted> {
             continue;
         }
         interest.last = ahead.is_empty();
+        interest.missing = interest.last && found.is_none();
         // While somebody is in it, a directory is not said to be deleted. It is empty then: what it is in tells.
-        if interest.last
-            && found.is_none()
+        if interest.missing
             && let (Some(above), Some(name)) = (directory.parent(), directory.file_name())
         {
             let above = way.entry(above.to_owned()).or_default();
@@ -321,6 +334,14 @@ fn components(path: &Path) -> Vec<OsString> {
 fn watch_mounts() -> io::Result<Receiver> {
     // It is no pipe, but the runtime waits for it as for one; of another file it does not without unsafe code.
     Receiver::from_file_unchecked(File::open("/proc/self/mountinfo")?)
+}
+
+/// Returns at a time, if there is one.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Returns when something has been mounted or unmounted, and once at first.
@@ -352,6 +373,7 @@ impl Changes {
         let mut changes = Self {
             // It fails where there is no working directory any more, and nothing in it either.
             path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
+            made: None,
             inotify,
             mounts: None,
             watched: HashMap::new(),
@@ -361,8 +383,9 @@ impl Changes {
         changes
     }
 
-    /// Watches the directories that lead to the file.
+    /// Watches the directories that lead to the file, which is read after that.
     fn arm(&mut self) {
+        self.made = None;
         match config::link_to_nothing(&self.path) {
             Some(_) if self.mounts.is_none() => {
                 self.mounts = watch_mounts()
@@ -411,6 +434,7 @@ impl Changes {
                 watch,
                 directory: directory.clone(),
                 names: interest.names.clone(),
+                missing: interest.missing,
             };
             self.watched.insert(id, watched);
         }
@@ -437,7 +461,19 @@ impl Changes {
                 return std::future::pending().await;
             };
             let batch = tokio::select! {
+                // What tells that somebody has opened the file counts before that it is time.
+                biased;
                 batch = events.next() => batch,
+                () = at(self.made) => {
+                    self.made = None;
+                    // Whoever has made an empty one is about to write to it, however late.
+                    let complete = |m: Metadata| m.is_file() && m.len() > 0;
+                    if std::fs::metadata(&self.path).is_ok_and(complete) {
+                        self.arm();
+                        return;
+                    }
+                    continue;
+                }
                 () = mounted(self.mounts.as_ref()) => {
                     self.arm();
                     return;
@@ -459,33 +495,53 @@ impl Changes {
         }
     }
 
-    fn counts(&self, event: &Event) -> bool {
+    /// Whether the file may have another content. That of one that was made may show later only.
+    fn counts(&mut self, event: &Event) -> bool {
         if event.mask.contains(EventMask::Q_OVERFLOW) {
             return true;
         }
         let Some(watched) = self.watched.get(&event.watch) else {
             return false;
         };
+        let name = OsStr::from_bytes(&event.name);
+        if event.mask.contains(EventMask::OPEN) {
+            // Whoever has made the file writes it, and closes it later.
+            if watched.names.contains(name) {
+                self.made = None;
+            }
+            return false;
+        }
         // The directory itself is not there any more, or is not what leads to the file.
         if event.name.is_empty() {
             return true;
         }
-        let name = OsStr::from_bytes(&event.name);
         if !watched.names.contains(name) {
             return false;
         }
-        // A file that has just been made is empty still: its writer closes it later. A link is
-        // complete at once.
-        !event.mask.contains(EventMask::CREATE)
-            || event.mask.contains(EventMask::ISDIR)
-            || std::fs::symlink_metadata(watched.directory.join(name))
-                .is_ok_and(|m| m.is_symlink() || m.nlink() > 1)
+        if !event.mask.contains(EventMask::CREATE) || event.mask.contains(EventMask::ISDIR) {
+            return true;
+        }
+        // A link is complete at once.
+        let made = std::fs::symlink_metadata(watched.directory.join(name));
+        if made.is_ok_and(|made| made.is_symlink()) {
+            return true;
+        }
+        // So is a file with link(2), but one that is made to be written is empty still. One that was there when it was
+        // looked for has been read since.
+        if watched.missing {
+            self.made = Some(Instant::now() + OPENING);
+        }
+        false
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+
+    use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
+    use rustix::io::Errno;
 
     use super::*;
 
@@ -514,6 +570,70 @@ mod tests {
 
     fn write(path: &Path) {
         std::fs::write(path, "version: 1\n").unwrap();
+    }
+
+    /// Longer than anybody waits for anything, on a clock that goes on as soon as nothing else does.
+    const FOREVER: Duration = Duration::from_secs(24 * 60 * 60);
+
+    async fn is_told(changes: &mut Changes) -> bool {
+        tokio::time::timeout(FOREVER, changes.next()).await.is_ok()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_that_was_made_under_another_name_is_seen() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |path: &str| home.path().join(path);
+        let path = at("config.yaml");
+        let mut changes = Changes::watch(&path);
+        // The other name has gone by the time that anybody looks.
+        write(&at("other"));
+        std::fs::hard_link(at("other"), &path).unwrap();
+        std::fs::remove_file(at("other")).unwrap();
+        assert!(is_told(&mut changes).await);
+        std::fs::remove_file(&path).unwrap();
+        assert!(is_told(&mut changes).await);
+        // It had none: see O_TMPFILE in open(2).
+        let (flags, mode) = (OFlags::TMPFILE | OFlags::WRONLY, Mode::RUSR);
+        let mut file = match rustix::fs::open(home.path(), flags, mode) {
+            Ok(file) => File::from(file),
+            // Not every file system has it.
+            Err(Errno::OPNOTSUPP) => return,
+            Err(error) => panic!("{error}"),
+        };
+        file.write_all(b"version: 1\n").unwrap();
+        let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+        rustix::fs::linkat(CWD, unnamed, CWD, &path, AtFlags::SYMLINK_FOLLOW).unwrap();
+        assert!(is_told(&mut changes).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_that_is_being_written_is_waited_for() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("config.yaml");
+        let mut changes = Changes::watch(&path);
+        for _ in 0..2 {
+            let mut file = File::create(&path).unwrap();
+            assert!(!is_told(&mut changes).await);
+            file.write_all(b"version: 1\nru").unwrap();
+            assert!(!is_told(&mut changes).await);
+            file.write_all(b"les: []\n").unwrap();
+            drop(file);
+            assert!(is_told(&mut changes).await);
+            std::fs::remove_file(&path).unwrap();
+            assert!(is_told(&mut changes).await);
+        }
+        // Nobody has anything in it yet.
+        rustix::fs::mknodat(
+            CWD,
+            &path,
+            FileType::RegularFile,
+            Mode::RUSR | Mode::WUSR,
+            0,
+        )
+        .unwrap();
+        assert!(!is_told(&mut changes).await);
+        write(&path);
+        assert!(is_told(&mut changes).await);
     }
 
     /// How many events there are, and whether any counts.

@@ -6,6 +6,9 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 use std::process::ExitCode;
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+
 use super::Error;
 use crate::config;
 
@@ -75,8 +78,13 @@ fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
         opened.sync_all()?;
         match force {
             true => fs::rename(new, &place),
-            // Unlike a renamed file, a link takes nobody's place.
-            false => fs::hard_link(new, &place).and_then(|()| fs::remove_file(new)),
+            false => match renameat_with(CWD, new, CWD, &place, RenameFlags::NOREPLACE) {
+                // The file system does not have it. A link takes nobody's place either.
+                Err(Errno::INVAL | Errno::NOSYS) => {
+                    fs::hard_link(new, &place).and_then(|()| fs::remove_file(new))
+                }
+                renamed => Ok(renamed?),
+            },
         }
     };
     put().map_err(|source| {

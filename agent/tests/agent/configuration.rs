@@ -225,6 +225,28 @@ fn without_a_file_all_goes_direct_until_there_is_one() {
 }
 
 #[test]
+fn one_that_is_migrated_to_its_place_is_loaded() {
+    let mut world = World::new("");
+    world.make(&["drop-1"]);
+    world.helper.start();
+    std::fs::create_dir_all(world.config.parent().unwrap()).unwrap();
+    let mut agent = world.agent();
+    agent.says("the policy is in force");
+    let old = world.path().join("old.yaml");
+    std::fs::write(&old, CONFIG).unwrap();
+    // However late the agent looks.
+    agent.signal(Signal::STOP);
+    let mut command = world.command();
+    command.arg("migrate").arg(&old);
+    command.arg("--output").arg(&world.config);
+    let (code, _, said) = crate::world::output(command);
+    assert_eq!(code, Some(0), "{said}");
+    agent.signal(Signal::CONT);
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    assert_eq!(agent.status().config.as_deref(), world.config.to_str());
+}
+
+#[test]
 fn one_that_can_not_be_read_is_read_when_it_can() {
     let mut world = World::new(CONFIG);
     world.make(&["drop-1", "one"]);
