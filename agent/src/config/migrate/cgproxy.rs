@@ -70,7 +70,7 @@ pub(super) fn migrate(reader: &mut Reader<'_>, root: &Node) -> Option<String> {
     }
     left_out(reader, &old, root.place);
     // In cgproxy's order: the first of them that knows a process decides.
-    let mut known = Vec::new();
+    let mut known = Selected::default();
     let mut rules = String::new();
     for (key, target) in [
         ("program_noproxy", "direct: true".to_owned()),
@@ -104,31 +104,34 @@ pub(super) fn migrate(reader: &mut Reader<'_>, root: &Node) -> Option<String> {
 
 impl Selected {
     /// The selectors, but for what is `known` from earlier rules already.
-    fn lines(self, known: &mut Vec<String>) -> Vec<String> {
-        let mut fresh = |list: Vec<String>| -> Vec<String> {
-            let mut new = Vec::new();
-            for name in list {
-                if !known.contains(&name) {
-                    known.push(name.clone());
-                    new.push(name);
-                }
-            }
-            new
-        };
+    fn lines(self, known: &mut Self) -> Vec<String> {
         let mut lines = Vec::new();
-        for (key, list) in [
-            ("app", fresh(self.apps)),
-            ("unit", fresh(self.units)),
-            ("slice", fresh(self.slices)),
+        for (key, list, known) in [
+            ("app", self.apps, &mut known.apps),
+            ("unit", self.units, &mut known.units),
+            ("slice", self.slices, &mut known.slices),
         ] {
+            let list = fresh(list, known);
             if !list.is_empty() {
                 lines.push(format!("{key}: {}", names(&list)));
             }
         }
-        let patterns = fresh(self.patterns).into_iter();
+        let patterns = fresh(self.patterns, &mut known.patterns).into_iter();
         lines.extend(patterns.map(|pattern| format!("match: {}", scalar(&pattern))));
         lines
     }
+}
+
+/// What is not `known` yet, and is from now on.
+fn fresh(list: Vec<String>, known: &mut Vec<String>) -> Vec<String> {
+    let mut new = Vec::new();
+    for name in list {
+        if !known.contains(&name) {
+            known.push(name.clone());
+            new.push(name);
+        }
+    }
+    new
 }
 
 /// The switches that are off, as keys of ours.

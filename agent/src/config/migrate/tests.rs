@@ -151,6 +151,26 @@ rules:
 }
 
 #[test]
+fn programs_and_control_groups_of_one_name_are_two_things() {
+    let (new, _) = migrated(
+        r#"{"program_noproxy": ["qemu", "qemu"],
+            "cgroup_proxy": ["/user.slice/user-1000.slice/user@1000.service/qemu.slice",
+                             "/user.slice/user-1000.slice/user@1000.service/qemu.service"]}"#,
+    );
+    let rules = "rules:
+  # program_noproxy
+  - app: [qemu, '*.qemu']
+    direct: true
+  - unit: [qemu.service, 'qemu@*.service']
+    direct: true
+  # cgroup_proxy
+  - slice: qemu
+    tproxy: proxy
+";
+    assert!(new.ends_with(rules), "{new}");
+}
+
+#[test]
 fn what_is_switched_off_is_carried_over() {
     for key in ["tcp", "udp", "ipv4", "ipv6"] {
         let (new, said) = migrated(&format!(r#"{{"port": 1, "enable_{key}": false}}"#));
