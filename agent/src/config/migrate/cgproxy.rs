@@ -7,7 +7,7 @@ use crate::config::reader::{Entries, Reader};
 use crate::config::yaml::{Node, Value};
 use crate::text::printable;
 
-use super::write::{names, scalar};
+use super::write::{names, scalar, slice};
 
 /// All that cgproxy knows; it refuses a file with anything else.
 pub(super) const KEYS: &[&str] = &[
@@ -287,7 +287,7 @@ fn control_groups(reader: &mut Reader<'_>, node: &Node, key: &str) -> Selected {
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || br".:_-@\".contains(&b));
         match name.rsplit_once('.') {
-            Some((slice, "slice")) if in_manager && plain => selected.slices.push(slice.to_owned()),
+            Some((_, "slice")) if in_manager && plain => selected.slices.push(slice(name)),
             Some((_, "service")) if in_manager && plain => selected.units.push(name.to_owned()),
             _ => selected
                 .patterns

@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use regex_automata::Input;
 use regex_automata::nfa::thompson::pikevm::PikeVM;
 
-use super::write::names;
+use super::write::{names, slice};
 
 /// From the control group root to what is in `app.slice`, each part of which may be left out. A user in it is
 /// any user: a rule for one of them is not widened.
@@ -59,10 +59,9 @@ pub(super) fn selector(expression: &str) -> Option<String> {
         // That of a service manager is above all that it starts.
         return (!unit.starts_with("user@")).then(|| format!("unit: {}", names(&[unit])));
     }
-    let slice = literal(whole("slice")?)?;
-    let name = slice.strip_suffix(".slice")?;
-    (name != "user" && !name.starts_with("user-"))
-        .then(|| format!("slice: {}", names(&[name.into()])))
+    let name = literal(whole("slice")?)?;
+    (name != "user.slice" && !name.starts_with("user-"))
+        .then(|| format!("slice: {}", names(&[slice(&name)])))
 }
 
 /// The text that an expression means if it means only that one. A bare dot stands for itself: that is how people

@@ -171,6 +171,18 @@ fn programs_and_control_groups_of_one_name_are_two_things() {
 }
 
 #[test]
+fn a_slice_that_is_called_as_a_unit_keeps_its_name() {
+    let manager = "/user.slice/user-1000.slice/user@1000.service";
+    let groups =
+        format!(r#"{{"cgroup_proxy": ["{manager}/a.timer.slice", "{manager}/b.service.slice"]}}"#);
+    let (new, _) = migrated(&groups);
+    assert!(
+        new.contains("slice: [a.timer.slice, b.service.slice]"),
+        "{new}"
+    );
+}
+
+#[test]
 fn what_is_switched_off_is_carried_over() {
     for key in ["tcp", "udp", "ipv4", "ipv6"] {
         let (new, said) = migrated(&format!(r#"{{"port": 1, "enable_{key}": false}}"#));

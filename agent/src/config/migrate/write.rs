@@ -16,6 +16,14 @@ pub(super) fn scalar(text: &str) -> String {
     }
 }
 
+/// A slice's name, without its suffix unless what is left could be another unit's.
+pub(super) fn slice(name: &str) -> String {
+    match name.strip_suffix(".slice") {
+        Some(short) if !short.contains('.') => short.to_owned(),
+        _ => name.to_owned(),
+    }
+}
+
 /// A name, or several as a list on one line.
 pub(super) fn names(names: &[String]) -> String {
     match names {

@@ -12,6 +12,15 @@ const SELECTORS: [&str; 4] = ["app", "unit", "slice", "match"];
 /// What the names of units end in, if they can have a control group.
 const UNIT_SUFFIXES: [&str; 6] = [".service", ".scope", ".slice", ".socket", ".mount", ".swap"];
 
+/// What the names of all others end in: what such a unit is, and the suffix of the one that has the processes.
+const OTHER_SUFFIXES: [(&str, &str, Option<&str>); 5] = [
+    (".timer", "a timer", Some(".service")),
+    (".path", "a path", Some(".service")),
+    (".automount", "an automount", Some(".mount")),
+    (".target", "a target", None),
+    (".device", "a device", None),
+];
+
 impl Reader<'_> {
     /// What a rule says it is about. `entries` are those of `node`.
     pub(super) fn selector(&mut self, node: &Node, entries: &Entries<'_>) -> Option<Selector> {
@@ -107,6 +116,21 @@ impl Reader<'_> {
     }
 
     fn unit(&mut self, node: &Node, name: String) -> Option<String> {
+        for (suffix, what, of_processes) in OTHER_SUFFIXES {
+            let Some(stem) = name.strip_suffix(suffix) else {
+                continue;
+            };
+            let message = format!("'{}' is {what}, and has no control group", printable(&name));
+            self.error(node.place, message).help = Some(match of_processes {
+                Some(".mount") => format!("write 'unit: {}.mount'", printable(stem)),
+                Some(other) => {
+                    let other = printable(&format!("{stem}{other}"));
+                    format!("write 'unit: {other}' if that is what it starts")
+                }
+                None => "write the names of units that have processes".into(),
+            });
+            return None;
+        }
         if let Some((template, instance)) = name.split_once('@')
             && (instance.is_empty() || instance.starts_with('.'))
         {
@@ -124,12 +148,21 @@ impl Reader<'_> {
         })
     }
 
-    #[allow(clippy::unnecessary_wraps, reason = "one of several that may refuse")]
-    fn slice(&mut self, _: &Node, name: String) -> Option<String> {
-        Some(match name.ends_with(".slice") {
-            true => name,
-            false => format!("{name}.slice"),
-        })
+    fn slice(&mut self, node: &Node, name: String) -> Option<String> {
+        if name.ends_with(".slice") {
+            return Some(name);
+        }
+        let ends_with = |suffix: &str| name.ends_with(suffix);
+        let has_group = UNIT_SUFFIXES.into_iter().any(ends_with);
+        if !has_group && !OTHER_SUFFIXES.iter().any(|(suffix, ..)| ends_with(suffix)) {
+            return Some(format!("{name}.slice"));
+        }
+        let name = printable(&name);
+        self.error(node.place, format!("'{name}' is no slice")).help = Some(match has_group {
+            true => format!("write 'unit: {name}'"),
+            false => "write the name of a slice".into(),
+        });
+        None
     }
 
     fn pattern(&mut self, node: &Node) -> Option<Pattern> {

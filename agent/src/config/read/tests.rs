@@ -171,6 +171,9 @@ rules:
   - {unit: [mihomo, 'ssh@*.service', run-*, x.scope], direct: true}
   - {slice: background, direct: true}
   - {slice: [a-*, b.slice], drop: true}
+  - {unit: [foo.bar, '*.mount', a.timer.service, 'a.timer*'], drop: true}
+  - {slice: [foo.bar, a.service.slice, service], drop: true}
+  - {app: [org.example.timer], drop: true}
 ";
     let (config, findings) = read_text(text);
     assert_eq!(findings.to_string(), "");
@@ -184,6 +187,9 @@ rules:
             "unit: mihomo.service, ssh@*.service, run-*, x.scope",
             "slice: background.slice",
             "slice: a-*.slice, b.slice",
+            "unit: foo.bar.service, *.mount, a.timer.service, a.timer*",
+            "slice: foo.bar.slice, a.service.slice, service.slice",
+            "app: org.example.timer",
         ]
     );
 }
@@ -221,6 +227,36 @@ rules:
             "error 10:6: unknown key 'aps' in a rule; did you mean 'app'?",
             "error 11:11: 'app' is a map, not a string",
             "error 12:12: 'app' is a list, not a string",
+        ]
+    );
+}
+
+#[test]
+fn units_without_a_control_group_are_no_units_of_a_rule() {
+    let text = r"version: 1
+rules:
+  - {unit: backup.timer, direct: true}
+  - {unit: [a, 'b-*.path'], direct: true}
+  - {unit: mnt.automount, direct: true}
+  - {unit: default.target, direct: true}
+  - {unit: '*.device', direct: true}
+  - {slice: [background, foo.service], direct: true}
+  - {slice: backup.timer, direct: true}
+";
+    assert_eq!(
+        found(text),
+        [
+            "error 3:12: 'backup.timer' is a timer, and has no control group; write 'unit: backup.service' if that is \
+             what it starts",
+            "error 4:16: 'b-*.path' is a path, and has no control group; write 'unit: b-*.service' if that is what it \
+             starts",
+            "error 5:12: 'mnt.automount' is an automount, and has no control group; write 'unit: mnt.mount'",
+            "error 6:12: 'default.target' is a target, and has no control group; write the names of units that have \
+             processes",
+            "error 7:12: '*.device' is a device, and has no control group; write the names of units that have \
+             processes",
+            "error 8:26: 'foo.service' is no slice; write 'unit: foo.service'",
+            "error 9:13: 'backup.timer' is no slice; write the name of a slice",
         ]
     );
 }
