@@ -29,6 +29,12 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// How long to wait after accept(2) failed.
 const BACK_OFF: Duration = Duration::from_millis(50);
 
+/// Where addresses are looked up.
+const REVERSE: [&str; 2] = ["in-addr.arpa", "ip6.arpa"];
+
+/// What has an address to say that the network has something: another way to ask for names (RFC 9462), NAT64 (RFC 7050).
+const UNKNOWN: [&str; 2] = ["resolver.arpa", "ipv4only.arpa"];
+
 /// How long a query's header is, in bytes (RFC 1035, 4.1.1).
 const HEADER_BYTES: usize = 12;
 
@@ -236,7 +242,14 @@ fn records(
 ) -> Option<Vec<RData<'static>>> {
     let wants = |this| kind == QTYPE::TYPE(this) || kind == QTYPE::ANY;
     let lower = name.to_ascii_lowercase();
-    if lower.ends_with(".arpa") {
+    let is_in = |zone: &str| {
+        let below = lower.strip_suffix(zone);
+        below.is_some_and(|below| below.is_empty() || below.ends_with('.'))
+    };
+    if UNKNOWN.into_iter().any(is_in) {
+        return None;
+    }
+    if REVERSE.into_iter().any(is_in) {
         let name = fakes.name(reverse(&lower)?)?;
         let pointer = Name::new(&name).ok()?.into_owned();
         return Some(match wants(TYPE::PTR) {
@@ -245,7 +258,7 @@ fn records(
         });
     }
     // RFC 6761, 6.3: it never means another machine.
-    let ((ipv4, ipv6), left_out) = match lower == "localhost" || lower.ends_with(".localhost") {
+    let ((ipv4, ipv6), left_out) = match is_in("localhost") {
         true => {
             let addresses = (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST);
             (addresses, LeftOut::default())
@@ -348,6 +361,34 @@ mod tests {
         let missing = (RCODE::NameError, Vec::new());
         for name in ["1.2.0.192.in-addr.arpa", "x.ip6.arpa", "a b.org"] {
             assert_eq!(ask(&mut fakes, name, TYPE::PTR, ALL), missing, "{name}");
+        }
+    }
+
+    /// Names of a home network (RFC 8375) are among those of hosts. What tells of resolvers and of NAT64 (RFC 9462 and
+    /// RFC 7050) has no address that is made up.
+    #[test]
+    fn what_is_below_arpa_is_not_all_an_address() {
+        let mut fakes = Fakes::new(None);
+        for name in [
+            "nas.home.arpa",
+            "NAS.Home.ARPA",
+            "home.arpa",
+            "x.not-in-addr.arpa",
+        ] {
+            let (code, addresses) = ask(&mut fakes, name, TYPE::A, ALL);
+            assert_eq!((code, addresses.len()), (RCODE::NoError, 1), "{name}");
+        }
+        let missing = (RCODE::NameError, Vec::new());
+        for name in [
+            "resolver.arpa",
+            "_dns.resolver.arpa",
+            "ipv4only.arpa",
+            "x.IPv4only.arpa",
+            "in-addr.arpa",
+            "x.in-addr.arpa",
+            "ip6.arpa",
+        ] {
+            assert_eq!(ask(&mut fakes, name, TYPE::A, ALL), missing, "{name}");
         }
     }
 
