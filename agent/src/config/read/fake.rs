@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::config::finding::Place;
 use crate::config::reader::Reader;
 use crate::config::yaml::{Node, Value};
 use crate::config::{FakeAddresses, Means, Network};
@@ -76,23 +77,24 @@ impl Reader<'_> {
     /// What stands for a name must not be bypassed: it leads nowhere.
     pub(super) fn check_fake_addresses(
         &mut self,
-        root: &Node,
         proxies: &Proxies,
         networks: &FakeAddresses,
-        bypass: &[Network],
+        bypass: &[(Place, Network)],
     ) {
         let fake = |means: &Means| matches!(means, Means::Relay { fake_dns: true, .. });
         if !proxies.list.iter().any(|proxy| fake(&proxy.means)) {
             return;
         }
         for (address, prefix) in networks.networks() {
-            for bypassed in bypass {
+            for (place, bypassed) in bypass {
                 if bypassed.overlaps(address, prefix) {
                     let message = format!(
                         "'bypass' has {bypassed}, but {address}/{prefix} stands for names that a proxy looks up"
                     );
-                    self.error(root.place, message).help =
-                        Some("choose other networks with 'fake-addresses'".into());
+                    self.error(*place, message).help = Some(
+                        "take it out of 'bypass', or choose other networks with 'fake-addresses'"
+                            .into(),
+                    );
                 }
             }
         }

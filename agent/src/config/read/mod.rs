@@ -143,7 +143,7 @@ impl Reader<'_> {
         let fake_addresses = top
             .get("fake-addresses")
             .map_or_else(FakeAddresses::default, |n| self.fake_addresses(n));
-        self.check_fake_addresses(root, &proxies, &fake_addresses, &bypass);
+        self.check_fake_addresses(&proxies, &fake_addresses, &bypass);
         let mut used = Vec::new();
         let rules = top
             .get("rules")
@@ -159,7 +159,7 @@ impl Reader<'_> {
         Some(Config {
             proxies: proxies.list,
             fake_addresses,
-            bypass,
+            bypass: bypass.into_iter().map(|(_, network)| network).collect(),
             gateway,
             rules: Rc::new(Rules {
                 users: scope == Scope::User,
@@ -189,7 +189,8 @@ impl Reader<'_> {
             Some("the helper sees to it now; the line can go".into());
     }
 
-    fn bypass(&mut self, node: &Node) -> Vec<Network> {
+    /// What is bypassed, and where the file says so.
+    fn bypass(&mut self, node: &Node) -> Vec<(Place, Network)> {
         let Value::List(items) = &node.value else {
             self.wrong_kind(node, "'bypass'", "a list of addresses and networks");
             return Vec::new();
@@ -212,7 +213,7 @@ impl Reader<'_> {
                         self.warning(item.place, message).help =
                             Some(format!("it is taken as '{network}'"));
                     }
-                    networks.push(network);
+                    networks.push((item.place, network));
                 }
             }
         }

@@ -316,6 +316,32 @@ fn what_no_proxy_gets_stands_for_no_name() {
 }
 
 #[test]
+fn what_stands_for_a_name_is_not_bypassed() {
+    let text = |rest: &str| {
+        format!(
+            "version: 1\nproxies: {{a: {{upstream: 'socks5h://192.0.2.1'}}}}\nbypass:\n  - 10.0.0.0/8\n  \
+             - 198.18.1.0/24\n  - '2001::/16'\n{rest}"
+        )
+    };
+    let error = |line, bypassed, network| {
+        format!(
+            "error {line}:5: 'bypass' has {bypassed}, but {network} stands for names that a proxy looks up; take it \
+             out of 'bypass', or choose other networks with 'fake-addresses'"
+        )
+    };
+    let expected = [
+        error(5, "198.18.1.0/24", "198.18.0.0/15"),
+        error(6, "2001::/16", "2001:2::/48"),
+    ];
+    assert_eq!(found(&text("")), expected);
+    let others = "fake-addresses: [10.99.0.0/16, 'fd00:99::/64']\n";
+    assert_eq!(
+        found(&text(others)),
+        [error(4, "10.0.0.0/8", "10.99.0.0/16")]
+    );
+}
+
+#[test]
 fn warns_of_names_whose_addresses_lead_past_the_proxy() {
     let text = |options| {
         format!("version: 1\nproxies:\n  a: {{upstream: 'socks5h://192.0.2.1'{options}}}\n")
