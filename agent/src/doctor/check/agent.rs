@@ -157,7 +157,16 @@ fn configuration(facts: &Facts) -> Option<Finding> {
                     )
                     .command(words(facts.scope).reload)
             }
-            _ => Finding::error("config-not-in-force", format!("the configuration has a mistake: {error}"))
+            ConfigFile::Missing => {
+                Finding::error("config-not-in-force", format!("the configuration was removed: {error}"))
+                    .effect(match status.connected {
+                        true => "What it said is still in force.",
+                        false => effect,
+                    })
+                    .advice("put it back, or restart the agent to go without")
+                    .command(words(facts.scope).restart)
+            }
+            ConfigFile::Wrong(_) => Finding::error("config-not-in-force", format!("the configuration has a mistake: {error}"))
                 .effect(effect)
                 .advice(format!("'{check}' lists all that is wrong with the file"))
                 .command(check),

@@ -755,6 +755,23 @@ fn what_the_helper_refuses_is_no_mistake_in_the_file() {
 }
 
 #[test]
+fn a_file_that_was_removed_has_no_mistake() {
+    let mut facts = fine();
+    facts.config = ConfigFile::Missing;
+    agent(&mut facts).configError = Some("there is no file /c".into());
+    let removed = only(&facts, super::agent::check);
+    assert_eq!(removed.id, "config-not-in-force");
+    assert!(!removed.problem.contains("mistake"), "{removed:?}");
+    assert!(removed.effect.contains("still in force"), "{removed:?}");
+    assert!(removed.commands[0].contains("restart"), "{removed:?}");
+    // Of one that it started with there is nothing to keep.
+    agent(&mut facts).connected = false;
+    agent(&mut facts).awaits = Some(Awaited::configuration);
+    let removed = only(&facts, super::agent::check);
+    assert!(removed.effect.contains("none of your rules"), "{removed:?}");
+}
+
+#[test]
 fn the_socket_is_not_blamed_for_the_directory_that_it_is_in() {
     let mut facts = fine();
     facts.helper = Helper::Forbidden { in_sight: true };
