@@ -23,7 +23,10 @@ pub enum Error {
     /// It is something else.
     #[error("it does not answer as an HTTP proxy does")]
     Protocol,
-    /// It wants to know who we are, or does not believe us.
+    /// It wants to know who we are.
+    #[error("it wants a user and a password ({0})")]
+    Authentication(u16),
+    /// It does not believe us.
     #[error("it refuses this user and password ({0})")]
     Credentials(u16),
     /// It does not make this connection.
@@ -87,7 +90,10 @@ where
             return match code {
                 Some(200..=299) => Ok(answer.split_off(length)),
                 // 407 is the right one, but tinyproxy says 401 to a wrong password.
-                Some(code @ (401 | 407)) => Err(Error::Credentials(code)),
+                Some(code @ (401 | 407)) => Err(match credentials {
+                    Some(_) => Error::Credentials(code),
+                    None => Error::Authentication(code),
+                }),
                 Some(code) => Err(Error::Refused(code)),
                 None => Err(Error::Protocol),
             };
@@ -134,9 +140,13 @@ mod tests {
     use proptest::prelude::*;
 
     async fn answered(answer: &[u8]) -> Result<Vec<u8>, Error> {
+        answered_to(None, answer).await
+    }
+
+    async fn answered_to(who: Option<&Credentials>, answer: &[u8]) -> Result<Vec<u8>, Error> {
         let mut stream = tokio::io::join(answer, tokio::io::sink());
         let target = Target::Name("example.org".into(), 443);
-        connect(&mut stream, None, &target).await
+        connect(&mut stream, who, &target).await
     }
 
     #[tokio::test]
@@ -165,14 +175,6 @@ mod tests {
                 "SSH-2.0-a banner without an end",
                 "it does not answer as an HTTP proxy does",
             ),
-            (
-                "HTTP/1.1 407 No\r\n\r\n",
-                "it refuses this user and password (407)",
-            ),
-            (
-                "HTTP/1.1 401 No\r\n\r\n",
-                "it refuses this user and password (401)",
-            ),
             ("HTTP/1.0 502 Bad Gateway\r\n\r\n", "it refused (502)"),
             ("\x05\x01", "it does not answer as an HTTP proxy does"),
             (
@@ -188,12 +190,30 @@ mod tests {
         assert!(matches!(error, Error::Protocol));
     }
 
-    #[test]
-    fn says_who_it_is() {
-        let credentials = Credentials {
+    fn credentials() -> Credentials {
+        Credentials {
             user: "Aladdin".into(),
             password: "open sesame".into(),
-        };
+        }
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_is_not_told_that_it_was_wrong() {
+        let credentials = credentials();
+        for code in [401, 407] {
+            let answer = format!("HTTP/1.1 {code} No\r\n\r\n");
+            let error = answered(answer.as_bytes()).await.unwrap_err();
+            let expected = format!("it wants a user and a password ({code})");
+            assert_eq!(error.to_string(), expected);
+            let error = answered_to(Some(&credentials), answer.as_bytes()).await;
+            let expected = format!("it refuses this user and password ({code})");
+            assert_eq!(error.unwrap_err().to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn says_who_it_is() {
+        let credentials = credentials();
         let target = Target::Address("[2001:db8::1]:443".parse().unwrap());
         assert_eq!(
             request(Some(&credentials), &target),

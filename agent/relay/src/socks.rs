@@ -46,9 +46,12 @@ pub enum Error {
     /// It is something else.
     #[error("it does not speak SOCKS5")]
     Protocol,
-    /// It wants to know more of us than we can tell.
+    /// It wants to know who we are.
     #[error("it wants a user and a password")]
     Authentication,
+    /// It wants to know that in another way than we can tell.
+    #[error("it accepts neither a user and a password nor a client without them")]
+    Method,
     /// It does not believe us.
     #[error("it refuses this user and password")]
     Credentials,
@@ -104,7 +107,8 @@ where
                 _ => Err(Error::Credentials),
             }
         }
-        (VERSION, PASSWORD | NONE_ACCEPTABLE, _) => Err(Error::Authentication),
+        (VERSION, PASSWORD | NONE_ACCEPTABLE, None) => Err(Error::Authentication),
+        (VERSION, NONE_ACCEPTABLE, Some(_)) => Err(Error::Method),
         _ => Err(Error::Protocol),
     }
 }
@@ -336,6 +340,11 @@ mod tests {
             said(&[5, 0xff], None).await.1,
             Err(Error::Authentication)
         ));
+        let error = said(&[5, 0xff], Some(&credentials)).await.1.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "it accepts neither a user and a password nor a client without them"
+        );
         assert!(matches!(
             said(b"HTTP/1.1", None).await.1,
             Err(Error::Protocol)
