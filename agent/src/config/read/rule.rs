@@ -134,8 +134,7 @@ impl Reader<'_> {
     }
 
     fn enforce(&mut self, node: &Node, scope: Scope) -> Option<bool> {
-        let enforce = self.boolean(node, "'enforce'")?;
-        if enforce && scope == Scope::User {
+        if scope == Scope::User {
             self.error(
                 node.place,
                 "only the machine's configuration can enforce a rule",
@@ -143,8 +142,9 @@ impl Reader<'_> {
             .help = Some(
                 "your own rules hold for your own applications already; the line can go".into(),
             );
+            return None;
         }
-        Some(enforce)
+        self.boolean(node, "'enforce'")
     }
 
     /// The proxy that a rule or the gateway names.

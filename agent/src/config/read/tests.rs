@@ -262,6 +262,21 @@ rules:
 }
 
 #[test]
+fn users_enforce_nothing() {
+    let text = "version: 1\nrules:\n  - {match: a, drop: true, enforce: true}\n  \
+                - {match: b, drop: true, enforce: false}\n";
+    let error = |line| {
+        format!(
+            "error {line}:37: only the machine's configuration can enforce a rule; your own rules hold for your own \
+             applications already; the line can go"
+        )
+    };
+    assert_eq!(found(text), [error(3), error(4)]);
+    let system = lines(read(Path::new("c.yaml"), text.as_bytes(), Scope::System));
+    assert_eq!(system, [""; 0]);
+}
+
+#[test]
 fn warns_of_rules_that_are_never_reached() {
     let text = "version: 1\nexec-slices: off\ntproxies: {a: {port: 1}}\nrules:\n\
                 - {match: x, drop: true}\n- {match: x, direct: true}\n\
