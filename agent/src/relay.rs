@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -13,11 +13,11 @@ use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::relay::{
     Configure_Args, Configure_Reply, GetStatus_Args, GetStatus_Reply, Protocol, Upstream,
 };
+pub use cgtproxy_proto::socket::of_relay as default_socket;
 use tokio::time::{sleep, timeout};
 
 use crate::config::{Config, Means, Network, Proxy, Scheme};
 use crate::state::{Agent, Source};
-use crate::systemd::runtime_directory;
 use crate::text::{chain, printable};
 
 /// How long to wait before connecting again: doubled from one to the other.
@@ -62,12 +62,6 @@ impl Relay {
             .filter(|proxy| matches!(proxy.means, Means::Relay { .. }));
         self.problem.is_none() && relayed.into_iter().any(|proxy| self.port(proxy) == 0)
     }
-}
-
-/// Where the relay of a user listens.
-#[must_use]
-pub fn default_socket() -> PathBuf {
-    runtime_directory().join("cgtproxy-relay.sock")
 }
 
 /// How the relay and its proxies are doing.

@@ -1,11 +1,13 @@
 //! The ways to systemd over D-Bus.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 
 use futures_core::Stream;
 use zbus::connection::Builder;
 use zbus::{Connection, DBusError};
+
+pub(crate) use cgtproxy_proto::socket::runtime_directory;
 
 /// systemd's name on a bus.
 pub(crate) const SYSTEMD: &str = "org.freedesktop.systemd1";
@@ -89,18 +91,6 @@ impl Manager {
             .call_method(Some(SYSTEMD), MANAGER_PATH, Some(MANAGER), method, body)
             .await
     }
-}
-
-/// Where the sockets of the user's programs are (XDG Base Directory Specification). Programs that
-/// switch users often leave the variable unset, and the directory is where systemd makes it.
-pub(crate) fn runtime_directory() -> PathBuf {
-    std::env::var_os("XDG_RUNTIME_DIR")
-        .map(PathBuf::from)
-        .filter(|path| path.is_absolute())
-        .unwrap_or_else(|| {
-            let uid = rustix::process::getuid();
-            format!("/run/user/{}", uid.as_raw()).into()
-        })
 }
 
 /// The next item of a stream.

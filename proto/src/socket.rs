@@ -104,6 +104,25 @@ impl Socket {
     }
 }
 
+/// Where the sockets of the user's programs are (XDG Base Directory Specification). Programs that
+/// switch users often leave the variable unset, and the directory is where systemd makes it.
+#[must_use]
+pub fn runtime_directory() -> PathBuf {
+    std::env::var_os("XDG_RUNTIME_DIR")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .unwrap_or_else(|| {
+            let uid = rustix::process::getuid();
+            format!("/run/user/{}", uid.as_raw()).into()
+        })
+}
+
+/// Where a user's relay listens unless it is told otherwise.
+#[must_use]
+pub fn of_relay() -> PathBuf {
+    runtime_directory().join("cgtproxy-relay.sock")
+}
+
 /// Listens on `path` with these permissions, in a directory that nobody else may write to. A socket on which nobody
 /// listens any more is replaced.
 ///

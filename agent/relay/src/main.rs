@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cgtproxy_proto::socket::Socket;
+use cgtproxy_proto::socket::{Socket, of_relay};
 use cgtproxy_proto::text::chain;
 use cgtproxy_proto::{log, notify};
 use cgtproxy_relay::cli::Arguments;
@@ -33,8 +33,6 @@ const LOOKUPS: usize = 8;
 enum Error {
     #[error("can't use the socket that systemd handed over")]
     ActivatedSocket(#[source] io::Error),
-    #[error("there is no XDG_RUNTIME_DIR: name a socket with --socket")]
-    NoRuntimeDirectory,
     #[error("another relay listens on {}", .0.display())]
     InUse(PathBuf),
     #[error("can't listen on {}", .path.display())]
@@ -95,10 +93,6 @@ async fn serve(arguments: &Arguments, handed_over: Option<UnixListener>) -> Resu
     Ok(())
 }
 
-fn default_socket() -> Option<PathBuf> {
-    Some(directory("XDG_RUNTIME_DIR")?.join("cgtproxy-relay.sock"))
-}
-
 /// Where what stands for which name is written down: systemd's StateDirectory=, or as XDG has it.
 fn names_file() -> Option<PathBuf> {
     let state = directory("STATE_DIRECTORY").or_else(|| {
@@ -118,10 +112,7 @@ fn socket(arguments: &Arguments, handed_over: Option<UnixListener>) -> Result<So
     if let Some(listener) = handed_over {
         return Socket::handed_over(listener).map_err(Error::ActivatedSocket);
     }
-    let path = match &arguments.socket {
-        Some(path) => path.clone(),
-        None => default_socket().ok_or(Error::NoRuntimeDirectory)?,
-    };
+    let path = arguments.socket.clone().unwrap_or_else(of_relay);
     Socket::listen(&path).map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => Error::InUse(path),
         _ => Error::Listen { path, source },

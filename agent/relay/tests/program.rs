@@ -48,6 +48,24 @@ fn the_journal_learns_how_bad_it_is() {
     );
 }
 
+#[test]
+fn without_a_runtime_directory_it_listens_where_the_agent_looks() {
+    // A user for whom systemd has made none.
+    let output = Command::new("unshare")
+        .args(["--user", "--map-user=3999999999"])
+        .arg(env!("CARGO_BIN_EXE_cgtproxy-relay"))
+        .env_remove("XDG_RUNTIME_DIR")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let socket = "/run/user/3999999999/cgtproxy-relay.sock";
+    assert!(
+        said.contains(&format!("can't listen on {socket}: ")),
+        "{said}"
+    );
+    assert_eq!(output.status.code(), Some(1), "{said}");
+}
+
 /// A relay that listens there, with files of its own in that directory.
 fn relay(socket: &Path, directory: &Path) -> Command {
     let mut relay = Command::new(env!("CARGO_BIN_EXE_cgtproxy-relay"));
