@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use cgtproxy_proto::network::Network;
+
 use crate::nft::Bypass;
 
 /// Parses a policy's bypass list.
@@ -12,13 +14,13 @@ pub fn parse(entries: &[String]) -> Result<Bypass, usize> {
     let mut ipv4 = Vec::new();
     let mut ipv6 = Vec::new();
     for (index, entry) in entries.iter().enumerate() {
-        let (address, length) = split(entry).ok_or(index)?;
-        let ranges = if address.is_ipv4() {
+        let network: Network = entry.parse().map_err(|_| index)?;
+        let ranges = if network.address().is_ipv4() {
             &mut ipv4
         } else {
             &mut ipv6
         };
-        ranges.push(range(address, length));
+        ranges.push(range(network));
     }
     let ipv4 = merge(ipv4).into_iter().map(|(first, last)| {
         (
@@ -35,35 +37,10 @@ pub fn parse(entries: &[String]) -> Result<Bypass, usize> {
     })
 }
 
-/// A network as it is written: its first address, and the length of its prefix.
-pub(crate) fn network(entry: &str) -> Option<(IpAddr, u8)> {
-    let (address, length) = split(entry)?;
-    let (first, _) = range(address, length);
-    let first = match address {
-        IpAddr::V4(_) => Ipv4Addr::from_bits(first as u32).into(),
-        IpAddr::V6(_) => Ipv6Addr::from_bits(first).into(),
-    };
-    Some((first, u8::try_from(length).ok()?))
-}
-
-/// An address and the length of its prefix, which is all of it unless it is written.
-fn split(entry: &str) -> Option<(IpAddr, u32)> {
-    let (address, length) = match entry.split_once('/') {
-        Some((address, length)) if length.bytes().all(|b| b.is_ascii_digit()) => {
-            (address, Some(length.parse::<u32>().ok()?))
-        }
-        Some(_) => return None,
-        None => (entry, None),
-    };
-    let address: IpAddr = address.parse().ok()?;
-    let longest = if address.is_ipv4() { 32 } else { 128 };
-    let length = length.unwrap_or(longest);
-    (length <= longest).then_some((address, length))
-}
-
-/// The first and the last address of the network with this address and length of prefix.
-fn range(address: IpAddr, length: u32) -> (u128, u128) {
-    let (address, free) = match address {
+/// The first and the last address of a network.
+fn range(network: Network) -> (u128, u128) {
+    let length = u32::from(network.prefix());
+    let (address, free) = match network.address() {
         IpAddr::V4(address) => (address.to_bits().into(), low_bits(128 - 32 + length)),
         IpAddr::V6(address) => (address.to_bits(), low_bits(length)),
     };

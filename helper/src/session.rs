@@ -15,6 +15,7 @@ use cgtproxy_proto::helper::{
     ReplacePolicy_Reply, SkipReason, UpdateAssignments_Args, UpdateAssignments_Reply,
 };
 use cgtproxy_proto::name::ProxyName;
+use cgtproxy_proto::network::Network;
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, reply};
 use cgtproxy_proto::text::chain;
@@ -507,17 +508,13 @@ pub(crate) fn assignments(
 
 /// Networks of addresses that stand for names; the name of the field that is wrong otherwise.
 fn fakes(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<Fakes, &'static str> {
-    let ipv4 = match ipv4.map(bypass::network) {
-        None => None,
-        Some(Some((IpAddr::V4(address), prefix))) => Some((address, prefix)),
-        Some(_) => return Err("fakeIpv4"),
-    };
-    let ipv6 = match ipv6.map(bypass::network) {
-        None => None,
-        Some(Some((IpAddr::V6(address), prefix))) => Some((address, prefix)),
-        Some(_) => return Err("fakeIpv6"),
-    };
-    Ok(Fakes { ipv4, ipv6 })
+    let network = |text: &str| text.parse::<Network>().ok();
+    let ipv4 = ipv4.map(|text| network(text).and_then(Network::ipv4).ok_or("fakeIpv4"));
+    let ipv6 = ipv6.map(|text| network(text).and_then(Network::ipv6).ok_or("fakeIpv6"));
+    Ok(Fakes {
+        ipv4: ipv4.transpose()?,
+        ipv6: ipv6.transpose()?,
+    })
 }
 
 /// The address must be of the right family; the field's name is what is wrong otherwise.

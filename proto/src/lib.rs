@@ -10,6 +10,7 @@ pub mod limits;
 pub mod log;
 pub mod message;
 pub mod name;
+pub mod network;
 pub mod notify;
 pub mod path;
 pub mod scheduling;

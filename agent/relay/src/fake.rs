@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use cgtproxy_proto::network::{FAKE_IPV4, FAKE_IPV6, Network};
+
 use crate::target::Target;
 
 /// How many names there may be, if the networks are twice as large.
@@ -34,12 +36,10 @@ pub struct Networks {
 }
 
 impl Default for Networks {
-    /// The networks that are set aside for benchmarks (RFC 2544 and RFC 5180): nothing on the internet has
-    /// them, and lists of private networks, which many bypass, leave them out.
     fn default() -> Self {
         Self {
-            ipv4: (Ipv4Addr::new(198, 18, 0, 0), 15),
-            ipv6: (Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0), 48),
+            ipv4: FAKE_IPV4,
+            ipv6: FAKE_IPV6,
         }
     }
 }
@@ -50,17 +50,16 @@ impl Networks {
     /// # Errors
     /// The name of the parameter that is none with room for a name.
     pub fn parse(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<Self, &'static str> {
+        let network = |text: &str| text.parse::<Network>().ok();
         let mut networks = Self::default();
         if let Some(text) = ipv4 {
-            let network = parse(text, |ip: Ipv4Addr, prefix| {
-                (prefix <= 30).then(|| Ipv4Addr::from_bits(ip.to_bits() & mask32(prefix)))
-            });
+            let network = network(text).and_then(Network::ipv4);
+            let network = network.filter(|(_, prefix)| *prefix <= 30);
             networks.ipv4 = network.ok_or("fakeIpv4")?;
         }
         if let Some(text) = ipv6 {
-            let network = parse(text, |ip: Ipv6Addr, prefix| {
-                (prefix <= 126).then(|| Ipv6Addr::from_bits(ip.to_bits() & mask128(prefix)))
-            });
+            let network = network(text).and_then(Network::ipv6);
+            let network = network.filter(|(_, prefix)| *prefix <= 126);
             networks.ipv6 = network.ok_or("fakeIpv6")?;
         }
         Ok(networks)
@@ -109,15 +108,6 @@ fn mask128(prefix: u8) -> u128 {
     u128::MAX
         .checked_shl(128 - u32::from(prefix.min(128)))
         .unwrap_or(0)
-}
-
-fn parse<A: std::str::FromStr>(
-    text: &str,
-    network: impl FnOnce(A, u8) -> Option<A>,
-) -> Option<(A, u8)> {
-    let (address, prefix) = text.split_once('/')?;
-    let prefix = prefix.parse().ok()?;
-    Some((network(address.parse().ok()?, prefix)?, prefix))
 }
 
 #[derive(Debug)]
@@ -417,7 +407,7 @@ mod tests {
         assert!(fakes.entries.is_empty());
         let number = fakes.number("example.org").unwrap();
         assert!((1..255).contains(&number));
-        for wrong in ["10.0.0.0/31", "10.0.0.0", "x/1", "::/1"] {
+        for wrong in ["10.0.0.0/31", "10.0.0.0", "10.0.0.0/+15", "x/1", "::/1"] {
             assert_eq!(Networks::parse(Some(wrong), None), Err("fakeIpv4"));
         }
     }

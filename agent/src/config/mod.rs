@@ -3,7 +3,6 @@
 mod environment;
 mod finding;
 mod migrate;
-mod network;
 mod read;
 mod reader;
 mod upstream;
@@ -17,14 +16,15 @@ use std::rc::Rc;
 
 use cgtproxy_proto::interface::InterfaceName;
 use cgtproxy_proto::name::ProxyName;
+use cgtproxy_proto::network::{FAKE_IPV4, FAKE_IPV6};
 
 use crate::policy::{DEFAULT_PROXY, ExecSlices, Rules, Start, Target};
 use crate::watch::Monitor;
 
+pub use cgtproxy_proto::network::Network;
 pub use environment::Environment;
 pub use finding::{Excerpt, Finding, Findings, Place, Severity};
 pub use migrate::migrate;
-pub use network::Network;
 pub use read::read;
 pub use upstream::{InvalidUpstream, Scheme, Upstream};
 
@@ -106,20 +106,12 @@ pub struct FakeAddresses {
 }
 
 impl FakeAddresses {
-    /// The networks that the relay takes them from unless it is told otherwise: those for benchmarks.
-    const DEFAULT: [(IpAddr, u8); 2] = [
-        (IpAddr::V4(Ipv4Addr::new(198, 18, 0, 0)), 15),
-        (IpAddr::V6(Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0)), 48),
-    ];
-
     /// The network of IPv4 and that of IPv6, as an address and the length of its prefix.
     #[must_use]
     pub fn networks(&self) -> [(IpAddr, u8); 2] {
-        let [ipv4, ipv6] = Self::DEFAULT;
-        let network = |network: Option<Network>, default| {
-            network.map_or(default, |network| (network.address(), network.prefix()))
-        };
-        [network(self.ipv4, ipv4), network(self.ipv6, ipv6)]
+        let (ipv4, prefix4) = self.ipv4.and_then(Network::ipv4).unwrap_or(FAKE_IPV4);
+        let (ipv6, prefix6) = self.ipv6.and_then(Network::ipv6).unwrap_or(FAKE_IPV6);
+        [(ipv4.into(), prefix4), (ipv6.into(), prefix6)]
     }
 }
 
