@@ -86,6 +86,7 @@ fn bench(options: &cli::Options) -> ExitCode {
 fn write(report: &Report, directory: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(directory)?;
     std::fs::write(directory.join("bench.json"), report.json())?;
+    std::fs::write(directory.join("results.md"), report.markdown())?;
     plot::all(report, directory)
 }
 

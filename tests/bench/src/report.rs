@@ -1,4 +1,4 @@
-//! What comes out: a table for people, JSON for programs.
+//! What comes out: tables for people, on the terminal and in Markdown, and JSON for programs.
 
 use std::fmt::Write as _;
 
@@ -91,16 +91,9 @@ impl Report {
         let quantiles = (0..count)
             .map(|n| ordered[n * last / (count - 1).max(1)])
             .collect();
-        let what = what.into();
-        eprintln!(
-            "  {row}: {what}, {on}: median {}{unit}, p99 {}{unit}, N {}",
-            number(summary.median),
-            number(summary.p99),
-            summary.n
-        );
-        self.series.push(Series {
+        self.push(Series {
             row,
-            what,
+            what: what.into(),
             on,
             unit,
             summary,
@@ -108,6 +101,37 @@ impl Report {
             at,
         });
         summary
+    }
+
+    /// Adds how many of all cases something was so in. Returns it in per cent.
+    pub(crate) fn add_share(
+        &mut self,
+        row: &'static str,
+        what: impl Into<String>,
+        on: &'static str,
+        of_them: usize,
+        all: usize,
+    ) -> f64 {
+        let share = 100.0 * of_them as f64 / all as f64;
+        self.push(Series {
+            row,
+            what: what.into(),
+            on,
+            unit: " %",
+            summary: Summary {
+                n: all,
+                ..summary(&[share])
+            },
+            quantiles: vec![share],
+            at: None,
+        });
+        share
+    }
+
+    fn push(&mut self, series: Series) {
+        let [what, on, median, p99, n] = series.cells();
+        eprintln!("  {what}, {on}: median {median}, p99 {p99}, N {n}");
+        self.series.push(series);
     }
 
     /// Adds a target: `measured` may be at most `most`.
@@ -168,38 +192,86 @@ impl Report {
 
     /// Prints the two tables.
     pub(crate) fn print(&self) {
-        println!(
-            "Linux {}, {} processors{}",
-            self.kernel,
-            self.processors,
-            if self.quick {
-                "; --quick: too few samples to go by"
-            } else {
-                ""
-            }
-        );
-        let head = ["", "on", "median", "p99", "N"].map(String::from);
-        let rows = self.series.iter().map(|s| {
-            [
-                format!("{}: {}", s.row, s.what),
-                s.on.to_owned(),
-                format!("{}{}", number(s.summary.median), s.unit),
-                format!("{}{}", number(s.summary.p99), s.unit),
-                s.summary.n.to_string(),
-            ]
-        });
-        print!("\n{}", table(head, rows));
-        let head = ["", "must reach", "measured", ""].map(String::from);
-        let rows = self.targets.iter().map(|t| {
-            [
-                format!("{}: {}", t.row, t.what),
-                t.required.clone(),
-                t.measured.clone(),
-                if t.met { "reached" } else { "NOT REACHED" }.to_owned(),
-            ]
-        });
-        print!("\n{}", table(head, rows));
+        println!("{}", self.machine());
+        let rows = self.series.iter().map(Series::cells);
+        print!("\n{}", table(SERIES.map(String::from), rows));
+        let rows = self.targets.iter().map(|t| t.cells("NOT REACHED"));
+        print!("\n{}", table(TARGETS.map(String::from), rows));
     }
+
+    /// The same for docs/performance/results.md.
+    pub(crate) fn markdown(&self) -> String {
+        let mut text = format!(
+            "# Results of `make bench`\n\n{}. `make bench` has written this; [Performance](../performance.md) says what it \
+             means.\nWhere there are fewer than 100 samples, p99 is the largest of them.\n",
+            self.machine()
+        );
+        let mut row = "";
+        for series in &self.series {
+            if series.row != row {
+                row = series.row;
+                let _ = write!(text, "\n## {row}\n\n{}", head(SERIES));
+            }
+            let [_, rest @ ..] = series.cells();
+            let _ = writeln!(text, "| {} | {} |", series.what, rest.join(" | "));
+        }
+        let _ = write!(text, "\n## What was to be reached\n\n{}", head(TARGETS));
+        for target in &self.targets {
+            let _ = writeln!(text, "| {} |", target.cells("**missed**").join(" | "));
+        }
+        text
+    }
+
+    fn machine(&self) -> String {
+        let quick = match self.quick {
+            true => "; --quick: too few samples to go by",
+            false => "",
+        };
+        format!(
+            "Linux {}, {} processors{quick}",
+            self.kernel, self.processors
+        )
+    }
+}
+
+/// The heads of the two tables.
+const SERIES: [&str; 5] = ["", "on", "median", "p99", "N"];
+const TARGETS: [&str; 4] = ["", "must reach", "measured", ""];
+
+impl Series {
+    fn cells(&self) -> [String; 5] {
+        let value = |value| format!("{}{}", number(value), self.unit);
+        // Of one number there is no more to say.
+        let p99 = match self.quantiles.len() {
+            1 => String::new(),
+            _ => value(self.summary.p99),
+        };
+        [
+            format!("{}: {}", self.row, self.what),
+            self.on.to_owned(),
+            value(self.summary.median),
+            p99,
+            self.summary.n.to_string(),
+        ]
+    }
+}
+
+impl Target {
+    fn cells(&self, missed: &str) -> [String; 4] {
+        [
+            format!("{}: {}", self.row, self.what),
+            self.required.clone(),
+            self.measured.clone(),
+            if self.met { "reached" } else { missed }.to_owned(),
+        ]
+    }
+}
+
+/// The head of a table in Markdown: the first two columns on the left and the others on the right.
+fn head<const N: usize>(names: [&str; N]) -> String {
+    let rule = (0..N).map(|column| if column < 2 { "---" } else { "---:" });
+    let rule: Vec<_> = rule.collect();
+    format!("| {} |\n|{}|\n", names.join(" | "), rule.join("|"))
 }
 
 /// Three significant digits.
@@ -261,6 +333,28 @@ mod tests {
         let met: Vec<bool> = report.targets.iter().map(|t| t.met).collect();
         assert_eq!(met, [false, true]);
         assert_eq!(report.targets[0].required, "at most 4.00 MB");
+    }
+
+    #[test]
+    fn writes_a_table_for_each_row() {
+        let mut report = Report::new(&Options::default());
+        report.add("latency", "mkdir", "floor", " µs", &[1.0, 2.0, 3.0]);
+        let share = report.add_share("first-send", "leaks", "cgtproxy", 1, 200);
+        report.at_most("first-send", "leaks", share, 0.1, " %");
+        let text = report.markdown();
+        let (_, tables) = text.split_once("\n## ").unwrap();
+        assert_eq!(
+            tables,
+            "latency\n\n\
+             |  | on | median | p99 | N |\n|---|---|---:|---:|---:|\n\
+             | mkdir | floor | 2.00 µs | 3.00 µs | 3 |\n\
+             \n## first-send\n\n\
+             |  | on | median | p99 | N |\n|---|---|---:|---:|---:|\n\
+             | leaks | cgtproxy | 0.50 % |  | 200 |\n\
+             \n## What was to be reached\n\n\
+             |  | must reach | measured |  |\n|---|---|---:|---:|\n\
+             | first-send: leaks | at most 0.10 % | 0.50 % | **missed** |\n"
+        );
     }
 
     #[test]

@@ -45,9 +45,8 @@ pub(super) fn latency(options: &Options, report: &mut Report) {
             let summary = add(what, |s| s.in_force.unwrap_or(0));
             summaries.push(((yard.kind, groups), summary));
             let at_once = samples.iter().filter(|s| s.left == 0).count();
-            let share = 100.0 * at_once as f64 / samples.len() as f64;
             let what = format!("first send is dropped already, {among}");
-            report.add(LATENCY, what, name, " %", &[share]);
+            report.add_share(LATENCY, what, name, at_once, samples.len());
         }
     }
     let of = |kind, groups| {
@@ -161,12 +160,6 @@ fn add(sum: &mut Starts, more: Starts) {
 
 /// Per cent of the first packets that left.
 fn share(report: &mut Report, what: &str, kind: Kind, starts: Starts) -> f64 {
-    let all = starts.left + starts.dropped;
-    let share = 100.0 * starts.left as f64 / all as f64;
-    let samples: Vec<f64> = (0..all)
-        .map(|n| if n < starts.left { 100.0 } else { 0.0 })
-        .collect();
-    let row = format!("leaks, {what}: {share:.2} % of {all}");
-    report.add(FIRST_SEND, row, kind.name(), " %", &samples);
-    share
+    let (left, all) = (starts.left, starts.left + starts.dropped);
+    report.add_share(FIRST_SEND, format!("leaks, {what}"), kind.name(), left, all)
 }
