@@ -362,6 +362,38 @@ fn answers_to_whom_the_proxy_has_brought_go_to_the_proxy() {
     });
 }
 
+/// What comes in on an interface may have routes of its own.
+#[test]
+fn routes_of_an_interface_lead_nothing_past_the_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let proxy = sb.tproxy("company").uid(0).port(7890).start();
+        let host = sb.host_behind("lan0");
+        let app = host.app();
+        let mut root = Session::of(&sb.user(0));
+        let ip = |what: &str| {
+            let words: Vec<_> = ["ip", "-6"].into_iter().chain(what.split(' ')).collect();
+            sb.run(&words);
+        };
+        ip("rule add iif lan0 priority 1000 lookup 100");
+        ip("route add default via 2001:db8::2 dev uplink table 100");
+        ip("route del default via 2001:db8::2 dev uplink");
+        expect(sb, &app, |_, to| host.direct(to));
+        divert(&mut root, &["lan0"], &company(), &json!([]));
+        let check = || {
+            expect_proxied(sb, &app);
+            let [_, to] = sb.destinations();
+            let peer = app.open_udp(to);
+            proxy.speak_first(to, peer.local());
+            assert_eq!(peer.ask(), proxied("company", to));
+            sb.assert_nothing_left_for(to.ip());
+        };
+        check();
+        ip("route add unreachable default");
+        check();
+    });
+}
+
 #[test]
 fn it_outlives_the_helper_is_restored_and_ends_with_the_session() {
     sandbox(|sb| {

@@ -242,6 +242,75 @@ fn an_application_that_chooses_its_interface_does_not_get_past_the_proxy() {
     });
 }
 
+/// Runs this where only packets that this rule is about have a route to the IPv6 internet and to groups. For others there
+/// is none at first, and one that leads nowhere then.
+fn with_routes_for(sb: &Sandbox, rule: &str, check: impl Fn()) {
+    let script = format!(
+        "rule add {rule} priority 1000 lookup 100\n\
+         route add default via 2001:db8::2 dev {UPLINK} table 100\n\
+         route del default via 2001:db8::2 dev {UPLINK}\n\
+         route add multicast ff00::/8 dev {UPLINK} table 100\n\
+         route del multicast ff00::/8 dev {UPLINK} table local\n"
+    );
+    for script in [script.as_str(), "route add unreachable default\n"] {
+        for line in script.lines() {
+            let words: Vec<_> = ["ip", "-6"].into_iter().chain(line.split(' ')).collect();
+            sb.run(&words);
+        }
+        check();
+    }
+}
+
+/// An interface may have routes of its own, as one of several uplinks has, or one in a VRF.
+#[test]
+fn routes_of_an_interface_lead_nothing_past_the_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        with_routes_for(sb, &format!("oif {UPLINK}"), || {
+            for each in [proxied_app, redirected_app] {
+                let (_user, app, _session, _server) = each(sb);
+                app.device(UPLINK);
+                let [_, to] = sb.destinations();
+                for transport in TRANSPORTS {
+                    let outcome = app.ask(transport, to);
+                    assert!(
+                        !matches!(outcome, Outcome::Direct { .. }),
+                        "{transport:?} {outcome:?}"
+                    );
+                    sb.assert_nothing_left_for(to.ip());
+                }
+                // What nobody can take for others is left alone.
+                let group: SocketAddr = "[ff05::1:3]:547".parse().expect("an address");
+                assert_eq!(app.udp(group), Outcome::LeftUnanswered);
+            }
+        });
+    });
+}
+
+/// So may a user, as one for whom there is a VPN.
+#[test]
+fn routes_of_a_user_lead_nothing_past_the_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        with_routes_for(sb, "uidrange 1001-1001", || {
+            {
+                let (_user, app, _session, proxy) = proxied_app(sb);
+                let [_, to] = sb.destinations();
+                for transport in TRANSPORTS {
+                    assert_eq!(app.ask(transport, to), proxied("mihomo", to));
+                }
+                answers_go_to_the_proxy(sb, &app, &proxy);
+            }
+            let (_user, app, _session, _server) = redirected_app(sb);
+            let [_, to] = sb.destinations();
+            for transport in TRANSPORTS {
+                let at = at_home(to, 7892);
+                assert_eq!(app.ask(transport, to), local("redir", at), "{transport:?}");
+            }
+        });
+    });
+}
+
 /// As wg-quick has them for its own packets (`premangle`), and others for several uplinks.
 #[test]
 fn rules_that_restore_marks_do_no_harm() {

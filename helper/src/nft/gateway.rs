@@ -10,7 +10,7 @@ use super::names::Names;
 use super::plan::Layout;
 use super::policy::{Delivery, Gateway, Proxy};
 use super::proxy::to_proxy_of_answer;
-use super::rule::Protocol;
+use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::{DELIVER, DIVERT, FORWARDED, GATEWAY, INTERFACES};
 use super::transaction::Transaction;
 
@@ -49,18 +49,18 @@ impl Transaction<'_> {
             return;
         }
         let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
-        // iifname @interfaces ct mark & MASK == DIVERT ct direction reply fib daddr type unicast
-        //   meta priority set MARK meta mark set meta mark & ~MASK | DIVERT goto deliver-answers-system
         self.add_rules(
             GATEWAY,
-            [&|rule| {
-                let rule = rule
-                    .iifname_in(INTERFACES)
-                    .ct_mark_is(mask, begun)
-                    .ct_direction_reply()
-                    .daddr_unicast();
-                to_proxy_of_answer(rule, proxy, mask, begun).goto(names.deliver_answers())
-            }],
+            [
+                // iifname @interfaces ct mark & MASK == DIVERT ct direction reply fib daddr type 2-5 return
+                &|rule| answer(rule, mask, begun).daddr_local_or_many().leave(),
+                // iifname @interfaces ct mark & MASK == DIVERT ct direction reply
+                //   meta priority set MARK meta mark set meta mark & ~MASK | DIVERT goto deliver-answers-system
+                &|rule| {
+                    to_proxy_of_answer(answer(rule, mask, begun), proxy, mask, begun)
+                        .goto(names.deliver_answers())
+                },
+            ],
         );
     }
 
@@ -110,15 +110,7 @@ impl Transaction<'_> {
             interfaces.push(&key(interface), Element::Key);
         }
         self.write_elements(&interfaces, MsgType::Add);
-        self.add_rules(
-            FORWARDED,
-            [
-                // fib daddr type != unicast return
-                &|rule| rule.daddr_not_unicast().leave(),
-                // ip6 daddr fe80::/10 return
-                &|rule| rule.daddr_link_local().leave(),
-            ],
-        );
+        self.unreachable_rules(FORWARDED);
         if let Some(hijack) = &proxy.dns_hijack {
             let dns = names.dns(&gateway.proxy);
             // Nothing from elsewhere may go to a loopback address.
@@ -145,6 +137,13 @@ impl Transaction<'_> {
             ],
         );
     }
+}
+
+/// An answer to whom the TPROXY server has brought.
+fn answer(rule: RuleBuilder<'_>, mask: u32, begun: u32) -> RuleBuilder<'_> {
+    rule.iifname_in(INTERFACES)
+        .ct_mark_is(mask, begun)
+        .ct_direction_reply()
 }
 
 /// A name as nftables has it. No name is longer than a key.

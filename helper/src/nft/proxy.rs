@@ -150,10 +150,10 @@ impl Transaction<'_> {
     /// that server's and open, and whoever answers would tell its own address.
     fn answer_rules(&mut self, chain: &CStr, proxy: &Proxy) {
         let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
-        // ct mark & MASK == DIVERT fib daddr type != unicast return
+        // ct mark & MASK == DIVERT fib daddr type 2-5 return
         self.add_rules(
             chain,
-            [&|rule| rule.ct_mark_is(mask, begun).daddr_not_unicast().leave()],
+            [&|rule| rule.ct_mark_is(mask, begun).daddr_local_or_many().leave()],
         );
         let Exceptions { no_tcp, no_udp, .. } = proxy.exceptions;
         for (protocol, _) in [(Protocol::Tcp, no_tcp), (Protocol::Udp, no_udp)]
@@ -202,17 +202,7 @@ impl Transaction<'_> {
         }
         self.fake_rules(&chain, proxy);
         self.exception_rules(&chain, proxy.exceptions);
-        self.add_rules(
-            &chain,
-            [
-                // The machine itself, broadcast and multicast.
-                // fib daddr type != unicast return
-                &|rule| rule.daddr_not_unicast().leave(),
-                // No proxy could reach it: the address says nothing without an interface.
-                // ip6 daddr fe80::/10 return
-                &|rule| rule.daddr_link_local().leave(),
-            ],
-        );
+        self.unreachable_rules(&chain);
         if let Some(list) = &layout.bypass {
             self.bypass_rules(list, &chain);
         }
@@ -236,6 +226,24 @@ impl Transaction<'_> {
                 &|rule| rule.l4proto(Protocol::Tcp).goto(REFUSE),
                 // meta l4proto udp goto refuse
                 &|rule| rule.l4proto(Protocol::Udp).goto(REFUSE),
+            ],
+        );
+    }
+
+    /// What no proxy could reach leaves the chain.
+    pub(super) fn unreachable_rules(&mut self, chain: &CStr) {
+        self.add_rules(
+            chain,
+            [
+                // The machine itself, broadcast and multicast.
+                // fib daddr type 2-5 return
+                &|rule| rule.daddr_local_or_many().leave(),
+                // The kernel tells that of a group only where it finds a route to it.
+                // ip6 daddr ff00::/8 return
+                &|rule| rule.daddr_multicast6().leave(),
+                // The address says nothing without an interface.
+                // ip6 daddr fe80::/10 return
+                &|rule| rule.daddr_link_local().leave(),
             ],
         );
     }

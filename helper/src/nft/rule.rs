@@ -35,8 +35,8 @@ const REPLY: u8 = 1;
 /// `IP_CT_DIR_ORIGINAL` (linux/netfilter/nf_conntrack_tuple_common.h).
 const ORIGINAL: u8 = 0;
 
-/// `RTN_UNICAST` (linux/rtnetlink.h).
-const UNICAST: u32 = 1;
+/// `RTN_LOCAL`, `RTN_BROADCAST`, `RTN_ANYCAST` and `RTN_MULTICAST`, the first and the last (linux/rtnetlink.h).
+const LOCAL_TO_MULTICAST: (u32, u32) = (2, 5);
 
 /// A layer 4 protocol that a proxy can take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -468,14 +468,20 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Eq, &network[..])
     }
 
-    /// `fib daddr type != unicast`
-    pub(super) fn daddr_not_unicast(self) -> Self {
-        self.with(&DestinationType).compare(CmpOp::Neq, UNICAST)
+    /// `ip6 daddr ff00::/8`
+    pub(super) fn daddr_multicast6(self) -> Self {
+        let network = Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0);
+        self.daddr_network(Family::Ipv6, network.octets(), network.octets())
     }
 
-    /// `fib daddr type unicast`
-    pub(super) fn daddr_unicast(self) -> Self {
-        self.with(&DestinationType).compare(CmpOp::Eq, UNICAST)
+    /// `fib daddr type 2-5`: local, broadcast, anycast or multicast.
+    ///
+    /// That it is not unicast says nothing. For IPv6 the kernel looks for a route, and knows neither the interface that the
+    /// packet leaves or has come by, nor its mark, nor whose it is (__nft_fib6_eval_type,
+    /// net/ipv6/netfilter/nft_fib_ipv6.c): where rules lead to routes by these, it finds none, and says unreachable.
+    pub(super) fn daddr_local_or_many(self) -> Self {
+        let (first, last) = LOCAL_TO_MULTICAST;
+        self.with(&DestinationType).within(first, last)
     }
 
     /// `meta skuid >= 0`: there is a socket, and somebody has it open.
@@ -483,10 +489,14 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Meta::SkUid).compare(CmpOp::Gte, 0u32)
     }
 
-    /// `meta skuid FIRST-LAST`. Numbers are compared byte by byte, the first byte first.
+    /// `meta skuid FIRST-LAST`
     pub(super) fn skuid_from_to(self, first: u32, last: u32) -> Self {
-        self.with(&Meta::SkUid)
-            .with(&NetworkByteOrder)
+        self.with(&Meta::SkUid).within(first, last)
+    }
+
+    /// `FIRST-LAST`. Numbers are compared byte by byte, the first byte first.
+    fn within(self, first: u32, last: u32) -> Self {
+        self.with(&NetworkByteOrder)
             .compare(CmpOp::Gte, &first.to_be_bytes()[..])
             .compare(CmpOp::Lte, &last.to_be_bytes()[..])
     }

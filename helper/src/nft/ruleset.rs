@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-11-ff000000 { }              # the format of this table, and the mask of marks
+//!   chain version-12-ff000000 { }              # the format of this table, and the mask of marks
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
 //!   map enforced { type cgroupsv2 : mark }    # a control group of the system's policy : what of that is enforced
@@ -92,7 +92,7 @@ use crate::peer::Uid;
 use crate::route::Family;
 
 /// How this table is laid out.
-const VERSION: u32 = 11;
+const VERSION: u32 = 12;
 pub(super) const CGROUPS: &CStr = c"cgroups";
 pub(super) const CGROUPS_SYSTEM: &CStr = c"cgroups-0";
 pub(super) const CHOICES: &CStr = c"choices";
