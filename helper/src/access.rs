@@ -14,6 +14,11 @@ pub(crate) const ANSWER_HOLDS: Duration = Duration::from_secs(1);
 /// For how long it is good to what is only kept: nobody waits there for a group to be another one.
 pub(crate) const ANSWER_HOLDS_FOR_KEPT: Duration = Duration::from_secs(60);
 
+/// How many times as long as the databases took it is good at least, up to so long: while they are asked, nobody is
+/// served.
+const ANSWER_HOLDS_TIMES: u32 = 20;
+const ANSWER_HOLDS_AT_MOST: Duration = Duration::from_secs(600);
+
 /// How many are remembered at most.
 const MOST_ANSWERS: usize = 1024;
 
@@ -76,9 +81,27 @@ impl Access {
     }
 }
 
-/// What was found out about users a moment ago: whoever connects all the time has the databases asked once a second.
+/// What was found out about users a moment ago: whoever connects all the time has the databases asked once a second, or
+/// less often if they are slow.
 #[derive(Debug, Default)]
-pub struct Answers(BTreeMap<Uid, (Instant, Option<bool>)>);
+pub struct Answers(BTreeMap<Uid, Answer>);
+
+/// What was found out about one user.
+#[derive(Debug, Clone, Copy)]
+struct Answer {
+    allowed: Option<bool>,
+    when: Instant,
+    took: Duration,
+}
+
+impl Answer {
+    /// Whether it is still good to whom answers are good within this time, or longer if they are slow.
+    fn holds(&self, now: Instant, within: Duration) -> bool {
+        let slow = self.took.saturating_mul(ANSWER_HOLDS_TIMES);
+        let good = within.max(slow.min(ANSWER_HOLDS_AT_MOST));
+        now.saturating_duration_since(self.when) < good
+    }
+}
 
 impl Answers {
     /// What was found out about this user within this time, or is now.
@@ -88,21 +111,37 @@ impl Answers {
         within: Duration,
         ask: impl FnOnce() -> Option<bool>,
     ) -> Option<bool> {
-        let now = Instant::now();
-        let age = |when: Instant| now.saturating_duration_since(when);
+        self.get_by(Instant::now, uid, within, ask)
+    }
+
+    /// The same by this clock.
+    fn get_by(
+        &mut self,
+        clock: impl Fn() -> Instant,
+        uid: Uid,
+        within: Duration,
+        ask: impl FnOnce() -> Option<bool>,
+    ) -> Option<bool> {
+        let asked = clock();
         match self.0.get(&uid) {
-            Some(&(when, answer)) if age(when) < within => return answer,
+            Some(answer) if answer.holds(asked, within) => return answer.allowed,
             _ => {}
         }
-        let answer = ask();
+        let allowed = ask();
+        let now = clock();
         if self.0.len() >= MOST_ANSWERS {
             self.0
-                .retain(|_, (when, _)| age(*when) < ANSWER_HOLDS_FOR_KEPT);
+                .retain(|_, answer| answer.holds(now, ANSWER_HOLDS_FOR_KEPT));
         }
         if self.0.len() < MOST_ANSWERS || self.0.contains_key(&uid) {
-            self.0.insert(uid, (now, answer));
+            let answer = Answer {
+                allowed,
+                when: now,
+                took: now.saturating_duration_since(asked),
+            };
+            self.0.insert(uid, answer);
         }
-        answer
+        allowed
     }
 }
 
@@ -118,6 +157,8 @@ fn groups_of(uid: Uid) -> Option<Option<BTreeSet<u32>>> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     fn accounts(uids: &[u32], gids: &[u32]) -> Accounts {
@@ -154,6 +195,48 @@ mod tests {
         let other = answers.get(Uid::for_test(5000), ANSWER_HOLDS, || Some(true));
         assert_eq!(other, Some(true));
         assert_eq!(answers.0.len(), 1);
+    }
+
+    #[test]
+    fn who_has_slow_databases_asked_leaves_most_of_the_time_to_others() {
+        let took = Duration::from_secs(3);
+        let start = Instant::now();
+        let now = Cell::new(start);
+        let mut answers = Answers::default();
+        let mut asked = 0;
+        // Somebody connects ten times a second for an hour.
+        while now.get() - start < Duration::from_secs(3600) {
+            let answer = answers.get_by(
+                || now.get(),
+                Uid::for_test(1),
+                ANSWER_HOLDS,
+                || {
+                    asked += 1;
+                    now.set(now.get() + took);
+                    Some(true)
+                },
+            );
+            assert_eq!(answer, Some(true));
+            now.set(now.get() + Duration::from_millis(100));
+        }
+        let asking = took * asked;
+        assert!(asking * 20 <= now.get() - start, "{asking:?}");
+        assert!(asked > 50, "{asked}");
+        // What has once taken very long is not believed for as long.
+        now.set(now.get() + ANSWER_HOLDS_AT_MOST);
+        for answer in [Some(true), Some(false)] {
+            let got = answers.get_by(
+                || now.get(),
+                Uid::for_test(1),
+                ANSWER_HOLDS,
+                || {
+                    now.set(now.get() + Duration::from_secs(3600));
+                    answer
+                },
+            );
+            assert_eq!(got, answer);
+            now.set(now.get() + ANSWER_HOLDS_AT_MOST);
+        }
     }
 
     #[test]

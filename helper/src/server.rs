@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::cgroup::Unavailable;
 use crate::guarded::{Guarded, Parked};
+use crate::kernel::Kernel;
 use crate::monitor::{Loss, Monitor};
 use crate::nft;
 use crate::peer::{Peer, Uid};
@@ -257,16 +258,13 @@ impl Server {
             Ok(_) | Err(Unavailable::Later) => Account::User(uid),
             Err(_) => Account::Others,
         };
-        if !self.state.borrow_mut().allows(account, uid) {
-            self.tasks
-                .spawn_local(refuse(stream, Fault::permission_denied()));
-            return;
-        }
-        let Some(connection) = self.quotas.connect(account) else {
-            let limit = self.state.borrow().config.limits.connections;
-            self.tasks
-                .spawn_local(refuse(stream, too_many_connections(limit)));
-            return;
+        let admitted = admit(&mut self.state.borrow_mut(), &self.quotas, account, uid);
+        let connection = match admitted {
+            Ok(connection) => connection,
+            Err(fault) => {
+                self.tasks.spawn_local(refuse(stream, fault));
+                return;
+            }
         };
         let this = self.clone();
         self.tasks.spawn_local(async move {
@@ -298,6 +296,23 @@ impl Server {
                 tracing::debug!(uid = uid.value(), "ended a connection: {}", chain(&error))
             }
         }
+    }
+}
+
+/// Lets a user connect, or says why not. Connections count before the databases of users and groups are asked: while they
+/// are, nobody is served.
+fn admit(
+    state: &mut State<impl Kernel>,
+    quotas: &Quotas,
+    account: Account,
+    uid: Uid,
+) -> Result<Connection, Fault> {
+    let Some(connection) = quotas.connect(account) else {
+        return Err(too_many_connections(state.config.limits.connections));
+    };
+    match state.allows(account, uid) {
+        true => Ok(connection),
+        false => Err(Fault::permission_denied()),
     }
 }
 
@@ -369,5 +384,47 @@ fn report(
 async fn refuse(mut stream: Guarded, fault: Fault) {
     if let Err(error) = send_fault(&mut stream, fault).await {
         tracing::debug!("can't refuse a connection: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::access::{Access, Accounts};
+    use crate::kernel::model::{Bed, Model};
+    use crate::snapshot::Snapshot;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "asks the user database")]
+    fn who_has_too_many_connections_has_no_databases_asked() {
+        let bed = Bed::new().unwrap();
+        let mut config = bed.config.clone();
+        // They know nothing of this user, who may be in that group.
+        let uid = Uid::for_test(987_654);
+        config.access = Access {
+            allow: None,
+            deny: Accounts {
+                uids: [].into(),
+                gids: [60].into(),
+            },
+        };
+        config.limits.connections = 1;
+        let (mut state, _) = State::new(
+            config,
+            bed.root.clone(),
+            Model::default(),
+            Snapshot::nowhere(),
+            BTreeMap::new(),
+        )
+        .unwrap();
+        let quotas = Quotas::new(state.config.limits);
+        let account = Account::User(uid);
+        let mut why = || admit(&mut state, &quotas, account, uid).unwrap_err().name;
+        // Who is refused has no connection.
+        for _ in 0..2 {
+            assert_eq!(why(), Fault::permission_denied().name);
+        }
+        let _one = quotas.connect(account).unwrap();
+        assert_eq!(why(), too_many_connections(1).name);
     }
 }
