@@ -217,6 +217,10 @@ fn verdicts_are_found_however_deep_control_groups_are() {
 /// lead to another chain.
 fn compared(sb: &Sandbox, chain: &str) -> (Vec<u32>, usize) {
     let rules = sb.run(&["nft", "list", "chain", "inet", "cgtproxy", chain]);
+    let deep = match chain {
+        "output" => "goto sessions-deep".into(),
+        chain => format!("goto {chain}-deep"),
+    };
     let mut levels = Vec::new();
     let mut elsewhere = 0;
     for rule in rules.lines() {
@@ -224,7 +228,7 @@ fn compared(sb: &Sandbox, chain: &str) -> (Vec<u32>, usize) {
         if let Some(comparison) = comparisons.next() {
             let level = comparison.split_whitespace().next();
             levels.push(level.and_then(|level| level.parse().ok()).expect("a level"));
-            elsewhere += usize::from(rule.ends_with("goto sessions-deep"));
+            elsewhere += usize::from(rule.ends_with(&deep));
         }
         assert_eq!(comparisons.next(), None, "{rule}");
     }
@@ -275,6 +279,31 @@ fn however_deep_control_groups_are_the_packets_of_others_are_compared_eight_time
         );
         let (levels, _) = compared(sb, "sessions");
         assert!(levels.len() <= MOST, "{levels:?}");
+        // They are no more for root's verdicts on a user's control groups that are deep.
+        let mut paths = vec![String::new(), "user.slice".into()];
+        paths.push("user.slice/user-1001.slice".into());
+        paths.push("user.slice/user-1001.slice/user@1001.service".into());
+        let deep: Vec<_> = (4..=20)
+            .map(|level| format!("{}/{}", paths[3], at(level)))
+            .collect();
+        paths.extend(deep);
+        let all: Vec<_> = paths
+            .iter()
+            .map(|path| {
+                let mut verdict = verdict(path, "direct");
+                verdict["enforce"] = json!(true);
+                verdict
+            })
+            .collect();
+        root.replace(json!([]), json!([]), json!(all));
+        for chain in ["enforced", "system"] {
+            let (mut levels, elsewhere) = compared(sb, chain);
+            levels.sort_unstable();
+            assert_eq!((levels, elsewhere), (Vec::from_iter(0..=9), 1), "{chain}");
+            let (mut deep, _) = compared(sb, &format!("{chain}-deep"));
+            deep.sort_unstable();
+            assert_eq!(deep, Vec::from_iter(0..=20), "{chain}");
+        }
     });
 }
 

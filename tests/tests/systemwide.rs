@@ -129,6 +129,61 @@ fn a_machine_that_drops_everything_still_says_what_the_kernel_has_to_say() {
     });
 }
 
+/// As users' own are, whatever users say of the same control groups.
+#[test]
+fn verdicts_are_found_however_deep_control_groups_are() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        // user@1001.service is at level 3.
+        let at = |level: usize| vec!["x"; level - 3].join("/");
+        let in_system =
+            |level| format!("user.slice/user-1001.slice/user@1001.service/{}", at(level));
+        let apps = [5, 8, 9, 12, 20, 21].map(|level| (level, alice.cgroup(at(level)).app()));
+        let service = sb.cgroup(SERVICE).app();
+        let mut root = Session::of(&sb.user(0));
+        let mut session = Session::of(&alice);
+        let everybody = |root: &mut Session, verdicts: &[(usize, &str)], enforce: bool| {
+            let mut all = vec![verdict("", "drop")];
+            all.extend(
+                verdicts
+                    .iter()
+                    .map(|(l, what)| verdict(&in_system(*l), what)),
+            );
+            if enforce {
+                all = all.into_iter().map(enforced).collect();
+            }
+            root.replace(json!([]), json!([]), json!(all));
+        };
+        let dropped = |levels: &[usize]| {
+            expect_dropped(sb, &service);
+            for (level, app) in &apps {
+                for to in sb.destinations() {
+                    match levels.contains(level) {
+                        true => assert!(app.udp(to).is_dropped(), "{level}"),
+                        false => assert_eq!(app.udp(to), direct(to), "{level}"),
+                    }
+                }
+            }
+        };
+        for enforce in [false, true] {
+            if enforce {
+                let own = [5, 9, 20].map(|level| verdict(&at(level), "direct"));
+                session.replace(json!([]), json!([]), json!(own));
+            }
+            everybody(&mut root, &[(8, "direct"), (12, "drop")], enforce);
+            dropped(&[5, 12, 20, 21]);
+            everybody(&mut root, &[(20, "direct")], enforce);
+            dropped(&[5, 8, 9, 12]);
+            everybody(&mut root, &[(5, "direct"), (8, "drop")], enforce);
+            dropped(&[8, 9, 12, 20, 21]);
+        }
+        // What is not enforced is for users to say.
+        everybody(&mut root, &[(8, "drop")], false);
+        dropped(&[]);
+    });
+}
+
 /// What a user's own verdict, the system's and an enforced one come to.
 #[test]
 fn users_have_their_own_way_but_for_what_is_enforced() {

@@ -257,9 +257,15 @@ impl Nftables {
                 marks.extend(names::owner(chain).map(|uid| (mark, uid)));
             }
         }
-        let chains = [ruleset::SYSTEM, ruleset::SESSIONS, ruleset::DEEP];
-        let [system, mut sessions, deep] = self.levels_of(chains)?;
-        sessions.extend(deep);
+        let chains = [
+            ruleset::SYSTEM,
+            ruleset::SYSTEM_DEEP,
+            ruleset::SESSIONS,
+            ruleset::SESSIONS_DEEP,
+        ];
+        let [mut system, deep, mut sessions, deep_sessions] = self.levels_of(chains)?;
+        system.extend(deep);
+        sessions.extend(deep_sessions);
         let mut holds = BTreeMap::new();
         for found in self.elements(ruleset::CHOICES)? {
             if let Value::Chain(chain) = &found.value

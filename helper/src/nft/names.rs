@@ -266,6 +266,7 @@ mod tests {
             ("drop-system", None),
             ("deliver-system", None),
             ("sessions-deep", None),
+            ("system-deep", None),
             ("proxy-01000-mihomo", None),
             ("proxy-4294967296-mihomo", None),
             ("version-8", None),

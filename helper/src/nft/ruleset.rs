@@ -33,8 +33,9 @@
 //!   chain loopback       { type filter hook postrouting priority mangle; … }
 //!   chain enforced { … goto sessions }        # what the system's policy enforces
 //!   chain sessions { … goto system }          # users' own verdicts
-//!   chain sessions-deep { … goto system }     # the same for sockets deeper than level 8
 //!   chain system   { … }                      # what the system's policy says besides
+//!   chain enforced-deep { … }  chain sessions-deep { … }   # the same for sockets deeper than level 8
+//!   chain system-deep { … }
 //!   chain open     { … }                      # connections to proxies go on as they began
 //!   chain answers  { … goto enforced, or … }  # to somebody for whom a proxy has spoken first
 //!   chain drop     { … }   chain refuse  { … }
@@ -107,9 +108,11 @@ pub(super) const INTERFACES: &CStr = c"interfaces";
 /// The map of the chain of this name: every control group of the system's policy.
 pub(super) const ENFORCED: &CStr = c"enforced";
 pub(super) const SESSIONS: &CStr = c"sessions";
-/// The same for sockets that are deeper than [`SHALLOW`].
-pub(super) const DEEP: &CStr = c"sessions-deep";
 pub(super) const SYSTEM: &CStr = c"system";
+/// The same for sockets that are deeper than [`SHALLOW`].
+pub(super) const ENFORCED_DEEP: &CStr = c"enforced-deep";
+pub(super) const SESSIONS_DEEP: &CStr = c"sessions-deep";
+pub(super) const SYSTEM_DEEP: &CStr = c"system-deep";
 pub(super) const OPEN: &CStr = c"open";
 pub(super) const DROP: &CStr = c"drop";
 pub(super) const DROP_SYSTEM: &CStr = c"drop-system";
@@ -201,9 +204,11 @@ impl Transaction<'_> {
         self.write_elements(&uids, MsgType::Add);
         for chain in [
             ENFORCED,
+            ENFORCED_DEEP,
             SESSIONS,
-            DEEP,
+            SESSIONS_DEEP,
             SYSTEM,
+            SYSTEM_DEEP,
             OPEN,
             DROP,
             DROP_SYSTEM,
@@ -570,7 +575,7 @@ impl Transaction<'_> {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
         let begun = self.marks.begun_by_proxy();
         let levels = &looked_at.levels;
-        for chain in [OUTPUT, OPEN, ANSWERS, SESSIONS, DEEP] {
+        for chain in [OUTPUT, OPEN, ANSWERS, SESSIONS, SESSIONS_DEEP] {
             self.flush_chain(chain);
         }
         if !looked_at.open {
@@ -609,8 +614,10 @@ impl Transaction<'_> {
             SESSIONS
         };
         self.session_rules(SESSIONS, levels, system);
-        if levels.last() > Some(&SHALLOW) {
-            self.deepest_session_rules(DEEP, levels, system);
+        self.deep_level_rules(SESSIONS_DEEP, levels, own_verdict);
+        if system {
+            // goto system
+            self.add_rules(SESSIONS_DEEP, [&|rule| rule.goto(SYSTEM)]);
         }
         self.add_rules(
             OPEN,
@@ -688,24 +695,44 @@ impl Transaction<'_> {
         );
     }
 
-    /// Users' own verdicts, for sockets that are deeper than others need to know in a chain of their own.
+    /// Users' own verdicts.
     fn session_rules(&mut self, chain: &CStr, levels: &BTreeSet<u32>, system: bool) {
-        if levels.last() > Some(&SHALLOW) {
-            // socket cgroupv2 level 9 != 0 goto sessions-deep
-            let deep = SHALLOW + 1;
-            self.add_rules(chain, [&|rule| rule.socket_as_deep_as(deep).goto(DEEP)]);
-        }
-        let shallow = levels.range(..=SHALLOW).copied().collect();
-        self.deepest_session_rules(chain, &shallow, system);
-    }
-
-    fn deepest_session_rules(&mut self, chain: &CStr, levels: &BTreeSet<u32>, system: bool) {
-        self.level_rules_of(chain, levels, |rule, level| {
-            rule.socket_cgroupv2_map_vmap(level, CGROUPS, CHOICES)
-        });
+        self.shallow_level_rules(chain, SESSIONS_DEEP, levels, own_verdict);
         if system {
             // goto system
             self.add_rules(chain, [&|rule| rule.goto(SYSTEM)]);
+        }
+    }
+
+    /// Rules that look at the levels of a socket's control group. Sockets that are deeper than others need to know go to a
+    /// chain of their own.
+    pub(super) fn shallow_level_rules(
+        &mut self,
+        chain: &CStr,
+        deep: &CStr,
+        levels: &BTreeSet<u32>,
+        look: impl Fn(RuleBuilder<'_>, u32) -> RuleBuilder<'_>,
+    ) {
+        if levels.last() > Some(&SHALLOW) {
+            // socket cgroupv2 level 9 != 0 goto CHAIN-deep
+            self.add_rules(
+                chain,
+                [&|rule| rule.socket_as_deep_as(SHALLOW + 1).goto(deep)],
+            );
+        }
+        let shallow = levels.range(..=SHALLOW).copied().collect();
+        self.level_rules_of(chain, &shallow, look);
+    }
+
+    /// The rules of that chain, to which nothing leads if no level is that deep.
+    pub(super) fn deep_level_rules(
+        &mut self,
+        chain: &CStr,
+        levels: &BTreeSet<u32>,
+        look: impl Fn(RuleBuilder<'_>, u32) -> RuleBuilder<'_>,
+    ) {
+        if levels.last() > Some(&SHALLOW) {
+            self.level_rules_of(chain, levels, look);
         }
     }
 
@@ -718,11 +745,16 @@ impl Transaction<'_> {
 
     /// The system has no policy any more.
     pub(super) fn no_system(&mut self, shared: &Shared) {
-        for chain in [ENFORCED, SYSTEM, DROP_SYSTEM] {
+        for chain in [ENFORCED, ENFORCED_DEEP, SYSTEM, SYSTEM_DEEP, DROP_SYSTEM] {
             self.flush_chain(chain);
         }
         self.no_gateway();
         shared.look_only_at(Uid::ROOT, None);
         self.first_rules(&shared.looked_at(), false);
     }
+}
+
+/// What a user has said of the control group at this level, if anything.
+fn own_verdict(rule: RuleBuilder<'_>, level: u32) -> RuleBuilder<'_> {
+    rule.socket_cgroupv2_map_vmap(level, CGROUPS, CHOICES)
 }

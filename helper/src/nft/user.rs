@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 use super::ffi::{Content, KeyType};
 use super::names::Names;
 use super::plan::{ElementChanges, Layout, Looks};
-use super::ruleset::{CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, SESSIONS, SYSTEM};
+use super::rule::RuleBuilder;
+use super::ruleset::{
+    CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, ENFORCED_DEEP, SESSIONS, SYSTEM, SYSTEM_DEEP,
+};
 use super::shared::Shared;
 use super::transaction::Transaction;
 
@@ -71,18 +74,22 @@ impl Transaction<'_> {
         levels: &BTreeSet<u32>,
         enforced: bool,
     ) {
-        self.flush_chain(SYSTEM);
-        self.level_rules_of(SYSTEM, levels, |rule, level| {
-            rule.socket_cgroupv2_map_vmap(level, names.cgroups(), names.choices())
-        });
-        self.flush_chain(ENFORCED);
-        if enforced {
-            self.level_rules_of(ENFORCED, levels, |rule, level| {
-                rule.socket_cgroupv2_map_vmap(level, ENFORCED, CHOICES_ENFORCED)
-            });
+        for chain in [SYSTEM, SYSTEM_DEEP, ENFORCED, ENFORCED_DEEP] {
+            self.flush_chain(chain);
         }
-        // goto sessions
-        self.add_rules(ENFORCED, [&|rule| rule.goto(SESSIONS)]);
+        let (cgroups, choices) = (names.cgroups(), names.choices());
+        let verdict: &dyn Fn(RuleBuilder<'_>, u32) -> RuleBuilder<'_> =
+            &|rule, level| rule.socket_cgroupv2_map_vmap(level, cgroups, choices);
+        self.shallow_level_rules(SYSTEM, SYSTEM_DEEP, levels, verdict);
+        self.deep_level_rules(SYSTEM_DEEP, levels, verdict);
+        if enforced {
+            self.shallow_level_rules(ENFORCED, ENFORCED_DEEP, levels, enforced_verdict);
+            self.deep_level_rules(ENFORCED_DEEP, levels, enforced_verdict);
+        }
+        for chain in [ENFORCED, ENFORCED_DEEP] {
+            // goto sessions
+            self.add_rules(chain, [&|rule| rule.goto(SESSIONS)]);
+        }
     }
 
     /// References go before what they refer to: elements, then rules, then sets and chains.
@@ -145,4 +152,9 @@ impl Transaction<'_> {
             self.delete_set(map);
         }
     }
+}
+
+/// What the system's policy enforces of the control group at this level, if it says anything.
+fn enforced_verdict(rule: RuleBuilder<'_>, level: u32) -> RuleBuilder<'_> {
+    rule.socket_cgroupv2_map_vmap(level, ENFORCED, CHOICES_ENFORCED)
 }
