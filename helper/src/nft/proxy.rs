@@ -376,8 +376,8 @@ impl Transaction<'_> {
                         .socket_is_full()
                         .reject_with_tcp_reset()
                 },
-                // The rest of an earlier connection from the same port, which was let in, and whose
-                // listener takes this one too.
+                // The rest of an earlier connection from the same port, which was let in (TIME-WAIT). It makes way for
+                // this one, whose listener can't be told here: it may be another one by now.
                 // meta l4proto tcp socket transparent { 0, 1 } return
                 &|rule| rule.l4proto(Protocol::Tcp).socket_exists().leave(),
                 // goto refuse
