@@ -84,7 +84,7 @@ async fn serve(options: Options) -> Result<(), Error> {
     let (loader, source, config_error) = Loader::start(options.config)?;
     if config_error.is_some() {
         tracing::error!(
-            "waiting for the configuration to be mended; until then nothing is told to the helper"
+            "waiting for the configuration to be fixed; until then nothing is told to the helper"
         );
     }
     // cgtproxy-exec and status do without the agent's socket, applications do not do without rules.

@@ -67,7 +67,7 @@ pub enum Awaited {
 
 impl Awaited {
     /// What is said, before the reason, without a configuration that is right.
-    pub const CONFIGURATION: &str = "waiting for the configuration to be mended";
+    pub const CONFIGURATION: &str = "waiting for the configuration to be fixed";
 }
 
 /// A configuration that is right and that the helper refused, so that the old one was kept.

@@ -427,7 +427,7 @@ fn a_broken_configuration_at_the_start_is_waited_out() {
         let waits = || {
             wait_until("it waits", || {
                 let (_, status, _) = agent(&alice, &["status"]);
-                status.contains("not connected: waiting for the configuration to be mended\n")
+                status.contains("not connected: waiting for the configuration to be fixed\n")
                     && status.contains("not in force: /run/home/1001/.config/cgtproxy/config.yaml:2:1: unknown key 'ruls'")
             });
         };

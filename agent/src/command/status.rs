@@ -236,10 +236,10 @@ mod tests {
         );
         status.connected = false;
         status.configError = Some("c.yaml:1:1: error: wrong".into());
-        status.problem = Some("waiting for it to be mended".into());
+        status.problem = Some("waiting for it to be fixed".into());
         let text = shown(&status);
         assert!(
-            text.starts_with("Helper:         not connected: waiting for it to be mended\n"),
+            text.starts_with("Helper:         not connected: waiting for it to be fixed\n"),
             "{text}"
         );
         assert_eq!(text.matches("c.yaml:1:1").count(), 1, "{text}");

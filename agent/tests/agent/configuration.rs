@@ -389,19 +389,19 @@ fn one_that_is_wrong_at_the_start_is_waited_for() {
     world.helper.start();
     let mut agent = world.agent();
     agent.says("config.yaml:2:1: unknown key 'rule'");
-    agent.says("waiting for the configuration to be mended");
+    agent.says("waiting for the configuration to be fixed");
     let waits = |s: &GetStatus_Reply, place: &str| {
         let error = s.configError.as_deref();
         !s.connected
-            && s.problem.as_deref() == Some("waiting for the configuration to be mended")
+            && s.problem.as_deref() == Some("waiting for the configuration to be fixed")
             && error.is_some_and(|e| e.contains(place))
     };
-    world.notified("STATUS=waiting for the configuration to be mended: ");
+    world.notified("STATUS=waiting for the configuration to be fixed: ");
     agent.wait("what it waits for", |s| waits(s, "config.yaml:2:1"));
     // Another mistake, and another file name.
     world.write("version: 1\nrules:\n  - match: '('\n    drop: true\n");
     agent.wait("the other mistake", |s| waits(s, "config.yaml:3:13"));
-    world.notified("STATUS=waiting for the configuration to be mended: ");
+    world.notified("STATUS=waiting for the configuration to be fixed: ");
     std::fs::remove_file(&world.config).unwrap();
     agent.wait("no file", |s| waits(s, "there is no file"));
     // It is no reload when there is nothing to be ready with again.
@@ -432,8 +432,8 @@ fn a_link_to_nothing_is_waited_for() {
     symlink(at("vault/config.yaml"), &world.config).unwrap();
     let mut agent = world.agent();
     agent.says("is a link to ");
-    agent.says("waiting for the configuration to be mended");
-    world.notified("STATUS=waiting for the configuration to be mended: ");
+    agent.says("waiting for the configuration to be fixed");
+    world.notified("STATUS=waiting for the configuration to be fixed: ");
     // What is on the way still is not it.
     std::fs::create_dir(at("vault")).unwrap();
     agent.signal(Signal::HUP);
@@ -462,7 +462,7 @@ fn one_that_waits_takes_nothing_away() {
     let mut world = World::new("version: 2");
     world.helper.start();
     let mut agent = world.agent();
-    world.notified("STATUS=waiting for the configuration to be mended: ");
+    world.notified("STATUS=waiting for the configuration to be fixed: ");
     agent.wait("what it waits for", |s| s.configError.is_some());
     agent.signal(Signal::TERM);
     assert!(agent.process.wait().unwrap().success());

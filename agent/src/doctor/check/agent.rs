@@ -130,7 +130,7 @@ fn running(facts: &Facts) -> Option<Finding> {
             )
             .effect("None of your rules is in force.")
             // A restarted agent would get the same answer.
-            .advice("when that is mended, the agent connects by itself within seconds"),
+            .advice("when that is fixed, the agent connects by itself within seconds"),
         ),
     }
 }
@@ -144,7 +144,7 @@ fn configuration(facts: &Facts) -> Option<Finding> {
         let effect = match status.connected {
             true => "The configuration that was there before it is still in force.",
             false if status.awaits == Some(Awaited::configuration) => {
-                "The agent waits for the file to be mended, and none of your rules is in force."
+                "The agent waits for the file to be fixed, and none of your rules is in force."
             }
             false => "The agent keeps to the configuration that was there before it.",
         };
@@ -153,7 +153,7 @@ fn configuration(facts: &Facts) -> Option<Finding> {
                 Finding::error("config-not-in-force", format!("the configuration is not in force: {error}"))
                     .effect(effect)
                     .advice(
-                        "the file has no mistake: when what stands in its way is mended, have the agent load it again",
+                        "the file has no mistake: when what stands in its way is fixed, have the agent load it again",
                     )
                     .command(words(facts.scope).reload)
             }
@@ -178,7 +178,7 @@ fn configuration(facts: &Facts) -> Option<Finding> {
                 "config-wrong",
                 format!("the configuration is of no use: {why}"),
             )
-            .effect("An agent that starts with it waits for it to be mended.")
+            .effect("An agent that starts with it waits for it to be fixed.")
             .advice(format!("'{check}' lists all that is wrong with the file"))
             .command(check),
         ),

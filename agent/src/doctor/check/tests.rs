@@ -742,7 +742,7 @@ fn what_the_helper_refuses_is_no_mistake_in_the_file() {
         let findings = super::agent::check(facts).findings;
         let found = findings.iter().find(|f| f.id == "config-not-in-force");
         let disconnected = findings.iter().any(|f| f.id == "agent-disconnected");
-        let waits = found.unwrap().effect.contains("to be mended");
+        let waits = found.unwrap().effect.contains("to be fixed");
         assert_ne!(waits, disconnected, "{findings:?}");
         waits
     };
