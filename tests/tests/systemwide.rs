@@ -372,6 +372,49 @@ fn open_connections_go_on_as_they_began_whoever_began_them() {
     });
 }
 
+/// A conversation keeps the mark of its proxy for as long as it goes on, and that may be a user's proxy's by then.
+#[test]
+fn a_mark_that_is_a_users_by_now_brings_that_user_nothing() {
+    sandbox(|sb| {
+        // One bit for numbers: one proxy on the whole machine.
+        let _helper = sb.helper().config("mark-mask: 0x03000000").start();
+        let _company = sb.tproxy("company").uid(0).port(7890).start();
+        let alice = sb.user(1001);
+        let own = sb.tproxy("own").uid(1001).port(7891).start();
+        let cgroup = alice.cgroup(APP);
+        let apps = [
+            sb.cgroup("").app(),
+            sb.cgroup("daemon").app(),
+            sb.cgroup(SERVICE).app(),
+            sb.cgroup("machine.slice/deep/er/and/deeper.scope").app(),
+            sb.user(1002).cgroup(APP).app(),
+        ];
+        let mut root = Session::of(&sb.user(0));
+        root.replace(proxies(), json!([]), json!([to_proxy("", "company")]));
+        let mut flows = Vec::new();
+        for app in &apps {
+            for to in sb.destinations() {
+                let flow = app.open_udp(to);
+                assert_eq!(flow.ask(), proxied("company", to));
+                flows.push((to, flow));
+            }
+        }
+        root.call("RemovePolicy", json!({}));
+        let mut session = Session::of(&alice);
+        let policy = json!([{ "name": "own", "port": 7891 }]);
+        session.replace(policy, json!([]), json!([to_proxy(APP, "own")]));
+        for (to, flow) in &flows {
+            let outcome = flow.ask();
+            let refused = outcome == Outcome::Refused || outcome.is_dropped();
+            assert!(refused, "{to}: {outcome:?}");
+            sb.assert_nothing_left_for(to.ip());
+        }
+        own.assert_idle();
+        // What is the user's own goes there.
+        expect(sb, &cgroup.app(), |to| proxied("own", to));
+    });
+}
+
 /// It takes a packet that is among the rules at the very moment in which a user gets chains: so there is always
 /// one.
 #[test]

@@ -108,7 +108,6 @@ impl Transaction<'_> {
     fn open_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
         let chain = names.proxy(name);
         let (mask, mark) = (self.marks.mask(), proxy.mark.value());
-        let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
         if matches!(proxy.delivery, Delivery::Redirect(_)) {
             // A connection that was open before this proxy was what it is now: its packets would leave as they
             // are.
@@ -118,32 +117,47 @@ impl Transaction<'_> {
                 [&|rule| rule.ct_mark_is(mask, mark).ct_not_redirected().goto(REFUSE)],
             );
         }
+        // ct mark & MASK == MARK …: meta mark set meta mark & ~MASK | MARK accept
+        self.whose_rules(
+            &chain,
+            names,
+            layout,
+            |rule| rule.ct_mark_is(mask, mark),
+            |rule| go_on(rule, proxy, mask),
+        );
+    }
+
+    /// Packets of open connections are the user's own, or are refused: what they go by may have been another user's when
+    /// the connection began. All are the system's.
+    fn whose_rules(
+        &mut self,
+        chain: &CStr,
+        names: &Names,
+        layout: &Layout,
+        of: impl Fn(RuleBuilder<'_>) -> RuleBuilder<'_>,
+        own: impl Fn(RuleBuilder<'_>) -> RuleBuilder<'_>,
+    ) {
+        let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
         if !names.is_system() {
             self.add_rules(
-                &chain,
+                chain,
                 [
-                    // ct mark & MASK == MARK socket cgroupv2 level LEVEL SUBTREE meta mark set … accept
-                    &|rule| {
-                        let rule = rule.ct_mark_is(mask, mark).socket_cgroupv2(level, &id);
-                        go_on(rule, proxy, mask)
-                    },
-                    // ct mark & MASK == MARK socket cgroupv2 level LEVEL != SUBTREE goto refuse
-                    &|rule| {
-                        rule.ct_mark_is(mask, mark)
-                            .socket_cgroupv2_not(level, &id)
-                            .goto(REFUSE)
-                    },
+                    // … socket cgroupv2 level LEVEL SUBTREE OWN
+                    &|rule| own(of(rule).socket_cgroupv2(level, &id)),
+                    // A service's has no level that deep, and nothing is equal or not to what is not there.
+                    // … socket cgroupv2 level 1 != 0 goto refuse
+                    &|rule| of(rule).socket_as_deep_as(1).goto(REFUSE),
+                    // At the root are the kernel's own sockets too, which nobody has open.
+                    // … meta skuid >= 0 goto refuse
+                    &|rule| of(rule).skuid_known().goto(REFUSE),
                 ],
             );
         }
-        // What the kernel says by itself to a proxy, when the application's socket is gone: the last
-        // acknowledgement of a connection, or that there is none. The proxy would wait for it, and refuse the next
+        // What the kernel says by itself to a server, when the application's socket is gone: the last
+        // acknowledgement of a connection, or that there is none. The server would wait for it, and refuse the next
         // connection from the same port.
-        // ct mark & MASK == MARK meta mark set meta mark & ~MASK | MARK accept
-        self.add_rules(
-            &chain,
-            [&|rule| go_on(rule.ct_mark_is(mask, mark), proxy, mask)],
-        );
+        // … OWN
+        self.add_rules(chain, [&|rule| own(of(rule))]);
     }
 
     /// An answer to somebody for whom a TPROXY server has spoken first goes to the proxy as well: the connection is
@@ -186,7 +200,7 @@ impl Transaction<'_> {
         self.add_rules(&chain, [&|rule| rule.ct_confirmed().leave()]);
         if !names.is_system() {
             // No verdict of one user's is about another's control groups. Should ever an element be wrong, then
-            // nobody's packets get to this proxy by it.
+            // nobody's packets get to this proxy by it. What comes here has that level: an element was found no less deep.
             // socket cgroupv2 level LEVEL != SUBTREE return
             let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
             self.add_rules(
