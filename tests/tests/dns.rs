@@ -5,7 +5,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use cgtproxy_tests::sandbox::{
-    App, Cgroup, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, Service, direct, local, proxied, sandbox,
+    App, Cgroup, Connection, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, Service, direct, local,
+    proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy};
 use cgtproxy_tests::wire::Transport::{Tcp, Udp};
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 
 const APP: &str = "app.slice/app-a.scope";
 const OTHER: &str = "app.slice/app-b.scope";
+const SERVICE: &str = "system.slice/web.service";
 const LOCALHOST: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::LOCALHOST),
     IpAddr::V6(Ipv6Addr::LOCALHOST),
@@ -132,15 +134,11 @@ fn what_is_not_asked_for_is_left_alone() {
         assert_eq!(app.udp(v4), local("dns", at(LOCALHOST[0], 5353)));
         assert_eq!(app.udp(v6), proxied("mihomo", v6), "no server for IPv6");
         assert_eq!(app.tcp(v4), proxied("mihomo", v4), "no TCP");
-        // An open flow stays with its server when the hijack ends.
-        let flow = app.open_udp(v4);
-        assert_eq!(flow.ask(), local("dns", at(LOCALHOST[0], 5353)));
         session.replace(
             json!([{ "name": "mihomo", "port": 7890 }]),
             json!([]),
             json!([to_proxy(APP, "mihomo")]),
         );
-        assert_eq!(flow.ask(), local("dns", at(LOCALHOST[0], 5353)));
         for transport in [Udp, Tcp] {
             let to = at(sb.fresh_v4(), 53);
             assert_eq!(app.ask(transport, to), proxied("mihomo", to));
@@ -262,5 +260,123 @@ fn what_has_begun_with_a_server_goes_on() {
             assert_eq!(flow.ask(), Outcome::Refused);
         }
         evil.assert_idle();
+    });
+}
+
+/// What ends a hijack.
+type End<'a> = &'a dyn Fn(&mut Session);
+
+/// Its port is anybody's then, and the kernel goes on translating for as long as somebody asks.
+#[test]
+fn a_conversation_with_a_server_ends_with_its_hijack() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let (user, mallory) = (sb.user(1001), sb.user(1002));
+        let app = user.cgroup(APP).app();
+        let own = user.cgroup("app.slice/dns.service");
+        let others = mallory.cgroup("app.slice/evil.service");
+        let hijack = json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 1053, "tcp": true });
+        let mut session = Session::of(&user);
+        let policy = |session: &mut Session, name: &str, hijack: &Value| {
+            session.replace(
+                json!([{ "name": name, "port": 7890, "dnsHijack": hijack }]),
+                json!([]),
+                json!([to_proxy(APP, name)]),
+            );
+        };
+        let ends: [(&str, End<'_>); 4] = [
+            ("another name", &|session| policy(session, "other", &hijack)),
+            ("no hijack", &|session| {
+                policy(session, "mihomo", &Value::Null)
+            }),
+            ("no proxy", &|session| {
+                session.replace(json!([]), json!([]), json!([]))
+            }),
+            ("no policy", &|session| {
+                session.call("RemovePolicy", json!({}));
+            }),
+        ];
+        for (what, end) in ends {
+            let dns = sb.service("dns").uid(1001).cgroup(&own).port(1053).start();
+            policy(&mut session, "mihomo", &hijack);
+            let destinations = sb.destinations().map(|to| at(to.ip(), 53));
+            let open = destinations.map(|to| app.open_tcp(to).expect("it is answered"));
+            let flows = destinations.map(|to| app.open_udp(to));
+            let answered = |connections: &[Connection]| {
+                for (connection, to) in connections.iter().zip(destinations) {
+                    let server = at(LOCALHOST[usize::from(to.is_ipv6())], 1053);
+                    assert_eq!(connection.ask(), local("dns", server), "{what}");
+                }
+            };
+            answered(&flows);
+            answered(&open);
+            end(&mut session);
+            // A connection is with the server that has accepted it, and with no other.
+            answered(&open);
+            drop(dns);
+            let evil = sb.service("evil").uid(1002).cgroup(&others).port(1053);
+            let evil = evil.start();
+            for flow in &flows {
+                assert_eq!(flow.ask(), Outcome::Refused, "{what}");
+            }
+            evil.assert_idle();
+        }
+    });
+}
+
+/// The number of the proxy may be another user's by then.
+#[test]
+fn a_conversation_with_a_server_does_not_come_to_be_another_users() {
+    sandbox(|sb| {
+        // One bit for numbers: one proxy on the whole machine.
+        let _helper = sb.helper().config("mark-mask: 0x03000000").start();
+        let take = |uid, path: &str, port: u16| {
+            let mut session = Session::of(&sb.user(uid));
+            let hijack = json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": port });
+            session.replace(
+                json!([{ "name": "mihomo", "port": 7890, "dnsHijack": hijack }]),
+                json!([]),
+                json!([to_proxy(path, "mihomo")]),
+            );
+            session
+        };
+        let app = sb.user(1001).cgroup(APP).app();
+        let others = sb.user(1002).cgroup(APP).app();
+        let service = sb.cgroup(SERVICE).app();
+        let evil = sb.user(1002).cgroup("app.slice/evil.service");
+        for (whose, next) in [
+            ((1001, APP, &app, 1053), (1002, APP, &others, 1053)),
+            ((0, SERVICE, &service, 1053), (1002, APP, &others, 1053)),
+            ((1001, APP, &app, 1053), (0, SERVICE, &service, 1054)),
+        ] {
+            let (uid, path, asks, port) = whose;
+            let dns = sb.service("dns").port(port).start();
+            let mut session = take(uid, path, port);
+            let flows = sb.destinations().map(|to| asks.open_udp(at(to.ip(), 53)));
+            for (flow, address) in flows.iter().zip(LOCALHOST) {
+                assert_eq!(flow.ask(), local("dns", at(address, port)), "{uid}");
+            }
+            session.call("RemovePolicy", json!({}));
+            drop(dns);
+            let evil = sb.service("evil").uid(1002).cgroup(&evil).port(port);
+            let evil = evil.start();
+            let (uid, path, asks, port) = next;
+            let mut session = take(uid, path, port);
+            for flow in &flows {
+                let outcome = flow.ask();
+                let refused = outcome == Outcome::Refused || outcome.is_dropped();
+                assert!(refused, "{uid}: {outcome:?}");
+            }
+            evil.assert_idle();
+            // Those of who has the number now go on.
+            drop(evil);
+            let dns = sb.service("dns").port(port).start();
+            let flows = sb.destinations().map(|to| asks.open_udp(at(to.ip(), 53)));
+            for flow in flows.iter().chain(&flows) {
+                assert!(matches!(flow.ask(), Outcome::Local { .. }), "{uid}");
+            }
+            session.call("RemovePolicy", json!({}));
+            drop(dns);
+        }
     });
 }

@@ -593,7 +593,8 @@ fn a_table_of_an_earlier_version_is_replaced_with_all_that_was_in_force() {
         let receive = format!("receive-{}-mihomo", alice.uid());
         assert!(chains.contains(&receive));
         sb.nft(&format!(
-            "flush map inet cgtproxy receive; delete chain inet cgtproxy {receive}; \
+            "flush chain inet cgtproxy input; flush map inet cgtproxy receive; \
+             delete chain inet cgtproxy {receive}; \
              delete chain inet cgtproxy {version}; add chain inet cgtproxy version-9-ff000000"
         ));
         // As that one had it.

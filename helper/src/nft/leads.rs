@@ -94,6 +94,9 @@ impl Names {
             let dns = marks.dns_value(proxy.mark).to_ne_bytes();
             lead(RESOLVE, &dns, Lead::Goto(self.resolve(name)));
             lead(RECEIVE, &dns, Lead::Goto(self.receive(name)));
+            if !self.is_system() {
+                lead(MARKS, &dns, Lead::Goto(self.dns(name)));
+            }
         }
         leads
     }

@@ -97,7 +97,7 @@ impl Transaction<'_> {
         }
         if let Some(hijack) = &proxy.dns_hijack {
             self.nat_chains();
-            self.dns_rules(&names.dns(name), proxy.mark, hijack);
+            self.dns_rules(names, layout, name, proxy.mark, hijack);
             self.resolve_rules(&names.resolve(name), hijack);
         }
     }
@@ -370,8 +370,8 @@ impl Transaction<'_> {
             chain,
             [&|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave()],
         );
-        if proxy.dns_hijack.as_ref().is_some_and(|hijack| !hijack.own) {
-            self.answerer_rules(chain, layout, proxy.mark);
+        if let Some(hijack) = proxy.dns_hijack.as_ref().filter(|hijack| !hijack.own) {
+            self.answerer_rules(chain, layout, proxy.mark, hijack);
             if matches!(proxy.delivery, Delivery::Tproxy(_)) {
                 // Nothing else is translated.
                 return;
@@ -401,8 +401,9 @@ impl Transaction<'_> {
     }
 
     /// A DNS server is often a service of the machine's, in whatever control group, and a user may have an own one in
-    /// any session. None is below a slice of another user's.
-    fn answerer_rules(&mut self, chain: &CStr, layout: &Layout, mark: Mark) {
+    /// any session. None is below a slice of another user's. The system's is whoever has its port, and no other: the mark may
+    /// have been a user's when the conversation began.
+    fn answerer_rules(&mut self, chain: &CStr, layout: &Layout, mark: Mark, hijack: &DnsHijack) {
         let (mask, value) = (self.marks.mask(), self.marks.dns_value(mark));
         if let Some(Slices { users, own }) = layout.subtree.slices() {
             let (users, own) = (users.to_bytes(), own.to_bytes());
@@ -424,13 +425,47 @@ impl Transaction<'_> {
                 ],
             );
         }
-        // ct mark & MASK == DNS-MARK return
-        self.add_rules(chain, [&|rule| rule.ct_mark_is(mask, value).leave()]);
+        if layout.subtree.level() > 0 {
+            // ct mark & MASK == DNS-MARK return
+            return self.add_rules(chain, [&|rule| rule.ct_mark_is(mask, value).leave()]);
+        }
+        for address in &hijack.addresses {
+            for protocol in [Protocol::Udp, Protocol::Tcp] {
+                // ct mark & MASK == DNS-MARK ip daddr ADDRESS PROTOCOL dport PORT return
+                self.add_rules(
+                    chain,
+                    [&|rule| {
+                        rule.ct_mark_is(mask, value)
+                            .daddr(*address)
+                            .dport(protocol, hijack.port.get())
+                            .leave()
+                    }],
+                );
+            }
+        }
+        // ct mark & MASK == DNS-MARK goto refuse
+        self.add_rules(chain, [&|rule| rule.ct_mark_is(mask, value).goto(REFUSE)]);
     }
 
     /// The first packet of a DNS query: it is marked for translation, unless it goes to the
-    /// hijacker itself.
-    fn dns_rules(&mut self, chain: &CStr, mark: Mark, hijack: &DnsHijack) {
+    /// hijacker itself. Later ones come here by that mark, which may have been another user's when the conversation began.
+    fn dns_rules(
+        &mut self,
+        names: &Names,
+        layout: &Layout,
+        name: &ProxyName,
+        mark: Mark,
+        hijack: &DnsHijack,
+    ) {
+        let chain = &names.dns(name);
+        // ct status confirmed …: return
+        self.whose_rules(
+            chain,
+            names,
+            layout,
+            |rule| rule.ct_confirmed(),
+            |rule| rule.leave(),
+        );
         for address in &hijack.addresses {
             if hijack.port.get() == DNS_PORT {
                 // ip daddr ADDRESS return, ip6 daddr ADDRESS return

@@ -114,6 +114,15 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Eq, confirmed)
     }
 
+    /// `ct status & (confirmed | dnat) == confirmed | dnat`: the connection is known, and its destination was
+    /// changed.
+    pub(super) fn ct_known_redirected(self) -> Self {
+        let mask = ConntrackStatus::CONFIRMED.bits() | ConntrackStatus::DST_NAT.bits();
+        self.with(&Conntrack::Status)
+            .with(&Bitwise::new(mask, 0u32))
+            .compare(CmpOp::Eq, mask)
+    }
+
     /// `ct state != new`
     pub(super) fn ct_state_not_new(self) -> Self {
         self.with(&Conntrack::State)

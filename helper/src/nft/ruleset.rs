@@ -8,6 +8,7 @@
 //!   map enforced { type cgroupsv2 : mark }    # a control group of the system's policy : what of that is enforced
 //!   map choices-enforced { type mark : verdict }  # that number : goto proxy-0-mihomo; where it is nothing, goto sessions
 //!   map marks   { type mark : verdict }       # a proxy's mark : goto proxy-1000-mihomo
+//!                                             # a proxy's DNS mark : goto dns-1000-mihomo
 //!   map drops   { type cgroupsv2 : verdict }  # user@1000.service : goto drop-1
 //!   map deliver { type mark : verdict }       # a proxy's mark : goto deliver
 //!   map deliver-answers { type mark : verdict }   # a proxy's mark : goto deliver-answers
@@ -543,6 +544,18 @@ impl Transaction<'_> {
                         .ct_mark_has(divert)
                         .drop()
                 },
+                // A conversation with a DNS server that no policy names any more, whose port may be anybody's by now. In
+                // TCP, it is with the server that has accepted it.
+                // meta l4proto tcp ct state != new return
+                &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
+                // iif lo ct direction original ct status dnat ct mark & MASK != 0 goto refuse
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_direction_original()
+                        .ct_redirected()
+                        .ct_mark_has(mask)
+                        .goto(REFUSE)
+                },
             ],
         );
     }
@@ -582,8 +595,8 @@ impl Transaction<'_> {
             self.add_rules(
                 OUTPUT,
                 [
-                    // ct mark & DIVERT == 0 ct status confirmed return
-                    &|rule| rule.ct_mark_lacks(divert).ct_confirmed().leave(),
+                    // ct mark & MASK == 0 ct status confirmed return
+                    &|rule| rule.ct_mark_lacks(mask).ct_confirmed().leave(),
                 ],
             );
         }
@@ -604,6 +617,14 @@ impl Transaction<'_> {
         if system {
             self.begun_rules(|rule| rule.oifname_in(INTERFACES));
         }
+        self.add_rules(
+            OUTPUT,
+            [
+                // A conversation with a DNS server, which has no divert bit.
+                // ct status & (confirmed | dnat) == confirmed | dnat ct mark & MASK != 0 goto open
+                &|rule| rule.ct_known_redirected().ct_mark_has(mask).goto(OPEN),
+            ],
+        );
         let first = if system {
             // goto enforced
             self.add_rules(OUTPUT, [&|rule| rule.goto(ENFORCED)]);
@@ -657,6 +678,9 @@ impl Transaction<'_> {
                 // A proxy's chain knows its own connections.
                 // ct mark & MASK vmap @marks
                 &|rule| rule.ct_mark_vmap(mask, MARKS),
+                // A conversation with a DNS server is looked at where it is received.
+                // ct mark & DIVERT == 0 return
+                &|rule| rule.ct_mark_lacks(divert).leave(),
                 // A connection to a proxy that is not in the policy any more: it must not go on directly, in
                 // the middle of what it was saying.
                 // meta skuid >= 0 goto refuse

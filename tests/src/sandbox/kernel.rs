@@ -149,10 +149,10 @@ impl Sandbox {
         let chain = self.nft_json(&["list", "chain", "inet", "cgtproxy", "output"]);
         let chain = chain.expect("it is there");
         let rules = chain["nftables"].as_array().expect("objects");
-        // Another rule is about first packets of transparent sockets.
+        // Others are about first packets of transparent sockets, and about what is translated.
         let ends_them = |rule: &Value| {
             let rule = rule.to_string();
-            rule.contains("confirmed") && !rule.contains("transparent")
+            rule.contains("confirmed") && !rule.contains("transparent") && !rule.contains("dnat")
         };
         !rules.iter().any(ends_them)
     }
