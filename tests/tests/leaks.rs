@@ -5,7 +5,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use cgtproxy_tests::sandbox::{
-    App, Outcome, Sandbox, Server, UPLINK, User, direct, local, proxied, sandbox,
+    App, INTERNET_V4, Outcome, Sandbox, Server, UPLINK, User, direct, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
@@ -368,4 +368,105 @@ fn rules_that_translate_for_everybody_come_afterwards() {
             }
         }
     });
+}
+
+/// A tunnel's own packets have the socket of who sends something through it (skb_scrub_packet, net/core/skbuff.c), so an
+/// application whose proxy leaves out what is behind the tunnel may have the proxy take the tunnel itself.
+#[test]
+fn a_tunnel_is_the_kernels_again_when_the_kernel_speaks_through_it() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        build_tunnel(sb);
+        let behind = |host: u8| IpAddr::from([10, 99, 0, host]);
+        let left = || left_through_tunnel(sb);
+        let app = sb.user(1001).cgroup(APP).app();
+        let other = sb.cgroup("system.slice/web.service").app();
+        let mut unknown = 100..;
+        let mut speak = || {
+            let before = left();
+            // Nobody knows that host: the kernel asks for it, with no socket (arp_solicit, net/ipv4/arp.c).
+            other.ping(behind(unknown.next().expect("there are more")));
+            assert!(left() > before, "what the kernel says does not leave");
+        };
+        let to = SocketAddr::new(behind(2), 80);
+        for (uid, path) in [(1001, APP), (0, "user.slice")] {
+            let proxy = sb.tproxy("mihomo").uid(uid).port(7890).start();
+            let mut session = Session::of(&sb.user(uid));
+            let mut take = || {
+                session.replace(
+                    json!([{ "name": "mihomo", "port": 7890 }]),
+                    json!(["10.99.0.0/24"]),
+                    json!([to_proxy(path, "mihomo")]),
+                );
+                sb.forget_connections();
+                let (before, reached) = (left(), proxy.arrivals().len());
+                app.udp(to);
+                assert_eq!(left(), before, "{uid}");
+                assert_eq!(proxy.arrivals().len(), reached + 1, "{uid}");
+            };
+            take();
+            let reached = proxy.arrivals().len();
+            speak();
+            for sender in [&other, &app] {
+                let before = left();
+                sender.udp(to);
+                assert_eq!(left(), before + 1, "{uid}");
+            }
+            assert_eq!(proxy.arrivals().len(), reached, "{uid}");
+            // The proxy may be gone by then.
+            take();
+            session.call("RemovePolicy", json!({}));
+            speak();
+        }
+    });
+}
+
+/// What is translated can't be taken back.
+#[test]
+fn what_the_kernel_says_through_a_tunnel_goes_to_no_users_server() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        build_tunnel(sb);
+        let user = sb.user(1001);
+        let app = user.cgroup(APP).app();
+        let other = sb.cgroup("system.slice/web.service").app();
+        let server = user.cgroup(SERVER);
+        let server = sb.service("redir").uid(1001).cgroup(&server).port(7892);
+        let server = server.start();
+        let mut session = Session::of(&user);
+        session.replace(
+            json!([{ "name": "redir", "port": 7892, "redirect": true }]),
+            json!(["10.99.0.0/24"]),
+            json!([to_proxy(APP, "redir")]),
+        );
+        sb.forget_connections();
+        app.udp(SocketAddr::from(([10, 99, 0, 2], 80)));
+        assert_eq!(server.arrivals().len(), 1);
+        other.udp(SocketAddr::from(([10, 99, 0, 2], 80)));
+        other.ping(IpAddr::from([10, 99, 0, 100]));
+        assert_eq!(server.arrivals().len(), 1);
+        assert_eq!(left_through_tunnel(sb), 0);
+    });
+}
+
+/// A tunnel from the machine to the internet, which the kernel sends nothing through but when it is to.
+fn build_tunnel(sb: &Sandbox) {
+    sb.run(&[
+        "sh",
+        "-ec",
+        "ip link add tunnel type vxlan id 1 local 192.0.2.1 remote 192.0.2.2 dev uplink \
+            srcport 5000 5001 dstport 4789 noudpcsum
+         echo 1 >/proc/sys/net/ipv6/conf/tunnel/disable_ipv6
+         echo 1 >/proc/sys/net/ipv4/neigh/tunnel/mcast_solicit
+         ip address add 10.99.0.1/24 dev tunnel
+         ip link set tunnel up
+         ip neighbour add 10.99.0.2 lladdr 02:00:00:00:99:02 dev tunnel nud permanent",
+    ]);
+}
+
+/// How many datagrams of the tunnel's have left.
+fn left_through_tunnel(sb: &Sandbox) -> u64 {
+    let deliveries = sb.deliveries(INTERNET_V4);
+    let datagrams = deliveries.iter().filter(|d| d.protocol == Udp.protocol());
+    datagrams.map(|d| d.packets).sum()
 }

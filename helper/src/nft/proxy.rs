@@ -150,6 +150,9 @@ impl Transaction<'_> {
                     // At the root are the kernel's own sockets too, which nobody has open.
                     // … meta skuid >= 0 goto refuse
                     &|rule| of(rule).skuid_known().goto(REFUSE),
+                    // What the kernel sends through a tunnel (see `kernel_rules`).
+                    // … meta l4proto udp goto refuse
+                    &|rule| of(rule).l4proto(Protocol::Udp).goto(REFUSE),
                 ],
             );
         }

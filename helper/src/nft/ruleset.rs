@@ -38,6 +38,7 @@
 //!   chain enforced-deep { … }  chain sessions-deep { … }   # the same for sockets deeper than level 8
 //!   chain system-deep { … }
 //!   chain open     { … }                      # connections to proxies go on as they began
+//!   chain kernel   { … }                      # but for what no socket of anybody's sends
 //!   chain answers  { … goto enforced, or … }  # to somebody for whom a proxy has spoken first
 //!   chain drop     { … }   chain refuse  { … }
 //!   chain deliver  { … }   chain guard   { … }
@@ -115,6 +116,7 @@ pub(super) const ENFORCED_DEEP: &CStr = c"enforced-deep";
 pub(super) const SESSIONS_DEEP: &CStr = c"sessions-deep";
 pub(super) const SYSTEM_DEEP: &CStr = c"system-deep";
 pub(super) const OPEN: &CStr = c"open";
+pub(super) const KERNEL: &CStr = c"kernel";
 pub(super) const DROP: &CStr = c"drop";
 pub(super) const DROP_SYSTEM: &CStr = c"drop-system";
 pub(super) const REFUSE: &CStr = c"refuse";
@@ -211,6 +213,7 @@ impl Transaction<'_> {
             SYSTEM,
             SYSTEM_DEEP,
             OPEN,
+            KERNEL,
             DROP,
             DROP_SYSTEM,
             REFUSE,
@@ -234,6 +237,7 @@ impl Transaction<'_> {
         self.add_base_chain(FORWARD, ChainType::Filter, Hook::Forward, mangle);
         self.first_rules(&shared.looked_at(), shared.has_system());
         self.drop_and_refuse_rules();
+        self.kernel_rules();
         self.guard_rules();
         self.forward_rules();
         if !fresh {
@@ -261,6 +265,32 @@ impl Transaction<'_> {
                 &|rule| rule.l4proto(Protocol::Tcp).reject_with_tcp_reset(),
                 // reject
                 &|rule| rule.reject(),
+            ],
+        );
+    }
+
+    /// The packets of a tunnel have the socket of who sends something through it (skb_scrub_packet, net/core/skbuff.c), so
+    /// that an application's proxy may take the tunnel; those that the kernel sends through it by itself have nobody's. With
+    /// the first of these the tunnel is the kernel's again, unless it was translated, which can't be taken back. In UDP, no
+    /// socket says anything once it is closed.
+    fn kernel_rules(&mut self) {
+        let mask = self.marks.mask();
+        self.flush_chain(KERNEL);
+        self.add_rules(
+            KERNEL,
+            [
+                // socket cgroupv2 level 1 != 0 return
+                &|rule| rule.socket_as_deep_as(1).leave(),
+                // meta skuid >= 0 return
+                &|rule| rule.skuid_known().leave(),
+                // ct status & (confirmed | dnat) == confirmed ct mark set ct mark & ~MASK meta mark set meta mark & ~MASK
+                //   accept
+                &|rule| {
+                    rule.ct_not_redirected()
+                        .ct_mark_set(mask, 0)
+                        .meta_mark_set(mask, 0)
+                        .accept()
+                },
             ],
         );
     }
@@ -675,6 +705,8 @@ impl Transaction<'_> {
         self.add_rules(
             OPEN,
             [
+                // meta l4proto udp jump kernel
+                &|rule| rule.l4proto(Protocol::Udp).jump(KERNEL),
                 // A proxy's chain knows its own connections.
                 // ct mark & MASK vmap @marks
                 &|rule| rule.ct_mark_vmap(mask, MARKS),
