@@ -22,7 +22,7 @@ pub struct Arguments {
     #[arg(short, long, value_name = "FILE", global = true)]
     pub config: Option<PathBuf>,
 
-    /// Be the machine's agent, or ask it: /etc/cgtproxy/config.yaml, for every control group there is
+    /// Be the system's agent, or ask it: /etc/cgtproxy/config.yaml, for every control group there is
     ///
     /// Only root runs it, as the system service cgtproxy-agent-system.service does. Users' own
     /// configurations come before it, except for rules with 'enforce: true'.

@@ -30,7 +30,7 @@ const MESSAGE_BYTES: usize = 8 * PATH_BYTES;
 /// How many programs may be connected at once.
 const CONNECTIONS: usize = 64;
 
-/// Where the machine's agent listens.
+/// Where the system's agent listens.
 const SYSTEM_SOCKET: &str = "/run/cgtproxy-agent-system/agent.sock";
 
 /// How long a caller waits for a verdict that does not get into the kernel.

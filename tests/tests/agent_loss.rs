@@ -327,7 +327,7 @@ fn what_the_machines_own_policy_drops_is_kept_too() {
             assert_eq!(service.tcp(to), direct(to));
             assert_eq!(app.tcp(to), direct(to));
         }
-        // What is released of a user's goes where the machine's policy says.
+        // What is released of a user's goes where the system policy says.
         let mut root = take();
         let _users_proxy = sb.tproxy("mihomo").uid(1001).port(7891).start();
         let user_policy = |session: &mut Session| {

@@ -386,7 +386,7 @@ fn the_machine_holds_before_its_users_have_a_say_if_it_says_so() {
         root.replace(mihomo(), json!([]), json!([enforced]));
         assert_held(sb, &child);
         drop(root);
-        wait_until("the machine's policy to be what is kept", || {
+        wait_until("the system policy to be what is kept", || {
             Session::of(&machine).status()["session"] == "kept"
         });
         assert_held(sb, &child);

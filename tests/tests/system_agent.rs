@@ -266,12 +266,12 @@ fn it_tells(system: &System, alice: &SystemUser) {
     assert!(!output.status.success(), "{output:?}");
 }
 
-/// What a user's own commands say of what the machine's policy decides.
+/// What a user's own commands say of what the system policy decides.
 fn users_are_told(system: &System, alice: &SystemUser) {
     let explain = |unit: &str| system.run_as(alice, &["cgtproxy-agent", "explain", unit]);
     let of_nobody = explain("app-gnome-firefox-7.scope");
     assert!(
-        of_nobody.contains("is left to root's policy for the machine"),
+        of_nobody.contains("is left to the system policy"),
         "{of_nobody}"
     );
     let of_rule = explain("app-own-1.scope");

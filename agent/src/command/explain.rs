@@ -185,7 +185,7 @@ fn sentences(reply: &Explain_Reply, running: bool, system_policy: bool) -> Strin
     if system_policy && undecided {
         let path = printable(&group.path);
         return format!(
-            "{path}\n  is left to root's policy for the machine\n  No rule of yours matches it or anything above \
+            "{path}\n  is left to the system policy\n  No rule of yours matches it or anything above \
              it.\n  'sudo cgtproxy-agent --system explain {path}' says what happens to it.\n"
         );
     }
@@ -224,9 +224,7 @@ fn sentences(reply: &Explain_Reply, running: bool, system_policy: bool) -> Strin
     };
     let path = printable(&group.path);
     let system = match system_policy {
-        true => {
-            "  Root's policy for the machine wins over this only where it has 'enforce: true'.\n"
-        }
+        true => "  The system policy wins over this only where it has 'enforce: true'.\n",
         false => "",
     };
     let rule = rule(reply);

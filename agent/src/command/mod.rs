@@ -25,7 +25,7 @@ use crate::run::{self, Options};
 use crate::server;
 use crate::subtree::{self, Subtree};
 
-/// The machine's configuration.
+/// The system configuration.
 const SYSTEM_CONFIG: &str = "/etc/cgtproxy/config.yaml";
 
 /// Why a command failed.
@@ -54,15 +54,15 @@ pub enum Error {
     NotRunning,
     /// Nobody listens for the machine.
     #[error(
-        "the machine's cgtproxy-agent is not running; start it with \
+        "the system's cgtproxy-agent is not running; start it with \
          'systemctl enable --now cgtproxy-agent-system'"
     )]
     SystemNotRunning,
     /// What root's session with the helper is.
-    #[error("root's agent is the machine's: add --system, or do it as the user it is about")]
+    #[error("root's agent is the system's: add --system, or do it as the user it is about")]
     RootIsTheSystem,
     /// The helper would take it for the user's own.
-    #[error("only root runs the machine's agent; leave out --system")]
+    #[error("only root runs the system's agent; leave out --system")]
     SystemIsRoots,
     /// The agent's socket is of no use.
     #[error("can't connect to cgtproxy-agent at {}", .path.display())]

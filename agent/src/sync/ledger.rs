@@ -62,7 +62,7 @@ pub enum Handling<'a> {
     By(&'a Element),
     /// They are held, since nothing is said about it yet.
     Hold,
-    /// It knows nothing about it: they go direct, or as the machine's policy says.
+    /// It knows nothing about it: they go direct, or as the system policy says.
     Nothing,
 }
 

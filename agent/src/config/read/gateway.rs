@@ -24,11 +24,8 @@ impl Reader<'_> {
         scope: Scope,
     ) -> Option<Gateway> {
         if scope == Scope::User {
-            self.error(
-                node.place,
-                "only the machine's configuration has a 'gateway'",
-            )
-            .help = Some(
+            self.error(node.place, "only the system configuration has a 'gateway'")
+                .help = Some(
                 "it belongs into /etc/cgtproxy/config.yaml, for cgtproxy-agent --system".into(),
             );
             return None;

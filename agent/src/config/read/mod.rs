@@ -131,7 +131,7 @@ impl Reader<'_> {
         for section in Section::ALL {
             if let Some(node) = top.get(section.key()) {
                 if scope == Scope::System && section != Section::Tproxies {
-                    let message = format!("the machine's configuration has no '{}'", section.key());
+                    let message = format!("the system configuration has no '{}'", section.key());
                     self.error(node.place, message).help =
                         Some("root's proxies are TPROXY servers; users have the others".into());
                     continue;
@@ -171,13 +171,13 @@ impl Reader<'_> {
         })
     }
 
-    /// Users own the control groups with such names, so the machine's policy does not go by them.
+    /// Users own the control groups with such names, so the system policy does not go by them.
     fn exec_slices(&mut self, node: &Node, scope: Scope) -> Option<bool> {
         let wanted = self.boolean(node, "'exec-slices'")?;
         if wanted && scope == Scope::System {
             self.error(
                 node.place,
-                "the machine's configuration has no slices of cgtproxy-exec",
+                "the system configuration has no slices of cgtproxy-exec",
             )
             .help = Some("they are in users' own; the line can go".into());
         }

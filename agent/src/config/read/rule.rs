@@ -137,7 +137,7 @@ impl Reader<'_> {
         if scope == Scope::User {
             self.error(
                 node.place,
-                "only the machine's configuration can enforce a rule",
+                "only the system configuration can enforce a rule",
             )
             .help = Some(
                 "your own rules hold for your own applications already; the line can go".into(),

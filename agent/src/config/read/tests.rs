@@ -267,7 +267,7 @@ fn users_enforce_nothing() {
                 - {match: b, drop: true, enforce: false}\n";
     let error = |line| {
         format!(
-            "error {line}:37: only the machine's configuration can enforce a rule; your own rules hold for your own \
+            "error {line}:37: only the system configuration can enforce a rule; your own rules hold for your own \
              applications already; the line can go"
         )
     };

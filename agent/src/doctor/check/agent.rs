@@ -30,7 +30,7 @@ fn words(scope: Scope) -> Words {
             idle: "Everything of yours goes direct.",
         },
         Scope::System => Words {
-            agent: "the machine's cgtproxy-agent",
+            agent: "the system's cgtproxy-agent",
             enable: "systemctl enable --now cgtproxy-agent-system",
             restart: "systemctl restart cgtproxy-agent-system",
             reload: "systemctl reload cgtproxy-agent-system",

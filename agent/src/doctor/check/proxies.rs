@@ -8,7 +8,7 @@ use crate::config::Scope;
 use crate::doctor::facts::{Agent, Facts, Family, Listener, Proxy, Server, Transport};
 use crate::doctor::{Finding, Group};
 
-/// System users, whose proxies the machine's own policy may have: systemd's uids-gids document.
+/// System users, whose proxies the system policy may have: systemd's uids-gids document.
 const SYSTEM_UIDS: [RangeInclusive<u32>; 2] = [1..=999, 61184..=65519];
 
 pub(super) fn check(facts: &Facts) -> Group {
