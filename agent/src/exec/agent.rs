@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use cgtproxy_proto::agent::{
-    AwaitTarget_Args, AwaitTarget_Reply, ErrorKind, GetStatus_Args, GetStatus_Reply,
+    AwaitTarget_Args, AwaitTarget_Reply, Awaited, ErrorKind, GetStatus_Args, GetStatus_Reply,
 };
 use cgtproxy_proto::client::CallError;
 use tokio::time::{Instant, sleep, timeout_at};
@@ -121,14 +121,16 @@ impl Agent {
             .map_err(fault)?;
         let proxies = status.targets.into_iter().filter(|t| t.port.is_some());
         let known = target_names(proxies.map(|t| t.name).collect());
-        let problem = match status.connected {
-            true => None,
-            false => Some(status.problem.unwrap_or_else(|| "not yet".to_owned())),
+        let config_is_wrong = status.configError.is_some();
+        let problem = status.problem.unwrap_or_else(|| "not yet".to_owned());
+        let problem = match (status.awaits, status.configError) {
+            (Some(Awaited::configuration), Some(error)) => format!("{problem}: {error}"),
+            _ => problem,
         };
         Ok(Targets {
             known,
-            problem,
-            config_is_wrong: status.configError.is_some(),
+            problem: (!status.connected).then_some(problem),
+            config_is_wrong,
         })
     }
 
