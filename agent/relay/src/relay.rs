@@ -39,6 +39,8 @@ pub struct Shared {
     /// One permit for each flow of which the helper may be asked at once. There are fewer than flows: whoever floods a
     /// listener leaves room for those that are known.
     pub(crate) lookups: Arc<Semaphore>,
+    /// The permit of the flow in use that waits until the helper can be asked about it: one at a time.
+    pub(crate) recheck: Arc<Semaphore>,
     /// Where UDP was going.
     pub(crate) originals: Originals,
     /// Where queries were going: they don't wait for the rest.
@@ -57,6 +59,7 @@ impl Shared {
             flows: Arc::new(Semaphore::new(limit)),
             waiting: Arc::new(Semaphore::new(udp::WAITING_BYTES)),
             lookups: Arc::new(Semaphore::new(udp::LOOKUPS.min(limit.div_ceil(2)))),
+            recheck: Arc::new(Semaphore::new(1)),
             dns_originals: originals.another(),
             originals,
             fakes: RefCell::new(fakes),

@@ -333,11 +333,16 @@ fn recheck(
         return;
     };
     // The helper answers so many questions in a second, and flows that begin wait for theirs. This one can do without,
-    // for a while.
+    // for a while; then it waits in line, if no other such flow does.
     let turn = entry.shared.originals.turn();
-    if turn.is_none() && age < RECHECK_AT_LATEST {
-        return;
-    }
+    let waits = match turn {
+        Some(_) => None,
+        None if age < RECHECK_AT_LATEST => return,
+        None => match entry.shared.recheck.clone().try_acquire_owned() {
+            Ok(permit) => Some(permit),
+            Err(_) => return,
+        },
+    };
     flow.asked.set(Instant::now());
     let (entry, flows) = (entry.clone(), Rc::downgrade(flows));
     tokio::task::spawn_local(async move {
@@ -346,6 +351,7 @@ fn recheck(
             Some(turn) => originals.find_in(turn, local, client).await,
             None => originals.find(local, client).await,
         };
+        drop(waits);
         // A helper that is away for a moment says nothing about it.
         if found != Ok(original)
             && found != Err(Unknown::NoAnswer)
@@ -568,6 +574,7 @@ mod tests {
             tokio::time::advance(RECHECK_AT_LATEST).await;
             send().await;
             tokio::task::yield_now().await;
+            assert_eq!(entry.shared.recheck.available_permits(), 0);
             drop(asked);
             while originals.turn().is_none() {
                 tokio::task::yield_now().await;
