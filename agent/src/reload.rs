@@ -225,8 +225,10 @@ const OPENING: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 struct Changes {
     path: PathBuf,
-    /// The file was made, and nobody has opened it: when it is complete if nobody has by then.
+    /// When to read a file that was made, unless somebody has it open by then.
     made: Option<Instant>,
+    /// How many have it open, as far as events tell.
+    open: usize,
     inotify: Option<(Watches, Events)>,
     /// Tells of mounts, while a link leads to nothing: inotify does not say what is mounted over a directory.
     mounts: Option<Receiver>,
@@ -271,7 +273,9 @@ impl Wanted {
         }
         if self.missing {
             // Tells a file that somebody writes from one that had another name.
-            mask |= WatchMask::OPEN;
+            mask |= WatchMask::OPEN | WatchMask::CLOSE_NOWRITE;
+            // Of two events in a row that are the same the kernel tells one (inotify(7)): a writer's open and a reader's.
+            mask |= WatchMask::MODIFY;
         }
         mask
     }
@@ -374,6 +378,7 @@ impl Changes {
             // It fails where there is no working directory any more, and nothing in it either.
             path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
             made: None,
+            open: 0,
             inotify,
             mounts: None,
             watched: HashMap::new(),
@@ -385,7 +390,7 @@ impl Changes {
 
     /// Watches the directories that lead to the file, which is read after that.
     fn arm(&mut self) {
-        self.made = None;
+        (self.made, self.open) = (None, 0);
         match config::link_to_nothing(&self.path) {
             Some(_) if self.mounts.is_none() => {
                 self.mounts = watch_mounts()
@@ -503,11 +508,21 @@ impl Changes {
         let Some(watched) = self.watched.get(&event.watch) else {
             return false;
         };
+        if event.mask.contains(EventMask::MODIFY) {
+            return false;
+        }
         let name = OsStr::from_bytes(&event.name);
-        if event.mask.contains(EventMask::OPEN) {
-            // Whoever has made the file writes it, and closes it later.
+        if event
+            .mask
+            .intersects(EventMask::OPEN | EventMask::CLOSE_NOWRITE)
+        {
             if watched.names.contains(name) {
-                self.made = None;
+                self.open = match event.mask.contains(EventMask::OPEN) {
+                    true => self.open + 1,
+                    false => self.open.saturating_sub(1),
+                };
+                // Whoever has made the file writes it, and closes it later. Who only reads it says nothing of that.
+                self.made = (self.open == 0).then(|| Instant::now() + OPENING);
             }
             return false;
         }
@@ -592,6 +607,13 @@ mod tests {
         assert!(is_told(&mut changes).await);
         std::fs::remove_file(&path).unwrap();
         assert!(is_told(&mut changes).await);
+        // Nor does it matter that somebody has read it at once.
+        write(&at("other"));
+        std::fs::hard_link(at("other"), &path).unwrap();
+        std::fs::read(&path).unwrap();
+        assert!(is_told(&mut changes).await);
+        std::fs::remove_file(&path).unwrap();
+        assert!(is_told(&mut changes).await);
         // It had none: see O_TMPFILE in open(2).
         let (flags, mode) = (OFlags::TMPFILE | OFlags::WRONLY, Mode::RUSR);
         let mut file = match rustix::fs::open(home.path(), flags, mode) {
@@ -615,6 +637,7 @@ mod tests {
             let mut file = File::create(&path).unwrap();
             assert!(at_once || !is_told(&mut changes).await);
             file.write_all(b"version: 1\nru").unwrap();
+            std::fs::read(&path).unwrap();
             assert!(!is_told(&mut changes).await);
             file.write_all(b"les: []\n").unwrap();
             drop(file);
