@@ -19,6 +19,9 @@ pub(crate) const ANSWER_HOLDS_FOR_KEPT: Duration = Duration::from_secs(60);
 const ANSWER_HOLDS_TIMES: u32 = 20;
 const ANSWER_HOLDS_AT_MOST: Duration = Duration::from_secs(600);
 
+/// The same of finding out nothing: who is refused for that is not to wait for long once the databases are back.
+const FAILURE_HOLDS_AT_MOST: Duration = Duration::from_secs(60);
+
 /// How many are remembered at most.
 const MOST_ANSWERS: usize = 1024;
 
@@ -97,8 +100,12 @@ struct Answer {
 impl Answer {
     /// Whether it is still good to whom answers are good within this time, or longer if they are slow.
     fn holds(&self, now: Instant, within: Duration) -> bool {
+        let at_most = match self.allowed {
+            Some(_) => ANSWER_HOLDS_AT_MOST,
+            None => FAILURE_HOLDS_AT_MOST,
+        };
         let slow = self.took.saturating_mul(ANSWER_HOLDS_TIMES);
-        let good = within.max(slow.min(ANSWER_HOLDS_AT_MOST));
+        let good = within.max(slow.min(at_most));
         now.saturating_duration_since(self.when) < good
     }
 }
@@ -237,6 +244,26 @@ mod tests {
             assert_eq!(got, answer);
             now.set(now.get() + ANSWER_HOLDS_AT_MOST);
         }
+    }
+
+    #[test]
+    fn who_could_not_be_looked_up_is_looked_up_again_in_a_minute() {
+        let now = Cell::new(Instant::now());
+        let mut answers = Answers::default();
+        let mut get = |after: Duration| {
+            now.set(now.get() + after);
+            let mut asked = false;
+            let ask = || {
+                asked = true;
+                now.set(now.get() + Duration::from_secs(30));
+                None
+            };
+            answers.get_by(|| now.get(), Uid::for_test(1), ANSWER_HOLDS, ask);
+            asked
+        };
+        assert!(get(Duration::ZERO));
+        assert!(!get(FAILURE_HOLDS_AT_MOST - Duration::from_secs(1)));
+        assert!(get(Duration::from_secs(1)));
     }
 
     #[test]
