@@ -536,6 +536,44 @@ fn queries_go_to_a_server_that_is_not_on_the_loopback_interface() {
     });
 }
 
+/// Its port is anybody's then, as for queries of the machine's own.
+#[test]
+fn a_conversation_with_a_server_ends_with_its_hijack() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _proxy = sb.tproxy("company").uid(0).port(7890).start();
+        let dns = sb.service("dns").port(5353).start();
+        let host = sb.host_behind("lan0");
+        let app = host.app();
+        let [v4, v6] = host.gateways();
+        let mut root = Session::of(&sb.user(0));
+        let mut hijack = |port: u16| {
+            let hijack = json!({ "ipv4": v4, "ipv6": v6, "port": port });
+            let proxy = json!({ "name": "company", "port": 7890, "dnsHijack": hijack });
+            divert(&mut root, &["lan0"], &proxy, &json!([]));
+        };
+        hijack(5353);
+        let flows = sb.destinations().map(|to| {
+            let flow = app.open_udp(SocketAddr::new(to.ip(), 53));
+            let server = SocketAddr::new(if to.is_ipv4() { v4 } else { v6 }, 5353);
+            assert_eq!(flow.ask(), local("dns", server));
+            flow
+        });
+        hijack(5354);
+        drop(dns);
+        let user = sb.user(1002);
+        let evil = sb.service("evil").uid(1002);
+        let evil = evil
+            .cgroup(&user.cgroup("app.slice/evil.service"))
+            .port(5353)
+            .start();
+        for flow in &flows {
+            assert_eq!(flow.ask(), Outcome::Refused);
+        }
+        evil.assert_idle();
+    });
+}
+
 /// As container engines make them.
 #[test]
 fn hosts_on_a_bridge_speak_to_each_other_undisturbed() {

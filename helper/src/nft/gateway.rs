@@ -139,7 +139,7 @@ impl Transaction<'_> {
     }
 }
 
-/// An answer to whom the TPROXY server has brought.
+/// A reply to a peer that a TPROXY server has introduced.
 fn answer(rule: RuleBuilder<'_>, mask: u32, begun: u32) -> RuleBuilder<'_> {
     rule.iifname_in(INTERFACES)
         .ct_mark_is(mask, begun)

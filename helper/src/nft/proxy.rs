@@ -127,8 +127,9 @@ impl Transaction<'_> {
         );
     }
 
-    /// Packets of open connections are the user's own, or are refused: what they go by may have been another user's when
-    /// the connection began. All are the system's.
+    /// What becomes of the packets that `of` matches, which are of open connections: `own` if they are the user's own, and
+    /// otherwise they are refused, since the mark may have been another user's when the connection began. With the system
+    /// policy it is `own` for all.
     fn whose_rules(
         &mut self,
         chain: &CStr,
@@ -446,8 +447,14 @@ impl Transaction<'_> {
                 );
             }
         }
-        // ct mark & MASK == DNS-MARK goto refuse
-        self.add_rules(chain, [&|rule| rule.ct_mark_is(mask, value).goto(REFUSE)]);
+        // What the kernel says of such a conversation (ICMP) is not looked at.
+        for protocol in [Protocol::Udp, Protocol::Tcp] {
+            // ct mark & MASK == DNS-MARK meta l4proto PROTOCOL goto refuse
+            self.add_rules(
+                chain,
+                [&|rule| rule.ct_mark_is(mask, value).l4proto(protocol).goto(REFUSE)],
+            );
+        }
     }
 
     /// The first packet of a DNS query: it is marked for translation, unless it goes to the

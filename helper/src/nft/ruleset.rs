@@ -578,10 +578,17 @@ impl Transaction<'_> {
                 // TCP, it is with the server that has accepted it.
                 // meta l4proto tcp ct state != new return
                 &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
-                // iif lo ct direction original ct status dnat ct mark & MASK != 0 goto refuse
+                // iif != lo ct direction original ct status dnat ct mark & DIVERT == 0 ct mark & MASK vmap @receive
                 &|rule| {
-                    rule.iif_lo()
+                    rule.iif_not_lo()
                         .ct_direction_original()
+                        .ct_redirected()
+                        .ct_mark_lacks(divert)
+                        .ct_mark_vmap(mask, RECEIVE)
+                },
+                // ct direction original ct status dnat ct mark & MASK != 0 goto refuse
+                &|rule| {
+                    rule.ct_direction_original()
                         .ct_redirected()
                         .ct_mark_has(mask)
                         .goto(REFUSE)
