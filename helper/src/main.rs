@@ -212,8 +212,10 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     // With systemd's socket the next helper goes on where this one stops, and stopping the socket unit removes
     // everything. Without it, nothing else would remove what is in the kernel.
     if let Some(name) = own_name {
+        let removed = remove(arguments);
+        // Not before that: whoever listens next has made a table of its own.
         drop(name);
-        remove(arguments)?;
+        removed?;
     }
     served
 }
