@@ -130,7 +130,11 @@ impl Report {
 
     fn push(&mut self, series: Series) {
         let [what, on, median, p99, n] = series.cells();
-        eprintln!("  {what}, {on}: median {median}, p99 {p99}, N {n}");
+        let p99 = match p99.is_empty() {
+            true => p99,
+            false => format!(", p99 {p99}"),
+        };
+        eprintln!("  {what}, {on}: median {median}{p99}, N {n}");
         self.series.push(series);
     }
 
@@ -227,10 +231,9 @@ impl Report {
             true => "; --quick: too few samples to go by",
             false => "",
         };
-        format!(
-            "Linux {}, {} processors{quick}",
-            self.kernel, self.processors
-        )
+        // Without what a distribution calls its build of it.
+        let version = self.kernel.split('-').next().unwrap_or_default();
+        format!("Linux {version}, {} processors{quick}", self.processors)
     }
 }
 
