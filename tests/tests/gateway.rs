@@ -397,10 +397,11 @@ fn routes_of_an_interface_lead_nothing_past_the_proxy() {
 #[test]
 fn it_outlives_the_helper_is_restored_and_ends_with_the_session() {
     sandbox(|sb| {
-        let mut helper = sb
-            .helper()
-            .config("own-table: false\ngrace-seconds: 1")
-            .start();
+        let helper = |grace: u8| {
+            let config = format!("own-table: false\ngrace-seconds: {grace}");
+            sb.helper().config(&config).start()
+        };
+        let mut patient = helper(100);
         let _proxy = sb.tproxy("company").uid(0).port(7890).start();
         let host = sb.host_behind("lan0");
         let app = host.app();
@@ -415,14 +416,16 @@ fn it_outlives_the_helper_is_restored_and_ends_with_the_session() {
         sb.nft("flush ruleset");
         wait_until("the table to be back", || sb.has_table());
         check();
-        helper.kill();
+        patient.kill();
         check();
-        helper.start_again();
+        patient.start_again();
         check();
         let mut root = Session::of(&sb.user(0));
         divert(&mut root, &["lan0"], &company(), &json!([]));
         check();
         drop(root);
+        patient.kill();
+        let _impatient = helper(1);
         wait_until("the policy's end", || {
             !sb.chains().iter().any(|chain| chain == "divert-0-company")
         });
