@@ -1,6 +1,6 @@
 //! Bypass lists: from addresses and networks as written to the ranges that an nftables set takes.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use cgtproxy_proto::network::Network;
 
@@ -20,7 +20,7 @@ pub fn parse(entries: &[String]) -> Result<Bypass, usize> {
         } else {
             &mut ipv6
         };
-        ranges.push(range(network));
+        ranges.push(network.range());
     }
     let ipv4 = merge(ipv4).into_iter().map(|(first, last)| {
         (
@@ -35,21 +35,6 @@ pub fn parse(entries: &[String]) -> Result<Bypass, usize> {
         ipv4: ipv4.collect(),
         ipv6: ipv6.collect(),
     })
-}
-
-/// The first and the last address of a network.
-fn range(network: Network) -> (u128, u128) {
-    let length = u32::from(network.prefix());
-    let (address, free) = match network.address() {
-        IpAddr::V4(address) => (address.to_bits().into(), low_bits(128 - 32 + length)),
-        IpAddr::V6(address) => (address.to_bits(), low_bits(length)),
-    };
-    (address & !free, address | free)
-}
-
-/// The bits of a 128-bit address that a prefix of this length leaves free.
-fn low_bits(length: u32) -> u128 {
-    u128::MAX.checked_shr(length).unwrap_or(0)
 }
 
 /// Sorts ranges, and joins those that overlap or touch: nftables refuses overlapping intervals.

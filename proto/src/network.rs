@@ -53,19 +53,27 @@ impl FromStr for Network {
 }
 
 impl Network {
+    /// The numbers of its first and its last address.
+    #[must_use]
+    pub fn range(self) -> (u128, u128) {
+        let (address, bits) = match self.address {
+            IpAddr::V4(address) => (address.to_bits().into(), 32),
+            IpAddr::V6(address) => (address.to_bits(), 128),
+        };
+        // Those of a 128-bit number that the prefix, and before it the family, leaves free.
+        let free = u128::MAX
+            .checked_shr(128 - bits + u32::from(self.prefix))
+            .unwrap_or(0);
+        (address & !free, address | free)
+    }
+
     /// The network itself, if the text named one of the addresses in it.
     #[must_use]
     pub fn network(self) -> Self {
-        let keep = u32::from(self.prefix);
+        let (first, _) = self.range();
         let address = match self.address {
-            IpAddr::V4(a) => {
-                let mask = u32::MAX.checked_shl(32 - keep).unwrap_or(0);
-                Ipv4Addr::from_bits(a.to_bits() & mask).into()
-            }
-            IpAddr::V6(a) => {
-                let mask = u128::MAX.checked_shl(128 - keep).unwrap_or(0);
-                Ipv6Addr::from_bits(a.to_bits() & mask).into()
-            }
+            IpAddr::V4(_) => Ipv4Addr::from_bits(first as u32).into(),
+            IpAddr::V6(_) => Ipv6Addr::from_bits(first).into(),
         };
         Self { address, ..self }
     }

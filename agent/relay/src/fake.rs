@@ -85,29 +85,19 @@ impl Networks {
         match address {
             IpAddr::V4(ip) => {
                 let (base, prefix) = self.ipv4;
-                let inside = ip.to_bits() & mask32(prefix) == base.to_bits();
-                inside.then(|| ip.to_bits() - base.to_bits())
+                let number = ip.to_bits().checked_sub(base.to_bits())?;
+                let last = u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
+                (number <= last).then_some(number)
             }
             IpAddr::V6(ip) => {
                 let (base, prefix) = self.ipv6;
-                let inside = ip.to_bits() & mask128(prefix) == base.to_bits();
+                let number = ip.to_bits().checked_sub(base.to_bits())?;
+                let last = u128::MAX.checked_shr(prefix.into()).unwrap_or(0);
                 // An offset beyond u32 can't belong to an entry.
-                inside.then(|| u32::try_from(ip.to_bits() - base.to_bits()).unwrap_or(u32::MAX))
+                (number <= last).then(|| u32::try_from(number).unwrap_or(u32::MAX))
             }
         }
     }
-}
-
-fn mask32(prefix: u8) -> u32 {
-    u32::MAX
-        .checked_shl(32 - u32::from(prefix.min(32)))
-        .unwrap_or(0)
-}
-
-fn mask128(prefix: u8) -> u128 {
-    u128::MAX
-        .checked_shl(128 - u32::from(prefix.min(128)))
-        .unwrap_or(0)
 }
 
 #[derive(Debug)]
