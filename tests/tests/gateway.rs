@@ -371,13 +371,9 @@ fn routes_of_an_interface_lead_nothing_past_the_proxy() {
         let host = sb.host_behind("lan0");
         let app = host.app();
         let mut root = Session::of(&sb.user(0));
-        let ip = |what: &str| {
-            let words: Vec<_> = ["ip", "-6"].into_iter().chain(what.split(' ')).collect();
-            sb.run(&words);
-        };
-        ip("rule add iif lan0 priority 1000 lookup 100");
-        ip("route add default via 2001:db8::2 dev uplink table 100");
-        ip("route del default via 2001:db8::2 dev uplink");
+        sb.ip6("rule add iif lan0 priority 1000 lookup 100");
+        sb.ip6("route add default via 2001:db8::2 dev uplink table 100");
+        sb.ip6("route del default via 2001:db8::2 dev uplink");
         expect(sb, &app, |_, to| host.direct(to));
         divert(&mut root, &["lan0"], &company(), &json!([]));
         let check = || {
@@ -389,7 +385,7 @@ fn routes_of_an_interface_lead_nothing_past_the_proxy() {
             sb.assert_nothing_left_for(to.ip());
         };
         check();
-        ip("route add unreachable default");
+        sb.ip6("route add unreachable default");
         check();
     });
 }

@@ -217,6 +217,17 @@ fn packets_that_are_not_tracked_do_not_leave() {
     });
 }
 
+/// Whoever gets it, nothing of it is on its way to that destination.
+#[track_caller]
+fn assert_does_not_leave(sb: &Sandbox, app: &App, transport: Transport, to: SocketAddr) {
+    let outcome = app.ask(transport, to);
+    assert!(
+        !matches!(outcome, Outcome::Direct { .. }),
+        "{transport:?} {to} {outcome:?}"
+    );
+    sb.assert_nothing_left_for(to.ip());
+}
+
 /// An application may say by which interface it sends (SO_BINDTODEVICE), since Linux 5.7 without a privilege.
 #[test]
 fn an_application_that_chooses_its_interface_does_not_get_past_the_proxy() {
@@ -227,12 +238,7 @@ fn an_application_that_chooses_its_interface_does_not_get_past_the_proxy() {
             app.device(UPLINK);
             for to in sb.destinations() {
                 for transport in TRANSPORTS {
-                    let outcome = app.ask(transport, to);
-                    assert!(
-                        !matches!(outcome, Outcome::Direct { .. }),
-                        "{transport:?} {to} {outcome:?}"
-                    );
-                    sb.assert_nothing_left_for(to.ip());
+                    assert_does_not_leave(sb, &app, transport, to);
                     // Nor does what was translated, at its new destination.
                     let home = at_home(to, 0).ip();
                     assert_eq!(sb.deliveries(home), [], "{transport:?} {to}");
@@ -254,8 +260,7 @@ fn with_routes_for(sb: &Sandbox, rule: &str, check: impl Fn()) {
     );
     for script in [script.as_str(), "route add unreachable default\n"] {
         for line in script.lines() {
-            let words: Vec<_> = ["ip", "-6"].into_iter().chain(line.split(' ')).collect();
-            sb.run(&words);
+            sb.ip6(line);
         }
         check();
     }
@@ -272,12 +277,7 @@ fn routes_of_an_interface_lead_nothing_past_the_proxy() {
                 app.device(UPLINK);
                 let [_, to] = sb.destinations();
                 for transport in TRANSPORTS {
-                    let outcome = app.ask(transport, to);
-                    assert!(
-                        !matches!(outcome, Outcome::Direct { .. }),
-                        "{transport:?} {outcome:?}"
-                    );
-                    sb.assert_nothing_left_for(to.ip());
+                    assert_does_not_leave(sb, &app, transport, to);
                 }
                 // What nobody can take for others is left alone.
                 let group: SocketAddr = "[ff05::1:3]:547".parse().expect("an address");

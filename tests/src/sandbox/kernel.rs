@@ -116,6 +116,16 @@ impl Sandbox {
         }
     }
 
+    /// Has `ip -6` do this.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[track_caller]
+    pub fn ip6(&self, words: &str) {
+        let words: Vec<_> = ["ip", "-6"].into_iter().chain(words.split(' ')).collect();
+        self.run(&words);
+    }
+
     /// Feeds a script to nft.
     ///
     /// # Panics
