@@ -35,6 +35,10 @@ const REPLY: u8 = 1;
 /// `IP_CT_DIR_ORIGINAL` (linux/netfilter/nf_conntrack_tuple_common.h).
 const ORIGINAL: u8 = 0;
 
+/// `confirmed` and `dnat` among the bits of `ct status`.
+const CONFIRMED: u32 = ConntrackStatus::CONFIRMED.bits();
+const DNAT: u32 = ConntrackStatus::DST_NAT.bits();
+
 /// `RTN_LOCAL`, `RTN_BROADCAST`, `RTN_ANYCAST` and `RTN_MULTICAST`, the first and the last (linux/rtnetlink.h).
 const LOCAL_TO_MULTICAST: (u32, u32) = (2, 5);
 
@@ -78,6 +82,43 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Cmp::new(operation, value))
     }
 
+    /// `@SET`: register 1 is a key of the set.
+    fn in_set(self, set: &CStr) -> Self {
+        let found = Found::Key;
+        self.with(&Lookup { set, found })
+    }
+
+    /// `map @MAP`: loads the value of the key in register 1.
+    fn value_of(self, map: &CStr) -> Self {
+        let (set, found) = (map, Found::Value);
+        self.with(&Lookup { set, found })
+    }
+
+    /// `vmap @MAP`: the verdict of the key in register 1.
+    fn vmap(self, map: &CStr) -> Self {
+        let (set, found) = (map, Found::Verdict);
+        self.with(&Lookup { set, found })
+    }
+
+    /// `ct mark & MASK`: loads these bits of the connection's mark. What is not tracked has none.
+    fn ct_mark(self, mask: u32) -> Self {
+        self.with(&Conntrack::Mark { set: false })
+            .with(&Bitwise::new(mask, 0u32))
+    }
+
+    /// `meta mark & MASK`: loads these bits of the packet's mark.
+    fn meta_mark(self, mask: u32) -> Self {
+        self.with(&Meta::Mark { set: false })
+            .with(&Bitwise::new(mask, 0u32))
+    }
+
+    /// `ct status & MASK == VALUE`, or another comparison.
+    fn ct_status(self, mask: u32, operation: CmpOp, value: u32) -> Self {
+        self.with(&Conntrack::Status)
+            .with(&Bitwise::new(mask, 0u32))
+            .compare(operation, value)
+    }
+
     /// `ct direction reply`
     pub(super) fn ct_direction_reply(self) -> Self {
         self.with(&ConntrackDirection).compare(CmpOp::Eq, REPLY)
@@ -85,42 +126,29 @@ impl<'a> RuleBuilder<'a> {
 
     /// `ct status confirmed`: the connection is known, this is not its first packet.
     pub(super) fn ct_confirmed(self) -> Self {
-        self.with(&Conntrack::Status)
-            .with(&Bitwise::new(ConntrackStatus::CONFIRMED.bits(), 0u32))
-            .compare(CmpOp::Neq, 0u32)
+        self.ct_status(CONFIRMED, CmpOp::Neq, 0)
     }
 
     /// `ct status ! confirmed`: this is the first packet of a connection.
     pub(super) fn ct_unconfirmed(self) -> Self {
-        self.with(&Conntrack::Status)
-            .with(&Bitwise::new(ConntrackStatus::CONFIRMED.bits(), 0u32))
-            .compare(CmpOp::Eq, 0u32)
+        self.ct_status(CONFIRMED, CmpOp::Eq, 0)
     }
 
     /// `ct status dnat`: its destination was changed.
     pub(super) fn ct_redirected(self) -> Self {
-        self.with(&Conntrack::Status)
-            .with(&Bitwise::new(ConntrackStatus::DST_NAT.bits(), 0u32))
-            .compare(CmpOp::Neq, 0u32)
+        self.ct_status(DNAT, CmpOp::Neq, 0)
     }
 
     /// `ct status & (confirmed | dnat) == confirmed`: the connection is known, and its destination was
     /// not changed.
     pub(super) fn ct_not_redirected(self) -> Self {
-        let confirmed = ConntrackStatus::CONFIRMED.bits();
-        let mask = confirmed | ConntrackStatus::DST_NAT.bits();
-        self.with(&Conntrack::Status)
-            .with(&Bitwise::new(mask, 0u32))
-            .compare(CmpOp::Eq, confirmed)
+        self.ct_status(CONFIRMED | DNAT, CmpOp::Eq, CONFIRMED)
     }
 
     /// `ct status & (confirmed | dnat) == confirmed | dnat`: the connection is known, and its destination was
     /// changed.
     pub(super) fn ct_known_redirected(self) -> Self {
-        let mask = ConntrackStatus::CONFIRMED.bits() | ConntrackStatus::DST_NAT.bits();
-        self.with(&Conntrack::Status)
-            .with(&Bitwise::new(mask, 0u32))
-            .compare(CmpOp::Eq, mask)
+        self.ct_status(CONFIRMED | DNAT, CmpOp::Eq, CONFIRMED | DNAT)
     }
 
     /// `ct state != new`
@@ -186,10 +214,7 @@ impl<'a> RuleBuilder<'a> {
     /// @CHOICES`.
     pub(super) fn socket_cgroupv2_map_vmap(self, level: u32, map: &CStr, choices: &CStr) -> Self {
         self.with(&Socket::new(SocketKey::CgroupV2, level))
-            .with(&Lookup {
-                set: map,
-                found: Found::Value,
-            })
+            .value_of(map)
             .with(&PacketMark::Load(Register::Reg2))
             .with(&PacketMark::Store(Register::Reg1))
             .with(&PacketMark::Load(Register::Reg1))
@@ -206,51 +231,34 @@ impl<'a> RuleBuilder<'a> {
 
     /// `ct mark & MASK vmap @MAP`
     pub(super) fn ct_mark_vmap(self, mask: u32, map: &CStr) -> Self {
-        self.with(&Conntrack::Mark { set: false })
-            .with(&Bitwise::new(mask, 0u32))
-            .vmap(map)
+        self.ct_mark(mask).vmap(map)
     }
 
     /// `ct mark & MASK == MARK`
     pub(super) fn ct_mark_is(self, mask: u32, mark: u32) -> Self {
-        self.with(&Conntrack::Mark { set: false })
-            .with(&Bitwise::new(mask, 0u32))
-            .compare(CmpOp::Eq, mark)
+        self.ct_mark(mask).compare(CmpOp::Eq, mark)
     }
 
     /// `ct mark & MASK != MARK`
     pub(super) fn ct_mark_is_not(self, mask: u32, mark: u32) -> Self {
-        self.with(&Conntrack::Mark { set: false })
-            .with(&Bitwise::new(mask, 0u32))
-            .compare(CmpOp::Neq, mark)
+        self.ct_mark(mask).compare(CmpOp::Neq, mark)
     }
 
     /// `meta priority . meta skuid @SET`
     pub(super) fn priority_and_skuid_in(self, set: &CStr) -> Self {
         self.with(&PacketPriority::Load)
             .with(&OwnerBehind)
-            .with(&Lookup {
-                set,
-                found: Found::Key,
-            })
+            .in_set(set)
     }
 
     /// `ct mark & MASK . meta skuid @SET`
     pub(super) fn ct_mark_and_skuid_in(self, mask: u32, set: &CStr) -> Self {
-        self.with(&Conntrack::Mark { set: false })
-            .with(&Bitwise::new(mask, 0u32))
-            .with(&OwnerBehind)
-            .with(&Lookup {
-                set,
-                found: Found::Key,
-            })
+        self.ct_mark(mask).with(&OwnerBehind).in_set(set)
     }
 
     /// `meta mark & MASK vmap @MAP`
     pub(super) fn meta_mark_vmap(self, mask: u32, map: &CStr) -> Self {
-        self.with(&Meta::Mark { set: false })
-            .with(&Bitwise::new(mask, 0u32))
-            .vmap(map)
+        self.meta_mark(mask).vmap(map)
     }
 
     /// `meta priority vmap @MAP`
@@ -258,40 +266,24 @@ impl<'a> RuleBuilder<'a> {
         self.with(&PacketPriority::Load).vmap(map)
     }
 
-    fn vmap(self, map: &CStr) -> Self {
-        self.with(&Lookup {
-            set: map,
-            found: Found::Verdict,
-        })
-    }
-
-    /// `ct mark & BITS != 0`. There is no mark where nothing is tracked: neither this matches then nor its
-    /// opposite.
+    /// `ct mark & BITS != 0`. What is not tracked has no mark: neither this matches then nor its opposite.
     pub(super) fn ct_mark_has(self, bits: u32) -> Self {
-        self.with(&Conntrack::Mark { set: false })
-            .with(&Bitwise::new(bits, 0u32))
-            .compare(CmpOp::Neq, 0u32)
+        self.ct_mark(bits).compare(CmpOp::Neq, 0u32)
     }
 
     /// `ct mark & BITS == 0`. What is not tracked has no mark: neither this matches then nor its opposite.
     pub(super) fn ct_mark_lacks(self, bits: u32) -> Self {
-        self.with(&Conntrack::Mark { set: false })
-            .with(&Bitwise::new(bits, 0u32))
-            .compare(CmpOp::Eq, 0u32)
+        self.ct_mark(bits).compare(CmpOp::Eq, 0u32)
     }
 
     /// `meta mark & BITS != 0`
     pub(super) fn meta_mark_has(self, bits: u32) -> Self {
-        self.with(&Meta::Mark { set: false })
-            .with(&Bitwise::new(bits, 0u32))
-            .compare(CmpOp::Neq, 0u32)
+        self.meta_mark(bits).compare(CmpOp::Neq, 0u32)
     }
 
     /// `meta mark & BITS == 0`
     pub(super) fn meta_mark_lacks(self, bits: u32) -> Self {
-        self.with(&Meta::Mark { set: false })
-            .with(&Bitwise::new(bits, 0u32))
-            .compare(CmpOp::Eq, 0u32)
+        self.meta_mark(bits).compare(CmpOp::Eq, 0u32)
     }
 
     /// `ct mark set ct mark & ~MASK | MARK`
@@ -336,18 +328,12 @@ impl<'a> RuleBuilder<'a> {
 
     /// `iifname @SET`
     pub(super) fn iifname_in(self, set: &CStr) -> Self {
-        self.with(&Meta::IifName).with(&Lookup {
-            set,
-            found: Found::Key,
-        })
+        self.with(&Meta::IifName).in_set(set)
     }
 
     /// `oifname @SET`
     pub(super) fn oifname_in(self, set: &CStr) -> Self {
-        self.with(&Meta::OifName).with(&Lookup {
-            set,
-            found: Found::Key,
-        })
+        self.with(&Meta::OifName).in_set(set)
     }
 
     /// `meta l4proto PROTOCOL`
@@ -390,10 +376,7 @@ impl<'a> RuleBuilder<'a> {
 
     /// `ip daddr @SET` or `ip6 daddr @SET`
     pub(super) fn daddr_in(self, family: Family, set: &CStr) -> Self {
-        self.load_daddr(family).with(&Lookup {
-            set,
-            found: Found::Key,
-        })
+        self.load_daddr(family).in_set(set)
     }
 
     /// `ip daddr ADDRESS` or `ip6 daddr ADDRESS`
@@ -512,10 +495,7 @@ impl<'a> RuleBuilder<'a> {
 
     /// `meta skuid @SET`
     pub(super) fn skuid_in(self, set: &CStr) -> Self {
-        self.with(&Meta::SkUid).with(&Lookup {
-            set,
-            found: Found::Key,
-        })
+        self.with(&Meta::SkUid).in_set(set)
     }
 
     /// `tproxy to :PORT`. Without a listener the rule does not match.
@@ -528,22 +508,13 @@ impl<'a> RuleBuilder<'a> {
     ///
     /// nft shows it without the port: it prints a port that is written there, and no other (tproxy_stmt_print).
     pub(super) fn tproxy_by_ct_mark(self, mask: u32, ports: &CStr) -> Self {
-        self.with(&Conntrack::Mark { set: false })
-            .with(&Bitwise::new(mask, 0u32))
-            .with(&Lookup {
-                set: ports,
-                found: Found::Value,
-            })
-            .with(&Tproxy)
+        self.ct_mark(mask).value_of(ports).with(&Tproxy)
     }
 
     /// `tproxy to :meta priority map @PORTS`, likewise.
     pub(super) fn tproxy_by_priority(self, ports: &CStr) -> Self {
         self.with(&PacketPriority::Load)
-            .with(&Lookup {
-                set: ports,
-                found: Found::Value,
-            })
+            .value_of(ports)
             .with(&Tproxy)
     }
 
