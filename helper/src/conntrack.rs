@@ -3,20 +3,17 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use netlink_packet_core::NLA_F_NESTED;
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use rustix::io::Errno;
 
-use crate::netlink::{DONT_WAIT, HEADER, MESSAGE, Messages, Refusal, attribute};
+use crate::netlink::{self, MESSAGE, Messages, Refusal, attribute, push_attribute};
 
 /// `NFNL_SUBSYS_CTNETLINK` (linux/netfilter/nfnetlink.h), the upper byte of a message's type.
 const SUBSYSTEM: u16 = 1;
 /// `IPCTNL_MSG_CT_GET` (linux/netfilter/nfnetlink_conntrack.h).
 const GET: u16 = 1;
-/// `NLM_F_REQUEST` (linux/netlink.h).
-const REQUEST: u16 = 0x1;
-/// `NLA_F_NESTED` (linux/netlink.h).
-const NESTED: u16 = 0x8000;
 
 /// enum ctattr_type (linux/netfilter/nfnetlink_conntrack.h).
 const TUPLE_ORIGINAL: u16 = 1;
@@ -75,13 +72,7 @@ impl Conntrack {
         self.socket.send(&request, 0)?;
         // The kernel queues its answer before sendmsg(2) returns.
         let mut buffer: Vec<u8> = Vec::with_capacity(MESSAGE);
-        loop {
-            match self.socket.recv(&mut buffer, DONT_WAIT) {
-                Ok(_) => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
+        netlink::receive(&self.socket, &mut buffer)?;
         for message in Messages(&buffer) {
             match message.refusal() {
                 Some(refusal) if refusal.errno == Errno::NOENT => return Ok(None),
@@ -102,43 +93,28 @@ fn request(from: SocketAddr, to: SocketAddr) -> Option<Vec<u8>> {
     let mut addresses = Vec::new();
     let family = match (from.ip(), to.ip()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => {
-            put(&mut addresses, IPV4.0, &from.octets());
-            put(&mut addresses, IPV4.1, &to.octets());
+            push_attribute(&mut addresses, IPV4.0, &from.octets());
+            push_attribute(&mut addresses, IPV4.1, &to.octets());
             FAMILY_IPV4
         }
         (IpAddr::V6(from), IpAddr::V6(to)) => {
-            put(&mut addresses, IPV6.0, &from.octets());
-            put(&mut addresses, IPV6.1, &to.octets());
+            push_attribute(&mut addresses, IPV6.0, &from.octets());
+            push_attribute(&mut addresses, IPV6.1, &to.octets());
             FAMILY_IPV6
         }
         _ => return None,
     };
     let mut protocol = Vec::new();
-    put(&mut protocol, PROTOCOL_NUMBER, &[UDP]);
-    put(&mut protocol, PROTOCOL_PORTS.0, &from.port().to_be_bytes());
-    put(&mut protocol, PROTOCOL_PORTS.1, &to.port().to_be_bytes());
+    push_attribute(&mut protocol, PROTOCOL_NUMBER, &[UDP]);
+    push_attribute(&mut protocol, PROTOCOL_PORTS.0, &from.port().to_be_bytes());
+    push_attribute(&mut protocol, PROTOCOL_PORTS.1, &to.port().to_be_bytes());
     let mut tuple = Vec::new();
-    put(&mut tuple, TUPLE_ADDRESSES | NESTED, &addresses);
-    put(&mut tuple, TUPLE_PROTOCOL | NESTED, &protocol);
+    push_attribute(&mut tuple, TUPLE_ADDRESSES | NLA_F_NESTED, &addresses);
+    push_attribute(&mut tuple, TUPLE_PROTOCOL | NLA_F_NESTED, &protocol);
     // struct nfgenmsg: family, version 0, resource 0
     let mut body = vec![family, 0, 0, 0];
-    put(&mut body, TUPLE_REPLY | NESTED, &tuple);
-
-    let mut request = Vec::with_capacity(HEADER + body.len());
-    request.extend_from_slice(&((HEADER + body.len()) as u32).to_ne_bytes());
-    request.extend_from_slice(&((SUBSYSTEM << 8) | GET).to_ne_bytes());
-    request.extend_from_slice(&REQUEST.to_ne_bytes());
-    request.extend_from_slice(&[0; 8]);
-    request.extend_from_slice(&body);
-    Some(request)
-}
-
-/// Adds an attribute.
-fn put(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    bytes.extend_from_slice(&((4 + value.len()) as u16).to_ne_bytes());
-    bytes.extend_from_slice(&kind.to_ne_bytes());
-    bytes.extend_from_slice(value);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    push_attribute(&mut body, TUPLE_REPLY | NLA_F_NESTED, &tuple);
+    Some(netlink::request((SUBSYSTEM << 8) | GET, 0, &body))
 }
 
 /// Takes what may be an answer apart.
@@ -180,6 +156,7 @@ fn address(addresses: &[u8], kind: u16) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::netlink::HEADER;
     use proptest::prelude::*;
 
     #[test]
@@ -193,7 +170,7 @@ mod tests {
             let mut attributes = request[HEADER + 4..].to_vec();
             // The same tuple, said to be the original one.
             attributes[2] = TUPLE_ORIGINAL as u8;
-            put(&mut attributes, MARK, &0x8100_0000_u32.to_be_bytes());
+            push_attribute(&mut attributes, MARK, &0x8100_0000_u32.to_be_bytes());
             let expected = Entry {
                 source: from,
                 destination: to,

@@ -8,7 +8,7 @@ use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use socket2::{SockFilter, SockRef};
 use tokio::io::unix::AsyncFd;
 
-use crate::netlink::{DONT_WAIT, MESSAGE, Message, Messages, attribute, string};
+use crate::netlink::{self, MESSAGE, Message, Messages, attribute, string};
 use crate::nft::{TABLE, TablePort, watch};
 use crate::route::LOOPBACK_INDEX;
 
@@ -177,12 +177,10 @@ async fn announced(
         // While nothing comes, nothing is kept for it.
         let mut buffer: Vec<u8> = Vec::with_capacity(MESSAGE);
         loop {
-            buffer.clear();
-            match socket.get_ref().recv(&mut buffer, DONT_WAIT) {
+            match netlink::receive(socket.get_ref(), &mut buffer) {
                 Ok(0) => break,
                 Ok(_) => found |= Messages(&buffer).any(|message| wanted(&message)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Announcements were lost (ENOBUFS), and ours may have been among them.
                 Err(error)
                     if error.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) =>

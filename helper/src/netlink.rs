@@ -1,22 +1,23 @@
-//! Netlink messages as bytes: what the kernel answers and what it announces. Parsing ends at the first byte that makes
-//! no sense, and never panics.
+//! Netlink messages as bytes: what the kernel is asked, what it answers and what it announces. Parsing ends at the first
+//! byte that makes no sense, and never panics.
 
 use std::io;
 
-use netlink_packet_core::{NlaBuffer, NlasIterator};
+use netlink_packet_core::{
+    NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_ERROR, NlaBuffer,
+    NlasIterator,
+};
+use netlink_sys::Socket;
 use rustix::io::Errno;
 
-/// Types and flags of netlink messages (linux/netlink.h).
-const NLMSG_ERROR: u16 = 2;
-pub(crate) const NLMSG_DONE: u16 = 3;
-const NLM_F_CAPPED: u16 = 0x100;
-const NLM_F_ACK_TLVS: u16 = 0x200;
-const NLM_F_DUMP_INTR: u16 = 0x10;
-const NLMSGERR_ATTR_MSG: u16 = 1;
+/// The length of a message's header (struct nlmsghdr, linux/netlink.h).
 pub(crate) const HEADER: usize = 16;
 
+/// `NLMSGERR_ATTR_MSG` (linux/netlink.h): a text that explains an error.
+const NLMSGERR_ATTR_MSG: u16 = 1;
+
 /// `MSG_DONTWAIT` (linux/socket.h).
-pub(crate) const DONT_WAIT: i32 = 0x40;
+const DONT_WAIT: i32 = 0x40;
 
 /// Room for the largest message that the kernel sends: a page of a dump.
 pub(crate) const MESSAGE: usize = 64 * 1024;
@@ -36,6 +37,39 @@ impl From<io::Error> for Refusal {
         Self {
             errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
             text: None,
+        }
+    }
+}
+
+/// A request of this type, with `body` after its header.
+pub(crate) fn request(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
+    let length = HEADER + body.len();
+    let mut request = Vec::with_capacity(length);
+    request.extend_from_slice(&(length as u32).to_ne_bytes());
+    request.extend_from_slice(&kind.to_ne_bytes());
+    request.extend_from_slice(&(NLM_F_REQUEST | flags).to_ne_bytes());
+    // No sequence number, and no port: the kernel's.
+    request.extend_from_slice(&[0; 8]);
+    request.extend_from_slice(body);
+    request
+}
+
+/// Adds an attribute (struct nlattr, linux/netlink.h) to a request's body or to the value of a nested attribute.
+pub(crate) fn push_attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    bytes.extend_from_slice(&((4 + value.len()) as u16).to_ne_bytes());
+    bytes.extend_from_slice(&kind.to_ne_bytes());
+    bytes.extend_from_slice(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
+/// Reads what is queued for one recvmsg(2) into `buffer`, in place of what is there. Does not wait: that there is nothing
+/// is the error [`io::ErrorKind::WouldBlock`].
+pub(crate) fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<usize> {
+    loop {
+        buffer.clear();
+        match socket.recv(buffer, DONT_WAIT) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            received => return received,
         }
     }
 }

@@ -14,9 +14,7 @@ use std::fmt;
 use std::io;
 use std::net::IpAddr;
 
-use netlink_packet_core::{
-    Emitable, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
-};
+use netlink_packet_core::{Emitable, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -27,7 +25,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use rustix::io::Errno;
 
 use crate::mark::MarkRange;
-use crate::netlink::{HEADER, Messages};
+use crate::netlink::{self, MESSAGE, Messages};
 
 /// What is asked for (linux/rtnetlink.h). `RouteNetlinkMessage` knows these, and so much besides that the helper would be
 /// larger by a sixth.
@@ -217,17 +215,12 @@ impl Routing {
 
     /// Sends one request and reads its acknowledgement, which the kernel queues before send(2) returns.
     fn request(&self, kind: u16, message: &impl Emitable, flags: u16) -> io::Result<()> {
-        let length = HEADER + message.buffer_len();
-        let mut bytes = vec![0; length];
-        let (header, payload) = bytes.split_at_mut(HEADER);
-        let mut request = NetlinkHeader::default();
-        request.length = length as u32;
-        request.message_type = kind;
-        request.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
-        request.emit(header);
-        message.emit(payload);
-        self.socket.send(&bytes, 0)?;
-        let (answer, _) = self.socket.recv_from_full()?;
+        let mut body = vec![0; message.buffer_len()];
+        message.emit(&mut body);
+        self.socket
+            .send(&netlink::request(kind, NLM_F_ACK | flags, &body), 0)?;
+        let mut answer = Vec::with_capacity(MESSAGE);
+        netlink::receive(&self.socket, &mut answer)?;
         match Messages(&answer).find_map(|message| message.refusal()) {
             Some(refusal) => Err(refusal.errno.into()),
             None => Ok(()),

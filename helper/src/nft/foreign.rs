@@ -239,13 +239,12 @@ fn canonical(register: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::netlink::push_attribute;
     use proptest::prelude::*;
 
     fn attr(kind: u16, value: &[u8]) -> Vec<u8> {
-        let mut bytes = ((value.len() + 4) as u16).to_ne_bytes().to_vec();
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(value);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        let mut bytes = Vec::new();
+        push_attribute(&mut bytes, kind, value);
         bytes
     }
 

@@ -17,7 +17,7 @@ use super::verdicts::{holds_back, meaning, what_is_enforced};
 use super::{Error, Nftables, TABLE, leads, ruleset};
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::mark::{Mark, MarkRange};
-use crate::netlink::{Refusal, attribute, attributes, string};
+use crate::netlink::{Refusal, attribute, attributes, push_attribute, string};
 use crate::peer::Uid;
 use crate::snapshot::Records;
 
@@ -428,11 +428,7 @@ impl Nftables {
 fn names(names: &[(u16, &CStr)]) -> Vec<u8> {
     let mut request = Vec::new();
     for (kind, name) in names {
-        let name = name.to_bytes_with_nul();
-        request.extend_from_slice(&((4 + name.len()) as u16).to_ne_bytes());
-        request.extend_from_slice(&kind.to_ne_bytes());
-        request.extend_from_slice(name);
-        request.resize(request.len().next_multiple_of(4), 0);
+        push_attribute(&mut request, *kind, name.to_bytes_with_nul());
     }
     request
 }

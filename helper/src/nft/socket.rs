@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::io;
 
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLMSG_DONE};
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nftnl::FinalizedBatch;
@@ -17,7 +18,7 @@ use rustix::net::sockopt::{
     set_socket_send_buffer_size_force,
 };
 
-use crate::netlink::{DONT_WAIT, HEADER, MESSAGE, Message, Messages, NLMSG_DONE, Refusal};
+use crate::netlink::{self, HEADER, MESSAGE, Message, Messages, Refusal};
 
 /// Room for the largest batch of one user: a policy with all the control groups that a quota allows. What is larger, as
 /// all users' at once, has room made for it.
@@ -25,11 +26,6 @@ const SEND_BUFFER: usize = 16 * 1024 * 1024;
 
 /// Room for the errors of a batch, of which the first one says enough: each takes about 1 KiB of this accounting.
 const RECEIVE_BUFFER: usize = 4 * 1024 * 1024;
-
-/// Flags of a request (linux/netlink.h).
-const NLM_F_REQUEST: u16 = 0x1;
-const NLM_F_ACK: u16 = 0x4;
-const NLM_F_DUMP: u16 = 0x300;
 
 /// `NFNL_SUBSYS_NFTABLES` (linux/netfilter/nfnetlink.h), the upper byte of a message's type.
 const SUBSYSTEM: u16 = 10;
@@ -143,15 +139,9 @@ impl NetfilterSocket {
             Dump::Elements => (13, INET),
             Dump::Rules => (7, UNSPECIFIED),
         };
-        let length = (HEADER + 4 + attributes.len()) as u32;
-        let mut request = Vec::with_capacity(length as usize);
-        request.extend_from_slice(&length.to_ne_bytes());
-        request.extend_from_slice(&((SUBSYSTEM << 8) | kind).to_ne_bytes());
-        request.extend_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-        request.extend_from_slice(&[0; 8]);
         // struct nfgenmsg: family, version 0, resource 0
-        request.extend_from_slice(&[family, 0, 0, 0]);
-        request.extend_from_slice(attributes);
+        let body = [&[family, 0, 0, 0], attributes].concat();
+        let request = netlink::request((SUBSYSTEM << 8) | kind, NLM_F_DUMP, &body);
         self.socket.send(&request, 0)?;
         let mut refused = None;
         self.receive(|message| {
@@ -174,8 +164,7 @@ impl NetfilterSocket {
         let mut buffer: Vec<u8> = Vec::with_capacity(MESSAGE);
         let mut lost = None;
         loop {
-            buffer.clear();
-            match self.socket.recv(&mut buffer, DONT_WAIT) {
+            match netlink::receive(&self.socket, &mut buffer) {
                 Ok(0) => break,
                 Ok(_) => {
                     for message in Messages(&buffer) {
@@ -185,7 +174,6 @@ impl NetfilterSocket {
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Answers were lost (ENOBUFS): whether the batch was taken is not known. Read what
                 // is left, so that the next call does not, and report it.
                 Err(error) if lost.is_none() => lost = Some(Refusal::from(error)),
