@@ -11,6 +11,7 @@ use super::ruleset::{
 };
 use super::shared::Shared;
 use super::transaction::Transaction;
+use crate::peer::Uid;
 
 impl Transaction<'_> {
     /// A user's chains and sets, with what leads from marks and numbers to them. No control group has such a
@@ -130,6 +131,16 @@ impl Transaction<'_> {
             self.delete_system_sets(names);
         }
         self.delete_list(names, layout, shared);
+    }
+
+    /// The system has no policy any more.
+    pub(super) fn no_system(&mut self, shared: &Shared) {
+        for chain in [ENFORCED, ENFORCED_DEEP, SYSTEM, SYSTEM_DEEP, DROP_SYSTEM] {
+            self.flush_chain(chain);
+        }
+        self.no_gateway();
+        shared.look_only_at(Uid::ROOT, None);
+        self.first_rules(&shared.looked_at(), false);
     }
 
     /// The sets that only the system's policy has.

@@ -9,7 +9,6 @@
 //! What the system's policy enforces is in a map of numbers of its own, which has another meaning for what it
 //! leaves to users.
 
-use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
 
 use nftnl::MsgType;
@@ -19,7 +18,6 @@ use super::leads::Place;
 use super::names::Names;
 use super::plan::Layout;
 use super::policy::{self, Enforced, Hold, Proxy, Verdict};
-use super::rule::RuleBuilder;
 use super::ruleset::{CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, SESSIONS, SYSTEM};
 use super::shared::Shared;
 use super::transaction::Transaction;
@@ -118,27 +116,6 @@ pub(super) fn what_is_enforced(number: u32) -> Enforced {
 }
 
 impl Transaction<'_> {
-    /// Rules that look at the levels of a socket's control group, deepest first: the nearest control group
-    /// with a verdict of its own decides.
-    pub(super) fn level_rules_of(
-        &mut self,
-        chain: &CStr,
-        levels: &BTreeSet<u32>,
-        look: impl Fn(RuleBuilder<'_>, u32) -> RuleBuilder<'_>,
-    ) {
-        for &level in levels.iter().rev() {
-            if level == 0 {
-                // The kernel's own sockets are at the root too, and have no owner. What they send (neighbour
-                // discovery, ICMP errors, resets) is left alone, since it is about all users' connections.
-                // meta skuid >= 0 socket cgroupv2 level 0 …
-                self.add_rules(chain, [&|rule| look(rule.skuid_known(), level)]);
-            } else {
-                // socket cgroupv2 level LEVEL map @cgroups vmap @choices
-                self.add_rules(chain, [&|rule| look(rule, level)]);
-            }
-        }
-    }
-
     /// What the numbers mean that every policy has.
     pub(super) fn common_choices(&mut self, choices: &CStr, drop: &CStr, released: Element<'_>) {
         let mut map = self.set(choices, KeyType::Mark, Content::Verdicts);

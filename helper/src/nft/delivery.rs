@@ -1,0 +1,345 @@
+//! The chains that deliver: they hand what is diverted or translated to a proxy, and refuse every socket but the proxy's.
+
+use nftnl::{ChainType, Hook};
+
+use super::names::Names;
+use super::rule::Protocol;
+use super::ruleset::{
+    DELIVER, DELIVER_ANSWERS, DELIVERY, FORWARD, GATEWAY, GUARD, GUARD_ANSWERS,
+    GUARD_ANSWERS_SYSTEM, GUARD_SYSTEM, INPUT, INTERFACES, LOOPBACK, OUTPUT_NAT, OWNERS, PORTS,
+    POSTROUTING, PREROUTING, PREROUTING_NAT, PRIORITY_MANGLE, PROXY_UIDS, RECEIVE, REFUSE, RESOLVE,
+    SYSTEM_UIDS,
+};
+use super::transaction::Transaction;
+use crate::route::Family;
+
+/// After everybody else's (NF_IP_PRI_LAST).
+const PRIORITY_LAST: i32 = i32::MAX;
+
+/// Before `dstnat` (NF_IP_PRI_NAT_DST), where everybody's are: among those of one priority, whoever came last is first
+/// (nf_hook_entries_grow, net/netfilter/core.c), and the first that translates decides.
+const PRIORITY_DSTNAT: i32 = -101;
+
+impl Transaction<'_> {
+    /// Once the packet has its socket, the delivery guard looks whose it is. Without a listener `tproxy` ends its
+    /// rule, and the packet is refused. Not every kernel has `tproxy`, so nothing is there before a proxy needs it.
+    pub(super) fn delivery_rules(&mut self, names: &Names) {
+        let mask = self.marks.mask();
+        let (chain, guard) = (names.deliver(), names.guard());
+        let (answers, guard_answers) = (names.deliver_answers(), names.guard_answers());
+        for chain in [chain, answers] {
+            self.flush_chain(chain);
+        }
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            // meta l4proto PROTOCOL tproxy to :ct mark & MASK map @ports goto GUARD
+            self.add_rules(
+                chain,
+                [&|rule| {
+                    rule.l4proto(protocol)
+                        .tproxy_by_ct_mark(mask, PORTS)
+                        .goto(guard)
+                }],
+            );
+            // meta l4proto PROTOCOL tproxy to :meta priority map @ports goto GUARD
+            self.add_rules(
+                answers,
+                [&|rule| {
+                    rule.l4proto(protocol)
+                        .tproxy_by_priority(PORTS)
+                        .goto(guard_answers)
+                }],
+            );
+        }
+        for chain in [chain, answers] {
+            // goto refuse
+            self.add_rules(chain, [&|rule| rule.goto(REFUSE)]);
+        }
+    }
+
+    /// A diverted packet reaches only a socket of the same user, or of an allowed uid.
+    ///
+    /// TCP is looked at when a connection opens: after that its packets belong to a socket that
+    /// was let in, and while that waits to be accepted it has no owner that `skuid` could see
+    /// (nft_meta_get_eval_skugid wants a file). UDP is looked at packet by packet.
+    ///
+    /// Services have users of their own: the system's policy takes proxies of every system user.
+    pub(super) fn guard_rules(&mut self) {
+        let mask = self.marks.mask();
+        let guards = [GUARD, GUARD_SYSTEM, GUARD_ANSWERS, GUARD_ANSWERS_SYSTEM];
+        for chain in guards {
+            self.flush_chain(chain);
+            self.add_rules(
+                chain,
+                [
+                    // meta l4proto tcp ct state != new return
+                    &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
+                    // meta skuid @proxy-uids return
+                    &|rule| rule.skuid_in(PROXY_UIDS).leave(),
+                ],
+            );
+        }
+        // ct mark & MASK . meta skuid @owners return
+        self.add_rules(
+            GUARD,
+            [&|rule| rule.ct_mark_and_skuid_in(mask, OWNERS).leave()],
+        );
+        // meta priority . meta skuid @owners return
+        self.add_rules(
+            GUARD_ANSWERS,
+            [&|rule| rule.priority_and_skuid_in(OWNERS).leave()],
+        );
+        for chain in [GUARD_SYSTEM, GUARD_ANSWERS_SYSTEM] {
+            for (first, last) in SYSTEM_UIDS {
+                // meta skuid FIRST-LAST return
+                self.add_rules(chain, [&|rule| rule.skuid_from_to(first, last).leave()]);
+            }
+        }
+        for chain in guards {
+            // goto refuse
+            self.add_rules(chain, [&|rule| rule.goto(REFUSE)]);
+        }
+    }
+
+    /// The chains that translate. They are there from the first proxy on that needs them, since every packet
+    /// of the machine pays for them, and stay then, since connections need them for as long as they are open.
+    pub(super) fn nat_chains(&mut self) {
+        let mask = self.marks.mask();
+        let hooks = [(OUTPUT_NAT, Hook::Out), (PREROUTING_NAT, Hook::PreRouting)];
+        for (chain, hook) in hooks {
+            self.add_base_chain(chain, ChainType::Nat, hook, PRIORITY_DSTNAT);
+            // ct mark & MASK vmap @resolve
+            self.add_rules(chain, [&|rule| rule.ct_mark_vmap(mask, RESOLVE)]);
+        }
+        self.input_chain();
+        self.loopback_chain();
+    }
+
+    /// An application may have bound its socket to an interface (SO_BINDTODEVICE). What is translated to a loopback address
+    /// then leaves by that one (ip_route_me_harder, net/ipv4/netfilter.c).
+    fn loopback_chain(&mut self) {
+        let mask = self.marks.mask();
+        let hook = Hook::PostRouting;
+        self.add_base_chain(LOOPBACK, ChainType::Filter, hook, PRIORITY_MANGLE);
+        for family in [Family::Ipv4, Family::Ipv6] {
+            // oif != lo ip daddr 127.0.0.0/8 ct mark & MASK != 0 drop, oif != lo ip6 daddr ::1 ct mark & MASK != 0 drop
+            self.add_rules(
+                LOOPBACK,
+                [&|rule| {
+                    rule.oif_not_lo()
+                        .daddr_loopback(family)
+                        .ct_mark_has(mask)
+                        .drop()
+                }],
+            );
+        }
+    }
+
+    /// A diverted packet goes to lo. While the `ip rule` or its route is missing, because another program
+    /// took it away and the helper has not put it back yet, the packet would go where it is addressed to. The
+    /// chains are there from the first proxy on that packets are diverted to, and stay, as those that translate.
+    ///
+    /// What has come in over lo gets its socket last of all: before it has one, everybody's reverse path
+    /// filter takes it for what it is, a packet of this machine's own. With one, `fib saddr . iif` looks for
+    /// a route back, which is none over lo for IPv6 (nft_fib_can_skip, net/netfilter/nft_fib.h), and firewalld
+    /// drops what has none.
+    pub(super) fn tproxy_chains(&mut self) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        let begun = self.marks.begun_by_proxy();
+        self.add_base_chain(DELIVERY, ChainType::Filter, Hook::PreRouting, PRIORITY_LAST);
+        self.add_rules(
+            DELIVERY,
+            [
+                // Nearly every packet is nothing of ours and ends here.
+                // meta mark & DIVERT == 0 return
+                &|rule| rule.meta_mark_lacks(divert).leave(),
+                // What a proxy sends to the application is not diverted. Other programs' rules may have given it the
+                // mark of its connection all the same, as wg-quick's do.
+                // ct direction reply ct mark & DIVERT != 0 ct mark & MASK != DIVERT return
+                &|rule| {
+                    rule.ct_direction_reply()
+                        .ct_mark_has(divert)
+                        .ct_mark_is_not(mask, begun)
+                        .leave()
+                },
+                // The connection's mark says which proxy gets it, since only rules can set that. A program with
+                // CAP_NET_RAW may give its packets any mark (SO_MARK), and another user's proxy would take them for that
+                // user's.
+                // iif lo ct mark & MASK vmap @deliver
+                &|rule| rule.iif_lo().ct_mark_vmap(mask, DELIVER),
+                // What a proxy sends to the application, as above, on a connection that the proxy began.
+                // iif lo ct mark & MASK == DIVERT ct direction original return
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_mark_is(mask, begun)
+                        .ct_direction_original()
+                        .leave()
+                },
+                // A reply on such a connection: the proxy's chain has written into the priority which proxy gets it.
+                // iif lo ct mark & MASK == DIVERT meta priority vmap @deliver-answers
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_mark_is(mask, begun)
+                        .priority_vmap(DELIVER_ANSWERS)
+                },
+                // What was translated, as above.
+                // iif lo ct mark & DIVERT != 0 ct status dnat return
+                &|rule| rule.iif_lo().ct_mark_has(divert).ct_redirected().leave(),
+                // What is diverted to nobody reaches nobody.
+                // iif lo drop
+                &|rule| rule.iif_lo().drop(),
+            ],
+        );
+        self.add_base_chain(
+            POSTROUTING,
+            ChainType::Filter,
+            Hook::PostRouting,
+            PRIORITY_MANGLE,
+        );
+        self.add_rules(
+            POSTROUTING,
+            [
+                // meta mark & DIVERT != 0 oif != lo drop
+                &|rule| rule.meta_mark_has(divert).oif_not_lo().drop(),
+            ],
+        );
+    }
+
+    /// The chain for what comes from networks behind the machine: there from the system's first policy on.
+    pub(super) fn gateway_chain(&mut self) {
+        self.add_base_chain(
+            PREROUTING,
+            ChainType::Filter,
+            Hook::PreRouting,
+            PRIORITY_MANGLE,
+        );
+        // goto gateway
+        self.add_rules(PREROUTING, [&|rule| rule.goto(GATEWAY)]);
+        self.input_chain();
+    }
+
+    /// The chain for what was translated, and for what a gateway has diverted. Like those that translate, it is
+    /// there from the first need on: what is diverted to a TPROXY server by the machine itself is looked at
+    /// where it is delivered.
+    fn input_chain(&mut self) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        let begun = self.marks.begun_by_proxy();
+        self.add_base_chain(INPUT, ChainType::Filter, Hook::In, PRIORITY_MANGLE);
+        self.add_rules(
+            INPUT,
+            [
+                // Nearly every packet is nothing of ours and ends here.
+                // meta mark & DIVERT == 0 ct mark & MASK == 0 return
+                &|rule| rule.meta_mark_lacks(divert).ct_mark_lacks(mask).leave(),
+                // A connection that a proxy began; replies on it were checked when they were delivered.
+                // ct mark & MASK == DIVERT return
+                &|rule| rule.ct_mark_is(mask, begun).leave(),
+                // A translated packet, which only the mark of its connection tells from others.
+                // iif lo ct direction original ct mark & MASK vmap @receive
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_direction_original()
+                        .ct_mark_vmap(mask, RECEIVE)
+                },
+                // iif lo ct direction reply ct mark & DIVERT != 0 return
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_direction_reply()
+                        .ct_mark_has(divert)
+                        .leave()
+                },
+                // What is diverted to nobody reaches nobody.
+                // iif lo meta mark & DIVERT != 0 drop
+                &|rule| rule.iif_lo().meta_mark_has(divert).drop(),
+                // meta mark & DIVERT != 0 iifname @interfaces meta mark & MASK vmap @guard
+                &|rule| {
+                    rule.meta_mark_has(divert)
+                        .iifname_in(INTERFACES)
+                        .meta_mark_vmap(mask, GUARD)
+                },
+                // meta mark & DIVERT != 0 iifname @interfaces drop
+                &|rule| rule.meta_mark_has(divert).iifname_in(INTERFACES).drop(),
+                // An open connection of an interface that is not listed any more.
+                // meta mark & DIVERT != 0 ct mark & DIVERT != 0 iif != lo meta mark & MASK vmap @guard
+                &|rule| {
+                    rule.meta_mark_has(divert)
+                        .ct_mark_has(divert)
+                        .iif_not_lo()
+                        .meta_mark_vmap(mask, GUARD)
+                },
+                // meta mark & DIVERT != 0 ct mark & DIVERT != 0 iif != lo drop
+                &|rule| {
+                    rule.meta_mark_has(divert)
+                        .ct_mark_has(divert)
+                        .iif_not_lo()
+                        .drop()
+                },
+                // A forwarded connection whose proxy is not there any more, and whose socket the kernel
+                // remembers: it has the packet before it is routed (tcp_v4_early_demux).
+                // meta mark & DIVERT == 0 ct mark & DIVERT != 0 iif != lo ct direction original
+                //   meta l4proto tcp reject with tcp reset
+                &|rule| {
+                    rule.meta_mark_lacks(divert)
+                        .ct_mark_has(divert)
+                        .iif_not_lo()
+                        .ct_direction_original()
+                        .l4proto(Protocol::Tcp)
+                        .reject_with_tcp_reset()
+                },
+                // meta mark & DIVERT == 0 ct mark & DIVERT != 0 iif != lo ct direction original reject
+                &|rule| {
+                    rule.meta_mark_lacks(divert)
+                        .ct_mark_has(divert)
+                        .iif_not_lo()
+                        .ct_direction_original()
+                        .reject()
+                },
+                // iif lo ct direction original ct mark & DIVERT != 0 drop
+                &|rule| {
+                    rule.iif_lo()
+                        .ct_direction_original()
+                        .ct_mark_has(divert)
+                        .drop()
+                },
+                // A conversation with a DNS server that no policy names any more, whose port may be anybody's by now. In
+                // TCP, it is with the server that has accepted it.
+                // meta l4proto tcp ct state != new return
+                &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
+                // iif != lo ct direction original ct status dnat ct mark & DIVERT == 0 ct mark & MASK vmap @receive
+                &|rule| {
+                    rule.iif_not_lo()
+                        .ct_direction_original()
+                        .ct_redirected()
+                        .ct_mark_lacks(divert)
+                        .ct_mark_vmap(mask, RECEIVE)
+                },
+                // ct direction original ct status dnat ct mark & MASK != 0 goto refuse
+                &|rule| {
+                    rule.ct_direction_original()
+                        .ct_redirected()
+                        .ct_mark_has(mask)
+                        .goto(REFUSE)
+                },
+            ],
+        );
+    }
+
+    pub(super) fn forward_rules(&mut self) {
+        let divert = self.marks.divert();
+        self.add_rules(
+            FORWARD,
+            [
+                // ct mark & DIVERT == 0 return
+                &|rule| rule.ct_mark_lacks(divert).leave(),
+                // The proxy of a forwarded connection is not there any more.
+                // ct mark & DIVERT != 0 meta l4proto tcp reject with tcp reset
+                &|rule| {
+                    rule.ct_mark_has(divert)
+                        .l4proto(Protocol::Tcp)
+                        .reject_with_tcp_reset()
+                },
+                // ct mark & DIVERT != 0 reject
+                &|rule| rule.ct_mark_has(divert).reject(),
+            ],
+        );
+    }
+}

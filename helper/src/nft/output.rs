@@ -1,0 +1,260 @@
+//! The chains of the output hook that come before any user's own: an open connection goes on as it began, and what is new
+//! gets the verdict of its socket's control group.
+
+use std::collections::BTreeSet;
+use std::ffi::CStr;
+
+use super::rule::{Protocol, RuleBuilder};
+use super::ruleset::{
+    ANSWERS, CGROUPS, CHOICES, ENFORCED, INTERFACES, KERNEL, MARKS, OPEN, OUTPUT, REFUSE, SESSIONS,
+    SESSIONS_DEEP, SYSTEM,
+};
+use super::shared::{LookedAt, Shared};
+use super::transaction::Transaction;
+
+/// Sockets that are no deeper than this pay for no level below it: an application is at level 5, what a terminal or a
+/// container starts at 6 or 7. However deep one user's control groups are, the packets of others need not know.
+const SHALLOW: u32 = 8;
+
+impl Transaction<'_> {
+    /// The chains that packets come by before anything is known of them: users' own verdicts at these levels, and
+    /// those of the system's policy around them, if there is one.
+    ///
+    /// Where nothing is dropped or held, a connection that is open goes on as it began: no verdict changes that.
+    pub(super) fn first_rules(&mut self, looked_at: &LookedAt, system: bool) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        let begun = self.marks.begun_by_proxy();
+        let levels = &looked_at.levels;
+        for chain in [OUTPUT, OPEN, ANSWERS, SESSIONS, SESSIONS_DEEP] {
+            self.flush_chain(chain);
+        }
+        if !looked_at.open {
+            self.add_rules(
+                OUTPUT,
+                [
+                    // ct mark & MASK == 0 ct status confirmed return
+                    &|rule| rule.ct_mark_lacks(mask).ct_confirmed().leave(),
+                ],
+            );
+        }
+        self.add_rules(
+            OUTPUT,
+            [
+                // ct direction reply ct mark & MASK != DIVERT return
+                &|rule| {
+                    rule.ct_direction_reply()
+                        .ct_mark_is_not(mask, begun)
+                        .leave()
+                },
+                // ct mark & DIVERT != 0 goto open
+                &|rule| rule.ct_mark_has(divert).goto(OPEN),
+            ],
+        );
+        self.begun_rules(|rule| rule.oif_lo());
+        if system {
+            self.begun_rules(|rule| rule.oifname_in(INTERFACES));
+        }
+        self.add_rules(
+            OUTPUT,
+            [
+                // A conversation with a DNS server, which has no divert bit.
+                // ct status & (confirmed | dnat) == confirmed | dnat ct mark & MASK != 0 goto open
+                &|rule| rule.ct_known_redirected().ct_mark_has(mask).goto(OPEN),
+            ],
+        );
+        let first = if system {
+            // goto enforced
+            self.add_rules(OUTPUT, [&|rule| rule.goto(ENFORCED)]);
+            ENFORCED
+        } else {
+            // Every packet of the machine comes by, so the rules are in this chain itself, which saves a jump.
+            self.session_rules(OUTPUT, levels, system);
+            SESSIONS
+        };
+        self.session_rules(SESSIONS, levels, system);
+        self.deep_level_rules(SESSIONS_DEEP, levels, own_verdict);
+        if system {
+            // goto system
+            self.add_rules(SESSIONS_DEEP, [&|rule| rule.goto(SYSTEM)]);
+        }
+        self.add_rules(
+            OPEN,
+            [
+                // ct mark & MASK == DIVERT goto answers
+                &|rule| rule.ct_mark_is(mask, begun).goto(ANSWERS),
+            ],
+        );
+        self.add_rules(
+            ANSWERS,
+            [
+                // ct direction original return
+                &|rule| rule.ct_direction_original().leave(),
+                // Clear bits that other programs may have restored; the chains below set them again.
+                // meta mark set meta mark & ~MASK
+                &|rule| rule.meta_mark_set(mask, 0),
+                // meta skuid >= 0 goto enforced, or sessions
+                &|rule| rule.skuid_known().goto(first),
+                // The last packets of a closed socket, which has no owner any more.
+                // socket wildcard 0 goto enforced, or sessions
+                &|rule| rule.socket_has_address().goto(first),
+                // Sockets of the kernel's own, to which other programs speak.
+                // meta l4proto udp return
+                &|rule| rule.l4proto(Protocol::Udp).leave(),
+                // What the kernel says by itself.
+                // drop
+                &|rule| rule.drop(),
+            ],
+        );
+        if looked_at.open {
+            // jump enforced, or sessions
+            self.add_rules(OPEN, [&|rule| rule.jump(first)]);
+        }
+        self.add_rules(
+            OPEN,
+            [
+                // meta l4proto udp jump kernel
+                &|rule| rule.l4proto(Protocol::Udp).jump(KERNEL),
+                // A proxy's chain knows its own connections.
+                // ct mark & MASK vmap @marks
+                &|rule| rule.ct_mark_vmap(mask, MARKS),
+                // A conversation with a DNS server is looked at where it is received.
+                // ct mark & DIVERT == 0 return
+                &|rule| rule.ct_mark_lacks(divert).leave(),
+                // A connection to a proxy that is not in the policy any more: it must not go on directly, in
+                // the middle of what it was saying.
+                // meta skuid >= 0 goto refuse
+                &|rule| rule.skuid_known().goto(REFUSE),
+                // What the kernel says by itself.
+                // drop
+                &|rule| rule.drop(),
+            ],
+        );
+    }
+
+    /// Writes [`Self::first_rules`] anew if they are to look at something else.
+    pub(super) fn first_rules_at(&mut self, looked_at: Option<LookedAt>, shared: &Shared) {
+        if let Some(looked_at) = looked_at {
+            self.first_rules(&looked_at, shared.has_system());
+        }
+    }
+
+    /// A TPROXY server speaks for somebody whom the application has not spoken to, or not for long. In TCP, that is the
+    /// middle of a connection that the kernel has forgotten; its beginning is another program's.
+    fn begun_rules(&mut self, to: impl Fn(RuleBuilder<'_>) -> RuleBuilder<'_>) {
+        let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
+        self.add_rules(
+            OUTPUT,
+            [
+                // ct status ! confirmed TO meta l4proto udp socket transparent 1 ct mark set ct mark & ~MASK | DIVERT return
+                &|rule| {
+                    to(rule.ct_unconfirmed())
+                        .l4proto(Protocol::Udp)
+                        .socket_is_transparent()
+                        .ct_mark_set(mask, begun)
+                        .leave()
+                },
+                // ct status ! confirmed TO tcp flags ! syn socket transparent 1 ct mark set ct mark & ~MASK | DIVERT return
+                &|rule| {
+                    to(rule.ct_unconfirmed())
+                        .tcp_without_syn()
+                        .socket_is_transparent()
+                        .ct_mark_set(mask, begun)
+                        .leave()
+                },
+            ],
+        );
+    }
+
+    /// Users' own verdicts.
+    fn session_rules(&mut self, chain: &CStr, levels: &BTreeSet<u32>, system: bool) {
+        self.shallow_level_rules(chain, SESSIONS_DEEP, levels, own_verdict);
+        if system {
+            // goto system
+            self.add_rules(chain, [&|rule| rule.goto(SYSTEM)]);
+        }
+    }
+
+    /// Rules that look at the levels of a socket's control group. Sockets that are deeper than others need to know go to a
+    /// chain of their own.
+    pub(super) fn shallow_level_rules(
+        &mut self,
+        chain: &CStr,
+        deep: &CStr,
+        levels: &BTreeSet<u32>,
+        look: impl Fn(RuleBuilder<'_>, u32) -> RuleBuilder<'_>,
+    ) {
+        if levels.last() > Some(&SHALLOW) {
+            // socket cgroupv2 level 9 != 0 goto CHAIN-deep
+            self.add_rules(
+                chain,
+                [&|rule| rule.socket_as_deep_as(SHALLOW + 1).goto(deep)],
+            );
+        }
+        let shallow = levels.range(..=SHALLOW).copied().collect();
+        self.level_rules_of(chain, &shallow, look);
+    }
+
+    /// The rules of the chain `deep` of [`Self::shallow_level_rules`]: none if no level is that deep.
+    pub(super) fn deep_level_rules(
+        &mut self,
+        chain: &CStr,
+        levels: &BTreeSet<u32>,
+        look: impl Fn(RuleBuilder<'_>, u32) -> RuleBuilder<'_>,
+    ) {
+        if levels.last() > Some(&SHALLOW) {
+            self.level_rules_of(chain, levels, look);
+        }
+    }
+
+    /// Rules that look at the levels of a socket's control group, deepest first: the nearest control group
+    /// with a verdict of its own decides.
+    fn level_rules_of(
+        &mut self,
+        chain: &CStr,
+        levels: &BTreeSet<u32>,
+        look: impl Fn(RuleBuilder<'_>, u32) -> RuleBuilder<'_>,
+    ) {
+        for &level in levels.iter().rev() {
+            if level == 0 {
+                // The kernel's own sockets are at the root too, and have no owner. What they send (neighbour
+                // discovery, ICMP errors, resets) is left alone, since it is about all users' connections.
+                // meta skuid >= 0 socket cgroupv2 level 0 …
+                self.add_rules(chain, [&|rule| look(rule.skuid_known(), level)]);
+            } else {
+                // socket cgroupv2 level LEVEL map @cgroups vmap @choices
+                self.add_rules(chain, [&|rule| look(rule, level)]);
+            }
+        }
+    }
+
+    /// The packets of a tunnel have the socket of who sends something through it (skb_scrub_packet, net/core/skbuff.c), so
+    /// that an application's proxy may take the tunnel; those that the kernel sends through it by itself have nobody's. With
+    /// the first of these the tunnel is the kernel's again, unless it was translated, which can't be taken back. In UDP, no
+    /// socket says anything once it is closed.
+    pub(super) fn kernel_rules(&mut self) {
+        let mask = self.marks.mask();
+        self.flush_chain(KERNEL);
+        self.add_rules(
+            KERNEL,
+            [
+                // socket cgroupv2 level 1 != 0 return
+                &|rule| rule.socket_as_deep_as(1).leave(),
+                // meta skuid >= 0 return
+                &|rule| rule.skuid_known().leave(),
+                // ct status & (confirmed | dnat) == confirmed ct mark set ct mark & ~MASK meta mark set meta mark & ~MASK
+                //   accept
+                &|rule| {
+                    rule.ct_not_redirected()
+                        .ct_mark_set(mask, 0)
+                        .meta_mark_set(mask, 0)
+                        .accept()
+                },
+            ],
+        );
+    }
+}
+
+/// What a user has said of the control group at this level, if anything.
+fn own_verdict(rule: RuleBuilder<'_>, level: u32) -> RuleBuilder<'_> {
+    rule.socket_cgroupv2_map_vmap(level, CGROUPS, CHOICES)
+}
