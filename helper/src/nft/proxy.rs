@@ -93,7 +93,7 @@ impl Transaction<'_> {
             self.redirect_rules(&names.redirect(name), port.get());
         }
         if proxy.is_translated() {
-            self.receive_rules(&names.receive(name), layout, proxy);
+            self.receive_rules(names, layout, name, proxy);
         }
         if let Some(hijack) = &proxy.dns_hijack {
             self.nat_chains();
@@ -368,14 +368,15 @@ impl Transaction<'_> {
     ///
     /// Unlike one that `tproxy` delivers, it does not have its socket yet, so `skuid` knows nothing;
     /// `socket` looks for it, and knows its control group.
-    fn receive_rules(&mut self, chain: &CStr, layout: &Layout, proxy: &Proxy) {
+    fn receive_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
+        let chain = &names.receive(name);
         // meta l4proto tcp ct state != new return
         self.add_rules(
             chain,
             [&|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave()],
         );
         if let Some(hijack) = proxy.dns_hijack.as_ref().filter(|hijack| !hijack.own) {
-            self.answerer_rules(chain, layout, proxy.mark, hijack);
+            self.answerer_rules(names, layout, name, proxy.mark, hijack);
             if matches!(proxy.delivery, Delivery::Tproxy(_)) {
                 // Nothing else is translated.
                 return;
@@ -407,7 +408,15 @@ impl Transaction<'_> {
     /// A DNS server is often a service of the machine's, in whatever control group, and a user may have an own one in
     /// any session. None is below a slice of another user's. The system's is whoever has its port, and no other: the mark may
     /// have been a user's when the conversation began.
-    fn answerer_rules(&mut self, chain: &CStr, layout: &Layout, mark: Mark, hijack: &DnsHijack) {
+    fn answerer_rules(
+        &mut self,
+        names: &Names,
+        layout: &Layout,
+        name: &ProxyName,
+        mark: Mark,
+        hijack: &DnsHijack,
+    ) {
+        let chain = &names.receive(name);
         let (mask, value) = (self.marks.mask(), self.marks.dns_value(mark));
         if let Some(Slices { users, own }) = layout.subtree.slices() {
             let (users, own) = (users.to_bytes(), own.to_bytes());
@@ -429,7 +438,7 @@ impl Transaction<'_> {
                 ],
             );
         }
-        if layout.subtree.level() > 0 {
+        if !names.is_system() {
             // ct mark & MASK == DNS-MARK return
             return self.add_rules(chain, [&|rule| rule.ct_mark_is(mask, value).leave()]);
         }
