@@ -78,9 +78,9 @@ impl Transaction<'_> {
             chain,
             [
                 // ip daddr @bypass4-NUMBER return
-                &|rule| rule.daddr_in(Family::Ipv4, &sets.ipv4).leave(),
+                &|rule| rule.daddr_in(Family::Ipv4, &sets.ipv4).return_(),
                 // ip6 daddr @bypass6-NUMBER return
-                &|rule| rule.daddr_in(Family::Ipv6, &sets.ipv6).leave(),
+                &|rule| rule.daddr_in(Family::Ipv6, &sets.ipv6).return_(),
             ],
         );
     }

@@ -72,26 +72,26 @@ impl Transaction<'_> {
                 chain,
                 [
                     // meta l4proto tcp ct state != new return
-                    &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
+                    &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().return_(),
                     // meta skuid @proxy-uids return
-                    &|rule| rule.skuid_in(PROXY_UIDS).leave(),
+                    &|rule| rule.skuid_in(PROXY_UIDS).return_(),
                 ],
             );
         }
         // ct mark & MASK . meta skuid @owners return
         self.add_rules(
             GUARD,
-            [&|rule| rule.ct_mark_and_skuid_in(mask, OWNERS).leave()],
+            [&|rule| rule.ct_mark_and_skuid_in(mask, OWNERS).return_()],
         );
         // meta priority . meta skuid @owners return
         self.add_rules(
             GUARD_ANSWERS,
-            [&|rule| rule.priority_and_skuid_in(OWNERS).leave()],
+            [&|rule| rule.priority_and_skuid_in(OWNERS).return_()],
         );
         for chain in [GUARD_SYSTEM, GUARD_ANSWERS_SYSTEM] {
             for (first, last) in SYSTEM_UIDS {
                 // meta skuid FIRST-LAST return
-                self.add_rules(chain, [&|rule| rule.skuid_from_to(first, last).leave()]);
+                self.add_rules(chain, [&|rule| rule.skuid_from_to(first, last).return_()]);
             }
         }
         for chain in guards {
@@ -151,7 +151,7 @@ impl Transaction<'_> {
             [
                 // Nearly every packet is nothing of ours and ends here.
                 // meta mark & DIVERT == 0 return
-                &|rule| rule.meta_mark_lacks(divert).leave(),
+                &|rule| rule.meta_mark_lacks(divert).return_(),
                 // What a proxy sends to the application is not diverted. Other programs' rules may have given it the
                 // mark of its connection all the same, as wg-quick's do.
                 // ct direction reply ct mark & DIVERT != 0 ct mark & MASK != DIVERT return
@@ -159,7 +159,7 @@ impl Transaction<'_> {
                     rule.ct_direction_reply()
                         .ct_mark_has(divert)
                         .ct_mark_is_not(mask, begun)
-                        .leave()
+                        .return_()
                 },
                 // The connection's mark says which proxy gets it, since only rules can set that. A program with
                 // CAP_NET_RAW may give its packets any mark (SO_MARK), and another user's proxy would take them for that
@@ -172,7 +172,7 @@ impl Transaction<'_> {
                     rule.iif_lo()
                         .ct_mark_is(mask, begun)
                         .ct_direction_original()
-                        .leave()
+                        .return_()
                 },
                 // A reply on such a connection: the proxy's chain has written into the priority which proxy gets it.
                 // iif lo ct mark & MASK == DIVERT meta priority vmap @deliver-answers
@@ -183,7 +183,7 @@ impl Transaction<'_> {
                 },
                 // What was translated, as above.
                 // iif lo ct mark & DIVERT != 0 ct status dnat return
-                &|rule| rule.iif_lo().ct_mark_has(divert).ct_redirected().leave(),
+                &|rule| rule.iif_lo().ct_mark_has(divert).ct_redirected().return_(),
                 // What is diverted to nobody reaches nobody.
                 // iif lo drop
                 &|rule| rule.iif_lo().drop(),
@@ -229,10 +229,10 @@ impl Transaction<'_> {
             [
                 // Nearly every packet is nothing of ours and ends here.
                 // meta mark & DIVERT == 0 ct mark & MASK == 0 return
-                &|rule| rule.meta_mark_lacks(divert).ct_mark_lacks(mask).leave(),
+                &|rule| rule.meta_mark_lacks(divert).ct_mark_lacks(mask).return_(),
                 // A connection that a proxy began; replies on it were checked when they were delivered.
                 // ct mark & MASK == DIVERT return
-                &|rule| rule.ct_mark_is(mask, begun).leave(),
+                &|rule| rule.ct_mark_is(mask, begun).return_(),
                 // A translated packet, which only the mark of its connection tells from others.
                 // iif lo ct direction original ct mark & MASK vmap @receive
                 &|rule| {
@@ -245,7 +245,7 @@ impl Transaction<'_> {
                     rule.iif_lo()
                         .ct_direction_reply()
                         .ct_mark_has(divert)
-                        .leave()
+                        .return_()
                 },
                 // What is diverted to nobody reaches nobody.
                 // iif lo meta mark & DIVERT != 0 drop
@@ -303,7 +303,7 @@ impl Transaction<'_> {
                 // A conversation with a DNS server that no policy names any more, whose port may be anybody's by now. In
                 // TCP, it is with the server that has accepted it.
                 // meta l4proto tcp ct state != new return
-                &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave(),
+                &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().return_(),
                 // iif != lo ct direction original ct status dnat ct mark & DIVERT == 0 ct mark & MASK vmap @receive
                 &|rule| {
                     rule.iif_not_lo()
@@ -329,7 +329,7 @@ impl Transaction<'_> {
             FORWARD,
             [
                 // ct mark & DIVERT == 0 return
-                &|rule| rule.ct_mark_lacks(divert).leave(),
+                &|rule| rule.ct_mark_lacks(divert).return_(),
                 // The proxy of a forwarded connection is not there any more.
                 // ct mark & DIVERT != 0 meta l4proto tcp reject with tcp reset
                 &|rule| {

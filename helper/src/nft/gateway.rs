@@ -53,7 +53,7 @@ impl Transaction<'_> {
             GATEWAY,
             [
                 // iifname @interfaces ct mark & MASK == DIVERT ct direction reply fib daddr type 2-5 return
-                &|rule| answer(rule, mask, begun).daddr_local_or_many().leave(),
+                &|rule| answer(rule, mask, begun).daddr_local_or_many().return_(),
                 // iifname @interfaces ct mark & MASK == DIVERT ct direction reply
                 //   meta priority set MARK meta mark set meta mark & ~MASK | DIVERT goto deliver-answers-system
                 &|rule| {
@@ -88,12 +88,12 @@ impl Transaction<'_> {
             [
                 // Answers of a service behind the machine.
                 // ct direction reply return
-                &|rule| rule.ct_direction_reply().leave(),
+                &|rule| rule.ct_direction_reply().return_(),
                 // One whose proxy is not there any more ends in the forward chain.
                 // ct mark & MASK vmap @divert
                 &|rule| rule.ct_mark_vmap(mask, DIVERT),
                 // ct status confirmed return
-                &|rule| rule.ct_confirmed().leave(),
+                &|rule| rule.ct_confirmed().return_(),
             ],
         );
     }

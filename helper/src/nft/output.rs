@@ -33,7 +33,7 @@ impl Transaction<'_> {
                 OUTPUT,
                 [
                     // ct mark & MASK == 0 ct status confirmed return
-                    &|rule| rule.ct_mark_lacks(mask).ct_confirmed().leave(),
+                    &|rule| rule.ct_mark_lacks(mask).ct_confirmed().return_(),
                 ],
             );
         }
@@ -44,7 +44,7 @@ impl Transaction<'_> {
                 &|rule| {
                     rule.ct_direction_reply()
                         .ct_mark_is_not(mask, begun)
-                        .leave()
+                        .return_()
                 },
                 // ct mark & DIVERT != 0 goto open
                 &|rule| rule.ct_mark_has(divert).goto(OPEN),
@@ -88,7 +88,7 @@ impl Transaction<'_> {
             ANSWERS,
             [
                 // ct direction original return
-                &|rule| rule.ct_direction_original().leave(),
+                &|rule| rule.ct_direction_original().return_(),
                 // Clear bits that other programs may have restored; the chains below set them again.
                 // meta mark set meta mark & ~MASK
                 &|rule| rule.meta_mark_set(mask, 0),
@@ -99,7 +99,7 @@ impl Transaction<'_> {
                 &|rule| rule.socket_has_address().goto(first),
                 // Sockets of the kernel's own, to which other programs speak.
                 // meta l4proto udp return
-                &|rule| rule.l4proto(Protocol::Udp).leave(),
+                &|rule| rule.l4proto(Protocol::Udp).return_(),
                 // What the kernel says by itself.
                 // drop
                 &|rule| rule.drop(),
@@ -119,7 +119,7 @@ impl Transaction<'_> {
                 &|rule| rule.ct_mark_vmap(mask, MARKS),
                 // A conversation with a DNS server is looked at where it is received.
                 // ct mark & DIVERT == 0 return
-                &|rule| rule.ct_mark_lacks(divert).leave(),
+                &|rule| rule.ct_mark_lacks(divert).return_(),
                 // A connection to a proxy that is not in the policy any more: it must not go on directly, in
                 // the middle of what it was saying.
                 // meta skuid >= 0 goto refuse
@@ -151,7 +151,7 @@ impl Transaction<'_> {
                         .l4proto(Protocol::Udp)
                         .socket_is_transparent()
                         .ct_mark_set(mask, begun)
-                        .leave()
+                        .return_()
                 },
                 // ct status ! confirmed TO tcp flags ! syn socket transparent 1 ct mark set ct mark & ~MASK | DIVERT return
                 &|rule| {
@@ -159,7 +159,7 @@ impl Transaction<'_> {
                         .tcp_without_syn()
                         .socket_is_transparent()
                         .ct_mark_set(mask, begun)
-                        .leave()
+                        .return_()
                 },
             ],
         );
@@ -238,9 +238,9 @@ impl Transaction<'_> {
             KERNEL,
             [
                 // socket cgroupv2 level 1 != 0 return
-                &|rule| rule.socket_as_deep_as(1).leave(),
+                &|rule| rule.socket_as_deep_as(1).return_(),
                 // meta skuid >= 0 return
-                &|rule| rule.skuid_known().leave(),
+                &|rule| rule.skuid_known().return_(),
                 // ct status & (confirmed | dnat) == confirmed ct mark set ct mark & ~MASK meta mark set meta mark & ~MASK
                 //   accept
                 &|rule| {

@@ -18,7 +18,7 @@ pub(super) type Attempt = fn(RuleBuilder<'_>) -> RuleBuilder<'_>;
 /// What proxies need besides what the table itself needs, without which the helper does not start.
 pub(super) const FEATURES: [(&str, Attempt); 3] = [
     ("tproxy", |rule| rule.tproxy(1)),
-    ("fib", |rule| rule.daddr_local_or_many().leave()),
+    ("fib", |rule| rule.daddr_local_or_many().return_()),
     ("dnat", |rule| rule.dnat(IpAddr::V4(Ipv4Addr::LOCALHOST), 1)),
 ];
 

@@ -171,7 +171,7 @@ impl Transaction<'_> {
         // ct mark & MASK == DIVERT fib daddr type 2-5 return
         self.add_rules(
             chain,
-            [&|rule| rule.ct_mark_is(mask, begun).daddr_local_or_many().leave()],
+            [&|rule| rule.ct_mark_is(mask, begun).daddr_local_or_many().return_()],
         );
         let Exceptions { no_tcp, no_udp, .. } = proxy.exceptions;
         for (protocol, _) in [(Protocol::Tcp, no_tcp), (Protocol::Udp, no_udp)]
@@ -201,7 +201,7 @@ impl Transaction<'_> {
         self.answer_rules(&chain, proxy);
         // One that is open goes on directly, or to another proxy.
         // ct status confirmed return
-        self.add_rules(&chain, [&|rule| rule.ct_confirmed().leave()]);
+        self.add_rules(&chain, [&|rule| rule.ct_confirmed().return_()]);
         if !names.is_system() {
             // No verdict of one user's is about another's control groups. Should ever an element be wrong, then
             // nobody's packets get to this proxy by it. What comes here has that level: an element was found no less deep.
@@ -209,7 +209,7 @@ impl Transaction<'_> {
             let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
             self.add_rules(
                 &chain,
-                [&|rule| rule.socket_cgroupv2_not(level, &id).leave()],
+                [&|rule| rule.socket_cgroupv2_not(level, &id).return_()],
             );
         }
         if let Some(hijack) = &proxy.dns_hijack {
@@ -255,13 +255,13 @@ impl Transaction<'_> {
             [
                 // The machine itself, broadcast and multicast.
                 // fib daddr type 2-5 return
-                &|rule| rule.daddr_local_or_many().leave(),
+                &|rule| rule.daddr_local_or_many().return_(),
                 // The kernel tells that of a group only where it finds a route to it.
                 // ip6 daddr ff00::/8 return
-                &|rule| rule.daddr_multicast6().leave(),
+                &|rule| rule.daddr_multicast6().return_(),
                 // The address says nothing without an interface.
                 // ip6 daddr fe80::/10 return
-                &|rule| rule.daddr_link_local().leave(),
+                &|rule| rule.daddr_link_local().return_(),
             ],
         );
     }
@@ -318,7 +318,7 @@ impl Transaction<'_> {
         ];
         for (_, family) in families.into_iter().filter(|(left_out, _)| *left_out) {
             // meta nfproto FAMILY return
-            self.add_rules(chain, [&|rule| rule.nfproto(family).leave()]);
+            self.add_rules(chain, [&|rule| rule.nfproto(family).return_()]);
         }
         let protocols = [
             (exceptions.no_tcp, Protocol::Tcp),
@@ -326,7 +326,7 @@ impl Transaction<'_> {
         ];
         for (_, protocol) in protocols.into_iter().filter(|(left_out, _)| *left_out) {
             // meta l4proto PROTOCOL return
-            self.add_rules(chain, [&|rule| rule.l4proto(protocol).leave()]);
+            self.add_rules(chain, [&|rule| rule.l4proto(protocol).return_()]);
         }
     }
 
@@ -345,7 +345,7 @@ impl Transaction<'_> {
                 &|rule| {
                     rule.ct_mark_set(mask, mark)
                         .meta_mark_set(mask, mark)
-                        .leave()
+                        .return_()
                 },
                 // What belongs to no connection, as for the machine's own.
                 // tcp flags ! syn drop
@@ -373,7 +373,7 @@ impl Transaction<'_> {
         // meta l4proto tcp ct state != new return
         self.add_rules(
             chain,
-            [&|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().leave()],
+            [&|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().return_()],
         );
         if let Some(hijack) = proxy.dns_hijack.as_ref().filter(|hijack| !hijack.own) {
             self.answerer_rules(names, layout, name, proxy.mark, hijack);
@@ -387,7 +387,7 @@ impl Transaction<'_> {
             chain,
             [
                 // socket cgroupv2 level LEVEL SUBTREE return
-                &|rule| rule.socket_cgroupv2(level, &id).leave(),
+                &|rule| rule.socket_cgroupv2(level, &id).return_(),
                 // Whoever else has the port.
                 // meta l4proto tcp socket wildcard { 0, 1 } reject with tcp reset
                 &|rule| {
@@ -398,7 +398,7 @@ impl Transaction<'_> {
                 // The rest of an earlier connection from the same port, which was let in (TIME-WAIT). It makes way for
                 // this one, whose listener can't be told here: it may be another one by now.
                 // meta l4proto tcp socket transparent { 0, 1 } return
-                &|rule| rule.l4proto(Protocol::Tcp).socket_exists().leave(),
+                &|rule| rule.l4proto(Protocol::Tcp).socket_exists().return_(),
                 // goto refuse
                 &|rule| rule.goto(REFUSE),
             ],
@@ -427,7 +427,7 @@ impl Transaction<'_> {
                     &|rule| {
                         rule.ct_mark_is(mask, value)
                             .socket_cgroupv2(2, &own)
-                            .leave()
+                            .return_()
                     },
                     // ct mark & MASK == DNS-MARK socket cgroupv2 level 1 user.slice goto refuse
                     &|rule| {
@@ -440,7 +440,7 @@ impl Transaction<'_> {
         }
         if !names.is_system() {
             // ct mark & MASK == DNS-MARK return
-            return self.add_rules(chain, [&|rule| rule.ct_mark_is(mask, value).leave()]);
+            return self.add_rules(chain, [&|rule| rule.ct_mark_is(mask, value).return_()]);
         }
         for address in &hijack.addresses {
             for protocol in [Protocol::Udp, Protocol::Tcp] {
@@ -451,7 +451,7 @@ impl Transaction<'_> {
                         rule.ct_mark_is(mask, value)
                             .daddr(*address)
                             .dport(protocol, hijack.port.get())
-                            .leave()
+                            .return_()
                     }],
                 );
             }
@@ -483,12 +483,12 @@ impl Transaction<'_> {
             names,
             layout,
             |rule| rule.ct_confirmed(),
-            |rule| rule.leave(),
+            |rule| rule.return_(),
         );
         for address in &hijack.addresses {
             if hijack.port.get() == DNS_PORT {
                 // ip daddr ADDRESS return, ip6 daddr ADDRESS return
-                self.add_rules(chain, [&|rule| rule.daddr(*address).leave()]);
+                self.add_rules(chain, [&|rule| rule.daddr(*address).return_()]);
             }
             // A query to a stub on the loopback interface has a loopback source address, with which
             // nothing can leave the machine (__mkroute_output, net/ipv4/route.c).
@@ -496,7 +496,7 @@ impl Transaction<'_> {
                 // ip daddr 127.0.0.0/8 return, ip6 daddr ::1 return
                 self.add_rules(
                     chain,
-                    [&|rule| rule.daddr_loopback(Family::of(address)).leave()],
+                    [&|rule| rule.daddr_loopback(Family::of(address)).return_()],
                 );
             }
         }

@@ -538,7 +538,7 @@ impl<'a> RuleBuilder<'a> {
     }
 
     /// `return`
-    pub(super) fn leave(self) -> Self {
+    pub(super) fn return_(self) -> Self {
         self.with(&Verdict::Return)
     }
 

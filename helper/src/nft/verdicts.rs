@@ -156,7 +156,7 @@ impl Transaction<'_> {
                 // goto CHAIN, return or drop
                 &|rule| match &decided {
                     Decision::Goto(chain) => rule.goto(chain),
-                    Decision::Return => rule.leave(),
+                    Decision::Return => rule.return_(),
                     Decision::Drop => rule.drop(),
                 },
             ],
