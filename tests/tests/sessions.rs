@@ -134,7 +134,7 @@ fn levels_are_there_only_while_they_are_used() {
         let _helper = sb.helper().start();
         let user = sb.user(1001);
         let levels = || {
-            let rules = sb.run(&["nft", "list", "chain", "inet", "cgtproxy", "sessions"]);
+            let rules = sb.run(&["nft", "list", "chain", "inet", "cgtproxy", "user-verdicts"]);
             rules
                 .split("level ")
                 .skip(1)
@@ -218,7 +218,7 @@ fn verdicts_are_found_however_deep_control_groups_are() {
 fn compared(sb: &Sandbox, chain: &str) -> (Vec<u32>, usize) {
     let rules = sb.run(&["nft", "list", "chain", "inet", "cgtproxy", chain]);
     let deep = match chain {
-        "output" => "goto sessions-deep".into(),
+        "output" => "goto user-verdicts-deep".into(),
         chain => format!("goto {chain}-deep"),
     };
     let mut levels = Vec::new();
@@ -254,12 +254,12 @@ fn however_deep_control_groups_are_the_packets_of_others_are_compared_eight_time
         let mut session = Session::of(&user);
         // With nothing below that, there is nowhere else to look.
         session.replace(json!([]), json!([]), verdicts(3..=8));
-        for chain in ["output", "sessions"] {
+        for chain in ["output", "user-verdicts"] {
             let (levels, elsewhere) = compared(sb, chain);
             assert_eq!((levels.len(), elsewhere), (6, 0), "{chain}: {levels:?}");
         }
         session.replace(json!([]), json!([]), verdicts(3..=20));
-        for chain in ["output", "sessions"] {
+        for chain in ["output", "user-verdicts"] {
             let (mut levels, elsewhere) = compared(sb, chain);
             assert!(levels.len() <= MOST, "{chain}: {levels:?}");
             assert_eq!(elsewhere, 1, "{chain}");
@@ -267,7 +267,7 @@ fn however_deep_control_groups_are_the_packets_of_others_are_compared_eight_time
             // One question tells whether a socket is deeper than that.
             assert_eq!(levels, [3, 4, 5, 6, 7, 8, 9], "{chain}");
         }
-        let (mut deep, _) = compared(sb, "sessions-deep");
+        let (mut deep, _) = compared(sb, "user-verdicts-deep");
         deep.sort_unstable();
         assert_eq!(deep, Vec::from_iter(3..=20));
         // Root's own levels are the machine's, and come in addition.
@@ -277,7 +277,7 @@ fn however_deep_control_groups_are_the_packets_of_others_are_compared_eight_time
             json!([]),
             json!([verdict("user.slice", "direct")]),
         );
-        let (levels, _) = compared(sb, "sessions");
+        let (levels, _) = compared(sb, "user-verdicts");
         assert!(levels.len() <= MOST, "{levels:?}");
         // They are no more for root's verdicts on a user's control groups that are deep.
         let mut paths = vec![String::new(), "user.slice".into()];

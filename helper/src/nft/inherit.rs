@@ -260,12 +260,12 @@ impl Nftables {
         let chains = [
             ruleset::SYSTEM,
             ruleset::SYSTEM_DEEP,
-            ruleset::SESSIONS,
-            ruleset::SESSIONS_DEEP,
+            ruleset::USER_VERDICTS,
+            ruleset::USER_VERDICTS_DEEP,
         ];
-        let [mut system, deep, mut sessions, deep_sessions] = self.levels_of(chains)?;
+        let [mut system, deep, mut users, deep_users] = self.levels_of(chains)?;
         system.extend(deep);
-        sessions.extend(deep_sessions);
+        users.extend(deep_users);
         let mut holds = BTreeMap::new();
         for found in self.elements(ruleset::CHOICES)? {
             if let Value::Chain(chain) = &found.value
@@ -284,7 +284,7 @@ impl Nftables {
             if uid == Uid::ROOT {
                 left.levels.clone_from(&system);
             } else {
-                left.levels.clone_from(&sessions);
+                left.levels.clone_from(&users);
                 left.holds.clone_from(&holds);
             }
             let cgroups = contents.cgroups.get(&uid).into_iter().flatten();

@@ -265,7 +265,7 @@ mod tests {
             ("drop", None),
             ("drop-system", None),
             ("deliver-system", None),
-            ("sessions-deep", None),
+            ("user-verdicts-deep", None),
             ("system-deep", None),
             ("proxy-01000-mihomo", None),
             ("proxy-4294967296-mihomo", None),

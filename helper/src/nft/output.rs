@@ -6,8 +6,8 @@ use std::ffi::CStr;
 
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::{
-    ANSWERS, CGROUPS, CHOICES, ENFORCED, INTERFACES, KERNEL, MARKS, OPEN, OUTPUT, REFUSE, SESSIONS,
-    SESSIONS_DEEP, SYSTEM,
+    ANSWERS, CGROUPS, CHOICES, ENFORCED, INTERFACES, KERNEL, MARKS, OPEN, OUTPUT, REFUSE, SYSTEM,
+    USER_VERDICTS, USER_VERDICTS_DEEP,
 };
 use super::shared::{LookedAt, Shared};
 use super::transaction::Transaction;
@@ -25,7 +25,7 @@ impl Transaction<'_> {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
         let begun = self.marks.begun_by_proxy();
         let levels = &looked_at.levels;
-        for chain in [OUTPUT, OPEN, ANSWERS, SESSIONS, SESSIONS_DEEP] {
+        for chain in [OUTPUT, OPEN, ANSWERS, USER_VERDICTS, USER_VERDICTS_DEEP] {
             self.flush_chain(chain);
         }
         if !looked_at.open {
@@ -68,14 +68,14 @@ impl Transaction<'_> {
             ENFORCED
         } else {
             // Every packet of the machine comes by, so the rules are in this chain itself, which saves a jump.
-            self.session_rules(OUTPUT, levels, system);
-            SESSIONS
+            self.user_verdict_rules(OUTPUT, levels, system);
+            USER_VERDICTS
         };
-        self.session_rules(SESSIONS, levels, system);
-        self.deep_level_rules(SESSIONS_DEEP, levels, own_verdict);
+        self.user_verdict_rules(USER_VERDICTS, levels, system);
+        self.deep_level_rules(USER_VERDICTS_DEEP, levels, own_verdict);
         if system {
             // goto system
-            self.add_rules(SESSIONS_DEEP, [&|rule| rule.goto(SYSTEM)]);
+            self.add_rules(USER_VERDICTS_DEEP, [&|rule| rule.goto(SYSTEM)]);
         }
         self.add_rules(
             OPEN,
@@ -92,10 +92,10 @@ impl Transaction<'_> {
                 // Clear bits that other programs may have restored; the chains below set them again.
                 // meta mark set meta mark & ~MASK
                 &|rule| rule.meta_mark_set(mask, 0),
-                // meta skuid >= 0 goto enforced, or sessions
+                // meta skuid >= 0 goto enforced, or user-verdicts
                 &|rule| rule.skuid_known().goto(first),
                 // The last packets of a closed socket, which has no owner any more.
-                // socket wildcard 0 goto enforced, or sessions
+                // socket wildcard 0 goto enforced, or user-verdicts
                 &|rule| rule.socket_has_address().goto(first),
                 // Sockets of the kernel's own, to which other programs speak.
                 // meta l4proto udp return
@@ -106,7 +106,7 @@ impl Transaction<'_> {
             ],
         );
         if looked_at.open {
-            // jump enforced, or sessions
+            // jump enforced, or user-verdicts
             self.add_rules(OPEN, [&|rule| rule.jump(first)]);
         }
         self.add_rules(
@@ -166,8 +166,8 @@ impl Transaction<'_> {
     }
 
     /// Users' own verdicts.
-    fn session_rules(&mut self, chain: &CStr, levels: &BTreeSet<u32>, system: bool) {
-        self.shallow_level_rules(chain, SESSIONS_DEEP, levels, own_verdict);
+    fn user_verdict_rules(&mut self, chain: &CStr, levels: &BTreeSet<u32>, system: bool) {
+        self.shallow_level_rules(chain, USER_VERDICTS_DEEP, levels, own_verdict);
         if system {
             // goto system
             self.add_rules(chain, [&|rule| rule.goto(SYSTEM)]);

@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-12-ff000000 { }              # the format of this table, and the mask of marks
+//!   chain version-13-ff000000 { }              # the format of this table, and the mask of marks
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
 //!   map enforced { type cgroupsv2 : mark }    # a control group of the system's policy : what of that is enforced
-//!   map choices-enforced { type mark : verdict }  # that number : goto proxy-0-mihomo; where it is nothing, goto sessions
+//!   map choices-enforced { type mark : verdict }  # that number : goto proxy-0-mihomo; nothing enforced: goto user-verdicts
 //!   map marks   { type mark : verdict }       # a proxy's mark : goto proxy-1000-mihomo
 //!                                             # a proxy's DNS mark : goto dns-1000-mihomo
 //!   map drops   { type cgroupsv2 : verdict }  # user@1000.service : goto drop-1
@@ -32,10 +32,10 @@
 //!   chain delivery       { type filter hook prerouting priority 2147483647; … }
 //!   chain postrouting    { type filter hook postrouting priority mangle; … }
 //!   chain loopback       { type filter hook postrouting priority mangle; … }
-//!   chain enforced { … goto sessions }        # what the system's policy enforces
-//!   chain sessions { … goto system }          # users' own verdicts
+//!   chain enforced { … goto user-verdicts }   # what the system's policy enforces
+//!   chain user-verdicts { … goto system }     # users' own verdicts
 //!   chain system   { … }                      # what the system's policy says besides
-//!   chain enforced-deep { … }  chain sessions-deep { … }   # the same for sockets deeper than level 8
+//!   chain enforced-deep { … }  chain user-verdicts-deep { … }   # the same for sockets deeper than level 8
 //!   chain system-deep { … }
 //!   chain open     { … }                      # connections to proxies go on as they began
 //!   chain kernel   { … }                      # but for what no socket of anybody's sends
@@ -92,7 +92,7 @@ use super::transaction::Transaction;
 use crate::mark::MarkRange;
 
 /// How this table is laid out.
-const VERSION: u32 = 12;
+const VERSION: u32 = 13;
 pub(super) const CGROUPS: &CStr = c"cgroups";
 pub(super) const CGROUPS_SYSTEM: &CStr = c"cgroups-0";
 pub(super) const CHOICES: &CStr = c"choices";
@@ -106,11 +106,11 @@ pub(super) const USERS: &CStr = c"users";
 pub(super) const INTERFACES: &CStr = c"interfaces";
 /// The map of the chain of this name: every control group of the system's policy.
 pub(super) const ENFORCED: &CStr = c"enforced";
-pub(super) const SESSIONS: &CStr = c"sessions";
+pub(super) const USER_VERDICTS: &CStr = c"user-verdicts";
 pub(super) const SYSTEM: &CStr = c"system";
 /// The same for sockets that are deeper than [`SHALLOW`].
 pub(super) const ENFORCED_DEEP: &CStr = c"enforced-deep";
-pub(super) const SESSIONS_DEEP: &CStr = c"sessions-deep";
+pub(super) const USER_VERDICTS_DEEP: &CStr = c"user-verdicts-deep";
 pub(super) const SYSTEM_DEEP: &CStr = c"system-deep";
 pub(super) const OPEN: &CStr = c"open";
 pub(super) const KERNEL: &CStr = c"kernel";
@@ -194,8 +194,8 @@ impl Transaction<'_> {
         for chain in [
             ENFORCED,
             ENFORCED_DEEP,
-            SESSIONS,
-            SESSIONS_DEEP,
+            USER_VERDICTS,
+            USER_VERDICTS_DEEP,
             SYSTEM,
             SYSTEM_DEEP,
             OPEN,

@@ -370,7 +370,7 @@ fn a_table_and_its_base() {
             });
             found.has(&[
                 "cgtproxy",
-                "version-12-ff000000",
+                "version-13-ff000000",
                 "output",
                 "forward",
                 "proxy-uids",

@@ -7,7 +7,7 @@ use super::names::Names;
 use super::plan::{ElementChanges, Layout, Looks};
 use super::rule::RuleBuilder;
 use super::ruleset::{
-    CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, ENFORCED_DEEP, SESSIONS, SYSTEM, SYSTEM_DEEP,
+    CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, ENFORCED_DEEP, SYSTEM, SYSTEM_DEEP, USER_VERDICTS,
 };
 use super::shared::Shared;
 use super::transaction::Transaction;
@@ -88,8 +88,8 @@ impl Transaction<'_> {
             self.deep_level_rules(ENFORCED_DEEP, levels, enforced_verdict);
         }
         for chain in [ENFORCED, ENFORCED_DEEP] {
-            // goto sessions
-            self.add_rules(chain, [&|rule| rule.goto(SESSIONS)]);
+            // goto user-verdicts
+            self.add_rules(chain, [&|rule| rule.goto(USER_VERDICTS)]);
         }
     }
 

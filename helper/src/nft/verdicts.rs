@@ -18,7 +18,7 @@ use super::leads::Place;
 use super::names::Names;
 use super::plan::Layout;
 use super::policy::{self, Enforced, Hold, Proxy, Verdict};
-use super::ruleset::{CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, SESSIONS, SYSTEM};
+use super::ruleset::{CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, SYSTEM, USER_VERDICTS};
 use super::shared::Shared;
 use super::transaction::Transaction;
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
@@ -132,7 +132,7 @@ impl Transaction<'_> {
             self.common_choices(choices, DROP_SYSTEM, Element::Return);
         }
         let key = USERS.to_ne_bytes();
-        self.add_element(CHOICES_ENFORCED, &key, Element::Goto(SESSIONS));
+        self.add_element(CHOICES_ENFORCED, &key, Element::Goto(USER_VERDICTS));
     }
 
     /// The control groups' own sockets have their verdict. A socket that is deeper comes here only if
@@ -146,7 +146,7 @@ impl Transaction<'_> {
         self.flush_chain(&chain);
         let decided = match &hold.verdict {
             Some(verdict) => decision(names, verdict),
-            None => Decision::Goto(SESSIONS.to_owned()),
+            None => Decision::Goto(USER_VERDICTS.to_owned()),
         };
         self.add_rules(
             &chain,
