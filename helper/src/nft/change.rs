@@ -163,8 +163,8 @@ impl Transaction<'_> {
         for (name, proxy) in &from.proxies {
             let kept = to.proxies.get(name);
             if kept.is_none() {
-                let leads = names.leads_of_proxy(self.marks, name, proxy);
-                self.delete_leads(leads.keys());
+                let elements = names.proxy_elements(self.marks, name, proxy);
+                self.delete_map_elements(elements.keys());
             }
             let needed = kept.map(|kept| names.of_proxy(name, kept));
             let needed = needed.unwrap_or_default();
@@ -198,7 +198,7 @@ impl Transaction<'_> {
         {
             self.gateway(names, after);
         }
-        self.change_leads(&names.lead_of_drop(before), &names.lead_of_drop(after));
-        self.change_leads(&names.lead_of_user(before), &names.lead_of_user(after));
+        self.change_map_elements(&names.drop_element(before), &names.drop_element(after));
+        self.change_map_elements(&names.user_element(before), &names.user_element(after));
     }
 }

@@ -14,7 +14,7 @@ use super::policy::{Element, Enforced};
 use super::shared::{Remnants, Shared};
 use super::socket::Dump;
 use super::verdicts::{holds_back, meaning, what_is_enforced};
-use super::{Error, Nftables, TABLE, leads, ruleset};
+use super::{Error, Nftables, TABLE, map_elements, ruleset};
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::mark::{Mark, MarkRange};
 use crate::netlink::{Refusal, attribute, attributes, push_attribute, string};
@@ -292,9 +292,10 @@ impl Nftables {
             left.lists.clone_from(&lists);
             let key = uid.value().to_ne_bytes().to_vec();
             if let Some(subtree) = contents.subtrees.get(&uid) {
-                left.places.insert((ruleset::USERS, key));
+                left.map_keys.insert((ruleset::USERS, key));
                 let drop = (ruleset::DROPS, subtree.to_bytes().to_vec());
-                left.places.extend(drops.contains(&drop.1).then_some(drop));
+                left.map_keys
+                    .extend(drops.contains(&drop.1).then_some(drop));
             }
         }
         let by_chain = [
@@ -302,7 +303,7 @@ impl Nftables {
             ruleset::CHOICES_SYSTEM,
             ruleset::CHOICES_ENFORCED,
         ];
-        for map in by_chain.into_iter().chain(leads::BY_MARK) {
+        for map in by_chain.into_iter().chain(map_elements::BY_MARK) {
             for found in self.elements(map)? {
                 let chain = match &found.value {
                     Value::Chain(chain) => names::owner(chain),
@@ -311,7 +312,7 @@ impl Nftables {
                 let mark = || found.number().and_then(|mark| marks.get(&mark)).copied();
                 let uid = chain.or_else(|| mark().filter(|_| !by_chain.contains(&map)));
                 if let Some(left) = uid.and_then(|uid| left.get_mut(&uid)) {
-                    left.places.insert((map, found.key));
+                    left.map_keys.insert((map, found.key));
                 }
             }
         }

@@ -3,9 +3,9 @@
 //! `policy` is what users and root say of control groups, `plan` what the kernel is to have of it, `change` what that
 //! changes, and `take_over` what of an earlier helper's it replaces, which `inherit` has read back. In the table,
 //! `ruleset`, `output` and `delivery` are nobody's, `shared` and `bypass` are all users', `user`, `proxy`, `verdicts` and
-//! `leads` are one user's, and `gateway` is root's. They are written as commands (`transaction`), with rules (`rule`) and
-//! names (`names`), and sent by `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can do and at what
-//! other programs do to marks.
+//! `map_elements` are one user's, and `gateway` is root's. They are written as commands (`transaction`), with rules
+//! (`rule`) and names (`names`), and sent by `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can do and
+//! at what other programs do to marks.
 
 mod bypass;
 mod change;
@@ -14,7 +14,7 @@ mod ffi;
 mod foreign;
 mod gateway;
 mod inherit;
-mod leads;
+mod map_elements;
 mod names;
 mod output;
 mod plan;

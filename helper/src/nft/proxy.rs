@@ -20,7 +20,7 @@ use crate::route::Family;
 const DNS_PORT: u16 = 53;
 
 impl Transaction<'_> {
-    /// A proxy's chains, and what leads from its mark and its number to them.
+    /// A proxy's chains, and the elements that lead from its mark and its number to them.
     pub(super) fn create_proxy(
         &mut self,
         names: &Names,
@@ -32,7 +32,7 @@ impl Transaction<'_> {
             self.add_chain(&chain);
         }
         self.proxy_rules(names, layout, name, proxy);
-        self.add_leads(&names.leads_of_proxy(self.marks, name, proxy));
+        self.add_map_elements(&names.proxy_elements(self.marks, name, proxy));
     }
 
     /// The chains that a proxy comes to need.
@@ -61,9 +61,9 @@ impl Transaction<'_> {
         after: &Proxy,
     ) {
         self.proxy_rules(names, layout, name, after);
-        let leads = |proxy| names.leads_of_proxy(self.marks, name, proxy);
-        let (had, has) = (leads(before), leads(after));
-        self.change_leads(&had, &has);
+        let elements = |proxy| names.proxy_elements(self.marks, name, proxy);
+        let (had, has) = (elements(before), elements(after));
+        self.change_map_elements(&had, &has);
     }
 
     /// The rules of a proxy's chains, in place of those that they have.

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::rc::Rc;
 
-use super::leads::Place;
+use super::map_elements::MapKey;
 use super::plan::{Layout, Looks, Plan};
 use super::policy::Hold;
 use crate::cgroup::ControlGroupId;
@@ -17,17 +17,17 @@ use crate::peer::Uid;
 pub(super) struct Remnants {
     /// Chains that are this user's alone.
     pub(super) chains: BTreeSet<CString>,
-    /// Elements of shared maps that lead to these chains, or are about this user's marks.
-    pub(super) places: BTreeSet<Place>,
+    /// The elements of shared maps that lead to these chains, or are about this user's marks.
+    pub(super) map_keys: BTreeSet<MapKey>,
     /// Control groups that have an element.
     pub(super) cgroups: Vec<ControlGroupId>,
     /// At which levels rules look, all users' together.
     pub(super) levels: BTreeSet<u32>,
     /// The bypass lists that the table had, one of which may be this user's.
     pub(super) lists: BTreeSet<u32>,
-    /// The chains of holds that users have together which the table had, any of which may be this user's, with what
-    /// leads to them. Root has its own.
-    pub(super) holds: BTreeMap<Hold, Place>,
+    /// The chains of holds that users have together which the table had, any of which may be this user's, each with the
+    /// element that leads to it. Root has its own.
+    pub(super) holds: BTreeMap<Hold, MapKey>,
 }
 
 /// What the rules look at that every packet comes by.
@@ -77,7 +77,7 @@ impl Shared {
     pub(super) fn left(&self, uid: Uid) -> &Remnants {
         static NOTHING: Remnants = Remnants {
             chains: BTreeSet::new(),
-            places: BTreeSet::new(),
+            map_keys: BTreeSet::new(),
             cgroups: Vec::new(),
             levels: BTreeSet::new(),
             lists: BTreeSet::new(),

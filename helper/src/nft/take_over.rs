@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use super::leads::{Leads, Place};
+use super::map_elements::{MapElements, MapKey};
 use super::names::Names;
 use super::plan::{ElementChanges, Layout, Looks, Step};
 use super::shared::{Remnants, Shared};
@@ -25,8 +25,9 @@ impl Transaction<'_> {
         match step {
             Step::Chains => self.take_over_chains(names, left, after, shared),
             Step::Additions => {
-                let drop = names.lead_of_drop(after);
-                self.add_leads(&drop.into_iter().filter(|(p, _)| is_new(left, p)).collect());
+                let drop = names.drop_element(after);
+                let drop = drop.into_iter().filter(|(key, _)| is_new(left, key));
+                self.add_map_elements(&drop.collect());
                 // Whether anything was enforced, dropped or held is not known.
                 let looks = Looks {
                     levels: Cow::Owned(left.levels.union(&after.levels).copied().collect()),
@@ -48,11 +49,11 @@ impl Transaction<'_> {
                         self.proxy_rules(names, after, name, proxy);
                     }
                 }
-                let leads = self.all_leads(names, after);
-                let stay = leads.keys().filter(|place| !is_new(left, place));
-                self.delete_leads(stay);
+                let wanted = self.layout_elements(names, after);
+                let stay = wanted.keys().filter(|key| !is_new(left, key));
+                self.delete_map_elements(stay);
                 // What is there already is as it is to be.
-                self.add_leads(&leads);
+                self.add_map_elements(&wanted);
                 if names.is_system() {
                     self.system_drop_rules(names, after);
                     self.gateway(names, after);
@@ -65,12 +66,9 @@ impl Transaction<'_> {
                 }
                 let changed = shared.look_only_at(names.uid, Some(&after.looks()));
                 self.first_rules_at(changed, shared);
-                let leads = self.all_leads(names, after);
-                let gone = left
-                    .places
-                    .iter()
-                    .filter(|place| !leads.contains_key(place));
-                self.delete_leads(gone);
+                let wanted = self.layout_elements(names, after);
+                let gone = left.map_keys.iter().filter(|key| !wanted.contains_key(key));
+                self.delete_map_elements(gone);
                 let needed = names.chains(after);
                 self.delete_chains(left.chains.difference(&needed));
                 let holds = left.holds.iter();
@@ -100,15 +98,15 @@ impl Transaction<'_> {
         for chain in needed.difference(&left.chains) {
             self.add_chain(chain);
         }
-        let mut leads = Leads::new();
+        let mut elements = MapElements::new();
         for (name, proxy) in &after.proxies {
             if !left.chains.contains(&names.proxy(name)) {
                 self.proxy_rules(names, after, name, proxy);
-                leads.extend(names.leads_of_proxy(self.marks, name, proxy));
+                elements.extend(names.proxy_elements(self.marks, name, proxy));
             }
         }
-        leads.retain(|place, _| is_new(left, place));
-        self.add_leads(&leads);
+        elements.retain(|key, _| is_new(left, key));
+        self.add_map_elements(&elements);
         for hold in &after.holds {
             if !left.chains.contains(&names.hold(hold)) {
                 self.create_hold(names, after, hold);
@@ -116,17 +114,17 @@ impl Transaction<'_> {
         }
     }
 
-    /// All that leads to a layout, but for control groups.
-    fn all_leads(&self, names: &Names, layout: &Layout) -> Leads {
-        let mut leads = names.lead_of_user(layout);
-        leads.extend(names.lead_of_drop(layout));
+    /// All elements of shared maps that a layout needs, but for those of control groups.
+    fn layout_elements(&self, names: &Names, layout: &Layout) -> MapElements {
+        let mut elements = names.user_element(layout);
+        elements.extend(names.drop_element(layout));
         for (name, proxy) in &layout.proxies {
-            leads.extend(names.leads_of_proxy(self.marks, name, proxy));
+            elements.extend(names.proxy_elements(self.marks, name, proxy));
         }
         for hold in &layout.holds {
-            leads.extend(names.leads_of_hold(self.marks, layout, hold));
+            elements.extend(names.hold_elements(self.marks, layout, hold));
         }
-        leads
+        elements
     }
 
     /// The end of what was left.
@@ -141,7 +139,7 @@ impl Transaction<'_> {
             self.delete_verdicts(names, left.cgroups.iter().copied());
             self.first_rules_at(shared.look_only_at(names.uid, None), shared);
         }
-        self.delete_leads(&left.places);
+        self.delete_map_elements(&left.map_keys);
         self.delete_chains(&left.chains);
         self.delete_holds(names, &left.holds, shared);
         if names.is_system() {
@@ -151,7 +149,7 @@ impl Transaction<'_> {
     }
 }
 
-/// Whether there is no element at this place.
-fn is_new(left: &Remnants, place: &Place) -> bool {
-    !left.places.contains(place)
+/// Whether the map has no element with this key.
+fn is_new(left: &Remnants, key: &MapKey) -> bool {
+    !left.map_keys.contains(key)
 }

@@ -283,22 +283,22 @@ fn elements(count: u64) -> Vec<(OwnedControlGroup, policy::Element)> {
 fn left(uid: Uid) -> Shared {
     let names = Names::of(uid);
     let layout = layout(uid == Uid::ROOT);
-    let leads = |(name, proxy)| names.leads_of_proxy(marks(), name, proxy);
+    let elements = |(name, proxy)| names.proxy_elements(marks(), name, proxy);
     let common = |hold: &&Hold| hold.is_common() && uid != Uid::ROOT;
     let holds = layout.holds.iter().filter(common).filter_map(|hold| {
-        let (place, _) = names.leads_of_hold(marks(), &layout, hold).pop_first()?;
-        Some((hold.clone(), place))
+        let (key, _) = names.hold_elements(marks(), &layout, hold).pop_first()?;
+        Some((hold.clone(), key))
     });
     let holds: BTreeMap<_, _> = holds.collect();
     let mut chains = names.chains(&layout);
     chains.retain(|chain| holds.keys().all(|hold| names.hold(hold) != *chain));
     let remnants = Remnants {
         chains,
-        places: layout
+        map_keys: layout
             .proxies
             .iter()
-            .flat_map(leads)
-            .map(|(place, _)| place)
+            .flat_map(elements)
+            .map(|(key, _)| key)
             .collect(),
         cgroups: (10..20)
             .map(|id| OwnedControlGroup::for_test(id, 4).id())

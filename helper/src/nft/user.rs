@@ -14,7 +14,7 @@ use super::transaction::Transaction;
 use crate::peer::Uid;
 
 impl Transaction<'_> {
-    /// A user's chains and sets, with what leads from marks and numbers to them. No control group has such a
+    /// A user's chains and sets, with the elements that lead from marks and numbers to them. No control group has such a
     /// number yet.
     pub(super) fn create_user(&mut self, names: &Names, layout: &Layout, shared: &Shared) {
         if names.is_system() {
@@ -28,7 +28,7 @@ impl Transaction<'_> {
         for hold in &layout.holds {
             self.create_hold(names, layout, hold);
         }
-        self.add_leads(&names.lead_of_user(layout));
+        self.add_map_elements(&names.user_element(layout));
     }
 
     /// What leads packets to a user who had nothing.
@@ -39,7 +39,7 @@ impl Transaction<'_> {
         elements: &ElementChanges<'_>,
         shared: &Shared,
     ) {
-        self.add_leads(&names.lead_of_drop(layout));
+        self.add_map_elements(&names.drop_element(layout));
         let changed = shared.look_at(names.uid, &layout.looks());
         if names.is_system() {
             self.system_level_rules(names, &layout.levels, layout.enforced);
@@ -107,7 +107,7 @@ impl Transaction<'_> {
                 self.flush_set(map);
             }
         } else {
-            self.delete_leads(names.lead_of_drop(layout).keys());
+            self.delete_map_elements(names.drop_element(layout).keys());
             self.delete_verdicts(names, elements.deleted.iter().copied());
             self.first_rules_at(shared.look_only_at(names.uid, None), shared);
         }
@@ -116,11 +116,11 @@ impl Transaction<'_> {
 
     /// A user's chains and sets, to which nothing leads but marks and numbers.
     pub(super) fn delete_layout(&mut self, names: &Names, layout: &Layout, shared: &Shared) {
-        let mut leads = names.lead_of_user(layout);
+        let mut elements = names.user_element(layout);
         for (name, proxy) in &layout.proxies {
-            leads.extend(names.leads_of_proxy(self.marks, name, proxy));
+            elements.extend(names.proxy_elements(self.marks, name, proxy));
         }
-        self.delete_leads(leads.keys());
+        self.delete_map_elements(elements.keys());
         for hold in &layout.holds {
             self.delete_hold(names, layout, hold, shared);
         }

@@ -14,7 +14,7 @@ use std::ffi::{CStr, CString};
 use nftnl::MsgType;
 
 use super::ffi::{Comment, Content, Element, KeyType};
-use super::leads::Place;
+use super::map_elements::MapKey;
 use super::names::Names;
 use super::plan::Layout;
 use super::policy::{self, Enforced, Hold, Proxy, Verdict};
@@ -161,7 +161,7 @@ impl Transaction<'_> {
                 },
             ],
         );
-        self.add_leads(&names.leads_of_hold(self.marks, layout, hold));
+        self.add_map_elements(&names.hold_elements(self.marks, layout, hold));
     }
 
     /// Unless another user has it too.
@@ -175,20 +175,20 @@ impl Transaction<'_> {
         if hold.is_common() && !names.is_system() && shared.is_held_elsewhere(names.uid, hold) {
             return;
         }
-        let leads = names.leads_of_hold(self.marks, layout, hold);
-        self.delete_hold_chain(names, hold, leads.keys());
+        let elements = names.hold_elements(self.marks, layout, hold);
+        self.delete_hold_chain(names, hold, elements.keys());
     }
 
     /// The same for chains that users have together of which it is only known that they are there.
     pub(super) fn delete_holds<'h>(
         &mut self,
         names: &Names,
-        holds: impl IntoIterator<Item = (&'h Hold, &'h Place)>,
+        holds: impl IntoIterator<Item = (&'h Hold, &'h MapKey)>,
         shared: &Shared,
     ) {
-        for (hold, place) in holds {
+        for (hold, key) in holds {
             if !shared.is_held_elsewhere(names.uid, hold) {
-                self.delete_hold_chain(names, hold, [place]);
+                self.delete_hold_chain(names, hold, [key]);
             }
         }
     }
@@ -197,10 +197,10 @@ impl Transaction<'_> {
         &mut self,
         names: &Names,
         hold: &Hold,
-        leads: impl IntoIterator<Item = &'p Place>,
+        elements: impl IntoIterator<Item = &'p MapKey>,
     ) {
         let chain = names.hold(hold);
-        self.delete_leads(leads);
+        self.delete_map_elements(elements);
         self.flush_chain(&chain);
         self.delete_chain(&chain);
     }
