@@ -14,8 +14,8 @@ use crate::cgroup::{ControlGroupId, OwnedControlGroup, Top};
 use crate::mark::Mark;
 use crate::peer::Uid;
 
-/// The name of a layout. The kernel has it beside the layout, and changes both in one transaction; no other
-/// layout has it, but by a chance of one in 2^32.
+/// A random number that tells one layout from any other: the value that the user has in the map `stamps`. It changes with
+/// the layout in one transaction. That two layouts have the same has a chance of one in 2^32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Stamp(u32);
 
@@ -61,13 +61,14 @@ pub struct Layout {
     pub gateway: Option<Gateway>,
 }
 
-/// What rules look at for a layout.
+/// What the rules of the output hook look up for a layout.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Looks<'a> {
+    /// The levels of `socket cgroupv2` that are looked up in the map of control groups.
     pub(super) levels: Cow<'a, BTreeSet<u32>>,
-    /// What is enforced, before all others.
+    /// The map `enforced` is looked up too, in the chain of that name, before users' own verdicts.
     pub(super) enforced: bool,
-    /// Packets of open connections too.
+    /// Packets of open connections are looked up too, in the chain `open`.
     pub(super) holds_back: bool,
 }
 
@@ -80,7 +81,7 @@ impl Layout {
         }
     }
 
-    /// What sees what either of two layouts has.
+    /// What the rules look up to find what either of two layouts has.
     pub(super) fn looks_of_both(&self, other: &Self) -> Looks<'_> {
         Looks {
             levels: match other.levels.is_subset(&self.levels) {
