@@ -19,13 +19,13 @@ const GET: u16 = 1;
 const TUPLE_ORIGINAL: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
 const MARK: u16 = 8;
-/// enum ctattr_tuple.
+/// enum ctattr_tuple (linux/netfilter/nfnetlink_conntrack.h).
 const TUPLE_ADDRESSES: u16 = 1;
 const TUPLE_PROTOCOL: u16 = 2;
-/// enum ctattr_ip: source and destination of each family.
+/// enum ctattr_ip (linux/netfilter/nfnetlink_conntrack.h): source and destination of each family.
 const IPV4: (u16, u16) = (1, 2);
 const IPV6: (u16, u16) = (3, 4);
-/// enum ctattr_l4proto.
+/// enum ctattr_l4proto (linux/netfilter/nfnetlink_conntrack.h).
 const PROTOCOL_NUMBER: u16 = 1;
 const PROTOCOL_PORTS: (u16, u16) = (2, 3);
 
@@ -35,7 +35,7 @@ const UDP: u8 = 17;
 const FAMILY_IPV4: u8 = 2;
 const FAMILY_IPV6: u8 = 10;
 
-/// What is known of a connection.
+/// What conntrack knows of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Entry {
     /// Who began it.
@@ -53,14 +53,14 @@ pub(crate) struct Conntrack {
 }
 
 impl Conntrack {
-    /// Opens the socket. That the kernel has ctnetlink is known at the first look-up.
+    /// Opens the socket. Whether the kernel has ctnetlink turns out at the first look-up.
     pub(crate) fn open() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         socket.bind_auto()?;
         Ok(Self { socket })
     }
 
-    /// The UDP connection whose answers go from one address to another; none if there is none.
+    /// The UDP connection whose answers go from one address to another, if there is one.
     pub(crate) fn find_udp(
         &self,
         answers_from: SocketAddr,
@@ -123,6 +123,7 @@ pub(crate) fn fuzz(attributes: &[u8]) {
     let _ = entry(attributes);
 }
 
+/// What the attributes of an answer say; none if they make no sense.
 fn entry(attributes: &[u8]) -> Option<Entry> {
     let tuple = attribute(attributes, TUPLE_ORIGINAL)?;
     let addresses = attribute(tuple, TUPLE_ADDRESSES)?;

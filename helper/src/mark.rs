@@ -17,7 +17,7 @@ impl Mark {
         self.0
     }
 
-    /// A mark that was found in the kernel's own table.
+    /// A mark that was found in the nftables table.
     pub(crate) fn adopted(value: u32) -> Self {
         Self(value)
     }
@@ -50,7 +50,7 @@ impl MarkRange {
         }
     }
 
-    /// All bits.
+    /// The bits of the range.
     #[must_use]
     pub fn mask(self) -> u32 {
         self.mask
@@ -62,7 +62,7 @@ impl MarkRange {
         1 << (31 - self.mask.leading_zeros())
     }
 
-    /// How many proxies the machine can have.
+    /// How many proxies the whole machine can have.
     #[must_use]
     pub fn capacity(self) -> u32 {
         // Number 0 is left out: without the divert bit it would be the mark of everything else.
@@ -135,7 +135,7 @@ pub struct MarkAllocator {
 }
 
 impl MarkAllocator {
-    /// None is in use.
+    /// An allocator that has given out no mark.
     #[must_use]
     pub fn new(range: MarkRange) -> Self {
         Self {
@@ -158,8 +158,8 @@ impl MarkAllocator {
         None
     }
 
-    /// Marks one as in use that the kernel has already. False if it is not of this range or taken. The next one to be
-    /// given out comes after it.
+    /// Notes that a mark is in use that the kernel has already. False if it is not of this range or taken. The next
+    /// mark to be given out comes after it.
     pub fn adopt(&mut self, mark: Mark) -> bool {
         let adopted = self.range.has(mark) && self.used.insert(mark);
         if adopted {

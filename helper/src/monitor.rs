@@ -1,5 +1,5 @@
-//! Notices at once when somebody else takes away what the helper put into the kernel: another program's firewall reload,
-//! `nft flush ruleset`, `ip rule flush`, a network manager that removes foreign rules, lo down and up.
+//! Notices at once when somebody else takes away what the helper put into the kernel: another program's firewall
+//! reload, `nft flush ruleset`, `ip rule flush`, a network manager that removes foreign rules, lo down and up.
 
 use std::io;
 
@@ -39,11 +39,11 @@ const ADDRESS_LINK: std::ops::Range<usize> = 4..8;
 /// IFF_UP (linux/if.h).
 const UP: u32 = 1;
 
-/// Where a message says whose request it is about (struct nlmsghdr, linux/netlink.h).
+/// Where a message has the port of the socket whose request it is about (struct nlmsghdr, linux/netlink.h).
 const PORT_OFFSET: u32 = 12;
 
-/// What a filter has to do with a packet (linux/bpf_common.h, linux/filter.h): load a word, jump if it is equal to what
-/// is there to compare, take so many bytes of the packet.
+/// Instructions of a classic BPF filter (linux/bpf_common.h, linux/filter.h): load a word of the packet, jump if it
+/// equals the operand, take as many bytes of the packet as the operand says.
 const LOAD_WORD: u16 = 0x20;
 const JUMP_IF_EQUAL: u16 = 0x15;
 const TAKE: u16 = 0x06;
@@ -108,6 +108,7 @@ impl Monitor {
         }
     }
 
+    /// Whether a message tells of a loss of routing, or that what was lost can be put back.
     fn is_about_routing(&self, message: &Message<'_>) -> bool {
         let word = |bytes: Option<&[u8]>| {
             bytes
@@ -131,13 +132,14 @@ impl Monitor {
     }
 }
 
+/// Whether a message is about our nftables table.
 fn is_about_table(message: &Message<'_>) -> bool {
     // A struct nfgenmsg of four bytes comes first.
     let attributes = message.payload.get(4..).unwrap_or_default();
     attribute(attributes, TABLE_NAME).map(string).as_deref() == TABLE.to_str().ok()
 }
 
-/// Listens to these groups, but for what a socket of our own changes.
+/// Listens to these multicast groups, but not to what our own socket changes.
 fn listen(protocol: isize, groups: &[u32], ours: Option<TablePort>) -> io::Result<AsyncFd<Socket>> {
     let mut socket = Socket::new(protocol)?;
     socket.bind_auto()?;
@@ -151,9 +153,9 @@ fn listen(protocol: isize, groups: &[u32], ours: Option<TablePort>) -> io::Resul
     watch(socket)
 }
 
-/// Has the kernel leave out what this port changes, before it comes into the socket's buffer: there may be more of it than
-/// there is room for, and what is lost is taken for a loss, to be mended by changing still more. A packet has messages
-/// about one transaction (nft_commit_notify, net/netfilter/nf_tables_api.c), so that the first one tells.
+/// Has the kernel filter out what this port changes, before it comes into the socket's buffer: there may be more of it
+/// than there is room for, a lost message counts as a loss, and to mend that would change still more. A packet has
+/// messages about one transaction (nft_commit_notify, net/netfilter/nf_tables_api.c), so that the first one tells.
 fn leave_out(socket: &Socket, ours: TablePort) -> io::Result<()> {
     // A filter reads words in network byte order.
     let port = u32::from_be_bytes(ours.0.to_ne_bytes());
@@ -174,7 +176,7 @@ async fn announced(
     let mut found = false;
     loop {
         let mut ready = socket.readable().await?;
-        // While nothing comes, nothing is kept for it.
+        // While nothing comes, no buffer is kept.
         let mut buffer: Vec<u8> = Vec::with_capacity(MESSAGE);
         loop {
             match netlink::receive(socket.get_ref(), &mut buffer) {

@@ -1,5 +1,5 @@
-//! Netlink messages as bytes: what the kernel is asked, what it answers and what it announces. Parsing ends at the first
-//! byte that makes no sense, and never panics.
+//! Netlink messages as bytes: what the kernel is asked, what it answers and what it announces. Parsing ends at the
+//! first byte that makes no sense, and never panics.
 
 use std::io;
 
@@ -62,8 +62,8 @@ pub(crate) fn push_attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
-/// Reads what is queued for one recvmsg(2) into `buffer`, in place of what is there. Does not wait: that there is nothing
-/// is the error [`io::ErrorKind::WouldBlock`].
+/// Reads what is queued for one recvmsg(2) into `buffer`, in place of what is there. Does not wait: that there is
+/// nothing is the error [`io::ErrorKind::WouldBlock`].
 pub(crate) fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<usize> {
     loop {
         buffer.clear();

@@ -27,8 +27,8 @@ use rustix::io::Errno;
 use crate::mark::MarkRange;
 use crate::netlink::{self, MESSAGE, Messages};
 
-/// What is asked for (linux/rtnetlink.h). `RouteNetlinkMessage` knows these, and so much besides that the helper would be
-/// larger by a sixth.
+/// Types of requests (linux/rtnetlink.h). `RouteNetlinkMessage` knows these, and so much besides that the helper would
+/// be larger by a sixth.
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
 const RTM_NEWRULE: u16 = 32;
@@ -122,9 +122,9 @@ impl Routing {
         })
     }
 
-    /// Sees to it that the family's route and rule are there. False if the kernel does not have
-    /// the family at all (`ipv6.disable=1`), or lo does not have it now (`net.ipv6.conf.lo.disable_ipv6`): then nothing
-    /// that is diverted could come in, and an address of the family's on lo announces that it could.
+    /// Sees to it that the family's route and rule are there. False if the kernel does not have the family at all
+    /// (`ipv6.disable=1`), or lo does not have it now (`net.ipv6.conf.lo.disable_ipv6`): then nothing that is diverted
+    /// could come in, until an address of the family appears on lo.
     ///
     /// # Errors
     /// If the kernel refuses for another reason.
@@ -228,6 +228,7 @@ impl Routing {
     }
 }
 
+/// Whether the kernel does not have the family.
 fn not_supported(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -235,7 +236,7 @@ fn not_supported(error: &io::Error) -> bool {
     )
 }
 
-/// What the kernel says of a route over an interface that IPv6 is switched off on, or that is too small for it
+/// Whether the kernel refuses the route since IPv6 is switched off on lo, or lo's MTU is too small for it
 /// (`fib6_nh_init`, net/ipv6/route.c). Without a capability it says EPERM.
 fn not_on_lo(family: Family, error: &io::Error) -> bool {
     family == Family::Ipv6

@@ -18,7 +18,7 @@ use super::transaction::Transaction;
 use crate::route::Family;
 
 impl Transaction<'_> {
-    /// The layout's list, if it has one that nobody else has.
+    /// Adds the layout's bypass list, if it has one that nobody else has.
     pub(super) fn create_list(&mut self, names: &Names, layout: &Layout, shared: &Shared) {
         let Some(list) = &layout.bypass else { return };
         if shared.is_list_elsewhere(names.uid, list.number) {
@@ -34,14 +34,14 @@ impl Transaction<'_> {
         self.add_rules(&sets.drop, [&|rule| rule.drop()]);
     }
 
-    /// When no rule of this user's looks at it any more: unless somebody else has it.
+    /// Deletes the layout's bypass list, which no rule of this user's names any more, unless somebody else has it.
     pub(super) fn delete_list(&mut self, names: &Names, layout: &Layout, shared: &Shared) {
         if let Some(list) = &layout.bypass {
             self.delete_lists(names, &[list.number].into(), shared);
         }
     }
 
-    /// The same for lists of which it is only known that they are there.
+    /// Deletes bypass lists, by their numbers alone, unless somebody else has them.
     pub(super) fn delete_lists(&mut self, names: &Names, numbers: &BTreeSet<u32>, shared: &Shared) {
         let is_elsewhere = |number: &&u32| shared.is_list_elsewhere(names.uid, **number);
         for &number in numbers.iter().filter(|number| !is_elsewhere(number)) {
@@ -54,7 +54,7 @@ impl Transaction<'_> {
         }
     }
 
-    /// What the system's policy drops.
+    /// Chain `drop-system`.
     pub(super) fn system_drop_rules(&mut self, names: &Names, layout: &Layout) {
         if !names.is_system() {
             return;
@@ -85,6 +85,7 @@ impl Transaction<'_> {
         );
     }
 
+    /// Fills the list's two sets.
     fn destinations(&mut self, sets: &ListNames, list: &BypassList) {
         // A range up to the last address of all has no end.
         let Bypass { ipv4, ipv6 } = &*list.destinations;

@@ -1,4 +1,4 @@
-//! The chains that deliver: they hand what is diverted or translated to a proxy, and refuse every socket but the proxy's.
+//! The chains that hand what is diverted or translated to a proxy, and to no other socket.
 
 use nftnl::{ChainType, Hook};
 
@@ -13,16 +13,17 @@ use super::ruleset::{
 use super::transaction::Transaction;
 use crate::route::Family;
 
-/// After everybody else's (NF_IP_PRI_LAST).
+/// After the chains of all other programs (NF_IP_PRI_LAST).
 const PRIORITY_LAST: i32 = i32::MAX;
 
-/// Before `dstnat` (NF_IP_PRI_NAT_DST), where everybody's are: among those of one priority, whoever came last is first
-/// (nf_hook_entries_grow, net/netfilter/core.c), and the first that translates decides.
+/// Before `dstnat` (NF_IP_PRI_NAT_DST), where other programs' chains are. Of chains with one priority, the one that was
+/// made last is first (nf_hook_entries_grow, net/netfilter/core.c), and the first that translates decides.
 const PRIORITY_DSTNAT: i32 = -101;
 
 impl Transaction<'_> {
-    /// Once the packet has its socket, the delivery guard looks whose it is. Without a listener `tproxy` ends its
-    /// rule, and the packet is refused. Not every kernel has `tproxy`, so nothing is there before a proxy needs it.
+    /// Chains `deliver` and `deliver-answers`, or the system's. Once the packet has its socket, the delivery guard
+    /// looks whose that is. Without a listener `tproxy` ends its rule, and the packet is refused. Not every kernel has
+    /// `tproxy`, so nothing is there before a proxy needs it.
     pub(super) fn delivery_rules(&mut self, names: &Names) {
         let mask = self.marks.mask();
         let (chain, guard) = (names.deliver(), names.guard());
@@ -56,11 +57,12 @@ impl Transaction<'_> {
         }
     }
 
-    /// A diverted packet reaches only a socket of the same user, or of an allowed uid.
+    /// Chains `guard` and `guard-answers`, and the system's: a diverted packet reaches only a socket of the same user,
+    /// or of an allowed uid.
     ///
-    /// TCP is looked at when a connection opens: after that its packets belong to a socket that
-    /// was let in, and while that waits to be accepted it has no owner that `skuid` could see
-    /// (nft_meta_get_eval_skugid wants a file). UDP is looked at packet by packet.
+    /// TCP is looked at when a connection opens: after that its packets belong to a socket that was let in, and while
+    /// that waits to be accepted it has no owner that `skuid` could see (nft_meta_get_eval_skugid wants a file). UDP is
+    /// looked at packet by packet.
     ///
     /// Services have users of their own: the system's policy takes proxies of every system user.
     pub(super) fn guard_rules(&mut self) {
@@ -100,8 +102,9 @@ impl Transaction<'_> {
         }
     }
 
-    /// The chains that translate. They are there from the first proxy on that needs them, since every packet
-    /// of the machine pays for them, and stay then, since connections need them for as long as they are open.
+    /// Chains `output-nat`, `prerouting-nat`, `input` and `loopback`, for what is translated. They are there from the
+    /// first proxy on that needs them, since every packet of the machine pays for them, and stay then, since
+    /// connections need them for as long as they are open.
     pub(super) fn nat_chains(&mut self) {
         let mask = self.marks.mask();
         let hooks = [(OUTPUT_NAT, Hook::Out), (PREROUTING_NAT, Hook::PreRouting)];
@@ -114,14 +117,15 @@ impl Transaction<'_> {
         self.loopback_chain();
     }
 
-    /// An application may have bound its socket to an interface (SO_BINDTODEVICE). What is translated to a loopback address
-    /// then leaves by that one (ip_route_me_harder, net/ipv4/netfilter.c).
+    /// Chain `loopback`. An application may have bound its socket to an interface (SO_BINDTODEVICE): what is translated
+    /// to a loopback address would leave by that (ip_route_me_harder, net/ipv4/netfilter.c).
     fn loopback_chain(&mut self) {
         let mask = self.marks.mask();
         let hook = Hook::PostRouting;
         self.add_base_chain(LOOPBACK, ChainType::Filter, hook, PRIORITY_MANGLE);
         for family in [Family::Ipv4, Family::Ipv6] {
-            // oif != lo ip daddr 127.0.0.0/8 ct mark & MASK != 0 drop, oif != lo ip6 daddr ::1 ct mark & MASK != 0 drop
+            // oif != lo ip daddr 127.0.0.0/8 ct mark & MASK != 0 drop
+            // oif != lo ip6 daddr ::1 ct mark & MASK != 0 drop
             self.add_rules(
                 LOOPBACK,
                 [&|rule| {
@@ -134,14 +138,15 @@ impl Transaction<'_> {
         }
     }
 
-    /// A diverted packet goes to lo. While the `ip rule` or its route is missing, because another program
-    /// took it away and the helper has not put it back yet, the packet would go where it is addressed to. The
-    /// chains are there from the first proxy on that packets are diverted to, and stay, as those that translate.
+    /// Chains `delivery` and `postrouting`, which are there from the first TPROXY server on, and stay.
     ///
-    /// What has come in over lo gets its socket last of all: before it has one, everybody's reverse path
-    /// filter takes it for what it is, a packet of this machine's own. With one, `fib saddr . iif` looks for
-    /// a route back, which is none over lo for IPv6 (nft_fib_can_skip, net/netfilter/nft_fib.h), and firewalld
-    /// drops what has none.
+    /// A diverted packet goes to lo. While the `ip rule` or its route is missing, because another program took it away
+    /// and the helper has not put it back yet, the packet would go where it is addressed to: `postrouting` drops it.
+    ///
+    /// `delivery` gives what has come in over lo its socket, last of all: before it has one, everybody's reverse path
+    /// filter takes it for what it is, a packet of this machine's own. With one, `fib saddr . iif` looks for a route
+    /// back, which is none over lo for IPv6 (nft_fib_can_skip, net/netfilter/nft_fib.h), and firewalld drops what has
+    /// none.
     pub(super) fn tproxy_chains(&mut self) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
         let begun = self.marks.begun_by_proxy();
@@ -162,11 +167,11 @@ impl Transaction<'_> {
                         .return_()
                 },
                 // The connection's mark says which proxy gets it, since only rules can set that. A program with
-                // CAP_NET_RAW may give its packets any mark (SO_MARK), and another user's proxy would take them for that
-                // user's.
+                // CAP_NET_RAW may give its packets any mark (SO_MARK), and another user's proxy would take them for
+                // that user's.
                 // iif lo ct mark & MASK vmap @deliver
                 &|rule| rule.iif_lo().ct_mark_vmap(mask, DELIVER),
-                // What a proxy sends to the application, as above, on a connection that the proxy began.
+                // What a proxy sends to the application on a connection that the proxy began.
                 // iif lo ct mark & MASK == DIVERT ct direction original return
                 &|rule| {
                     rule.iif_lo()
@@ -174,14 +179,14 @@ impl Transaction<'_> {
                         .ct_direction_original()
                         .return_()
                 },
-                // A reply on such a connection: the proxy's chain has written into the priority which proxy gets it.
+                // The application's reply on that: the proxy's chain has written into the priority which proxy gets it.
                 // iif lo ct mark & MASK == DIVERT meta priority vmap @deliver-answers
                 &|rule| {
                     rule.iif_lo()
                         .ct_mark_is(mask, begun)
                         .priority_vmap(DELIVER_ANSWERS)
                 },
-                // What was translated, as above.
+                // A translated packet that another program's rules have given the mark of its connection.
                 // iif lo ct mark & DIVERT != 0 ct status dnat return
                 &|rule| rule.iif_lo().ct_mark_has(divert).ct_redirected().return_(),
                 // What is diverted to nobody reaches nobody.
@@ -204,7 +209,7 @@ impl Transaction<'_> {
         );
     }
 
-    /// The chain for what comes from networks behind the machine: there from the system's first policy on.
+    /// Chain `prerouting`, for what comes from networks behind the machine: there from the system's first policy on.
     pub(super) fn gateway_chain(&mut self) {
         self.add_base_chain(
             PREROUTING,
@@ -217,9 +222,8 @@ impl Transaction<'_> {
         self.input_chain();
     }
 
-    /// The chain for what was translated, and for what a gateway has diverted. Like those that translate, it is
-    /// there from the first need on: what is diverted to a TPROXY server by the machine itself is looked at
-    /// where it is delivered.
+    /// Chain `input`, for what was translated, and for what a gateway has diverted. It is there from the first need on:
+    /// what the machine itself diverts to a TPROXY server is looked at where it is delivered.
     fn input_chain(&mut self) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
         let begun = self.marks.begun_by_proxy();
@@ -300,8 +304,8 @@ impl Transaction<'_> {
                         .ct_mark_has(divert)
                         .drop()
                 },
-                // A conversation with a DNS server that no policy names any more, whose port may be anybody's by now. In
-                // TCP, it is with the server that has accepted it.
+                // A conversation with a DNS server that no policy names any more, whose port may be anybody's by now.
+                // A TCP connection stays with the server that has accepted it.
                 // meta l4proto tcp ct state != new return
                 &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().return_(),
                 // iif != lo ct direction original ct status dnat ct mark & DIVERT == 0 ct mark & MASK vmap @receive
@@ -323,6 +327,7 @@ impl Transaction<'_> {
         );
     }
 
+    /// Chain `forward`.
     pub(super) fn forward_rules(&mut self) {
         let divert = self.marks.divert();
         self.add_rules(

@@ -1,7 +1,7 @@
-//! Rules of other programs that change marks: which bits of packet and conntrack marks may be others after them.
+//! Rules of other programs that change marks: which bits of packet and conntrack marks they may change.
 //!
-//! A rule's expressions are followed from register to register. Whether a packet ever gets to a rule is not asked: that a
-//! rule is there is reason enough to say so.
+//! A rule's expressions are followed from register to register. Whether a packet ever gets to a rule is not asked: that
+//! the rule is there is reason enough to report it.
 
 use std::collections::BTreeMap;
 
@@ -33,7 +33,7 @@ const DATA_VALUE: u16 = 1;
 const TARGET_NAME: u16 = 1;
 const TARGET_INFO: u16 = 3;
 
-/// How often a dump is begun anew that others' changes spoilt.
+/// How often a dump is tried while others change what is dumped.
 const ATTEMPTS: usize = 3;
 
 /// A table whose rules change marks.
@@ -52,7 +52,7 @@ enum Place {
     Connection,
 }
 
-/// A register that holds a mark, but for some bits.
+/// A register that holds a mark, in which some bits may be changed.
 #[derive(Debug, Clone, Copy)]
 struct Register {
     from: Place,
@@ -93,7 +93,7 @@ impl Nftables {
     }
 }
 
-/// As nft calls the families of linux/netfilter.h.
+/// What nft calls a family of linux/netfilter.h.
 fn family_name(family: u8) -> &'static str {
     match family {
         1 => "inet",
@@ -167,14 +167,14 @@ fn load_or_store(
     };
     match (registers.get(&canonical(register)), place) {
         (Some(mark), _) if mark.from == place => mark.changed,
-        // A connection's mark has our bits as its packets should have them.
+        // The connection's mark has the helper's bits that the packet should have.
         (Some(mark), Place::Packet) => mark.changed,
-        // A packet's has not: those of the answers have none.
+        // A packet's mark has not: packets of answers have none.
         (Some(_), Place::Connection) | (None, _) => u32::MAX,
     }
 }
 
-/// `… & MASK ^ XOR`
+/// `REGISTER & MASK ^ XOR`
 fn bitwise(data: &[u8], registers: &mut BTreeMap<u32, Register>) {
     let Some(destination) = number(data, BITWISE_DESTINATION) else {
         return;
@@ -222,7 +222,7 @@ fn target(data: &[u8]) -> u32 {
     }
 }
 
-/// A word in network byte order.
+/// An attribute that is a number, in network byte order.
 fn number(data: &[u8], kind: u16) -> Option<u32> {
     let value = attribute(data, kind)?;
     Some(u32::from_be_bytes(value.first_chunk().copied()?))

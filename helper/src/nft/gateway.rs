@@ -18,15 +18,15 @@ use super::transaction::Transaction;
 const KEY_BYTES: usize = 16;
 
 impl Transaction<'_> {
-    /// Nothing is diverted that the machine forwards.
+    /// Empties the chains and the set for forwarded packets: none is diverted.
     pub(super) fn no_gateway(&mut self) {
         self.flush_chain(GATEWAY);
         self.flush_chain(FORWARDED);
         self.flush_set(INTERFACES);
     }
 
-    /// What the layout says of forwarded packets, in place of what was said before. Connections that are open
-    /// go on as they began, also when their interface is not listed any more, or none is.
+    /// Chains `gateway` and `forwarded`, and the set of interfaces, as the layout says. Connections that are open go on
+    /// as they began, also when their interface is not listed any more, or none is.
     pub(super) fn gateway(&mut self, names: &Names, layout: &Layout) {
         self.gateway_chain();
         self.no_gateway();
@@ -42,8 +42,8 @@ impl Transaction<'_> {
         }
     }
 
-    /// An answer to somebody for whom the TPROXY server has spoken first. One whose proxy is not there any more ends
-    /// in the forward chain.
+    /// Chain `gateway`, for answers to a peer for whom the TPROXY server has spoken first. Chain `forward` refuses an
+    /// answer whose proxy is not there any more.
     fn forwarded_answer_rules(&mut self, names: &Names, proxy: &Proxy) {
         if matches!(proxy.delivery, Delivery::Redirect(_)) {
             return;
@@ -64,6 +64,7 @@ impl Transaction<'_> {
         );
     }
 
+    /// Chains `gateway` and `forwarded`, for open connections.
     fn open_forwarded_rules(&mut self) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
         self.add_rules(
@@ -89,7 +90,7 @@ impl Transaction<'_> {
                 // Answers of a service behind the machine.
                 // ct direction reply return
                 &|rule| rule.ct_direction_reply().return_(),
-                // One whose proxy is not there any more ends in the forward chain.
+                // Chain `forward` refuses an open connection whose proxy is not there any more.
                 // ct mark & MASK vmap @divert
                 &|rule| rule.ct_mark_vmap(mask, DIVERT),
                 // ct status confirmed return
@@ -98,6 +99,7 @@ impl Transaction<'_> {
         );
     }
 
+    /// Chain `forwarded`, for new connections.
     fn new_forwarded_rules(
         &mut self,
         names: &Names,
@@ -146,7 +148,7 @@ fn answer(rule: RuleBuilder<'_>, mask: u32, begun: u32) -> RuleBuilder<'_> {
         .ct_direction_reply()
 }
 
-/// A name as nftables has it. No name is longer than a key.
+/// An interface's name as a key of the set. No name is longer than a key.
 fn key(interface: &InterfaceName) -> [u8; KEY_BYTES] {
     let mut key = [0; KEY_BYTES];
     for (to, from) in key.iter_mut().zip(interface.as_str().bytes()) {

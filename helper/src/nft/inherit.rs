@@ -1,4 +1,4 @@
-//! What an earlier helper left in the table, read back.
+//! Reads back what an earlier helper left in the table.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CStr, CString};
@@ -21,10 +21,10 @@ use crate::netlink::{Refusal, attribute, attributes, push_attribute, string};
 use crate::peer::Uid;
 use crate::snapshot::Records;
 
-/// How often a dump is begun anew that others' changes spoilt.
+/// How often a dump is tried while others change what is dumped.
 const ATTEMPTS: usize = 8;
 
-/// What an element of a map leads to.
+/// What an element of a map has beside its key.
 enum Value {
     Chain(String),
     Data(Vec<u8>),
@@ -73,12 +73,12 @@ struct Contents {
     proxies: BTreeMap<Uid, BTreeMap<ProxyName, Mark>>,
     /// Control groups and their numbers.
     cgroups: BTreeMap<Uid, Vec<(ControlGroupId, u32)>>,
-    /// What of those of the system's policy is enforced.
+    /// What of the system policy's elements is enforced.
     enforced: BTreeMap<ControlGroupId, Enforced>,
 }
 
 impl Contents {
-    /// Who has anything there.
+    /// The users that have anything in the table.
     fn users(&self) -> BTreeSet<Uid> {
         let chains = self.chains.iter().filter_map(|chain| names::owner(chain));
         let uids = self.stamps.keys().chain(self.subtrees.keys());
@@ -88,7 +88,7 @@ impl Contents {
             .collect()
     }
 
-    /// A user's objects, as the layout says. None if chains of it that are to stay are not there.
+    /// A user's objects, as the layout says. None if the table stays and lacks a chain of the layout.
     fn known(
         &self,
         marks: MarkRange,
@@ -120,7 +120,7 @@ impl Contents {
                     (true, None) => Enforced::All,
                 },
             };
-            // What is held is one level deeper.
+            // What a control group holds is one level deeper.
             let level = held.map_or(0, |level| level - 1);
             elements.push((OwnedControlGroup::found(id, level), element));
         }
@@ -131,7 +131,7 @@ impl Contents {
         })
     }
 
-    /// What can be told of a user's objects that no layout describes.
+    /// What can be read of a user's objects that no layout describes.
     fn left_behind(&self, uid: Uid) -> LeftBehind {
         let cgroups = self.cgroups.get(&uid).into_iter().flatten();
         LeftBehind {
@@ -235,7 +235,7 @@ impl Nftables {
         Ok(contents)
     }
 
-    /// All objects of these users.
+    /// Notes all objects of the users in `left`.
     fn remnants(
         &self,
         contents: &Contents,
@@ -251,7 +251,7 @@ impl Nftables {
         for (&uid, proxies) in &contents.proxies {
             marks.extend(proxies.values().map(|mark| (mark.value(), uid)));
         }
-        // Those of DNS queries, too, whatever the mask was with which they were made.
+        // The marks of DNS queries too, whatever the mask was with which they were made.
         for found in self.elements(ruleset::RESOLVE)? {
             if let (Value::Chain(chain), Some(mark)) = (&found.value, found.number()) {
                 marks.extend(names::owner(chain).map(|uid| (mark, uid)));
@@ -331,7 +331,7 @@ impl Nftables {
         let is =
             |value: Option<&[u8]>, name: &CStr| value.map(string).as_deref() == name.to_str().ok();
         let mut levels = [const { BTreeSet::new() }; N];
-        // Not those of the whole machine: a firewall may have many.
+        // Only the rules of this table: a firewall may have many.
         for rule in self.read(Dump::Rules, &names(&[(RULE_TABLE, TABLE)]))? {
             if !is(attribute(&rule, RULE_TABLE), TABLE) {
                 continue;
@@ -368,7 +368,7 @@ impl Nftables {
             .collect())
     }
 
-    /// A map's keys and what they lead to. A map that is not there has none.
+    /// The elements of a map. A map that is not there has none.
     fn elements(&self, map: &CStr) -> Result<Vec<Found>, Error> {
         // enum nft_set_elem_list_attributes, nft_list_attributes, nft_set_elem_attributes,
         // nft_data_attributes, nft_verdict_attributes
@@ -412,7 +412,7 @@ impl Nftables {
         Ok(elements)
     }
 
-    /// A dump, once more if others changed something meanwhile.
+    /// Dumps, and does so again if others changed something meanwhile.
     fn read(&self, what: Dump, request: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         let mut attempt = 0;
         loop {
@@ -425,7 +425,7 @@ impl Nftables {
     }
 }
 
-/// Attributes that name what is asked for.
+/// Attributes with names, by which a dump is told what is wanted.
 fn names(names: &[(u16, &CStr)]) -> Vec<u8> {
     let mut request = Vec::new();
     for (kind, name) in names {

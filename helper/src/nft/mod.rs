@@ -2,10 +2,10 @@
 //!
 //! `policy` is what users and root say of control groups, `plan` what the kernel is to have of it, `change` what that
 //! changes, and `take_over` what of an earlier helper's it replaces, which `inherit` has read back. In the table,
-//! `ruleset`, `output` and `delivery` are nobody's, `shared` and `bypass` are all users', `user`, `proxy`, `verdicts` and
-//! `map_elements` are one user's, and `gateway` is root's. They are written as commands (`transaction`), with rules
-//! (`rule`) and names (`names`), and sent by `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can do and
-//! at what other programs do to marks.
+//! `ruleset`, `output` and `delivery` are nobody's, `shared` and `bypass` are all users', `user`, `proxy`, `verdicts`
+//! and `map_elements` are one user's, and `gateway` is root's. They are written as commands (`transaction`), with rules
+//! (`rule`) and names (`names`), and sent by `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can do
+//! and at what other programs do to marks.
 
 mod bypass;
 mod change;
@@ -144,8 +144,8 @@ impl Nftables {
     /// in it: users' objects stay in force until a plan replaces or removes them. With `own`, the
     /// table is protected from other programs if the kernel can do that.
     ///
-    /// A table of another layout, for another mask of marks, or with another owner, can't be taken over: it is made anew in one transaction,
-    /// with those users' objects of which the snapshot knows everything.
+    /// A table of another layout, for another mask of marks, or with another owner, can't be taken over: it is made
+    /// anew in one transaction, with those users' objects of which the snapshot knows everything.
     ///
     /// # Errors
     /// Without CAP_NET_ADMIN, on a kernel that lacks what the table needs, or when another process
@@ -205,7 +205,7 @@ impl Nftables {
             .any(|chain| chain.as_bytes() == version.to_bytes()))
     }
 
-    /// Who announces our own changes.
+    /// The port that the kernel's announcements of our own changes name.
     #[must_use]
     pub fn port(&self) -> TablePort {
         TablePort(self.socket.port())
@@ -248,6 +248,7 @@ impl Nftables {
         Ok(())
     }
 
+    /// Carries out one transaction, and takes back what it changed in [`Shared`] if the kernel does not.
     fn carry_out(&self, fill: impl FnOnce(&mut Transaction<'_>)) -> Result<(), Failure> {
         self.shared.begin();
         let mut transaction = self.transaction();
@@ -257,8 +258,8 @@ impl Nftables {
             .inspect_err(|_| self.shared.take_back())
     }
 
-    /// In between, what there is has no stamp: it is neither the one layout nor the other, and a helper that is
-    /// started then takes it over as it takes over what no snapshot knows.
+    /// Carries out several transactions. In between, what the user has is neither the one layout nor the other, and has
+    /// no stamp: a helper that is started then takes it over as it takes over what no snapshot knows.
     fn commit_steps(
         &self,
         plan: &Plan,
@@ -375,7 +376,7 @@ impl Nftables {
         Ok(())
     }
 
-    /// The whole table, which is not there.
+    /// Adds the whole table, which is not there.
     fn add_all(&self, transaction: &mut Transaction<'_>, plans: &[Plan]) -> Shared {
         let mut shared = Shared::default();
         transaction.add_table(self.flags());

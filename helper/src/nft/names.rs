@@ -17,7 +17,7 @@ use crate::peer::Uid;
 /// The prefix of a chain that every proxy has.
 const PROXY_PREFIX: &str = "proxy-";
 
-/// What the name of a chain begins with that is a user's, as dumps are searched for it.
+/// What the names of chains begin with that are one user's.
 const PREFIXES: [&str; 7] = [
     PROXY_PREFIX,
     "divert-",
@@ -27,9 +27,9 @@ const PREFIXES: [&str; 7] = [
     "receive-",
     HOLD_PREFIX,
 ];
+/// What the name of a hold's chain begins with.
 const HOLD_PREFIX: &str = "hold-";
-/// What is in the place of a verdict in the name of a chain that holds before users' own policies. No proxy's name
-/// begins like that.
+/// What the name of a hold before users' own policies has in place of a verdict. No proxy's name begins like that.
 const BEFORE_USERS: &str = "_users";
 
 /// What the name of a bypass list's chain begins with.
@@ -51,12 +51,12 @@ impl Names {
         Self { uid }
     }
 
-    /// Whether these are those of the system's policy.
+    /// Whether these are the names of the system's policy.
     pub(super) fn is_system(&self) -> bool {
         self.uid == Uid::ROOT
     }
 
-    /// One of these: the system's, or that of all users.
+    /// `system` for the system's policy, and else `users`.
     fn either(&self, system: &'static CStr, users: &'static CStr) -> &'static CStr {
         if self.is_system() { system } else { users }
     }
@@ -66,12 +66,12 @@ impl Names {
         self.either(CGROUPS_SYSTEM, CGROUPS)
     }
 
-    /// The map that says what the numbers mean.
+    /// The map from numbers to verdicts.
     pub(super) fn choices(&self) -> &'static CStr {
         self.either(CHOICES_SYSTEM, CHOICES)
     }
 
-    /// The maps that say what the numbers of these control groups mean.
+    /// All maps from numbers to verdicts: for the system's policy, also the one for what is enforced.
     pub(super) fn choices_maps(&self) -> &'static [&'static CStr] {
         match self.is_system() {
             true => &[CHOICES_SYSTEM, CHOICES_ENFORCED],
@@ -84,17 +84,17 @@ impl Names {
         self.either(DROP_SYSTEM, DROP)
     }
 
-    /// The chain of packets that are to be delivered.
+    /// The chain that delivers diverted packets.
     pub(super) fn deliver(&self) -> &'static CStr {
         self.either(DELIVER_SYSTEM, DELIVER)
     }
 
-    /// The chain that delivers answers to those for whom a TPROXY server has spoken first.
+    /// The chain that delivers answers to peers for whom a TPROXY server has spoken first.
     pub(super) fn deliver_answers(&self) -> &'static CStr {
         self.either(DELIVER_ANSWERS_SYSTEM, DELIVER_ANSWERS)
     }
 
-    /// Who may have them.
+    /// The delivery guard for such answers.
     pub(super) fn guard_answers(&self) -> &'static CStr {
         self.either(GUARD_ANSWERS_SYSTEM, GUARD_ANSWERS)
     }
@@ -104,7 +104,7 @@ impl Names {
         self.either(GUARD_SYSTEM, GUARD)
     }
 
-    /// The maps from every control group of the policy to numbers.
+    /// All maps from control groups to numbers: for the system's policy, also the one for what is enforced.
     pub(super) fn number_maps(&self) -> &'static [&'static CStr] {
         match self.is_system() {
             true => &[CGROUPS_SYSTEM, ENFORCED],
@@ -112,8 +112,8 @@ impl Names {
         }
     }
 
-    /// The chain of control groups below which everything is held. All users have one together where it leads to
-    /// nothing of any of them. No proxy can be named as another target is.
+    /// The chain of a hold. All users have one together where it leads to nothing of any of them. No proxy can be named
+    /// as another target is.
     pub(super) fn hold(&self, hold: &Hold) -> CString {
         let verdict = hold.verdict.as_ref().map_or(BEFORE_USERS, held);
         let level = hold.level;
@@ -167,7 +167,7 @@ impl Names {
         chains
     }
 
-    /// All chains of this user's alone, and those of what is held, that a layout needs.
+    /// All chains that a layout needs of this user's alone, and those of its holds.
     pub(super) fn chains(&self, layout: &Layout) -> BTreeSet<CString> {
         let proxies = layout.proxies.iter();
         let mut chains: BTreeSet<_> = proxies
@@ -178,7 +178,7 @@ impl Names {
     }
 }
 
-/// The names of what a bypass list has.
+/// The names of the chain and sets of a bypass list.
 pub(super) struct ListNames {
     /// The chain that drops, but for these destinations.
     pub(super) drop: CString,
@@ -214,7 +214,7 @@ pub(super) fn owner(chain: &str) -> Option<Uid> {
     Uid::from_name(uid)
 }
 
-/// A verdict as the names of such chains have it.
+/// A verdict as the name of a hold's chain has it.
 fn held(verdict: &Verdict) -> &str {
     match verdict {
         Verdict::Direct => "direct",
@@ -226,7 +226,7 @@ fn held(verdict: &Verdict) -> &str {
     }
 }
 
-/// What is held by a chain that users have together.
+/// The hold whose chain this is, if all users have it together.
 pub(super) fn hold_of(chain: &str) -> Option<Hold> {
     let (level, verdict) = chain.strip_prefix(HOLD_PREFIX)?.split_once('-')?;
     let verdicts = [

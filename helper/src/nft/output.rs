@@ -1,4 +1,4 @@
-//! The chains of the output hook that come before any user's own: an open connection goes on as it began, and what is new
+//! The chains of the output hook that come before any user's own: an open connection goes on as it began, and a new one
 //! gets the verdict of its socket's control group.
 
 use std::collections::BTreeSet;
@@ -17,10 +17,10 @@ use super::transaction::Transaction;
 const SHALLOW: u32 = 8;
 
 impl Transaction<'_> {
-    /// The chains that packets come by before anything is known of them: users' own verdicts at these levels, and
-    /// those of the system's policy around them, if there is one.
+    /// Chains `output`, `open`, `answers` and `user-verdicts`: users' own verdicts at these levels, between what the
+    /// system's policy enforces and what else it says, if there is one.
     ///
-    /// Where nothing is dropped or held, a connection that is open goes on as it began: no verdict changes that.
+    /// While nothing is dropped or held, no verdict changes anything for an open connection, and none is looked up.
     pub(super) fn first_rules(&mut self, looked_at: &LookedAt, system: bool) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
         let begun = self.marks.begun_by_proxy();
@@ -131,7 +131,7 @@ impl Transaction<'_> {
         );
     }
 
-    /// Writes [`Self::first_rules`] anew if they are to look at something else.
+    /// Writes [`Self::first_rules`] anew if they have to look at something else.
     pub(super) fn first_rules_at(&mut self, looked_at: Option<LookedAt>, shared: &Shared) {
         if let Some(looked_at) = looked_at {
             self.first_rules(&looked_at, shared.has_system());
@@ -145,7 +145,8 @@ impl Transaction<'_> {
         self.add_rules(
             OUTPUT,
             [
-                // ct status ! confirmed TO meta l4proto udp socket transparent 1 ct mark set ct mark & ~MASK | DIVERT return
+                // ct status ! confirmed TO meta l4proto udp socket transparent 1
+                //   ct mark set ct mark & ~MASK | DIVERT return
                 &|rule| {
                     to(rule.ct_unconfirmed())
                         .l4proto(Protocol::Udp)
@@ -153,7 +154,8 @@ impl Transaction<'_> {
                         .ct_mark_set(mask, begun)
                         .return_()
                 },
-                // ct status ! confirmed TO tcp flags ! syn socket transparent 1 ct mark set ct mark & ~MASK | DIVERT return
+                // ct status ! confirmed TO tcp flags ! syn socket transparent 1
+                //   ct mark set ct mark & ~MASK | DIVERT return
                 &|rule| {
                     to(rule.ct_unconfirmed())
                         .tcp_without_syn()
@@ -165,7 +167,7 @@ impl Transaction<'_> {
         );
     }
 
-    /// Users' own verdicts.
+    /// What chain `user-verdicts` has, and `output` while there is no system policy.
     fn user_verdict_rules(&mut self, chain: &CStr, levels: &BTreeSet<u32>, system: bool) {
         self.shallow_level_rules(chain, USER_VERDICTS_DEEP, levels, own_verdict);
         if system {
@@ -174,8 +176,8 @@ impl Transaction<'_> {
         }
     }
 
-    /// Rules that look at the levels of a socket's control group. Sockets that are deeper than others need to know go to a
-    /// chain of their own.
+    /// Rules that look at the levels of a socket's control group down to [`SHALLOW`]. If there are deeper levels,
+    /// sockets that are deeper go on to the chain `deep`.
     pub(super) fn shallow_level_rules(
         &mut self,
         chain: &CStr,
@@ -184,7 +186,7 @@ impl Transaction<'_> {
         look: impl Fn(RuleBuilder<'_>, u32) -> RuleBuilder<'_>,
     ) {
         if levels.last() > Some(&SHALLOW) {
-            // socket cgroupv2 level 9 != 0 goto CHAIN-deep
+            // socket cgroupv2 level 9 != 0 goto DEEP
             self.add_rules(
                 chain,
                 [&|rule| rule.socket_as_deep_as(SHALLOW + 1).goto(deep)],
@@ -227,10 +229,10 @@ impl Transaction<'_> {
         }
     }
 
-    /// The packets of a tunnel have the socket of who sends something through it (skb_scrub_packet, net/core/skbuff.c), so
-    /// that an application's proxy may take the tunnel; those that the kernel sends through it by itself have nobody's. With
-    /// the first of these the tunnel is the kernel's again, unless it was translated, which can't be taken back. In UDP, no
-    /// socket says anything once it is closed.
+    /// Chain `kernel`. The packets of a tunnel have the socket of who sends something through it (skb_scrub_packet,
+    /// net/core/skbuff.c), so that an application's proxy may take the tunnel; those that the kernel sends through it
+    /// by itself have nobody's. With the first of these the tunnel is the kernel's again, unless it was translated,
+    /// which can't be taken back. A closed UDP socket sends nothing more.
     pub(super) fn kernel_rules(&mut self) {
         let mask = self.marks.mask();
         self.flush_chain(KERNEL);
@@ -241,8 +243,8 @@ impl Transaction<'_> {
                 &|rule| rule.socket_as_deep_as(1).return_(),
                 // meta skuid >= 0 return
                 &|rule| rule.skuid_known().return_(),
-                // ct status & (confirmed | dnat) == confirmed ct mark set ct mark & ~MASK meta mark set meta mark & ~MASK
-                //   accept
+                // ct status & (confirmed | dnat) == confirmed
+                //   ct mark set ct mark & ~MASK meta mark set meta mark & ~MASK accept
                 &|rule| {
                     rule.ct_not_redirected()
                         .ct_mark_set(mask, 0)
@@ -254,7 +256,7 @@ impl Transaction<'_> {
     }
 }
 
-/// What a user has said of the control group at this level, if anything.
+/// Takes the verdict that a user's policy has on the socket's control group at this level, if any.
 fn own_verdict(rule: RuleBuilder<'_>, level: u32) -> RuleBuilder<'_> {
     rule.socket_cgroupv2_map_vmap(level, CGROUPS, CHOICES)
 }

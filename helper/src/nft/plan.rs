@@ -14,8 +14,8 @@ use crate::cgroup::{ControlGroupId, OwnedControlGroup, Top};
 use crate::mark::Mark;
 use crate::peer::Uid;
 
-/// A random number that tells one layout from any other: the value that the user has in the map `stamps`. It changes with
-/// the layout in one transaction. That two layouts have the same has a chance of one in 2^32.
+/// A random number that tells one layout from any other: the user's value in the map `stamps`, which changes with the
+/// layout in one transaction. That two layouts have the same one has a chance of one in 2^32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Stamp(u32);
 

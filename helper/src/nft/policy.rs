@@ -22,8 +22,8 @@ pub enum Verdict {
     DropAll,
     /// TCP and UDP go to this proxy, which the layout has.
     Proxy(ProxyName),
-    /// They leave as if nothing were said about it nor about what it is in: what no rule decides, where that
-    /// has to be said, and what went to a proxy whose agent is gone.
+    /// They leave as if the policy said nothing about the control group nor about what it is in: what no rule decides,
+    /// where that has to be said, and what went to a proxy whose agent is gone.
     Released,
 }
 
@@ -45,7 +45,7 @@ pub struct Element {
     pub verdict: Verdict,
     /// Sockets in control groups below it that nothing is said about send nothing.
     pub hold: bool,
-    /// What of that users' own policies don't change.
+    /// What of the verdict and the hold users' own policies don't change.
     pub enforced: Enforced,
 }
 
@@ -98,7 +98,7 @@ impl Hold {
         })
     }
 
-    /// The chain that such an element leads to before users' own policies, if it needs one for that.
+    /// The chain that an element at `level` leads to before users' own policies, if it needs one for that.
     #[must_use]
     pub fn before_users(level: u32, element: &Element) -> Option<Self> {
         let hold = Self::of(level, element).filter(|_| element.enforced == Enforced::Hold);
@@ -108,7 +108,7 @@ impl Hold {
         })
     }
 
-    /// All of these.
+    /// All chains that an element at `level` leads to.
     pub fn all_of(level: u32, element: &Element) -> impl Iterator<Item = Self> {
         let chains = [Self::of(level, element), Self::before_users(level, element)];
         chains.into_iter().flatten()
@@ -164,17 +164,17 @@ pub struct Exceptions {
     pub no_ipv6: bool,
 }
 
-/// Networks of addresses that stand for names, which nobody but their proxy knows: the address and the length of its
+/// Networks of fake addresses, which stand for names and which only their proxy knows: an address and the length of the
 /// prefix.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Fakes {
-    /// Those of IPv4.
+    /// The IPv4 network.
     pub ipv4: Option<(Ipv4Addr, u8)>,
-    /// Those of IPv6.
+    /// The IPv6 network.
     pub ipv6: Option<(Ipv6Addr, u8)>,
 }
 
-/// What is forwarded from these interfaces goes to a proxy too. In the system's policy only.
+/// What the machine forwards from these interfaces goes to a proxy too. In the system's policy only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gateway {
     /// Where it comes in.
@@ -194,14 +194,14 @@ pub struct Proxy {
     pub exceptions: Exceptions,
     /// UDP that does not go direct is refused.
     pub reject_udp: bool,
-    /// Before any of that.
+    /// Where DNS queries go, before any of that.
     pub dns_hijack: Option<DnsHijack>,
-    /// What goes there goes to the proxy or nowhere.
+    /// What goes to these goes to the proxy or nowhere.
     pub fakes: Fakes,
 }
 
 impl Proxy {
-    /// Whether anything that it takes is translated, and not everybody's sockets may receive it.
+    /// Whether anything that it takes is translated, so that it has a chain `receive-UID-NAME`.
     pub(super) fn is_translated(&self) -> bool {
         self.dns_hijack.is_some() || matches!(self.delivery, Delivery::Redirect(_))
     }
@@ -218,7 +218,7 @@ pub struct Bypass {
 }
 
 impl Bypass {
-    /// Whether there are none.
+    /// Whether it has no destination.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.ipv4.is_empty() && self.ipv6.is_empty()
@@ -228,8 +228,8 @@ impl Bypass {
 /// A bypass list as the table has it: in sets that have its number, once for all users who bypass the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BypassList {
-    /// No other list has it.
+    /// Its number, which no other list has.
     pub number: u32,
-    /// What is in it: not nothing.
+    /// What is in it, which is never empty.
     pub destinations: Rc<Bypass>,
 }

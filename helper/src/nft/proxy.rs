@@ -35,7 +35,7 @@ impl Transaction<'_> {
         self.add_map_elements(&names.proxy_elements(self.marks, name, proxy));
     }
 
-    /// The chains that a proxy comes to need.
+    /// Adds the chains that a proxy needs and did not need before.
     pub(super) fn create_chains_between(
         &mut self,
         names: &Names,
@@ -51,7 +51,7 @@ impl Transaction<'_> {
         }
     }
 
-    /// Another port, other exceptions, another DNS server: the mark stays.
+    /// Writes a proxy's rules and elements for another port, other exceptions or another DNS server. Its mark stays.
     pub(super) fn change_proxy(
         &mut self,
         names: &Names,
@@ -66,7 +66,7 @@ impl Transaction<'_> {
         self.change_map_elements(&had, &has);
     }
 
-    /// The rules of a proxy's chains, in place of those that they have.
+    /// Writes all rules of a proxy's chains anew.
     pub(super) fn proxy_rules(
         &mut self,
         names: &Names,
@@ -102,9 +102,9 @@ impl Transaction<'_> {
         }
     }
 
-    /// Connections that have this proxy's mark go on to it, whatever the verdict is by now. A packet comes here from
-    /// its control group's verdict, or by its mark alone: then it has to be of the user whose proxy this is, for
-    /// the mark may have been another user's when the connection began.
+    /// Chain `proxy-UID-NAME`, for open connections: those that have this proxy's mark go on to it, whatever the
+    /// verdict is by now. A packet comes here from its control group's verdict, or by its mark alone: then it has to be
+    /// of the user whose proxy this is, for the mark may have been another user's when the connection began.
     fn open_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
         let chain = names.proxy(name);
         let (mask, mark) = (self.marks.mask(), proxy.mark.value());
@@ -127,9 +127,9 @@ impl Transaction<'_> {
         );
     }
 
-    /// What becomes of the packets that `of` matches, which are of open connections: `own` if they are the user's own, and
-    /// otherwise they are refused, since the mark may have been another user's when the connection began. With the system
-    /// policy it is `own` for all.
+    /// Rules for the packets of open connections that `of` matches: `own` if they are the user's own. Those of others
+    /// are refused, since the mark may have been another user's when the connection began. In the system's policy,
+    /// `own` is for all.
     fn whose_rules(
         &mut self,
         chain: &CStr,
@@ -164,8 +164,8 @@ impl Transaction<'_> {
         self.add_rules(chain, [&|rule| own(of(rule))]);
     }
 
-    /// An answer to somebody for whom a TPROXY server has spoken first goes to the proxy as well: the connection is
-    /// that server's and open, and whoever answers would tell its own address.
+    /// Chain `proxy-UID-NAME`, for answers to a peer for whom a TPROXY server has spoken first. They go to the proxy as
+    /// well: the connection is that server's and open, and who answers directly would tell the machine's own address.
     fn answer_rules(&mut self, chain: &CStr, proxy: &Proxy) {
         let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
         // ct mark & MASK == DIVERT fib daddr type 2-5 return
@@ -178,8 +178,8 @@ impl Transaction<'_> {
             .into_iter()
             .filter(|(_, left_out)| !left_out)
         {
-            // ct mark & MASK == DIVERT meta l4proto PROTOCOL meta priority set MARK meta mark set meta mark & ~MASK | DIVERT
-            //   accept, or goto refuse
+            // ct mark & MASK == DIVERT meta l4proto PROTOCOL
+            //   meta priority set MARK meta mark set meta mark & ~MASK | DIVERT accept, or goto refuse
             self.add_rules(
                 chain,
                 [&|rule| {
@@ -195,17 +195,17 @@ impl Transaction<'_> {
         }
     }
 
-    /// Whether a connection is diverted is decided at its first packet.
+    /// Chain `proxy-UID-NAME`, for new connections: whether one is diverted is decided at its first packet.
     fn new_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
         let chain = names.proxy(name);
         self.answer_rules(&chain, proxy);
-        // One that is open goes on directly, or to another proxy.
+        // A connection that is open goes on directly, or to another proxy.
         // ct status confirmed return
         self.add_rules(&chain, [&|rule| rule.ct_confirmed().return_()]);
         if !names.is_system() {
             // No verdict of one user's is about another's control groups. Should ever an element be wrong, then
-            // nobody's packets get to this proxy by it. What comes here has that level: an element was found no less deep.
-            // socket cgroupv2 level LEVEL != SUBTREE return
+            // nobody's packets get to this proxy by it. What comes here has that level: an element was found no less
+            // deep. socket cgroupv2 level LEVEL != SUBTREE return
             let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
             self.add_rules(
                 &chain,
@@ -248,7 +248,7 @@ impl Transaction<'_> {
         );
     }
 
-    /// What no proxy could reach leaves the chain.
+    /// Destinations that no proxy could reach leave the chain.
     pub(super) fn unreachable_rules(&mut self, chain: &CStr) {
         self.add_rules(
             chain,
@@ -256,17 +256,17 @@ impl Transaction<'_> {
                 // The machine itself, broadcast and multicast.
                 // fib daddr type 2-5 return
                 &|rule| rule.daddr_local_or_many().return_(),
-                // The kernel tells that of a group only where it finds a route to it.
+                // `fib` says multicast only where the kernel finds a route to the group.
                 // ip6 daddr ff00::/8 return
                 &|rule| rule.daddr_multicast6().return_(),
-                // The address says nothing without an interface.
+                // A link-local address means nothing without an interface.
                 // ip6 daddr fe80::/10 return
                 &|rule| rule.daddr_link_local().return_(),
             ],
         );
     }
 
-    /// Queries of the family of this address go to the chain for DNS.
+    /// DNS queries of the family of this address go to the chain `dns`.
     pub(super) fn query_rules(&mut self, chain: &CStr, address: &IpAddr, tcp: bool, dns: &CStr) {
         let family = Family::of(address);
         let protocols = [(Protocol::Udp, true), (Protocol::Tcp, tcp)];
@@ -279,8 +279,8 @@ impl Transaction<'_> {
         }
     }
 
-    /// What goes to an address that stands for a name, and is not for the proxy to take, has nowhere to go. It would
-    /// reach nobody, and what it says could be read on its way.
+    /// What goes to a fake address by a protocol that the proxy leaves out is refused: it would reach nobody, and what
+    /// it says could be read on its way.
     pub(super) fn fake_rules(&mut self, chain: &CStr, proxy: &Proxy) {
         let Exceptions {
             no_tcp,
@@ -310,7 +310,7 @@ impl Transaction<'_> {
         }
     }
 
-    /// What the proxy does not take leaves the chain.
+    /// Families and protocols that the proxy does not take leave the chain.
     pub(super) fn exception_rules(&mut self, chain: &CStr, exceptions: Exceptions) {
         let families = [
             (exceptions.no_ipv4, Family::Ipv4),
@@ -330,7 +330,7 @@ impl Transaction<'_> {
         }
     }
 
-    /// What is forwarded is marked, and then delivered where it came from.
+    /// Chain `divert-0-NAME`: what is forwarded is marked here, and delivered by the chain `gateway`.
     fn divert_rules(&mut self, chain: &CStr, proxy: &Proxy) {
         let (mask, mark) = (self.marks.mask(), proxy.mark.value());
         if matches!(proxy.delivery, Delivery::Redirect(_)) {
@@ -347,7 +347,7 @@ impl Transaction<'_> {
                         .meta_mark_set(mask, mark)
                         .return_()
                 },
-                // What belongs to no connection, as for the machine's own.
+                // What belongs to no connection, as in `new_rules`.
                 // tcp flags ! syn drop
                 &|rule| rule.tcp_without_syn().drop(),
                 // goto refuse
@@ -356,6 +356,7 @@ impl Transaction<'_> {
         );
     }
 
+    /// Chain `redirect-UID-NAME`: the translation to the proxy's port.
     fn redirect_rules(&mut self, chain: &CStr, port: u16) {
         for address in [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()] {
             // dnat ip to 127.0.0.1:PORT, dnat ip6 to [::1]:PORT
@@ -363,10 +364,10 @@ impl Transaction<'_> {
         }
     }
 
-    /// A translated packet reaches only a socket that was made below the user's own subtree; a query to a server that
-    /// the user has named, any but one that was made in a session of another user's.
+    /// Chain `receive-UID-NAME`: a translated packet reaches only a socket that was made below the user's own subtree;
+    /// a query to a server that the user has named, any but one that was made in a session of another user's.
     ///
-    /// Unlike one that `tproxy` delivers, it does not have its socket yet, so `skuid` knows nothing;
+    /// Unlike a packet that `tproxy` delivers, a translated one does not have its socket yet, so `skuid` knows nothing;
     /// `socket` looks for it, and knows its control group.
     fn receive_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
         let chain = &names.receive(name);
@@ -405,9 +406,10 @@ impl Transaction<'_> {
         );
     }
 
-    /// A DNS server is often a service of the machine's, in whatever control group, and a user may have an own one in
-    /// any session. None is below a slice of another user's. The system's is whoever has its port, and no other: the mark may
-    /// have been a user's when the conversation began.
+    /// Chain `receive-UID-NAME`, for DNS queries. A DNS server is often a service of the machine's, in whatever control
+    /// group, and a user may have an own one in any session. None is below a slice of another user's. In the system's
+    /// policy, it is whoever has the server's address and port: the mark may have been a user's when the conversation
+    /// began.
     fn answerer_rules(
         &mut self,
         names: &Names,
@@ -466,8 +468,8 @@ impl Transaction<'_> {
         }
     }
 
-    /// The first packet of a DNS query: it is marked for translation, unless it goes to the
-    /// hijacker itself. Later ones come here by that mark, which may have been another user's when the conversation began.
+    /// Chain `dns-UID-NAME`: the first packet of a DNS query is marked for translation, unless it goes to the hijacker
+    /// itself. Later ones come here by that mark, which may have been another user's when the conversation began.
     fn dns_rules(
         &mut self,
         names: &Names,
@@ -513,6 +515,7 @@ impl Transaction<'_> {
         );
     }
 
+    /// Chain `resolve-UID-NAME`: the translation of DNS queries.
     fn resolve_rules(&mut self, chain: &CStr, hijack: &DnsHijack) {
         for address in &hijack.addresses {
             // dnat ip to ADDRESS:PORT, dnat ip6 to [ADDRESS]:PORT
@@ -531,8 +534,9 @@ fn go_on<'a>(rule: RuleBuilder<'a>, proxy: &Proxy, mask: u32) -> RuleBuilder<'a>
     }
 }
 
-/// Says which proxy an answer goes to. Its mark stays that of its connection, whatever others' rules save or restore; and
-/// the connection has none of the proxy's, since its other end has not one proxy for good.
+/// Writes into the priority which proxy an answer goes to. The packet keeps the mark of its connection, so that other
+/// programs may save and restore marks; and the connection keeps a mark that is no proxy's, since its answers may go to
+/// another proxy later.
 pub(super) fn to_proxy_of_answer<'a>(
     rule: RuleBuilder<'a>,
     proxy: &Proxy,

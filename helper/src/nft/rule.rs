@@ -1,4 +1,4 @@
-//! Rules as a chain of expressions, named as nft names them.
+//! Rules of nftables: one method for each expression, named as nft names it.
 
 use std::ffi::CStr;
 use std::net::{IpAddr, Ipv6Addr};
@@ -39,7 +39,7 @@ const ORIGINAL: u8 = 0;
 const CONFIRMED: u32 = ConntrackStatus::CONFIRMED.bits();
 const DNAT: u32 = ConntrackStatus::DST_NAT.bits();
 
-/// `RTN_LOCAL`, `RTN_BROADCAST`, `RTN_ANYCAST` and `RTN_MULTICAST`, the first and the last (linux/rtnetlink.h).
+/// The range from `RTN_LOCAL` over `RTN_BROADCAST` and `RTN_ANYCAST` to `RTN_MULTICAST` (linux/rtnetlink.h).
 const LOCAL_TO_MULTICAST: (u32, u32) = (2, 5);
 
 /// A layer 4 protocol that a proxy can take.
@@ -134,13 +134,12 @@ impl<'a> RuleBuilder<'a> {
         self.ct_status(CONFIRMED, CmpOp::Eq, 0)
     }
 
-    /// `ct status dnat`: its destination was changed.
+    /// `ct status dnat`: the connection's destination was changed.
     pub(super) fn ct_redirected(self) -> Self {
         self.ct_status(DNAT, CmpOp::Neq, 0)
     }
 
-    /// `ct status & (confirmed | dnat) == confirmed`: the connection is known, and its destination was
-    /// not changed.
+    /// `ct status & (confirmed | dnat) == confirmed`: the connection is known, and its destination was not changed.
     pub(super) fn ct_not_redirected(self) -> Self {
         self.ct_status(CONFIRMED | DNAT, CmpOp::Eq, CONFIRMED)
     }
@@ -163,13 +162,14 @@ impl<'a> RuleBuilder<'a> {
         self.with(&ConntrackDirection).compare(CmpOp::Eq, ORIGINAL)
     }
 
-    /// `socket cgroupv2 level LEVEL ID`: on the way in, of the socket that the packet would reach.
+    /// `socket cgroupv2 level LEVEL ID`. On the way out that is the sender's socket, on the way in the one that the
+    /// packet would reach.
     pub(super) fn socket_cgroupv2(self, level: u32, id: &[u8]) -> Self {
         self.with(&Socket::new(SocketKey::CgroupV2, level))
             .compare(CmpOp::Eq, id)
     }
 
-    /// `socket cgroupv2 level LEVEL != ID`: there is a socket, and it is elsewhere.
+    /// `socket cgroupv2 level LEVEL != ID`: there is a socket that deep, in another control group.
     pub(super) fn socket_cgroupv2_not(self, level: u32, id: &[u8]) -> Self {
         self.with(&Socket::new(SocketKey::CgroupV2, level))
             .compare(CmpOp::Neq, id)
@@ -181,8 +181,8 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Lte, 1u8)
     }
 
-    /// `socket wildcard 0`: of the sender's socket on the way out, which is one of a connection or bound to an address.
-    /// Those by which the kernel speaks for no socket are neither.
+    /// `socket wildcard 0`: the sender's socket is connected or bound to an address. Those by which the kernel itself
+    /// sends resets and the like are neither.
     pub(super) fn socket_has_address(self) -> Self {
         self.with(&Socket::new(SocketKey::Wildcard, 0))
             .compare(CmpOp::Eq, 0u8)
@@ -194,7 +194,7 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Lte, 1u8)
     }
 
-    /// `socket transparent 1`: of the sender's socket on the way out. It takes CAP_NET_ADMIN or CAP_NET_RAW to have one.
+    /// `socket transparent 1`: the sender's socket is transparent, which takes CAP_NET_ADMIN or CAP_NET_RAW.
     pub(super) fn socket_is_transparent(self) -> Self {
         self.with(&Socket::new(SocketKey::Transparent, 0))
             .compare(CmpOp::Eq, 1u8)
@@ -208,10 +208,9 @@ impl<'a> RuleBuilder<'a> {
 
     /// `socket cgroupv2 level LEVEL map @MAP vmap @CHOICES`
     ///
-    /// Up to version 1.0.9, nft aborts when it is to list a look-up of what a look-up has found. So the
-    /// number goes by way of the packet's mark, which is what it was when the verdict is taken: nft
-    /// shows `meta mark set socket cgroupv2 level LEVEL map @MAP meta mark set meta mark meta mark vmap
-    /// @CHOICES`.
+    /// Up to version 1.0.9, nft aborts when it lists a look-up of what a look-up has found. So the number goes by way
+    /// of the packet's mark, which has its old value again before the verdict is taken. nft shows `meta mark set socket
+    /// cgroupv2 level LEVEL map @MAP meta mark set meta mark meta mark vmap @CHOICES`.
     pub(super) fn socket_cgroupv2_map_vmap(self, level: u32, map: &CStr, choices: &CStr) -> Self {
         self.with(&Socket::new(SocketKey::CgroupV2, level))
             .value_of(map)
@@ -222,8 +221,8 @@ impl<'a> RuleBuilder<'a> {
             .vmap(choices)
     }
 
-    /// `socket cgroupv2 level LEVEL != 0`: the socket's control group is that deep, or deeper. No
-    /// control group has the id 0.
+    /// `socket cgroupv2 level LEVEL != 0`: the socket's control group is that deep, or deeper. No control group has the
+    /// id 0.
     pub(super) fn socket_as_deep_as(self, level: u32) -> Self {
         self.with(&Socket::new(SocketKey::CgroupV2, level))
             .compare(CmpOp::Neq, &[0_u8; 8][..])
@@ -468,9 +467,9 @@ impl<'a> RuleBuilder<'a> {
 
     /// `fib daddr type 2-5`: local, broadcast, anycast or multicast.
     ///
-    /// That it is not unicast says nothing. For IPv6 the kernel looks for a route, and knows neither the interface that the
-    /// packet leaves or has come by, nor its mark, nor whose it is (__nft_fib6_eval_type,
-    /// net/ipv6/netfilter/nft_fib_ipv6.c): where rules lead to routes by these, it finds none, and says unreachable.
+    /// `fib daddr type != unicast` would match too much. For IPv6 the kernel looks for a route without the packet's
+    /// interfaces, mark and owner (__nft_fib6_eval_type, net/ipv6/netfilter/nft_fib_ipv6.c): where routing rules go by
+    /// these, it finds none and says unreachable.
     pub(super) fn daddr_local_or_many(self) -> Self {
         let (first, last) = LOCAL_TO_MULTICAST;
         self.with(&DestinationType).within(first, last)
@@ -486,7 +485,8 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Meta::SkUid).within(first, last)
     }
 
-    /// `FIRST-LAST`. Numbers are compared byte by byte, the first byte first.
+    /// `FIRST-LAST`, of the word in register 1. The kernel compares byte by byte, so that it has to be in network byte
+    /// order.
     fn within(self, first: u32, last: u32) -> Self {
         self.with(&NetworkByteOrder)
             .compare(CmpOp::Gte, &first.to_be_bytes()[..])
@@ -511,7 +511,8 @@ impl<'a> RuleBuilder<'a> {
         self.ct_mark(mask).value_of(ports).with(&Tproxy)
     }
 
-    /// `tproxy to :meta priority map @PORTS`, likewise.
+    /// `tproxy to :meta priority map @PORTS`. Without a listener the rule does not match. nft shows it without the
+    /// port.
     pub(super) fn tproxy_by_priority(self, ports: &CStr) -> Self {
         self.with(&PacketPriority::Load)
             .value_of(ports)
@@ -547,7 +548,7 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Verdict::Drop)
     }
 
-    /// `reject with tcp reset`; to be matched for TCP first.
+    /// `reject with tcp reset`. The rule has to match TCP before it.
     pub(super) fn reject_with_tcp_reset(self) -> Self {
         self.with(&Verdict::Reject(RejectionType::TcpRst))
     }

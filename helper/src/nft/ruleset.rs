@@ -6,7 +6,7 @@
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
 //!   map enforced { type cgroupsv2 : mark }    # a control group of the system's policy : what of that is enforced
-//!   map choices-enforced { type mark : verdict }  # that number : goto proxy-0-mihomo; nothing enforced: goto user-verdicts
+//!   map choices-enforced { type mark : verdict }  # that number : goto proxy-0-mihomo, or goto user-verdicts
 //!   map marks   { type mark : verdict }       # a proxy's mark : goto proxy-1000-mihomo
 //!                                             # a proxy's DNS mark : goto dns-1000-mihomo
 //!   map drops   { type cgroupsv2 : verdict }  # user@1000.service : goto drop-1
@@ -20,7 +20,7 @@
 //!                                             # a proxy's mark : goto redirect-1000-mihomo
 //!   map receive { type mark : verdict }       # both : goto receive-1000-mihomo, or return
 //!   map users   { type uid : cgroupsv2 }      # whoever has a policy : user@1000.service
-//!   map stamps  { type uid : mark }           # a user : the name of that user's layout, no mark of a packet's
+//!   map stamps  { type uid : mark }           # a user : the stamp of that user's layout, no mark of a packet's
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
 //!   set interfaces { type ifname }            # from where forwarded traffic is diverted
 //!   chain output         { type route hook output priority mangle; … goto enforced, or … }
@@ -70,15 +70,14 @@
 //! that stand in for those with a user's number. They are there without a policy too, so that nothing else
 //! depends on whether there is one.
 //!
-//! The mark of a proxy has the divert bit, by which the `ip rule` sends a packet back in over lo.
-//! The connection keeps it as its conntrack mark, so that it goes on as it began whatever becomes
-//! of the rules; only drops look at every packet, and there are such rules only while anything is dropped or held.
-//! It is by that mark that a packet is delivered. A hijacked DNS
-//! query carries the same mark without the divert bit, as its conntrack mark only: it is not diverted but
-//! translated. So is what goes to a proxy that is no TPROXY server; its conntrack mark has the divert bit.
+//! The mark of a proxy has the divert bit, by which the `ip rule` sends a packet back in over lo. The connection keeps
+//! it as its conntrack mark, so that it goes on as it began whatever becomes of the rules; only drops look at every
+//! packet, and there are such rules only while anything is dropped or held. It is by that mark that a packet is
+//! delivered. A hijacked DNS query carries the same mark without the divert bit, as its conntrack mark only: it is not
+//! diverted but translated. So is what goes to a proxy that is no TPROXY server; its conntrack mark has the divert bit.
 //!
-//! Connections that are open to a proxy leave the first chain at once, for `open`, and those of services have left it
-//! before. What is left is not diverted, or not yet: what the chains that decide return leaves as it is.
+//! In `output`, replies of local services return first, and connections that are open to a proxy go to `open`. What is
+//! left is not diverted, or not yet; if `enforced`, `user-verdicts` and `system` return a packet, it leaves as it is.
 
 use std::ffi::{CStr, CString};
 
@@ -91,7 +90,7 @@ use super::shared::Shared;
 use super::transaction::Transaction;
 use crate::mark::MarkRange;
 
-/// How this table is laid out.
+/// The version of the table's layout, which changes with its chains, maps and rules.
 const VERSION: u32 = 13;
 pub(super) const CGROUPS: &CStr = c"cgroups";
 pub(super) const CGROUPS_SYSTEM: &CStr = c"cgroups-0";
@@ -104,11 +103,11 @@ pub(super) const PORTS: &CStr = c"ports";
 pub(super) const OWNERS: &CStr = c"owners";
 pub(super) const USERS: &CStr = c"users";
 pub(super) const INTERFACES: &CStr = c"interfaces";
-/// The map of the chain of this name: every control group of the system's policy.
+/// A chain, and the map that it looks into: every control group of the system's policy.
 pub(super) const ENFORCED: &CStr = c"enforced";
 pub(super) const USER_VERDICTS: &CStr = c"user-verdicts";
 pub(super) const SYSTEM: &CStr = c"system";
-/// The same for sockets that are deeper than [`SHALLOW`].
+/// The chains for sockets that are deeper than level 8.
 pub(super) const ENFORCED_DEEP: &CStr = c"enforced-deep";
 pub(super) const USER_VERDICTS_DEEP: &CStr = c"user-verdicts-deep";
 pub(super) const SYSTEM_DEEP: &CStr = c"system-deep";
@@ -119,7 +118,7 @@ pub(super) const DROP_SYSTEM: &CStr = c"drop-system";
 pub(super) const REFUSE: &CStr = c"refuse";
 pub(super) const GATEWAY: &CStr = c"gateway";
 pub(super) const FORWARDED: &CStr = c"forwarded";
-/// A map, and the chain that it leads to, as those of the next one are.
+/// `deliver`, `guard` and `deliver-answers` are the names of a map and of a chain that it leads to.
 pub(super) const DELIVER: &CStr = c"deliver";
 pub(super) const GUARD: &CStr = c"guard";
 pub(super) const DELIVER_SYSTEM: &CStr = c"deliver-system";
@@ -150,7 +149,7 @@ pub(super) const PRIORITY_MANGLE: i32 = -150;
 /// The level of user@UID.service: user.slice, user-UID.slice, user@UID.service.
 const USER_LEVEL: u32 = 3;
 
-/// The uids of system users: systemd's uids-gids document.
+/// The uids of system users (UIDS-GIDS.md of systemd).
 pub(super) const SYSTEM_UIDS: [(u32, u32); 2] = [(1, 999), (61184, 65519)];
 
 /// The chain that says how a table is laid out, and by which bits of marks its rules go. A table without it is made
@@ -160,8 +159,8 @@ pub(super) fn version(marks: MarkRange) -> CString {
 }
 
 impl Transaction<'_> {
-    /// Everything that no user owns. What is there already, unless the table is `fresh`, stays, and its rules are
-    /// written anew, but for those of the system's policy if there is one.
+    /// Everything that no user owns. Unless the table is `fresh`, what is there stays, and its rules are written anew,
+    /// but for those of the system's policy if there is one.
     pub(super) fn base(&mut self, proxy_uids: &[u32], shared: &Shared, fresh: bool) {
         self.add_chain(&version(self.marks));
         let group = KeyType::ControlGroup;
@@ -232,6 +231,7 @@ impl Transaction<'_> {
         }
     }
 
+    /// Chains `drop` and `refuse`.
     fn drop_and_refuse_rules(&mut self) {
         self.flush_chain(DROP);
         self.add_rules(

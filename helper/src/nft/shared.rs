@@ -1,5 +1,5 @@
-//! What users have together: rules that look at every level at which any of them has a verdict, and chains that lead
-//! to nothing of any of them.
+//! What users share in the table: rules that look at every level at which any of them has a verdict, and chains that
+//! name no object of any of them.
 
 use std::cell::{Ref, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +21,7 @@ pub(super) struct Remnants {
     pub(super) map_keys: BTreeSet<MapKey>,
     /// Control groups that have an element.
     pub(super) cgroups: Vec<ControlGroupId>,
-    /// At which levels rules look, all users' together.
+    /// The levels that rules look at, for all users together.
     pub(super) levels: BTreeSet<u32>,
     /// The bypass lists that the table had, one of which may be this user's.
     pub(super) lists: BTreeSet<u32>,
@@ -30,13 +30,13 @@ pub(super) struct Remnants {
     pub(super) holds: BTreeMap<Hold, MapKey>,
 }
 
-/// What the rules look at that every packet comes by.
+/// What the rules of the output hook look up, for all users together.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct LookedAt {
     /// The levels at which some user's control group has a verdict.
     pub(super) levels: BTreeSet<u32>,
-    /// Packets of open connections too: anything is dropped or held, or may be. Otherwise connections go on as they
-    /// began whatever the verdict is.
+    /// Packets of open connections are looked up too: something is dropped or held, or may be. Otherwise connections go
+    /// on as they began whatever the verdict is.
     pub(super) open: bool,
 }
 
@@ -47,12 +47,12 @@ pub(super) struct Shared {
     left: BTreeMap<Uid, Remnants>,
     /// What rules look at once the transaction in the making is carried out.
     looked_at: RefCell<LookedAt>,
-    /// The same before it, if it changes that.
+    /// What rules look at before that transaction, if it changes that.
     looked_at_before: RefCell<Option<LookedAt>>,
 }
 
 impl Shared {
-    /// A table in which these are.
+    /// What is shared in a table that has these layouts and remnants.
     pub(super) fn found(layouts: BTreeMap<Uid, Rc<Layout>>, left: BTreeMap<Uid, Remnants>) -> Self {
         let shared = Self {
             layouts,
@@ -64,7 +64,7 @@ impl Shared {
         shared
     }
 
-    /// The table is now as this plan makes it.
+    /// Notes that the table is now as this plan makes it.
     pub(super) fn carried_out(&mut self, plan: &Plan) {
         self.left.remove(&plan.uid);
         match &plan.after {
@@ -73,7 +73,7 @@ impl Shared {
         };
     }
 
-    /// What there is of a user's that no layout describes.
+    /// A user's objects that no layout describes.
     pub(super) fn left(&self, uid: Uid) -> &Remnants {
         static NOTHING: Remnants = Remnants {
             chains: BTreeSet::new(),
@@ -86,7 +86,7 @@ impl Shared {
         self.left.get(&uid).unwrap_or(&NOTHING)
     }
 
-    /// What rules have to look at, if what `uid` has needs this. None: no user is left out.
+    /// What rules have to look at for all users, if it is `own` for `uid`. With `None`, for all as they are.
     fn needed(&self, uid: Option<Uid>, own: Option<&Looks<'_>>) -> LookedAt {
         let mut needed = LookedAt::default();
         if let Some(own) = own {
@@ -118,9 +118,9 @@ impl Shared {
         self.looked_at.borrow()
     }
 
-    /// Has the rules look at what is needed if what `uid` has needs this. None if they can stay as they are: one level
-    /// more does no harm, and may be needed again by the next control group. To write them takes longer than all else
-    /// that a new one needs.
+    /// What the rules have to look at from now on, if it is `own` for `uid`. None if they can stay as they are: one
+    /// level more does no harm, and may be needed again by the next control group. To write the rules takes longer than
+    /// all else that a new control group needs.
     pub(super) fn look_at(&self, uid: Uid, own: &Looks<'_>) -> Option<LookedAt> {
         let needed = self.needed(Some(uid), Some(own));
         {
@@ -133,7 +133,8 @@ impl Shared {
         self.replace(needed)
     }
 
-    /// The same, and at nothing else. None if they do.
+    /// What the rules have to look at from now on, and nothing else, if it is `own` for `uid`. None if they do so
+    /// already.
     pub(super) fn look_only_at(&self, uid: Uid, own: Option<&Looks<'_>>) -> Option<LookedAt> {
         self.replace(self.needed(Some(uid), own))
     }
@@ -147,12 +148,12 @@ impl Shared {
         Some(needed)
     }
 
-    /// What is changed from here on is another transaction's.
+    /// Begins another transaction, to which all changes from here on belong.
     pub(super) fn begin(&self) {
         self.looked_at_before.replace(None);
     }
 
-    /// The transaction was not carried out: the rules look at what they looked at before it.
+    /// Takes back what the transaction changed, since it was not carried out.
     pub(super) fn take_back(&self) {
         if let Some(before) = self.looked_at_before.take() {
             self.looked_at.replace(before);
@@ -172,7 +173,7 @@ impl Shared {
             || left.any(|(_, left)| left.lists.contains(&number))
     }
 
-    /// Whether some other user needs, or may need, this chain that all can have together.
+    /// Whether some other user needs, or may need, the chain of this hold, which all can have together.
     pub(super) fn is_held_elsewhere(&self, uid: Uid, hold: &Hold) -> bool {
         let mut layouts = self.layouts.iter().filter(|(other, _)| **other != uid);
         let mut left = self.left.iter().filter(|(other, _)| **other != uid);

@@ -1,9 +1,9 @@
 //! The netlink socket to nf_tables: transactions with the errors in them, and dumps.
 //!
 //! The kernel carries a batch out within sendmsg(2) and queues every answer before that returns
-//! (nfnetlink_rcv_batch, net/netfilter/nfnetlink.c), so answers are read without waiting. Of what it takes it says
-//! nothing: acknowledgements of all that is in a large batch would not fit into any buffer, and one that is lost leaves
-//! it open what has become of the batch.
+//! (nfnetlink_rcv_batch, net/netfilter/nfnetlink.c), so answers are read without waiting. It is asked for errors alone:
+//! acknowledgements of all that is in a large batch would not fit into any buffer, and one that is lost leaves it open
+//! what has become of the batch.
 
 use std::cell::Cell;
 use std::io;
@@ -20,8 +20,8 @@ use rustix::net::sockopt::{
 
 use crate::netlink::{self, HEADER, MESSAGE, Message, Messages, Refusal};
 
-/// Room for the largest batch of one user: a policy with all the control groups that a quota allows. What is larger, as
-/// all users' at once, has room made for it.
+/// Room for the largest batch of one user: a policy with all the control groups that a quota allows. A larger one, as
+/// that of all users at once, has room made for it.
 const SEND_BUFFER: usize = 16 * 1024 * 1024;
 
 /// Room for the errors of a batch, of which the first one says enough: each takes about 1 KiB of this accounting.
@@ -75,12 +75,12 @@ impl NetfilterSocket {
         Ok(Self { socket, port, room })
     }
 
-    /// The number by which the kernel tells this socket from others.
+    /// The socket's netlink port, by which the kernel tells it from others.
     pub(super) fn port(&self) -> u32 {
         self.port
     }
 
-    /// Sends a batch where it makes no difference why it is not known to have been carried out.
+    /// Sends a batch whose caller does not ask whether a failure left it undone or unknown.
     pub(super) fn transact(&self, batch: &FinalizedBatch) -> Result<(), Refusal> {
         self.carry_out(batch).map_err(|failure| match failure {
             Failure::Refused(refusal) | Failure::Unknown(refusal) => refusal,
@@ -111,7 +111,8 @@ impl NetfilterSocket {
         }
     }
 
-    /// A batch is one datagram, and none is longer than the socket's buffer (netlink_sendmsg, net/netlink/af_netlink.c).
+    /// Makes the socket's buffer as large as the batch, which is one datagram (netlink_sendmsg,
+    /// net/netlink/af_netlink.c).
     fn make_room(&self, length: usize) -> io::Result<()> {
         if length > self.room.get() {
             send_buffer(&self.socket, length)?;
@@ -193,7 +194,7 @@ fn send_buffer(socket: &Socket, length: usize) -> Result<(), Errno> {
     }
 }
 
-/// The same for what is received (net.core.rmem_max).
+/// Makes room for what is received (net.core.rmem_max).
 fn receive_buffer(socket: &Socket, length: usize) -> Result<(), Errno> {
     match set_socket_recv_buffer_size_force(socket, length) {
         Err(Errno::PERM) => set_socket_recv_buffer_size(socket, length),
@@ -201,7 +202,8 @@ fn receive_buffer(socket: &Socket, length: usize) -> Result<(), Errno> {
     }
 }
 
-/// Takes the wish for an acknowledgement from all messages: the crate puts it into those about chains and rules.
+/// Clears the flag for an acknowledgement (`NLM_F_ACK`) in all messages: the crate sets it in those about chains and
+/// rules.
 fn ask_for_errors_alone(mut batch: &mut [u8]) {
     while let Some(&[a, b, c, d, _, _, flags @ ..]) = batch.first_chunk::<8>() {
         let flags = u16::from_ne_bytes(flags) & !NLM_F_ACK;
@@ -221,7 +223,7 @@ mod tests {
     use super::*;
     use rustix::net::sockopt::socket_send_buffer_size;
 
-    /// As far as this process may have any.
+    /// Makes as much room as this process may have.
     #[test]
     #[cfg_attr(miri, ignore = "needs a netlink socket")]
     fn room_is_made_for_a_batch_of_any_size() {
@@ -254,7 +256,7 @@ mod tests {
         ask_for_errors_alone(&mut batch);
         let meant = [message(16, 0x1), message(21, 0x401), message(20, 0xfffb)].concat();
         assert_eq!(batch, meant);
-        // Whatever is there instead.
+        // A batch that is cut off, or none at all.
         for length in 0..meant.len() {
             ask_for_errors_alone(&mut batch[..length]);
             ask_for_errors_alone(&mut vec![0xff; length]);

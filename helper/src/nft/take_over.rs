@@ -83,6 +83,7 @@ impl Transaction<'_> {
         }
     }
 
+    /// Adds the chains that are not there yet, with the elements that lead to them.
     fn take_over_chains(
         &mut self,
         names: &Names,
@@ -127,7 +128,7 @@ impl Transaction<'_> {
         elements
     }
 
-    /// The end of what was left.
+    /// Deletes what was left of a user who has nothing from now on.
     pub(super) fn delete_remnants(&mut self, names: &Names, left: &Remnants, shared: &Shared) {
         if names.is_system() {
             self.no_system(shared);

@@ -1,4 +1,4 @@
-//! A transaction in the making: what nft's commands are called, one method each.
+//! A transaction in the making: one method for each command of nft.
 
 use std::ffi::CStr;
 
@@ -56,7 +56,7 @@ impl<'a> Transaction<'a> {
         self.batch.add(&Chain::new(chain, self.table), MsgType::Del);
     }
 
-    /// They may lead to each other.
+    /// Deletes chains, which may lead to each other.
     pub(super) fn delete_chains<C: AsRef<CStr>>(
         &mut self,
         chains: impl IntoIterator<Item = C> + Clone,
@@ -69,13 +69,13 @@ impl<'a> Transaction<'a> {
         }
     }
 
-    /// A deletion that names no rule deletes all of a chain.
+    /// `flush chain`: a deletion that names no rule deletes all of a chain.
     pub(super) fn flush_chain(&mut self, chain: &CStr) {
         let chain = Chain::new(chain, self.table);
         self.batch.add(&Rule::new(&chain), MsgType::Del);
     }
 
-    /// A base chain, which may be there already, without rules.
+    /// Adds a base chain, which may be there already, and flushes it.
     pub(super) fn add_base_chain(
         &mut self,
         name: &CStr,
@@ -104,7 +104,7 @@ impl<'a> Transaction<'a> {
         }
     }
 
-    /// A set or map. What it is counts where it is made; elements are written by its name alone.
+    /// A set or map to write. Its key and content count for [`Self::add_set`] alone; elements are written by its name.
     pub(super) fn set(&mut self, name: &CStr, key: KeyType, content: Content) -> Set<'a> {
         let id = self.next_set_id;
         self.next_set_id += 1;
@@ -126,6 +126,7 @@ impl<'a> Transaction<'a> {
         self.batch.add(&FlushSet(&set), MsgType::Add);
     }
 
+    /// Adds the set's elements, or deletes them.
     pub(super) fn write_elements(&mut self, set: &Set<'_>, message: MsgType) {
         let mut messages = set.elements();
         while let Some(elements) = messages.next() {

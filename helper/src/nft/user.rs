@@ -14,8 +14,8 @@ use super::transaction::Transaction;
 use crate::peer::Uid;
 
 impl Transaction<'_> {
-    /// A user's chains and sets, with the elements that lead from marks and numbers to them. No control group has such a
-    /// number yet.
+    /// A user's chains and sets, with the elements that lead from marks and numbers to them. No control group has such
+    /// a number yet.
     pub(super) fn create_user(&mut self, names: &Names, layout: &Layout, shared: &Shared) {
         if names.is_system() {
             self.create_system_sets(names);
@@ -31,7 +31,7 @@ impl Transaction<'_> {
         self.add_map_elements(&names.user_element(layout));
     }
 
-    /// What leads packets to a user who had nothing.
+    /// Adds what leads packets to the chains of a user who had none.
     pub(super) fn lead_to_user(
         &mut self,
         names: &Names,
@@ -51,7 +51,7 @@ impl Transaction<'_> {
         self.add_verdicts(names, layout, &elements.added);
     }
 
-    /// Rules that look at this in place of rules that look at that.
+    /// Writes rules that look at `to` in place of those that look at `from`.
     pub(super) fn level_rules(
         &mut self,
         names: &Names,
@@ -69,6 +69,7 @@ impl Transaction<'_> {
         self.first_rules_at(shared.look_at(names.uid, to), shared);
     }
 
+    /// Chains `enforced` and `system`, with what there is of them for deep sockets.
     pub(super) fn system_level_rules(
         &mut self,
         names: &Names,
@@ -93,7 +94,8 @@ impl Transaction<'_> {
         }
     }
 
-    /// References go before what they refer to: elements, then rules, then sets and chains.
+    /// Deletes all that a user has. References go before what they refer to: elements, then rules, then sets and
+    /// chains.
     pub(super) fn delete_user(
         &mut self,
         names: &Names,
@@ -114,7 +116,7 @@ impl Transaction<'_> {
         self.delete_layout(names, layout, shared);
     }
 
-    /// A user's chains and sets, to which nothing leads but marks and numbers.
+    /// Deletes a user's chains and sets, to which nothing leads but marks and numbers.
     pub(super) fn delete_layout(&mut self, names: &Names, layout: &Layout, shared: &Shared) {
         let mut elements = names.user_element(layout);
         for (name, proxy) in &layout.proxies {
@@ -133,7 +135,7 @@ impl Transaction<'_> {
         self.delete_list(names, layout, shared);
     }
 
-    /// The system has no policy any more.
+    /// Empties the chains of the system's policy, and has the rules for users do without it.
     pub(super) fn no_system(&mut self, shared: &Shared) {
         for chain in [ENFORCED, ENFORCED_DEEP, SYSTEM, SYSTEM_DEEP, DROP_SYSTEM] {
             self.flush_chain(chain);
@@ -143,7 +145,7 @@ impl Transaction<'_> {
         self.first_rules(&shared.looked_at(), false);
     }
 
-    /// The sets that only the system's policy has.
+    /// Adds the maps that only the system's policy has.
     pub(super) fn create_system_sets(&mut self, names: &Names) {
         let group = KeyType::ControlGroup;
         for map in names.number_maps() {
@@ -155,6 +157,7 @@ impl Transaction<'_> {
         self.common_system_choices(names);
     }
 
+    /// Deletes the maps that only the system's policy has.
     pub(super) fn delete_system_sets(&mut self, names: &Names) {
         for map in names.choices_maps() {
             self.flush_set(map);
@@ -165,7 +168,7 @@ impl Transaction<'_> {
     }
 }
 
-/// What the system's policy enforces of the control group at this level, if it says anything.
+/// Takes the verdict that the system's policy enforces on the socket's control group at this level, if any.
 fn enforced_verdict(rule: RuleBuilder<'_>, level: u32) -> RuleBuilder<'_> {
     rule.socket_cgroupv2_map_vmap(level, ENFORCED, CHOICES_ENFORCED)
 }

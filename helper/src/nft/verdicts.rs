@@ -31,15 +31,15 @@ const DROP_ALL: u32 = 3 << 8;
 const RELEASED: u32 = 4 << 8;
 /// Users' own policies decide, and then the system's.
 const USERS: u32 = 5 << 8;
-/// What proxies' numbers come after.
+/// The number of the proxy whose mark has number N is `PROXY` + N.
 const PROXY: u32 = 16;
 
-/// The number of a proxy: of its mark, which is no other user's.
+/// The number of a proxy's verdict, which comes from its mark and is no other user's.
 pub(super) fn of_proxy(marks: MarkRange, proxy: &Proxy) -> u32 {
     (PROXY + marks.number(proxy.mark)) << 8
 }
 
-/// The number of a verdict; with what is held below, if anything is.
+/// The number of a verdict, with the level of what is held below, if anything is.
 fn of_verdict(marks: MarkRange, layout: &Layout, verdict: &Verdict, held: Option<&Hold>) -> u32 {
     let number = match verdict {
         Verdict::Direct => DIRECT,
@@ -55,8 +55,7 @@ fn of_verdict(marks: MarkRange, layout: &Layout, verdict: &Verdict, held: Option
     number | held.map_or(0, |hold| hold.level)
 }
 
-/// What such a number of this layout's means: the verdict, and the level of what is held. None if it means
-/// nothing.
+/// What a number means in this layout: the verdict, and the level of what is held. None if it means nothing.
 pub(super) fn meaning(
     marks: MarkRange,
     layout: &Layout,
@@ -76,12 +75,12 @@ pub(super) fn meaning(
     Some((verdict, Some(level).filter(|&level| level != 0)))
 }
 
-/// Whether with this number anything is dropped or held.
+/// Whether this number drops or holds anything.
 pub(super) fn holds_back(number: u32) -> bool {
     matches!(number & !0xff, DROP | DROP_ALL) || number & 0xff != 0
 }
 
-/// The number of control groups below which everything is held.
+/// The number that leads to a hold's chain.
 pub(super) fn of_hold(marks: MarkRange, layout: &Layout, hold: &Hold) -> u32 {
     match &hold.verdict {
         Some(verdict) => of_verdict(marks, layout, verdict, Some(hold)),
@@ -89,7 +88,7 @@ pub(super) fn of_hold(marks: MarkRange, layout: &Layout, hold: &Hold) -> u32 {
     }
 }
 
-/// What is enforced of an element, by its number: where users have no say, that is the number of its verdict.
+/// The number that an element has in the map `enforced`: if its verdict is enforced, the number of that.
 fn of_enforced(marks: MarkRange, layout: &Layout, level: u32, element: &policy::Element) -> u32 {
     let hold = match element.enforced {
         Enforced::All => Hold::of(level, element),
@@ -101,12 +100,12 @@ fn of_enforced(marks: MarkRange, layout: &Layout, level: u32, element: &policy::
         None if element.enforced == Enforced::All => {
             of_verdict(marks, layout, &element.verdict, None)
         }
-        // It may be in one whose verdict is enforced.
+        // The element says so for what is in a control group whose verdict is enforced.
         None => USERS,
     }
 }
 
-/// What such a number says is enforced.
+/// What a number of the map `enforced` says is enforced.
 pub(super) fn what_is_enforced(number: u32) -> Enforced {
     match (number & !0xff, number & 0xff) {
         (USERS, 0) => Enforced::Nothing,
@@ -116,7 +115,7 @@ pub(super) fn what_is_enforced(number: u32) -> Enforced {
 }
 
 impl Transaction<'_> {
-    /// What the numbers mean that every policy has.
+    /// Adds the elements of a map of verdicts for the numbers that every policy has.
     pub(super) fn common_choices(&mut self, choices: &CStr, drop: &CStr, released: Element<'_>) {
         let mut map = self.set(choices, KeyType::Mark, Content::Verdicts);
         map.push(&DIRECT.to_ne_bytes(), Element::Return);
@@ -126,7 +125,8 @@ impl Transaction<'_> {
         self.write_elements(&map, MsgType::Add);
     }
 
-    /// The same for the system's policy, and for what of it is enforced.
+    /// Adds the elements of the system policy's two maps of verdicts for the numbers that it has without proxies and
+    /// holds.
     pub(super) fn common_system_choices(&mut self, names: &Names) {
         for choices in [names.choices(), CHOICES_ENFORCED] {
             self.common_choices(choices, DROP_SYSTEM, Element::Return);
@@ -135,11 +135,11 @@ impl Transaction<'_> {
         self.add_element(CHOICES_ENFORCED, &key, Element::Goto(USER_VERDICTS));
     }
 
-    /// The control groups' own sockets have their verdict. A socket that is deeper comes here only if
-    /// nothing nearer to it is in the map: what it may do is not decided yet.
+    /// Makes a hold's chain. The control groups' own sockets have their verdict. A socket that is deeper comes here
+    /// only if nothing nearer to it is in the map: what it may do is not decided yet.
     ///
-    /// It is dropped before anything is looked at that could let it through. Connections that came
-    /// from outside have been let go at the beginning of the output chain.
+    /// It is dropped before anything is looked at that could let it through. Replies on connections that came from
+    /// outside have left before, in `output`.
     pub(super) fn create_hold(&mut self, names: &Names, layout: &Layout, hold: &Hold) {
         let chain = names.hold(hold);
         self.add_chain(&chain);
@@ -164,7 +164,7 @@ impl Transaction<'_> {
         self.add_map_elements(&names.hold_elements(self.marks, layout, hold));
     }
 
-    /// Unless another user has it too.
+    /// Deletes a hold's chain, unless another user has it too.
     pub(super) fn delete_hold(
         &mut self,
         names: &Names,
@@ -179,7 +179,7 @@ impl Transaction<'_> {
         self.delete_hold_chain(names, hold, elements.keys());
     }
 
-    /// The same for chains that users have together of which it is only known that they are there.
+    /// Deletes the chains of holds of which it is only known that they are there, unless another user may have them.
     pub(super) fn delete_holds<'h>(
         &mut self,
         names: &Names,
@@ -251,7 +251,7 @@ impl Transaction<'_> {
     }
 }
 
-/// What becomes of packets with a verdict.
+/// What nftables does with packets that have a verdict.
 enum Decision {
     Goto(CString),
     Return,
@@ -264,7 +264,7 @@ fn decision(names: &Names, verdict: &Verdict) -> Decision {
         Verdict::Drop => Decision::Goto(names.dropping().to_owned()),
         Verdict::DropAll => Decision::Drop,
         Verdict::Proxy(proxy) => Decision::Goto(names.proxy(proxy)),
-        // Users' go on to the system's policy; after that there is nothing.
+        // A user's packets go on to the system's policy; after that there is nothing.
         Verdict::Released if names.is_system() => Decision::Return,
         Verdict::Released => Decision::Goto(SYSTEM.to_owned()),
     }
