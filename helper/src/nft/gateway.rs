@@ -54,6 +54,7 @@ impl Transaction<'_> {
             [
                 // iifname @interfaces ct mark & MASK == DIVERT ct direction reply fib daddr type 2-5 return
                 &|rule| answer(rule, mask, begun).daddr_local_or_many().return_(),
+                // An ICMP error about such a connection is refused there: it would tell the peer the host's address.
                 // iifname @interfaces ct mark & MASK == DIVERT ct direction reply
                 //   meta priority set MARK meta mark set meta mark & ~MASK | DIVERT goto deliver-answers-system
                 &|rule| {
