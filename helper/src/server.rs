@@ -91,6 +91,9 @@ impl Server {
                     back_off = BACK_OFF.0;
                     next += 1;
                     self.accepted(stream, ConnectionId(next));
+                    // Those that are open have their turn before another one is: whoever connects as fast as it goes
+                    // would otherwise have more of them open than are ever closed.
+                    tokio::task::yield_now().await;
                 }
                 Err(error) => {
                     // Once, not at every attempt.

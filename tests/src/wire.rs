@@ -256,8 +256,10 @@ pub enum AppOrder {
         path: PathBuf,
         /// The method.
         method: String,
+        /// How many calls each connection has.
+        calls: usize,
     },
-    /// Tell how many calls the flood has written so far.
+    /// Tell how many connections the flood has made so far.
     Flooded,
     /// From now on send datagrams there, as fast as it goes, from one socket.
     Pour {

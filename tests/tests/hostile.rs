@@ -205,20 +205,43 @@ fn ten_thousand_connections_are_refused_but_for_those_that_one_may_have() {
 #[test]
 fn whoever_connects_calls_and_hangs_up_as_fast_as_it_goes_disturbs_nobody() {
     sandbox(|sb| {
-        const CALLS: u64 = 100_000;
+        const CALLS: usize = 64;
+        const FLOOD: u64 = 1_500;
         let helper = sb.helper().start();
         let _proxy = sb.tproxy("quiet").uid(QUIET).port(7000).start();
         let mut quiet = quiet_session(sb);
         let app = sb.user(LOUD).cgroup("app.slice/app-loud.scope").app();
-        app.flood(SOCKET, STATUS);
+        app.flood(SOCKET, STATUS, CALLS);
         let mut round = 0;
-        while round < ROUNDS || app.flooded() < CALLS {
+        while round < ROUNDS || app.flooded() < FLOOD {
             one_change(sb, &mut quiet, round);
             round += 1;
         }
         assert_eq!(mapped_ids(sb, 1002).len(), round);
         let kib = peak(helper.pid());
         assert!(kib < MEMORY, "the helper held {kib} KiB");
+    });
+}
+
+#[test]
+fn whoever_connects_and_hangs_up_as_fast_as_it_goes_has_no_more_open_than_may_be() {
+    sandbox(|sb| {
+        const FLOOD: u64 = 20_000;
+        // Those that the user may have, those that are just being refused, and what the helper has open itself.
+        const OPEN: usize = 10 * CONNECTIONS;
+        let helper = sb.helper().start();
+        let _proxy = sb.tproxy("quiet").uid(QUIET).port(7000).start();
+        let mut quiet = quiet_session(sb);
+        let app = sb.user(LOUD).cgroup("app.slice/app-loud.scope").app();
+        app.flood(SOCKET, STATUS, 0);
+        let open = || std::fs::read_dir(format!("/proc/{}/fd", helper.pid())).expect("it runs");
+        let (mut round, mut most) = (0, 0);
+        while round < ROUNDS || app.flooded() < FLOOD {
+            one_change(sb, &mut quiet, round);
+            most = most.max(open().count());
+            round += 1;
+        }
+        assert!(most < OPEN, "{most} descriptors were open");
     });
 }
 

@@ -188,16 +188,17 @@ impl App {
         }
     }
 
-    /// From now on connects to a Varlink service, writes calls and hangs up, as fast as it goes, for as long as the
-    /// application lives.
+    /// From now on connects to a Varlink service, writes so many calls and hangs up, as fast as it goes, for as long as
+    /// the application lives.
     ///
     /// # Panics
     /// When it does not obey.
     #[track_caller]
-    pub fn flood(&self, socket: &str, method: &str) {
+    pub fn flood(&self, socket: &str, method: &str, calls: usize) {
         match self.order(&AppOrder::StartFlood {
             path: socket.into(),
             method: method.to_owned(),
+            calls,
         }) {
             AppReport::Done => {}
             other => panic!("a flood begins with {other:?}"),
@@ -228,7 +229,7 @@ impl App {
         }
     }
 
-    /// How many calls it has written so far.
+    /// How many connections its flood has made so far.
     ///
     /// # Panics
     /// When there is no flood.

@@ -110,8 +110,12 @@ impl App {
             AppOrder::GiveAway { path, count } => {
                 return Ok(AppReport::Count(gift::give_away(&path, count)?));
             }
-            AppOrder::StartFlood { path, method } => {
-                self.flooded = Some(crowd::flood(path, &method));
+            AppOrder::StartFlood {
+                path,
+                method,
+                calls,
+            } => {
+                self.flooded = Some(crowd::flood(path, &method, calls));
             }
             AppOrder::Flooded => {
                 let flooded = self.flooded.as_ref().expect("no flood");

@@ -10,9 +10,8 @@ use cgtproxy_tests::wire::Crowd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 
-/// How many threads flood, and how many calls each writes before it hangs up.
+/// How many threads flood.
 const THREADS: usize = 4;
-const CALLS: usize = 64;
 
 fn call(method: &str) -> Vec<u8> {
     format!("{{\"method\":\"{method}\"}}\0").into_bytes()
@@ -48,21 +47,22 @@ pub(super) fn crowd(path: &Path, method: &str, count: u32) -> Result<(Crowd, Vec
     Ok((crowd, connections))
 }
 
-/// Goes on until the process ends.
-pub(super) fn flood(path: PathBuf, method: &str) -> Arc<AtomicU64> {
-    let written = Arc::new(AtomicU64::new(0));
-    let calls = Arc::new(call(method).repeat(CALLS));
+/// Goes on until the process ends. Returns the number of connections, which grows.
+pub(super) fn flood(path: PathBuf, method: &str, calls: usize) -> Arc<AtomicU64> {
+    let connections = Arc::new(AtomicU64::new(0));
+    let calls = Arc::new(call(method).repeat(calls));
     for _ in 0..THREADS {
-        let (path, calls, written) = (path.clone(), Arc::clone(&calls), Arc::clone(&written));
+        let (path, calls, connections) =
+            (path.clone(), Arc::clone(&calls), Arc::clone(&connections));
         std::thread::spawn(move || {
             loop {
                 // Whether the service takes them is its own business.
                 let connection = UnixStream::connect(&path);
                 if connection.is_ok_and(|mut stream| stream.write_all(&calls).is_ok()) {
-                    written.fetch_add(CALLS as u64, Ordering::Relaxed);
+                    connections.fetch_add(1, Ordering::Relaxed);
                 }
             }
         });
     }
-    written
+    connections
 }
