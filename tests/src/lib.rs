@@ -13,6 +13,7 @@ pub mod agent;
 mod command;
 pub mod confinement;
 mod host_cgroup;
+pub mod injection;
 pub mod installed;
 pub mod others;
 pub mod package;

@@ -17,6 +17,7 @@ use cgtproxy_helper::route::Routing;
 use cgtproxy_helper::snapshot::{Records, Snapshot};
 use cgtproxy_helper::state::{ConnectionId, State};
 use cgtproxy_proto::path::ControlGroupPath;
+use cgtproxy_tests::injection::Injection;
 use cgtproxy_tests::sandbox::{Rule, Sandbox, Service, User, direct, proxied, sandbox};
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
@@ -532,5 +533,54 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
         state
             .replace(uid, id, &subtree, policy(&["new"]), assign("new"))
             .expect("it is taken");
+    });
+}
+
+/// The system's policy comes and goes in several transactions.
+#[test]
+fn users_verdicts_outlive_a_helper_that_is_killed_within_a_change_of_the_systems_policy() {
+    sandbox(|sb| {
+        const SERVICE: &str = "system.slice/web.service";
+        let mut helper = sb.helper().config("grace-seconds: 600").start();
+        let user = sb.user(1001);
+        let dropped = user.cgroup(APP).app();
+        sb.cgroup(SERVICE);
+        let policy =
+            json!({ "proxies": [], "bypass": [], "assignments": [verdict(SERVICE, "drop")] });
+        let changes = [
+            ("ReplacePolicy", policy.clone()),
+            ("RemovePolicy", json!({})),
+        ];
+        for (method, parameters) in changes {
+            // Until it is not killed before it has answered.
+            for message in 1.. {
+                let mut session = Session::of(&user);
+                session.replace(json!([]), json!([]), json!([verdict(APP, "dropAll")]));
+                let mut system = Session::of(&sb.user(0));
+                system.call("ReplacePolicy", policy.clone());
+                if method == "ReplacePolicy" {
+                    system.call("RemovePolicy", json!({}));
+                }
+                let answer = {
+                    let when = format!("signal=SIGKILL:when={message}");
+                    let _killed = Injection::of(&helper, "sendto", &when);
+                    system.0.send(&json!({
+                        "method": format!("org.cgtproxy.Helper.{method}"),
+                        "parameters": parameters,
+                    }));
+                    system.0.receive()
+                };
+                if answer.is_some() {
+                    assert!(message > 2, "{method} took one transaction");
+                    break;
+                }
+                helper.wait();
+                helper.start_again();
+                sb.expect_dropped(&dropped);
+                let mut session = Session::of(&user);
+                session.replace(json!([]), json!([]), json!([verdict(APP, "dropAll")]));
+                sb.expect_dropped(&dropped);
+            }
+        }
     });
 }

@@ -5,6 +5,7 @@
 use std::fs;
 use std::process::{Child, Command, Stdio};
 
+use cgtproxy_tests::injection::Injection;
 use cgtproxy_tests::sandbox::{Sandbox, Service, User, direct, proxied, sandbox};
 use cgtproxy_tests::session::{Session, mapped_ids, to_proxy, verdict};
 use cgtproxy_tests::steady::Steady;
@@ -347,40 +348,6 @@ fn what_the_helper_does_itself_is_no_loss_however_much_it_is() {
     });
 }
 
-/// Tells a helper that the first answer of the kernel to what it is asked next was lost, as the kernel does when it
-/// had no memory for it.
-struct LostAnswer(Child);
-
-impl LostAnswer {
-    fn of(service: &Service) -> Self {
-        const SAYS: &str = "/run/strace";
-        let tracer = Command::new("strace")
-            .args(["-o", "/dev/null", "-e", "trace=recvfrom"])
-            // The call itself is the first that it reads.
-            .args(["-e", "inject=recvfrom:error=ENOBUFS:when=2"])
-            .args(["-p", &service.pid().to_string()])
-            .stdin(Stdio::null())
-            .stderr(fs::File::create(SAYS).expect("/run is ours"))
-            .spawn()
-            .expect("strace is installed");
-        let this = Self(tracer);
-        wait_until("strace is attached", || {
-            let says = fs::read_to_string(SAYS).expect("it is being written");
-            says.contains(" attached")
-        });
-        this
-    }
-}
-
-impl Drop for LostAnswer {
-    fn drop(&mut self) {
-        let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
-        // It lets go of the process then.
-        let _ = nix::sys::signal::kill(pid, Signal::SIGTERM);
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn an_answer_that_is_lost_leaves_no_doubt() {
     sandbox(|sb| {
@@ -392,7 +359,8 @@ fn an_answer_that_is_lost_leaves_no_doubt() {
         let change =
             json!({ "assign": [verdict(APP, "direct")], "remove": ["app.slice/app-drop.scope"] });
         {
-            let _lost = LostAnswer::of(&helper);
+            // The call itself is the first that the helper reads, and the kernel's answer the second.
+            let _lost = Injection::of(&helper, "recvfrom", "error=ENOBUFS:when=2");
             let (error, parameters) = session.refusal("UpdateAssignments", change.clone());
             assert_eq!(error, "KernelRefused");
             let why = parameters["message"].as_str().expect("a sentence");

@@ -19,6 +19,7 @@ impl Transaction<'_> {
     pub(super) fn create_user(&mut self, names: &Names, layout: &Layout, shared: &Shared) {
         if names.is_system() {
             self.create_system_sets(names);
+            self.nothing_is_enforced();
         }
         self.create_list(names, layout, shared);
         self.system_drop_rules(names, layout);
@@ -88,10 +89,24 @@ impl Transaction<'_> {
             self.shallow_level_rules(ENFORCED, ENFORCED_DEEP, levels, enforced_verdict);
             self.deep_level_rules(ENFORCED_DEEP, levels, enforced_verdict);
         }
+        self.go_on_to_users();
+    }
+
+    /// Users' verdicts come after what is enforced.
+    fn go_on_to_users(&mut self) {
         for chain in [ENFORCED, ENFORCED_DEEP] {
             // goto user-verdicts
             self.add_rules(chain, [&|rule| rule.goto(USER_VERDICTS)]);
         }
+    }
+
+    /// `output` leads to these chains as long as the map `users` names the system, which may be all that a helper that was
+    /// killed has made, or left, of the system's policy: users' verdicts are in force all the same.
+    fn nothing_is_enforced(&mut self) {
+        for chain in [ENFORCED, ENFORCED_DEEP] {
+            self.flush_chain(chain);
+        }
+        self.go_on_to_users();
     }
 
     /// Deletes all that a user has. References go before what they refer to: elements, then rules, then sets and
@@ -137,9 +152,10 @@ impl Transaction<'_> {
 
     /// Empties the chains of the system's policy, and has the rules for users do without it.
     pub(super) fn no_system(&mut self, shared: &Shared) {
-        for chain in [ENFORCED, ENFORCED_DEEP, SYSTEM, SYSTEM_DEEP, DROP_SYSTEM] {
+        for chain in [SYSTEM, SYSTEM_DEEP, DROP_SYSTEM] {
             self.flush_chain(chain);
         }
+        self.nothing_is_enforced();
         self.no_gateway();
         shared.look_only_at(Uid::ROOT, None);
         self.first_rules(&shared.looked_at(), false);
