@@ -1,7 +1,7 @@
 //! What the state needs of the kernel. The one seam between what is decided and what is done, where tests put
 //! a model of the kernel in.
 
-use crate::nft::{self, MarkWriter, Nftables, Plan, Refusal};
+use crate::nft::{self, MarkWriter, Nftables, Plan, Unread};
 use crate::route::{self, Family, Routing};
 
 #[cfg(any(test, fuzzing))]
@@ -44,7 +44,7 @@ pub trait Kernel {
     ///
     /// # Errors
     /// If they can't be read.
-    fn mark_writers(&self) -> Result<Vec<MarkWriter>, Refusal>;
+    fn mark_writers(&self) -> Result<Vec<MarkWriter>, Unread>;
 }
 
 /// The kernel that this runs on.
@@ -86,7 +86,7 @@ impl Kernel for Linux {
         self.nftables.missing_features()
     }
 
-    fn mark_writers(&self) -> Result<Vec<MarkWriter>, Refusal> {
+    fn mark_writers(&self) -> Result<Vec<MarkWriter>, Unread> {
         self.nftables.mark_writers()
     }
 }

@@ -80,9 +80,10 @@ pub enum Error {
     Conntrack(#[source] nft::Refusal),
 }
 
-/// How long what was found about the machine holds. Whoever asks, and however often, others wait for
-/// the one look a second and no more.
+/// How long what was found about the machine is good at least, and how many times as long as looking took. Whoever asks,
+/// and however often, others wait for a small part of the time.
 const DIAGNOSIS_HOLDS: Duration = Duration::from_secs(1);
+const DIAGNOSIS_HOLDS_TIMES: u32 = 20;
 
 /// What of the machine may be in the way.
 #[derive(Debug, Clone)]
@@ -112,6 +113,7 @@ pub struct State<K = Linux> {
     graces: u64,
     /// Who may use the helper, as far as that was asked.
     answers: Answers,
+    /// The last one, and until when it is good.
     diagnosis: Option<(Instant, Diagnosis)>,
     /// Why others' rules can't be looked at.
     unreadable: Said,
@@ -241,8 +243,9 @@ impl<K: Kernel> State<K> {
 
     /// Looks at the machine, unless that was done a moment ago.
     pub fn diagnose(&mut self) -> Diagnosis {
-        if let Some((when, diagnosis)) = &self.diagnosis
-            && when.elapsed() < DIAGNOSIS_HOLDS
+        let start = Instant::now();
+        if let Some((until, diagnosis)) = &self.diagnosis
+            && start < *until
         {
             return diagnosis.clone();
         }
@@ -259,7 +262,9 @@ impl<K: Kernel> State<K> {
             missing_features: self.kernel.missing_features(),
             mark_writers: mark_writers.ok(),
         };
-        self.diagnosis = Some((Instant::now(), diagnosis.clone()));
+        let end = Instant::now();
+        let holds = DIAGNOSIS_HOLDS.max((end - start) * DIAGNOSIS_HOLDS_TIMES);
+        self.diagnosis = Some((end + holds, diagnosis.clone()));
         diagnosis
     }
 

@@ -245,6 +245,30 @@ fn whoever_connects_and_hangs_up_as_fast_as_it_goes_has_no_more_open_than_may_be
     });
 }
 
+/// The kernel takes the longer for a dump, the more rules there are.
+#[test]
+fn others_rules_are_looked_at_for_a_short_time_however_many_there_are() {
+    sandbox(|sb| {
+        const RULES: usize = 60_000;
+        let _helper = sb.helper().start();
+        let _proxy = sb.tproxy("quiet").uid(QUIET).port(7000).start();
+        let mut loud = Session::of(&sb.user(LOUD));
+        let table = |rules: String| format!("table ip other {{\nchain c {{\n{rules}}}\n}}\n");
+        sb.nft(&table("meta mark set 0x01000000\n".to_owned()));
+        let written = json!([{ "table": "ip other", "bits": 0xff00_0000_u32 }]);
+        assert_eq!(loud.call("Diagnose", json!({}))["markWriters"], written);
+        sb.nft(&table("counter ip daddr 192.0.2.9 drop\n".repeat(RULES)));
+        wait_until("what was found before is forgotten", || {
+            loud.call("Diagnose", json!({}))["markWriters"].is_null()
+        });
+        // What was begun is no answer to anything else.
+        let mut quiet = quiet_session(sb);
+        for round in 0..ROUNDS {
+            one_change(sb, &mut quiet, round);
+        }
+    });
+}
+
 #[test]
 fn an_agent_that_is_killed_again_and_again_leaves_no_gap_and_disturbs_nobody() {
     sandbox(|sb| {

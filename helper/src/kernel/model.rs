@@ -10,6 +10,7 @@ use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -18,7 +19,7 @@ use crate::cgroup::{ControlGroupId, OwnedControlGroup, Root, Subtree, subtree_pa
 use crate::config::Config;
 use crate::nft::{
     self, Before, BypassList, Element, Hold, Inherited, Known, Layout, LeftBehind, MarkWriter,
-    Plan, Refusal, Stamp,
+    Plan, Refusal, Stamp, Unread,
 };
 use crate::peer::{Peer, Uid};
 use crate::route::{self, Family};
@@ -208,6 +209,8 @@ pub(crate) struct Model {
     pub(crate) lose: Rc<RefCell<VecDeque<Option<bool>>>>,
     /// How often it was looked for what of the machine may be in the way.
     pub(crate) looks: Rc<Cell<u32>>,
+    /// How long each of these takes.
+    pub(crate) look_takes: Rc<Cell<Duration>>,
 }
 
 impl Model {
@@ -286,8 +289,9 @@ impl Kernel for Model {
         Vec::new()
     }
 
-    fn mark_writers(&self) -> Result<Vec<MarkWriter>, Refusal> {
+    fn mark_writers(&self) -> Result<Vec<MarkWriter>, Unread> {
         self.looks.set(self.looks.get() + 1);
+        std::thread::sleep(self.look_takes.get());
         Ok(Vec::new())
     }
 }

@@ -4,8 +4,10 @@
 //! the rule is there is reason enough to report it.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
 
-use super::socket::Dump;
+use super::socket::{Dump, NetfilterSocket};
 use super::{Nftables, Refusal, TABLE};
 use crate::netlink::{attribute, attributes, string};
 
@@ -36,6 +38,22 @@ const TARGET_INFO: u16 = 3;
 /// How often a dump is tried while others change what is dumped.
 const ATTEMPTS: usize = 3;
 
+/// How long others' rules are looked at: nobody is served meanwhile. The kernel goes through a chain from its first rule
+/// on for each part of a dump (`__nf_tables_dump_rules`, net/netfilter/nf_tables_api.c), so that 100,000 rules in one take
+/// it many seconds.
+const LONGEST_LOOK: Duration = Duration::from_millis(200);
+
+/// Why others' rules were not looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum Unread {
+    /// The kernel does not show them, or others kept changing them meanwhile.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// It would take too long.
+    #[error("there are more than can be looked at in {} ms", LONGEST_LOOK.as_millis())]
+    TooMany,
+}
+
 /// A table whose rules change marks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MarkWriter {
@@ -63,16 +81,24 @@ impl Nftables {
     /// The tables of other programs whose rules change bits of our mask.
     ///
     /// # Errors
-    /// If the ruleset can't be read, or others kept changing it meanwhile.
-    pub fn mark_writers(&self) -> Result<Vec<MarkWriter>, Refusal> {
+    /// If the ruleset can't be read in a short time, or others kept changing it meanwhile.
+    pub fn mark_writers(&self) -> Result<Vec<MarkWriter>, Unread> {
+        let end = Instant::now() + LONGEST_LOOK;
         let mut attempt = 0;
         loop {
             attempt += 1;
             let mut tables: BTreeMap<String, u32> = BTreeMap::new();
-            let dumped = self.socket.dump_each(Dump::Rules, &[], |family, rule| {
+            let mut too_many = false;
+            // Of its own, so that what is left of a dump ends with it.
+            let socket = NetfilterSocket::open().map_err(Refusal::from)?;
+            let dumped = socket.dump_each(Dump::Rules, &[], |family, rule| {
+                too_many = Instant::now() > end;
+                if too_many {
+                    return ControlFlow::Break(());
+                }
                 let name = attribute(rule, RULE_TABLE).map(string).unwrap_or_default();
                 if family_name(family) == "inet" && Some(name.as_str()) == TABLE.to_str().ok() {
-                    return;
+                    return ControlFlow::Continue(());
                 }
                 let expressions = attribute(rule, RULE_EXPRESSIONS).unwrap_or_default();
                 let bits = changed_bits(expressions, self.marks.mask());
@@ -80,14 +106,16 @@ impl Nftables {
                     let table = format!("{} {name}", family_name(family));
                     *tables.entry(table).or_default() |= bits;
                 }
+                ControlFlow::Continue(())
             });
             match dumped {
+                _ if too_many => return Err(Unread::TooMany),
                 Ok(()) => {
                     let writer = |(table, bits)| MarkWriter { table, bits };
                     return Ok(tables.into_iter().map(writer).collect());
                 }
                 Err(refusal) if refusal.errno == rustix::io::Errno::INTR && attempt < ATTEMPTS => {}
-                Err(refusal) => return Err(refusal),
+                Err(refusal) => return Err(refusal.into()),
             }
         }
     }

@@ -40,7 +40,7 @@ use rustix::io::Errno;
 
 pub use ffi::refuse_descriptors;
 pub(crate) use ffi::{refuses_descriptors, watch, watch_guarded};
-pub use foreign::MarkWriter;
+pub use foreign::{MarkWriter, Unread};
 pub use plan::{Before, Inherited, Known, Layout, LeftBehind, Plan, Stamp};
 pub use policy::{
     Bypass, BypassList, Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway, Hold,
@@ -113,6 +113,12 @@ pub enum Error {
     /// Nobody knows whether the change was made, or part of it could not be taken back.
     #[error("the kernel has perhaps a part of the change")]
     Unknown(#[source] Refusal),
+}
+
+/// Whether the kernel does not know these flags of a table, or can't change the table's to them (`nf_tables_newtable` and
+/// `nf_tables_updtable`, net/netfilter/nf_tables_api.c).
+fn is_unsupported(refusal: &Refusal) -> bool {
+    matches!(refusal.errno, Errno::OPNOTSUPP | Errno::INVAL)
 }
 
 impl From<Failure> for Error {
@@ -359,7 +365,9 @@ impl Nftables {
         match self.socket.transact(&transaction.finish()) {
             Ok(()) => Ok(true),
             Err(refusal) if refusal.errno == Errno::PERM => Err(Error::NotCapable(refusal)),
-            Err(_) => Ok(false),
+            Err(refusal) if is_unsupported(&refusal) => Ok(false),
+            // Without protection it would be another table, without what is in force.
+            Err(refusal) => Err(Error::Base(refusal)),
         }
     }
 
@@ -396,7 +404,8 @@ impl Nftables {
             Ok(()) => {}
             Err(refusal) if refusal.errno == Errno::PERM => return Err(Error::Owned(refusal)),
             // The table has other flags than ours.
-            Err(_) => return Ok(false),
+            Err(refusal) if is_unsupported(&refusal) => return Ok(false),
+            Err(refusal) => return Err(Error::Base(refusal)),
         }
         self.is_there()
     }

@@ -7,6 +7,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::ops::ControlFlow;
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLMSG_DONE};
 use netlink_sys::Socket;
@@ -124,16 +125,20 @@ impl NetfilterSocket {
     /// Asks for a dump; returns the attributes of each object.
     pub(super) fn dump(&self, what: Dump, attributes: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
         let mut objects = Vec::new();
-        self.dump_each(what, attributes, |_, object| objects.push(object.to_vec()))?;
+        self.dump_each(what, attributes, |_, object| {
+            objects.push(object.to_vec());
+            ControlFlow::Continue(())
+        })?;
         Ok(objects)
     }
 
-    /// Asks for a dump; hands the family and the attributes of each object to `each`.
+    /// Asks for a dump; hands the family and the attributes of each object to `each` until that breaks off. Afterwards
+    /// this socket is of no more use: the rest of the dump is still to come.
     pub(super) fn dump_each(
         &self,
         what: Dump,
         attributes: &[u8],
-        mut each: impl FnMut(u8, &[u8]),
+        mut each: impl FnMut(u8, &[u8]) -> ControlFlow<()>,
     ) -> Result<(), Refusal> {
         let (kind, family): (u16, u8) = match what {
             Dump::Chains => (4, INET),
@@ -153,7 +158,7 @@ impl NetfilterSocket {
             } else if message.kind >> 8 == SUBSYSTEM
                 && let Some((&[family, ..], object)) = message.payload.split_first_chunk::<4>()
             {
-                each(family, object);
+                return each(family, object).is_break();
             }
             message.kind == NLMSG_DONE
         })?;

@@ -46,7 +46,7 @@ pub(super) fn check(facts: &Facts) -> Group {
         })),
         None => group
             .unseen
-            .push("marks in the ruleset: the helper could not read it".to_owned()),
+            .push("marks in the ruleset: the helper could not read it, or it has too many rules".to_owned()),
     }
     group
 }
