@@ -4,8 +4,8 @@
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_ERROR, NlaBuffer,
-    NlasIterator,
+    NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
+    NlaBuffer, NlasIterator,
 };
 use netlink_sys::Socket;
 use rustix::io::Errno;
@@ -89,9 +89,10 @@ impl Message<'_> {
         self.kind != NLMSG_ERROR && self.flags & NLM_F_DUMP_INTR != 0
     }
 
-    /// The error that this message reports, if it is one.
+    /// The error that this message reports, if it is one. That of a dump which has begun already is in its last message
+    /// (`netlink_dump_done`, net/netlink/af_netlink.c).
     pub(crate) fn refusal(&self) -> Option<Refusal> {
-        if self.kind != NLMSG_ERROR {
+        if !matches!(self.kind, NLMSG_ERROR | NLMSG_DONE) {
             return None;
         }
         let error = i32::from_ne_bytes(self.payload.first_chunk().copied()?);
@@ -175,6 +176,21 @@ mod tests {
             (refusal.errno, refusal.text.as_deref()),
             (Errno::BUSY, Some("no!"))
         );
+    }
+
+    #[test]
+    fn a_dump_that_fails_on_the_way_says_so_at_its_end() {
+        let end = |error: i32| {
+            let payload = error.to_ne_bytes();
+            let message = Message {
+                kind: NLMSG_DONE,
+                payload: &payload,
+                flags: 0,
+            };
+            message.refusal().map(|refusal| refusal.errno)
+        };
+        assert_eq!(end(0), None);
+        assert_eq!(end(-12), Some(Errno::NOMEM));
     }
 
     proptest! {
