@@ -33,7 +33,7 @@ mod record;
 pub const NAME: &str = "snapshot";
 
 /// What it begins with: what it is, and the version of everything that follows.
-const MAGIC: [u8; 12] = *b"cgtproxy\0\0\x04\0";
+const MAGIC: [u8; 12] = *b"cgtproxy\0\0\x05\0";
 
 /// The header: [`MAGIC`], the mark mask, where the log begins.
 const HEADER: u64 = 24;

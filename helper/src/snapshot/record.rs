@@ -63,6 +63,8 @@ struct ProxyRecord {
     exceptions: [bool; 4],
     reject_udp: bool,
     dns_hijack: Option<DnsRecord>,
+    /// The networks whose addresses stand for names.
+    fakes: (Option<(Ipv4Addr, u8)>, Option<(Ipv6Addr, u8)>),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -90,15 +92,6 @@ enum VerdictRecord {
     /// It is users' own policies' to say.
     Users,
 }
-
-/// What follows the record if it says anything: a helper from before there was any of it reads the others.
-#[derive(Serialize, Deserialize)]
-struct Rest {
-    /// The networks of each proxy's that stand for names, in the order of proxies.
-    fakes: Vec<FakesRecord>,
-}
-
-type FakesRecord = (Option<(Ipv4Addr, u8)>, Option<(Ipv6Addr, u8)>);
 
 /// A list's bytes within a record.
 pub(super) fn encode_list(list: Option<&BypassList>) -> Vec<u8> {
@@ -132,6 +125,7 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout, list: &[u8]) -> Ve
             loopback: hijack.loopback,
             own: hijack.own,
         }),
+        fakes: (proxy.fakes.ipv4, proxy.fakes.ipv6),
     });
     let verdict = |verdict: &Option<Verdict>| match verdict {
         Some(Verdict::Direct) => VerdictRecord::Direct,
@@ -164,13 +158,7 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout, list: &[u8]) -> Ve
         }),
         holds_back: layout.holds_back,
     };
-    let fakes = layout.proxies.values().map(|proxy| proxy.fakes);
-    let fakes: Vec<FakesRecord> = fakes.map(|fakes| (fakes.ipv4, fakes.ipv6)).collect();
-    let rest = match fakes.iter().any(|fakes| *fakes != (None, None)) {
-        true => bytes(&Rest { fakes }),
-        false => Vec::new(),
-    };
-    [&bytes(&before), list, &bytes(&after), &rest].concat()
+    [&bytes(&before), list, &bytes(&after)].concat()
 }
 
 fn bytes(part: &impl Serialize) -> Vec<u8> {
@@ -184,21 +172,14 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
     // made for a string before it is read.
     let format = bincode::config::standard().with_limit::<LONGEST>();
     let (record, read): (Record, usize) = bincode::serde::decode_from_slice(bytes, format).ok()?;
-    let rest = bytes.get(read..)?;
-    let mut fakes = Vec::new();
-    if !rest.is_empty() {
-        let (all, read): (Rest, usize) = bincode::serde::decode_from_slice(rest, format).ok()?;
-        if read != rest.len() || all.fakes.len() != record.before.proxies.len() {
-            return None;
-        }
-        fakes = all.fakes;
+    if read != bytes.len() {
+        return None;
     }
     let Record {
         before,
         bypass,
         after,
     } = record;
-    let fakes = fakes.into_iter().chain(std::iter::repeat((None, None)));
     let (id, level) = before.subtree;
     let subtree = OwnedControlGroup::found(ControlGroupId::from_bytes(id.to_ne_bytes()), level);
     let mut layout = Layout {
@@ -206,8 +187,7 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
         proxies: before
             .proxies
             .into_iter()
-            .zip(fakes)
-            .map(|(proxy, fakes)| self::proxy(proxy, fakes, range))
+            .map(|proxy| self::proxy(proxy, range))
             .collect::<Option<_>>()?,
         bypass: bypass.map(|list| BypassList {
             number: list.number,
@@ -253,16 +233,13 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
     Some((before.uid, Stamp::found(before.stamp), layout))
 }
 
-fn proxy(
-    record: ProxyRecord,
-    (ipv4, ipv6): FakesRecord,
-    range: MarkRange,
-) -> Option<(ProxyName, Proxy)> {
+fn proxy(record: ProxyRecord, range: MarkRange) -> Option<(ProxyName, Proxy)> {
     let mark = Mark::adopted(record.mark);
     if !range.has(mark) {
         return None;
     }
     let [no_tcp, no_udp, no_ipv4, no_ipv6] = record.exceptions;
+    let (ipv4, ipv6) = record.fakes;
     let proxy = Proxy {
         mark,
         delivery: match record.delivery {
