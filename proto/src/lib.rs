@@ -19,59 +19,32 @@ pub mod socket;
 pub mod stream;
 pub mod text;
 
-/// `org.cgtproxy.Helper`, as generated from its description.
-#[allow(
-    missing_docs,
-    unused,
-    nonstandard_style,
-    unreachable_pub,
-    rust_2018_idioms
-)]
-#[allow(clippy::all, clippy::unwrap_used)]
-pub mod helper {
-    include!(concat!(env!("OUT_DIR"), "/org.cgtproxy.Helper.rs"));
+/// A module with an interface: what is generated from its description, the description, and the name.
+macro_rules! interface {
+    ($module:ident, $name:literal) => {
+        #[doc = concat!("`", $name, "`, as generated from its description.")]
+        #[allow(
+            missing_docs,
+            unused,
+            nonstandard_style,
+            unreachable_pub,
+            rust_2018_idioms
+        )]
+        #[allow(clippy::all, clippy::unwrap_used)]
+        pub mod $module {
+            include!(concat!(env!("OUT_DIR"), "/", $name, ".rs"));
 
-    /// The interface's description, as `org.varlink.service.GetInterfaceDescription` returns it.
-    pub const DESCRIPTION: &str = include_str!("org.cgtproxy.Helper.varlink");
-    /// The interface's name.
-    pub const INTERFACE: &str = "org.cgtproxy.Helper";
+            /// The interface's description, as `org.varlink.service.GetInterfaceDescription` returns it.
+            pub const DESCRIPTION: &str = include_str!(concat!($name, ".varlink"));
+            /// The interface's name.
+            pub const INTERFACE: &str = $name;
+        }
+    };
 }
 
-/// `org.cgtproxy.Agent`, as generated from its description.
-#[allow(
-    missing_docs,
-    unused,
-    nonstandard_style,
-    unreachable_pub,
-    rust_2018_idioms
-)]
-#[allow(clippy::all, clippy::unwrap_used)]
-pub mod agent {
-    include!(concat!(env!("OUT_DIR"), "/org.cgtproxy.Agent.rs"));
-
-    /// The interface's description, as `org.varlink.service.GetInterfaceDescription` returns it.
-    pub const DESCRIPTION: &str = include_str!("org.cgtproxy.Agent.varlink");
-    /// The interface's name.
-    pub const INTERFACE: &str = "org.cgtproxy.Agent";
-}
-
-/// `org.cgtproxy.Relay`, as generated from its description.
-#[allow(
-    missing_docs,
-    unused,
-    nonstandard_style,
-    unreachable_pub,
-    rust_2018_idioms
-)]
-#[allow(clippy::all, clippy::unwrap_used)]
-pub mod relay {
-    include!(concat!(env!("OUT_DIR"), "/org.cgtproxy.Relay.rs"));
-
-    /// The interface's description, as `org.varlink.service.GetInterfaceDescription` returns it.
-    pub const DESCRIPTION: &str = include_str!("org.cgtproxy.Relay.varlink");
-    /// The interface's name.
-    pub const INTERFACE: &str = "org.cgtproxy.Relay";
-}
+interface!(helper, "org.cgtproxy.Helper");
+interface!(agent, "org.cgtproxy.Agent");
+interface!(relay, "org.cgtproxy.Relay");
 
 /// Where the helper listens unless it is told otherwise.
 pub const HELPER_SOCKET: &str = "/run/cgtproxy/helper.sock";
