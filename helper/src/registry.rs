@@ -12,7 +12,7 @@ use crate::config::Limits;
 use crate::mark::{MarkAllocator, MarkRange};
 use crate::nft::{
     Before, Bypass, BypassList, Delivery, DnsHijack, Element, Exceptions, Fakes, Gateway,
-    Inherited, Known, Layout, LeftBehind, Plan, Proxy, Stamp, Verdict,
+    Inherited, Known, Layout, LeftBehind, Plan, Proxy, Stamp, Stamped, Verdict,
 };
 use crate::peer::Uid;
 
@@ -94,8 +94,7 @@ pub struct InForce<'a> {
 /// What a user has in the kernel.
 #[derive(Debug, Clone)]
 struct User {
-    layout: Rc<Layout>,
-    stamp: Stamp,
+    stamped: Stamped,
     cgroups: BTreeMap<ControlGroupPath, (OwnedControlGroup, Element)>,
     census: Census,
     generation: u64,
@@ -110,6 +109,28 @@ enum Entry {
     LeftBehind(LeftBehind),
 }
 
+impl Entry {
+    /// The layout that the kernel has, if it is known.
+    fn stamped(&self) -> Option<&Stamped> {
+        match self {
+            Self::Policy(user) => Some(&user.stamped),
+            Self::Known(known) => Some(&known.stamped),
+            Self::LeftBehind(_) => None,
+        }
+    }
+
+    /// The elements that the kernel has, as far as they are known.
+    fn elements(&self) -> impl Iterator<Item = &(OwnedControlGroup, Element)> {
+        let (policy, known) = match self {
+            Self::Policy(user) => (Some(user.cgroups.values()), None),
+            Self::Known(known) => (None, Some(known.elements.iter())),
+            Self::LeftBehind(_) => (None, None),
+        };
+        let known = known.into_iter().flatten();
+        policy.into_iter().flatten().chain(known)
+    }
+}
+
 /// A change that is ready to be committed.
 #[derive(Debug)]
 pub struct Staged {
@@ -122,8 +143,7 @@ pub struct Staged {
 enum Effect {
     Replace(User),
     Change {
-        layout: Rc<Layout>,
-        stamp: Stamp,
+        stamped: Stamped,
         census: Census,
         cgroups: Vec<(ControlGroupPath, Option<(OwnedControlGroup, Element)>)>,
     },
@@ -212,26 +232,16 @@ impl Registry {
             holds_back: census.holds_back(),
             gateway: policy.gateway,
         });
+        let entry = self.users.get(&uid);
+        let stamped = Stamped::after(entry.and_then(Entry::stamped), layout);
+        let generation = match entry {
+            Some(Entry::Policy(user)) => user.generation,
+            Some(Entry::Known(_) | Entry::LeftBehind(_)) | None => 0,
+        };
         let mut changes = Changes::default();
-        let mut generation = 0;
-        let mut old = None;
-        match self.users.get(&uid) {
-            Some(Entry::Policy(user)) => {
-                for (cgroup, element) in user.cgroups.values() {
-                    changes.had(*cgroup, element);
-                }
-                generation = user.generation;
-                old = Some((&user.layout, user.stamp));
-            }
-            Some(Entry::Known(known)) => {
-                for (cgroup, element) in &known.elements {
-                    changes.had(*cgroup, element);
-                }
-                old = Some((&known.layout, known.stamp));
-            }
-            Some(Entry::LeftBehind(_)) | None => {}
+        for (cgroup, element) in entry.into_iter().flat_map(Entry::elements) {
+            changes.had(*cgroup, element);
         }
-        let stamp = stamp_of(old, &layout);
         for (cgroup, element) in cgroups.values() {
             changes.has(*cgroup, element);
         }
@@ -239,17 +249,14 @@ impl Registry {
         Ok(Staged {
             plan: Plan {
                 uid,
-                had: self.stamp(uid),
                 before,
-                after: Some(Rc::clone(&layout)),
-                stamp,
+                after: Some(stamped.clone()),
                 delete,
                 add,
             },
             marks: Some(marks),
             effect: Effect::Replace(User {
-                layout,
-                stamp,
+                stamped,
                 cgroups,
                 census,
                 generation,
@@ -272,6 +279,7 @@ impl Registry {
         let Some(Entry::Policy(user)) = self.users.get(&uid) else {
             return Err(Refused::NoPolicy);
         };
+        let old_layout = &user.stamped.layout;
         // Each is looked up once.
         let removed: Vec<_> = remove
             .into_iter()
@@ -285,7 +293,7 @@ impl Registry {
         let added = assigned.iter().filter(|(old, ..)| old.is_none()).count();
         self.admit(0, 0, user.cgroups.len() + added - removed.len())?;
         for (_, _, element) in &assigned {
-            known(&user.layout.proxies, &element.verdict)?;
+            known(&old_layout.proxies, &element.verdict)?;
         }
 
         let mut before = Vec::with_capacity(removed.len() + assigned.len());
@@ -315,12 +323,12 @@ impl Registry {
         // A level that no control group needs any more is left out one change later: what starts next is often what has
         // just ended, and writing another layout takes longer than everything else that a new control group needs.
         let holds_back = census.holds_back() || user.census.holds_back();
-        let same = census.is_of(&user.layout)
-            && census.levels_are(&user.census, &user.layout.levels)
-            && holds_back == user.layout.holds_back
-            && subtree == user.layout.subtree;
+        let same = census.is_of(old_layout)
+            && census.levels_are(&user.census, &old_layout.levels)
+            && holds_back == old_layout.holds_back
+            && subtree == old_layout.subtree;
         let layout = if same {
-            Rc::clone(&user.layout)
+            Rc::clone(old_layout)
         } else {
             Rc::new(Layout {
                 subtree,
@@ -328,25 +336,22 @@ impl Registry {
                 holds: census.holds(),
                 enforced: census.enforced(),
                 holds_back,
-                ..Layout::clone(&user.layout)
+                ..Layout::clone(old_layout)
             })
         };
-        let stamp = stamp_of(Some((&user.layout, user.stamp)), &layout);
+        let stamped = Stamped::after(Some(&user.stamped), layout);
         let (delete, add) = changes.finish();
         Ok(Staged {
             plan: Plan {
                 uid,
-                before: Before::Layout(Rc::clone(&user.layout)),
-                had: Some(user.stamp),
-                after: Some(Rc::clone(&layout)),
-                stamp,
+                before: Before::Layout(user.stamped.clone()),
+                after: Some(stamped.clone()),
                 delete,
                 add,
             },
             marks: None,
             effect: Effect::Change {
-                layout,
-                stamp,
+                stamped,
                 census,
                 cgroups,
             },
@@ -357,11 +362,7 @@ impl Registry {
     #[must_use]
     pub fn remove(&self, uid: Uid) -> Staged {
         let before = self.before(uid);
-        let delete = match self.users.get(&uid) {
-            Some(Entry::Policy(user)) => user.cgroups.values().map(|(c, _)| c.id()).collect(),
-            Some(Entry::Known(known)) => known.elements.iter().map(|(c, _)| c.id()).collect(),
-            Some(Entry::LeftBehind(_)) | None => Vec::new(),
-        };
+        let elements = self.users.get(&uid).into_iter().flat_map(Entry::elements);
         let mut marks = self.marks.clone();
         for (_, mark) in before.marks() {
             marks.free(mark);
@@ -370,10 +371,8 @@ impl Registry {
             plan: Plan {
                 uid,
                 before,
-                had: self.stamp(uid),
                 after: None,
-                stamp: Stamp::draw(),
-                delete,
+                delete: elements.map(|(cgroup, _)| cgroup.id()).collect(),
                 add: Vec::new(),
             },
             marks: Some(marks),
@@ -395,16 +394,14 @@ impl Registry {
                 generation
             }
             Effect::Change {
-                layout,
-                stamp,
+                stamped,
                 census,
                 cgroups,
             } => {
                 let Some(Entry::Policy(user)) = self.users.get_mut(&uid) else {
                     return 0;
                 };
-                user.layout = layout;
-                user.stamp = stamp;
+                user.stamped = stamped;
                 user.census = census;
                 for (path, cgroup) in cgroups {
                     match cgroup {
@@ -429,19 +426,11 @@ impl Registry {
     /// What an empty table needs to be as it was.
     #[must_use]
     pub fn rebuild(&self) -> Vec<Plan> {
-        let plan = |(&uid, entry): (&Uid, &Entry)| match entry {
-            Entry::Policy(user) => Some(Plan {
-                uid,
-                before: Before::Nothing,
-                had: None,
-                after: Some(Rc::clone(&user.layout)),
-                stamp: user.stamp,
-                delete: Vec::new(),
-                add: user.cgroups.values().cloned().collect(),
-            }),
-            Entry::Known(known) => Some(known.plan(uid)),
-            // What an earlier helper had put there is known to the table alone.
-            Entry::LeftBehind(_) => None,
+        // What no snapshot describes is known to the table alone.
+        let plan = |(&uid, entry): (&Uid, &Entry)| {
+            let elements = entry.elements().cloned();
+            let stamped = entry.stamped()?.clone();
+            Some(Plan::from_nothing(uid, stamped, elements.collect()))
         };
         self.users.iter().filter_map(plan).collect()
     }
@@ -465,27 +454,25 @@ impl Registry {
     /// What a user has, as far as it is known.
     #[must_use]
     pub fn policy(&self, uid: Uid) -> Option<InForce<'_>> {
-        match self.users.get(&uid)? {
-            Entry::Policy(user) => Some(InForce {
-                layout: &user.layout,
-                cgroups: user.cgroups.len(),
-                generation: user.generation,
-            }),
-            Entry::Known(known) => Some(InForce {
-                layout: &known.layout,
-                cgroups: known.elements.len(),
-                generation: 0,
-            }),
-            Entry::LeftBehind(_) => None,
-        }
+        let entry = self.users.get(&uid)?;
+        let layout = &entry.stamped()?.layout;
+        let (cgroups, generation) = match entry {
+            Entry::Policy(user) => (user.cgroups.len(), user.generation),
+            Entry::Known(known) => (known.elements.len(), 0),
+            Entry::LeftBehind(_) => return None,
+        };
+        Some(InForce {
+            layout,
+            cgroups,
+            generation,
+        })
     }
 
     /// All layouts that are known, by the names that the kernel has for them.
     pub fn layouts(&self) -> impl Iterator<Item = (Uid, Stamp, &Layout)> {
-        self.users.iter().filter_map(|(&uid, entry)| match entry {
-            Entry::Policy(user) => Some((uid, user.stamp, &*user.layout)),
-            Entry::Known(known) => Some((uid, known.stamp, &*known.layout)),
-            Entry::LeftBehind(_) => None,
+        self.users.iter().filter_map(|(&uid, entry)| {
+            let stamped = entry.stamped()?;
+            Some((uid, stamped.stamp, &*stamped.layout))
         })
     }
 
@@ -512,22 +499,12 @@ impl Registry {
         Ok(())
     }
 
-    /// The name of the layout that the kernel has for a user, if it has one.
-    fn stamp(&self, uid: Uid) -> Option<Stamp> {
-        match self.users.get(&uid)? {
-            Entry::Policy(user) => Some(user.stamp),
-            Entry::Known(known) => Some(known.stamp),
-            Entry::LeftBehind(left) => left.stamp,
-        }
-    }
-
     /// The control group that leads to what a user has, if it is known.
     #[must_use]
     pub fn subtree(&self, uid: Uid) -> Option<ControlGroupId> {
         match self.users.get(&uid)? {
-            Entry::Policy(user) => Some(user.layout.subtree.id()),
-            Entry::Known(known) => Some(known.layout.subtree.id()),
             Entry::LeftBehind(left) => left.subtree,
+            entry => Some(entry.stamped()?.layout.subtree.id()),
         }
     }
 
@@ -559,8 +536,9 @@ impl Registry {
     fn before(&self, uid: Uid) -> Before {
         match self.users.get(&uid) {
             None => Before::Nothing,
-            Some(Entry::Policy(user)) => Before::Layout(Rc::clone(&user.layout)),
-            Some(Entry::Known(known)) => Before::Layout(Rc::clone(&known.layout)),
+            Some(Entry::Policy(User { stamped, .. }) | Entry::Known(Known { stamped, .. })) => {
+                Before::Layout(stamped.clone())
+            }
             Some(Entry::LeftBehind(left)) => Before::LeftBehind(left.clone()),
         }
     }
@@ -622,14 +600,6 @@ impl Registry {
             marks.free(mark);
         }
         Ok((proxies, marks))
-    }
-}
-
-/// The name of a layout: the one that it has already, or a new one.
-fn stamp_of(before: Option<(&Rc<Layout>, Stamp)>, after: &Layout) -> Stamp {
-    match before {
-        Some((layout, stamp)) if **layout == *after => stamp,
-        _ => Stamp::draw(),
     }
 }
 

@@ -414,7 +414,7 @@ fn checksum(bytes: &[u8]) -> u64 {
 #[cfg(any(test, fuzzing))]
 pub(crate) fn fuzz(bytes: &[u8]) {
     use crate::config::Limits;
-    use crate::nft::{self, Inherited, Known};
+    use crate::nft::{self, Inherited, Known, Stamped};
     use crate::registry::Registry;
 
     let Ok(range) = MarkRange::new(0xff00_0000) else {
@@ -436,11 +436,9 @@ pub(crate) fn fuzz(bytes: &[u8]) {
 
     let mut registry = Registry::new(Limits::default(), range);
     let layout = Rc::new(layout);
-    let elements = Vec::new();
     let known = Known {
-        layout,
-        stamp,
-        elements,
+        stamped: Stamped { layout, stamp },
+        elements: Vec::new(),
     };
     let _ = nft::batch(&known.plan(uid), range);
     registry.adopt(uid, Inherited::Known(known));

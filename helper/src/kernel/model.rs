@@ -19,7 +19,7 @@ use crate::cgroup::{ControlGroupId, OwnedControlGroup, Root, Subtree, subtree_pa
 use crate::config::Config;
 use crate::nft::{
     self, Before, BypassList, Element, Hold, Inherited, Known, Layout, LeftBehind, MarkWriter,
-    Plan, Refusal, Stamp, Unread,
+    Plan, Refusal, Stamp, Stamped, Unread,
 };
 use crate::peer::{Peer, Uid};
 use crate::route::{self, Family};
@@ -66,8 +66,10 @@ impl Objects {
             )
         };
         Known {
-            layout: Rc::new(self.layout.clone()),
-            stamp: self.stamp,
+            stamped: Stamped {
+                layout: Rc::new(self.layout.clone()),
+                stamp: self.stamp,
+            },
             elements: self.elements.iter().map(element).collect(),
         }
     }
@@ -91,22 +93,23 @@ impl Table {
         }
         let before = self.0.remove(&plan.uid);
         if let Some(before) = &before {
-            let same = before.stamp == plan.stamp;
+            let same = plan.after.as_ref().map(|after| after.stamp) == Some(before.stamp);
             assert_eq!(
                 same,
                 plan.keeps_layout(),
                 "a stamp is the name of one layout"
             );
-            assert_eq!(plan.had, Some(before.stamp), "it has another stamp");
+            let stamp = plan.before.stamp();
+            assert_eq!(stamp, Some(before.stamp), "it has another stamp");
         }
         let (mut elements, mut held) = match &plan.before {
             Before::Nothing => {
                 assert_eq!(before, None, "there is something of this user's");
                 Default::default()
             }
-            Before::Layout(layout) => {
+            Before::Layout(stamped) => {
                 let before = before.expect("there is something of this user's");
-                assert_eq!(before.layout, **layout);
+                assert_eq!(before.layout, *stamped.layout);
                 (before.elements, before.held)
             }
             Before::LeftBehind(left) => {
@@ -120,7 +123,7 @@ impl Table {
             held.remove(id);
         }
         for (name, mark) in plan.before.marks() {
-            let after = plan.after.iter().flat_map(|layout| &layout.proxies);
+            let after = plan.after.iter().flat_map(|after| &after.layout.proxies);
             let mut others = after.filter(|(other, _)| *other != name);
             // EEXIST: what it led to is there until the last step.
             assert!(
@@ -128,7 +131,7 @@ impl Table {
                 "a mark leads to two proxies"
             );
         }
-        let Some(layout) = plan.after.as_deref() else {
+        let Some(Stamped { layout, stamp }) = &plan.after else {
             assert!(plan.add.is_empty(), "nowhere to add it");
             assert!(elements.is_empty(), "not all of it is deleted");
             return;
@@ -154,7 +157,7 @@ impl Table {
             layout.holds_back || !elements.values().any(Element::holds_back),
             "what is open would not be dropped"
         );
-        let layout = layout.clone();
+        let layout = Layout::clone(layout);
         for other in self.lists() {
             let same = layout
                 .bypass
@@ -162,10 +165,9 @@ impl Table {
                 .all(|list| list.number != other.number || list.destinations == other.destinations);
             assert!(same, "two bypass lists have one number");
         }
-        let stamp = plan.stamp;
         let objects = Objects {
             layout,
-            stamp,
+            stamp: *stamp,
             elements,
             held,
         };

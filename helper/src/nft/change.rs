@@ -23,7 +23,9 @@ impl Transaction<'_> {
                     }
                 }
             }
-            (Before::Layout(before), None) => self.delete_user(&names, before, &elements, shared),
+            (Before::Layout(before), None) => {
+                self.delete_user(&names, &before.layout, &elements, shared);
+            }
             (Before::LeftBehind(_), None) => {
                 self.delete_remnants(&names, shared.left(plan.uid), shared);
             }
@@ -34,7 +36,7 @@ impl Transaction<'_> {
 
     /// The layout that the kernel has is not that of before any more.
     pub(super) fn unstamp(&mut self, plan: &Plan) {
-        if !plan.keeps_layout() && plan.had.is_some() {
+        if !plan.keeps_layout() && plan.before.stamp().is_some() {
             let key = plan.uid.value().to_ne_bytes();
             self.delete_element(STAMPS, &key);
         }
@@ -42,8 +44,8 @@ impl Transaction<'_> {
 
     /// The name of the layout that the kernel has from here on.
     pub(super) fn stamp(&mut self, plan: &Plan) {
-        if !plan.keeps_layout() && plan.after.is_some() {
-            self.add_stamp(plan.uid, plan.stamp);
+        if let Some((uid, stamp, _)) = plan.coming() {
+            self.add_stamp(uid, stamp);
         }
     }
 
@@ -68,6 +70,7 @@ impl Transaction<'_> {
         let names = Names::of(plan.uid);
         let (before, after) = match (&plan.before, &plan.after) {
             (Before::Nothing, Some(after)) => {
+                let after = &after.layout;
                 match step {
                     Step::Chains => self.create_user(&names, after, shared),
                     Step::Additions => self.lead_to_user(&names, after, elements, shared),
@@ -75,10 +78,10 @@ impl Transaction<'_> {
                 }
                 return;
             }
-            (Before::Layout(before), Some(after)) => (before, after),
+            (Before::Layout(before), Some(after)) => (&before.layout, &after.layout),
             (Before::LeftBehind(_), Some(after)) => {
                 let left = shared.left(plan.uid);
-                return self.take_over(&names, left, after, elements, step, shared);
+                return self.take_over(&names, left, &after.layout, elements, step, shared);
             }
             (_, None) => return,
         };
@@ -134,8 +137,10 @@ impl Transaction<'_> {
         let names = Names::of(plan.uid);
         let (before, after) = match (&plan.before, &plan.after) {
             // A first policy has two steps. The second one, with what leads to the layout, is the one that was refused.
-            (Before::Nothing, Some(after)) => return self.delete_layout(&names, after, shared),
-            (Before::Layout(before), Some(after)) => (before, after),
+            (Before::Nothing, Some(after)) => {
+                return self.delete_layout(&names, &after.layout, shared);
+            }
+            (Before::Layout(before), Some(after)) => (&before.layout, &after.layout),
             _ => return,
         };
         if done.contains(&Step::Additions) {
@@ -153,8 +158,8 @@ impl Transaction<'_> {
                 self.delete_list(&names, after, shared);
             }
         }
-        if let Some(had) = plan.had.filter(|_| !plan.keeps_layout()) {
-            self.add_stamp(plan.uid, had);
+        if let Some(stamp) = plan.before.stamp().filter(|_| !plan.keeps_layout()) {
+            self.add_stamp(plan.uid, stamp);
         }
     }
 

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::ffi::Comment;
 use super::names::{self, ListNames, Names};
-use super::plan::{Inherited, Known, Layout, LeftBehind, Stamp};
+use super::plan::{Inherited, Known, Layout, LeftBehind, Stamp, Stamped};
 use super::policy::{Element, Enforced};
 use super::shared::{Remnants, Shared};
 use super::socket::Dump;
@@ -125,8 +125,10 @@ impl Contents {
             elements.push((OwnedControlGroup::found(id, level), element));
         }
         Some(Known {
-            layout: Rc::new(layout.clone()),
-            stamp,
+            stamped: Stamped {
+                layout: Rc::new(layout.clone()),
+                stamp,
+            },
             elements,
         })
     }
@@ -168,7 +170,7 @@ impl Nftables {
                 .and_then(|(stamp, layout)| contents.known(self.marks, uid, stamp, layout, stays));
             let found = match known {
                 Some(known) => {
-                    layouts.insert(uid, Rc::clone(&known.layout));
+                    layouts.insert(uid, Rc::clone(&known.stamped.layout));
                     Inherited::Known(known)
                 }
                 None => {

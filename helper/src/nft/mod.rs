@@ -41,7 +41,7 @@ use rustix::io::Errno;
 pub use ffi::refuse_descriptors;
 pub(crate) use ffi::{refuses_descriptors, watch, watch_guarded};
 pub use foreign::{MarkWriter, Unread};
-pub use plan::{Before, Inherited, Known, Layout, LeftBehind, Plan, Stamp};
+pub use plan::{Before, Inherited, Known, Layout, LeftBehind, Plan, Stamp, Stamped};
 pub use policy::{
     Bypass, BypassList, Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway, Hold,
     Proxy, Verdict,

@@ -61,6 +61,27 @@ pub struct Layout {
     pub gateway: Option<Gateway>,
 }
 
+/// A layout and its stamp.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stamped {
+    /// The layout.
+    pub layout: Rc<Layout>,
+    /// Its stamp.
+    pub stamp: Stamp,
+}
+
+impl Stamped {
+    /// A layout that comes after `before`: with its stamp if it is the same, with a new one otherwise.
+    #[must_use]
+    pub fn after(before: Option<&Self>, layout: Rc<Layout>) -> Self {
+        let stamp = match before {
+            Some(before) if before.layout == layout => before.stamp,
+            _ => Stamp::draw(),
+        };
+        Self { layout, stamp }
+    }
+}
+
 /// What the rules of the output hook look up for a layout.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Looks<'a> {
@@ -134,10 +155,8 @@ pub struct LeftBehind {
 /// A user's objects that a helper before this one left in the kernel, and that a snapshot describes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Known {
-    /// What they are.
-    pub layout: Rc<Layout>,
-    /// Its name, which the kernel has as well.
-    pub stamp: Stamp,
+    /// What they are; the kernel has the stamp as well.
+    pub stamped: Stamped,
     /// The verdicts. A level is known of those only below which something is held.
     pub elements: Vec<(OwnedControlGroup, Element)>,
 }
@@ -146,15 +165,7 @@ impl Known {
     /// What an empty table needs to have it.
     #[must_use]
     pub fn plan(&self, uid: Uid) -> Plan {
-        Plan {
-            uid,
-            before: Before::Nothing,
-            had: None,
-            after: Some(Rc::clone(&self.layout)),
-            stamp: self.stamp,
-            delete: Vec::new(),
-            add: self.elements.clone(),
-        }
+        Plan::from_nothing(uid, self.stamped.clone(), self.elements.clone())
     }
 }
 
@@ -173,7 +184,7 @@ pub enum Before {
     /// Nothing.
     Nothing,
     /// This layout.
-    Layout(Rc<Layout>),
+    Layout(Stamped),
     /// Objects of an earlier helper, to be replaced whole.
     LeftBehind(LeftBehind),
 }
@@ -183,7 +194,8 @@ impl Before {
     pub(crate) fn marks(&self) -> Vec<(&ProxyName, Mark)> {
         match self {
             Self::Nothing => Vec::new(),
-            Self::Layout(layout) => layout
+            Self::Layout(stamped) => stamped
+                .layout
                 .proxies
                 .iter()
                 .map(|(name, proxy)| (name, proxy.mark))
@@ -195,6 +207,15 @@ impl Before {
                 .collect(),
         }
     }
+
+    /// The stamp that the kernel has, if it has one.
+    pub(crate) fn stamp(&self) -> Option<Stamp> {
+        match self {
+            Self::Nothing => None,
+            Self::Layout(stamped) => Some(stamped.stamp),
+            Self::LeftBehind(left) => left.stamp,
+        }
+    }
 }
 
 /// One user's change. It names that user's objects only, and its control groups were opened on
@@ -203,12 +224,8 @@ impl Before {
 pub struct Plan {
     pub(crate) uid: Uid,
     pub(crate) before: Before,
-    /// The name of that, if it has one.
-    pub(crate) had: Option<Stamp>,
     /// What the kernel holds afterwards; none: nothing of this user.
-    pub(crate) after: Option<Rc<Layout>>,
-    /// The name of that: another one if it is another layout.
-    pub(crate) stamp: Stamp,
+    pub(crate) after: Option<Stamped>,
     /// Elements to delete, all of which the kernel has.
     pub(crate) delete: Vec<ControlGroupId>,
     /// Elements to add, none of which the kernel has once `delete` is done.
@@ -241,7 +258,7 @@ impl Step {
     pub(super) fn has_work(self, plan: &Plan, elements: &ElementChanges<'_>) -> bool {
         let (before, after) = match (&plan.before, &plan.after) {
             (Before::Nothing, Some(_)) => return matches!(self, Self::Chains | Self::Additions),
-            (Before::Layout(before), Some(after)) => (before, after),
+            (Before::Layout(before), Some(after)) => (&before.layout, &after.layout),
             (Before::LeftBehind(_), Some(_)) => return true,
             (_, None) => return false,
         };
@@ -293,6 +310,21 @@ pub(super) struct ElementChanges<'p> {
 }
 
 impl Plan {
+    /// What brings a layout with these elements about for a user who has nothing.
+    pub(crate) fn from_nothing(
+        uid: Uid,
+        stamped: Stamped,
+        elements: Vec<(OwnedControlGroup, Element)>,
+    ) -> Self {
+        Self {
+            uid,
+            before: Before::Nothing,
+            after: Some(stamped),
+            delete: Vec::new(),
+            add: elements,
+        }
+    }
+
     /// What this does to single elements.
     pub(super) fn element_changes(&self, shared: &Shared) -> ElementChanges<'_> {
         let had: BTreeSet<_> = match self.before {
@@ -321,7 +353,7 @@ impl Plan {
     pub fn keeps_layout(&self) -> bool {
         match (&self.before, &self.after) {
             (Before::Nothing, None) => true,
-            (Before::Layout(before), Some(after)) => before == after,
+            (Before::Layout(before), Some(after)) => before.layout == after.layout,
             _ => false,
         }
     }
@@ -329,7 +361,7 @@ impl Plan {
     /// The layout that this brings about, if it is another one, and whose it is.
     #[must_use]
     pub fn coming(&self) -> Option<(Uid, Stamp, &Layout)> {
-        let after = self.after.as_deref().filter(|_| !self.keeps_layout())?;
-        Some((self.uid, self.stamp, after))
+        let after = self.after.as_ref().filter(|_| !self.keeps_layout())?;
+        Some((self.uid, after.stamp, &after.layout))
     }
 }

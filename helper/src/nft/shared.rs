@@ -68,7 +68,7 @@ impl Shared {
     pub(super) fn carried_out(&mut self, plan: &Plan) {
         self.left.remove(&plan.uid);
         match &plan.after {
-            Some(layout) => self.layouts.insert(plan.uid, Rc::clone(layout)),
+            Some(after) => self.layouts.insert(plan.uid, Rc::clone(&after.layout)),
             None => self.layouts.remove(&plan.uid),
         };
     }

@@ -15,7 +15,7 @@ use nftnl::{FinalizedBatch, MsgType, ProtoFamily, Table, nft_nlmsg_maxsize};
 use super::ffi::table_flags::{OWNER, PERSIST};
 use super::ffi::{Comment, Content, Element, KeyType};
 use super::names::Names;
-use super::plan::{Before, Layout, Plan, Stamp};
+use super::plan::{Before, Layout, Plan, Stamp, Stamped};
 use super::policy::{
     self, Bypass, BypassList, Delivery, DnsHijack, Enforced, Exceptions, Fakes, Gateway, Hold,
     Proxy, Verdict,
@@ -312,8 +312,9 @@ fn left(uid: Uid) -> Shared {
 
 /// What becomes of a policy, from nothing to nothing.
 fn life(uid: Uid, count: u64) -> Vec<Plan> {
-    let layout = Rc::new(layout(uid == Uid::ROOT));
-    let mut changed = (*layout).clone();
+    let stamped = |layout| Stamped::after(None, Rc::new(layout));
+    let layout = layout(uid == Uid::ROOT);
+    let mut changed = layout.clone();
     changed.subtree = Top::for_test(4, layout.subtree.level());
     changed.proxies.remove(&name("nobody"));
     changed.proxies.get_mut(&name("redirect")).unwrap().delivery = Delivery::Redirect(None);
@@ -322,24 +323,20 @@ fn life(uid: Uid, count: u64) -> Vec<Plan> {
     changed.holds.clear();
     changed.enforced = false;
     changed.holds_back = false;
-    let changed = Rc::new(changed);
+    let changed = stamped(changed);
     let elements = elements(count);
     let delete = elements.iter().map(|(cgroup, _)| cgroup.id()).collect();
     let lists = [1, 2].into();
     let left = layout.left_behind(Stamp::draw(), elements.iter().map(|(_, e)| e), lists);
+    let layout = stamped(layout);
     let plan = |before, after, delete, add| Plan {
         uid,
-        had: match &before {
-            Before::Nothing => None,
-            Before::Layout(_) | Before::LeftBehind(_) => Some(Stamp::draw()),
-        },
         before,
         after,
-        stamp: Stamp::draw(),
         delete,
         add,
     };
-    let is = |layout: &Rc<Layout>| Before::Layout(layout.clone());
+    let is = |stamped: &Stamped| Before::Layout(stamped.clone());
     vec![
         plan(Before::Nothing, Some(layout.clone()), vec![], elements),
         plan(is(&layout), Some(changed.clone()), delete, vec![]),

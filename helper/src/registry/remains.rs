@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use super::change::Changes;
-use super::{Effect, Entry, Registry, Staged, stamp_of};
+use super::{Effect, Entry, Registry, Staged};
 use crate::cgroup::OwnedControlGroup;
 use crate::config::OnAgentLoss;
-use crate::nft::{Before, Element, Enforced, Hold, Known, Layout, Plan, Verdict};
+use crate::nft::{Before, Element, Enforced, Hold, Known, Layout, Plan, Stamped, Verdict};
 use crate::peer::Uid;
 
 /// What stays of a policy.
@@ -28,32 +28,32 @@ impl Registry {
         if loss == OnAgentLoss::Direct {
             return Remains::Nothing;
         }
-        let (layout, stamp, elements) = match self.users.get(&uid) {
-            None => return Remains::Nothing,
-            Some(Entry::LeftBehind(left)) => {
+        let Some(entry) = self.users.get(&uid) else {
+            return Remains::Nothing;
+        };
+        let stamped = match entry {
+            Entry::LeftBehind(left) => {
                 return match left.holds_back || loss == OnAgentLoss::Drop {
                     true => Remains::All,
                     false => Remains::Nothing,
                 };
             }
-            Some(Entry::Policy(user)) => {
-                let elements: Vec<_> = user.cgroups.values().cloned().collect();
-                (&user.layout, user.stamp, elements)
-            }
-            Some(Entry::Known(known)) => (&known.layout, known.stamp, known.elements.clone()),
+            Entry::Policy(user) => &user.stamped,
+            Entry::Known(known) => &known.stamped,
         };
+        let layout = &stamped.layout;
         let (rest, levels) = match loss {
             OnAgentLoss::Drop => {
                 let all = (layout.subtree.cgroup(), Verdict::Drop.into());
                 (vec![all], [layout.subtree.level()].into())
             }
             // Of some control groups it is not known how deep they are.
-            _ => (released(&elements), layout.levels.clone()),
+            _ => (released(entry.elements()), layout.levels.clone()),
         };
         if !rest.iter().any(|(_, element)| element.holds_back()) {
             return Remains::Nothing;
         }
-        let after = Rc::new(Layout {
+        let after = Layout {
             proxies: BTreeMap::new(),
             gateway: None,
             levels,
@@ -66,35 +66,32 @@ impl Registry {
                 .any(|(_, element)| element.enforced != Enforced::Nothing),
             holds_back: true,
             ..Layout::clone(layout)
-        });
+        };
+        let after = Stamped::after(Some(stamped), Rc::new(after));
         let mut changes = Changes::default();
-        for (cgroup, element) in &elements {
+        for (cgroup, element) in entry.elements() {
             changes.had(*cgroup, element);
         }
         for (cgroup, element) in &rest {
             changes.has(*cgroup, element);
         }
         let (delete, add) = changes.finish();
-        let before = Before::Layout(Rc::clone(layout));
+        let before = Before::Layout(stamped.clone());
         let mut marks = self.marks.clone();
         for (_, mark) in before.marks() {
             marks.free(mark);
         }
-        let new_stamp = stamp_of(Some((layout, stamp)), &after);
         Remains::Part(Box::new(Staged {
             plan: Plan {
                 uid,
                 before,
-                had: Some(stamp),
-                after: Some(Rc::clone(&after)),
-                stamp: new_stamp,
+                after: Some(after.clone()),
                 delete,
                 add,
             },
             marks: Some(marks),
             effect: Effect::Reduce(Known {
-                layout: after,
-                stamp: new_stamp,
+                stamped: after,
                 elements: rest,
             }),
         }))
@@ -102,7 +99,9 @@ impl Registry {
 }
 
 /// The same without proxies: what went to one is not decided here any more.
-fn released(elements: &[(OwnedControlGroup, Element)]) -> Vec<(OwnedControlGroup, Element)> {
+fn released<'a>(
+    elements: impl Iterator<Item = &'a (OwnedControlGroup, Element)>,
+) -> Vec<(OwnedControlGroup, Element)> {
     let release = |(cgroup, element): &(OwnedControlGroup, Element)| {
         let element = match &element.verdict {
             Verdict::Proxy(_) => Element {
@@ -118,5 +117,5 @@ fn released(elements: &[(OwnedControlGroup, Element)]) -> Vec<(OwnedControlGroup
         };
         (*cgroup, element)
     };
-    elements.iter().map(release).collect()
+    elements.map(release).collect()
 }

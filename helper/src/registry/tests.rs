@@ -24,15 +24,15 @@ fn assert_consistent(registry: &Registry, table: &Table) {
             // What an earlier helper left is known whole, or as far as it can be read.
             (Some(Entry::Known(known)), Some(objects)) => {
                 assert_eq!(
-                    (&*known.layout, known.stamp),
+                    (&*known.stamped.layout, known.stamped.stamp),
                     (&objects.layout, objects.stamp)
                 );
                 assert_eq!(told(known.elements.iter()), objects.elements);
-                let proxies = &known.layout.proxies;
+                let proxies = &known.stamped.layout.proxies;
                 for (_, element) in &known.elements {
                     assert_eq!(super::known(proxies, &element.verdict), Ok(()));
                 }
-                for proxy in known.layout.proxies.values() {
+                for proxy in known.stamped.layout.proxies.values() {
                     assert!(marks.insert(proxy.mark), "two proxies have one mark");
                     assert!(registry.marks.is_used(proxy.mark));
                 }
@@ -50,12 +50,12 @@ fn assert_consistent(registry: &Registry, table: &Table) {
             (entry, objects) => panic!("{entry:?} is not {objects:?}"),
         };
         let objects = objects.unwrap();
-        assert_eq!(objects.layout, *user.layout);
+        assert_eq!(objects.layout, *user.stamped.layout);
         let known = told(user.cgroups.values());
         assert_eq!(objects.elements, known);
         let levels: BTreeSet<_> = user.cgroups.values().map(|(c, _)| c.level()).collect();
         assert!(
-            user.layout.levels.is_superset(&levels),
+            user.stamped.layout.levels.is_superset(&levels),
             "a level is there while it is used"
         );
         let holds: BTreeSet<_> = user
@@ -64,29 +64,29 @@ fn assert_consistent(registry: &Registry, table: &Table) {
             .flat_map(|(c, element)| Hold::all_of(c.level(), element))
             .collect();
         assert_eq!(
-            user.layout.holds, holds,
+            user.stamped.layout.holds, holds,
             "a chain is there while it is used"
         );
         assert!(user.cgroups.len() <= registry.limits.control_groups);
         for element in known.values() {
-            let proxies = &user.layout.proxies;
+            let proxies = &user.stamped.layout.proxies;
             assert_eq!(super::known(proxies, &element.verdict), Ok(()));
         }
         assert_eq!(
-            user.layout.enforced,
+            user.stamped.layout.enforced,
             known
                 .values()
                 .any(|element| element.enforced != Enforced::Nothing),
             "the enforced verdicts are looked up while there are any"
         );
         assert!(
-            user.layout.holds_back || !known.values().any(Element::holds_back),
+            user.stamped.layout.holds_back || !known.values().any(Element::holds_back),
             "packets of open connections are looked at while anything is dropped"
         );
-        if let Some(gateway) = &user.layout.gateway {
-            assert!(user.layout.proxies.contains_key(&gateway.proxy));
+        if let Some(gateway) = &user.stamped.layout.gateway {
+            assert!(user.stamped.layout.proxies.contains_key(&gateway.proxy));
         }
-        for proxy in user.layout.proxies.values() {
+        for proxy in user.stamped.layout.proxies.values() {
             assert!(marks.insert(proxy.mark), "two proxies have one mark");
             assert!(registry.marks.is_used(proxy.mark));
         }
@@ -277,7 +277,7 @@ proptest! {
                 Call::Lose(loss) => match registry.remains(uid, loss) {
                     Remains::Nothing => Ok(registry.remove(uid)),
                     Remains::Part(staged) => {
-                        let after = staged.plan().after.as_ref().unwrap();
+                        let after = &staged.plan().after.as_ref().unwrap().layout;
                         assert!(after.proxies.is_empty() && after.gateway.is_none());
                         Ok(*staged)
                     }
@@ -362,6 +362,7 @@ fn what_was_left_behind_keeps_its_marks() {
         .after
         .as_ref()
         .unwrap()
+        .layout
         .proxies
         .values()
         .map(|proxy| proxy.mark.value())
@@ -415,7 +416,7 @@ fn a_level_is_looked_at_for_one_change_longer() {
     let lone = || elements(vec![(1, 0, 0)]);
     let staged = registry.replace(uid, policy, lone(), open);
     registry.apply(staged.unwrap());
-    let stamp = registry.stamp(uid);
+    let stamp = registry.before(uid).stamp();
     for _ in 0..3 {
         for (assigned, removed) in [
             (BTreeMap::new(), BTreeSet::from([path(1)])),
@@ -425,7 +426,7 @@ fn a_level_is_looked_at_for_one_change_longer() {
             let staged = staged.unwrap();
             assert!(staged.plan().keeps_layout());
             registry.apply(staged);
-            assert_eq!(registry.stamp(uid), stamp);
+            assert_eq!(registry.before(uid).stamp(), stamp);
         }
     }
     let elsewhere = registry.update(
