@@ -5,7 +5,7 @@
 //! (`SO_LINGER`, socket(7)), and whoever closes it last sleeps so long. The one thread that serves everybody must
 //! not.
 //!
-//! Linux 6.16 does not let anybody send them ([`refuse_descriptors`]). Before that, and to connections that were made
+//! Linux 6.16 does not let anybody send them ([`crate::sys::refuse_descriptors`]). Before that, and to connections made
 //! before, they can be sent, and nothing is read here that was not looked at first. Looking (`MSG_PEEK`) closes nothing. Where
 //! descriptors are, nothing is read, and the socket stays open until this process ends: a process that ends does not
 //! linger (`PF_EXITING` in inet_release, net/ipv4/af_inet.c). Where systemd has the listening socket, the helper is
@@ -16,7 +16,7 @@
 
 use std::cell::Cell;
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::task::{Context, Poll, ready};
@@ -32,8 +32,7 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::Notify;
 
-pub use crate::nft::refuse_descriptors;
-use crate::nft::{refuses_descriptors, watch_guarded};
+use crate::sys::{refuses_descriptors, watch_shared};
 
 /// How much is looked at, and read, at once.
 const CHUNK: usize = 64 * 1024;
@@ -96,35 +95,36 @@ impl From<Failure> for io::Error {
 
 /// A socket that is not closed with descriptors in it.
 #[derive(Debug)]
-pub(crate) struct Socket {
-    /// None once it is dropped.
-    socket: Option<Rc<OwnedFd>>,
+struct Socket {
+    socket: Rc<OwnedFd>,
     /// There may be descriptors in it.
     suspect: bool,
     parked: Parked,
 }
 
 impl Socket {
-    fn get(&self) -> Result<BorrowedFd<'_>, Errno> {
-        let socket = self.socket.as_deref();
-        socket.map(AsFd::as_fd).ok_or(Errno::NOTCONN)
-    }
-
     fn receive(&self, room: &mut [u8]) -> Result<usize, Failure> {
-        let socket = self.get().map_err(Failure::Other)?;
         let length = match self.suspect {
-            true => look(socket, room)?,
+            true => look(&self.socket, room)?,
             false => room.len(),
         };
         // `look` has seen no descriptors in so many bytes, and nothing else reads from the socket.
         let room = room.get_mut(..length).unwrap_or_default();
-        let read = recv(socket, room, RecvFlags::DONTWAIT).map_err(Failure::Other)?;
+        let read = recv(&self.socket, room, RecvFlags::DONTWAIT).map_err(Failure::Other)?;
         Ok(read.0)
+    }
+
+    fn send(&self, bytes: &[u8]) -> Result<usize, Errno> {
+        send(
+            &self.socket,
+            bytes,
+            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+        )
     }
 }
 
 /// How much can be read at once without descriptors.
-fn look(socket: BorrowedFd<'_>, room: &mut [u8]) -> Result<usize, Failure> {
+fn look(socket: &OwnedFd, room: &mut [u8]) -> Result<usize, Failure> {
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
     let mut nothing = RecvAncillaryBuffer::default();
     let seen = recvmsg(socket, &mut [IoSliceMut::new(room)], &mut nothing, flags);
@@ -135,18 +135,10 @@ fn look(socket: BorrowedFd<'_>, room: &mut [u8]) -> Result<usize, Failure> {
     }
 }
 
-impl AsRawFd for Socket {
-    fn as_raw_fd(&self) -> RawFd {
-        self.socket.as_deref().map_or(-1, AsRawFd::as_raw_fd)
-    }
-}
-
 impl Drop for Socket {
     fn drop(&mut self) {
         // Nothing comes any more; what has been sent can still be read at the other end.
-        if let Ok(socket) = self.get() {
-            let _ = shutdown(socket, Shutdown::Both);
-        }
+        let _ = shutdown(&self.socket, Shutdown::Both);
         let mut waste = [0; WASTE];
         let descriptors = loop {
             match self.receive(&mut waste) {
@@ -155,10 +147,8 @@ impl Drop for Socket {
                 Err(Failure::Descriptors) => break true,
             }
         };
-        if let Some(socket) = self.socket.take()
-            && descriptors
-        {
-            self.parked.park(socket);
+        if descriptors {
+            self.parked.park(Rc::clone(&self.socket));
         }
     }
 }
@@ -185,15 +175,11 @@ impl Line {
 
 /// A connected stream socket.
 #[derive(Debug)]
-pub struct Guarded(Waiting);
-
-/// What the runtime waits for.
-#[derive(Debug)]
-enum Waiting {
-    Read(AsyncFd<Socket>),
-    Write(AsyncFd<Socket>),
-    /// Nothing: it could not be told to wait for something else.
-    Nothing,
+pub struct Guarded {
+    /// What the runtime waits for: something to read or, while the socket is full, room to write. None if it could not
+    /// be told to wait.
+    waiting: Option<(Interest, AsyncFd<Rc<OwnedFd>>)>,
+    socket: Socket,
 }
 
 impl Guarded {
@@ -205,51 +191,43 @@ impl Guarded {
         let stream = OwnedFd::from(stream.into_std()?);
         let socket = Socket {
             suspect: !refuses_descriptors(&stream),
-            socket: Some(Rc::new(stream)),
+            socket: Rc::new(stream),
             parked: parked.clone(),
         };
         // Urgent data is looked at only where it is data like any other.
-        set_socket_oobinline(socket.get()?, true)?;
-        let socket = watch_guarded(socket, Interest::READABLE)?;
-        Ok(Self(Waiting::Read(socket)))
+        set_socket_oobinline(&socket.socket, true)?;
+        let mut this = Self {
+            waiting: None,
+            socket,
+        };
+        this.wait_for(Interest::READABLE)?;
+        Ok(this)
     }
 
     /// What tells whether the peer is still there.
     #[must_use]
     pub fn line(&self) -> Line {
-        let socket = match &self.0 {
-            Waiting::Read(socket) | Waiting::Write(socket) => socket.get_ref().socket.as_ref(),
-            Waiting::Nothing => None,
+        Line(Rc::downgrade(&self.socket.socket))
+    }
+
+    /// Has the runtime wait for this, and for nothing else.
+    fn wait_for(&mut self, interest: Interest) -> io::Result<(&AsyncFd<Rc<OwnedFd>>, &Socket)> {
+        let waiting = match self.waiting.take() {
+            Some(waiting) if waiting.0 == interest => waiting,
+            other => {
+                // The runtime takes one descriptor once.
+                drop(other);
+                let socket = Rc::clone(&self.socket.socket);
+                (interest, watch_shared(socket, interest)?)
+            }
         };
-        Line(socket.map_or_else(Weak::new, Rc::downgrade))
+        let (_, watched) = self.waiting.insert(waiting);
+        Ok((watched, &self.socket))
     }
 
-    fn reader(&mut self) -> io::Result<&mut AsyncFd<Socket>> {
-        if let Waiting::Write(_) = self.0 {
-            self.0 = Waiting::Read(watch_guarded(self.take()?, Interest::READABLE)?);
-        }
-        match &mut self.0 {
-            Waiting::Read(socket) => Ok(socket),
-            Waiting::Write(_) | Waiting::Nothing => Err(io::ErrorKind::NotConnected.into()),
-        }
-    }
-
-    fn writer(&mut self) -> io::Result<&mut AsyncFd<Socket>> {
-        if let Waiting::Read(_) = self.0 {
-            self.0 = Waiting::Write(watch_guarded(self.take()?, Interest::WRITABLE)?);
-        }
-        match &mut self.0 {
-            Waiting::Write(socket) => Ok(socket),
-            Waiting::Read(_) | Waiting::Nothing => Err(io::ErrorKind::NotConnected.into()),
-        }
-    }
-
-    /// The socket itself, which nobody waits for any more.
-    fn take(&mut self) -> io::Result<Socket> {
-        match std::mem::replace(&mut self.0, Waiting::Nothing) {
-            Waiting::Read(socket) | Waiting::Write(socket) => Ok(socket.into_inner()),
-            Waiting::Nothing => Err(io::ErrorKind::NotConnected.into()),
-        }
+    fn waits_for(&self, interest: Interest) -> bool {
+        let waiting = self.waiting.as_ref();
+        waiting.is_some_and(|(for_what, _)| *for_what == interest)
     }
 }
 
@@ -263,11 +241,11 @@ impl AsyncRead for Guarded {
         if length == 0 {
             return Poll::Ready(Ok(()));
         }
-        let socket = self.reader()?;
+        let (watched, socket) = self.wait_for(Interest::READABLE)?;
         loop {
-            let mut ready = ready!(socket.poll_read_ready(context))?;
+            let mut ready = ready!(watched.poll_read_ready(context))?;
             let room = buffer.initialize_unfilled_to(length);
-            match ready.get_inner().receive(room) {
+            match socket.receive(room) {
                 Ok(read) => {
                     // What comes after that is told anew.
                     if (1..length).contains(&read) {
@@ -290,22 +268,21 @@ impl AsyncWrite for Guarded {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        if let Waiting::Read(socket) = &self.0 {
-            match send(socket.get_ref().get()?, bytes, flags) {
+        if self.waits_for(Interest::READABLE) {
+            match self.socket.send(bytes) {
                 Err(Errno::AGAIN) => {}
                 sent => return Poll::Ready(sent.map_err(Into::into)),
             }
         }
-        let socket = self.writer()?;
+        let (watched, socket) = self.wait_for(Interest::WRITABLE)?;
         let written = loop {
-            let mut ready = ready!(socket.poll_write_ready(context))?;
-            match send(ready.get_inner().get()?, bytes, flags) {
+            let mut ready = ready!(watched.poll_write_ready(context))?;
+            match socket.send(bytes) {
                 Err(Errno::AGAIN) => ready.clear_ready(),
                 sent => break sent.map_err(Into::into),
             }
         };
-        self.reader()?;
+        self.wait_for(Interest::READABLE)?;
         Poll::Ready(written)
     }
 
@@ -313,8 +290,8 @@ impl AsyncWrite for Guarded {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let shut = shutdown(self.reader()?.get_ref().get()?, Shutdown::Write);
+    fn poll_shutdown(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let shut = shutdown(&self.socket.socket, Shutdown::Write);
         Poll::Ready(shut.map_err(Into::into))
     }
 }
@@ -324,6 +301,7 @@ mod tests {
     use super::*;
 
     use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::net::{SocketAddr, UnixListener, UnixStream as Blocking};
     use std::sync::atomic::{AtomicU32, Ordering};
@@ -332,6 +310,8 @@ mod tests {
     use rustix::net::sockopt::set_socket_linger;
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use crate::sys::refuse_descriptors;
 
     fn block_on<T>(future: impl Future<Output = T>) -> T {
         tokio::runtime::Builder::new_current_thread()
@@ -345,20 +325,13 @@ mod tests {
     fn pair(parked: &Parked) -> (Guarded, Blocking) {
         let (ours, theirs) = Blocking::pair().unwrap();
         let ours = guarded(ours, parked);
-        assert!(suspect(&ours));
+        assert!(ours.socket.suspect);
         (ours, theirs)
     }
 
     fn guarded(ours: Blocking, parked: &Parked) -> Guarded {
         ours.set_nonblocking(true).unwrap();
         Guarded::new(UnixStream::from_std(ours).unwrap(), parked).unwrap()
-    }
-
-    fn suspect(guarded: &Guarded) -> bool {
-        match &guarded.0 {
-            Waiting::Read(socket) | Waiting::Write(socket) => socket.get_ref().suspect,
-            Waiting::Nothing => unreachable!(),
-        }
     }
 
     fn listener() -> UnixListener {
@@ -378,7 +351,7 @@ mod tests {
         let refused = refuse_descriptors(&listener);
         let theirs = connect(&listener);
         let ours = guarded(listener.accept().unwrap().0, parked);
-        assert_eq!(suspect(&ours), refused.is_err());
+        assert_eq!(ours.socket.suspect, refused.is_err());
         (ours, theirs)
     }
 
@@ -418,7 +391,7 @@ mod tests {
         let parked = Parked::default();
         block_on(async {
             let (mut ours, mut theirs) = refusing_pair(&parked);
-            if suspect(&ours) {
+            if ours.socket.suspect {
                 return;
             }
             for flags in [SendFlags::empty(), SendFlags::OOB] {
@@ -444,7 +417,7 @@ mod tests {
             give_away(&theirs, b"x", file, SendFlags::empty());
             let _ = refuse_descriptors(&listener);
             let mut ours = guarded(listener.accept().unwrap().0, &parked);
-            assert!(suspect(&ours));
+            assert!(ours.socket.suspect);
             assert!(ours.read(&mut [0; 64]).await.is_err());
         });
         assert_eq!(parked.0.count.get(), 1);
@@ -542,7 +515,7 @@ mod tests {
             ours.read_to_end(&mut read).await.unwrap();
             assert!(read == sent);
             ours.write_all(&read).await.unwrap();
-            assert!(matches!(ours.0, Waiting::Read(_)));
+            assert!(ours.waits_for(Interest::READABLE));
             ours.shutdown().await.unwrap();
             assert!(other.join().unwrap() == sent);
         });

@@ -33,3 +33,4 @@ pub mod server;
 pub mod session;
 pub mod snapshot;
 pub mod state;
+pub mod sys;

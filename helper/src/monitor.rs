@@ -9,8 +9,9 @@ use socket2::{SockFilter, SockRef};
 use tokio::io::unix::AsyncFd;
 
 use crate::netlink::{self, MESSAGE, Message, Messages, attribute, string};
-use crate::nft::{TABLE, TablePort, watch};
+use crate::nft::{TABLE, TablePort};
 use crate::route::LOOPBACK_INDEX;
+use crate::sys::watch_netlink;
 
 /// Groups of rtnetlink(7): RTNLGRP_LINK, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE, RTNLGRP_IPV6_IFADDR,
 /// RTNLGRP_IPV6_ROUTE and RTNLGRP_IPV6_RULE (linux/rtnetlink.h).
@@ -150,7 +151,7 @@ fn listen(protocol: isize, groups: &[u32], ours: Option<TablePort>) -> io::Resul
     for &group in groups {
         socket.add_membership(group)?;
     }
-    watch(socket)
+    watch_netlink(socket)
 }
 
 /// Has the kernel filter out what this port changes, before it comes into the socket's buffer: there may be more of it

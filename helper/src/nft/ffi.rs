@@ -1,6 +1,6 @@
 //! What the `nftnl` crate lacks, over libnftnl itself: a table with flags, named maps and their elements, and
-//! the expressions for a map look-up, `tproxy`, `fib` and `ct direction`; and two things about sockets that no crate
-//! has. All `unsafe` of the helper is in this file.
+//! the expressions for a map look-up, `tproxy`, `fib` and `ct direction`. All `unsafe` of the helper is in this file and
+//! in `sys.rs`.
 //!
 //! The pattern is libnftnl's own: an object is allocated, its attributes are set (every setter
 //! copies what it is given), it is written into a message, and it is freed.
@@ -8,89 +8,18 @@
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
-use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 
-use netlink_sys::Socket;
 use nftnl::expr::{Expression, Register};
 use nftnl::nftnl_sys::{self as sys, libc};
 use nftnl::{MsgType, NlMsg, ProtoFamily, Rule, Table};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 
-use crate::guarded;
 use crate::peer::Uid;
 
 /// Turns libnftnl's null for "no memory" into an abort, as the standard library and the `nftnl`
 /// crate do: these allocations are a few dozen bytes.
 fn allocated<T>(pointer: *mut T) -> NonNull<T> {
     NonNull::new(pointer).unwrap_or_else(|| std::process::abort())
-}
-
-/// Lets the runtime wait for a netlink socket.
-pub(crate) fn watch(socket: Socket) -> io::Result<AsyncFd<Socket>> {
-    // SAFETY: the socket owns its descriptor, gives out the same number for as long as it lives, and
-    // closes it when it is dropped, which the returned value does only after it has deregistered it.
-    unsafe { AsyncFd::register(socket) }.map_err(Into::into)
-}
-
-/// `SO_PASSRIGHTS` (Linux 6.16): include/uapi/asm-generic/socket.h, and arch/sparc's own.
-const PASS_RIGHTS: libc::c_int = match cfg!(any(target_arch = "sparc", target_arch = "sparc64")) {
-    true => 0x5c,
-    false => 83,
-};
-
-/// Has the kernel let nobody send descriptors to this listener, nor to the connections that are made to it from now on
-/// (`SO_PASSRIGHTS`, Linux 6.16).
-///
-/// # Errors
-/// As setsockopt(2); `ENOPROTOOPT` where the kernel is older.
-pub fn refuse_descriptors(listener: impl AsFd) -> io::Result<()> {
-    let no: libc::c_int = 0;
-    // SAFETY: the kernel reads as many bytes as it is told that there are, those of `no`.
-    let set = unsafe {
-        libc::setsockopt(
-            listener.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            PASS_RIGHTS,
-            (&raw const no).cast(),
-            size_of_val(&no) as libc::socklen_t,
-        )
-    };
-    match set {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Whether the kernel lets nobody send descriptors to this socket. A connection has that from the listener, as it was at
-/// connect(2) (unix_stream_connect, net/unix/af_unix.c).
-pub(crate) fn refuses_descriptors(connection: impl AsFd) -> bool {
-    let mut passes: libc::c_int = 1;
-    let mut length = size_of_val(&passes) as libc::socklen_t;
-    // SAFETY: the kernel writes no more bytes than it is told that there is room for, those of `passes`, and how many
-    // these are to `length`.
-    let told = unsafe {
-        libc::getsockopt(
-            connection.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            PASS_RIGHTS,
-            (&raw mut passes).cast(),
-            &raw mut length,
-        )
-    };
-    // Older kernels don't know it.
-    told == 0 && passes == 0
-}
-
-/// Lets the runtime wait for a user's connection.
-pub(crate) fn watch_guarded(
-    socket: guarded::Socket,
-    interest: Interest,
-) -> io::Result<AsyncFd<guarded::Socket>> {
-    // SAFETY: as above. It gives out no number only when it is being dropped.
-    unsafe { AsyncFd::register_with_interest(socket, interest) }.map_err(Into::into)
 }
 
 /// Flags of `enum nft_table_flags` (linux/netfilter/nf_tables.h).

@@ -38,8 +38,6 @@ use std::ffi::CStr;
 use nftnl::{ProtoFamily, Table};
 use rustix::io::Errno;
 
-pub use ffi::refuse_descriptors;
-pub(crate) use ffi::{refuses_descriptors, watch, watch_guarded};
 pub use foreign::{MarkWriter, Unread};
 pub use plan::{Before, Inherited, Known, Layout, LeftBehind, Plan, Stamp, Stamped};
 pub use policy::{
