@@ -81,26 +81,46 @@ enum Reference {
 }
 
 impl Reference {
-    /// The user's number; its name if there is no such user.
-    fn user(self) -> Result<u32, String> {
+    /// The number; [`Error::Unknown`] where there is none.
+    fn resolve(self, kind: Kind, path: &Path, key: &'static str) -> Result<u32, Error> {
+        let name = match self {
+            Self::Number(number) => return Ok(number),
+            Self::Name(name) => name,
+        };
+        kind.number_of(&name).ok_or_else(|| Error::Unknown {
+            path: path.to_owned(),
+            key,
+            what: kind,
+            name,
+        })
+    }
+}
+
+/// What a name is one of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A user.
+    User,
+    /// A group.
+    Group,
+}
+
+impl Kind {
+    /// The number of the user or group of this name, by the database.
+    fn number_of(self, name: &str) -> Option<u32> {
         match self {
-            Self::Number(uid) => Ok(uid),
-            Self::Name(name) => match User::from_name(&name) {
-                Ok(Some(user)) => Ok(user.uid.as_raw()),
-                _ => Err(name),
-            },
+            Self::User => Some(User::from_name(name).ok()??.uid.as_raw()),
+            Self::Group => Some(Group::from_name(name).ok()??.gid.as_raw()),
         }
     }
+}
 
-    /// The group's number; its name if there is no such group.
-    fn group(self) -> Result<u32, String> {
-        match self {
-            Self::Number(gid) => Ok(gid),
-            Self::Name(name) => match Group::from_name(&name) {
-                Ok(Some(group)) => Ok(group.gid.as_raw()),
-                _ => Err(name),
-            },
-        }
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::User => "user",
+            Self::Group => "group",
+        })
     }
 }
 
@@ -114,26 +134,13 @@ struct References {
 
 impl References {
     fn resolve(self, path: &Path, keys: [&'static str; 2]) -> Result<Accounts, Error> {
-        let unknown = |key, what| {
-            move |name| Error::Unknown {
-                path: path.to_owned(),
-                key,
-                what,
-                name,
-            }
-        };
         let [users, groups] = keys;
+        let (uids, gids) = (self.users.into_iter(), self.groups.into_iter());
+        let uids = uids.map(|user| user.resolve(Kind::User, path, users));
+        let gids = gids.map(|group| group.resolve(Kind::Group, path, groups));
         Ok(Accounts {
-            uids: self
-                .users
-                .into_iter()
-                .map(|user| user.user().map_err(unknown(users, "user")))
-                .collect::<Result<_, _>>()?,
-            gids: self
-                .groups
-                .into_iter()
-                .map(|group| group.group().map_err(unknown(groups, "group")))
-                .collect::<Result<_, _>>()?,
+            uids: uids.collect::<Result<_, _>>()?,
+            gids: gids.collect::<Result<_, _>>()?,
         })
     }
 }
@@ -257,8 +264,8 @@ pub enum Error {
         path: PathBuf,
         /// The key.
         key: &'static str,
-        /// `user` or `group`.
-        what: &'static str,
+        /// What there is none of.
+        what: Kind,
         /// The name.
         name: String,
     },
@@ -314,52 +321,47 @@ impl Config {
                 });
             }
         };
+        let check = |key, value: usize, is_right, allowed| match is_right {
+            true => Ok(()),
+            false => Err(Error::Range {
+                path: path.clone(),
+                key,
+                value: u32::try_from(value).unwrap_or(u32::MAX),
+                allowed,
+            }),
+        };
+        let (table, priority) = (file.route_table as usize, file.rule_priority as usize);
         // 253 to 255 are the tables default, main and local (linux/rtnetlink.h).
-        if matches!(file.route_table, 0 | 253..=255) {
-            let allowed = "0 and 253 to 255 are the system's own tables";
-            return Err(Error::Range {
-                path,
-                key: "route-table",
-                value: file.route_table,
-                allowed,
-            });
-        }
+        check(
+            "route-table",
+            table,
+            !matches!(table, 0 | 253..=255),
+            "0 and 253 to 255 are the system's own tables",
+        )?;
         // Rule 0 looks the local table up, 32766 the main one.
-        if !(1..32766).contains(&file.rule_priority) {
-            let allowed = "a rule between those for the tables local and main has 1 to 32765";
-            return Err(Error::Range {
-                path,
-                key: "rule-priority",
-                value: file.rule_priority,
-                allowed,
-            });
-        }
-        let limits = file.limits;
-        let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
-        if !(1..=1_000_000).contains(&limits.calls_per_second) {
-            return Err(Error::Range {
-                path,
-                key: "limits.calls-per-second",
-                value: number(limits.calls_per_second),
-                allowed: "1 to 1000000",
-            });
-        }
-        if limits.message_bytes < MESSAGE_BYTES + 64 * 1024 {
-            return Err(Error::Range {
-                path,
-                key: "limits.message-bytes",
-                value: number(limits.message_bytes),
-                allowed: "one message of the longest length needs 4259840",
-            });
-        }
+        check(
+            "rule-priority",
+            priority,
+            (1..32766).contains(&priority),
+            "a rule between those for the tables local and main has 1 to 32765",
+        )?;
+        let calls = file.limits.calls_per_second;
+        check(
+            "limits.calls-per-second",
+            calls,
+            (1..=1_000_000).contains(&calls),
+            "1 to 1000000",
+        )?;
+        let bytes = file.limits.message_bytes;
+        check(
+            "limits.message-bytes",
+            bytes,
+            bytes >= MESSAGE_BYTES + 64 * 1024,
+            "one message of the longest length needs 4259840",
+        )?;
         let mut proxy_uids = vec![0];
         for user in file.proxy_users {
-            proxy_uids.push(user.user().map_err(|name| Error::Unknown {
-                path: path.clone(),
-                key: "proxy-users",
-                what: "user",
-                name,
-            })?);
+            proxy_uids.push(user.resolve(Kind::User, &path, "proxy-users")?);
         }
         proxy_uids.sort_unstable();
         proxy_uids.dedup();
