@@ -1,5 +1,6 @@
 //! The registry against a model of the kernel.
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::num::NonZeroU16;
 
@@ -9,7 +10,7 @@ use super::*;
 use crate::config::OnAgentLoss;
 use crate::kernel::model::Table;
 use crate::mark::Mark;
-use crate::nft::{Enforced, Fakes, Hold};
+use crate::nft::{Enforced, Fakes, Hold, Verdict};
 use crate::snapshot::{Memory, Snapshot};
 
 /// Root's policy is the system's.
@@ -30,7 +31,7 @@ fn assert_consistent(registry: &Registry, table: &Table) {
                 assert_eq!(told(known.elements.iter()), objects.elements);
                 let proxies = &known.stamped.layout.proxies;
                 for (_, element) in &known.elements {
-                    assert_eq!(super::known(proxies, &element.verdict), Ok(()));
+                    assert_eq!(stage::known(proxies, &element.verdict), Ok(()));
                 }
                 for proxy in known.stamped.layout.proxies.values() {
                     assert!(marks.insert(proxy.mark), "two proxies have one mark");
@@ -70,7 +71,7 @@ fn assert_consistent(registry: &Registry, table: &Table) {
         assert!(user.cgroups.len() <= registry.limits.control_groups);
         for element in known.values() {
             let proxies = &user.stamped.layout.proxies;
-            assert_eq!(super::known(proxies, &element.verdict), Ok(()));
+            assert_eq!(stage::known(proxies, &element.verdict), Ok(()));
         }
         assert_eq!(
             user.stamped.layout.enforced,
