@@ -6,13 +6,15 @@ use std::time::Duration;
 use nix::unistd::{Gid, User, getgrouplist};
 use tokio::time::Instant;
 
+use crate::cgroup::Spare;
 use crate::peer::Uid;
+use crate::quota::Account;
 
 /// For how long an answer of the databases is good to whoever connects.
-pub(crate) const ANSWER_HOLDS: Duration = Duration::from_secs(1);
+const ANSWER_HOLDS: Duration = Duration::from_secs(1);
 
 /// For how long it is good to what is only kept: nobody waits there for a group to be another one.
-pub(crate) const ANSWER_HOLDS_FOR_KEPT: Duration = Duration::from_secs(60);
+const ANSWER_HOLDS_FOR_KEPT: Duration = Duration::from_secs(60);
 
 /// How many times as long as the databases took it is good at least, up to so long: while they are asked, nobody is
 /// served.
@@ -84,10 +86,62 @@ impl Access {
     }
 }
 
+/// Lets users in, by the configuration and by what the databases of users and groups have answered.
+#[derive(Debug)]
+pub struct Gate {
+    access: Access,
+    /// The databases are files, and may need room for descriptors.
+    spare: Spare,
+    answers: Answers,
+}
+
+impl Gate {
+    /// Lets those in whom this lets in.
+    #[must_use]
+    pub fn new(access: Access, spare: Spare) -> Self {
+        Self {
+            access,
+            spare,
+            answers: Answers::default(),
+        }
+    }
+
+    /// Whether a user may connect. Who can't be told to be in no denied group is not let in. Nor is one without a service
+    /// manager, who may be any of thousands of uids of one user's (subuid(5)), where a group would have to be known:
+    /// everybody else waits for the databases that know it.
+    pub fn allows(&mut self, account: Account, uid: Uid) -> bool {
+        let decided = match account {
+            Account::User(_) => self.decides(uid, ANSWER_HOLDS),
+            Account::Others => self.access.decides_by_uid(uid),
+        };
+        decided.unwrap_or(false)
+    }
+
+    /// Whether a user may still have what is kept. What can't be told at the moment is no reason to let go of a drop.
+    pub fn may_keep(&mut self, uid: Uid) -> bool {
+        self.decides(uid, ANSWER_HOLDS_FOR_KEPT) != Some(false)
+    }
+
+    /// Whether a user may use the helper, as was found out within this time.
+    fn decides(&mut self, uid: Uid, within: Duration) -> Option<bool> {
+        let Self {
+            access,
+            spare,
+            answers,
+        } = self;
+        access.decides_by_uid(uid).or_else(|| {
+            answers.get(uid, within, || {
+                let _room = spare.make_room();
+                access.decides(uid)
+            })
+        })
+    }
+}
+
 /// What was found out about users a moment ago: whoever connects all the time has the databases asked once a second, or
 /// less often if they are slow.
 #[derive(Debug, Default)]
-pub struct Answers(BTreeMap<Uid, Answer>);
+struct Answers(BTreeMap<Uid, Answer>);
 
 /// What was found out about one user.
 #[derive(Debug, Clone, Copy)]
@@ -112,7 +166,7 @@ impl Answer {
 
 impl Answers {
     /// What was found out about this user within this time, or is now.
-    pub fn get(
+    fn get(
         &mut self,
         uid: Uid,
         within: Duration,

@@ -1,56 +1,32 @@
 //! The helper's state, and the one way in which it changes: stage, commit, apply.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
 use cgtproxy_proto::path::ControlGroupPath;
 use rustix::io::Errno;
 
-use crate::access::{ANSWER_HOLDS, ANSWER_HOLDS_FOR_KEPT, Answers};
+use crate::access::Gate;
 use crate::cgroup::{OwnedControlGroup, Root, Subtree, Unavailable};
 use crate::config::Config;
-use crate::conntrack::{Conntrack, Entry};
+use crate::conntrack::Conntrack;
 use crate::kernel::{Kernel, Linux};
-use crate::nft::{self, Delivery, Inherited, MarkWriter};
+use crate::nft::{self, Inherited, MarkWriter};
 use crate::peer::Uid;
 use crate::quota::Account;
-use crate::registry::{PolicyRequest, Refused, Registry, Remains, Staged};
+use crate::registry::{PolicyRequest, Refused, Registry, Staged};
 use crate::route::{self, Family};
 use crate::said::Said;
 use crate::snapshot::Snapshot;
 
+mod holder;
+mod redirected;
+
+pub use holder::{Holder, Outcome};
+
 /// Tells connections apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ConnectionId(pub u64);
-
-/// Whose a user's policy is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Holder {
-    /// Nobody's: there is none.
-    None,
-    /// This connection's.
-    Connection(ConnectionId),
-    /// The agent is gone, and what `on-agent-loss` says becomes of the policy when this grace period ends,
-    /// unless another agent takes it over.
-    Grace(u64),
-    /// The grace was over without an agent. What is left of the policy stays until one comes, or until the user's
-    /// service manager is gone.
-    Kept(u64),
-}
-
-/// What became of a policy without an agent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// It has one again.
-    TakenOver,
-    /// It is gone.
-    Removed,
-    /// What the configuration says is kept of it.
-    Kept,
-}
 
 /// Why a change was not made.
 #[derive(Debug, thiserror::Error)]
@@ -111,8 +87,7 @@ pub struct State<K = Linux> {
     conntrack: Option<Conntrack>,
     holders: BTreeMap<Uid, Holder>,
     graces: u64,
-    /// Who may use the helper, as far as that was asked.
-    answers: Answers,
+    gate: Gate,
     /// The last one, and until when it is good.
     diagnosis: Option<(Instant, Diagnosis)>,
     /// Why others' rules can't be looked at.
@@ -141,7 +116,7 @@ impl<K: Kernel> State<K> {
             registry.adopt(uid, left);
         }
         snapshot.renew(config.marks, registry.layouts());
-        let holders = BTreeMap::new();
+        let gate = Gate::new(config.access.clone(), root.spare());
         let mut this = Self {
             config,
             root,
@@ -151,9 +126,9 @@ impl<K: Kernel> State<K> {
             doubtful: false,
             snapshot,
             conntrack: None,
-            holders,
+            holders: BTreeMap::new(),
             graces: 0,
-            answers: Answers::default(),
+            gate,
             diagnosis: None,
             unreadable: Said::default(),
         };
@@ -163,34 +138,6 @@ impl<K: Kernel> State<K> {
             .map(|uid| (uid, this.begin_grace(uid)))
             .collect();
         Ok((this, graces))
-    }
-
-    /// Who holds a user's policy.
-    #[must_use]
-    pub fn holder(&self, uid: Uid) -> Holder {
-        self.holders.get(&uid).copied().unwrap_or(Holder::None)
-    }
-
-    /// Insists that this connection holds the user's policy.
-    ///
-    /// # Errors
-    /// If it does not.
-    pub fn holds(&self, uid: Uid, connection: ConnectionId) -> Result<(), Error> {
-        match self.holder(uid) == Holder::Connection(connection) {
-            true => Ok(()),
-            false => Err(Error::NoSession),
-        }
-    }
-
-    /// Insists that no other connection holds the user's policy.
-    ///
-    /// # Errors
-    /// If one does.
-    pub fn may_replace(&self, uid: Uid, connection: ConnectionId) -> Result<(), Error> {
-        match self.holder(uid) {
-            Holder::Connection(holder) if holder != connection => Err(Error::SessionExists),
-            _ => Ok(()),
-        }
     }
 
     /// All policies.
@@ -321,6 +268,11 @@ impl<K: Kernel> State<K> {
         Ok((generation, skipped))
     }
 
+    /// Whether a user may connect.
+    pub fn allows(&mut self, account: Account, uid: Uid) -> bool {
+        self.gate.allows(account, uid)
+    }
+
     /// Removes the policy that a connection holds.
     ///
     /// # Errors
@@ -329,155 +281,6 @@ impl<K: Kernel> State<K> {
         self.holds(uid, connection)?;
         self.remove_policy(uid)?;
         Ok(())
-    }
-
-    /// Who sends, and where to, when a proxy of this user's that UDP is redirected to sees that it comes
-    /// from `client`.
-    ///
-    /// # Errors
-    /// If the user has no such proxy, or it was not sent such packets; if the kernel can't tell.
-    pub fn find_redirected(
-        &mut self,
-        uid: Uid,
-        listener: SocketAddr,
-        client: SocketAddr,
-    ) -> Result<(SocketAddr, SocketAddr), Error> {
-        const ADDRESSES: [IpAddr; 2] = [
-            IpAddr::V4(Ipv4Addr::LOCALHOST),
-            IpAddr::V6(Ipv6Addr::LOCALHOST),
-        ];
-        let port = NonZeroU16::new(listener.port()).ok_or(Error::NotRedirected)?;
-        let range = self.config.marks;
-        let marks: Vec<u32> = match self.registry.policy(uid) {
-            Some(policy) if ADDRESSES.contains(&listener.ip()) => policy
-                .layout
-                .proxies
-                .values()
-                .flat_map(|proxy| {
-                    let redirected = proxy.delivery == Delivery::Redirect(Some(port));
-                    let own = proxy.dns_hijack.as_ref().filter(|hijack| hijack.own);
-                    let asked = own.is_some_and(|hijack| hijack.port == port);
-                    let dns = asked.then(|| range.dns_value(proxy.mark));
-                    redirected
-                        .then(|| proxy.mark.value())
-                        .into_iter()
-                        .chain(dns)
-                })
-                .collect(),
-            _ => Vec::new(),
-        };
-        if marks.is_empty() {
-            return Err(Error::NotRedirected);
-        }
-        let refused = |error: io::Error| Error::Conntrack(error.into());
-        let conntrack = match self.conntrack.take() {
-            Some(conntrack) => conntrack,
-            // It stays open: no other look-up needs a descriptor.
-            None => {
-                let spare = self.root.spare();
-                let _room = spare.make_room();
-                Conntrack::open().map_err(refused)?
-            }
-        };
-        let found = conntrack.find_udp(listener, client);
-        self.conntrack = Some(conntrack);
-        match found.map_err(Error::Conntrack)? {
-            // What was sent to the port directly has no mark, and what another user's rules redirected has another one.
-            Some(Entry {
-                source,
-                destination,
-                mark,
-            }) if marks.contains(&(mark & range.mask())) => Ok((source, destination)),
-            _ => Err(Error::NotRedirected),
-        }
-    }
-
-    /// A connection has ended. If it held a policy, returns the grace period that begins now.
-    pub fn disconnected(&mut self, uid: Uid, connection: ConnectionId) -> Option<u64> {
-        (self.holder(uid) == Holder::Connection(connection)).then(|| self.begin_grace(uid))
-    }
-
-    /// A grace period is over: what becomes of the policy is the configuration's decision, unless a connection
-    /// has taken it over.
-    ///
-    /// # Errors
-    /// If the kernel refuses; the policy is what it was then.
-    pub fn grace_is_over(&mut self, uid: Uid, grace: u64) -> Result<Outcome, nft::Error> {
-        if self.holder(uid) != Holder::Grace(grace) {
-            return Ok(Outcome::TakenOver);
-        }
-        self.dispel_doubt()?;
-        let remains = match self.may_keep(uid) {
-            true => self.registry.remains(uid, self.config.on_agent_loss),
-            false => Remains::Nothing,
-        };
-        match remains {
-            Remains::Nothing => {
-                self.remove_policy(uid)?;
-                return Ok(Outcome::Removed);
-            }
-            Remains::Part(staged) => {
-                self.commit(*staged)?;
-            }
-            Remains::All => {}
-        }
-        self.holders.insert(uid, Holder::Kept(grace));
-        Ok(Outcome::Kept)
-    }
-
-    /// Removes what is kept of a user's policy once nobody can be there any more for whom it is kept. It is
-    /// kept since that grace.
-    ///
-    /// # Errors
-    /// If the kernel refuses; it is still there then.
-    pub fn look_after_kept(&mut self, uid: Uid, grace: u64) -> Result<Outcome, nft::Error> {
-        if self.holder(uid) != Holder::Kept(grace) {
-            return Ok(Outcome::TakenOver);
-        }
-        // It may also have been lost with the table, if no snapshot knew it.
-        if self.registry.has(uid) && self.may_keep(uid) {
-            return Ok(Outcome::Kept);
-        }
-        self.remove_policy(uid)?;
-        Ok(Outcome::Removed)
-    }
-
-    /// Whether there is still somebody who may come for it: the user's service manager runs, and it is the same.
-    /// What can't be told at the moment is no reason to let go of a drop.
-    fn may_keep(&mut self, uid: Uid) -> bool {
-        let subtree = self.registry.subtree(uid);
-        subtree.is_none_or(|subtree| self.root.has_subtree(uid, subtree))
-            && self.decides(uid, ANSWER_HOLDS_FOR_KEPT) != Some(false)
-    }
-
-    /// Whether a user may connect. Who can't be told to be in no denied group is not let in. Nor is one without a service
-    /// manager, who may be any of thousands of uids of one user's (subuid(5)), where a group would have to be known:
-    /// everybody else waits for the databases that know it.
-    pub fn allows(&mut self, account: Account, uid: Uid) -> bool {
-        let decided = match account {
-            Account::User(_) => self.decides(uid, ANSWER_HOLDS),
-            Account::Others => self.config.access.decides_by_uid(uid),
-        };
-        decided.unwrap_or(false)
-    }
-
-    /// Whether a user may use the helper, as was found out within this time.
-    fn decides(&mut self, uid: Uid, within: Duration) -> Option<bool> {
-        let access = &self.config.access;
-        access.decides_by_uid(uid).or_else(|| {
-            let spare = self.root.spare();
-            self.answers.get(uid, within, || {
-                // The databases of users and groups are files.
-                let _room = spare.make_room();
-                access.decides(uid)
-            })
-        })
-    }
-
-    fn begin_grace(&mut self, uid: Uid) -> u64 {
-        self.graces += 1;
-        self.holders.insert(uid, Holder::Grace(self.graces));
-        self.graces
     }
 
     fn remove_policy(&mut self, uid: Uid) -> Result<(), nft::Error> {
@@ -535,7 +338,7 @@ impl<K: Kernel> State<K> {
     }
 }
 
-/// Insists that what was skipped was skipped for good: nobody would ask for it again.
+/// Checks that what was skipped was skipped for good: nobody would ask for it again.
 fn all_seen(skipped: &[Skipped]) -> Result<(), Error> {
     match skipped.iter().any(|(_, why)| *why == Unavailable::Later) {
         true => Err(Error::Later),

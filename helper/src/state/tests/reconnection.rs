@@ -20,14 +20,15 @@
 //! All states that can be reached are visited, with no limit but those of [`Bounds`].
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::num::NonZeroU16;
 
 use cgtproxy_proto::name::ProxyName;
 
 use super::*;
-use crate::access::Accounts;
+use crate::access::{Access, Accounts};
 use crate::config::OnAgentLoss;
 use crate::kernel::model::{Bed, Model};
-use crate::nft::{Bypass, Exceptions, Fakes, Verdict};
+use crate::nft::{Bypass, Delivery, Exceptions, Fakes, Verdict};
 use crate::registry::ProxyRequest;
 use crate::snapshot::Memory;
 
@@ -248,7 +249,7 @@ impl<'a> World<'a> {
                 conntrack: None,
                 holders: state.holders.clone(),
                 graces: state.graces,
-                answers: Answers::default(),
+                gate: Gate::new(state.config.access.clone(), state.root.spare()),
                 diagnosis: None,
                 unreadable: Said::default(),
             };
@@ -783,7 +784,11 @@ fn assert_ends_well(world: &World<'_>) {
             uids: [world.bed.uid.value()].into(),
             ..Accounts::default()
         };
-        state.config.access.deny = deny;
+        let access = Access {
+            deny,
+            ..Access::default()
+        };
+        state.gate = Gate::new(access, state.root.spare());
         if knows {
             assert_eq!(left_alone.in_force(), Some(NOBODY), "a proxy without agent");
         }
