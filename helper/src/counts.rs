@@ -21,7 +21,7 @@ use crate::mark::MarkRange;
 use crate::nft::{self, Bypass, Element, Enforced, Verdict};
 use crate::peer::Uid;
 use crate::registry::{PolicyRequest, Registry, Staged};
-use crate::session::assignments;
+use crate::session::convert::assignments;
 use counter::{counted, within_bound};
 
 fn scope(number: usize) -> String {

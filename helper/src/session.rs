@@ -4,18 +4,15 @@
 //! wrong is an [`Error`] until one place turns it into a declared one.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::num::NonZeroU16;
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::rc::Rc;
 
 use cgtproxy_proto::helper::{
-    self as wire, Assignment, Diagnose_Reply, FindRedirected_Args, FindRedirected_Reply,
-    GetStatus_Reply, GetStatus_Reply_session, RemovePolicy_Reply, ReplacePolicy_Args,
-    ReplacePolicy_Reply, SkipReason, UpdateAssignments_Args, UpdateAssignments_Reply,
+    self as wire, Diagnose_Reply, FindRedirected_Args, FindRedirected_Reply, GetStatus_Reply,
+    GetStatus_Reply_session, RemovePolicy_Reply, ReplacePolicy_Args, ReplacePolicy_Reply,
+    UpdateAssignments_Args, UpdateAssignments_Reply,
 };
-use cgtproxy_proto::name::ProxyName;
-use cgtproxy_proto::network::Network;
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, reply};
 use cgtproxy_proto::text::chain;
@@ -25,15 +22,14 @@ use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
 use crate::guarded::Line;
 use crate::kernel::{Kernel, Linux};
-use crate::nft::{
-    Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway, MarkWriter, Verdict,
-};
+use crate::nft::MarkWriter;
 use crate::peer::{Peer, Uid};
 use crate::quota::Connection;
-use crate::registry::{PolicyRequest, ProxyRequest, Refused};
+use crate::registry::{PolicyRequest, Refused};
 use crate::said::Said;
-use crate::state::{self, ConnectionId, Holder, Skipped, State};
+use crate::state::{self, ConnectionId, Holder, State};
 
+pub(crate) mod convert;
 mod lists;
 
 /// Why a call is refused.
@@ -140,41 +136,17 @@ impl<K: Kernel> Session<K> {
 
     fn replace_policy(&self, arguments: ReplacePolicy_Args) -> Result<ReplacePolicy_Reply, Error> {
         self.insist_on_somebody()?;
+        let uid = self.peer.uid();
         let mut state = self.state.borrow_mut();
-        let assignments = assignments(self.peer.uid(), "assignments", arguments.assignments)?;
+        let assignments = convert::assignments(uid, "assignments", arguments.assignments)?;
         let gateway = arguments
             .gateway
-            .map(|gateway| self.gateway(gateway))
+            .map(|gateway| convert::gateway(uid, gateway))
             .transpose()?;
         let mut proxies = Vec::new();
         for (index, proxy) in arguments.proxies.into_iter().enumerate() {
             let invalid = |field| Error::Parameter(format!("proxies[{index}].{field}"));
-            let port = u16::try_from(proxy.port).map_err(|_| invalid("port"))?;
-            let port = NonZeroU16::new(port);
-            proxies.push(ProxyRequest {
-                name: proxy.name.parse().map_err(|_| invalid("name"))?,
-                delivery: match (proxy.redirect.unwrap_or(false), port) {
-                    // What is translated reaches only the caller's own sockets, and all are root's.
-                    (true, _) if self.peer.uid() == Uid::ROOT => return Err(invalid("redirect")),
-                    (true, port) => Delivery::Redirect(port),
-                    (false, Some(port)) => Delivery::Tproxy(port),
-                    (false, None) => return Err(invalid("port")),
-                },
-                exceptions: Exceptions {
-                    no_tcp: proxy.noTcp.unwrap_or(false),
-                    no_udp: proxy.noUdp.unwrap_or(false),
-                    no_ipv4: proxy.noIpv4.unwrap_or(false),
-                    no_ipv6: proxy.noIpv6.unwrap_or(false),
-                },
-                reject_udp: proxy.rejectUdp.unwrap_or(false),
-                dns_hijack: proxy
-                    .dnsHijack
-                    .map(dns_hijack)
-                    .transpose()
-                    .map_err(invalid)?,
-                fakes: fakes(proxy.fakeIpv4.as_deref(), proxy.fakeIpv6.as_deref())
-                    .map_err(invalid)?,
-            });
+            proxies.push(convert::proxy(uid, proxy).map_err(invalid)?);
         }
         let bypass = bypass::parse(&arguments.bypass)
             .map_err(|index| Error::Parameter(format!("bypass[{index}]")))?;
@@ -186,12 +158,11 @@ impl<K: Kernel> Session<K> {
             bypass,
             gateway,
         };
-        let (generation, skipped) =
-            state.replace(self.peer.uid(), self.id, &subtree, policy, assignments)?;
+        let (generation, skipped) = state.replace(uid, self.id, &subtree, policy, assignments)?;
         self.taken();
         Ok(ReplacePolicy_Reply {
-            generation: number(generation),
-            skipped: skipped_reply(skipped),
+            generation: convert::number(generation),
+            skipped: convert::skipped_reply(skipped),
         })
     }
 
@@ -201,7 +172,7 @@ impl<K: Kernel> Session<K> {
     ) -> Result<UpdateAssignments_Reply, Error> {
         self.insist_on_somebody()?;
         let mut state = self.state.borrow_mut();
-        let assign = assignments(self.peer.uid(), "assign", arguments.assign)?;
+        let assign = convert::assignments(self.peer.uid(), "assign", arguments.assign)?;
         let mut remove = BTreeSet::new();
         for (index, path) in arguments.remove.iter().enumerate() {
             let path = ControlGroupPath::from_wire(path)
@@ -213,8 +184,8 @@ impl<K: Kernel> Session<K> {
             state.update(self.peer.uid(), self.id, &subtree, assign, remove)?;
         self.taken();
         Ok(UpdateAssignments_Reply {
-            generation: number(generation),
-            skipped: skipped_reply(skipped),
+            generation: convert::number(generation),
+            skipped: convert::skipped_reply(skipped),
         })
     }
 
@@ -254,31 +225,13 @@ impl<K: Kernel> Session<K> {
                 Holder::Grace(_) => GetStatus_Reply_session::grace,
                 Holder::Kept(_) => GetStatus_Reply_session::kept,
             },
-            generation: number(policy.map_or(0, |policy| policy.generation)),
+            generation: convert::number(policy.map_or(0, |policy| policy.generation)),
             proxies: policy.map_or_else(Vec::new, |policy| {
-                let layout = policy.layout;
-                let proxies = layout.proxies.iter().map(|(name, proxy)| wire::Proxy {
-                    name: name.to_string(),
-                    port: proxy.delivery.port().into(),
-                    redirect: Some(matches!(proxy.delivery, Delivery::Redirect(_))),
-                    noTcp: Some(proxy.exceptions.no_tcp),
-                    noUdp: Some(proxy.exceptions.no_udp),
-                    rejectUdp: Some(proxy.reject_udp),
-                    noIpv4: Some(proxy.exceptions.no_ipv4),
-                    noIpv6: Some(proxy.exceptions.no_ipv6),
-                    dnsHijack: proxy.dns_hijack.as_ref().map(dns_hijack_reply),
-                    fakeIpv4: proxy
-                        .fakes
-                        .ipv4
-                        .map(|(ip, prefix)| format!("{ip}/{prefix}")),
-                    fakeIpv6: proxy
-                        .fakes
-                        .ipv6
-                        .map(|(ip, prefix)| format!("{ip}/{prefix}")),
-                });
-                proxies.collect()
+                let proxies = policy.layout.proxies.iter();
+                let reply = |(name, proxy)| convert::proxy_reply(name, proxy);
+                proxies.map(reply).collect()
             }),
-            controlGroups: number(policy.map_or(0, |policy| policy.cgroups as u64)),
+            controlGroups: convert::number(policy.map_or(0, |policy| policy.cgroups as u64)),
             ipv6: state.ipv6(),
             tableOwned: state.table_owned(),
             proxyUids: state
@@ -290,24 +243,6 @@ impl<K: Kernel> Session<K> {
                 .collect(),
             systemPolicy: Some(state.registry().has(Uid::ROOT)),
         }
-    }
-
-    fn gateway(&self, gateway: wire::Gateway) -> Result<Gateway, Error> {
-        if self.peer.uid() != Uid::ROOT {
-            return Err(Error::Parameter("gateway".to_owned()));
-        }
-        let mut interfaces = BTreeSet::new();
-        for (index, name) in gateway.interfaces.iter().enumerate() {
-            let name = name
-                .parse()
-                .map_err(|_| Error::Parameter(format!("gateway.interfaces[{index}]")))?;
-            interfaces.insert(name);
-        }
-        let proxy = gateway.proxy.parse();
-        Ok(Gateway {
-            interfaces,
-            proxy: proxy.map_err(|_| Error::Parameter("gateway.proxy".to_owned()))?,
-        })
     }
 
     fn diagnose(&self) -> Diagnose_Reply {
@@ -463,116 +398,4 @@ pub fn too_many_connections(limit: usize) -> Fault {
         "TooManyConnections",
         json!({ "limit": limit }),
     )
-}
-
-pub(crate) fn assignments(
-    uid: Uid,
-    parameter: &str,
-    assignments: Vec<Assignment>,
-) -> Result<BTreeMap<ControlGroupPath, Element>, Error> {
-    let element = |(index, assignment): (usize, Assignment)| {
-        let invalid = |field: &str| Error::Parameter(format!("{parameter}[{index}].{field}"));
-        let path = ControlGroupPath::from_wire(&assignment.controlGroup)
-            .map_err(|_| invalid("controlGroup"))?;
-        let proxy = assignment.proxy.map(|name| name.parse::<ProxyName>());
-        let undecided = assignment.undecided.unwrap_or(false);
-        if undecided && assignment.verdict != wire::Verdict::direct {
-            return Err(invalid("undecided"));
-        }
-        let verdict = match (assignment.verdict, proxy) {
-            (wire::Verdict::direct, None) if undecided => Verdict::Released,
-            (wire::Verdict::direct, None) => Verdict::Direct,
-            (wire::Verdict::drop, None) => Verdict::Drop,
-            (wire::Verdict::dropAll, None) => Verdict::DropAll,
-            (wire::Verdict::proxy, Some(Ok(name))) => Verdict::Proxy(name),
-            _ => return Err(invalid("proxy")),
-        };
-        let hold = assignment.hold.unwrap_or(false);
-        let enforced = match (assignment.enforce, assignment.enforceHold) {
-            (Some(true), _) if uid != Uid::ROOT => return Err(invalid("enforce")),
-            (_, Some(true)) if uid != Uid::ROOT => return Err(invalid("enforceHold")),
-            (Some(true), _) => Enforced::All,
-            (_, Some(true)) if hold => Enforced::Hold,
-            _ => Enforced::Nothing,
-        };
-        let element = Element {
-            verdict,
-            hold,
-            enforced,
-        };
-        Ok((path, element))
-    };
-    // Collected at once: they are mostly sorted, which is faster than inserting one by one.
-    assignments.into_iter().enumerate().map(element).collect()
-}
-
-/// Networks of addresses that stand for names; the name of the field that is wrong otherwise.
-fn fakes(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<Fakes, &'static str> {
-    let network = |text: &str| text.parse::<Network>().ok();
-    let ipv4 = ipv4.map(|text| network(text).and_then(Network::ipv4).ok_or("fakeIpv4"));
-    let ipv6 = ipv6.map(|text| network(text).and_then(Network::ipv6).ok_or("fakeIpv6"));
-    Ok(Fakes {
-        ipv4: ipv4.transpose()?,
-        ipv6: ipv6.transpose()?,
-    })
-}
-
-/// The address must be of the right family; the field's name is what is wrong otherwise.
-fn dns_hijack(hijack: wire::DnsHijack) -> Result<DnsHijack, &'static str> {
-    let mut addresses = Vec::new();
-    if let Some(address) = hijack.ipv4 {
-        let address: Ipv4Addr = address.parse().map_err(|_| "dnsHijack.ipv4")?;
-        addresses.push(address.into());
-    }
-    if let Some(address) = hijack.ipv6 {
-        let address: Ipv6Addr = address.parse().map_err(|_| "dnsHijack.ipv6")?;
-        addresses.push(address.into());
-    }
-    let port = u16::try_from(hijack.port).ok().and_then(NonZeroU16::new);
-    Ok(DnsHijack {
-        addresses,
-        port: port.ok_or("dnsHijack.port")?,
-        tcp: hijack.tcp.unwrap_or(false),
-        loopback: hijack.loopback.unwrap_or(true),
-        own: hijack.own.unwrap_or(false),
-    })
-}
-
-/// The reverse, for a status.
-fn dns_hijack_reply(hijack: &DnsHijack) -> wire::DnsHijack {
-    let of = |ipv4| {
-        hijack
-            .addresses
-            .iter()
-            .find(|a| a.is_ipv4() == ipv4)
-            .map(IpAddr::to_string)
-    };
-    wire::DnsHijack {
-        ipv4: of(true),
-        ipv6: of(false),
-        port: hijack.port.get().into(),
-        tcp: Some(hijack.tcp),
-        loopback: Some(hijack.loopback),
-        own: Some(hijack.own),
-    }
-}
-
-fn skipped_reply(skipped: Vec<Skipped>) -> Vec<wire::Skipped> {
-    let reply = |(path, why): Skipped| wire::Skipped {
-        controlGroup: path.to_wire(),
-        reason: match why {
-            Unavailable::Missing => SkipReason::missing,
-            Unavailable::NotOwned => SkipReason::notOwned,
-            Unavailable::NotControlGroup => SkipReason::notControlGroup,
-            // A call that met the latter is refused as a whole.
-            Unavailable::Unreadable | Unavailable::Later => SkipReason::unreadable,
-            Unavailable::TooDeep => SkipReason::tooDeep,
-        },
-    };
-    skipped.into_iter().map(reply).collect()
-}
-
-/// Varlink's integers are signed.
-fn number(count: u64) -> i64 {
-    i64::try_from(count).unwrap_or(i64::MAX)
 }
