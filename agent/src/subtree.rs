@@ -6,17 +6,16 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use cgtproxy_proto::path::{CGROUP2_SUPER_MAGIC, ControlGroupPath, InvalidPath, manager_path};
-
-/// Where systemd mounts cgroup v2: alone, or beside the v1 hierarchies of a hybrid machine.
-const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+use cgtproxy_proto::path::{
+    CGROUP2_MOUNTS, CGROUP2_SUPER_MAGIC, ControlGroupPath, InvalidPath, manager_path,
+};
 
 /// Where current systems have it.
-pub const USUAL_ROOT: &str = MOUNTS[0];
+pub const USUAL_ROOT: &str = CGROUP2_MOUNTS[0];
 
 /// There is no cgroup v2.
 #[derive(Debug, thiserror::Error)]
-#[error("there is no cgroup v2 at {} or {}; boot with systemd.unified_cgroup_hierarchy=1", MOUNTS[0], MOUNTS[1])]
+#[error("there is no cgroup v2 at {} or {}; boot with systemd.unified_cgroup_hierarchy=1", CGROUP2_MOUNTS[0], CGROUP2_MOUNTS[1])]
 pub struct NoRoot(#[source] pub Option<io::Error>);
 
 /// The control group root of this machine.
@@ -25,7 +24,7 @@ pub struct NoRoot(#[source] pub Option<io::Error>);
 /// If cgroup v2 is not where systemd mounts it.
 pub fn find_root() -> Result<PathBuf, NoRoot> {
     let mut failure = None;
-    for mount in MOUNTS {
+    for mount in CGROUP2_MOUNTS {
         match rustix::fs::statfs(mount) {
             Ok(found) if found.f_type as u32 == CGROUP2_SUPER_MAGIC => return Ok(mount.into()),
             Ok(_) => {}

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use cgtproxy_proto::path::{CGROUP2_SUPER_MAGIC, ControlGroupPath, manager_path};
+use cgtproxy_proto::path::{CGROUP2_MOUNTS, CGROUP2_SUPER_MAGIC, ControlGroupPath, manager_path};
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Statx, StatxFlags, fstat, fstatfs, open,
     openat2, statx,
@@ -16,9 +16,6 @@ use rustix::fs::{
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
 use crate::peer::{Peer, Uid};
-
-/// Where systemd mounts cgroup v2: alone, or beside the v1 hierarchies of a hybrid machine.
-const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
 /// The deepest level at which a control group can have a verdict of its own. nftables could match 255 (nft_socket_init,
 /// net/netfilter/nft_socket.c), but the rules look at every level at which any user has a verdict, and nobody has a
@@ -132,7 +129,7 @@ impl Top {
         self.slices
     }
 
-    /// The same with what has been found out since.
+    /// This control group, with the slices that it was found to be in.
     #[must_use]
     pub fn within(self, slices: Option<Slices>) -> Self {
         Self { slices, ..self }
@@ -252,7 +249,7 @@ impl Root {
         if let Some(path) = path {
             return Self::open_at(path);
         }
-        for path in MOUNTS {
+        for path in CGROUP2_MOUNTS {
             if let Ok(root) = Self::open_at(Path::new(path)) {
                 return Ok(root);
             }
@@ -305,7 +302,8 @@ impl Root {
         self.subtree_again(peer, None)
     }
 
-    /// The same of a peer whose subtree began there: if it still does, what it is in is known.
+    /// Opens the peer's subtree, whose control group was `before` at the last call: if it still is, the slices that it is
+    /// in are known.
     ///
     /// # Errors
     /// As [`Self::subtree`].

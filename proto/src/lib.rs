@@ -51,3 +51,6 @@ pub const HELPER_SOCKET: &str = "/run/cgtproxy/helper.sock";
 
 /// The environment variable that names another socket of the helper, for both daemons.
 pub const HELPER_SOCKET_VARIABLE: &str = "CGTPROXY_SOCKET";
+
+/// The uids of system users, from the first to the last of each range: systemd's uids-gids document.
+pub const SYSTEM_UIDS: [(u32, u32); 2] = [(1, 999), (61184, 65519)];

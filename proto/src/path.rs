@@ -12,6 +12,9 @@ use crate::limits::{COMPONENT_BYTES, PATH_BYTES};
 /// What statfs(2) says of cgroup v2 (linux/magic.h).
 pub const CGROUP2_SUPER_MAGIC: u32 = 0x6367_7270;
 
+/// Where systemd mounts cgroup v2: alone, or beside the v1 hierarchies of a hybrid machine.
+pub const CGROUP2_MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+
 /// Where systemd puts a user's service manager, from the control group root.
 #[must_use]
 pub fn manager_path(uid: u32) -> String {

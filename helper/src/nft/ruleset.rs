@@ -81,6 +81,7 @@
 
 use std::ffi::{CStr, CString};
 
+pub(super) use cgtproxy_proto::SYSTEM_UIDS;
 use nftnl::{ChainType, Hook, MsgType};
 
 use super::ffi::{Content, Element, KeyType};
@@ -148,9 +149,6 @@ pub(super) const PRIORITY_MANGLE: i32 = -150;
 
 /// The level of user@UID.service: user.slice, user-UID.slice, user@UID.service.
 const USER_LEVEL: u32 = 3;
-
-/// The uids of system users (UIDS-GIDS.md of systemd).
-pub(super) const SYSTEM_UIDS: [(u32, u32); 2] = [(1, 999), (61184, 65519)];
 
 /// The chain that says how a table is laid out, and by which bits of marks its rules go. A table without it is made
 /// anew: under another mask, the number of one user's proxy may be that of another's.

@@ -1,15 +1,13 @@
 //! Is each proxy where diverted packets are delivered, and may it have them?
 
 use std::net::IpAddr;
-use std::ops::RangeInclusive;
+
+use cgtproxy_proto::SYSTEM_UIDS;
 
 use super::count;
 use crate::config::Scope;
 use crate::doctor::facts::{Agent, Facts, Family, Listener, Proxy, Server, Transport};
 use crate::doctor::{Finding, Group};
-
-/// System users, whose proxies the system policy may have: systemd's uids-gids document.
-const SYSTEM_UIDS: [RangeInclusive<u32>; 2] = [1..=999, 61184..=65519];
 
 pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("proxies");
@@ -171,7 +169,9 @@ fn wrong_uid(facts: &Facts, proxy: &Proxy, port: u16, found: &[&Listener]) -> Op
     let allowed = &facts.helper_status()?.proxyUids;
     let stranger = found.iter().find(|listener| {
         let uid = listener.uid;
-        let of_system = SYSTEM_UIDS.iter().any(|uids| uids.contains(&uid));
+        let of_system = SYSTEM_UIDS
+            .iter()
+            .any(|&(first, last)| (first..=last).contains(&uid));
         uid != facts.uid
             && uid != 0
             && !(facts.scope == Scope::System && of_system)
