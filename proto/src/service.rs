@@ -66,7 +66,7 @@ impl Fault {
         }
     }
 
-    /// Whether it is that.
+    /// Whether it is `org.varlink.service.PermissionDenied`.
     #[must_use]
     pub fn is_permission_denied(&self) -> bool {
         self.name == PERMISSION_DENIED
@@ -123,6 +123,12 @@ pub trait Service {
         method: &str,
         parameters: Parameters<'_>,
     ) -> impl Future<Output = Result<Answer, Fault>>;
+
+    /// What a caller is told who calls a method that the interface has not.
+    #[must_use]
+    fn no_such_method(method: &str) -> Fault {
+        Fault::method_not_found(&format!("{}.{method}", Self::IDENTITY.interface))
+    }
 
     /// What a caller is told whose message is longer than `limit` bytes.
     fn message_too_large(limit: usize) -> Fault;

@@ -197,10 +197,7 @@ impl Service for Connection {
                 .and_then(|arguments| self.configure(arguments))
                 .and_then(reply),
             "GetStatus" => reply(self.get_status()),
-            _ => Err(Fault::method_not_found(&format!(
-                "{}.{method}",
-                wire::INTERFACE
-            ))),
+            _ => Err(Self::no_such_method(method)),
         })
     }
 
