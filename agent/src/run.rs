@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use cgtproxy_proto::client::Client;
-use cgtproxy_proto::scheduling;
+use cgtproxy_proto::{scheduling, socket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::LocalSet;
 use tokio_util::sync::CancellationToken;
@@ -45,7 +45,7 @@ pub enum Error {
     Config(#[from] LoadError),
     /// Another agent is there, or the socket can't be made.
     #[error(transparent)]
-    Socket(#[from] server::Error),
+    Socket(#[from] socket::Error),
     /// Nothing tells of control groups.
     #[error(transparent)]
     Watch(#[from] watch::Error),
@@ -90,7 +90,7 @@ async fn serve(options: Options) -> Result<(), Error> {
     // cgtproxy-exec and status do without the agent's socket, applications do not do without rules.
     let socket = match server::listen(&options.socket) {
         Ok(socket) => Some(socket),
-        Err(error @ server::Error::InUse(_)) => return Err(error.into()),
+        Err(error @ socket::Error::InUse { .. }) => return Err(error.into()),
         Err(error) => {
             tracing::warn!("{}; cgtproxy-exec and status don't work", chain(&error));
             None

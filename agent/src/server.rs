@@ -1,7 +1,6 @@
 //! Serves `org.cgtproxy.Agent` to the user's own programs.
 
 use std::cell::RefCell;
-use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -13,7 +12,7 @@ use cgtproxy_proto::agent::{
 use cgtproxy_proto::limits::PATH_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, reply};
-use cgtproxy_proto::socket::Socket;
+use cgtproxy_proto::socket::{Error, Socket};
 use serde_json::json;
 use tokio::time::{Instant, timeout_at};
 
@@ -39,22 +38,6 @@ const PATIENCE: Duration = Duration::from_secs(4);
 /// How long a caller waits for a helper that is not there: long enough for one that restarts.
 const HELPER_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Why the socket can't be had.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Another agent listens on it.
-    #[error("another agent of this user listens on {}", .0.display())]
-    InUse(PathBuf),
-    /// Making it failed.
-    #[error("can't listen on {}", .path.display())]
-    Listen {
-        /// The socket.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-}
-
 /// Where the agent of a user listens.
 #[must_use]
 pub fn default_socket(scope: Scope) -> PathBuf {
@@ -70,21 +53,14 @@ pub fn default_socket(scope: Scope) -> PathBuf {
 /// # Errors
 /// If somebody listens on it, or it can't be made.
 pub fn listen(path: &Path) -> Result<Socket, Error> {
-    let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::AddrInUse => Error::InUse(path.to_owned()),
-        _ => Error::Listen {
-            path: path.to_owned(),
-            source,
-        },
-    };
     if let Some(directory) = path.parent() {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(directory)
-            .map_err(failed)?;
+            .map_err(|source| Error::listen(path, source))?;
     }
-    Socket::listen(path).map_err(failed)
+    Socket::listen(path, "another agent of this user")
 }
 
 /// Serves for ever. To be run within a `LocalSet`.
@@ -288,10 +264,7 @@ impl Service for Connection {
                 } = parameters(arguments)?;
                 reply(self.await_target(&controlGroup, &target).await?)
             }
-            _ => Err(Fault::method_not_found(&format!(
-                "{}.{method}",
-                wire::INTERFACE
-            ))),
+            _ => Err(Self::no_such_method(method)),
         }
     }
 

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
@@ -51,10 +51,8 @@ enum Error {
     Route(#[from] route::Error),
     #[error("can't use the socket that systemd handed over")]
     ActivatedSocket(#[source] io::Error),
-    #[error("can't listen on '{path}'")]
-    Listen { path: PathBuf, source: io::Error },
-    #[error("another helper listens on '{0}'")]
-    InUse(PathBuf),
+    #[error(transparent)]
+    Socket(#[from] socket::Error),
     #[error("can't listen to the kernel's announcements")]
     Monitor(#[source] io::Error),
     #[error(
@@ -244,17 +242,10 @@ fn activation() -> io::Result<(Option<UnixListener>, Option<File>)> {
 }
 
 /// Listens on a socket of our own, in place of one that nobody listens on any more.
-fn listen(path: &Path) -> Result<(UnixListener, socket::Name), Error> {
-    let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::AddrInUse => Error::InUse(path.to_owned()),
-        _ => Error::Listen {
-            path: path.to_owned(),
-            source,
-        },
-    };
+fn listen(path: &Path) -> Result<(UnixListener, socket::Name), socket::Error> {
     if let Some(directory) = path.parent() {
-        std::fs::create_dir_all(directory).map_err(failed)?;
+        std::fs::create_dir_all(directory).map_err(|source| socket::Error::listen(path, source))?;
     }
     // Anybody may connect: what a peer may do depends on its uid.
-    socket::bind(path, 0o666).map_err(failed)
+    socket::bind(path, 0o666, "another helper")
 }

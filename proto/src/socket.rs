@@ -17,6 +17,36 @@ use crate::text::chain;
 /// How long to wait after accept(2) failed.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
+/// Why a socket can't be listened on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Somebody else listens on it.
+    #[error("{who} listens on {}", .path.display())]
+    InUse {
+        /// Who that is: another program of this kind.
+        who: &'static str,
+        /// The socket.
+        path: PathBuf,
+    },
+    /// It can't be made.
+    #[error("can't listen on {}", .path.display())]
+    Listen {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// Making the socket, or its directory, failed.
+    #[must_use]
+    pub fn listen(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        Self::Listen { path, source }
+    }
+}
+
 /// A socket that is listened on, for its user and root alone.
 #[derive(Debug)]
 pub struct Socket {
@@ -37,15 +67,16 @@ pub struct Name {
 
 impl Socket {
     /// Listens on `path`, in a directory that nobody else may write to. A socket on which nobody listens any more is
-    /// replaced. To be called within a runtime.
+    /// replaced. To be called within a runtime. `who` is whom an error names if somebody listens on it.
     ///
     /// # Errors
-    /// `AddrInUse` if somebody listens on it; whatever the kernel says if it can't be made.
-    pub fn listen(path: &Path) -> io::Result<Self> {
-        let (listener, name) = bind(path, 0o600)?;
+    /// If somebody listens on it, or it can't be made.
+    pub fn listen(path: &Path, who: &'static str) -> Result<Self, Error> {
+        let (listener, name) = bind(path, 0o600, who)?;
+        let socket = Self::handed_over(listener).map_err(|source| Error::listen(path, source))?;
         Ok(Self {
             _name: Some(name),
-            ..Self::handed_over(listener)?
+            ..socket
         })
     }
 
@@ -124,31 +155,44 @@ pub fn of_relay() -> PathBuf {
 }
 
 /// Listens on `path` with these permissions, in a directory that nobody else may write to. A socket on which nobody
-/// listens any more is replaced.
+/// listens any more is replaced. `who` is whom an error names if somebody listens on it.
 ///
 /// # Errors
-/// `AddrInUse` if somebody listens on it; whatever the kernel says if it can't be made.
-pub fn bind(path: &Path, mode: u32) -> io::Result<(std::os::unix::net::UnixListener, Name)> {
-    let lock = match lock(path) {
-        Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::AddrInUse.into()),
-        lock => lock?,
+/// If somebody listens on it, or it can't be made.
+pub fn bind(
+    path: &Path,
+    mode: u32,
+    who: &'static str,
+) -> Result<(std::os::unix::net::UnixListener, Name), Error> {
+    let in_use = || Error::InUse {
+        who,
+        path: path.to_owned(),
     };
+    let lock = lock(path).map_err(|error| match error {
+        TryLockError::WouldBlock => in_use(),
+        TryLockError::Error(source) => Error::listen(path, source),
+    })?;
     // It may be the service manager's, or one of before there were locks.
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
-        return Err(io::ErrorKind::AddrInUse.into());
+        return Err(in_use());
     }
+    match make(path, mode) {
+        Ok(listener) => Ok((listener, Name::of(path, lock))),
+        // Somebody who takes no lock was faster.
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(in_use()),
+        Err(source) => Err(Error::listen(path, source)),
+    }
+}
+
+/// Makes a socket in place of what is there.
+fn make(path: &Path, mode: u32) -> io::Result<std::os::unix::net::UnixListener> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let listener = std::os::unix::net::UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-    let name = Name {
-        path: path.to_owned(),
-        inode: inode(path),
-        _lock: lock,
-    };
-    Ok((listener, name))
+    Ok(listener)
 }
 
 /// Takes the lock of a socket, so that of programs that start at once none takes away what another has just made. Its
@@ -167,6 +211,16 @@ fn lock(socket: &Path) -> Result<File, TryLockError> {
 
 fn inode(path: &Path) -> Option<u64> {
     std::fs::symlink_metadata(path).ok().map(|m| m.ino())
+}
+
+impl Name {
+    fn of(path: &Path, lock: File) -> Self {
+        Self {
+            path: path.to_owned(),
+            inode: inode(path),
+            _lock: lock,
+        }
+    }
 }
 
 impl Drop for Name {
@@ -205,7 +259,7 @@ mod tests {
             let listen = || {
                 let _runtime = runtime.enter();
                 barrier.wait();
-                Socket::listen(&path)
+                Socket::listen(&path, "another program")
             };
             let sockets: Vec<_> = std::thread::scope(|scope| {
                 let programs: Vec<_> = (0..PROGRAMS).map(|_| scope.spawn(listen)).collect();
@@ -215,7 +269,7 @@ mod tests {
             assert_eq!(listening, 1, "in round {round}: {sockets:?}");
             UnixStream::connect(&path).unwrap();
             let others = sockets.iter().filter_map(|s| s.as_ref().err());
-            let in_use = |error: &io::Error| error.kind() == io::ErrorKind::AddrInUse;
+            let in_use = |error: &Error| matches!(error, Error::InUse { .. });
             assert!(others.into_iter().all(in_use), "{sockets:?}");
         }
     }
@@ -226,9 +280,9 @@ mod tests {
         let _runtime = runtime.enter();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("agent.sock");
-        drop(Socket::listen(&path).unwrap());
+        drop(Socket::listen(&path, "another program").unwrap());
         assert!(!path.exists());
-        let former = Socket::listen(&path).unwrap();
+        let former = Socket::listen(&path, "another program").unwrap();
         std::fs::rename(&path, directory.path().join("elsewhere")).unwrap();
         let _another = std::os::unix::net::UnixListener::bind(&path).unwrap();
         drop(former);

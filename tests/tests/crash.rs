@@ -423,7 +423,7 @@ fn a_second_helper_is_told_so() {
         let _helper = sb.helper().start();
         let mut second = sb.helper().spawn();
         assert!(!second.wait().success());
-        second.wait_log("another helper listens on '/run/cgtproxy/helper.sock'");
+        second.wait_log("another helper listens on /run/cgtproxy/helper.sock");
         let mut elsewhere = sb.helper().argument("--remove").spawn();
         assert!(!elsewhere.wait().success());
         elsewhere.wait_log("belongs to another process");

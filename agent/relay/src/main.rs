@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cgtproxy_proto::socket::{Socket, of_relay};
+use cgtproxy_proto::socket::{self, Socket, of_relay};
 use cgtproxy_proto::text::chain;
 use cgtproxy_proto::{log, notify};
 use cgtproxy_relay::cli::Arguments;
@@ -33,10 +33,8 @@ const LOOKUPS: usize = 8;
 enum Error {
     #[error("can't use the socket that systemd handed over")]
     ActivatedSocket(#[source] io::Error),
-    #[error("another relay listens on {}", .0.display())]
-    InUse(PathBuf),
-    #[error("can't listen on {}", .path.display())]
-    Listen { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Socket(#[from] socket::Error),
     #[error("can't start")]
     Start(#[source] io::Error),
 }
@@ -113,8 +111,5 @@ fn socket(arguments: &Arguments, handed_over: Option<UnixListener>) -> Result<So
         return Socket::handed_over(listener).map_err(Error::ActivatedSocket);
     }
     let path = arguments.socket.clone().unwrap_or_else(of_relay);
-    Socket::listen(&path).map_err(|source| match source.kind() {
-        io::ErrorKind::AddrInUse => Error::InUse(path),
-        _ => Error::Listen { path, source },
-    })
+    Ok(Socket::listen(&path, "another relay")?)
 }
