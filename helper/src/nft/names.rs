@@ -222,7 +222,7 @@ fn held(verdict: &Verdict) -> &str {
         Verdict::DropAll => "drop-all",
         Verdict::Proxy(proxy) => proxy.as_str(),
         // No proxy's name begins like that.
-        Verdict::Released => "_released",
+        Verdict::Undecided => "_undecided",
     }
 }
 
@@ -233,7 +233,7 @@ pub(super) fn hold_of(chain: &str) -> Option<Hold> {
         Verdict::Direct,
         Verdict::Drop,
         Verdict::DropAll,
-        Verdict::Released,
+        Verdict::Undecided,
     ];
     Some(Hold {
         level: level.parse().ok()?,
@@ -260,7 +260,7 @@ mod tests {
             ("hold-1000-5-mihomo", Some(1000)),
             ("hold-1000-5-a-b", Some(1000)),
             ("hold-5-direct", None),
-            ("hold-5-_released", None),
+            ("hold-5-_undecided", None),
             ("hold-0-5-_users", Some(0)),
             ("drop", None),
             ("drop-system", None),
@@ -277,7 +277,7 @@ mod tests {
             Verdict::Direct,
             Verdict::Drop,
             Verdict::DropAll,
-            Verdict::Released,
+            Verdict::Undecided,
         ] {
             let hold = Hold {
                 level: 12,

@@ -24,7 +24,7 @@ pub enum Verdict {
     Proxy(ProxyName),
     /// They leave as if the policy said nothing about the control group nor about what it is in: what no rule decides,
     /// where that has to be said, and what went to a proxy whose agent is gone.
-    Released,
+    Undecided,
 }
 
 /// What of an element users' own policies don't change. In the system's policy only.

@@ -222,7 +222,7 @@ pub(crate) fn layout(system: bool) -> Layout {
         Verdict::Drop,
         Verdict::DropAll,
         Verdict::Proxy(name("tproxy")),
-        Verdict::Released,
+        Verdict::Undecided,
     ];
     let slices = Slices {
         users: OwnedControlGroup::for_test(1, 1).id(),
@@ -260,7 +260,7 @@ fn elements(count: u64) -> Vec<(OwnedControlGroup, policy::Element)> {
         0 => Verdict::Direct,
         1 => Verdict::Drop,
         2 => Verdict::DropAll,
-        3 => Verdict::Released,
+        3 => Verdict::Undecided,
         _ => Verdict::Proxy(name("tproxy")),
     };
     (0..count)
@@ -448,7 +448,7 @@ fn whole_lives_of_policies() {
             found.has(&[&format!("receive-{uid}-{proxy}")]);
         }
         found.has(&[&format!("hold-{uid}-5-tproxy")]);
-        for verdict in ["direct", "drop", "drop-all", "_released"] {
+        for verdict in ["direct", "drop", "drop-all", "_undecided"] {
             let whose = if system { "0-" } else { "" };
             found.has(&[&format!("hold-{whose}5-{verdict}")]);
         }

@@ -28,7 +28,7 @@ use crate::mark::MarkRange;
 const DIRECT: u32 = 1 << 8;
 const DROP: u32 = 2 << 8;
 const DROP_ALL: u32 = 3 << 8;
-const RELEASED: u32 = 4 << 8;
+const UNDECIDED: u32 = 4 << 8;
 /// Users' own policies decide, and then the system's.
 const USERS: u32 = 5 << 8;
 /// The number of the proxy whose mark has number N is `PROXY` + N.
@@ -50,7 +50,7 @@ fn of_verdict(marks: MarkRange, layout: &Layout, verdict: &Verdict, held: Option
             .proxies
             .get(name)
             .map_or(0, |proxy| of_proxy(marks, proxy)),
-        Verdict::Released => RELEASED,
+        Verdict::Undecided => UNDECIDED,
     };
     number | held.map_or(0, |hold| hold.level)
 }
@@ -67,7 +67,7 @@ pub(super) fn meaning(
         Verdict::Direct,
         Verdict::Drop,
         Verdict::DropAll,
-        Verdict::Released,
+        Verdict::Undecided,
     ]
     .into_iter()
     .chain(proxies);
@@ -116,12 +116,12 @@ pub(super) fn what_is_enforced(number: u32) -> Enforced {
 
 impl Transaction<'_> {
     /// Adds the elements of a map of verdicts for the numbers that every policy has.
-    pub(super) fn common_choices(&mut self, choices: &CStr, drop: &CStr, released: Element<'_>) {
+    pub(super) fn common_choices(&mut self, choices: &CStr, drop: &CStr, undecided: Element<'_>) {
         let mut map = self.set(choices, KeyType::Mark, Content::Verdicts);
         map.push(&DIRECT.to_ne_bytes(), Element::Return);
         map.push(&DROP.to_ne_bytes(), Element::Goto(drop));
         map.push(&DROP_ALL.to_ne_bytes(), Element::Drop);
-        map.push(&RELEASED.to_ne_bytes(), released);
+        map.push(&UNDECIDED.to_ne_bytes(), undecided);
         self.write_elements(&map, MsgType::Add);
     }
 
@@ -265,7 +265,7 @@ fn decision(names: &Names, verdict: &Verdict) -> Decision {
         Verdict::DropAll => Decision::Drop,
         Verdict::Proxy(proxy) => Decision::Goto(names.proxy(proxy)),
         // A user's packets go on to the system's policy; after that there is nothing.
-        Verdict::Released if names.is_system() => Decision::Return,
-        Verdict::Released => Decision::Goto(SYSTEM.to_owned()),
+        Verdict::Undecided if names.is_system() => Decision::Return,
+        Verdict::Undecided => Decision::Goto(SYSTEM.to_owned()),
     }
 }

@@ -48,7 +48,7 @@ impl Registry {
                 (vec![all], [layout.subtree.level()].into())
             }
             // Of some control groups it is not known how deep they are.
-            _ => (released(entry.elements()), layout.levels.clone()),
+            _ => (without_proxies(entry.elements()), layout.levels.clone()),
         };
         if !rest.iter().any(|(_, element)| element.holds_back()) {
             return Remains::Nothing;
@@ -98,14 +98,14 @@ impl Registry {
     }
 }
 
-/// The same without proxies: what went to one is not decided here any more.
-fn released<'a>(
+/// These elements without proxies: the verdict of what went to a proxy is not decided here any more.
+fn without_proxies<'a>(
     elements: impl Iterator<Item = &'a (OwnedControlGroup, Element)>,
 ) -> Vec<(OwnedControlGroup, Element)> {
-    let release = |(cgroup, element): &(OwnedControlGroup, Element)| {
+    let without_proxy = |(cgroup, element): &(OwnedControlGroup, Element)| {
         let element = match &element.verdict {
             Verdict::Proxy(_) => Element {
-                verdict: Verdict::Released,
+                verdict: Verdict::Undecided,
                 hold: element.hold,
                 // What is held stays so.
                 enforced: match element.hold && element.enforced != Enforced::Nothing {
@@ -117,5 +117,5 @@ fn released<'a>(
         };
         (*cgroup, element)
     };
-    elements.map(release).collect()
+    elements.map(without_proxy).collect()
 }

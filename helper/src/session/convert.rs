@@ -96,7 +96,7 @@ pub(crate) fn assignments(
             return Err(invalid("undecided"));
         }
         let verdict = match (assignment.verdict, proxy) {
-            (wire::Verdict::direct, None) if undecided => Verdict::Released,
+            (wire::Verdict::direct, None) if undecided => Verdict::Undecided,
             (wire::Verdict::direct, None) => Verdict::Direct,
             (wire::Verdict::drop, None) => Verdict::Drop,
             (wire::Verdict::dropAll, None) => Verdict::DropAll,

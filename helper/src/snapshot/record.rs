@@ -88,7 +88,7 @@ enum VerdictRecord {
     Drop,
     DropAll,
     Proxy(String),
-    Released,
+    Undecided,
     /// It is users' own policies' to say.
     Users,
 }
@@ -132,7 +132,7 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout, list: &[u8]) -> Ve
         Some(Verdict::Drop) => VerdictRecord::Drop,
         Some(Verdict::DropAll) => VerdictRecord::DropAll,
         Some(Verdict::Proxy(name)) => VerdictRecord::Proxy(name.to_string()),
-        Some(Verdict::Released) => VerdictRecord::Released,
+        Some(Verdict::Undecided) => VerdictRecord::Undecided,
         None => VerdictRecord::Users,
     };
     let before = Before {
@@ -213,7 +213,7 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
             VerdictRecord::Drop => Some(Verdict::Drop),
             VerdictRecord::DropAll => Some(Verdict::DropAll),
             VerdictRecord::Proxy(name) => Some(Verdict::Proxy(known(name)?)),
-            VerdictRecord::Released => Some(Verdict::Released),
+            VerdictRecord::Undecided => Some(Verdict::Undecided),
             VerdictRecord::Users => None,
         };
         holds.insert(Hold { level, verdict });

@@ -288,7 +288,7 @@ impl<'a> World<'a> {
                 OnAgentLoss::Keep if verdicts.contains(&&Verdict::Direct) => {
                     &[&Verdict::Direct, &Verdict::Drop]
                 }
-                OnAgentLoss::Keep => &[&Verdict::Drop, &Verdict::Released],
+                OnAgentLoss::Keep => &[&Verdict::Drop, &Verdict::Undecided],
                 OnAgentLoss::Drop => &[&Verdict::Drop],
                 OnAgentLoss::Direct => &[],
             };
