@@ -34,10 +34,10 @@ use tokio::sync::Notify;
 
 use crate::sys::{refuses_descriptors, watch_shared};
 
-/// How much is looked at, and read, at once.
+/// How many bytes are looked at, and read, at once.
 const CHUNK: usize = 64 * 1024;
 
-/// The same, of what is read in order to be thrown away.
+/// How many bytes are read at once in order to be thrown away.
 const WASTE: usize = 4 * 1024;
 
 /// So many sockets may stay open.
@@ -153,15 +153,15 @@ impl Drop for Socket {
     }
 }
 
-/// Tells whether anybody is at the other end of a connection, for as long as that is open.
+/// Tells whether the peer is still at the other end of a connection, for as long as that is open.
 #[derive(Debug, Clone)]
-pub struct Line(Weak<OwnedFd>);
+pub struct PeerProbe(Weak<OwnedFd>);
 
-impl Line {
-    /// Whether the peer has closed the connection, or is dead: nobody would hear of an answer. One that has only said
-    /// all that it has to say waits for one.
+impl PeerProbe {
+    /// Whether the peer has closed the connection, or is dead (`POLLHUP`): nobody would hear of an answer. A peer that
+    /// has only shut its sending side down waits for one.
     #[must_use]
-    pub fn is_dead(&self) -> bool {
+    pub fn is_gone(&self) -> bool {
         let Some(socket) = self.0.upgrade() else {
             return true;
         };
@@ -206,8 +206,8 @@ impl Guarded {
 
     /// What tells whether the peer is still there.
     #[must_use]
-    pub fn line(&self) -> Line {
-        Line(Rc::downgrade(&self.socket.socket))
+    pub fn peer_probe(&self) -> PeerProbe {
+        PeerProbe(Rc::downgrade(&self.socket.socket))
     }
 
     /// Has the runtime wait for this, and for nothing else.
@@ -547,15 +547,15 @@ mod tests {
     fn who_has_hung_up_is_told_from_who_waits_for_an_answer() {
         block_on(async {
             let (ours, mut theirs) = pair(&Parked::default());
-            let line = ours.line();
-            assert!(!line.is_dead());
+            let probe = ours.peer_probe();
+            assert!(!probe.is_gone());
             io::Write::write_all(&mut theirs, b"x").unwrap();
             theirs.shutdown(std::net::Shutdown::Write).unwrap();
-            assert!(!line.is_dead());
+            assert!(!probe.is_gone());
             drop(theirs);
-            assert!(line.is_dead());
+            assert!(probe.is_gone());
             drop(ours);
-            assert!(line.is_dead());
+            assert!(probe.is_gone());
         });
     }
 

@@ -32,10 +32,10 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from
 /// A timer that is so late was not looked at because this process did not run.
 const HELD_UP: Duration = Duration::from_millis(100);
 
-/// How long those may take who came meanwhile.
+/// How long whoever came while this process did not run may take to be served.
 const SECOND_CHANCE: Duration = Duration::from_secs(1);
 
-/// How often to see whether those are still there for whom something is kept.
+/// How often to look whether a user for whom something is kept is still there.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
 
 /// How long to wait before asking the kernel again for what it refused: doubled from one to the other.
@@ -290,9 +290,10 @@ impl Server {
         id: ConnectionId,
     ) {
         let uid = peer.uid();
-        let line = stream.line();
+        let probe = stream.peer_probe();
         let mut messages = MessageReader::with_budget(stream, MESSAGE_BYTES, connection.budget());
-        let mut session = Session::new(peer, connection, id, Rc::clone(&self.state)).over(line);
+        let mut session =
+            Session::new(peer, connection, id, Rc::clone(&self.state)).with_peer_probe(probe);
         match serve(&mut messages, &mut session).await {
             Ok(()) | Err(ServeError::Write(_)) => {}
             Err(error) => {
@@ -360,7 +361,7 @@ async fn sleep_awake(period: Duration) {
     }
 }
 
-/// Says what became of it; returns whether it is there again.
+/// Logs whether `what` was restored, and returns that.
 fn report(
     what: &str,
     restored: Result<(), impl std::error::Error + 'static>,

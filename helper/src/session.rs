@@ -20,7 +20,7 @@ use serde_json::json;
 
 use crate::bypass;
 use crate::cgroup::{Subtree, Unavailable, subtree_path};
-use crate::guarded::Line;
+use crate::guarded::PeerProbe;
 use crate::kernel::{Kernel, Linux};
 use crate::nft::MarkWriter;
 use crate::peer::{Peer, Uid};
@@ -53,7 +53,7 @@ pub struct Session<K = Linux> {
     id: ConnectionId,
     state: Rc<RefCell<State<K>>>,
     /// None where nobody hangs up.
-    line: Option<Line>,
+    peer_probe: Option<PeerProbe>,
     /// What was last said of the kernel's refusals.
     warned: RefCell<Said>,
 }
@@ -72,22 +72,22 @@ impl<K: Kernel> Session<K> {
             connection,
             id,
             state,
-            line: None,
+            peer_probe: None,
             warned: RefCell::default(),
         }
     }
 
-    /// The same, over a connection that the peer may close at any time.
+    /// Has the session look whether its peer is still there, before a policy comes into force.
     #[must_use]
-    pub fn over(mut self, line: Line) -> Self {
-        self.line = Some(line);
+    pub fn with_peer_probe(mut self, probe: PeerProbe) -> Self {
+        self.peer_probe = Some(probe);
         self
     }
 
     /// Refuses to bring into force what somebody wanted who is gone: the call may have waited for this helper to start,
     /// and an agent that was stopped meanwhile leaves nothing.
-    fn insist_on_somebody(&self) -> Result<(), Error> {
-        match self.line.as_ref().is_some_and(Line::is_dead) {
+    fn check_peer_is_there(&self) -> Result<(), Error> {
+        match self.peer_probe.as_ref().is_some_and(PeerProbe::is_gone) {
             true => Err(state::Error::NoSession.into()),
             false => Ok(()),
         }
@@ -111,7 +111,8 @@ impl<K: Kernel> Session<K> {
         Ok(policy)
     }
 
-    /// The same of a change of some verdicts. What is removed is no more than what one may have either.
+    /// The parameters of a change of some verdicts, if this connection holds the policy. What is removed is no more than
+    /// what a user may have either.
     fn update_arguments(&self, arguments: Parameters<'_>) -> Result<UpdateAssignments_Args, Fault> {
         let holds = self.state.borrow().holds(self.peer.uid(), self.id);
         holds.map_err(|error| self.fault(error.into()))?;
@@ -135,7 +136,7 @@ impl<K: Kernel> Session<K> {
     }
 
     fn replace_policy(&self, arguments: ReplacePolicy_Args) -> Result<ReplacePolicy_Reply, Error> {
-        self.insist_on_somebody()?;
+        self.check_peer_is_there()?;
         let uid = self.peer.uid();
         let mut state = self.state.borrow_mut();
         let assignments = convert::assignments(uid, "assignments", arguments.assignments)?;
@@ -159,7 +160,7 @@ impl<K: Kernel> Session<K> {
             gateway,
         };
         let (generation, skipped) = state.replace(uid, self.id, &subtree, policy, assignments)?;
-        self.taken();
+        self.forget_refusals();
         Ok(ReplacePolicy_Reply {
             generation: convert::number(generation),
             skipped: convert::skipped_reply(skipped),
@@ -170,7 +171,7 @@ impl<K: Kernel> Session<K> {
         &self,
         arguments: UpdateAssignments_Args,
     ) -> Result<UpdateAssignments_Reply, Error> {
-        self.insist_on_somebody()?;
+        self.check_peer_is_there()?;
         let mut state = self.state.borrow_mut();
         let assign = convert::assignments(self.peer.uid(), "assign", arguments.assign)?;
         let mut remove = BTreeSet::new();
@@ -182,7 +183,7 @@ impl<K: Kernel> Session<K> {
         let subtree = self.subtree(&state)?;
         let (generation, skipped) =
             state.update(self.peer.uid(), self.id, &subtree, assign, remove)?;
-        self.taken();
+        self.forget_refusals();
         Ok(UpdateAssignments_Reply {
             generation: convert::number(generation),
             skipped: convert::skipped_reply(skipped),
@@ -201,7 +202,7 @@ impl<K: Kernel> Session<K> {
         let client = address("client", &arguments.client)?;
         let mut state = self.state.borrow_mut();
         let (source, destination) = state.find_redirected(self.peer.uid(), listener, client)?;
-        self.taken();
+        self.forget_refusals();
         Ok(FindRedirected_Reply {
             source: source.to_string(),
             destination: destination.to_string(),
@@ -287,7 +288,7 @@ impl<K: Kernel> Session<K> {
     }
 
     /// The kernel has done what was asked: what it refuses next is news.
-    fn taken(&self) {
+    fn forget_refusals(&self) {
         self.warned.borrow_mut().works();
     }
 
@@ -344,10 +345,7 @@ impl<K: Kernel> Session<K> {
             "RemovePolicy" => reply(self.remove_policy().map_err(refused)?),
             "GetStatus" => reply(self.get_status()),
             "Diagnose" => reply(self.diagnose()),
-            _ => Err(Fault::method_not_found(&format!(
-                "{}.{method}",
-                wire::INTERFACE
-            ))),
+            _ => Err(Self::no_such_method(method)),
         }
     }
 }

@@ -61,7 +61,7 @@ pub enum Error {
 const DIAGNOSIS_HOLDS: Duration = Duration::from_secs(1);
 const DIAGNOSIS_HOLDS_TIMES: u32 = 20;
 
-/// What of the machine may be in the way.
+/// What may be in the way on this machine.
 #[derive(Debug, Clone)]
 pub struct Diagnosis {
     /// What the kernel can't do, in nft's words.
@@ -234,7 +234,7 @@ impl<K: Kernel> State<K> {
         assignments: BTreeMap<ControlGroupPath, nft::Element>,
     ) -> Result<(u64, Vec<Skipped>), Error> {
         self.may_replace(uid, connection)?;
-        self.dispel_doubt()?;
+        self.rebuild_if_doubtful()?;
         let mut skipped = Vec::new();
         let open = opener(subtree, &mut skipped);
         let staged = self.registry.replace(uid, policy, assignments, open)?;
@@ -257,7 +257,7 @@ impl<K: Kernel> State<K> {
         remove: std::collections::BTreeSet<ControlGroupPath>,
     ) -> Result<(u64, Vec<Skipped>), Error> {
         self.holds(uid, connection)?;
-        self.dispel_doubt()?;
+        self.rebuild_if_doubtful()?;
         let mut skipped = Vec::new();
         let open = opener(subtree, &mut skipped);
         let staged = self
@@ -284,7 +284,7 @@ impl<K: Kernel> State<K> {
     }
 
     fn remove_policy(&mut self, uid: Uid) -> Result<(), nft::Error> {
-        self.dispel_doubt()?;
+        self.rebuild_if_doubtful()?;
         let staged = self.registry.remove(uid);
         self.commit(staged)?;
         self.holders.remove(&uid);
@@ -306,7 +306,7 @@ impl<K: Kernel> State<K> {
             };
             if doubtful {
                 self.doubtful = true;
-                self.dispel_doubt()?;
+                self.rebuild_if_doubtful()?;
             }
             // What was refused stays written down, and may be refused any number of times.
             self.shorten_snapshot();
@@ -330,7 +330,7 @@ impl<K: Kernel> State<K> {
 
     /// Makes the table what the registry says, if it may be something else. A change whose outcome nobody
     /// knows has not happened then, and what is staged next fits what is there.
-    fn dispel_doubt(&mut self) -> Result<(), nft::Error> {
+    fn rebuild_if_doubtful(&mut self) -> Result<(), nft::Error> {
         match self.doubtful {
             true => self.rebuild_table(),
             false => Ok(()),

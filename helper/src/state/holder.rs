@@ -75,7 +75,7 @@ impl<K: Kernel> State<K> {
         if self.holder(uid) != Holder::Grace(grace) {
             return Ok(Outcome::TakenOver);
         }
-        self.dispel_doubt()?;
+        self.rebuild_if_doubtful()?;
         let remains = match self.may_keep(uid) {
             true => self.registry.remains(uid, self.config.on_agent_loss),
             false => Remains::Nothing,

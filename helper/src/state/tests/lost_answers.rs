@@ -135,7 +135,7 @@ proptest! {
             kernel.lose.borrow_mut().clear();
             if matches!(result, Err(Error::Kernel(_))) || !heard {
                 // Whatever comes next sees to it first.
-                let _ = state.dispel_doubt();
+                let _ = state.rebuild_if_doubtful();
             }
             let table = kernel.table.borrow();
             let there = table.of(bed.uid).map(|o| (&o.layout, o.elements.len()));
