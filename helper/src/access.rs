@@ -13,18 +13,21 @@ use crate::quota::Account;
 /// For how long an answer of the databases is good to whoever connects.
 const ANSWER_HOLDS: Duration = Duration::from_secs(1);
 
-/// For how long it is good to what is only kept: nobody waits there for a group to be another one.
+/// For how long an answer of the databases is good to what is only kept: nobody waits there for a group to be another one.
 const ANSWER_HOLDS_FOR_KEPT: Duration = Duration::from_secs(60);
 
-/// How many times as long as the databases took it is good at least, up to so long: while they are asked, nobody is
+/// How many times as long as the databases took to give it an answer is good at least: while they are asked, nobody is
 /// served.
 const ANSWER_HOLDS_TIMES: u32 = 20;
+
+/// For how long an answer of slow databases is good at most.
 const ANSWER_HOLDS_AT_MOST: Duration = Duration::from_secs(600);
 
-/// The same of finding out nothing: who is refused for that is not to wait for long once the databases are back.
+/// For how long it is good at most that slow databases gave no answer: who is refused for that is not to wait for long once
+/// they are back.
 const FAILURE_HOLDS_AT_MOST: Duration = Duration::from_secs(60);
 
-/// How many are remembered at most.
+/// How many answers are remembered at most.
 const MOST_ANSWERS: usize = 1024;
 
 /// Users and groups, by number.
@@ -67,7 +70,8 @@ impl Access {
         }
     }
 
-    /// The same by the databases; none if they can't be asked, or don't know a user who may be in a denied group.
+    /// Whether a user may connect, by the databases of users and groups; none if they can't be asked, or don't know a user
+    /// who may be in a denied group.
     #[must_use]
     pub fn decides(&self, uid: Uid) -> Option<bool> {
         if let Some(decided) = self.decides_by_uid(uid) {
@@ -175,7 +179,7 @@ impl Answers {
         self.get_by(Instant::now, uid, within, ask)
     }
 
-    /// The same by this clock.
+    /// What was found out about this user within this time by this clock, or is now.
     fn get_by(
         &mut self,
         clock: impl Fn() -> Instant,

@@ -124,7 +124,7 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Users and groups.
+/// Users and groups, by number or name.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct References {
@@ -187,7 +187,7 @@ pub struct Config {
     pub rule_priority: u32,
     /// How long a policy outlives its agent's connection.
     pub grace: Duration,
-    /// What becomes of it then.
+    /// What becomes of the policy then.
     pub on_agent_loss: OnAgentLoss,
     /// Whether to protect the table from other programs where the kernel can.
     pub own_table: bool,

@@ -22,9 +22,9 @@ const BURST: Duration = Duration::from_secs(20);
 /// Whose use counts together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Account {
-    /// One user's, who can have a policy.
+    /// The use of one user, who can have a policy.
     User(Uid),
-    /// That of all who can't, for want of a service manager. One user may have thousands of uids (subuid(5)), and
+    /// The use of all users who can't, for want of a service manager. One user may have thousands of uids (subuid(5)), and
     /// none of them has more to ask than what the helper says to everybody.
     Others,
 }
@@ -36,7 +36,7 @@ pub struct Quotas {
     users: Rc<RefCell<BTreeMap<Account, Usage>>>,
 }
 
-/// One user's.
+/// One user's use of the helper.
 #[derive(Debug)]
 struct Usage {
     connections: usize,

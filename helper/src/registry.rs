@@ -81,7 +81,7 @@ pub struct PolicyRequest {
     pub gateway: Option<Gateway>,
 }
 
-/// What of a user's is in force.
+/// A user's policy that is in force.
 #[derive(Debug, Clone, Copy)]
 pub struct InForce<'a> {
     /// Everything but single control groups' verdicts.
@@ -92,7 +92,7 @@ pub struct InForce<'a> {
     pub generation: u64,
 }
 
-/// What a user has in the kernel.
+/// A policy as the kernel has it.
 #[derive(Debug, Clone)]
 struct User {
     stamped: Stamped,
@@ -101,12 +101,14 @@ struct User {
     generation: u64,
 }
 
-/// A user's state, or what an earlier helper left of one.
+/// What a user has in the kernel, and how much is known of it.
 #[derive(Debug, Clone)]
 enum Entry {
+    /// A policy that an agent has given this helper.
     Policy(User),
-    /// It is known what that is, but not by which paths.
+    /// What an earlier helper left and a snapshot describes: everything but the paths of control groups.
     Known(Known),
+    /// What an earlier helper left and no snapshot describes.
     LeftBehind(LeftBehind),
 }
 

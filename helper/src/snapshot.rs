@@ -150,7 +150,7 @@ impl Snapshot {
         (this, records)
     }
 
-    /// The same once more, over a copy of the bytes.
+    /// This snapshot once more, over a copy of its bytes.
     #[cfg(test)]
     pub(crate) fn fork(&self, copy: &Memory) -> Self {
         Self {
@@ -162,7 +162,7 @@ impl Snapshot {
     }
 
     /// Goes on with the file that an earlier helper left, or else with a new one, which the service manager
-    /// is asked to keep once something has been written. Returns what the earlier one says; what makes no sense is thrown
+    /// is asked to keep once something has been written. Returns what the earlier file says; what makes no sense is thrown
     /// away.
     #[must_use]
     pub fn open(stored: Option<File>, range: MarkRange) -> (Self, Records) {
@@ -347,7 +347,7 @@ fn read(file: &File, range: MarkRange) -> Result<Records, Error> {
     Ok(records(&log, range))
 }
 
-/// The same, of bytes.
+/// Reads the bytes of a snapshot.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn parse(bytes: &[u8], range: MarkRange) -> Result<Records, Error> {
     let header = bytes.first_chunk().ok_or(Error::Format)?;

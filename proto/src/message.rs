@@ -50,9 +50,9 @@ pub struct MessageReader<R, B: Budget = Unshared> {
     scanned: usize,
     limit: usize,
     budget: B,
-    /// What the budget knows of.
+    /// How many bytes the budget knows of.
     accounted: usize,
-    /// How much of that is of the message that was handed out last.
+    /// How many bytes the message has that was handed out last.
     handed_out: usize,
     /// The last message was not there yet when it was asked for.
     waited: bool,

@@ -4,11 +4,11 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-/// The networks of addresses that stand for names unless the relay is told otherwise: those that are set aside for
-/// benchmarks (RFC 2544 and RFC 5180). Nothing on the internet has them, and lists of private networks, which many
-/// bypass, leave them out.
+/// The IPv4 network of addresses that stand for names unless the relay is told otherwise: the one that is set aside for
+/// benchmarks (RFC 2544). Nothing on the internet has it, and lists of private networks, which many
+/// bypass, leave it out.
 pub const FAKE_IPV4: (Ipv4Addr, u8) = (Ipv4Addr::new(198, 18, 0, 0), 15);
-/// The same of IPv6.
+/// The IPv6 network of addresses that stand for names unless the relay is told otherwise: for benchmarks, too (RFC 5180).
 pub const FAKE_IPV6: (Ipv6Addr, u8) = (Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0), 48);
 
 /// An IPv4 or IPv6 network, or a single address.
@@ -87,7 +87,7 @@ impl Network {
         }
     }
 
-    /// The same for IPv6.
+    /// The network's first address and the length of its prefix, if it is one of IPv6.
     #[must_use]
     pub fn ipv6(self) -> Option<(Ipv6Addr, u8)> {
         match self.network().address {

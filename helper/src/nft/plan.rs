@@ -38,29 +38,6 @@ impl Stamp {
     }
 }
 
-/// A user's chains and sets, but for the verdicts of single control groups.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Layout {
-    /// The control group below which everything else is: the user's user@UID.service, or for the system's
-    /// policy the root.
-    pub subtree: Top,
-    /// The policy's proxies.
-    pub proxies: BTreeMap<ProxyName, Proxy>,
-    /// The policy's bypass list, unless it is empty.
-    pub bypass: Option<BypassList>,
-    /// At which depths below the control group root a control group has a verdict of its own.
-    pub levels: BTreeSet<u32>,
-    /// The chains for control groups below which everything is held.
-    pub holds: BTreeSet<Hold>,
-    /// Whether anything of those is enforced.
-    pub enforced: bool,
-    /// Whether anything is dropped or held, or was when it last changed: then packets of open connections are looked
-    /// at too.
-    pub holds_back: bool,
-    /// What is forwarded.
-    pub gateway: Option<Gateway>,
-}
-
 /// A layout and its stamp.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stamped {
@@ -80,6 +57,29 @@ impl Stamped {
         };
         Self { layout, stamp }
     }
+}
+
+/// A user's chains and sets, but for the verdicts of single control groups.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// The control group below which everything else is: the user's user@UID.service, or for the system's
+    /// policy the root.
+    pub subtree: Top,
+    /// The policy's proxies.
+    pub proxies: BTreeMap<ProxyName, Proxy>,
+    /// The policy's bypass list, unless it is empty.
+    pub bypass: Option<BypassList>,
+    /// At which depths below the control group root a control group has a verdict of its own.
+    pub levels: BTreeSet<u32>,
+    /// The chains for control groups below which everything is held.
+    pub holds: BTreeSet<Hold>,
+    /// Whether the element of any control group is enforced.
+    pub enforced: bool,
+    /// Whether anything is dropped or held, or was when it last changed: then packets of open connections are looked
+    /// at too.
+    pub holds_back: bool,
+    /// What is forwarded.
+    pub gateway: Option<Gateway>,
 }
 
 /// What the rules of the output hook look up for a layout.
@@ -157,7 +157,7 @@ pub struct LeftBehind {
 pub struct Known {
     /// What they are; the kernel has the stamp as well.
     pub stamped: Stamped,
-    /// The verdicts. A level is known of those only below which something is held.
+    /// The verdicts of control groups. A level is known only of control groups below which something is held.
     pub elements: Vec<(OwnedControlGroup, Element)>,
 }
 
@@ -232,8 +232,8 @@ pub struct Plan {
     pub(crate) add: Vec<(OwnedControlGroup, Element)>,
 }
 
-/// The transactions that a change of what a user has takes, one after the other, those that have something to
-/// do. What each leaves is, for every socket, what was before or what is to be.
+/// The transactions that a change of what a user has takes, one after the other, if they have something to do. After
+/// each of them, every socket has the verdict that it had before or the one that it is to have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
     /// Chains that elements will lead to.
