@@ -10,8 +10,8 @@ use crate::cgroup::{ControlGroupId, OwnedControlGroup, Top};
 use crate::config::Limits;
 use crate::mark::{MarkAllocator, MarkRange};
 use crate::nft::{
-    Before, Bypass, Delivery, DnsHijack, Element, Exceptions, Fakes, Gateway, Inherited, Known,
-    Layout, LeftBehind, Plan, Stamp, Stamped,
+    Before, Bypass, Element, Gateway, Inherited, Known, Layout, LeftBehind, Plan, ProxySettings,
+    Stamp, Stamped,
 };
 use crate::peer::Uid;
 
@@ -49,30 +49,13 @@ pub enum Refused {
     NoMarksLeft,
 }
 
-/// A proxy as a policy asks for it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ProxyRequest {
-    /// Its name.
-    pub name: ProxyName,
-    /// Where it listens.
-    pub delivery: Delivery,
-    /// What goes direct.
-    pub exceptions: Exceptions,
-    /// UDP is refused.
-    pub reject_udp: bool,
-    /// Where DNS queries go.
-    pub dns_hijack: Option<DnsHijack>,
-    /// What stands for names.
-    pub fakes: Fakes,
-}
-
 /// A policy's part that is not about single control groups.
 #[derive(Debug)]
 pub struct PolicyRequest {
     /// The user's user@UID.service; the control group root for the system's policy.
     pub subtree: Top,
-    /// All proxies.
-    pub proxies: Vec<ProxyRequest>,
+    /// All proxies, by name.
+    pub proxies: Vec<(ProxyName, ProxySettings)>,
     /// How many bypass entries were asked for.
     pub bypass_entries: usize,
     /// What they come to.

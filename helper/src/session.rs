@@ -229,8 +229,9 @@ impl<K: Kernel> Session<K> {
             generation: convert::number(policy.map_or(0, |policy| policy.generation)),
             proxies: policy.map_or_else(Vec::new, |policy| {
                 let proxies = policy.layout.proxies.iter();
-                let reply = |(name, proxy)| convert::proxy_reply(name, proxy);
-                proxies.map(reply).collect()
+                proxies
+                    .map(|(name, proxy)| convert::proxy_reply(name, &proxy.settings))
+                    .collect()
             }),
             controlGroups: convert::number(policy.map_or(0, |policy| policy.cgroups as u64)),
             ipv6: state.ipv6(),

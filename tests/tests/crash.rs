@@ -10,9 +10,9 @@ use std::os::unix::net::UnixStream;
 use cgtproxy_helper::cgroup::Root;
 use cgtproxy_helper::config::Config;
 use cgtproxy_helper::kernel::Linux;
-use cgtproxy_helper::nft::{Bypass, Delivery, Exceptions, Fakes, Nftables, Verdict};
+use cgtproxy_helper::nft::{Bypass, Delivery, Exceptions, Fakes, Nftables, ProxySettings, Verdict};
 use cgtproxy_helper::peer::Peer;
-use cgtproxy_helper::registry::{PolicyRequest, ProxyRequest};
+use cgtproxy_helper::registry::PolicyRequest;
 use cgtproxy_helper::route::Routing;
 use cgtproxy_helper::snapshot::{Records, Snapshot};
 use cgtproxy_helper::state::{ConnectionId, State};
@@ -494,13 +494,15 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
             subtree: subtree.top(),
             proxies: proxies
                 .iter()
-                .map(|name| ProxyRequest {
-                    name: name.parse().expect("a name"),
-                    delivery: Delivery::Tproxy(NonZeroU16::MIN),
-                    exceptions: Exceptions::default(),
-                    fakes: Fakes::default(),
-                    reject_udp: false,
-                    dns_hijack: None,
+                .map(|name| {
+                    let settings = ProxySettings {
+                        delivery: Delivery::Tproxy(NonZeroU16::MIN),
+                        exceptions: Exceptions::default(),
+                        fakes: Fakes::default(),
+                        reject_udp: false,
+                        dns_hijack: None,
+                    };
+                    (name.parse().expect("a name"), settings)
                 })
                 .collect(),
             bypass_entries: 0,

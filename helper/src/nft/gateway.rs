@@ -45,7 +45,7 @@ impl Transaction<'_> {
     /// Chain `gateway`, for answers to a peer for whom the TPROXY server has spoken first. Chain `forward` refuses an
     /// answer whose proxy is not there any more.
     fn forwarded_answer_rules(&mut self, names: &Names, proxy: &Proxy) {
-        if matches!(proxy.delivery, Delivery::Redirect(_)) {
+        if matches!(proxy.settings.delivery, Delivery::Redirect(_)) {
             return;
         }
         let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
@@ -114,7 +114,7 @@ impl Transaction<'_> {
         }
         self.write_elements(&interfaces, MsgType::Add);
         self.unreachable_rules(FORWARDED);
-        if let Some(hijack) = &proxy.dns_hijack {
+        if let Some(hijack) = &proxy.settings.dns_hijack {
             let dns = names.dns(&gateway.proxy);
             // Nothing from elsewhere may go to a loopback address.
             for address in hijack.addresses.iter().filter(|a| !a.is_loopback()) {
@@ -122,8 +122,8 @@ impl Transaction<'_> {
             }
         }
         self.fake_rules(FORWARDED, proxy);
-        self.exception_rules(FORWARDED, proxy.exceptions);
-        let (divert, reject_udp) = (names.divert(&gateway.proxy), proxy.reject_udp);
+        self.exception_rules(FORWARDED, proxy.settings.exceptions);
+        let (divert, reject_udp) = (names.divert(&gateway.proxy), proxy.settings.reject_udp);
         if let Some(list) = &layout.bypass {
             self.bypass_rules(list, FORWARDED);
         }

@@ -73,7 +73,7 @@ impl Names {
             let uid = self.uid.value().to_ne_bytes();
             add(OWNERS, &[mark, uid].concat(), ElementData::Nothing);
         }
-        match proxy.delivery {
+        match proxy.settings.delivery {
             Delivery::Tproxy(port) => {
                 let port = port.get().to_be_bytes().to_vec();
                 add(DELIVER, &mark, ElementData::Goto(self.deliver().to_owned()));
@@ -91,7 +91,7 @@ impl Names {
                 add(RECEIVE, &mark, ElementData::Goto(self.receive(name)));
             }
         }
-        if proxy.dns_hijack.is_some() {
+        if proxy.settings.dns_hijack.is_some() {
             let dns = marks.dns_value(proxy.mark).to_ne_bytes();
             add(RESOLVE, &dns, ElementData::Goto(self.resolve(name)));
             add(RECEIVE, &dns, ElementData::Goto(self.receive(name)));

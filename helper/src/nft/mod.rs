@@ -42,7 +42,7 @@ pub use foreign::{MarkWriter, Unread};
 pub use plan::{Before, Inherited, Known, Layout, LeftBehind, Plan, Stamp, Stamped};
 pub use policy::{
     Bypass, BypassList, Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway, Hold,
-    Proxy, Verdict,
+    Proxy, ProxySettings, Verdict,
 };
 
 use crate::mark::MarkRange;

@@ -155,10 +155,10 @@ impl Names {
         if self.is_system() {
             chains.push(self.divert(name));
         }
-        if proxy.dns_hijack.is_some() {
+        if proxy.settings.dns_hijack.is_some() {
             chains.extend([self.dns(name), self.resolve(name)]);
         }
-        if matches!(proxy.delivery, Delivery::Redirect(Some(_))) {
+        if matches!(proxy.settings.delivery, Delivery::Redirect(Some(_))) {
             chains.push(self.redirect(name));
         }
         if proxy.is_translated() {

@@ -188,6 +188,13 @@ pub struct Gateway {
 pub struct Proxy {
     /// In force as long as the proxy is in the user's policy.
     pub mark: Mark,
+    /// What the policy says of it.
+    pub settings: ProxySettings,
+}
+
+/// A proxy as a policy asks for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxySettings {
     /// Where it listens.
     pub delivery: Delivery,
     /// What goes direct.
@@ -203,7 +210,8 @@ pub struct Proxy {
 impl Proxy {
     /// Whether anything that it takes is translated, so that it has a chain `receive-UID-NAME`.
     pub(super) fn is_translated(&self) -> bool {
-        self.dns_hijack.is_some() || matches!(self.delivery, Delivery::Redirect(_))
+        self.settings.dns_hijack.is_some()
+            || matches!(self.settings.delivery, Delivery::Redirect(_))
     }
 }
 

@@ -77,7 +77,7 @@ impl Transaction<'_> {
         for chain in names.of_proxy(name, proxy) {
             self.flush_chain(&chain);
         }
-        match proxy.delivery {
+        match proxy.settings.delivery {
             Delivery::Tproxy(_) => {
                 self.tproxy_chains();
                 self.delivery_rules(names);
@@ -89,13 +89,13 @@ impl Transaction<'_> {
         if names.is_system() {
             self.divert_rules(&names.divert(name), proxy);
         }
-        if let Delivery::Redirect(Some(port)) = proxy.delivery {
+        if let Delivery::Redirect(Some(port)) = proxy.settings.delivery {
             self.redirect_rules(&names.redirect(name), port.get());
         }
         if proxy.is_translated() {
             self.receive_rules(names, layout, name, proxy);
         }
-        if let Some(hijack) = &proxy.dns_hijack {
+        if let Some(hijack) = &proxy.settings.dns_hijack {
             self.nat_chains();
             self.dns_rules(names, layout, name, proxy.mark, hijack);
             self.resolve_rules(&names.resolve(name), hijack);
@@ -108,7 +108,7 @@ impl Transaction<'_> {
     fn open_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
         let chain = names.proxy(name);
         let (mask, mark) = (self.marks.mask(), proxy.mark.value());
-        if matches!(proxy.delivery, Delivery::Redirect(_)) {
+        if matches!(proxy.settings.delivery, Delivery::Redirect(_)) {
             // A connection that was open before this proxy was what it is now: its packets would leave as they
             // are.
             // ct mark & MASK == MARK ct status & (confirmed | dnat) == confirmed goto refuse
@@ -173,7 +173,7 @@ impl Transaction<'_> {
             chain,
             [&|rule| rule.ct_mark_is(mask, begun).daddr_local_or_many().return_()],
         );
-        let Exceptions { no_tcp, no_udp, .. } = proxy.exceptions;
+        let Exceptions { no_tcp, no_udp, .. } = proxy.settings.exceptions;
         for (protocol, _) in [(Protocol::Tcp, no_tcp), (Protocol::Udp, no_udp)]
             .into_iter()
             .filter(|(_, left_out)| !left_out)
@@ -184,7 +184,7 @@ impl Transaction<'_> {
                 chain,
                 [&|rule| {
                     let rule = rule.ct_mark_is(mask, begun).l4proto(protocol);
-                    match proxy.delivery {
+                    match proxy.settings.delivery {
                         Delivery::Tproxy(_) => {
                             to_proxy_of_answer(rule, proxy, mask, begun).accept()
                         }
@@ -212,14 +212,14 @@ impl Transaction<'_> {
                 [&|rule| rule.socket_cgroupv2_not(level, &id).return_()],
             );
         }
-        if let Some(hijack) = &proxy.dns_hijack {
+        if let Some(hijack) = &proxy.settings.dns_hijack {
             let dns = names.dns(name);
             for address in &hijack.addresses {
                 self.query_rules(&chain, address, hijack.tcp, &dns);
             }
         }
         self.fake_rules(&chain, proxy);
-        self.exception_rules(&chain, proxy.exceptions);
+        self.exception_rules(&chain, proxy.settings.exceptions);
         self.unreachable_rules(&chain);
         if let Some(list) = &layout.bypass {
             self.bypass_rules(list, &chain);
@@ -232,7 +232,7 @@ impl Transaction<'_> {
                 &|rule| take(rule.l4proto(Protocol::Tcp), proxy, mask),
                 // meta l4proto udp ct mark set … meta mark set … accept, or reject
                 &|rule| match rule.l4proto(Protocol::Udp) {
-                    rule if proxy.reject_udp => rule.reject(),
+                    rule if proxy.settings.reject_udp => rule.reject(),
                     rule => take(rule, proxy, mask),
                 },
                 // What belongs to no connection can't be taken, and must not leave: the end of one that the kernel has
@@ -287,9 +287,17 @@ impl Transaction<'_> {
             no_udp,
             no_ipv4,
             no_ipv6,
-        } = proxy.exceptions;
-        let ipv4 = proxy.fakes.ipv4.map(|(ip, prefix)| (ip.into(), prefix));
-        let ipv6 = proxy.fakes.ipv6.map(|(ip, prefix)| (ip.into(), prefix));
+        } = proxy.settings.exceptions;
+        let ipv4 = proxy
+            .settings
+            .fakes
+            .ipv4
+            .map(|(ip, prefix)| (ip.into(), prefix));
+        let ipv6 = proxy
+            .settings
+            .fakes
+            .ipv6
+            .map(|(ip, prefix)| (ip.into(), prefix));
         for (network, left_out) in [(ipv4, no_ipv4), (ipv6, no_ipv6)] {
             let Some((address, prefix)) = network else {
                 continue;
@@ -333,7 +341,7 @@ impl Transaction<'_> {
     /// Chain `divert-0-NAME`: what is forwarded is marked here, and delivered by the chain `gateway`.
     fn divert_rules(&mut self, chain: &CStr, proxy: &Proxy) {
         let (mask, mark) = (self.marks.mask(), proxy.mark.value());
-        if matches!(proxy.delivery, Delivery::Redirect(_)) {
+        if matches!(proxy.settings.delivery, Delivery::Redirect(_)) {
             // Nothing from elsewhere may go to a loopback address.
             // goto refuse
             return self.add_rules(chain, [&|rule| rule.goto(REFUSE)]);
@@ -376,9 +384,14 @@ impl Transaction<'_> {
             chain,
             [&|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().return_()],
         );
-        if let Some(hijack) = proxy.dns_hijack.as_ref().filter(|hijack| !hijack.own) {
+        if let Some(hijack) = proxy
+            .settings
+            .dns_hijack
+            .as_ref()
+            .filter(|hijack| !hijack.own)
+        {
             self.answerer_rules(names, layout, name, proxy.mark, hijack);
-            if matches!(proxy.delivery, Delivery::Tproxy(_)) {
+            if matches!(proxy.settings.delivery, Delivery::Tproxy(_)) {
                 // Nothing else is translated.
                 return;
             }
@@ -526,7 +539,7 @@ impl Transaction<'_> {
 
 /// What becomes of packets of a connection that goes to this proxy.
 fn go_on<'a>(rule: RuleBuilder<'a>, proxy: &Proxy, mask: u32) -> RuleBuilder<'a> {
-    match proxy.delivery {
+    match proxy.settings.delivery {
         Delivery::Tproxy(_) => rule.meta_mark_set(mask, proxy.mark.value()).accept(),
         Delivery::Redirect(Some(_)) => rule.accept(),
         // Nobody listens yet.
@@ -549,7 +562,7 @@ pub(super) fn to_proxy_of_answer<'a>(
 
 /// What becomes of the first packet of a connection that is to go to this proxy.
 fn take<'a>(rule: RuleBuilder<'a>, proxy: &Proxy, mask: u32) -> RuleBuilder<'a> {
-    match proxy.delivery {
+    match proxy.settings.delivery {
         // A packet that is to be translated stays as it is until the nat chain has its turn, which sees the first
         // packet of a connection only.
         Delivery::Tproxy(_) | Delivery::Redirect(Some(_)) => {

@@ -18,7 +18,7 @@ use super::names::Names;
 use super::plan::{Before, Layout, Plan, Stamp, Stamped};
 use super::policy::{
     self, Bypass, BypassList, Delivery, DnsHijack, Enforced, Exceptions, Fakes, Gateway, Hold,
-    Proxy, Verdict,
+    Proxy, ProxySettings, Verdict,
 };
 use super::shared::{Remnants, Shared};
 use super::transaction::Transaction;
@@ -201,18 +201,20 @@ pub(crate) fn layout(system: bool) -> Layout {
         let all = number == 1;
         let proxy_of = Proxy {
             mark: allocator.allocate().unwrap(),
-            delivery,
-            exceptions: Exceptions {
-                no_tcp: all,
-                no_udp: all,
-                no_ipv4: all,
-                no_ipv6: all,
-            },
-            reject_udp: number == 0,
-            dns_hijack,
-            fakes: Fakes {
-                ipv4: Some(([198, 18, 0, 0].into(), 15)),
-                ipv6: all.then(|| ("2001:2::".parse().unwrap(), 48)),
+            settings: ProxySettings {
+                delivery,
+                exceptions: Exceptions {
+                    no_tcp: all,
+                    no_udp: all,
+                    no_ipv4: all,
+                    no_ipv6: all,
+                },
+                reject_udp: number == 0,
+                dns_hijack,
+                fakes: Fakes {
+                    ipv4: Some(([198, 18, 0, 0].into(), 15)),
+                    ipv6: all.then(|| ("2001:2::".parse().unwrap(), 48)),
+                },
             },
         };
         proxies.insert(name(proxy), proxy_of);
@@ -317,7 +319,12 @@ fn life(uid: Uid, count: u64) -> Vec<Plan> {
     let mut changed = layout.clone();
     changed.subtree = Top::for_test(4, layout.subtree.level());
     changed.proxies.remove(&name("nobody"));
-    changed.proxies.get_mut(&name("redirect")).unwrap().delivery = Delivery::Redirect(None);
+    changed
+        .proxies
+        .get_mut(&name("redirect"))
+        .unwrap()
+        .settings
+        .delivery = Delivery::Redirect(None);
     changed.bypass = Some(list(2));
     changed.levels.remove(&5);
     changed.holds.clear();

@@ -5,9 +5,9 @@ use std::rc::Rc;
 
 use cgtproxy_proto::name::ProxyName;
 
-use super::{Entry, ProxyRequest, Refused, Registry};
+use super::{Entry, Refused, Registry};
 use crate::mark::MarkAllocator;
-use crate::nft::{Before, Bypass, BypassList, Proxy};
+use crate::nft::{Before, Bypass, BypassList, Proxy, ProxySettings};
 
 impl Registry {
     /// The list of these destinations: the one that the table has already, or another one.
@@ -39,14 +39,11 @@ impl Registry {
     pub(super) fn assign_marks(
         &self,
         before: &Before,
-        requests: Vec<ProxyRequest>,
+        requests: Vec<(ProxyName, ProxySettings)>,
     ) -> Result<(BTreeMap<ProxyName, Proxy>, MarkAllocator), Refused> {
         let mut marks = self.marks.clone();
         let mut kept = BTreeMap::new();
-        let names: BTreeSet<_> = requests
-            .iter()
-            .map(|request| request.name.clone())
-            .collect();
+        let names: BTreeSet<_> = requests.iter().map(|(name, _)| name.clone()).collect();
         // The first step of a change adds what marks lead to, and the last one deletes what they led to. So a mark that
         // becomes free in a change is not given to another proxy in the same one.
         let mut freed = Vec::new();
@@ -58,33 +55,13 @@ impl Registry {
             }
         }
         let mut proxies = BTreeMap::new();
-        for request in requests {
-            let ProxyRequest {
-                name,
-                delivery,
-                exceptions,
-                reject_udp,
-                dns_hijack,
-                fakes,
-            } = request;
+        for (name, settings) in requests {
             let mark = match kept.get(&name) {
                 Some(&mark) => mark,
                 None => marks.allocate().ok_or(Refused::NoMarksLeft)?,
             };
-            if proxies
-                .insert(
-                    name.clone(),
-                    Proxy {
-                        mark,
-                        delivery,
-                        exceptions,
-                        reject_udp,
-                        dns_hijack,
-                        fakes,
-                    },
-                )
-                .is_some()
-            {
+            let proxy = Proxy { mark, settings };
+            if proxies.insert(name.clone(), proxy).is_some() {
                 return Err(Refused::ProxyExists(name));
             }
         }

@@ -10,7 +10,7 @@ use super::*;
 use crate::config::OnAgentLoss;
 use crate::kernel::model::Table;
 use crate::mark::Mark;
-use crate::nft::{Enforced, Fakes, Hold, Verdict};
+use crate::nft::{Delivery, Enforced, Exceptions, Fakes, Hold, Verdict};
 use crate::snapshot::{Memory, Snapshot};
 
 /// Root's policy is the system's.
@@ -243,8 +243,7 @@ proptest! {
             };
             let staged = match call {
                 Call::Replace(proxies, cgroups, gateway) => {
-                    let proxies = proxies.into_iter().map(|number| ProxyRequest {
-                        name: name(number),
+                    let proxies = proxies.into_iter().map(|number| (name(number), ProxySettings {
                         delivery: match seed >> 8 & 3 {
                             0 => Delivery::Redirect(None),
                             1 => Delivery::Redirect(Some(NonZeroU16::MIN)),
@@ -257,7 +256,7 @@ proptest! {
                             ipv4: (seed & 4 != 0).then(|| ([198, 18, 0, 0].into(), 15)),
                             ipv6: None,
                         },
-                    });
+                    }));
                     let policy = PolicyRequest {
                         subtree,
                         proxies: proxies.collect(),
@@ -343,14 +342,14 @@ fn what_was_left_behind_keeps_its_marks() {
         lists: BTreeSet::new(),
     };
     registry.adopt(uid, Inherited::LeftBehind(left));
-    let request = |number| ProxyRequest {
-        name: name(number),
+    let settings = || ProxySettings {
         delivery: Delivery::Tproxy(NonZeroU16::MIN),
         exceptions: Exceptions::default(),
         reject_udp: false,
         dns_hijack: None,
         fakes: Fakes::default(),
     };
+    let request = |number| (name(number), settings());
     let policy = PolicyRequest {
         proxies: vec![request(1), request(3)],
         ..nothing_of(Top::for_test(1, 3))

@@ -12,18 +12,20 @@ use cgtproxy_proto::path::ControlGroupPath;
 use super::Error;
 use crate::cgroup::Unavailable;
 use crate::nft::{
-    Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway, Proxy, Verdict,
+    Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway, ProxySettings, Verdict,
 };
 use crate::peer::Uid;
-use crate::registry::ProxyRequest;
 use crate::state::Skipped;
 
 /// A proxy; the name of the field that is wrong otherwise.
-pub(super) fn proxy(uid: Uid, proxy: wire::Proxy) -> Result<ProxyRequest, &'static str> {
+pub(super) fn proxy(
+    uid: Uid,
+    proxy: wire::Proxy,
+) -> Result<(ProxyName, ProxySettings), &'static str> {
     let port = u16::try_from(proxy.port).map_err(|_| "port")?;
     let port = NonZeroU16::new(port);
-    Ok(ProxyRequest {
-        name: proxy.name.parse().map_err(|_| "name")?,
+    let name = proxy.name.parse().map_err(|_| "name")?;
+    let settings = ProxySettings {
         delivery: match (proxy.redirect.unwrap_or(false), port) {
             // What is translated reaches only the caller's own sockets, and all are root's.
             (true, _) if uid == Uid::ROOT => return Err("redirect"),
@@ -40,22 +42,23 @@ pub(super) fn proxy(uid: Uid, proxy: wire::Proxy) -> Result<ProxyRequest, &'stat
         reject_udp: proxy.rejectUdp.unwrap_or(false),
         dns_hijack: proxy.dnsHijack.map(dns_hijack).transpose()?,
         fakes: fakes(proxy.fakeIpv4.as_deref(), proxy.fakeIpv6.as_deref())?,
-    })
+    };
+    Ok((name, settings))
 }
 
 /// A proxy, for a status.
-pub(super) fn proxy_reply(name: &ProxyName, proxy: &Proxy) -> wire::Proxy {
-    let fakes = &proxy.fakes;
+pub(super) fn proxy_reply(name: &ProxyName, settings: &ProxySettings) -> wire::Proxy {
+    let fakes = &settings.fakes;
     wire::Proxy {
         name: name.to_string(),
-        port: proxy.delivery.port().into(),
-        redirect: Some(matches!(proxy.delivery, Delivery::Redirect(_))),
-        noTcp: Some(proxy.exceptions.no_tcp),
-        noUdp: Some(proxy.exceptions.no_udp),
-        rejectUdp: Some(proxy.reject_udp),
-        noIpv4: Some(proxy.exceptions.no_ipv4),
-        noIpv6: Some(proxy.exceptions.no_ipv6),
-        dnsHijack: proxy.dns_hijack.as_ref().map(dns_hijack_reply),
+        port: settings.delivery.port().into(),
+        redirect: Some(matches!(settings.delivery, Delivery::Redirect(_))),
+        noTcp: Some(settings.exceptions.no_tcp),
+        noUdp: Some(settings.exceptions.no_udp),
+        rejectUdp: Some(settings.reject_udp),
+        noIpv4: Some(settings.exceptions.no_ipv4),
+        noIpv6: Some(settings.exceptions.no_ipv6),
+        dnsHijack: settings.dns_hijack.as_ref().map(dns_hijack_reply),
         fakeIpv4: fakes.ipv4.map(|(ip, prefix)| format!("{ip}/{prefix}")),
         fakeIpv6: fakes.ipv6.map(|(ip, prefix)| format!("{ip}/{prefix}")),
     }

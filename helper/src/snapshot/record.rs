@@ -13,7 +13,7 @@ use crate::cgroup::{ControlGroupId, OwnedControlGroup, Top};
 use crate::mark::{Mark, MarkRange};
 use crate::nft::{
     Bypass, BypassList, Delivery, DnsHijack, Exceptions, Fakes, Gateway, Hold, Layout, Proxy,
-    Stamp, Verdict,
+    ProxySettings, Stamp, Verdict,
 };
 use crate::peer::Uid;
 
@@ -63,8 +63,7 @@ struct ProxyRecord {
     exceptions: [bool; 4],
     reject_udp: bool,
     dns_hijack: Option<DnsRecord>,
-    /// The networks whose addresses stand for names.
-    fakes: (Option<(Ipv4Addr, u8)>, Option<(Ipv6Addr, u8)>),
+    fakes: FakesRecord,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -80,6 +79,13 @@ struct DnsRecord {
     tcp: bool,
     loopback: bool,
     own: bool,
+}
+
+/// The networks whose addresses stand for names.
+#[derive(Serialize, Deserialize)]
+struct FakesRecord {
+    ipv4: Option<(Ipv4Addr, u8)>,
+    ipv6: Option<(Ipv6Addr, u8)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -107,25 +113,28 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout, list: &[u8]) -> Ve
     let proxies = layout.proxies.iter().map(|(name, proxy)| ProxyRecord {
         name: name.to_string(),
         mark: proxy.mark.value(),
-        delivery: match proxy.delivery {
+        delivery: match proxy.settings.delivery {
             Delivery::Tproxy(port) => DeliveryRecord::Tproxy(port),
             Delivery::Redirect(port) => DeliveryRecord::Redirect(port),
         },
         exceptions: [
-            proxy.exceptions.no_tcp,
-            proxy.exceptions.no_udp,
-            proxy.exceptions.no_ipv4,
-            proxy.exceptions.no_ipv6,
+            proxy.settings.exceptions.no_tcp,
+            proxy.settings.exceptions.no_udp,
+            proxy.settings.exceptions.no_ipv4,
+            proxy.settings.exceptions.no_ipv6,
         ],
-        reject_udp: proxy.reject_udp,
-        dns_hijack: proxy.dns_hijack.as_ref().map(|hijack| DnsRecord {
+        reject_udp: proxy.settings.reject_udp,
+        dns_hijack: proxy.settings.dns_hijack.as_ref().map(|hijack| DnsRecord {
             addresses: hijack.addresses.clone(),
             port: hijack.port,
             tcp: hijack.tcp,
             loopback: hijack.loopback,
             own: hijack.own,
         }),
-        fakes: (proxy.fakes.ipv4, proxy.fakes.ipv6),
+        fakes: FakesRecord {
+            ipv4: proxy.settings.fakes.ipv4,
+            ipv6: proxy.settings.fakes.ipv6,
+        },
     });
     let verdict = |verdict: &Option<Verdict>| match verdict {
         Some(Verdict::Direct) => VerdictRecord::Direct,
@@ -239,9 +248,8 @@ fn proxy(record: ProxyRecord, range: MarkRange) -> Option<(ProxyName, Proxy)> {
         return None;
     }
     let [no_tcp, no_udp, no_ipv4, no_ipv6] = record.exceptions;
-    let (ipv4, ipv6) = record.fakes;
-    let proxy = Proxy {
-        mark,
+    let FakesRecord { ipv4, ipv6 } = record.fakes;
+    let settings = ProxySettings {
         delivery: match record.delivery {
             DeliveryRecord::Tproxy(port) => Delivery::Tproxy(port),
             DeliveryRecord::Redirect(port) => Delivery::Redirect(port),
@@ -262,5 +270,5 @@ fn proxy(record: ProxyRecord, range: MarkRange) -> Option<(ProxyName, Proxy)> {
         }),
         fakes: Fakes { ipv4, ipv6 },
     };
-    Some((record.name.parse().ok()?, proxy))
+    Some((record.name.parse().ok()?, Proxy { mark, settings }))
 }

@@ -34,8 +34,12 @@ impl<K: Kernel> State<K> {
                 .proxies
                 .values()
                 .flat_map(|proxy| {
-                    let redirected = proxy.delivery == Delivery::Redirect(Some(port));
-                    let own = proxy.dns_hijack.as_ref().filter(|hijack| hijack.own);
+                    let redirected = proxy.settings.delivery == Delivery::Redirect(Some(port));
+                    let own = proxy
+                        .settings
+                        .dns_hijack
+                        .as_ref()
+                        .filter(|hijack| hijack.own);
                     let asked = own.is_some_and(|hijack| hijack.port == port);
                     let dns = asked.then(|| range.dns_value(proxy.mark));
                     redirected

@@ -28,8 +28,7 @@ use super::*;
 use crate::access::{Access, Accounts};
 use crate::config::OnAgentLoss;
 use crate::kernel::model::{Bed, Model};
-use crate::nft::{Bypass, Delivery, Exceptions, Fakes, Verdict};
-use crate::registry::ProxyRequest;
+use crate::nft::{Bypass, Delivery, Exceptions, Fakes, ProxySettings, Verdict};
 use crate::snapshot::Memory;
 
 /// How many timers run at a time.
@@ -189,14 +188,16 @@ fn policy(subtree: &Subtree, agent: usize) -> (PolicyRequest, Assignments) {
     let name: ProxyName = "p".parse().unwrap();
     let policy = PolicyRequest {
         subtree: subtree.top(),
-        proxies: vec![ProxyRequest {
-            name: name.clone(),
-            delivery: Delivery::Tproxy(NonZeroU16::new(port(agent)).unwrap()),
-            exceptions: Exceptions::default(),
-            reject_udp: false,
-            dns_hijack: None,
-            fakes: Fakes::default(),
-        }],
+        proxies: vec![(
+            name.clone(),
+            ProxySettings {
+                delivery: Delivery::Tproxy(NonZeroU16::new(port(agent)).unwrap()),
+                exceptions: Exceptions::default(),
+                reject_udp: false,
+                dns_hijack: None,
+                fakes: Fakes::default(),
+            },
+        )],
         bypass_entries: 0,
         bypass: Bypass::default(),
         gateway: None,
@@ -296,7 +297,7 @@ impl<'a> World<'a> {
             sorted.sort();
             assert_eq!(sorted, kept);
         }
-        Some(proxy.map_or(NOBODY, |proxy| proxy.delivery.port()))
+        Some(proxy.map_or(NOBODY, |proxy| proxy.settings.delivery.port()))
     }
 
     fn is_wanted(&self) -> bool {
