@@ -8,7 +8,6 @@ use serde_json::Value;
 use crate::sandbox::{App, Outcome, Sandbox};
 use crate::system::{System, SystemUser};
 use crate::wait::wait_until;
-use crate::wire::Transport::{Tcp, Udp};
 
 /// The helper's unit.
 pub const HELPER: &str = "cgtproxy-helper.service";
@@ -89,17 +88,13 @@ impl<'a> Installed<'a> {
         });
     }
 
-    /// Asks fresh destinations of both families, by TCP and UDP.
+    /// Insists on what becomes of what an application asks: see [`Sandbox::expect`].
     ///
     /// # Panics
     /// When something else becomes of it.
     #[track_caller]
     pub fn expect(&self, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
-        for to in self.sandbox.destinations() {
-            for transport in [Tcp, Udp] {
-                assert_eq!(app.ask(transport, to), outcome(to), "{transport:?} {to}");
-            }
-        }
+        self.sandbox.expect(app, outcome);
     }
 
     /// Insists that nothing of an application's gets out.

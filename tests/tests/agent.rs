@@ -5,18 +5,15 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use cgtproxy_tests::agent::{Agent, wire_path};
-use cgtproxy_tests::sandbox::{
-    App, Cgroup, Outcome, Sandbox, User, applications_below, direct, proxied, sandbox,
-};
+use cgtproxy_tests::sandbox::{Cgroup, User, applications_below, by, direct, proxied, sandbox};
 use cgtproxy_tests::session::{Session, mapped_ids};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::wait_until;
-use cgtproxy_tests::wire::Transport::{Tcp, Udp};
+use cgtproxy_tests::wire::Transport::Udp;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -36,26 +33,6 @@ version: 1
 rules:
   - {match: '/app-[^/]*\.scope$', drop: true}
 ";
-
-/// Asks fresh destinations of both families, by TCP and UDP.
-#[track_caller]
-fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
-    for to in sb.destinations() {
-        for transport in [Tcp, Udp] {
-            let (is, should) = (app.ask(transport, to), outcome(to));
-            let same = is == should || is.is_dropped() && should.is_dropped();
-            assert!(same, "{transport:?} {to}: {is:?} instead of {should:?}");
-        }
-    }
-}
-
-fn dropped(_: SocketAddr) -> Outcome {
-    Outcome::Silent
-}
-
-fn by(proxy: &str) -> impl Fn(SocketAddr) -> Outcome {
-    move |to| proxied(proxy, to)
-}
 
 fn scope(user: &User, name: &str) -> Cgroup {
     user.cgroup(format!("app.slice/app-{name}.scope"))
@@ -89,9 +66,9 @@ fn two_users_side_by_side_each_have_their_own_policy() {
             let mut agent = Agent::of(user);
             agent.wait_for_verdict(&scope(user, "game"), "direct");
             agent.wait_for_verdict(&scope(user, "tracker"), "drop");
-            expect(sb, any, by(proxy));
-            expect(sb, game, direct);
-            expect(sb, tracker, dropped);
+            sb.expect(any, by(proxy));
+            sb.expect(game, direct);
+            sb.expect_dropped(tracker);
             for to in sb.destinations() {
                 assert!(tracker.ping(to.ip()).is_dropped());
                 sb.assert_nothing_left_for(to.ip());
@@ -101,12 +78,12 @@ fn two_users_side_by_side_each_have_their_own_policy() {
         let before = alices.arrivals().len();
         first.write_config("version: 1\nrules: [{match: '', drop: true}]");
         Agent::of(&alice).wait_for_verdict(alice.service(), "drop");
-        expect(sb, &of_alice[0], dropped);
-        expect(sb, &of_bob[0], by("bobs"));
+        sb.expect_dropped(&of_alice[0]);
+        sb.expect(&of_bob[0], by("bobs"));
         assert!(first.stop().success());
-        expect(sb, &of_alice[2], direct);
-        expect(sb, &of_bob[0], by("bobs"));
-        expect(sb, &of_bob[2], dropped);
+        sb.expect(&of_alice[2], direct);
+        sb.expect(&of_bob[0], by("bobs"));
+        sb.expect_dropped(&of_bob[2]);
         assert_eq!(alices.arrivals().len(), before);
         drop(second);
     });
@@ -146,7 +123,7 @@ fn verdicts_follow_control_groups_as_they_come_and_go() {
                 ids.sort_unstable();
                 assert_eq!(mapped_ids(sb, 1001), ids, "round {round}");
                 let app = cgroup.app();
-                expect(sb, &app, dropped);
+                sb.expect_dropped(&app);
                 drop(app);
                 cgroup.remove();
                 wait_until("its verdict is gone", || mapped_ids(sb, 1001) == [slice]);
@@ -218,7 +195,7 @@ fn five_thousand_control_groups_in_a_burst_are_all_found_and_all_forgotten() {
             });
             let last = alice.cgroup("app.slice/a-25.slice/b.slice/app-100.scope");
             agent.wait_for_verdict(&last, "drop");
-            expect(sb, &last.app_as(1001), dropped);
+            sb.expect_dropped(&last.app_as(1001));
             let status = agent.status();
             let target = &status["targets"][1];
             assert_eq!(
@@ -256,7 +233,7 @@ fn the_same_path_a_thousand_times_ends_with_the_right_id() {
             mapped_ids(sb, 1001) == [cgroup.id()]
         });
         Agent::of(&alice).wait_for_verdict(&cgroup, "drop");
-        expect(sb, &cgroup.app(), dropped);
+        sb.expect_dropped(&cgroup.app());
         // Nothing that is still under way takes it back.
         let other = scope(&alice, "b");
         Agent::of(&alice).wait_for_verdict(&other, "drop");
@@ -287,15 +264,15 @@ fn a_configuration_is_swapped_while_the_agent_runs() {
         agent.wait_for_verdict(&cgroup, "one");
         let [v4, v6] = sb.destinations();
         let open = [app.open_tcp(v4), app.open_tcp(v6)].map(|o| o.expect("the proxy answers"));
-        expect(sb, &app, by("one"));
+        sb.expect(&app, by("one"));
         // As an editor does that makes a new file.
         service.write_config(&config("tproxy: two"));
         agent.wait_for_verdict(&cgroup, "two");
-        expect(sb, &app, by("two"));
+        sb.expect(&app, by("two"));
         // As an editor does that writes into the old one.
         fs::write(&file, config("direct: true")).expect("root may write");
         agent.wait_for_verdict(&cgroup, "direct");
-        expect(sb, &app, direct);
+        sb.expect(&app, direct);
         // As a manager of dotfiles does.
         let real = alice.home().join("dotfiles.yaml");
         fs::write(&real, config("tproxy: one")).expect("root may write");
@@ -305,14 +282,14 @@ fn a_configuration_is_swapped_while_the_agent_runs() {
         agent.wait_for_verdict(&cgroup, "one");
         fs::write(&real, config("tproxy: two")).expect("root may write");
         agent.wait_for_verdict(&cgroup, "two");
-        expect(sb, &app, by("two"));
+        sb.expect(&app, by("two"));
         // Connections go on as they began, until they are dropped.
         for (open, to) in open.iter().zip([v4, v6]) {
             assert_eq!(open.ask(), proxied("one", to));
         }
         fs::write(&real, config("drop: true")).expect("root may write");
         agent.wait_for_verdict(&cgroup, "drop");
-        expect(sb, &app, dropped);
+        sb.expect_dropped(&app);
         for open in &open {
             assert!(open.ask().is_dropped());
         }
@@ -385,7 +362,7 @@ fn a_broken_configuration_is_refused_and_the_old_one_stays() {
         service.wait_log("the old configuration stays in force");
         let log = service.log();
         assert!(log.contains("/.config/cgtproxy/config.yaml:3:"), "{log}");
-        expect(sb, &app, dropped);
+        sb.expect_dropped(&app);
         let status = agent.status();
         let error = status["configError"].as_str().expect("it says so");
         assert!(error.contains("config.yaml:3:"), "{error}");
@@ -399,7 +376,7 @@ fn a_broken_configuration_is_refused_and_the_old_one_stays() {
         // New ones are still judged by the old rules.
         let later = scope(&alice, "later");
         agent.wait_for_verdict(&later, "drop");
-        expect(sb, &later.app(), dropped);
+        sb.expect_dropped(&later.app());
         // So they are when the file is gone.
         fs::remove_file(alice.home().join(".config/cgtproxy/config.yaml")).expect("it is there");
         wait_until("it notices", || {
@@ -407,11 +384,11 @@ fn a_broken_configuration_is_refused_and_the_old_one_stays() {
                 .as_str()
                 .is_some_and(|e| e != error)
         });
-        expect(sb, &app, dropped);
+        sb.expect_dropped(&app);
         service.write_config("version: 1\nrules: []");
         agent.wait_for_verdict(&cgroup, "direct");
         assert_eq!(agent.status()["configError"], Value::Null);
-        expect(sb, &app, direct);
+        sb.expect(&app, direct);
     });
 }
 
@@ -433,12 +410,12 @@ fn a_broken_configuration_at_the_start_is_waited_out() {
         };
         waits();
         let app = scope(&alice, "any").app();
-        expect(sb, &app, direct);
+        sb.expect(&app, direct);
         assert_eq!(sb.objects_of(1001), Vec::<String>::new());
         assert!(!service.has_notified("READY=1"));
         service.write_config(CONFIG);
         service.wait_ready();
-        expect(sb, &app, by("mihomo"));
+        sb.expect(&app, by("mihomo"));
         let tracker = scope(&alice, "tracker");
         Agent::of(&alice).wait_for_verdict(&tracker, "drop");
         let tracker = tracker.app();
@@ -448,7 +425,7 @@ fn a_broken_configuration_at_the_start_is_waited_out() {
         let held = || {
             traffic.assert_proxied("mihomo");
             traffic.assert_none_strayed(sb, &["mihomo"]);
-            expect(sb, &tracker, dropped);
+            sb.expect_dropped(&tracker);
             assert_eq!(sb.objects_of(1001), rules);
         };
         service.write_config(BROKEN);
@@ -480,12 +457,12 @@ fn without_a_file_everything_is_direct_until_there_is_one() {
         let alice = sb.user(1001);
         let service = alice.agent("").without_config().start();
         let app = scope(&alice, "a").app();
-        expect(sb, &app, direct);
+        sb.expect(&app, direct);
         assert_eq!(service.log().matches("everything goes direct").count(), 1);
         alice.shell("mkdir -p ~/.config/cgtproxy");
         alice.shell("printf '%s' 'version: 1\nrules: [{match: app-a, drop: true}]' > ~/.config/cgtproxy/config.yaml");
         Agent::of(&alice).wait_for_verdict(&scope(&alice, "a"), "drop");
-        expect(sb, &app, dropped);
+        sb.expect_dropped(&app);
     });
 }
 
@@ -531,12 +508,12 @@ fn an_agent_that_is_killed_and_restarted_leaves_no_gap() {
             traffic.assert_proxied("mihomo");
             // What starts meanwhile and inherits is right from the start, too.
             let new = scope(&alice, &format!("while-{round}")).app();
-            expect(sb, &new, by("mihomo"));
+            sb.expect(&new, by("mihomo"));
             service.start_again();
             traffic.assert_proxied("mihomo");
             let tracker = scope(&alice, &format!("tracker-{round}"));
             Agent::of(&alice).wait_for_verdict(&tracker, "drop");
-            expect(sb, &tracker.app(), dropped);
+            sb.expect_dropped(&tracker.app());
         }
         traffic.assert_none_strayed(sb, &["mihomo"]);
     });
@@ -580,14 +557,14 @@ fn a_helper_that_is_killed_and_restarted_leaves_no_gap() {
             helper.kill();
             wait_until("the agent notices", || agent.status()["connected"] == false);
             traffic.assert_proxied("mihomo");
-            expect(sb, &tracker, dropped);
+            sb.expect_dropped(&tracker);
             // What happens meanwhile is caught up with.
             let later = scope(&alice, &format!("tracker-{round}"));
             helper.start_again();
             agent.wait_for_verdict(&later, "drop");
             assert_eq!(agent.status()["connected"], true);
-            expect(sb, &later.app(), dropped);
-            expect(sb, &tracker, dropped);
+            sb.expect_dropped(&later.app());
+            sb.expect_dropped(&tracker);
             traffic.assert_proxied("mihomo");
         }
         traffic.assert_none_strayed(sb, &["mihomo"]);
@@ -613,11 +590,11 @@ fn a_configuration_edited_while_there_is_no_helper_holds_once_there_is() {
         service.write_config("version: 1\nrules: [{match: app-b, drop: true}]");
         service.wait_log("loaded ");
         let other = scope(&alice, "b").app();
-        expect(sb, &app, dropped);
+        sb.expect_dropped(&app);
         helper.start_again();
         agent.wait_for_verdict(&scope(&alice, "b"), "drop");
-        expect(sb, &other, dropped);
-        expect(sb, &app, direct);
+        sb.expect_dropped(&other);
+        sb.expect(&app, direct);
     });
 }
 
@@ -634,7 +611,7 @@ fn sigterm_removes_the_rules_and_is_a_success() {
             assert!(socket.exists());
             assert_eq!(service.stop().code(), Some(0), "round {round}");
             assert_eq!(sb.objects_of(1001), Vec::<String>::new());
-            expect(sb, &cgroup.app(), direct);
+            sb.expect(&cgroup.app(), direct);
             assert!(!socket.exists());
             assert!(service.has_notified("STOPPING=1"));
             service.start_again();
@@ -722,7 +699,7 @@ fn a_second_agent_is_refused_with_a_clear_message() {
         // The first one has noticed nothing.
         assert!(first.is_running());
         Agent::of(&alice).wait_for_verdict(&app, "drop");
-        expect(sb, &app.app(), dropped);
+        sb.expect_dropped(&app.app());
     });
 }
 
@@ -987,7 +964,7 @@ fn a_user_manager_that_starts_again_gets_its_policy_again() {
         let alice = sb.user(1001);
         let cgroup = scope(&alice, "a");
         Agent::of(&alice).wait_for_verdict(&cgroup, "drop");
-        expect(sb, &cgroup.app(), dropped);
+        sb.expect_dropped(&cgroup.app());
         assert_eq!(mapped_ids(sb, 1001), [cgroup.id()]);
     });
 }

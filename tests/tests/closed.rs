@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use cgtproxy_tests::agent::Agent;
 use cgtproxy_tests::sandbox::{
-    App, Outcome, PORTS, Sandbox, Server, Service, User, direct, proxied, sandbox,
+    Outcome, PORTS, Sandbox, Server, Service, User, by, direct, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
@@ -255,23 +255,6 @@ fn company(sb: &Sandbox) -> Session {
     root
 }
 
-#[track_caller]
-fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
-    for to in sb.destinations() {
-        assert_eq!(app.udp(to), outcome(to));
-        assert_eq!(app.tcp(to), outcome(to));
-    }
-}
-
-#[track_caller]
-fn expect_held(sb: &Sandbox, app: &App) {
-    for to in sb.destinations() {
-        assert!(app.udp(to).is_dropped());
-        assert!(app.tcp(to).is_dropped());
-        sb.assert_nothing_left_for(to.ip());
-    }
-}
-
 #[test]
 fn what_no_rule_decides_goes_the_machines_way_once_it_is_released() {
     sandbox(|sb| {
@@ -284,13 +267,13 @@ fn what_no_rule_decides_goes_the_machines_way_once_it_is_released() {
             let cgroup = user.cgroup(path);
             let app = cgroup.app();
             Agent::of(&user).wait_for_verdict(&cgroup, "direct");
-            expect(sb, &app, |to| proxied("company", to));
+            sb.expect(&app, by("company"));
         }
         // Which is something else than what a rule has go direct.
         let cgroup = user.cgroup("app.slice/app-direct.scope");
         let app = cgroup.app();
         Agent::of(&user).wait_for_verdict(&cgroup, "direct");
-        expect(sb, &app, direct);
+        sb.expect(&app, direct);
     });
 }
 
@@ -307,10 +290,10 @@ fn what_goes_direct_by_a_rule_does_not_go_the_machines_way_first() {
         kill(pid, Signal::SIGSTOP).expect("it runs");
         let cgroup = user.cgroup("app.slice/app-direct.scope");
         let app = cgroup.app();
-        expect_held(sb, &app);
+        sb.expect_dropped(&app);
         kill(pid, Signal::SIGCONT).expect("it is there");
         Agent::of(&user).wait_for_verdict(&cgroup, "direct");
-        expect(sb, &app, direct);
+        sb.expect(&app, direct);
     });
 }
 
@@ -353,13 +336,13 @@ impl Machine {
     fn holds(&self, sb: &Sandbox, name: &str, then: impl Fn(SocketAddr) -> Outcome) {
         self.signal(Signal::SIGSTOP);
         let app = self.user.cgroup(format!("app.slice/{name}.scope")).app();
-        expect_held(sb, &app);
+        sb.expect_dropped(&app);
         self.signal(Signal::SIGCONT);
         wait_until("it to be decided about", || {
             let [to, _] = sb.destinations();
             app.udp(to) == then(to)
         });
-        expect(sb, &app, then);
+        sb.expect(&app, then);
     }
 }
 
@@ -375,7 +358,7 @@ fn what_may_be_enforced_is_held_before_its_user_has_a_say() {
         machine.holds(sb, "app-asked", direct);
         machine.holds(sb, "app-other", direct);
         // Who is there already is not held.
-        expect(sb, &machine.user.cgroup("app.slice").app(), direct);
+        sb.expect(&machine.user.cgroup("app.slice").app(), direct);
     });
 }
 
@@ -387,7 +370,7 @@ fn what_is_enforced_and_what_is_not_are_not_the_same_verdict() {
             "{match: /app-taken, tproxy: company, enforce: true}, {match: '', tproxy: company}",
         );
         machine.holds(sb, "app-taken", |to| proxied("company", to));
-        expect(sb, &machine.user.cgroup("app.slice").app(), direct);
+        sb.expect(&machine.user.cgroup("app.slice").app(), direct);
     });
 }
 
@@ -400,7 +383,7 @@ fn what_its_user_decides_again_is_held_until_that_is_so() {
         );
         machine.holds(sb, "app-free", direct);
         let slice = machine.user.cgroup("app.slice").app();
-        expect(sb, &slice, |to| proxied("company", to));
+        sb.expect(&slice, by("company"));
     });
 }
 
@@ -411,11 +394,11 @@ fn what_nothing_is_enforced_about_is_its_users() {
         machine.signal(Signal::SIGSTOP);
         for name in ["app-asked", "app-other"] {
             let app = machine.user.cgroup(format!("app.slice/{name}.scope")).app();
-            expect(sb, &app, direct);
+            sb.expect(&app, direct);
         }
         // Who has no policy is held.
         let other = sb.user(1002).cgroup("app.slice/app-asked.scope").app();
-        expect_held(sb, &other);
+        sb.expect_dropped(&other);
         machine.signal(Signal::SIGCONT);
         wait_until("it to be decided about", || {
             let [to, _] = sb.destinations();

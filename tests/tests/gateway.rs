@@ -11,33 +11,15 @@ use std::net::{IpAddr, SocketAddr};
 
 use cgtproxy_tests::installed::HELPER;
 use cgtproxy_tests::sandbox::{
-    App, Connection, Host, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, local, proxied, sandbox,
+    App, Connection, Host, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, by, direct, local, proxied,
+    sandbox,
 };
 use cgtproxy_tests::session::Session;
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::System;
 use cgtproxy_tests::wait::wait_until;
-use cgtproxy_tests::wire::Transport::{self, Tcp, Udp};
+use cgtproxy_tests::wire::Transport::{Tcp, Udp};
 use serde_json::{Value, json};
-
-/// Asks every destination, by TCP and UDP.
-#[track_caller]
-fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(Transport, SocketAddr) -> Outcome) {
-    for to in sb.destinations() {
-        for transport in [Tcp, Udp] {
-            assert_eq!(
-                app.ask(transport, to),
-                outcome(transport, to),
-                "{transport:?} {to}"
-            );
-        }
-    }
-}
-
-#[track_caller]
-fn expect_proxied(sb: &Sandbox, app: &App) {
-    expect(sb, app, |_, to| proxied("company", to));
-}
 
 fn company() -> Value {
     json!({ "name": "company", "port": 7890 })
@@ -65,7 +47,7 @@ fn what_comes_in_on_a_listed_interface_goes_to_the_proxy() {
         let hosts = ["lan0", "lan1", "lan2"].map(|interface| sb.host_behind(interface));
         let apps = hosts.each_ref().map(Host::app);
         for (host, app) in hosts.iter().zip(&apps) {
-            expect(sb, app, |_, to| host.direct(to));
+            sb.expect(app, |to| host.direct(to));
         }
         let bypassed = sb.destinations();
         let mut root = Session::of(&sb.user(0));
@@ -78,7 +60,7 @@ fn what_comes_in_on_a_listed_interface_goes_to_the_proxy() {
         );
 
         for (host, app) in hosts.iter().zip(&apps).take(2) {
-            expect_proxied(sb, app);
+            sb.expect(app, by("company"));
             for to in bypassed {
                 assert_eq!(app.tcp(to), host.direct(to));
                 assert_eq!(app.udp(to), host.direct(to));
@@ -104,12 +86,12 @@ fn what_comes_in_on_a_listed_interface_goes_to_the_proxy() {
         assert!(arrivals.iter().all(|a| sources.contains(&a.source.ip())));
 
         // Neither from an interface that is not listed, nor from the machine.
-        expect(sb, &apps[2], |_, to| hosts[2].direct(to));
+        sb.expect(&apps[2], |to| hosts[2].direct(to));
         let service = sb.cgroup("system.slice/web.service").app();
-        expect(sb, &service, |_, to| cgtproxy_tests::sandbox::direct(to));
+        sb.expect(&service, direct);
         // From the moment that an interface has the name.
         let late = sb.host_behind("later");
-        expect_proxied(sb, &late.app());
+        sb.expect(&late.app(), by("company"));
     });
 }
 
@@ -133,7 +115,7 @@ fn broadcast_and_multicast_are_left_alone() {
             assert_eq!(app.udp(to), Outcome::Silent, "{to}");
         }
         proxy.assert_idle();
-        expect_proxied(sb, &app);
+        sb.expect(&app, by("company"));
     });
 }
 
@@ -174,7 +156,7 @@ fn what_the_proxy_does_not_take_goes_direct() {
                 "noTcp": no_tcp, "noUdp": no_udp, "noIpv4": no_ipv4, "noIpv6": no_ipv6,
             });
             divert(&mut root, &["lan0"], &proxy, &json!([]));
-            expect(sb, &app, |transport, to| {
+            sb.expect_each(&app, |transport, to| {
                 let left_out = match transport {
                     Tcp => no_tcp,
                     Udp => no_udp,
@@ -226,7 +208,7 @@ fn only_a_proxy_of_a_trusted_user_gets_it() {
         stranger.assert_idle();
         drop(stranger);
         let _proxy = sb.tproxy("company").uid(990).port(7890).start();
-        expect_proxied(sb, &app);
+        sb.expect(&app, by("company"));
     });
 }
 
@@ -278,11 +260,11 @@ fn open_connections_go_on_as_they_began() {
         // Another interface in place of this one, then none.
         divert(&mut root, &["lan1"], &company(), &json!([]));
         go_on(&during, by_company);
-        expect(sb, &app, |_, to| host.direct(to));
+        sb.expect(&app, |to| host.direct(to));
         root.replace(json!([company()]), json!([]), json!([]));
         go_on(&during, by_company);
         go_on(&before, direct);
-        expect(sb, &app, |_, to| host.direct(to));
+        sb.expect(&app, |to| host.direct(to));
 
         // The proxy is gone: its connections end, and never go on directly.
         root.call("RemovePolicy", json!({}));
@@ -374,10 +356,10 @@ fn routes_of_an_interface_lead_nothing_past_the_proxy() {
         sb.ip6("rule add iif lan0 priority 1000 lookup 100");
         sb.ip6("route add default via 2001:db8::2 dev uplink table 100");
         sb.ip6("route del default via 2001:db8::2 dev uplink");
-        expect(sb, &app, |_, to| host.direct(to));
+        sb.expect(&app, |to| host.direct(to));
         divert(&mut root, &["lan0"], &company(), &json!([]));
         let check = || {
-            expect_proxied(sb, &app);
+            sb.expect(&app, by("company"));
             let [_, to] = sb.destinations();
             let peer = app.open_udp(to);
             proxy.speak_first(to, peer.local());
@@ -405,7 +387,7 @@ fn it_outlives_the_helper_is_restored_and_ends_with_the_session() {
         divert(&mut root, &["lan0"], &company(), &json!([]));
         let connections = open(sb, &app);
         let check = || {
-            expect_proxied(sb, &app);
+            sb.expect(&app, by("company"));
             go_on(&connections, |to| proxied("company", to));
         };
         check();
@@ -425,7 +407,7 @@ fn it_outlives_the_helper_is_restored_and_ends_with_the_session() {
         wait_until("the policy's end", || {
             !sb.chains().iter().any(|chain| chain == "divert-0-company")
         });
-        expect(sb, &app, |_, to| host.direct(to));
+        sb.expect(&app, |to| host.direct(to));
     });
 }
 
@@ -443,7 +425,7 @@ fn a_strict_reverse_path_filter_lets_it_in() {
             sb.run(&["sh", "-ec", &script]);
         };
         set("rp_filter", 1);
-        expect_proxied(sb, &app);
+        sb.expect(&app, by("company"));
         // With which wg-quick has the mark looked at on the way back as well: the kernel finds the sender
         // of an IPv4 packet on this machine then, and drops it as impossible. Nothing goes out.
         set("src_valid_mark", 1);
@@ -478,7 +460,7 @@ fn a_firewall_lets_in_what_has_the_divert_bit() {
             sb.assert_nothing_left_for(to.ip());
         }
         sb.nft("add rule inet firewall input meta mark & 0x80000000 != 0 accept");
-        expect_proxied(sb, &app);
+        sb.expect(&app, by("company"));
     });
 }
 
@@ -522,7 +504,7 @@ fn queries_go_to_a_server_that_is_not_on_the_loopback_interface() {
                 assert_eq!(app.ask(transport, to), local("stub", to), "{transport:?}");
             }
         }
-        expect(sb, &app, |_, to| host.direct(to));
+        sb.expect(&app, |to| host.direct(to));
         // Elsewhere.
         let [v4, v6] = sb.destinations().map(|to| to.ip());
         hijack(v4, v6, 9999);
@@ -607,7 +589,7 @@ fn hosts_on_a_bridge_speak_to_each_other_undisturbed() {
         peers();
         proxy.assert_idle();
         for app in &apps {
-            expect_proxied(sb, app);
+            sb.expect(app, by("company"));
         }
         // br_netfilter has bridged packets pass rules for routed ones, and a packet that was there loses the
         // socket it was given before it is routed. Bypassed packets are left alone, others get nowhere.
@@ -626,7 +608,7 @@ fn hosts_on_a_bridge_speak_to_each_other_undisturbed() {
         }
         assert_eq!(proxy.arrivals().len(), before);
         call(0);
-        expect_proxied(sb, &apps[0]);
+        sb.expect(&apps[0], by("company"));
     });
 }
 
@@ -658,8 +640,7 @@ fn the_machines_file_says_what_is_diverted() {
         let _second = sb.tproxy("other").uid(0).port(7891).start();
         let hosts = ["lan0", "lan1"].map(|interface| sb.host_behind(interface));
         let [lan0, lan1] = hosts.each_ref().map(Host::app);
-        let direct = |app: &App, host: &Host| expect(sb, app, |_, to| host.direct(to));
-        direct(&lan0, &hosts[0]);
+        sb.expect(&lan0, |to| hosts[0].direct(to));
         system.run(&[
             "systemctl",
             "enable",
@@ -668,10 +649,10 @@ fn the_machines_file_says_what_is_diverted() {
             AGENT,
         ]);
 
-        expect_proxied(sb, &lan0);
-        direct(&lan1, &hosts[1]);
+        sb.expect(&lan0, by("company"));
+        sb.expect(&lan1, |to| hosts[1].direct(to));
         let service = system.app(&["systemd-run", "--quiet", "--collect", "--pipe", "--wait"]);
-        expect(sb, &service, |_, to| cgtproxy_tests::sandbox::direct(to));
+        sb.expect(&service, direct);
         // Both daemons anew, one after the other: no packet of a host's goes direct.
         let open = open(sb, &lan0);
         let traffic = Steady::start(sb, &lan0);
@@ -681,12 +662,12 @@ fn the_machines_file_says_what_is_diverted() {
                 let before = main();
                 let disruption = [&["systemctl"], disrupt, &[unit]].concat();
                 system.run(&disruption);
-                expect_proxied(sb, &lan0);
+                sb.expect(&lan0, by("company"));
                 wait_until("another process has taken its place", || {
                     let now = main();
                     now != before && now != "0"
                 });
-                expect_proxied(sb, &lan0);
+                sb.expect(&lan0, by("company"));
                 go_on(&open, |to| proxied("company", to));
                 traffic.assert_proxied("company");
                 traffic.assert_none_strayed(sb, &["company"]);
@@ -698,16 +679,16 @@ fn the_machines_file_says_what_is_diverted() {
         system.run(&["systemctl", "reload", AGENT]);
         let interfaces = || sb.run(&["nft", "list", "set", "inet", "cgtproxy", "interfaces"]);
         wait_until("the other interface", || interfaces().contains("lan1"));
-        direct(&lan0, &hosts[0]);
-        expect(sb, &lan1, |_, to| proxied("other", to));
+        sb.expect(&lan0, |to| hosts[0].direct(to));
+        sb.expect(&lan1, by("other"));
         // A file that is wrong changes nothing, and is said to be.
         write(&config("lan0, lan0/1", 7890));
         wait_until("it says what is wrong", || {
             system.journal(AGENT).contains("config.yaml:4:")
         });
-        direct(&lan0, &hosts[0]);
-        expect(sb, &lan1, |_, to| proxied("other", to));
+        sb.expect(&lan0, |to| hosts[0].direct(to));
+        sb.expect(&lan1, by("other"));
         system.run(&["systemctl", "stop", AGENT]);
-        direct(&lan1, &hosts[1]);
+        sb.expect(&lan1, |to| hosts[1].direct(to));
     });
 }

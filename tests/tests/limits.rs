@@ -7,7 +7,7 @@
 )]
 
 use cgtproxy_tests::agent::Agent;
-use cgtproxy_tests::sandbox::{App, Cgroup, Sandbox, direct, sandbox};
+use cgtproxy_tests::sandbox::{Cgroup, direct, sandbox};
 use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, verdict};
 use cgtproxy_tests::wait::wait_until;
 use serde_json::{Value, json};
@@ -167,13 +167,6 @@ fn problem_of(agent: &mut Agent, cgroups: usize, without: usize) -> Option<Strin
     problem
 }
 
-#[track_caller]
-fn expect_direct(sb: &Sandbox, app: &App) {
-    for to in sb.destinations() {
-        assert_eq!(app.udp(to), direct(to));
-    }
-}
-
 #[test]
 fn of_an_agent_that_says_what_fits_and_removes_what_has_gone() {
     sandbox(|sb| {
@@ -194,7 +187,7 @@ fn of_an_agent_that_says_what_fits_and_removes_what_has_gone() {
         assert!(problem.contains("no more than 3 "), "{problem}");
         service.wait_log(&whose);
         apps.iter().for_each(|app| sb.expect_dropped(app));
-        expect_direct(sb, &app);
+        sb.expect(&app, direct);
         // Nor when everything is said anew, when what is less deep comes first.
         service.kill();
         let slice = user.cgroup("dropped.slice");
@@ -203,7 +196,7 @@ fn of_an_agent_that_says_what_fits_and_removes_what_has_gone() {
         let mut agent = Agent::of(&user);
         problem_of(&mut agent, 6, 2).expect("two have no room");
         sb.expect_dropped(&below);
-        expect_direct(sb, &app);
+        sb.expect(&app, direct);
         drop(below);
         user.cgroup("dropped.slice/anything").remove();
         slice.remove();
@@ -238,7 +231,7 @@ fn of_one_users_part_of_roots_policy() {
         assert!(problem.contains("' and 35 more have no verdict of their own"));
         sb.expect_dropped(&flood[3].app());
         // It has the verdict of what it is in, in which its user could have left it.
-        expect_direct(sb, &more[0].app());
+        sb.expect(&more[0].app(), direct);
         // There is room for others, and in the end for what no user makes.
         let (first, second) = (of_bob(1), of_bob(2));
         problem_of(&mut agent, 42, 36);

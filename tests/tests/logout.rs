@@ -3,7 +3,7 @@
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
 use cgtproxy_tests::installed::{AGENT, Installed};
-use cgtproxy_tests::sandbox::{App, proxied, sandbox};
+use cgtproxy_tests::sandbox::{App, by, sandbox};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::SystemUser;
 use cgtproxy_tests::wait::wait_until;
@@ -58,7 +58,7 @@ fn applications_that_outlive_their_session_keep_their_rules() {
         wait_until("services of hers end", || !runs(&other));
         traffic.assert_proxied("mihomo");
         installed.expect_dropped(&tracker);
-        installed.expect(&browser, |to| proxied("mihomo", to));
+        installed.expect(&browser, by("mihomo"));
         traffic.assert_none_strayed(sb, &["mihomo"]);
         assert!(runs(&agent), "the agent ends with the manager");
         drop((traffic, browser, tracker));

@@ -6,7 +6,7 @@
 
 use cgtproxy_tests::installed::Installed;
 use cgtproxy_tests::others;
-use cgtproxy_tests::sandbox::{App, Sandbox, Server, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{App, Sandbox, Server, by, direct, sandbox};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::wait_until;
 
@@ -61,8 +61,7 @@ impl<'a> Bed<'a> {
         eprintln!("{what}");
         self.traffic.assert_proxied("mihomo");
         self.traffic.assert_nothing_left(self.sb);
-        self.installed
-            .expect(&self.browser, |to| proxied("mihomo", to));
+        self.installed.expect(&self.browser, by("mihomo"));
         self.installed.expect_dropped(&self.tracker);
         self.installed.expect(&self.bobs, direct);
     }
@@ -229,8 +228,7 @@ fn the_rules_of_docker_and_a_container() {
         bed.run(&["nft", "delete", "table", "inet", "cgtproxy"]);
         wait_until("the table is back", || sb.has_table());
         bed.installed.wait_in_force(bed.installed.system.alice());
-        bed.installed
-            .expect(&bed.browser, |to| proxied("mihomo", to));
+        bed.installed.expect(&bed.browser, by("mihomo"));
         from_container(sb.destinations()[0]);
     });
 }

@@ -7,7 +7,7 @@
 )]
 
 use cgtproxy_tests::installed::{AGENT, HELPER, Installed};
-use cgtproxy_tests::sandbox::{proxied, sandbox};
+use cgtproxy_tests::sandbox::{by, sandbox};
 use cgtproxy_tests::session::SOCKET;
 use serde_json::Value;
 
@@ -41,7 +41,7 @@ fn an_ordinary_user_reaches_the_one_socket_and_nothing_else() {
         installed.enable(alice, CONFIG);
         installed.wait_in_force(alice);
         let browser = installed.desktop_app(alice, "browser");
-        installed.expect(&browser, |to| proxied("mihomo", to));
+        installed.expect(&browser, by("mihomo"));
 
         let may = |script: &str, path: &str| {
             let output = system.output_as(bob, &["sh", "-c", script, "sh", path]);
@@ -153,6 +153,6 @@ fn an_ordinary_user_reaches_the_one_socket_and_nothing_else() {
         assert_eq!(refused.stdout, b"");
 
         // All is as it was.
-        installed.expect(&browser, |to| proxied("mihomo", to));
+        installed.expect(&browser, by("mihomo"));
     });
 }

@@ -6,13 +6,10 @@
     reason = "a panic is a failed test"
 )]
 
-use std::net::SocketAddr;
-
 use cgtproxy_tests::agent::Agent;
-use cgtproxy_tests::sandbox::{App, Outcome, Sandbox, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{App, by, direct, sandbox};
 use cgtproxy_tests::system::System;
 use cgtproxy_tests::wait::wait_until;
-use cgtproxy_tests::wire::Transport::{Tcp, Udp};
 use serde_json::Value;
 
 const CONFIG: &str = r"
@@ -24,26 +21,6 @@ rules:
   - {unit: tracker, drop: true}
   - {slice: background, drop: true}
 ";
-
-/// Asks fresh destinations of both families, by TCP and UDP.
-#[track_caller]
-fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
-    for to in sb.destinations() {
-        for transport in [Tcp, Udp] {
-            let (is, should) = (app.ask(transport, to), outcome(to));
-            let same = is == should || is.is_dropped() && should.is_dropped();
-            assert!(same, "{transport:?} {to}: {is:?} instead of {should:?}");
-        }
-    }
-}
-
-fn by_proxy(to: SocketAddr) -> Outcome {
-    proxied("mihomo", to)
-}
-
-fn dropped(_: SocketAddr) -> Outcome {
-    Outcome::Silent
-}
 
 #[test]
 fn applications_are_found_whoever_started_them() {
@@ -98,9 +75,9 @@ fn applications_are_found_whoever_started_them() {
         }
         for (app, target) in &apps {
             match *target {
-                "mihomo" => expect(sb, app, by_proxy),
-                "drop" => expect(sb, app, dropped),
-                _ => expect(sb, app, direct),
+                "mihomo" => sb.expect(app, by("mihomo")),
+                "drop" => sb.expect_dropped(app),
+                _ => sb.expect(app, direct),
             }
         }
         // What there is, with the processes that the kernel says are there.
@@ -167,10 +144,10 @@ fn an_application_that_systemd_started_is_proxied() {
         settled(r"app-google\x2dchrome@1.service", "mihomo");
         settled("tracker.service", "drop");
         for app in [&telegram, &scope, &chrome] {
-            expect(sb, app, by_proxy);
+            sb.expect(app, by("mihomo"));
         }
-        expect(sb, &other, direct);
-        expect(sb, &tracker, dropped);
+        sb.expect(&other, direct);
+        sb.expect_dropped(&tracker);
         // A login session is beside the user's service manager.
         let shell = system.app_as(alice, &[]);
         let said = system.run_as(alice, &["cgtproxy-agent", "apps"]);
@@ -182,6 +159,6 @@ fn an_application_that_systemd_started_is_proxied() {
             said.contains("session-testbed.scope: cgtproxy-testapp\n"),
             "{said}"
         );
-        expect(sb, &shell, direct);
+        sb.expect(&shell, direct);
     });
 }

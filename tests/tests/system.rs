@@ -6,16 +6,14 @@
     reason = "a panic is a failed test"
 )]
 
-use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Output;
 
 use cgtproxy_tests::confinement::{Tried, assert_confined, mounts};
-use cgtproxy_tests::sandbox::{App, Outcome, Sandbox, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{App, Sandbox, by, direct, proxied, sandbox};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::{System, SystemUser};
 use cgtproxy_tests::wait::{wait_for, wait_until};
-use cgtproxy_tests::wire::Transport::{Tcp, Udp};
 use serde_json::Value;
 
 /// What it is, the process id that it changes, and how to bring it about.
@@ -91,31 +89,6 @@ fn desktop_app(system: &System, user: &SystemUser, name: &str) -> App {
     system.app_as(user, &[&by[..], &["--slice=app.slice", &unit]].concat())
 }
 
-/// Asks fresh destinations of both families, by TCP and UDP.
-#[track_caller]
-fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
-    for to in sb.destinations() {
-        for transport in [Tcp, Udp] {
-            let (is, should) = (app.ask(transport, to), outcome(to));
-            let same = is == should || is.is_dropped() && should.is_dropped();
-            assert!(same, "{transport:?} {to}: {is:?} instead of {should:?}");
-        }
-    }
-}
-
-/// Insists that nothing of an application's gets out, whatever its protocol.
-#[track_caller]
-fn expect_dropped(sb: &Sandbox, app: &App) {
-    for to in sb.destinations() {
-        assert!(app.ping(to.ip()).is_dropped());
-    }
-    sb.expect_dropped(app);
-}
-
-fn by(proxy: &str) -> impl Fn(SocketAddr) -> Outcome {
-    move |to| proxied(proxy, to)
-}
-
 fn status(system: &System, user: &SystemUser) -> Value {
     let json = system.run_as(user, &["cgtproxy-agent", "status", "--json"]);
     serde_json::from_str(&json).expect("JSON")
@@ -177,23 +150,23 @@ fn users_set_it_up_and_have_their_applications_and_commands_routed() {
         enable(&system, alice, CONFIG);
 
         // Applications of the desktop.
-        expect(sb, &desktop_app(&system, alice, "browser"), by("mihomo"));
+        sb.expect(&desktop_app(&system, alice, "browser"), by("mihomo"));
         let (game, tracker) = ["game", "tracker"]
             .map(|name| desktop_app(&system, alice, name))
             .into();
         wait_in_force(&system, alice);
-        expect(sb, &game, direct);
-        expect_dropped(sb, &tracker);
+        sb.expect(&game, direct);
+        sb.expect_all_dropped(&tracker);
 
         // Commands under a target, from a shell in a login session. No waiting here: when the
         // command runs, its target is in force.
         let run = |target: &str| system.app_as(alice, &["cgtproxy-exec", target]);
-        expect(sb, &system.app_as(alice, &[]), direct);
-        expect(sb, &run("direct"), direct);
-        expect(sb, &run("mihomo"), by("mihomo"));
-        expect(sb, &run("other"), by("other"));
-        expect(sb, &run("proxy"), by("mihomo"));
-        expect_dropped(sb, &run("drop"));
+        sb.expect(&system.app_as(alice, &[]), direct);
+        sb.expect(&run("direct"), direct);
+        sb.expect(&run("mihomo"), by("mihomo"));
+        sb.expect(&run("other"), by("other"));
+        sb.expect(&run("proxy"), by("mihomo"));
+        sb.expect_all_dropped(&run("drop"));
 
         commands_are_what_they_would_be_without(&system);
 
@@ -205,26 +178,22 @@ fn users_set_it_up_and_have_their_applications_and_commands_routed() {
             &output,
             "cgtproxy-agent is not running; start it with 'systemctl --user",
         );
-        expect(sb, &desktop_app(&system, bob, "browser"), direct);
+        sb.expect(&desktop_app(&system, bob, "browser"), direct);
 
         // Another user, with the same names and another proxy.
         enable(&system, bob, &CONFIG.replace("7890", "7892"));
-        expect(sb, &desktop_app(&system, bob, "browser"), by("bobs"));
-        expect(
-            sb,
-            &system.app_as(bob, &["cgtproxy-exec", "proxy"]),
-            by("bobs"),
-        );
-        expect_dropped(sb, &system.app_as(bob, &["cgtproxy-exec", "drop"]));
+        sb.expect(&desktop_app(&system, bob, "browser"), by("bobs"));
+        sb.expect(&system.app_as(bob, &["cgtproxy-exec", "proxy"]), by("bobs"));
+        sb.expect_all_dropped(&system.app_as(bob, &["cgtproxy-exec", "drop"]));
         let before = (mihomo.arrivals().len(), bobs.arrivals().len());
         system.run_as(
             bob,
             &["systemctl", "--user", "disable", "--now", "cgtproxy-agent"],
         );
-        expect(sb, &desktop_app(&system, bob, "browser"), direct);
+        sb.expect(&desktop_app(&system, bob, "browser"), direct);
         assert_eq!((mihomo.arrivals().len(), bobs.arrivals().len()), before);
-        expect(sb, &run("proxy"), by("mihomo"));
-        expect_dropped(sb, &tracker);
+        sb.expect(&run("proxy"), by("mihomo"));
+        sb.expect_all_dropped(&tracker);
     });
 }
 
@@ -238,7 +207,7 @@ fn a_process_that_runs_is_moved_to_another_target() {
         enable(&system, alice, CONFIG);
         let game = desktop_app(&system, alice, "game");
         wait_for_target(&system, alice, "app-game.service", "direct");
-        expect(sb, &game, direct);
+        sb.expect(&game, direct);
         let pid = system.user_property(alice, "app-game.service", "MainPID");
         let cgroup = || system.run(&["grep", "^0:", &format!("/proc/{pid}/cgroup")]);
         let to = |target: &str| {
@@ -250,16 +219,16 @@ fn a_process_that_runs_is_moved_to_another_target() {
         };
         // It is in the kernel when the command returns.
         to("mihomo");
-        expect(sb, &game, by("mihomo"));
+        sb.expect(&game, by("mihomo"));
         let open = sb.destinations().map(|to| (game.open_udp(to), to));
         to("drop");
-        expect_dropped(sb, &game);
+        sb.expect_all_dropped(&game);
         // A socket stays where it was made.
         for (open, to) in open {
             assert_eq!(open.ask(), proxied("mihomo", to));
         }
         to("direct");
-        expect(sb, &game, direct);
+        sb.expect(&game, direct);
         // Nobody moves what is another user's.
         let bob = system.bob();
         enable(&system, bob, "version: 1\nrules: []\n");
@@ -267,7 +236,7 @@ fn a_process_that_runs_is_moved_to_another_target() {
         let refused = system.output_as(bob, &["cgtproxy-exec", "--pid", &pid, "drop"]);
         assert_eq!(refused.status.code(), Some(NOT_RUN), "{refused:?}");
         assert_eq!(cgroup(), before);
-        expect(sb, &game, direct);
+        sb.expect(&game, direct);
     });
 }
 
@@ -353,8 +322,8 @@ fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
                 traffic.assert_proxied(proxy);
                 traffic.assert_none_strayed(sb, &["mihomo", "other"]);
             }
-            expect_dropped(sb, &tracker);
-            expect_dropped(sb, &dropped);
+            sb.expect_all_dropped(&tracker);
+            sb.expect_all_dropped(&dropped);
         };
         holds("at first", "mihomo");
         let on_system = |command: &[&str]| system.run(command);
@@ -387,7 +356,7 @@ fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
             holds(what, "mihomo");
             // And it works on.
             let new = system.app_as(alice, &["cgtproxy-exec", "drop"]);
-            expect_dropped(sb, &new);
+            sb.expect_all_dropped(&new);
         }
         // Oftener than the service manager starts a service by default.
         let kill_often = format!(
@@ -403,10 +372,10 @@ fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
         // destinations, since a UDP socket may get a port that an earlier one had, and with it,
         // for the kernel, that one's connection.)
         let holds = |proxy: &str| {
-            expect(sb, &browser, by(proxy));
-            expect(sb, &command, by("mihomo"));
-            expect_dropped(sb, &tracker);
-            expect_dropped(sb, &dropped);
+            sb.expect(&browser, by(proxy));
+            sb.expect(&command, by("mihomo"));
+            sb.expect_all_dropped(&tracker);
+            sb.expect_all_dropped(&dropped);
             for (open, to) in open.iter().zip(to) {
                 assert_eq!(open.ask(), proxied("mihomo", to));
             }
@@ -448,7 +417,7 @@ fn a_command_needs_the_users_bus_and_no_other() {
         // A variable of another session's.
         let elsewhere = ["env", "DBUS_SESSION_BUS_ADDRESS=unix:path=/nonexistent"];
         let dropped = [&elsewhere[..], &["cgtproxy-exec", "drop"]].concat();
-        expect_dropped(sb, &system.app_as(alice, &dropped));
+        sb.expect_all_dropped(&system.app_as(alice, &dropped));
         let bus = |verb| {
             let command = ["systemctl", "--user", verb, "dbus.socket", "dbus.service"];
             system.run_as(alice, &command);
@@ -504,7 +473,7 @@ fn an_agent_waits_for_a_configuration_that_is_broken_when_it_starts() {
         write_config(&system, alice, CONFIG);
         wait_until("it is ready", || property("ActiveState") == "active");
         assert_eq!(is("active"), process);
-        expect(sb, &desktop_app(&system, alice, "browser"), by("mihomo"));
+        sb.expect(&desktop_app(&system, alice, "browser"), by("mihomo"));
         // And stopped while it waits.
         write_config(&system, alice, "version: 1\nruls: []\n");
         let user = |verb| ["systemctl", "--user", verb, "--no-block", AGENT];
@@ -612,7 +581,7 @@ fn the_daemons_are_confined_and_clean_up_after_themselves() {
         );
         enable(&system, alice, CONFIG);
         let browser = desktop_app(&system, alice, "browser");
-        expect(sb, &browser, by("mihomo"));
+        sb.expect(&browser, by("mihomo"));
 
         let of = |pid: String| {
             let status = system.run(&["cat", &format!("/proc/{pid}/status")]);
@@ -693,7 +662,7 @@ fn the_daemons_are_confined_and_clean_up_after_themselves() {
                     .status
                     .success()
             );
-            expect(sb, &browser, direct);
+            sb.expect(&browser, direct);
             let output =
                 system.output_as(alice, &["cgtproxy-exec", "proxy", "touch", "/tmp/was-run"]);
             assert_not_run(
@@ -704,7 +673,7 @@ fn the_daemons_are_confined_and_clean_up_after_themselves() {
             // The agent comes back by itself.
             system.run(&["systemctl", "start", "cgtproxy-helper.socket"]);
             wait_in_force(&system, alice);
-            expect(sb, &browser, by("mihomo"));
+            sb.expect(&browser, by("mihomo"));
         }
         // Nothing of all this was worth an error.
         assert_eq!(
@@ -777,7 +746,7 @@ fn users_and_groups_that_systemd_alone_knows_are_like_others() {
         let uid = uid.trim().parse().expect("a uid");
         let _mihomo = sb.tproxy("mihomo").uid(uid).port(7890).start();
         enable(&system, alice, CONFIG);
-        expect(sb, &desktop_app(&system, alice, "browser"), by("mihomo"));
+        sb.expect(&desktop_app(&system, alice, "browser"), by("mihomo"));
         // A group that is in a file of systemd's, and who is in it.
         let script = "mkdir -p /run/userdb && cd /run/userdb &&
                       echo '{\"groupName\": \"unproxied\", \"gid\": 60321}' >unproxied.group &&

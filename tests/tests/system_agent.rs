@@ -7,15 +7,13 @@
     reason = "a panic is a failed test"
 )]
 
-use std::net::SocketAddr;
 use std::path::Path;
 
 use cgtproxy_tests::confinement::assert_confined;
-use cgtproxy_tests::sandbox::{App, Outcome, Sandbox, Server, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{App, Sandbox, Server, by, direct, sandbox};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::{System, SystemUser};
 use cgtproxy_tests::wait::wait_until;
-use cgtproxy_tests::wire::Transport::{Tcp, Udp};
 use serde_json::Value;
 
 /// See tests/data/README.md.
@@ -87,21 +85,6 @@ fn service(system: &System, name: &str) -> App {
     system.app(&[&by[..], &[&unit]].concat())
 }
 
-/// Asks fresh destinations of both families, by TCP and UDP.
-#[track_caller]
-fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
-    for to in sb.destinations() {
-        for transport in [Tcp, Udp] {
-            let (is, should) = (app.ask(transport, to), outcome(to));
-            assert_eq!(is, should, "{transport:?} {to}");
-        }
-    }
-}
-
-fn by(proxy: &str) -> impl Fn(SocketAddr) -> Outcome {
-    move |to| proxied(proxy, to)
-}
-
 /// Waits until an agent has the helper's word that everything is in the kernel. None is the machine's.
 #[track_caller]
 fn wait_in_force(system: &System, user: Option<&SystemUser>) {
@@ -129,13 +112,13 @@ fn the_originals_example_works_unedited() {
         let (system, _proxy) = boot(sb);
         let alice = system.alice();
         // The catch-all, for a service, for what users start, and for what is in no unit's control group.
-        expect(sb, &service(&system, "web"), by(PROXY));
-        expect(sb, &system.app_as(alice, &[]), by(PROXY));
+        sb.expect(&service(&system, "web"), by(PROXY));
+        sb.expect(&system.app_as(alice, &[]), by(PROXY));
         let browser = scope(&system, alice, "app.slice", "app-gnome-firefox-7.scope");
-        expect(sb, &browser, by(PROXY));
+        sb.expect(&browser, by(PROXY));
         // What the proxy itself sends does not come back to it.
         let own = system.unit_cgroup(PROXY_UNIT);
-        expect(sb, &own.app(), direct);
+        sb.expect(&own.app(), direct);
         // The slices, as the example's comments tell to use them, and an application.
         let of_slice = |name: &str| {
             let (slice, unit) = (
@@ -148,10 +131,10 @@ fn the_originals_example_works_unedited() {
         let parsec = "app-gnome-com.parsecgaming.parsec-42.scope";
         let parsec = scope(&system, alice, "app.slice", parsec);
         wait_in_force(&system, None);
-        expect(sb, &open, direct);
+        sb.expect(&open, direct);
         sb.expect_dropped(&dropped);
-        expect(sb, &through, by(PROXY));
-        expect(sb, &parsec, direct);
+        sb.expect(&through, by(PROXY));
+        sb.expect(&parsec, direct);
 
         it_tells(&system, alice);
         it_has_no_privilege(&system);
@@ -168,12 +151,12 @@ fn the_originals_example_works_unedited() {
             &["systemctl", "--user", "enable", "--now", "cgtproxy-agent"],
         );
         wait_in_force(&system, Some(alice));
-        expect(sb, &by_rule, by("own"));
-        expect(sb, &goes, direct);
-        expect(sb, &browser, by(PROXY));
-        expect(sb, &parsec, direct);
+        sb.expect(&by_rule, by("own"));
+        sb.expect(&goes, direct);
+        sb.expect(&browser, by(PROXY));
+        sb.expect(&parsec, direct);
         let bobs = scope(&system, system.bob(), "app.slice", "app-own-1.scope");
-        expect(sb, &bobs, by(PROXY));
+        sb.expect(&bobs, by(PROXY));
         users_are_told(&system, alice);
 
         // What is enforced no user overrides.
@@ -197,7 +180,7 @@ fn the_originals_example_works_unedited() {
         };
         wait_until("the rule to be in force", || in_force("app-open-1.scope"));
         sb.expect_dropped(&goes);
-        expect(sb, &by_rule, by("own"));
+        sb.expect(&by_rule, by("own"));
         // Nor by a name: a relay that sends for one user is that user's agent's business.
         let scope = format!("{}/app.slice/app-open-1.scope", alice.service());
         let named = format!("{scope}/cgtproxy-relay.service");
@@ -207,7 +190,7 @@ fn the_originals_example_works_unedited() {
 
         // Without the user's agent the system's verdict holds.
         system.run_as(alice, &["systemctl", "--user", "stop", "cgtproxy-agent"]);
-        expect(sb, &by_rule, by(PROXY));
+        sb.expect(&by_rule, by(PROXY));
         sb.expect_dropped(&goes);
     });
 }
@@ -351,8 +334,8 @@ fn restarts_and_kills_of_the_machines_agent_leave_no_gap() {
         }
         drop(traffic);
         system.run(&["systemctl", "stop", AGENT]);
-        expect(sb, &web, direct);
-        expect(sb, &dropped, direct);
+        sb.expect(&web, direct);
+        sb.expect(&dropped, direct);
         assert_eq!(
             system.run(&["systemctl", "--failed", "--plain", "--no-legend"]),
             ""

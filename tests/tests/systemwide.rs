@@ -9,7 +9,7 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-use cgtproxy_tests::sandbox::{App, Connection, Outcome, Sandbox, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{App, Connection, Outcome, Sandbox, by, direct, proxied, sandbox};
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{self, Tcp, Udp};
@@ -17,25 +17,6 @@ use serde_json::{Value, json};
 
 const SERVICE: &str = "system.slice/web.service";
 const APP: &str = "app.slice/app-a.scope";
-
-/// Asks every destination, by TCP and UDP.
-#[track_caller]
-fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
-    for to in sb.destinations() {
-        for transport in [Tcp, Udp] {
-            assert_eq!(app.ask(transport, to), outcome(to), "{transport:?} {to}");
-        }
-    }
-}
-
-/// Insists that nothing comes through, by TCP, UDP and ICMP.
-#[track_caller]
-fn expect_dropped(sb: &Sandbox, app: &App) {
-    for to in sb.destinations() {
-        assert!(app.ping(to.ip()).is_dropped(), "{to}");
-    }
-    sb.expect_dropped(app);
-}
 
 fn enforced(mut assignment: Value) -> Value {
     assignment["enforce"] = json!(true);
@@ -72,11 +53,11 @@ fn root_may_name_every_control_group_of_the_machine() {
                 verdict("user.slice/user-1001.slice/session-1.scope", "drop"),
             ]),
         );
-        expect_dropped(sb, service);
-        expect_dropped(sb, login);
-        expect(sb, other, |to| proxied("company", to));
-        expect(sb, app, |to| proxied("company", to));
-        expect(sb, deep, direct);
+        sb.expect_all_dropped(service);
+        sb.expect_all_dropped(login);
+        sb.expect(other, by("company"));
+        sb.expect(app, by("company"));
+        sb.expect(deep, direct);
         // What is no TCP and no UDP goes direct.
         let [to, _] = sb.destinations();
         assert_eq!(app.ping(to.ip()), direct(to));
@@ -84,7 +65,7 @@ fn root_may_name_every_control_group_of_the_machine() {
 
         root.call("RemovePolicy", json!({}));
         for app in &groups {
-            expect(sb, app, direct);
+            sb.expect(app, direct);
         }
         assert_eq!(root.status()["systemPolicy"], json!(false));
     });
@@ -102,7 +83,7 @@ fn a_machine_that_drops_everything_still_says_what_the_kernel_has_to_say() {
             json!([]),
             json!([verdict("", "drop"), verdict("open.slice", "direct")]),
         );
-        expect_dropped(sb, &service);
+        sb.expect_all_dropped(&service);
         sb.run(&[
             "ip",
             "neighbour",
@@ -118,7 +99,7 @@ fn a_machine_that_drops_everything_still_says_what_the_kernel_has_to_say() {
                 .into_iter()
                 .all(|to| open.tcp(to) == direct(to))
         });
-        expect(sb, &open, direct);
+        sb.expect(&open, direct);
         // All multicast routers of the link (RFC 3810, 5.2.14).
         let routers = IpAddr::V6(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0x16));
         let said = || -> u64 { sb.deliveries(routers).iter().map(|d| d.packets).sum() };
@@ -156,7 +137,7 @@ fn verdicts_are_found_however_deep_control_groups_are() {
             root.replace(json!([]), json!([]), json!(all));
         };
         let dropped = |levels: &[usize]| {
-            expect_dropped(sb, &service);
+            sb.expect_all_dropped(&service);
             for (level, app) in &apps {
                 for to in sb.destinations() {
                     match levels.contains(level) {
@@ -203,9 +184,9 @@ fn users_have_their_own_way_but_for_what_is_enforced() {
             target => verdict(path, target),
         };
         let check = |target: &str| match target {
-            "drop" => expect_dropped(sb, &app),
-            "direct" => expect(sb, &app, direct),
-            proxy => expect(sb, &app, |to| proxied(proxy, to)),
+            "drop" => sb.expect_all_dropped(&app),
+            "direct" => sb.expect(&app, direct),
+            proxy => sb.expect(&app, by(proxy)),
         };
         for system in [None, Some("direct"), Some("drop"), Some("company")] {
             for enforce in [false, true] {
@@ -243,8 +224,8 @@ fn users_have_their_own_way_but_for_what_is_enforced() {
         // A catch-all of the user's own covers everything in the user's subtree and nothing else.
         root.replace(proxies(), json!([]), json!([to_proxy("", "company")]));
         session.replace(json!([]), json!([]), json!([verdict("", "direct")]));
-        expect(sb, &app, direct);
-        expect(sb, &bob, |to| proxied("company", to));
+        sb.expect(&app, direct);
+        sb.expect(&bob, by("company"));
         // In what is enforced there are exceptions, for which users' own verdicts hold again.
         root.replace(
             proxies(),
@@ -255,11 +236,11 @@ fn users_have_their_own_way_but_for_what_is_enforced() {
                 verdict("system.slice", "direct"),
             ]),
         );
-        expect(sb, &app, direct);
-        expect_dropped(sb, &bob);
-        expect(sb, &sb.cgroup(SERVICE).app(), direct);
+        sb.expect(&app, direct);
+        sb.expect_all_dropped(&bob);
+        sb.expect(&sb.cgroup(SERVICE).app(), direct);
         session.call("RemovePolicy", json!({}));
-        expect(sb, &app, |to| proxied("company", to));
+        sb.expect(&app, by("company"));
     });
 }
 
@@ -273,21 +254,21 @@ fn one_verdict_more_or_less_is_enforced_at_once() {
         session.replace(json!([]), json!([]), json!([verdict("", "direct")]));
         let mut root = Session::of(&sb.user(0));
         root.replace(json!([]), json!([]), json!([verdict("user.slice", "drop")]));
-        expect(sb, &app, direct);
+        sb.expect(&app, direct);
         root.assign(json!([enforced(verdict("user.slice", "drop"))]));
-        expect_dropped(sb, &app);
+        sb.expect_all_dropped(&app);
         root.assign(json!([verdict("user.slice", "drop")]));
-        expect(sb, &app, direct);
+        sb.expect(&app, direct);
         root.assign(json!([enforced(verdict(
             "user.slice/user-1001.slice",
             "drop"
         ))]));
-        expect_dropped(sb, &app);
+        sb.expect_all_dropped(&app);
         root.call(
             "UpdateAssignments",
             json!({ "assign": [], "remove": ["user.slice/user-1001.slice"] }),
         );
-        expect(sb, &app, direct);
+        sb.expect(&app, direct);
     });
 }
 
@@ -368,7 +349,7 @@ fn open_connections_go_on_as_they_began_whoever_began_them() {
         }
         all(&directly, &direct);
         drop(company);
-        expect(sb, &app, by_own);
+        sb.expect(&app, by_own);
     });
 }
 
@@ -411,7 +392,7 @@ fn a_mark_that_is_a_users_by_now_brings_that_user_nothing() {
         }
         own.assert_idle();
         // What is the user's own goes there.
-        expect(sb, &cgroup.app(), |to| proxied("own", to));
+        sb.expect(&cgroup.app(), by("own"));
     });
 }
 
@@ -559,8 +540,8 @@ fn what_the_system_says_outlives_the_helper_and_is_restored() {
         let mut root = Session::of(&sb.user(0));
         root.replace(proxies(), json!([]), assignments());
         let check = || {
-            expect(sb, &service, |to| proxied("company", to));
-            expect_dropped(sb, &app);
+            sb.expect(&service, by("company"));
+            sb.expect_all_dropped(&app);
         };
         let connections = open(sb, &service);
         check();
@@ -582,7 +563,7 @@ fn what_the_system_says_outlives_the_helper_and_is_restored() {
         wait_until("the policy's end", || {
             !sb.chains().iter().any(|chain| chain.contains("-0-"))
         });
-        expect(sb, &service, direct);
+        sb.expect(&service, direct);
         assert!(
             !sb.maps()
                 .iter()

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
 use cgtproxy_tests::sandbox::{
-    App, Element, MACHINE_V4, MACHINE_V6, Outcome, PORTS, Sandbox, direct, local, proxied, sandbox,
+    App, Element, MACHINE_V4, MACHINE_V6, Outcome, PORTS, by, direct, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
@@ -19,20 +19,6 @@ const APP: &str = "app.slice/app-a.scope";
 const TRANSPORTS: [Transport; 2] = [Tcp, Udp];
 /// What the first TPROXY server of all is allotted: the divert bit, and the number 1.
 const FIRST_MARK: u32 = 0x8100_0000;
-
-/// Asks every destination, by TCP and UDP.
-#[track_caller]
-fn expect(sb: &Sandbox, app: &App, outcome: impl Fn(Transport, SocketAddr) -> Outcome) {
-    for to in sb.destinations() {
-        for transport in TRANSPORTS {
-            assert_eq!(
-                app.ask(transport, to),
-                outcome(transport, to),
-                "{transport:?} {to}"
-            );
-        }
-    }
-}
 
 fn icmp_dropped(to: IpAddr) -> Outcome {
     // The kernel keeps a lost ICMPv6 echo request to itself.
@@ -73,9 +59,9 @@ fn each_control_group_has_its_own_verdict() {
             ]),
         );
         let [open, dropped, diverted, inherits] = &apps;
-        expect(sb, open, |_, to| direct(to));
-        expect(sb, diverted, |_, to| proxied("mihomo", to));
-        expect(sb, inherits, |_, to| proxied("mihomo", to));
+        sb.expect(open, direct);
+        sb.expect(diverted, by("mihomo"));
+        sb.expect(inherits, by("mihomo"));
         for to in sb.destinations() {
             assert_eq!(dropped.tcp(to), Outcome::Silent);
             assert_eq!(dropped.udp(to), Outcome::Forbidden);
@@ -126,7 +112,7 @@ fn what_a_proxy_leaves_out_really_goes_direct() {
                         json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 5353 });
                 }
                 session.replace(json!([proxy]), json!([]), json!([to_proxy(APP, "mihomo")]));
-                expect(sb, &app, outcome);
+                sb.expect_each(&app, outcome);
                 for to in sb.destinations() {
                     let to = SocketAddr::new(to.ip(), 53);
                     assert_eq!(app.tcp(to), outcome(Tcp, to), "{bits:04b}");
@@ -180,7 +166,7 @@ fn a_proxy_leaves_out_what_is_local_and_what_is_bypassed() {
                 assert_eq!(app.ask(transport, at), local("own", at), "{transport:?}");
             }
         }
-        expect(sb, &app, |_, to| proxied("mihomo", to));
+        sb.expect(&app, by("mihomo"));
     });
 }
 
@@ -203,7 +189,7 @@ fn drop_spares_the_bypass_list_and_drop_all_spares_nothing() {
         with("drop");
         let at: SocketAddr = "127.0.0.1:8080".parse().expect("an address");
         for to in bypassed {
-            expect(sb, &app, |transport, _| {
+            sb.expect_each(&app, |transport, _| {
                 if transport == Tcp {
                     Outcome::Silent
                 } else {
@@ -318,7 +304,7 @@ fn a_changed_rule_leaves_open_connections_as_they_began() {
         for (connection, outcome) in all() {
             assert_eq!(connection.ask(), *outcome);
         }
-        expect(sb, &app, |_, to| direct(to));
+        sb.expect(&app, direct);
 
         // The whole policy again, without any verdict and with another port for `two`.
         session.replace(proxies, json!([]), json!([]));
@@ -390,7 +376,7 @@ fn a_connection_whose_proxy_is_gone_never_goes_on_directly() {
         let connections = began(&mut session);
         session.call("RemovePolicy", json!({}));
         ended(connections);
-        expect(sb, &app, |_, to| direct(to));
+        sb.expect(&app, direct);
     });
 }
 
@@ -501,8 +487,8 @@ fn two_users_see_nothing_of_each_other() {
                 json!([to_proxy(APP, "p")]),
             );
         }
-        expect(sb, &apps[0], |_, to| proxied("alices", to));
-        expect(sb, &apps[1], |_, to| proxied("bobs", to));
+        sb.expect(&apps[0], by("alices"));
+        sb.expect(&apps[1], by("bobs"));
         for status in sessions
             .each_mut()
             .map(|session| session.call("GetStatus", json!({})))
@@ -512,9 +498,9 @@ fn two_users_see_nothing_of_each_other() {
         }
         let [first, second] = &mut sessions;
         first.replace(json!([]), json!([]), json!([verdict(APP, "drop")]));
-        expect(sb, &apps[1], |_, to| proxied("bobs", to));
+        sb.expect(&apps[1], by("bobs"));
         second.call("RemovePolicy", json!({}));
-        expect(sb, &apps[1], |_, to| direct(to));
+        sb.expect(&apps[1], direct);
         assert!(apps[0].udp(sb.destinations()[0]).is_dropped());
         for (proxy, asked) in [(&alices, 2), (&bobs, 4)] {
             let destinations: BTreeSet<_> = proxy
@@ -550,7 +536,7 @@ fn packets_reach_only_proxies_of_the_same_user_root_and_allowed_uids() {
                 json!([to_proxy(APP, &name)]),
             );
             if allowed {
-                expect(sb, &app, |_, to| proxied(&name, to));
+                sb.expect(&app, by(&name));
             } else {
                 for to in sb.destinations() {
                     for transport in TRANSPORTS {
@@ -660,7 +646,7 @@ fn a_mark_that_an_application_sets_leads_into_nobodys_proxy() {
             json!([]),
             json!([to_proxy("", "mihomo")]),
         );
-        expect(sb, &app, |_, to| proxied("alice", to));
+        sb.expect(&app, by("alice"));
         let arrivals = proxy.arrivals().len();
         // It is a mark that leads somewhere.
         let mark = FIRST_MARK;
@@ -707,9 +693,9 @@ fn a_mark_that_an_application_sets_leads_into_nobodys_proxy() {
         // What is diverted has the mark of its own proxy, whatever it had before.
         let diverted = raw("app.slice/app-own.scope");
         diverted.mark(mark);
-        expect(sb, &diverted, |_, to| proxied("mallory", to));
+        sb.expect(&diverted, by("mallory"));
         assert_eq!(proxy.arrivals().len(), arrivals);
         // Alice has noticed nothing.
-        expect(sb, &app, |_, to| proxied("alice", to));
+        sb.expect(&app, by("alice"));
     });
 }

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use cgtproxy_tests::installed::{AGENT, HELPER, Installed};
-use cgtproxy_tests::sandbox::{App, Outcome, Sandbox, Server, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{App, Outcome, Sandbox, Server, by, direct, proxied, sandbox};
 use cgtproxy_tests::session::{mapped_ids, mapped_ids_now};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::wait_until;
@@ -230,7 +230,7 @@ fn a_user_manager_that_is_started_again_has_its_policy_again() {
             let browser = installed.desktop_app(alice, "browser");
             let tracker = installed.desktop_app(alice, "tracker");
             installed.wait_in_force(alice);
-            installed.expect(&browser, |to| proxied("mihomo", to));
+            installed.expect(&browser, by("mihomo"));
             installed.expect_dropped(&tracker);
             let ids = mapped_ids(sb, alice.uid());
             assert!(ids.iter().all(|id| !known.contains(id)), "{ids:?}");
@@ -249,7 +249,7 @@ fn a_user_manager_that_is_started_again_has_its_policy_again() {
         }
         installed.wait_in_force(alice);
         let browser = installed.desktop_app(alice, "browser");
-        installed.expect(&browser, |to| proxied("mihomo", to));
+        installed.expect(&browser, by("mihomo"));
         traffic.assert_proxied("bobs");
         traffic.assert_none_strayed(sb, &["bobs"]);
     });
@@ -272,11 +272,11 @@ fn nothing_is_left_of_a_user_who_is_deleted() {
         installed.wait_in_force(alice);
         installed.wait_in_force(bob);
         let traffic = Steady::start(sb, &browser);
-        installed.expect(&bobs, |to| proxied("bobs", to));
+        installed.expect(&bobs, by("bobs"));
 
         system.run(&["userdel", "--force", bob.name()]);
         // What runs goes on as it did: it is not the name that has the policy.
-        installed.expect(&bobs, |to| proxied("bobs", to));
+        installed.expect(&bobs, by("bobs"));
         let manager = format!("user@{}.service", bob.uid());
         system.run(&["systemctl", "kill", "--signal=KILL", &manager]);
         drop(bobs);
@@ -316,7 +316,7 @@ fn a_helper_knows_what_the_one_before_it_had_in_force() {
             for (open, to) in open.iter().zip(to) {
                 assert_eq!(open.ask(), proxied("mihomo", to), "{what}");
             }
-            installed.expect(&browser, |to| proxied("mihomo", to));
+            installed.expect(&browser, by("mihomo"));
             installed.expect_dropped(&tracker);
         };
         let traffic = Steady::start(sb, &browser);
@@ -393,7 +393,7 @@ fn what_is_kept_of_an_agent_that_is_gone_is_handed_on() {
         }
         system.run(&["kill", "-CONT", &agent]);
         installed.wait_in_force(alice);
-        installed.expect(&browser, |to| proxied("mihomo", to));
+        installed.expect(&browser, by("mihomo"));
         let log = system.journal(HELPER);
         assert!(!log.contains("replaced as a whole"), "{log}");
     });
@@ -491,8 +491,8 @@ fn a_snapshot_that_does_not_fit_is_thrown_away() {
             for (open, to) in open.iter().zip(to) {
                 assert_eq!(open.ask(), proxied("mihomo", to), "{what}");
             }
-            installed.expect(&browser, |to| proxied("mihomo", to));
-            installed.expect(&web, |to| proxied("machine", to));
+            installed.expect(&browser, by("mihomo"));
+            installed.expect(&web, by("machine"));
             installed.expect_dropped(&tracker);
             for (traffic, proxy) in traffic.iter().zip(["mihomo", "machine"]) {
                 traffic.assert_proxied(proxy);
@@ -544,8 +544,8 @@ fn a_snapshot_that_does_not_fit_is_thrown_away() {
         wait_until("the table is back", || {
             uids.map(|uid| mapped_ids_now(sb, uid)) == ids.each_ref().map(|ids| Some(ids.clone()))
         });
-        installed.expect(&browser, |to| proxied("mihomo", to));
-        installed.expect(&web, |to| proxied("machine", to));
+        installed.expect(&browser, by("mihomo"));
+        installed.expect(&web, by("machine"));
         installed.expect_dropped(&tracker);
         signal("-CONT");
     });
@@ -576,7 +576,7 @@ fn a_table_of_an_earlier_version_is_replaced_with_all_that_was_in_force() {
         };
         let holds = || {
             let evil = bobs();
-            installed.expect(&browser, |to| proxied("mihomo", to));
+            installed.expect(&browser, by("mihomo"));
             installed.expect_dropped(&tracker);
             for to in sb.destinations() {
                 assert_eq!(query(to.ip()), Outcome::Refused);

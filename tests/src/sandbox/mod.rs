@@ -28,7 +28,7 @@ pub use behind::Host;
 pub use cgroup::{Cgroup, ROOT as CGROUP_ROOT, applications_below};
 pub use kernel::{Element, Rule};
 pub use network::{Delivery, INTERNET_V4, INTERNET_V6, MACHINE_V4, MACHINE_V6, PORTS, UPLINK};
-pub use outcome::{Outcome, direct, local, proxied};
+pub use outcome::{Outcome, by, direct, local, proxied};
 pub use program::Program;
 pub use reexec::Inside;
 pub(crate) use reexec::bin_dir;
@@ -253,7 +253,30 @@ impl Sandbox {
         network::deliveries(destination)
     }
 
-    /// Insists that nothing of an application's comes through, and that nothing leaves.
+    /// Insists on what becomes of what an application asks fresh destinations of both families, by TCP and UDP.
+    ///
+    /// # Panics
+    /// When something else becomes of it.
+    #[track_caller]
+    pub fn expect(&self, app: &App, outcome: impl Fn(SocketAddr) -> Outcome) {
+        self.expect_each(app, |_, to| outcome(to));
+    }
+
+    /// Insists on what becomes of what an application asks, as [`expect`](Self::expect) does, where TCP and UDP differ.
+    ///
+    /// # Panics
+    /// When something else becomes of it.
+    #[track_caller]
+    pub fn expect_each(&self, app: &App, outcome: impl Fn(Transport, SocketAddr) -> Outcome) {
+        for to in self.destinations() {
+            for transport in [Transport::Tcp, Transport::Udp] {
+                let (is, should) = (app.ask(transport, to), outcome(transport, to));
+                assert_eq!(is, should, "{transport:?} {to}");
+            }
+        }
+    }
+
+    /// Insists that nothing of an application's comes through by TCP or UDP, and that nothing leaves.
     ///
     /// # Panics
     /// When something did.
@@ -266,6 +289,20 @@ impl Sandbox {
             }
             self.assert_nothing_left_for(to.ip());
         }
+    }
+
+    /// Insists that nothing of an application's comes through by TCP, UDP or ICMP, and that nothing leaves.
+    ///
+    /// # Panics
+    /// When something did.
+    #[track_caller]
+    pub fn expect_all_dropped(&self, app: &App) {
+        for to in self.destinations() {
+            let outcome = app.ping(to.ip());
+            assert!(outcome.is_dropped(), "ping {to}: {outcome:?}");
+            self.assert_nothing_left_for(to.ip());
+        }
+        self.expect_dropped(app);
     }
 
     /// Insists that no packet at all has left for that address.

@@ -90,6 +90,11 @@ pub fn proxied(by: &str, to: SocketAddr) -> Outcome {
     }
 }
 
+/// The outcome of asking any destination through that TPROXY server, for [`Sandbox::expect`](super::Sandbox::expect).
+pub fn by(proxy: &str) -> impl Fn(SocketAddr) -> Outcome {
+    move |to| proxied(proxy, to)
+}
+
 /// The outcome of being answered by a service of the machine, at that address.
 pub fn local(by: &str, at: SocketAddr) -> Outcome {
     Outcome::Local {
