@@ -2,10 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is a failed test")]
 
-use std::fs::File;
-use std::io::Read;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command};
@@ -22,30 +19,6 @@ fn nobody_has_to_read_what_it_says() {
         .status()
         .unwrap();
     assert_eq!(status.code(), Some(1), "{status}");
-}
-
-#[test]
-fn the_journal_learns_how_bad_it_is() {
-    let (mut reader, journal) = std::io::pipe().unwrap();
-    let file = File::from(OwnedFd::from(journal.try_clone().unwrap()));
-    let metadata = file.metadata().unwrap();
-    drop(file);
-    let status = Command::new(env!("CARGO_BIN_EXE_cgtproxy-relay"))
-        .args(["--socket", "/nonexistent/relay.sock"])
-        .env(
-            "JOURNAL_STREAM",
-            format!("{}:{}", metadata.dev(), metadata.ino()),
-        )
-        .stderr(journal)
-        .status()
-        .unwrap();
-    let mut said = String::new();
-    reader.read_to_string(&mut said).unwrap();
-    assert!(!status.success());
-    assert!(
-        said.starts_with("<3>can't listen on /nonexistent/relay.sock: "),
-        "{said}"
-    );
 }
 
 #[test]
