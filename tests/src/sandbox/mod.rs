@@ -4,6 +4,7 @@
 
 mod app;
 mod behind;
+mod builder;
 mod cgroup;
 mod driven;
 mod kernel;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 
 pub use app::{App, Connection, Traffic};
 pub use behind::Host;
+pub use builder::{AgentBuilder, HELPER_UID, HelperBuilder, RelayBuilder};
 pub use cgroup::{Cgroup, ROOT as CGROUP_ROOT, applications_below};
 pub use kernel::{Element, Rule};
 pub use network::{Delivery, INTERNET_V4, INTERNET_V6, MACHINE_V4, MACHINE_V6, PORTS, UPLINK};
@@ -33,7 +35,7 @@ pub use program::Program;
 pub use reexec::Inside;
 pub(crate) use reexec::bin_dir;
 pub use server::{Server, ServerBuilder};
-pub use service::{AgentBuilder, HELPER_UID, HelperBuilder, RelayBuilder, Service};
+pub use service::Service;
 pub use user::User;
 pub use varlink::Varlink;
 
@@ -222,7 +224,7 @@ impl Sandbox {
 
     /// The helper, to be configured and started.
     pub fn helper(&self) -> HelperBuilder {
-        HelperBuilder::new(&self.world)
+        HelperBuilder::helper(&self.world)
     }
 
     /// An address on the internet that nobody has been given yet.

@@ -1,11 +1,11 @@
 //! The product's daemons: started, watched, killed.
 
 use std::collections::BTreeSet;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, chown};
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -15,327 +15,26 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::cgroup::Cgroup;
 use super::launch::{Launch, binary};
 use super::network::state_dir;
-use super::user::User;
 use super::world::World;
 use crate::command::run;
 use crate::wait::{DEADLINE, wait_for};
 
-/// The uid the helper has in the sandbox: a system user, not root.
-pub const HELPER_UID: u32 = 990;
 /// The helper's socket.
-const SOCKET: &str = "/run/cgtproxy/helper.sock";
-
-/// A helper to be.
-pub struct HelperBuilder {
-    world: Arc<World>,
-    config: Option<String>,
-    arguments: Vec<OsString>,
-    environment: Vec<(OsString, OsString)>,
-    listener: Option<UnixListener>,
-}
-
-impl HelperBuilder {
-    pub(crate) fn new(world: &Arc<World>) -> Self {
-        Self {
-            world: Arc::clone(world),
-            config: None,
-            arguments: Vec::new(),
-            environment: Vec::new(),
-            listener: None,
-        }
-    }
-
-    /// With a socket that was there before it, as it has one from systemd.
-    pub fn listener(mut self, listener: UnixListener) -> Self {
-        self.listener = Some(listener);
-        self
-    }
-
-    /// Makes such a socket, where everybody connects who connects to a helper.
-    ///
-    /// # Panics
-    /// When there is one already.
-    pub fn bind() -> UnixListener {
-        let directory = Path::new(SOCKET).parent().expect("it is in a directory");
-        fs::create_dir_all(directory).expect("/run is ours");
-        let listener = UnixListener::bind(SOCKET).expect("nobody listens there yet");
-        fs::set_permissions(SOCKET, fs::Permissions::from_mode(0o666)).unwrap();
-        listener
-    }
-
-    /// With that text for its configuration.
-    pub fn config(mut self, yaml: &str) -> Self {
-        self.config = Some(yaml.to_owned());
-        self
-    }
-
-    /// With another argument.
-    pub fn argument(mut self, argument: impl AsRef<OsStr>) -> Self {
-        self.arguments.push(argument.as_ref().to_owned());
-        self
-    }
-
-    /// With a variable.
-    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
-        self.environment
-            .push((name.as_ref().to_owned(), value.as_ref().to_owned()));
-        self
-    }
-
-    /// Starts it; it is ready when this returns.
-    ///
-    /// # Panics
-    /// When it does not get ready.
-    #[track_caller]
-    pub fn start(self) -> Service {
-        let mut service = self.spawn();
-        service.wait_ready();
-        service
-    }
-
-    /// Starts it without waiting for it to be ready.
-    pub fn spawn(self) -> Service {
-        let directory = Path::new(SOCKET).parent().expect("it is in a directory");
-        fs::create_dir_all(directory).expect("/run is ours");
-        chown(directory, Some(HELPER_UID), Some(HELPER_UID)).expect("root may give away");
-        let cgroup = Cgroup::create(
-            &self.world,
-            Path::new("system.slice/cgtproxy-helper.service"),
-            0,
-        );
-        let mut arguments: Vec<OsString> = vec!["--socket".into(), SOCKET.into()];
-        let config = self.config.map(|text| {
-            let path = state_dir("etc").join("helper.yaml");
-            write_atomically(&path, &text, 0);
-            arguments.extend(["--config".into(), path.clone().into()]);
-            path
-        });
-        arguments.extend(self.arguments);
-        let handed_over = self.listener.is_some();
-        Service::spawn(
-            &self.world,
-            Spec {
-                program: "cgtproxy-helper",
-                stdin: self.listener.map(OwnedFd::from),
-                arguments,
-                environment: self.environment,
-                launch: Launch::root()
-                    .uid(HELPER_UID)
-                    .capabilities(&["net_admin"])
-                    .cgroup(&cgroup.directory()),
-                config,
-                uid: 0,
-                wrapper: if handed_over { activated() } else { Vec::new() },
-            },
-        )
-    }
-}
-
-/// An agent to be.
-pub struct AgentBuilder {
-    world: Arc<World>,
-    user: User,
-    config: Option<String>,
-    in_session: bool,
-    watches: Option<u32>,
-    arguments: Vec<OsString>,
-    environment: Vec<(OsString, OsString)>,
-}
-
-impl AgentBuilder {
-    pub(crate) fn new(world: &Arc<World>, user: &User, config: &str) -> Self {
-        Self {
-            world: Arc::clone(world),
-            user: user.clone(),
-            config: Some(config.to_owned()),
-            in_session: false,
-            watches: None,
-            arguments: Vec::new(),
-            environment: Vec::new(),
-        }
-    }
-
-    /// In a login session of the user's, not in the user's own subtree.
-    pub fn in_session(mut self) -> Self {
-        self.in_session = true;
-        self
-    }
-
-    /// With no more than so many inotify watches; see [`Sandbox::limit_watches`](super::Sandbox::limit_watches).
-    pub fn watches(mut self, count: u32) -> Self {
-        self.watches = Some(count);
-        self
-    }
-
-    /// Without a config file, and without being told of one.
-    pub fn without_config(mut self) -> Self {
-        self.config = None;
-        self
-    }
-
-    /// With another argument.
-    pub fn argument(mut self, argument: impl AsRef<OsStr>) -> Self {
-        self.arguments.push(argument.as_ref().to_owned());
-        self
-    }
-
-    /// With a variable.
-    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
-        self.environment
-            .push((name.as_ref().to_owned(), value.as_ref().to_owned()));
-        self
-    }
-
-    /// Starts it; it is ready when this returns.
-    ///
-    /// # Panics
-    /// When it does not get ready.
-    #[track_caller]
-    pub fn start(self) -> Service {
-        let mut service = self.spawn();
-        service.wait_ready();
-        service
-    }
-
-    /// Starts it without waiting for it to be ready.
-    pub fn spawn(self) -> Service {
-        let uid = self.user.uid();
-        let cgroup = if self.in_session {
-            self.user.session()
-        } else {
-            self.user.cgroup("app.slice/cgtproxy-agent.service")
-        };
-        let mut arguments: Vec<OsString> = vec!["run".into(), "--socket".into(), SOCKET.into()];
-        let config = self.config.map(|text| {
-            let mut path = self.user.home();
-            for part in [".config", "cgtproxy"] {
-                path.push(part);
-                fs::create_dir_all(&path).expect("the user's home");
-                chown(&path, Some(uid), Some(uid)).expect("root may give away");
-            }
-            path.push("config.yaml");
-            write_atomically(&path, &text, uid);
-            arguments.extend(["--config".into(), path.clone().into()]);
-            path
-        });
-        arguments.extend(self.arguments);
-        Service::spawn(
-            &self.world,
-            Spec {
-                program: "cgtproxy-agent",
-                stdin: None,
-                arguments,
-                environment: self.environment,
-                launch: self.user.launch_in(&cgroup),
-                config,
-                uid,
-                wrapper: self
-                    .watches
-                    .map_or_else(Vec::new, |count| few_watches(uid, count)),
-            },
-        )
-    }
-}
-
-/// A relay to be.
-pub struct RelayBuilder {
-    world: Arc<World>,
-    user: User,
-    arguments: Vec<OsString>,
-    environment: Vec<(OsString, OsString)>,
-}
-
-impl RelayBuilder {
-    pub(crate) fn new(world: &Arc<World>, user: &User) -> Self {
-        Self {
-            world: Arc::clone(world),
-            user: user.clone(),
-            arguments: Vec::new(),
-            environment: Vec::new(),
-        }
-    }
-
-    /// With another argument.
-    pub fn argument(mut self, argument: impl AsRef<OsStr>) -> Self {
-        self.arguments.push(argument.as_ref().to_owned());
-        self
-    }
-
-    /// With a variable.
-    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
-        self.environment
-            .push((name.as_ref().to_owned(), value.as_ref().to_owned()));
-        self
-    }
-
-    /// Starts it; it is ready when this returns.
-    ///
-    /// # Panics
-    /// When it does not get ready.
-    #[track_caller]
-    pub fn start(self) -> Service {
-        let cgroup = self.user.cgroup("session.slice/cgtproxy-relay.service");
-        let mut service = Service::spawn(
-            &self.world,
-            Spec {
-                program: "cgtproxy-relay",
-                stdin: None,
-                arguments: self.arguments,
-                environment: self.environment,
-                launch: self.user.launch_in(&cgroup),
-                config: None,
-                uid: self.user.uid(),
-                wrapper: Vec::new(),
-            },
-        );
-        service.wait_ready();
-        service
-    }
-}
+pub(super) const SOCKET: &str = "/run/cgtproxy/helper.sock";
 
 /// How a daemon is started, and started again.
-struct Spec {
-    program: &'static str,
-    arguments: Vec<OsString>,
-    environment: Vec<(OsString, OsString)>,
-    launch: Launch,
-    config: Option<PathBuf>,
-    uid: u32,
-    stdin: Option<OwnedFd>,
+pub struct Spec {
+    pub(super) program: &'static str,
+    pub(super) arguments: Vec<OsString>,
+    pub(super) environment: Vec<(OsString, OsString)>,
+    pub(super) launch: Launch,
+    pub(super) config: Option<PathBuf>,
+    pub(super) uid: u32,
+    pub(super) stdin: Option<OwnedFd>,
     /// A command that runs the program.
-    wrapper: Vec<OsString>,
-}
-
-/// A command that runs another one with what it has for its standard input as the socket that the service manager hands
-/// over (sd_listen_fds(3)).
-fn activated() -> Vec<OsString> {
-    let script = "exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; exec \"$@\"";
-    ["sh", "-c", script, "sh"].map(OsString::from).to_vec()
-}
-
-/// A command that runs another one with no more than so many inotify watches: in a user namespace
-/// of its own, in which the user is the same one and has no more rights.
-fn few_watches(uid: u32, count: u32) -> Vec<OsString> {
-    let script = format!(
-        "echo {count} > /proc/sys/user/max_inotify_watches && \
-         exec setpriv --inh-caps=-all --ambient-caps=-all \"$@\""
-    );
-    let map = format!("--map-user={uid}");
-    [
-        "unshare",
-        "--user",
-        &map,
-        "--keep-caps",
-        "sh",
-        "-c",
-        &script,
-        "sh",
-    ]
-    .map(OsString::from)
-    .to_vec()
+    pub(super) wrapper: Vec<OsString>,
 }
 
 /// A daemon of the product's. Dropped, it is killed.
@@ -351,7 +50,7 @@ pub struct Service {
 }
 
 impl Service {
-    fn spawn(world: &Arc<World>, spec: Spec) -> Self {
+    pub(super) fn spawn(world: &Arc<World>, spec: Spec) -> Self {
         let log = world.new_log(spec.program);
         let notify_path = state_dir("notify").join(world.number().to_string());
         let notify = UnixDatagram::bind(&notify_path).expect("a socket in our own directory");
@@ -706,7 +405,7 @@ fn start(spec: &Spec, log: &Path, notify: &Path) -> Child {
         .unwrap_or_else(|e| panic!("cannot start {}: {e}", spec.program))
 }
 
-fn write_atomically(path: &Path, text: &str, uid: u32) {
+pub(super) fn write_atomically(path: &Path, text: &str, uid: u32) {
     let new = path.with_extension("new");
     fs::write(&new, text).expect("a file in a directory of ours");
     chown(&new, Some(uid), Some(uid)).expect("root may give away");

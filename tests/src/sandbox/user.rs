@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::sync::Arc;
 
+use super::builder::{AgentBuilder, RelayBuilder};
 use super::cgroup::Cgroup;
 use super::launch::{Launch, binary};
 use super::program::Program;
-use super::service::{AgentBuilder, RelayBuilder};
 use super::varlink::Varlink;
 use super::world::World;
 
@@ -64,12 +64,12 @@ impl User {
 
     /// The user's agent with that config, to be started.
     pub fn agent(&self, config: &str) -> AgentBuilder {
-        AgentBuilder::new(&self.world, self, config)
+        AgentBuilder::agent(&self.world, self, config)
     }
 
     /// The user's relay, to be started.
     pub fn relay(&self) -> RelayBuilder {
-        RelayBuilder::new(&self.world, self)
+        RelayBuilder::relay(&self.world, self)
     }
 
     /// Starts a program that is no part of the product as the user, in that cgroup. Dropped, it is
