@@ -58,22 +58,6 @@ impl<'a> Installed<'a> {
         self.system.run_as(user, &start);
     }
 
-    /// An application as a desktop starts it.
-    #[track_caller]
-    pub fn desktop_app(&self, user: &SystemUser, name: &str) -> App {
-        let unit = format!("--unit=app-{name}");
-        let by = [
-            "systemd-run",
-            "--user",
-            "--quiet",
-            "--collect",
-            "--pipe",
-            "--wait",
-        ];
-        self.system
-            .app_as(user, &[&by[..], &["--slice=app.slice", &unit]].concat())
-    }
-
     /// Waits until the user's agent has the helper's word that everything is in the kernel.
     #[track_caller]
     pub fn wait_in_force(&self, user: &SystemUser) {

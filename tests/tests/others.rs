@@ -37,9 +37,9 @@ impl<'a> Bed<'a> {
         let (alice, bob) = (system.alice(), system.bob());
         let proxy = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
         installed.enable(alice, CONFIG);
-        let browser = installed.desktop_app(alice, "browser");
-        let tracker = installed.desktop_app(alice, "tracker");
-        let bobs = installed.desktop_app(bob, "browser");
+        let browser = installed.system.desktop_app(alice, "browser");
+        let tracker = installed.system.desktop_app(alice, "tracker");
+        let bobs = installed.system.desktop_app(bob, "browser");
         installed.wait_in_force(alice);
         let traffic = Steady::start(sb, &browser);
         let bed = Self {

@@ -40,7 +40,7 @@ fn an_ordinary_user_reaches_the_one_socket_and_nothing_else() {
         let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
         installed.enable(alice, CONFIG);
         installed.wait_in_force(alice);
-        let browser = installed.desktop_app(alice, "browser");
+        let browser = installed.system.desktop_app(alice, "browser");
         installed.expect(&browser, by("mihomo"));
 
         let may = |script: &str, path: &str| {

@@ -124,7 +124,7 @@ fn the_relay_runs_when_it_is_needed_and_nothing_leaves_when_it_is_killed() {
         wait_until("the relay to run", || relay_is(&installed, alice, "active"));
         let group = system.user_property(alice, RELAY, "ControlGroup");
         assert!(group.ends_with("/session.slice/cgtproxy-relay.service"));
-        let app = installed.desktop_app(alice, "a");
+        let app = system.desktop_app(alice, "a");
         expect_proxied(sb, &app);
         // By the proxy's name.
         expect_proxied(sb, &system.app_as(alice, &["cgtproxy-exec", "own"]));

@@ -10,7 +10,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Output;
 
 use cgtproxy_tests::confinement::{Tried, assert_confined, mounts};
-use cgtproxy_tests::sandbox::{App, Sandbox, by, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{Sandbox, by, direct, proxied, sandbox};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::{System, SystemUser};
 use cgtproxy_tests::wait::{wait_for, wait_until};
@@ -75,20 +75,6 @@ fn write_config(system: &System, user: &SystemUser, config: &str) {
     system.run_as(user, &["sh", "-c", script, "sh", config]);
 }
 
-/// An application as a desktop starts it.
-fn desktop_app(system: &System, user: &SystemUser, name: &str) -> App {
-    let unit = format!("--unit=app-{name}");
-    let by = [
-        "systemd-run",
-        "--user",
-        "--quiet",
-        "--collect",
-        "--pipe",
-        "--wait",
-    ];
-    system.app_as(user, &[&by[..], &["--slice=app.slice", &unit]].concat())
-}
-
 fn status(system: &System, user: &SystemUser) -> Value {
     let json = system.run_as(user, &["cgtproxy-agent", "status", "--json"]);
     serde_json::from_str(&json).expect("JSON")
@@ -150,9 +136,9 @@ fn users_set_it_up_and_have_their_applications_and_commands_routed() {
         enable(&system, alice, CONFIG);
 
         // Applications of the desktop.
-        sb.expect(&desktop_app(&system, alice, "browser"), by("mihomo"));
+        sb.expect(&system.desktop_app(alice, "browser"), by("mihomo"));
         let (game, tracker) = ["game", "tracker"]
-            .map(|name| desktop_app(&system, alice, name))
+            .map(|name| system.desktop_app(alice, name))
             .into();
         wait_in_force(&system, alice);
         sb.expect(&game, direct);
@@ -178,11 +164,11 @@ fn users_set_it_up_and_have_their_applications_and_commands_routed() {
             &output,
             "cgtproxy-agent is not running; start it with 'systemctl --user",
         );
-        sb.expect(&desktop_app(&system, bob, "browser"), direct);
+        sb.expect(&system.desktop_app(bob, "browser"), direct);
 
         // Another user, with the same names and another proxy.
         enable(&system, bob, &CONFIG.replace("7890", "7892"));
-        sb.expect(&desktop_app(&system, bob, "browser"), by("bobs"));
+        sb.expect(&system.desktop_app(bob, "browser"), by("bobs"));
         sb.expect(&system.app_as(bob, &["cgtproxy-exec", "proxy"]), by("bobs"));
         sb.expect_all_dropped(&system.app_as(bob, &["cgtproxy-exec", "drop"]));
         let before = (mihomo.arrivals().len(), bobs.arrivals().len());
@@ -190,7 +176,7 @@ fn users_set_it_up_and_have_their_applications_and_commands_routed() {
             bob,
             &["systemctl", "--user", "disable", "--now", "cgtproxy-agent"],
         );
-        sb.expect(&desktop_app(&system, bob, "browser"), direct);
+        sb.expect(&system.desktop_app(bob, "browser"), direct);
         assert_eq!((mihomo.arrivals().len(), bobs.arrivals().len()), before);
         sb.expect(&run("proxy"), by("mihomo"));
         sb.expect_all_dropped(&tracker);
@@ -205,7 +191,7 @@ fn a_process_that_runs_is_moved_to_another_target() {
         let alice = system.alice();
         let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
         enable(&system, alice, CONFIG);
-        let game = desktop_app(&system, alice, "game");
+        let game = system.desktop_app(alice, "game");
         wait_for_target(&system, alice, "app-game.service", "direct");
         sb.expect(&game, direct);
         let pid = system.user_property(alice, "app-game.service", "MainPID");
@@ -304,9 +290,9 @@ fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
         let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
         let _other = sb.tproxy("other").uid(alice.uid()).port(7891).start();
         enable(&system, alice, CONFIG);
-        let browser = desktop_app(&system, alice, "browser");
+        let browser = system.desktop_app(alice, "browser");
         let command = system.app_as(alice, &["cgtproxy-exec", "proxy"]);
-        let tracker = desktop_app(&system, alice, "tracker");
+        let tracker = system.desktop_app(alice, "tracker");
         let dropped = system.app_as(alice, &["cgtproxy-exec", "drop"]);
         wait_in_force(&system, alice);
         let traffic = [&browser, &command].map(|app| Steady::start(sb, app));
@@ -473,7 +459,7 @@ fn an_agent_waits_for_a_configuration_that_is_broken_when_it_starts() {
         write_config(&system, alice, CONFIG);
         wait_until("it is ready", || property("ActiveState") == "active");
         assert_eq!(is("active"), process);
-        sb.expect(&desktop_app(&system, alice, "browser"), by("mihomo"));
+        sb.expect(&system.desktop_app(alice, "browser"), by("mihomo"));
         // And stopped while it waits.
         write_config(&system, alice, "version: 1\nruls: []\n");
         let user = |verb| ["systemctl", "--user", verb, "--no-block", AGENT];
@@ -580,7 +566,7 @@ fn the_daemons_are_confined_and_clean_up_after_themselves() {
             "a helper that nobody has asked for anything does not run"
         );
         enable(&system, alice, CONFIG);
-        let browser = desktop_app(&system, alice, "browser");
+        let browser = system.desktop_app(alice, "browser");
         sb.expect(&browser, by("mihomo"));
 
         let of = |pid: String| {
@@ -746,7 +732,7 @@ fn users_and_groups_that_systemd_alone_knows_are_like_others() {
         let uid = uid.trim().parse().expect("a uid");
         let _mihomo = sb.tproxy("mihomo").uid(uid).port(7890).start();
         enable(&system, alice, CONFIG);
-        sb.expect(&desktop_app(&system, alice, "browser"), by("mihomo"));
+        sb.expect(&system.desktop_app(alice, "browser"), by("mihomo"));
         // A group that is in a file of systemd's, and who is in it.
         let script = "mkdir -p /run/userdb && cd /run/userdb &&
                       echo '{\"groupName\": \"unproxied\", \"gid\": 60321}' >unproxied.group &&

@@ -63,19 +63,7 @@ fn applications_under_a_user_s_manager_are_told_apart_by_their_slice() {
     sandbox(|sb| {
         let system = System::boot(sb);
         let alice = system.alice();
-        let by = |slice: &str| {
-            let slice = format!("--slice={slice}.slice");
-            let by = [
-                "systemd-run",
-                "--user",
-                "--quiet",
-                "--collect",
-                "--pipe",
-                "--wait",
-                &slice,
-            ];
-            system.app_as(alice, &by)
-        };
+        let by = |name: &str| system.app_in_slice(alice, &format!("{name}.slice"), name);
         let (plain, dropped, diverted) = (by("app"), by("dropped"), by("diverted"));
         let _proxy = sb.tproxy("clash").uid(alice.uid()).port(7890).start();
         let service = alice.service();

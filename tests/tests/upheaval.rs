@@ -48,8 +48,8 @@ fn alices_desktop(sb: &Sandbox, installed: &Installed<'_>) -> (Server, App, App)
     let alice = installed.system.alice();
     let mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
     installed.enable(alice, CONFIG);
-    let browser = installed.desktop_app(alice, "browser");
-    let tracker = installed.desktop_app(alice, "tracker");
+    let browser = installed.system.desktop_app(alice, "browser");
+    let tracker = installed.system.desktop_app(alice, "tracker");
     installed.wait_in_force(alice);
     (mihomo, browser, tracker)
 }
@@ -217,7 +217,7 @@ fn a_user_manager_that_is_started_again_has_its_policy_again() {
         let _bobs = sb.tproxy("bobs").uid(bob.uid()).port(7892).start();
         installed.enable(alice, CONFIG);
         installed.enable(bob, &CONFIG.replace("7890", "7892"));
-        let bobs = installed.desktop_app(bob, "browser");
+        let bobs = installed.system.desktop_app(bob, "browser");
         installed.wait_in_force(bob);
         let traffic = Steady::start(sb, &bobs);
         let manager = format!("user@{}.service", alice.uid());
@@ -227,8 +227,8 @@ fn a_user_manager_that_is_started_again_has_its_policy_again() {
             &["systemctl", "kill", "--signal=KILL"],
         ] {
             installed.wait_in_force(alice);
-            let browser = installed.desktop_app(alice, "browser");
-            let tracker = installed.desktop_app(alice, "tracker");
+            let browser = installed.system.desktop_app(alice, "browser");
+            let tracker = installed.system.desktop_app(alice, "tracker");
             installed.wait_in_force(alice);
             installed.expect(&browser, by("mihomo"));
             installed.expect_dropped(&tracker);
@@ -248,7 +248,7 @@ fn a_user_manager_that_is_started_again_has_its_policy_again() {
             system.run(&["systemctl", "start", &manager]);
         }
         installed.wait_in_force(alice);
-        let browser = installed.desktop_app(alice, "browser");
+        let browser = installed.system.desktop_app(alice, "browser");
         installed.expect(&browser, by("mihomo"));
         traffic.assert_proxied("bobs");
         traffic.assert_none_strayed(sb, &["bobs"]);
@@ -267,8 +267,8 @@ fn nothing_is_left_of_a_user_who_is_deleted() {
         let _bobs = sb.tproxy("bobs").uid(bob.uid()).port(7892).start();
         installed.enable(alice, CONFIG);
         installed.enable(bob, &CONFIG.replace("7890", "7892"));
-        let browser = installed.desktop_app(alice, "browser");
-        let bobs = installed.desktop_app(bob, "browser");
+        let browser = installed.system.desktop_app(alice, "browser");
+        let bobs = installed.system.desktop_app(bob, "browser");
         installed.wait_in_force(alice);
         installed.wait_in_force(bob);
         let traffic = Steady::start(sb, &browser);
@@ -464,8 +464,8 @@ fn a_snapshot_that_does_not_fit_is_thrown_away() {
         system.run(&["sh", "-c", write, "sh", SYSTEM_CONFIG]);
         system.run(&["systemctl", "enable", "--now", SYSTEM_AGENT]);
         installed.enable(alice, CONFIG);
-        let browser = installed.desktop_app(alice, "browser");
-        let tracker = installed.desktop_app(alice, "tracker");
+        let browser = installed.system.desktop_app(alice, "browser");
+        let tracker = installed.system.desktop_app(alice, "tracker");
         let unit = ["systemd-run", "--quiet", "--collect", "--pipe", "--wait"];
         let web = system.app(&[&unit[..], &["--unit=web.service"]].concat());
         let in_force = || {
@@ -562,8 +562,8 @@ fn a_table_of_an_earlier_version_is_replaced_with_all_that_was_in_force() {
         let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
         let hijack = "{port: 7890, dns-hijack: {port: 1053}}";
         installed.enable(alice, &CONFIG.replace("{port: 7890}", hijack));
-        let browser = installed.desktop_app(alice, "browser");
-        let tracker = installed.desktop_app(alice, "tracker");
+        let browser = installed.system.desktop_app(alice, "browser");
+        let tracker = installed.system.desktop_app(alice, "tracker");
         installed.wait_in_force(alice);
         // The agent does not come back for now.
         let agent = system.user_property(alice, AGENT, "MainPID");

@@ -157,6 +157,27 @@ impl System {
         App::start_by(&self.world, &self.command(Some(user), &command))
     }
 
+    /// Starts a test application as a desktop does: by the user's manager, as a unit in `app.slice`.
+    #[track_caller]
+    pub fn desktop_app(&self, user: &SystemUser, name: &str) -> App {
+        self.app_in_slice(user, "app.slice", &format!("app-{name}"))
+    }
+
+    /// Starts a test application by the user's manager, as a unit of that name in that slice.
+    #[track_caller]
+    pub fn app_in_slice(&self, user: &SystemUser, slice: &str, unit: &str) -> App {
+        let run = [
+            "systemd-run",
+            "--user",
+            "--quiet",
+            "--collect",
+            "--pipe",
+            "--wait",
+        ];
+        let (slice, unit) = (format!("--slice={slice}"), format!("--unit={unit}"));
+        self.app_as(user, &[&run[..], &[&slice, &unit]].concat())
+    }
+
     /// Starts a test application as root, by a command that runs another one: `systemd-run --pipe`.
     #[track_caller]
     pub fn app(&self, by: &[&str]) -> App {
