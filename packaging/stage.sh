@@ -5,6 +5,7 @@
 export SOURCE_DATE_EPOCH TZ=UTC LC_ALL=C
 umask 022
 
+# shellcheck disable=SC2034 # what reads this file uses it
 version=$(sed -n '/^\[workspace\.package\]/,/^$/s/^version = "\(.*\)"$/\1/p' Cargo.toml)
 
 work=$(mktemp -d)
