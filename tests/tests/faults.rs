@@ -221,6 +221,7 @@ fn a_table_is_restored_in_one_transaction_however_it_was_wrecked() {
         let [v4, _] = sb.destinations();
         let open = app.open_tcp(v4).expect("it opens");
         assert_eq!(open.ask(), proxied("mihomo", v4));
+        let others = Steady::start(sb, &sb.user(1002).cgroup(APP).app());
         let transactions = Transactions::watch(sb);
         let count = || transactions.by(sb, "cgtproxy-helper");
         for wreck in [
@@ -242,6 +243,8 @@ fn a_table_is_restored_in_one_transaction_however_it_was_wrecked() {
                 assert!(dropped.udp(to).is_dropped(), "{wreck}");
             }
             assert_eq!(open.ask(), proxied("mihomo", v4), "{wreck}");
+            // Who has no policy notices nothing.
+            others.assert_all_direct();
         }
         // What the session does next fits what is there.
         session.assign(json!([verdict("app.slice/app-drop.scope", "direct")]));
@@ -284,6 +287,7 @@ fn losses_that_the_kernel_had_no_room_to_announce_are_found() {
         let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
         let app = user.cgroup(APP).app();
         let dropped = user.cgroup("app.slice/app-drop.scope").app();
+        let others = Steady::start(sb, &sb.user(1002).cgroup(APP).app());
         let before = sb.run(&["nft", "list", "table", "inet", "cgtproxy"]);
         for _ in 0..2 {
             let earlier = lost_announcements(helper.pid());
@@ -322,6 +326,7 @@ fn losses_that_the_kernel_had_no_room_to_announce_are_found() {
                 assert_eq!(app.tcp(to), proxied("mihomo", to));
                 assert!(dropped.udp(to).is_dropped());
             }
+            others.assert_all_direct();
         }
         session.assign(json!([verdict("app.slice/app-drop.scope", "direct")]));
     });

@@ -9,25 +9,64 @@
 use std::fs;
 
 use cgtproxy_tests::agent::Agent;
-use cgtproxy_tests::sandbox::{Sandbox, Service, User, applications_below, sandbox};
+use cgtproxy_tests::sandbox::{App, Sandbox, Server, Service, User, applications_below, sandbox};
 use cgtproxy_tests::session::mapped_ids;
+use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::wait_until;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-/// Every application is dropped, by a verdict of its own.
+/// Every application is dropped, by a verdict of its own, but for one that goes through a proxy.
 const DROP_EACH: &str = "
 version: 1
-rules: [{match: '/app-[^/]*$', drop: true}]
+tproxies: {mihomo: {port: 7890}}
+rules: [{match: app-steady, tproxy: mihomo}, {match: '/app-[^/]*$', drop: true}]
+";
+/// No application is dropped.
+const DROP_NONE: &str = "
+version: 1
+tproxies: {mihomo: {port: 7890}}
+rules: [{match: app-steady, tproxy: mihomo}]
 ";
 /// What is said when there are no watches left.
 const EXHAUSTED: &str = "raise fs.inotify.max_user_watches with sysctl";
 
-/// Waits until the kernel has exactly the applications that there are.
+/// Traffic of the application that goes through a proxy, as it does whatever becomes of the others.
+struct Through<'a> {
+    sb: &'a Sandbox,
+    steady: Steady,
+    _app: App,
+    _proxy: Server,
+}
+
+impl<'a> Through<'a> {
+    /// Starts it; the user's agent runs, and there is no other application yet.
+    #[track_caller]
+    fn start(sb: &'a Sandbox, user: &User) -> Self {
+        let proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let cgroup = user.cgroup("session.slice/app-steady.scope");
+        wait_for_all(sb, user, 0);
+        let app = cgroup.app();
+        Self {
+            sb,
+            steady: Steady::start(sb, &app),
+            _app: app,
+            _proxy: proxy,
+        }
+    }
+
+    /// Insists that every question since the last time has gone through the proxy.
+    #[track_caller]
+    fn assert_none_strayed(&self) {
+        self.steady.assert_none_strayed(self.sb, &["mihomo"]);
+    }
+}
+
+/// Waits until the kernel has exactly the applications that there are: so many, and the one with traffic.
 #[track_caller]
 fn wait_for_all(sb: &Sandbox, user: &User, count: usize) {
     let made = applications_below(&user.service().directory());
-    assert_eq!(made.len(), count);
+    assert_eq!(made.len(), count + 1);
     wait_until("all of them, and no others, are in the kernel", || {
         mapped_ids(sb, 1001) == made
     });
@@ -91,15 +130,17 @@ fn with_all_watches_used_up_everything_is_still_found() {
         in_slice(&alice, "mkdir -p deep.slice/er.slice/app-early.scope");
         // For the six directories that lead to the configuration, those above the subtree, and three of it.
         let service = alice.agent(DROP_EACH).watches(13).start();
-        wait_for_all(sb, &alice, 1);
+        wait_until("the one that was there is in the kernel", || {
+            mapped_ids(sb, 1001) == applications_below(&alice.service().directory())
+        });
         in_slice(&alice, "rmdir deep.slice/er.slice/app-early.scope");
-        wait_for_all(sb, &alice, 0);
+        let through = Through::start(sb, &alice);
         churn(sb, &alice);
         let mut agent = Agent::of(&alice);
         wait_for_status(&mut agent, &["inotify"], Some("no watches left"));
         assert_eq!(service.log().matches(EXHAUSTED).count(), 1);
         // The configuration is watched all the same.
-        service.write_config("version: 1\nrules: []");
+        service.write_config(DROP_NONE);
         service.wait_log("loaded ");
         service.write_config(DROP_EACH);
         // It is all over as soon as somebody raises the limit.
@@ -107,6 +148,7 @@ fn with_all_watches_used_up_everything_is_still_found() {
         wait_for_status(&mut agent, &["inotify"], None);
         churn(sb, &alice);
         assert_eq!(service.log().matches(EXHAUSTED).count(), 1);
+        through.assert_none_strayed();
     });
 }
 
@@ -118,6 +160,7 @@ fn without_inotify_and_without_a_bus_everything_is_still_found() {
         let config = |monitor: &str| format!("{DROP_EACH}monitor: {monitor}\n");
         let service = alice.agent(&config("dbus")).start();
         let mut agent = Agent::of(&alice);
+        let through = Through::start(sb, &alice);
         churn(sb, &alice);
         wait_for_status(&mut agent, &[], Some("systemd can't be followed"));
         let complaint = "can't follow systemd over D-Bus";
@@ -135,6 +178,7 @@ fn without_inotify_and_without_a_bus_everything_is_still_found() {
             wait_for_status(&mut agent, monitors, problem);
             in_slice(&alice, "rmdir x.slice/app-*");
             wait_for_all(sb, &alice, 0);
+            through.assert_none_strayed();
         }
     });
 }
@@ -156,11 +200,12 @@ fn what_does_not_fit_into_the_queue_is_looked_for() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
         let alice = sb.user(1001);
+        let service = alice.agent(DROP_EACH).start();
+        let through = Through::start(sb, &alice);
         in_slice(
             &alice,
             "mkdir app-gone.scope app-stays.scope app-another.scope",
         );
-        let service = alice.agent(DROP_EACH).start();
         wait_for_all(sb, &alice, 3);
         overflow(&alice, &service);
         in_slice(
@@ -172,6 +217,7 @@ fn what_does_not_fit_into_the_queue_is_looked_for() {
         service.wait_log("more happened at once than inotify could tell");
         wait_for_all(sb, &alice, 3);
         churn_again(sb, &alice);
+        through.assert_none_strayed();
     });
 }
 
@@ -189,6 +235,8 @@ fn without_descriptors_to_spare_nothing_is_forgotten() {
         let _helper = sb.helper().start();
         let alice = sb.user(1001);
         let service = alice.agent(DROP_EACH).start();
+        let through = Through::start(sb, &alice);
+        let with_traffic = mapped_ids(sb, 1001);
         let mut agent = Agent::of(&alice);
         agent.status();
         let open = service.descriptors();
@@ -207,7 +255,7 @@ fn without_descriptors_to_spare_nothing_is_forgotten() {
         // What needs no descriptor is done first.
         let app = alice.cgroup("app.slice/app-3.scope").id();
         wait_until("the one that was seen is in the kernel", || {
-            mapped_ids(sb, 1001) == [app]
+            mapped_ids(sb, 1001) == [&with_traffic[..], &[app]].concat()
         });
         wait_until("nothing is to be done but to list", || {
             let groups = agent.status()["controlGroups"].clone();
@@ -225,5 +273,6 @@ fn without_descriptors_to_spare_nothing_is_forgotten() {
         wait_for_all(sb, &alice, 3);
         wait_for_status(&mut agent, &["inotify"], None);
         churn_again(sb, &alice);
+        through.assert_none_strayed();
     });
 }
