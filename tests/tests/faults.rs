@@ -9,7 +9,7 @@ use cgtproxy_tests::injection::Injection;
 use cgtproxy_tests::sandbox::{Sandbox, Service, User, direct, proxied, sandbox};
 use cgtproxy_tests::session::{Session, mapped_ids, to_proxy, verdict};
 use cgtproxy_tests::steady::Steady;
-use cgtproxy_tests::wait::wait_until;
+use cgtproxy_tests::wait::{wait_for, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -154,11 +154,91 @@ fn a_helper_starts_without_ipv6_and_diverts_it_once_it_is_there() {
                 session.status()["ipv6"] == json!(false)
             });
         }
-        assert!(
-            !helper.log().contains("can't be restored"),
-            "{}",
-            helper.log()
+        let log = helper.log();
+        for (sentence, times) in [
+            ("it is switched off on lo: only IPv4 is diverted", 1),
+            ("IPv6 has been switched on: it is diverted as well", 2),
+            ("IPv6 has been switched off on lo: only IPv4 is diverted", 2),
+            ("can't be restored", 0),
+        ] {
+            assert_eq!(log.matches(sentence).count(), times, "{sentence}: {log}");
+        }
+    });
+}
+
+/// A helper that strace runs, with what it sends in a file.
+struct Traced(Child);
+
+impl Traced {
+    const SENT: &str = "/run/strace-sent";
+    const SAID: &str = "/run/strace-said";
+
+    /// Starts it with that for strace, and returns when it listens.
+    fn start(options: &[&str]) -> Self {
+        let _ = fs::remove_file(Service::socket());
+        fs::create_dir_all("/run/cgtproxy").expect("/run is ours");
+        let helper = Command::new("strace")
+            // What it starts is the helper itself.
+            .args(["-D", "-o", Self::SENT, "-e", "trace=sendto"])
+            .args(options)
+            .args(["/run/testbed/bin/cgtproxy-helper", "--socket"])
+            .arg(Service::socket())
+            .stdin(Stdio::null())
+            .stderr(fs::File::create(Self::SAID).expect("/run is ours"))
+            .spawn()
+            .expect("strace is installed");
+        let this = Self(helper);
+        wait_until("the helper to listen", || Service::socket().exists());
+        this
+    }
+
+    /// What asks for IPv6's route, and which of all that it sends that is.
+    fn route_of_ipv6() -> (usize, String) {
+        wait_for("the route of IPv6", || {
+            let sent = fs::read_to_string(Self::SENT).expect("it is being written");
+            let asks = |line: &&str| line.contains("RTM_NEWROUTE") && line.contains("AF_INET6");
+            let (before, line) = sent.lines().enumerate().find(|(_, line)| asks(line))?;
+            Some((before + 1, line.to_owned()))
+        })
+    }
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
+        let _ = nix::sys::signal::kill(pid, Signal::SIGTERM);
+        let _ = self.0.wait();
+    }
+}
+
+/// As with `ipv6.disable=1`: the kernel knows no routes of IPv6.
+#[test]
+fn a_helper_starts_on_a_kernel_without_ipv6() {
+    sandbox(|sb| {
+        let helper = Traced::start(&[]);
+        let (which, _) = Traced::route_of_ipv6();
+        drop(helper);
+        sb.run(&["/run/testbed/bin/cgtproxy-helper", "--remove"]);
+        let lost = format!("inject=sendto:error=EAFNOSUPPORT:when={which}");
+        let _helper = Traced::start(&["-e", &lost]);
+        let user = sb.user(1001);
+        let mut session = Session::of(&user);
+        let (_, asked) = Traced::route_of_ipv6();
+        assert!(asked.contains("EAFNOSUPPORT"), "{asked}");
+        session.replace(
+            json!([{ "name": "mihomo", "port": 7890 }]),
+            json!([]),
+            json!([to_proxy("", "mihomo")]),
         );
+        assert_eq!(session.status()["ipv6"], json!(false));
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let app = user.cgroup(APP).app();
+        let [v4, v6] = sb.destinations();
+        assert_eq!(app.udp(v4), proxied("mihomo", v4));
+        assert!(app.udp(v6).is_dropped());
+        sb.assert_nothing_left_for(v6.ip());
+        let said = fs::read_to_string(Traced::SAID).expect("it is there");
+        assert_eq!(said.matches("the kernel has no IPv6").count(), 1, "{said}");
     });
 }
 
