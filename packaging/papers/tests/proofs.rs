@@ -39,12 +39,24 @@ fn every_property_has_its_tests() {
     assert!(properties > 10, "the table is not read");
 }
 
-/// Whether the function of that name has an attribute that makes it a test.
+/// Whether the function of that name has an attribute that makes it a test, and none that has it left out.
 fn is_test(source: &str, name: &str) -> bool {
     let function = format!("fn {name}(");
     let mut upwards = source.lines().rev().map(str::trim_start);
-    upwards.any(|line| line.contains(&function))
-        && upwards
-            .take_while(|line| line.starts_with("#[") || line.starts_with("//"))
-            .any(|line| line.starts_with("#[test]") || line.starts_with("#[tokio::test"))
+    if !upwards.any(|line| line.contains(&function)) {
+        return false;
+    }
+    let attributes: Vec<&str> = upwards
+        .take_while(|line| line.starts_with("#[") || line.starts_with("//"))
+        .filter(|line| line.starts_with("#["))
+        .collect();
+    let is = |attribute: &str| attributes.iter().any(|line| line.starts_with(attribute));
+    (is("#[test]") || is("#[tokio::test")) && !is("#[ignore")
+}
+
+#[test]
+fn a_test_that_is_left_out_proves_nothing() {
+    let source = "#[test]\n/// It is.\nfn is() {}\n#[test]\n#[ignore = \"slow\"]\nfn left_out() {}\nfn none() {}\n";
+    let found = ["is", "left_out", "none", "gone"].map(|name| is_test(source, name));
+    assert_eq!(found, [true, false, false, false]);
 }
