@@ -122,8 +122,8 @@ ifeq ($(DESTDIR),)
 				SYSTEMD_BUS_TIMEOUT=15s systemctl --user --machine="$$uid@" stop \
 					cgtproxy-agent.service cgtproxy-relay.socket cgtproxy-relay.service </dev/null; \
 			done; \
-		systemctl disable --now cgtproxy-agent-system.service cgtproxy-helper.socket cgtproxy-helper.service; \
-		systemctl --global disable cgtproxy-agent.service; \
+		systemctl disable --now cgtproxy-agent-system.service cgtproxy-helper.socket cgtproxy-helper.service || :; \
+		systemctl --global disable cgtproxy-agent.service || :; \
 	fi
 endif
 	packaging/install uninstall

@@ -9,6 +9,8 @@
 )]
 
 use std::collections::BTreeSet;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -319,6 +321,36 @@ fn installing_puts_directories_where_files_name_them() {
         assert!(functions.contains(" /opt/x/share/cgtproxy/"), "{functions}");
         cgtproxy_tests::package::make("uninstall", &directories);
         assert_eq!(files(&root), BTreeSet::new());
+    });
+}
+
+/// As where the system's manager refuses what it is asked.
+#[test]
+fn uninstalling_removes_everything_whatever_systemctl_says() {
+    sandbox(|_| {
+        run(Command::new("mount").args(["-t", "tmpfs", "tmpfs", "/opt"]));
+        cgtproxy_tests::package::make("install", &["PREFIX=/opt/x", "DESTDIR=/"]);
+        assert!(!files("/opt").is_empty());
+        let tools = Path::new("/run/tools");
+        std::fs::create_dir_all(tools).unwrap();
+        std::fs::create_dir_all("/run/systemd/system").unwrap();
+        let systemctl = tools.join("systemctl");
+        std::fs::write(
+            &systemctl,
+            "#!/bin/sh\n[ $1 = cat ] || [ $1 = list-units ]\n",
+        )
+        .unwrap();
+        std::fs::set_permissions(&systemctl, Permissions::from_mode(0o755)).unwrap();
+        let path = format!("PATH={}:/usr/bin:/bin", tools.display());
+        let makefile = workspace().join("Makefile");
+        Command::new("make")
+            .args(["-s", "-f"])
+            .arg(makefile)
+            .args(["uninstall", "PREFIX=/opt/x", &path])
+            .current_dir(workspace())
+            .output()
+            .unwrap();
+        assert_eq!(files("/opt"), BTreeSet::new());
     });
 }
 
