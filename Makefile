@@ -1,5 +1,6 @@
 # make              build the programs, their manual pages, the shells' completions and the licences of what is linked
 # make test         install what is missing, build, run every test
+# make soak         run the tests of many starts and much data again, with far more of both
 # make fuzz         fuzz what comes from outside: FUZZ='session path', SECONDS_EACH=600; needs a nightly compiler
 # make miri         look for undefined behaviour where Miri can; needs a nightly compiler
 # make valgrind     look for misuse of memory by what writes messages to nftables
@@ -36,7 +37,7 @@ SUDO ?= $(if $(filter-out 0,$(shell id -u)),sudo)
 AS_ROOT = $(if $(SUDO),--config 'target."cfg(unix)".runner = "$(SUDO) -E"')
 
 .DEFAULT_GOAL := build
-.PHONY: build papers test fuzz miri valgrind bench demo install uninstall deb rpm tarball clean
+.PHONY: build papers test soak fuzz miri valgrind bench demo install uninstall deb rpm tarball clean
 
 build:
 	$(CARGO) build --release --locked -p cgtproxy-helper -p cgtproxy-agent -p cgtproxy-relay
@@ -52,6 +53,15 @@ test:
 	.ci/dependencies test
 	$(CARGO) build --workspace --locked
 	$(CARGO) $(AS_ROOT) test --workspace --locked
+
+# What takes too long for each run: programs that are started under `start: closed`, and megabytes through the relay.
+STARTS ?= 10000
+BULK ?= 1024
+soak:
+	.ci/dependencies test
+	$(CARGO) build --workspace --locked
+	CGTPROXY_TEST_STARTS=$(STARTS) CGTPROXY_TEST_BULK=$(BULK) \
+		$(CARGO) $(AS_ROOT) test --workspace --locked --test closed --test relay_load
 
 # `make test` does a bounded run of the same.
 FUZZ ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
