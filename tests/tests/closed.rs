@@ -181,7 +181,7 @@ fn a_connection_that_was_held_is_made_when_it_is_released() {
             kill(pid, Signal::SIGCONT).expect("it is there");
             let tally = connecting.join().expect("it ends");
             println!("a connection that was held took {:?}", begun.elapsed());
-            assert!(begun.elapsed() < Duration::from_secs(5));
+            assert!(begun.elapsed() < Duration::from_secs(15));
             tally
         });
         assert_eq!((tally.direct, tally.total()), (1, 1));

@@ -26,7 +26,7 @@ fn one_change(sb: &Sandbox, quiet: &User) {
     session.replace(json!([]), json!([]), json!([drop]));
     assert_eq!(mapped_ids(sb, QUIET).len(), 1);
     let elapsed = start.elapsed();
-    assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
+    assert!(elapsed < Duration::from_secs(15), "{elapsed:?}");
 }
 
 /// What docs/security.md says that the helper's memory stays below while one user holds messages open, in KiB.
