@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use crate::system::System;
+use crate::system::{System, SystemUser};
 
 /// Where the system finds what is tried.
 const SCRIPT: &str = "/etc/confined.pl";
@@ -15,7 +15,7 @@ use Errno; use Fcntl; use Socket;
 my ($mmap, $unshare) = @ARGV;
 sub said { my ($what, $done) = @_; my ($error) = grep { $!{$_} } keys %!; print "$what ", $done ? "ok" : $error, "\n" }
 said("open:$_", sysopen(my $f, $_, O_RDONLY)) for "/proc/1/stat", "/proc/cpuinfo", "/dev/kmsg", "/etc/shadow";
-said("socket:$_", socket(my $s, $_, SOCK_DGRAM, 0)) for 1, 2, 10;
+said("socket:$_", socket(my $s, $_, SOCK_DGRAM, 0)) for 1, 2, 10, 17;
 said("memory", syscall($mmap, 0, 4096, 7, 0x22, -1, 0) != -1);
 open(my $mounts, "<", "/proc/self/mountinfo") or die "mountinfo: $!";
 my %seen;
@@ -54,49 +54,54 @@ impl Tried {
         Self::read(&system.run(&["perl", SCRIPT, mmap, unshare]))
     }
 
-    /// Tries with all that this unit has of confinement: the unit itself, with another program.
+    /// Tries as a user, with nothing taken away.
+    ///
+    /// # Panics
+    /// When that can't be done.
+    #[track_caller]
+    pub fn by_user(system: &System, user: &SystemUser) -> Self {
+        write(system);
+        let [mmap, unshare] = numbers();
+        Self::read(&system.run_as(user, &["perl", SCRIPT, mmap, unshare]))
+    }
+
+    /// Tries with all that this unit of the system's has of confinement: the unit itself, with another program.
     ///
     /// # Panics
     /// When that can't be done.
     #[track_caller]
     fn by(system: &System, unit: &str) -> Self {
         write(system);
-        let [mmap, unshare] = numbers();
         let text = system.run(&["systemctl", "cat", "--no-pager", unit]);
-        let name = unit.trim_end_matches(".service");
-        let not_copied = [
-            "Type",
-            "Exec",
-            "Restart",
-            "FileDescriptor",
-            "Timeout",
-            "JobRunning",
-            "Requires",
-            "Wants",
-            "After",
-            "Before",
-            "Condition",
-            "StartLimit",
-            "RuntimeDirectoryPreserve",
-            "[Install]",
-            "WantedBy",
-            "Also",
-            "#",
-        ];
-        let mut copy: String = text
-            .lines()
-            .filter(|line| !not_copied.iter().any(|key| line.starts_with(key)))
-            .map(|line| match line.starts_with("User=") {
-                true => format!("{line}\n"),
-                false => format!("{}\n", line.replace(name, &format!("confined-{name}"))),
-            })
-            .collect();
-        copy += &format!("Type=oneshot\nExecStart=/usr/bin/perl {SCRIPT} {mmap} {unshare}\n");
         let probe = format!("confined-{unit}");
         let install = "printf %s \"$1\" >\"/run/systemd/system/$2\" && systemctl daemon-reload";
-        system.run(&["sh", "-c", install, "sh", &copy, &probe]);
+        system.run(&["sh", "-c", install, "sh", &probe_of(&text, unit), &probe]);
         system.run(&["systemctl", "start", &probe]);
         Self::read(&system.journal(&probe))
+    }
+
+    /// Tries with all that this unit of a user's has of confinement.
+    ///
+    /// # Panics
+    /// When that can't be done.
+    #[track_caller]
+    fn by_users(system: &System, user: &SystemUser, unit: &str) -> Self {
+        write(system);
+        let text = system.run_as(user, &["systemctl", "--user", "cat", "--no-pager", unit]);
+        // The directory is the daemon's, under a name that the copy would share.
+        let text: String = text
+            .split_inclusive('\n')
+            .filter(|line| !line.starts_with("RuntimeDirectory"))
+            .collect();
+        let probe = format!("confined-{unit}");
+        let install = "units=$XDG_RUNTIME_DIR/systemd/user && mkdir -p \"$units\" &&
+                       printf %s \"$1\" >\"$units/$2\" && systemctl --user daemon-reload";
+        system.run_as(
+            user,
+            &["sh", "-c", install, "sh", &probe_of(&text, unit), &probe],
+        );
+        system.run_as(user, &["systemctl", "--user", "start", &probe]);
+        Self::read(&system.user_journal(user, &probe))
     }
 
     fn read(said: &str) -> Self {
@@ -118,19 +123,15 @@ impl Tried {
         came.unwrap_or_else(|| panic!("{what} was not tried: {:?}", self.0))
     }
 
-    /// Insists that what nobody confined needs was refused, each by what is to refuse it.
+    /// Insists that what no daemon needs was refused, each by what is to refuse it.
     ///
     /// # Panics
     /// When something was not.
     #[track_caller]
     fn assert_refused(&self) {
         for (what, how) in [
-            // Neither the kernel's log nor what is no process's.
-            ("open:/dev/kmsg", "ENOENT"),
-            ("open:/proc/cpuinfo", "ENOENT"),
-            // IPv4 and IPv6.
-            ("socket:2", "EAFNOSUPPORT"),
-            ("socket:10", "EAFNOSUPPORT"),
+            // Packets as they are on the wire.
+            ("socket:17", "EAFNOSUPPORT"),
             // Memory that can be written and executed.
             ("memory", "EPERM"),
             ("unshare:user", "EPERM"),
@@ -141,6 +142,17 @@ impl Tried {
         }
         // The question is one that can be answered otherwise.
         assert_eq!(self.of("socket:1"), "ok");
+    }
+
+    /// Insists on what came of sockets of IPv4 and IPv6.
+    ///
+    /// # Panics
+    /// When something else did.
+    #[track_caller]
+    fn assert_internet(&self, came: &str) {
+        for family in ["socket:2", "socket:10"] {
+            assert_eq!(self.of(family), came, "{family}");
+        }
     }
 
     /// The places of mounts where a file could be made.
@@ -168,11 +180,62 @@ pub fn assert_confined(system: &System, unit: &str, others: &[&str]) -> Tried {
     }
     let tried = Tried::by(system, unit);
     tried.assert_refused();
+    tried.assert_internet("EAFNOSUPPORT");
+    // Neither the kernel's log nor what is no process's.
+    for what in ["open:/dev/kmsg", "open:/proc/cpuinfo"] {
+        assert_eq!(tried.of(what), "ENOENT", "{what}");
+    }
     let own = format!("/run/confined-{name}");
     for place in tried.written() {
         assert!(place == own || private(place), "{place}");
     }
     tried
+}
+
+/// Insists that what no daemon needs is refused to a user's service, and sockets of IPv4 and IPv6 as well, unless it is
+/// one for the `internet`.
+///
+/// # Panics
+/// When it is not.
+#[track_caller]
+pub fn assert_users_confined(system: &System, user: &SystemUser, unit: &str, internet: bool) {
+    let tried = Tried::by_users(system, user, unit);
+    tried.assert_refused();
+    tried.assert_internet(if internet { "ok" } else { "EAFNOSUPPORT" });
+}
+
+/// A copy of a unit, by its text, that runs what tries in the place of its program.
+fn probe_of(text: &str, unit: &str) -> String {
+    let name = unit.trim_end_matches(".service");
+    let not_copied = [
+        "Type",
+        "Exec",
+        "Restart",
+        "FileDescriptor",
+        "Timeout",
+        "JobRunning",
+        "Requires",
+        "Wants",
+        "After",
+        "Before",
+        "Condition",
+        "StartLimit",
+        "RuntimeDirectoryPreserve",
+        "[Install]",
+        "WantedBy",
+        "Also",
+        "#",
+    ];
+    let copy: String = text
+        .lines()
+        .filter(|line| !not_copied.iter().any(|key| line.starts_with(key)))
+        .map(|line| match line.starts_with("User=") {
+            true => format!("{line}\n"),
+            false => format!("{}\n", line.replace(name, &format!("confined-{name}"))),
+        })
+        .collect();
+    let [mmap, unshare] = numbers();
+    copy + &format!("Type=oneshot\nExecStart=/usr/bin/perl {SCRIPT} {mmap} {unshare}\n")
 }
 
 fn write(system: &System) {

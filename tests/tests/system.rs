@@ -9,7 +9,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::process::Output;
 
-use cgtproxy_tests::confinement::{Tried, assert_confined, mounts};
+use cgtproxy_tests::confinement::{Tried, assert_confined, assert_users_confined, mounts};
 use cgtproxy_tests::sandbox::{Sandbox, by, direct, proxied, sandbox};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::system::{System, SystemUser};
@@ -555,6 +555,17 @@ fn sees_nothing_it_does_not_use(system: &System) {
     assert_eq!(tried.of("open:/proc/1/stat"), "ENOENT");
 }
 
+/// What becomes of what a user's daemons do not do.
+fn users_daemons_can_do_nothing_else(system: &System, user: &SystemUser) {
+    let free = Tried::by_user(system, user);
+    for what in ["memory", "socket:2", "socket:10", "unshare:user"] {
+        assert_eq!(free.of(what), "ok", "{what}");
+    }
+    assert_ne!(free.of("socket:17"), "EAFNOSUPPORT");
+    assert_users_confined(system, user, AGENT, false);
+    assert_users_confined(system, user, "cgtproxy-relay.service", true);
+}
+
 #[test]
 fn the_daemons_are_confined_and_clean_up_after_themselves() {
     sandbox(|sb| {
@@ -603,6 +614,7 @@ fn the_daemons_are_confined_and_clean_up_after_themselves() {
             assert_eq!(daemon("NoNewPrivs"), "1");
             assert_eq!(daemon("Seccomp"), "2");
         }
+        users_daemons_can_do_nothing_else(&system, alice);
         // Their sandboxes let them have short slices, by which they go before programs that compute.
         for pid in [
             system.property(HELPER, "MainPID"),
