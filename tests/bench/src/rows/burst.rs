@@ -51,14 +51,11 @@ pub(super) fn run(options: &Options, report: &mut Report) {
             if bursts.iter().all(|b| b.stale == 0) {
                 add("all gone", " ms", &|b| b.gone as f64 / 1e6);
             }
-            let handled = |b: &Burst| (groups - b.missing.min(groups)).max(1) as f64 * 1000.0;
-            let cpu = add("CPU for each that got a verdict", " µs", &|b| {
-                b.cpu as f64 / handled(b)
-            });
+            // Also for those that never got a verdict: who loses them is not the dearer for that.
+            let each_of = |cpu: u64| cpu as f64 / groups as f64 / 1000.0;
+            let cpu = add("CPU for each", " µs", &|b| each_of(b.cpu));
             each.push((yard.kind, cpu.median));
-            add("CPU for each removal", " µs", &|b| {
-                b.cpu_removal as f64 / handled(b)
-            });
+            add("CPU for each removal", " µs", &|b| each_of(b.cpu_removal));
             add("never in force", "", &|b| b.missing as f64);
             add("left for ever", "", &|b| b.stale as f64);
             if yard.kind == Kind::Ours {
