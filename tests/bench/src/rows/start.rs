@@ -13,8 +13,8 @@ pub(super) fn run(options: &Options, report: &mut Report) {
         vec![(100, 10.0)],
     );
     let rounds = options.number(15, 2);
-    let mut yard = Yard::start(Kind::Ours);
     for (groups, most) in sizes {
+        let mut yard = Yard::start(Kind::Ours);
         // Where an agent runs, it maps them. It is stopped by the first start.
         yard.order::<()>(&Order::Map {
             groups,
@@ -32,6 +32,5 @@ pub(super) fn run(options: &Options, report: &mut Report) {
         report.add_at(START, what, name, " ms", &of(|s| s.ready), at);
         let what = format!("{groups} control groups, in force");
         report.at_most(START, what, summary.median, most, " ms");
-        yard = Yard::start(Kind::Ours);
     }
 }
