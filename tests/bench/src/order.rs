@@ -114,8 +114,14 @@ pub(crate) enum Nursery {
 pub(crate) enum Loss {
     /// `nft flush ruleset`.
     Ruleset,
+    /// `nft delete table`, of the helper's.
+    Table,
     /// `ip rule flush`.
     Rules,
+    /// `ip route flush table`, of the helper's.
+    Routes,
+    /// `ip link set lo down`, and up again.
+    Loopback,
 }
 
 /// What becomes of control groups that are only there.

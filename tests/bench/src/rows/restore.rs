@@ -17,7 +17,10 @@ pub(super) fn run(options: &Options, report: &mut Report) {
         });
         for (loss, name) in [
             (Loss::Ruleset, "nft flush ruleset"),
+            (Loss::Table, "nft delete table"),
             (Loss::Rules, "ip rule flush"),
+            (Loss::Routes, "ip route flush"),
+            (Loss::Loopback, "lo down and up"),
         ] {
             let times: Vec<u64> = yard.order(&Order::Restore { loss, count });
             let times: Vec<f64> = times.into_iter().map(|t| t as f64 / 1e6).collect();
