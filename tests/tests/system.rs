@@ -226,6 +226,44 @@ fn a_process_that_runs_is_moved_to_another_target() {
     });
 }
 
+/// To systemd, the numbers of processes in another PID namespace, as sandboxes make them, are those of other processes.
+#[test]
+fn a_command_in_a_pid_namespace_is_moved_and_nobody_else_is() {
+    sandbox(|sb| {
+        let system = boot(sb);
+        let alice = system.alice();
+        enable(&system, alice, CONFIG);
+        let _browser = desktop_app(&system, alice, "browser");
+        wait_in_force(&system, alice);
+        let other = system.user_property(alice, "app-browser.service", "MainPID");
+        let cgroup = || system.run(&["grep", "^0:", &format!("/proc/{other}/cgroup")]);
+        let before = cgroup();
+        // One process after the other, until there is one with that number.
+        let inside = |arguments: &[&str]| {
+            let script = "pid=$1; shift; i=1; while [ $i -lt $pid ]; do i=$((i+1)); \
+                          sh -c 'test $$ -eq $0 || exit 0; exec cgtproxy-exec \"$@\"' $pid \"$@\"; \
+                          status=$?; done; exit $status";
+            let namespace = ["unshare", "-U", "--map-current-user", "-p", "-f"];
+            let shell = ["sh", "-c", script, "sh", &other];
+            let output = system.output_as(alice, &[&namespace[..], &shell, arguments].concat());
+            assert_eq!(cgroup(), before, "{output:?}");
+            output
+        };
+        let shown = ["grep", "^0:", "/proc/self/cgroup"];
+        for options in [&[][..], &["--no-wait"]] {
+            let output = inside(&[options, &["drop"], &shown].concat());
+            assert!(output.status.success(), "{output:?}");
+            let said = text(&output.stdout);
+            assert!(
+                said.contains("/cgtproxy-drop.slice/cgtproxy-exec-grep-"),
+                "{output:?}"
+            );
+        }
+        let output = inside(&["--no-wait", "--pid", &other, "drop"]);
+        assert_not_run(&system, &output, "from within a PID namespace");
+    });
+}
+
 /// What a shell sees of a command under a target.
 fn commands_are_what_they_would_be_without(system: &System) {
     let alice = system.alice();

@@ -24,7 +24,7 @@ use clap::Parser;
 
 pub use agent::Error as AgentError;
 pub use cli::Options;
-pub use scope::Error as ScopeError;
+pub use scope::{Error as ScopeError, Process};
 
 use agent::Agent;
 use cli::Action;
@@ -66,17 +66,9 @@ pub enum Error {
          the proxy needs another name in your configuration to be used with cgtproxy-exec"
     )]
     Slice(String),
-    /// systemd did not move this process.
+    /// systemd did not move the process.
     #[error(transparent)]
     Scope(#[from] ScopeError),
-    /// Nothing tells where this process is.
-    #[error("can't find the control group of process {pid}")]
-    ControlGroup {
-        /// The process.
-        pid: u32,
-        /// What the kernel said.
-        source: io::Error,
-    },
     /// Nobody can read the targets.
     #[error("can't write")]
     Write(#[source] io::Error),
@@ -138,7 +130,7 @@ fn run(options: Options) -> Result<(), Error> {
         Some((target, Action::Move(pid))) => {
             let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
             let name = String::from_utf8_lossy(name.trim_ascii_end());
-            runtime.block_on(enter(&target, &name, pid, wait))?;
+            runtime.block_on(enter(&target, &name, Process::Other(pid), wait))?;
             if has_sockets(pid) {
                 say(format_args!(
                     "process {pid} has sockets open, which keep the target they had"
@@ -148,7 +140,7 @@ fn run(options: Options) -> Result<(), Error> {
         }
         Some((target, Action::Run(command, arguments))) => {
             let name = command.to_string_lossy();
-            runtime.block_on(enter(&target, &name, std::process::id(), wait))?;
+            runtime.block_on(enter(&target, &name, Process::This, wait))?;
             // Every descriptor it opened is closed here, and again by the kernel's close-on-exec.
             drop(runtime);
             let source = Command::new(&command).args(arguments).exec();
@@ -168,9 +160,9 @@ async fn list() -> Result<(), Error> {
         .map_err(Error::Write)
 }
 
-/// Moves process `pid`, called `name`, into the slice of `target`. With `wait`, returns when the
+/// Moves a process, called `name`, into the slice of `target`. With `wait`, returns when the
 /// kernel holds the verdict.
-async fn enter(target: &str, name: &str, pid: u32, wait: bool) -> Result<(), Error> {
+async fn enter(target: &str, name: &str, process: Process, wait: bool) -> Result<(), Error> {
     let mut agent = None;
     if wait {
         let agent = agent.insert(Agent::connect(default_socket(config::Scope::User)).await?);
@@ -179,7 +171,12 @@ async fn enter(target: &str, name: &str, pid: u32, wait: bool) -> Result<(), Err
     check_name(target)?;
     let session_bus = std::env::var("DBUS_SESSION_BUS_ADDRESS").ok();
     let addresses = Address::all(session_bus.as_deref(), &runtime_directory());
-    let entered = Scope::new(target, name, pid).enter(&addresses, pid).await;
+    let pid = match process {
+        Process::This => std::process::id(),
+        Process::Other(pid) => pid,
+    };
+    let scope = Scope::new(target, name, pid);
+    let entered = scope.enter(&addresses, process).await;
     match entered {
         // Root without a manager is mostly in another user's session, as under sudo.
         Err(ScopeError::NoManager(_)) if rustix::process::getuid().is_root() => {
@@ -188,8 +185,8 @@ async fn enter(target: &str, name: &str, pid: u32, wait: bool) -> Result<(), Err
         entered => entered?,
     }
     if let Some(mut agent) = agent {
-        let control_group =
-            control_group_of(pid).map_err(|source| Error::ControlGroup { pid, source })?;
+        let control_group = control_group_of(process)
+            .map_err(|source| ScopeError::ControlGroup { process, source })?;
         agent.await_target(&control_group, target).await?;
     }
     Ok(())
@@ -223,12 +220,12 @@ fn check_name(target: &str) -> Result<(), Error> {
 }
 
 /// A process's control group, as the agent takes it.
-fn control_group_of(pid: u32) -> io::Result<String> {
-    control_group(&fs::read(format!("/proc/{pid}/cgroup"))?)
+fn control_group_of(process: Process) -> io::Result<String> {
+    control_group(&process.control_groups()?)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no control group of version 2"))
 }
 
-/// The same of what that file has in it.
+/// The control group that `/proc/PID/cgroup` has in it, as the agent takes it.
 fn control_group(file: &[u8]) -> Option<String> {
     let path = subtree::of_process(file)?.strip_prefix(b"/")?;
     let path = ControlGroupPath::from_bytes(path).ok()?;

@@ -1,10 +1,14 @@
-//! Moves this process into a scope of its own, by asking the user's systemd over D-Bus.
+//! Moves this process, or another one, into a scope of its own, by asking the user's systemd over D-Bus.
 
+use std::fmt;
+use std::fs;
+use std::io;
 use std::time::{Duration, SystemTime};
 
 use zbus::message::Type;
 use zbus::{MatchRule, MessageStream, OwnedObjectPath, Variant};
 
+use crate::subtree;
 use crate::systemd::{Address, MANAGER, MANAGER_PATH, Manager, next, said};
 
 /// How long systemd may take for all of it; it needs a few milliseconds.
@@ -16,7 +20,45 @@ const COMMAND_BYTES: usize = 64;
 /// A property of a unit that is to be started, as `StartTransientUnit` takes it.
 type Property<'a> = (&'a str, Variant<'a>);
 
-/// Why this process is not in a scope.
+/// A process that is to be moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Process {
+    /// This one.
+    This,
+    /// The one with this number in this PID namespace.
+    Other(u32),
+}
+
+impl Process {
+    /// What is in `/proc/PID/cgroup` of this process.
+    pub(crate) fn control_groups(self) -> io::Result<Vec<u8>> {
+        match self {
+            // /proc may be that of another PID namespace, where this process's number is another one's.
+            Self::This => fs::read("/proc/self/cgroup"),
+            Self::Other(pid) => fs::read(format!("/proc/{pid}/cgroup")),
+        }
+    }
+
+    /// The number to ask systemd by.
+    fn number(self) -> u32 {
+        match self {
+            // systemd takes the number of the caller from the bus: it may have another PID namespace.
+            Self::This => 0,
+            Self::Other(pid) => pid,
+        }
+    }
+}
+
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::This => f.write_str("this process"),
+            Self::Other(pid) => write!(f, "process {pid}"),
+        }
+    }
+}
+
+/// Why a process is not in a scope.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No bus led to the user's systemd.
@@ -31,14 +73,39 @@ pub enum Error {
         answer: zbus::Error,
     },
     /// It made the scope, but could not move the process into it.
-    #[error("systemd could not move process {pid} into {scope}: the job ended as '{result}'")]
+    #[error("systemd could not move {process} into {scope}: the job ended as '{result}'")]
     Failed {
         /// The process.
-        pid: u32,
+        process: Process,
         /// The scope's name.
         scope: String,
         /// How systemd calls the outcome.
         result: String,
+    },
+    /// systemd knows the processes by other numbers.
+    #[error(
+        "can't move process {0} from within a PID namespace, because systemd knows it by another number: run \
+         cgtproxy-exec outside of the sandbox or container"
+    )]
+    Namespace(u32),
+    /// Nothing tells where the process is.
+    #[error("can't find the control group of {process}")]
+    ControlGroup {
+        /// The process.
+        process: Process,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It moved another process into the scope.
+    #[error(
+        "{process} is not in {scope}: something between it and systemd, such as a sandbox's proxy for D-Bus, made \
+         systemd move another process"
+    )]
+    Elsewhere {
+        /// The process.
+        process: Process,
+        /// The scope's name.
+        scope: String,
     },
     /// It did not answer.
     #[error("your systemd user manager did not answer within {} seconds", PATIENCE.as_secs())]
@@ -61,12 +128,33 @@ async fn connect(address: &Address) -> zbus::Result<Manager> {
     Ok(manager)
 }
 
-/// Starts a scope with process `pid` in it, and returns when it is there.
-async fn start(manager: &Manager, scope: &Scope, pid: u32) -> Result<(), Error> {
+/// Whether systemd has the same numbers of processes as this process.
+async fn has_our_numbers(manager: &Manager) -> zbus::Result<bool> {
+    let bus = "org.freedesktop.DBus";
+    let name = manager.connection.unique_name();
+    let name = name.map(|name| name.as_str()).unwrap_or_default();
+    let call = manager.connection.call_method(
+        Some(bus),
+        "/org/freedesktop/DBus",
+        Some(bus),
+        "GetConnectionUnixProcessID",
+        &name,
+    );
+    let number: u32 = call.await?.body().deserialize()?;
+    Ok(number == std::process::id())
+}
+
+/// Starts a scope with a process in it, and returns when the process is there.
+async fn start(manager: &Manager, scope: &Scope, process: Process) -> Result<(), Error> {
     let refused = |answer| Error::Refused {
         scope: scope.name.clone(),
         answer,
     };
+    if let Process::Other(pid) = process
+        && !has_our_numbers(manager).await.map_err(refused)?
+    {
+        return Err(Error::Namespace(pid));
+    }
     // Asked for before the job exists, so that its end can't be missed.
     let removed = MatchRule::builder()
         .msg_type(Type::Signal)
@@ -79,7 +167,7 @@ async fn start(manager: &Manager, scope: &Scope, pid: u32) -> Result<(), Error> 
         .await
         .map_err(refused)?;
     let properties: [Property<'_>; 4] = [
-        ("PIDs", Variant::from(vec![pid])),
+        ("PIDs", Variant::from(vec![process.number()])),
         ("Slice", Variant::from(&*scope.slice)),
         ("Description", Variant::from(&*scope.description)),
         // Nothing is left behind in a list of failed units.
@@ -101,9 +189,9 @@ async fn start(manager: &Manager, scope: &Scope, pid: u32) -> Result<(), Error> 
             body.deserialize().map_err(refused)?;
         if ended == job {
             return match result {
-                "done" => Ok(()),
+                "done" => scope.expect(process),
                 _ => Err(Error::Failed {
-                    pid,
+                    process,
                     scope: scope.name.clone(),
                     result: result.to_owned(),
                 }),
@@ -144,16 +232,16 @@ impl Scope {
         }
     }
 
-    /// Moves process `pid` into this scope.
+    /// Moves a process into this scope.
     ///
     /// # Errors
     /// If the user's systemd can't be reached or does not do it.
-    pub(crate) async fn enter(&self, addresses: &[Address], pid: u32) -> Result<(), Error> {
+    pub(crate) async fn enter(&self, addresses: &[Address], process: Process) -> Result<(), Error> {
         let entering = async {
             let mut failures = Vec::new();
             for address in addresses {
                 match connect(address).await {
-                    Ok(manager) => return start(&manager, self, pid).await,
+                    Ok(manager) => return start(&manager, self, process).await,
                     Err(error) => failures.push((address.0.clone(), error)),
                 }
             }
@@ -162,6 +250,28 @@ impl Scope {
         tokio::time::timeout(PATIENCE, entering)
             .await
             .unwrap_or(Err(Error::Timeout))
+    }
+
+    /// Fails unless a process is in this scope.
+    fn expect(&self, process: Process) -> Result<(), Error> {
+        let file = process
+            .control_groups()
+            .map_err(|source| Error::ControlGroup { process, source })?;
+        match self.is_in(&file) {
+            true => Ok(()),
+            false => Err(Error::Elsewhere {
+                process,
+                scope: self.name.clone(),
+            }),
+        }
+    }
+
+    /// Whether this scope is in the path of what `/proc/PID/cgroup` has in it. Within a control group namespace that
+    /// path may begin elsewhere.
+    fn is_in(&self, file: &[u8]) -> bool {
+        let path = subtree::of_process(file).unwrap_or_default();
+        let mut components = path.split(|&byte| byte == b'/');
+        components.any(|component| component == self.name.as_bytes())
     }
 }
 
@@ -194,6 +304,28 @@ mod tests {
         assert!(a.name.ends_with(".scope"), "{}", a.name);
         assert_ne!(a.name, b.name);
         assert_eq!(a.slice, "cgtproxy-my-proxy.slice");
+    }
+
+    #[test]
+    fn a_scope_is_found_in_every_control_group_namespace() {
+        let scope = Scope::new("drop", "x", 7);
+        let name = &scope.name;
+        for path in [
+            format!("/user.slice/cgtproxy-drop.slice/{name}"),
+            format!("/../cgtproxy-drop.slice/{name}"),
+            format!("/a/{name}/below"),
+        ] {
+            let file = format!("1:name=systemd:/x\n0::{path}\n");
+            assert!(scope.is_in(file.as_bytes()), "{file}");
+        }
+        for file in [
+            format!("0::/a/{name}x\n"),
+            format!("1:name=systemd:/a/{name}\n0::/a\n"),
+            "0::/\n".into(),
+            String::new(),
+        ] {
+            assert!(!scope.is_in(file.as_bytes()), "{file}");
+        }
     }
 
     #[test]
