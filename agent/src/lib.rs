@@ -19,6 +19,7 @@ pub mod policy;
 pub mod relay;
 pub mod reload;
 pub mod run;
+pub mod said;
 pub mod server;
 pub mod state;
 pub mod subtree;

@@ -203,6 +203,7 @@ pub async fn run(
                 {
                     let mut watcher = watcher.borrow_mut();
                     watcher.forget_what_was_said();
+                    agent.state_mut().said.forget();
                     watcher.scan(&mut *agent.state_mut());
                 }
                 loader.changes.arm();

@@ -13,9 +13,9 @@ use tokio::time::Instant;
 use crate::config::{Config, Means};
 use crate::policy::{Start, Target, Tree};
 use crate::relay::Relay;
+use crate::said::Said;
 use crate::subtree::Subtree;
 use crate::sync::{Call, Handling, Ledger, length_of, too_many_control_groups};
-use crate::text::printable;
 use crate::watch::{Observer, Watching};
 
 /// How long to wait before trying a configuration again that the helper could not put into force: doubled from one to
@@ -105,6 +105,8 @@ pub struct State {
     pub ready: bool,
     /// How well control groups are noticed.
     pub watching: Watching,
+    /// What was said of control groups that users have made so.
+    pub said: Said,
     /// Something was learnt of control groups, and nobody was woken for it yet: see [`Agent::wake_if_news`].
     news: bool,
     source: Rc<Source>,
@@ -134,6 +136,7 @@ impl State {
             announced: false,
             ready: false,
             watching: Watching::default(),
+            said: Said::default(),
             news: false,
             source: Rc::new(source),
             accepted: None,
@@ -216,7 +219,7 @@ impl State {
     }
 
     fn has_no_room(&self, others: usize, path: &ControlGroupPath, most: usize) -> String {
-        let name = printable(&self.subtree.to_wire(path));
+        let name = self.subtree.shown(path);
         let whose = match others {
             0 => format!("'{name}' has no verdict of its own"),
             _ => format!("'{name}' and {others} more have no verdict of their own"),

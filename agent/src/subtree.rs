@@ -10,8 +10,13 @@ use cgtproxy_proto::path::{
     CGROUP2_MOUNTS, CGROUP2_SUPER_MAGIC, ControlGroupPath, InvalidPath, manager_path,
 };
 
+use crate::text::printable;
+
 /// Where current systems have it.
 pub const USUAL_ROOT: &str = CGROUP2_MOUNTS[0];
+
+/// How many bytes of a path are shown to a person: from its beginning, and from its end.
+const SHOWN: (usize, usize) = (200, 100);
 
 /// There is no cgroup v2.
 #[derive(Debug, thiserror::Error)]
@@ -148,6 +153,20 @@ impl Subtree {
         }
     }
 
+    /// The path of a control group from the control group root, for a person: of a long one its beginning and its end.
+    #[must_use]
+    pub fn shown(&self, path: &ControlGroupPath) -> String {
+        let whole = self.to_wire(path);
+        let is_boundary = |at: &usize| whole.is_char_boundary(*at);
+        let before = (0..=SHOWN.0).rev().find(is_boundary).unwrap_or(0);
+        let last = whole.len().saturating_sub(SHOWN.1);
+        let after = (last..whole.len()).find(is_boundary).unwrap_or(whole.len());
+        match (whole.get(..before), whole.get(after..)) {
+            (Some(start), Some(end)) if before < after => printable(&format!("{start}…{end}")),
+            _ => printable(&whole),
+        }
+    }
+
     /// The control group at a path from the control group root, as messages have it.
     #[must_use]
     pub fn from_wire(&self, text: &str) -> Option<ControlGroupPath> {
@@ -218,6 +237,15 @@ mod tests {
         assert_eq!(above[2].0, Path::new("/cg/user.slice/user-7.slice"));
         assert_eq!(above[2].1, b"user@7.service");
         let a = ControlGroupPath::from_bytes(b"a").unwrap();
+        assert_eq!(subtree.shown(&a), format!("{base}/a"));
+        let long =
+            ControlGroupPath::from_wire(&format!("{}/b", "ä".repeat(100)).repeat(9)).unwrap();
+        let shown = subtree.shown(&long);
+        assert!(
+            shown.starts_with(&format!("{base}/ää")) && shown.ends_with("äää/b"),
+            "{shown}"
+        );
+        assert!(shown.len() <= SHOWN.0 + SHOWN.1 + "…".len(), "{shown}");
         assert_eq!(subtree.directory(&a), Path::new(&format!("/cg{base}/a")));
     }
 }

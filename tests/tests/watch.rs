@@ -276,3 +276,72 @@ fn without_descriptors_to_spare_nothing_is_forgotten() {
         through.assert_none_strayed();
     });
 }
+
+/// Makes directories in each other with the longest names, below `app.slice`, and does something in the innermost.
+fn deep_down(user: &User, script: &str) {
+    let down = "n=$(printf %0255d 0); for i in $(seq 15); do mkdir -p $n; cd -P $n; done";
+    in_slice(user, &format!("{down}; {script}"));
+}
+
+#[test]
+fn what_is_made_where_paths_are_too_long_for_the_kernel_is_kept() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let service = alice.agent(DROP_EACH).start();
+        // As deep as the helper goes, and shorter than messages have it.
+        deep_down(&alice, "mkdir app-$(printf %0200d 0)");
+        wait_until("the long one is in the kernel", || {
+            mapped_ids(sb, 1001).len() == 1
+        });
+        let long = mapped_ids(sb, 1001);
+        // Which looks at everything.
+        service.reload();
+        in_slice(&alice, "mkdir app-after.scope");
+        wait_until("the other one is in the kernel", || {
+            let mut ids = mapped_ids(sb, 1001);
+            ids.retain(|id| !long.contains(id));
+            !ids.is_empty()
+        });
+        assert_eq!(mapped_ids(sb, 1001).len(), 2);
+        let mut agent = Agent::of(&alice);
+        wait_for_status(&mut agent, &["inotify"], None);
+    });
+}
+
+#[test]
+fn what_a_user_makes_again_and_again_is_said_once() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let mut service = alice.agent(DROP_EACH).start();
+        let many = "for i in $(seq 20); do";
+        in_slice(&alice, &format!("{many} mkdir -m 000 closed-$i; done"));
+        // Deeper than the helper goes.
+        let down = format!("{many} mkdir d; cd d; done");
+        in_slice(&alice, &format!("{down}; {many} mkdir app-$i; done"));
+        deep_down(&alice, &format!("{many} mkdir $(printf %0250d $i); done"));
+        let said = [
+            "can't look into '",
+            "the helper passed over '",
+            "can't follow '",
+        ];
+        for said in said {
+            service.wait_log(said);
+        }
+        in_slice(&alice, "mkdir app-last");
+        let last = alice.cgroup("app.slice/app-last");
+        Agent::of(&alice).wait_for_verdict(&last, "drop");
+        let log = service.log();
+        for said in said {
+            assert_eq!(log.matches(said).count(), 1, "{said}: {log}");
+        }
+        assert!(log.lines().all(|line| line.len() < 1024), "{log}");
+        // Whoever asks for a reload hears it again.
+        service.reload();
+        wait_until("it is said again", || {
+            service.log().matches(said[0]).count() == 2
+        });
+        assert!(service.stop().success());
+    });
+}

@@ -13,5 +13,6 @@ mod session;
 mod wire;
 
 pub use ledger::{Call, Handling, Ledger};
+pub(crate) use room::{Maker, maker};
 pub use session::{Error, run, too_many_control_groups};
 pub use wire::length_of;

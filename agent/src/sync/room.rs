@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use cgtproxy_proto::path::ControlGroupPath;
 
 /// The slice of the user who makes a control group: `user-1000.slice`.
-type Maker = Box<[u8]>;
+pub(crate) type Maker = Box<[u8]>;
 
 /// Which user makes a control group, and as many as they like. What is not below a user's own service manager the
 /// system's makes, or a service or machine to which the administrator has delegated that.
-fn maker(path: &ControlGroupPath) -> Option<&[u8]> {
+pub(crate) fn maker(path: &ControlGroupPath) -> Option<&[u8]> {
     let mut components = path.components();
     let slice = match (components.next(), components.next()) {
         (Some(b"user.slice"), Some(slice)) => slice,

@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::notify;
 use crate::policy::Start;
 use crate::relay::Relay;
+use crate::said::Kind;
 use crate::state::{Agent, Link, Refused, Source};
 use crate::text::{chain, count, printable};
 use crate::view;
@@ -325,12 +326,14 @@ impl Session<'_> {
         }
         self.established = true;
         for (path, reason) in news {
-            let name = printable(&self.agent.state().subtree.to_wire(&path));
-            let why = view::sentence(&reason);
-            match reason {
-                // It was gone before the helper looked, as short-lived ones are.
-                SkipReason::missing => tracing::debug!("the helper passed over '{name}': {why}"),
-                _ => tracing::warn!("the helper passed over '{name}': {why}"),
+            let mut state = self.agent.state_mut();
+            let (name, why) = (state.subtree.shown(&path), view::sentence(&reason));
+            // It was gone before the helper looked, as short-lived ones are.
+            let is_news =
+                reason != SkipReason::missing && state.said.is_news(Kind::PassedOver(why), &path);
+            match is_news {
+                true => tracing::warn!("the helper passed over '{name}': {why}"),
+                false => tracing::debug!("the helper passed over '{name}': {why}"),
             }
         }
         self.agent.tell();

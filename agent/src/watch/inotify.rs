@@ -15,7 +15,6 @@ use tokio::net::unix::pipe::Receiver;
 
 use super::Hint;
 use crate::subtree::Subtree;
-use crate::text::printable;
 use cgtproxy_proto::path::ControlGroupPath;
 
 /// How many bytes of events are read at once.
@@ -305,14 +304,12 @@ impl Watches {
             Watched::Group(parent) => match parent.join(&event.name) {
                 Ok(path) if deleted => Some(Hint::Gone(path)),
                 Ok(path) => Some(Hint::Made(path)),
-                Err(why) => {
-                    tracing::warn!(
-                        "can't follow '{}' in '{}': {why}",
-                        printable(&String::from_utf8_lossy(&event.name)),
-                        printable(&parent.to_wire()),
-                    );
-                    None
-                }
+                Err(_) if deleted => None,
+                Err(why) => Some(Hint::Unnameable {
+                    parent: parent.clone(),
+                    name: event.name.clone(),
+                    why,
+                }),
             },
         }
     }

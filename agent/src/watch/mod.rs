@@ -25,10 +25,11 @@ use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use ::inotify::WatchDescriptor;
-use cgtproxy_proto::path::ControlGroupPath;
+use cgtproxy_proto::path::{ControlGroupPath, InvalidPath};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::said::{Kind, Said};
 use crate::subtree::Subtree;
 use crate::text::{chain, printable};
 
@@ -100,6 +101,15 @@ pub enum Hint {
     },
     /// No unit has one at this path any more.
     NoUnit(ControlGroupPath),
+    /// One that is in this one has been made, and no path can name it.
+    Unnameable {
+        /// What it is in.
+        parent: ControlGroupPath,
+        /// Its name.
+        name: Vec<u8>,
+        /// What is wrong with its path.
+        why: InvalidPath,
+    },
     /// A directory on the way to the subtree's root has been made or is gone.
     Above {
         /// It is gone.
@@ -130,8 +140,6 @@ pub struct Watcher {
     unwatched: BTreeSet<ControlGroupPath>,
     /// Why, the last time.
     unwatched_why: String,
-    /// Those that this user may not look into, as was said. Nobody waits for that to change.
-    closed: BTreeSet<ControlGroupPath>,
     /// Those of which it is not known what is in them.
     unlisted: BTreeSet<ControlGroupPath>,
     /// Why, the last time.
@@ -146,6 +154,10 @@ pub struct Watcher {
     home: Option<OwnedFd>,
     /// The control group whose directory is the working directory for the moment.
     here: Option<ControlGroupPath>,
+    /// What was said of control groups that users have made so.
+    said: Said,
+    /// It was said that events were lost.
+    said_lost: bool,
     /// It was said that there are no watches left.
     said_exhausted: bool,
     /// It was said that control groups can't be listed.
@@ -161,7 +173,6 @@ impl Watcher {
             groups: BTreeMap::new(),
             unwatched: BTreeSet::new(),
             unwatched_why: String::new(),
-            closed: BTreeSet::new(),
             unlisted: BTreeSet::new(),
             unlisted_why: String::new(),
             blind: false,
@@ -169,6 +180,8 @@ impl Watcher {
             noted: BTreeMap::new(),
             home: rustix::fs::open(".", HOME, Mode::empty()).ok(),
             here: None,
+            said: Said::default(),
+            said_lost: false,
             said_exhausted: false,
             said_unlisted: false,
         };
@@ -192,9 +205,10 @@ impl Watcher {
 
     /// Says again what is wrong, if it still is.
     pub fn forget_what_was_said(&mut self) {
+        self.said.forget();
+        self.said_lost = false;
         self.said_exhausted = false;
         self.said_unlisted = false;
-        self.closed.clear();
     }
 
     /// Reports what is in the whole subtree, of which nothing is known yet, and leaves it to be watched later: what
@@ -387,9 +401,12 @@ impl Watcher {
     fn hint(&mut self, hint: Hint, observer: &mut dyn Observer) {
         match hint {
             Hint::LostTrack => {
-                tracing::info!(
-                    "more happened at once than inotify could tell: looking at everything"
-                );
+                let text = "more happened at once than inotify could tell: looking at everything";
+                // Whoever makes enough control groups brings this about again and again.
+                match std::mem::replace(&mut self.said_lost, true) {
+                    false => tracing::info!("{text}"),
+                    true => tracing::debug!("{text}"),
+                }
                 self.scan(observer);
                 observer.lost_track();
             }
@@ -408,6 +425,7 @@ impl Watcher {
                 observer.added(path.clone());
                 self.pending.push_back(path);
             }
+            Hint::Unnameable { parent, name, why } => self.say_unnameable(&parent, &name, why),
             Hint::Unit { path, id } if self.blind => self.believe(path, id, observer),
             Hint::NoUnit(path) if self.blind => self.gone(&path, observer),
             Hint::Unit { path, .. } | Hint::NoUnit(path) => self.look(&path, observer),
@@ -566,15 +584,19 @@ impl Watcher {
                     tracing::warn!(
                         "inotify has no watches left for '{}': raise fs.inotify.max_user_watches with \
                          sysctl; until then control groups are looked at every now and then",
-                        printable(&self.subtree.to_wire(path)),
+                        self.subtree.shown(path),
                     );
                 }
             }
             _ => {
                 self.unwatched_why = format!("control groups can't be watched ({})", chain(&error));
                 if !self.unwatched.contains(path) {
-                    let name = printable(&self.subtree.to_wire(path));
-                    tracing::warn!("can't watch '{name}': {}", chain(&error));
+                    let name = self.subtree.shown(path);
+                    let text = format!("can't watch '{name}': {}", chain(&error));
+                    match self.said.is_news(Kind::Unwatched, path) {
+                        true => tracing::warn!("{text}"),
+                        false => tracing::debug!("{text}"),
+                    }
                 }
             }
         }
@@ -582,15 +604,28 @@ impl Watcher {
         Ok(None)
     }
 
-    /// This user may not look into a control group, as into those that a container's users have for themselves. That is
-    /// said once: to look again and again would change nothing.
+    /// This user may not look into a control group, as into those that a container's users have for themselves. To look
+    /// again and again would change nothing.
     fn say_closed(&mut self, path: &ControlGroupPath, error: &io::Error) {
-        if self.closed.insert(path.clone()) {
-            let name = printable(&self.subtree.to_wire(path));
-            tracing::info!(
-                "can't look into '{name}': {}; what is in it has its verdict",
-                chain(error)
-            );
+        let name = self.subtree.shown(path);
+        let why = chain(error);
+        let text = format!("can't look into '{name}': {why}; what is in it has its verdict");
+        match self.said.is_news(Kind::Closed, path) {
+            true => tracing::info!("{text}"),
+            false => tracing::debug!("{text}"),
+        }
+    }
+
+    /// A control group can't be named.
+    fn say_unnameable(&mut self, parent: &ControlGroupPath, name: &[u8], why: InvalidPath) {
+        let name = printable(&String::from_utf8_lossy(name));
+        let above = self.subtree.shown(parent);
+        let text = format!(
+            "can't follow '{name}' in '{above}': {why}; it has the verdict of what it is in"
+        );
+        match self.said.is_news(Kind::Unnameable, parent) {
+            true => tracing::warn!("{text}"),
+            false => tracing::debug!("{text}"),
         }
     }
 
@@ -617,7 +652,7 @@ impl Watcher {
                 self.unlisted_why = chain(error);
                 if !self.said_unlisted {
                     self.said_unlisted = true;
-                    let name = printable(&self.subtree.to_wire(path));
+                    let name = self.subtree.shown(path);
                     tracing::warn!("can't list '{name}': {}; trying again", chain(error));
                 }
                 self.unlisted.insert(path.clone());
@@ -646,7 +681,7 @@ impl Watcher {
 
     /// The control groups in one, with their inodes.
     fn children(
-        &self,
+        &mut self,
         path: &ControlGroupPath,
         found: &mut Vec<(ControlGroupPath, u64)>,
     ) -> io::Result<()> {
@@ -668,10 +703,7 @@ impl Watcher {
                 let name: &OsStr = &entry.file_name();
                 match path.join(name.as_bytes()) {
                     Ok(child) => found.push((child, entry.ino())),
-                    Err(why) => tracing::warn!(
-                        "can't follow '{}': {why}",
-                        printable(&entry.path().to_string_lossy())
-                    ),
+                    Err(why) => self.say_unnameable(path, name.as_bytes(), why),
                 }
             }
         }
@@ -689,7 +721,6 @@ impl Watcher {
     fn forget(&mut self, path: &ControlGroupPath) {
         self.unwatched.remove(path);
         self.unlisted.remove(path);
-        self.closed.remove(path);
         self.noted.remove(path);
         if let Some(Known {
             watch: Some(watch), ..
