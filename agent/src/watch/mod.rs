@@ -35,6 +35,9 @@ use crate::text::{chain, printable};
 
 pub use run::{Sources, open};
 
+/// How long a path may be that the kernel is given, with the NUL at its end (linux/limits.h).
+const PATH_MAX: usize = 4096;
+
 /// How the working directory is kept hold of.
 const HOME: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
@@ -267,6 +270,7 @@ impl Watcher {
         let mut seen = HashSet::new();
         let mut stack = vec![ControlGroupPath::root()];
         while let Some(path) = stack.pop() {
+            self.approach(&path);
             if let Some(path) = self.enter(&path, observer) {
                 if !self.list(&path, &mut stack, observer) {
                     // What is in it is as good as seen.
@@ -276,6 +280,7 @@ impl Watcher {
                 seen.insert(path);
             }
         }
+        self.go_home();
         let gone: Vec<ControlGroupPath> = self
             .groups
             .keys()
@@ -297,14 +302,17 @@ impl Watcher {
         let mut around = Vec::from_iter(successors(path.parent(), ControlGroupPath::parent));
         while let Some(path) = around.pop() {
             let before = self.identity(&path);
+            self.approach(&path);
             if self.enter(&path, observer).is_some() && before != self.identity(&path) {
                 self.list(&path, &mut stack, observer);
             }
         }
         stack.push(path.clone());
         while let Some(path) = stack.pop() {
+            self.approach(&path);
             self.look_at(&path, &mut stack, observer);
         }
+        self.go_home();
     }
 
     /// Looks at one control group, and adds what is in it to `found` if it is new or not watched.
@@ -369,10 +377,42 @@ impl Watcher {
         if parent != self.here.as_ref().map(ControlGroupPath::as_bytes) {
             // The control group root may have been given relative to it.
             self.go_home();
-            self.here = path.parent().filter(|parent| {
-                let directory = self.subtree.directory(parent);
-                self.home.is_some() && std::env::set_current_dir(directory).is_ok()
-            });
+            if self.home.is_none() {
+                return;
+            }
+            self.here = path.parent();
+            if self
+                .here
+                .as_ref()
+                .is_some_and(|parent| self.go_to(parent).is_err())
+            {
+                self.go_home();
+            }
+        }
+    }
+
+    /// Makes the directory of a control group the working directory.
+    fn go_to(&self, path: &ControlGroupPath) -> io::Result<()> {
+        match std::env::set_current_dir(self.subtree.directory(path)) {
+            // From the one that it is in, then.
+            Err(error) if errno(&error) == Some(Errno::NAMETOOLONG) => {
+                let (Some(parent), Some(name)) = (path.parent(), path.name()) else {
+                    return Err(error);
+                };
+                self.go_to(&parent)?;
+                std::env::set_current_dir(OsStr::from_bytes(name))
+            }
+            result => result,
+        }
+    }
+
+    /// Goes beside a control group if its whole path is longer than the kernel takes it.
+    fn approach(&mut self, path: &ControlGroupPath) {
+        let above = self.subtree.root().as_os_str().len() + self.subtree.path().as_bytes().len();
+        // Two slashes and a NUL.
+        match above + path.as_bytes().len() + 3 > PATH_MAX {
+            true => self.go_beside(path),
+            false => self.go_home(),
         }
     }
 
@@ -511,12 +551,23 @@ impl Watcher {
             (Some(_), _) if known_id.is_none() => None,
             _ => match std::fs::symlink_metadata(&directory) {
                 Ok(metadata) if metadata.is_dir() => Some(metadata.ino()),
-                _ => {
+                found => {
+                    let known = before.map(|(path, _)| path.clone());
                     // No control group has this watch yet, so nothing else would remove it.
                     if let (Some(watch), Some(watches)) = (watch, &mut self.watches)
                         && watches.group(&watch).is_none()
                     {
                         watches.remove(watch);
+                    }
+                    if let (Err(error), Some(known)) = (found, known)
+                        && !is_absence(&error)
+                    {
+                        if !is_lasting(&error) {
+                            self.unwatched_why =
+                                format!("control groups can't be looked at ({})", chain(&error));
+                            self.unwatched.insert(known.clone());
+                        }
+                        return Some(known);
                     }
                     self.gone(path, observer);
                     return None;
@@ -570,9 +621,9 @@ impl Watcher {
             Ok(watch) => return Ok(Some(watch)),
             Err(error) => error,
         };
-        match error.raw_os_error().map(Errno::from_raw_os_error) {
-            Some(Errno::NOENT | Errno::NOTDIR) => return Err(Vanished),
-            Some(Errno::ACCESS) => {
+        match errno(&error) {
+            _ if is_absence(&error) => return Err(Vanished),
+            _ if is_lasting(&error) => {
                 self.unwatched.remove(path);
                 self.say_closed(path, &error);
                 return Ok(None);
@@ -643,7 +694,7 @@ impl Watcher {
                 self.unlisted.remove(path);
                 self.noted.remove(path)
             }
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(error) if is_lasting(error) => {
                 self.unlisted.remove(path);
                 self.say_closed(path, error);
                 None
@@ -690,11 +741,12 @@ impl Watcher {
         // systems that do not count so say 1.)
         match std::fs::symlink_metadata(&directory) {
             Ok(metadata) if metadata.nlink() != 2 => {}
+            Err(error) if !is_absence(&error) => return Err(error),
             _ => return Ok(()),
         }
         let entries = match std::fs::read_dir(&directory) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if is_absence(&error) => return Ok(()),
             Err(error) => return Err(error),
         };
         // Reading ends early when the directory vanishes meanwhile; its parent tells of that.
@@ -744,6 +796,23 @@ impl Watcher {
 /// A control group is not there any more.
 #[derive(Debug)]
 struct Vanished;
+
+fn errno(error: &io::Error) -> Option<Errno> {
+    error.raw_os_error().map(Errno::from_raw_os_error)
+}
+
+/// Whether an error says that there is no such directory.
+fn is_absence(error: &io::Error) -> bool {
+    matches!(errno(error), Some(Errno::NOENT | Errno::NOTDIR))
+}
+
+/// Whether an error is one that no waiting mends: who has made the control group has made it so.
+fn is_lasting(error: &io::Error) -> bool {
+    matches!(
+        errno(error),
+        Some(Errno::ACCESS | Errno::PERM | Errno::NAMETOOLONG)
+    )
+}
 
 /// Whether there are other control groups in a directory than so many, below those in it; yes if in doubt. The kernel
 /// keeps count (`cgroup.stat`), so that not every control group has to be asked for itself.
