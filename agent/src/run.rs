@@ -2,13 +2,16 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::Duration;
 
 use cgtproxy_proto::client::Client;
-use cgtproxy_proto::{scheduling, socket};
+use cgtproxy_proto::scheduling;
+use cgtproxy_proto::socket::{self, Socket};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::LocalSet;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::LoadError;
@@ -21,6 +24,9 @@ use crate::subtree::Subtree;
 use crate::sync;
 use crate::text::chain;
 use crate::watch;
+
+/// How soon a service tries again to listen where another agent does.
+const IN_USE: Duration = Duration::from_secs(2);
 
 /// What an agent needs to know.
 #[derive(Debug)]
@@ -69,6 +75,32 @@ pub fn run(options: Options) -> Result<(), Error> {
     LocalSet::new().block_on(&runtime, serve(options))
 }
 
+/// Listens on the agent's own socket; none if that can't be made. A service waits until no other agent listens on it:
+/// systemd would start it again and again, each time for nothing.
+async fn listen(path: &Path) -> Result<Option<Socket>, socket::Error> {
+    let is_service = std::env::var_os(notify::VARIABLE).is_some();
+    let mut said = false;
+    loop {
+        match server::listen(path) {
+            Ok(socket) => return Ok(Some(socket)),
+            Err(error @ socket::Error::InUse { .. }) if is_service => {
+                if !std::mem::replace(&mut said, true) {
+                    let why = chain(&error);
+                    tracing::warn!("{why}; waiting until it ends");
+                    notify::status(&why);
+                }
+                sleep(IN_USE).await;
+            }
+            Err(error @ socket::Error::InUse { .. }) => return Err(error),
+            // cgtproxy-exec and status do without the agent's socket, applications do not do without rules.
+            Err(error) => {
+                tracing::warn!("{}; cgtproxy-exec and status don't work", chain(&error));
+                return Ok(None);
+            }
+        }
+    }
+}
+
 async fn serve(options: Options) -> Result<(), Error> {
     if let Err(error) = scheduling::take_short_turns() {
         tracing::debug!("can't ask for short slices: {error}");
@@ -87,14 +119,11 @@ async fn serve(options: Options) -> Result<(), Error> {
             "waiting for the configuration to be fixed; until then nothing is told to the helper"
         );
     }
-    // cgtproxy-exec and status do without the agent's socket, applications do not do without rules.
-    let socket = match server::listen(&options.socket) {
-        Ok(socket) => Some(socket),
-        Err(error @ socket::Error::InUse { .. }) => return Err(error.into()),
-        Err(error) => {
-            tracing::warn!("{}; cgtproxy-exec and status don't work", chain(&error));
-            None
-        }
+    let socket = tokio::select! {
+        socket = listen(&options.socket) => socket?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+        _ = hand_over.recv() => return Ok(()),
     };
     let agent = Rc::new(Agent::new(options.subtree.clone(), source, config_error));
     if let Some(awaited) = agent.state().awaited_configuration() {

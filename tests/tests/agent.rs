@@ -667,6 +667,28 @@ fn no_helper_at_the_start_and_not_even_its_directory() {
     });
 }
 
+/// What an agent says of another one's socket.
+const LISTENS: &str = "another agent of this user listens on /run/user/1001/cgtproxy/agent.sock";
+
+#[test]
+fn a_service_waits_until_another_agent_has_ended() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let mut first = alice.agent(DROP_EACH).start();
+        let mut service = alice.agent(DROP_EACH).spawn();
+        service.wait_notification(&format!("STATUS={LISTENS}"));
+        service.wait_log(LISTENS);
+        let mut another = alice.agent(DROP_EACH).spawn();
+        another.wait_log(LISTENS);
+        assert!(another.stop().success());
+        assert!(first.stop().success());
+        service.wait_ready();
+        assert_eq!(service.log().matches(LISTENS).count(), 1);
+        Agent::of(&alice).wait_for_verdict(&scope(&alice, "a"), "drop");
+    });
+}
+
 #[test]
 fn a_second_agent_is_refused_with_a_clear_message() {
     sandbox(|sb| {
@@ -674,15 +696,10 @@ fn a_second_agent_is_refused_with_a_clear_message() {
         let alice = sb.user(1001);
         let mut first = alice.agent(DROP_EACH).start();
         let app = scope(&alice, "a");
-        let mut second = alice.agent(DROP_EACH).spawn();
-        assert_eq!(second.wait().code(), Some(1));
-        let log = second.log();
-        assert!(
-            log.contains(
-                "another agent of this user listens on /run/user/1001/cgtproxy/agent.sock"
-            ),
-            "{log}"
-        );
+        // One that is started by hand.
+        let (code, _, log) = agent(&alice, &[]);
+        assert_eq!(code, Some(1));
+        assert!(log.contains(LISTENS), "{log}");
         // One that does not see the first one's socket.
         let elsewhere = alice.home().join("runtime");
         let mut third = alice
@@ -695,7 +712,7 @@ fn a_second_agent_is_refused_with_a_clear_message() {
             log.contains("another agent of this user is connected to the helper"),
             "{log}"
         );
-        assert!(!second.has_notified("READY=1") && !third.has_notified("READY=1"));
+        assert!(!third.has_notified("READY=1"));
         // The first one has noticed nothing.
         assert!(first.is_running());
         Agent::of(&alice).wait_for_verdict(&app, "drop");
