@@ -9,7 +9,8 @@ use clap::Parser;
 ///
 /// The command runs in cgtproxy-TARGET.slice of your systemd user manager, with this terminal,
 /// environment and working directory. It is started only once the kernel knows where its packets
-/// go, so that none leaves by another way.
+/// go, so that none leaves by another way. A standard input, output or error that is closed is /dev/null
+/// for the command.
 #[derive(Debug, Parser)]
 #[command(
     name = "cgtproxy-exec",

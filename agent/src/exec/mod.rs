@@ -1,10 +1,11 @@
 //! cgtproxy-exec: runs a command in the slice of a target, or moves a running process there.
 //!
 //! To run a command this process moves itself and then becomes the command, so terminal, environment, working
-//! directory, arguments, exit status and signals need no passing on. Two things differ for a command
-//! from having been started by the caller itself: its control group, and that `SIGPIPE` is not ignored
-//! even if the caller ignores it (the Rust runtime has changed it before `main`, and `exec` puts it
-//! back to its default).
+//! directory, arguments, exit status and signals need no passing on. Three things differ for a command
+//! from having been started by the caller itself: its control group, that `SIGPIPE` is not ignored
+//! even if the caller ignores it, and that standard input, output and error are `/dev/null` where the
+//! caller has closed them. (The Rust runtime has changed that before `main`. `exec` puts `SIGPIPE`
+//! back to its default; a `/dev/null` of the caller's looks the same as one of the runtime's.)
 
 mod agent;
 mod cli;
