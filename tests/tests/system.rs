@@ -215,6 +215,16 @@ fn a_process_that_runs_is_moved_to_another_target() {
         }
         to("direct");
         sb.expect(&game, direct);
+        // Its standard output is a Unix socket of the journal's.
+        let quiet = ["systemd-run", "--user", "--unit=quiet", "sleep", "infinity"];
+        system.run_as(alice, &quiet);
+        let quiet = system.user_property(alice, "quiet.service", "MainPID");
+        let by = ["cgtproxy-exec", "--pid", &quiet, "drop"];
+        let output = system.output_as(alice, &by);
+        assert!(
+            output.status.success() && output.stderr.is_empty(),
+            "{output:?}"
+        );
         // Nobody moves what is another user's.
         let bob = system.bob();
         enable(&system, bob, "version: 1\nrules: []\n");
@@ -233,7 +243,7 @@ fn a_command_in_a_pid_namespace_is_moved_and_nobody_else_is() {
         let system = boot(sb);
         let alice = system.alice();
         enable(&system, alice, CONFIG);
-        let _browser = desktop_app(&system, alice, "browser");
+        let _browser = system.desktop_app(alice, "browser");
         wait_in_force(&system, alice);
         let other = system.user_property(alice, "app-browser.service", "MainPID");
         let cgroup = || system.run(&["grep", "^0:", &format!("/proc/{other}/cgroup")]);

@@ -11,6 +11,7 @@ mod agent;
 mod cli;
 mod scope;
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
@@ -193,13 +194,33 @@ async fn enter(target: &str, name: &str, process: Process, wait: bool) -> Result
     Ok(())
 }
 
-/// Whether a process has any socket open, as far as that can be told.
+/// Whether a process has any socket open that can send packets, as far as that can be told.
 fn has_sockets(pid: u32) -> bool {
+    let mut local = HashSet::new();
+    for kind in LOCAL {
+        let table = fs::read(format!("/proc/{pid}/net/{}", kind.0)).unwrap_or_default();
+        local.extend(inodes(&String::from_utf8_lossy(&table), kind.1));
+    }
     let open = fs::read_dir(format!("/proc/{pid}/fd"));
     open.into_iter().flatten().flatten().any(|descriptor| {
-        let file = fs::read_link(descriptor.path());
-        file.is_ok_and(|file| file.as_os_str().as_bytes().starts_with(b"socket:"))
+        let file = fs::read_link(descriptor.path()).unwrap_or_default();
+        socket(file.as_os_str().as_bytes()).is_some_and(|inode| !local.contains(&inode))
     })
+}
+
+/// The kinds of sockets that send no packets: their tables in `/proc/PID/net`, and the column in which those have inodes.
+const LOCAL: [(&str, usize); 2] = [("unix", 6), ("netlink", 9)];
+
+/// The inodes in a table of sockets.
+fn inodes(table: &str, column: usize) -> impl Iterator<Item = u64> {
+    let lines = table.lines();
+    lines.filter_map(move |line| line.split_ascii_whitespace().nth(column)?.parse().ok())
+}
+
+/// The inode of the socket that a link in `/proc/PID/fd` leads to, if it leads to one.
+fn socket(link: &[u8]) -> Option<u64> {
+    let inode = link.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
+    std::str::from_utf8(inode).ok()?.parse().ok()
 }
 
 /// Fails if no slice can be named after the target.
@@ -247,6 +268,19 @@ mod tests {
         assert_eq!(control_group(b"1:name=systemd:/init.scope\n"), None);
         // What is outside of this process's control group namespace can't be named.
         assert_eq!(control_group(b"0::/../a\n"), None);
+    }
+
+    #[test]
+    fn sockets_are_found_in_the_tables_of_the_kernel() {
+        let unix = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+                    00000000aa95b18c: 00000002 00000000 00010000 0001 01 17654 /run/a b\n\
+                    00000000bb95b18c: 00000003 00000000 00000000 0001 03 17655\n";
+        assert!(inodes(unix, 6).eq([17654, 17655]));
+        let netlink = "sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode\n\
+                       0000000054f2ab3b 0   0          00000000 0        0        0     2        0        4027\n";
+        assert!(inodes(netlink, 9).eq([4027]));
+        assert_eq!(socket(b"socket:[4027]"), Some(4027));
+        assert_eq!(socket(b"pipe:[4027]"), None);
     }
 
     #[test]
