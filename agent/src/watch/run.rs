@@ -294,8 +294,11 @@ impl Sources {
             let mut now = watcher.borrow_mut();
             now.monitor = wanted;
             if wanted == Monitor::Dbus {
-                self.events = None;
                 now.replace_watches(None);
+                // There may be some that nobody has read.
+                if self.events.take().is_some() {
+                    agent.state_mut().lost_track();
+                }
             } else {
                 self.open_inotify(&mut now);
             }
