@@ -118,7 +118,7 @@ impl Loader {
             Ok(bytes) if known && self.last.as_ref() == Some(&bytes) => return,
             Ok(bytes) => bytes,
             Err(error) => {
-                let known = agent.state().config_error.clone();
+                let known = agent.state().file_error().map(str::to_owned);
                 match &error {
                     // There is none still.
                     LoadError::Missing(_) if self.last.is_none() && known.is_none() => return,

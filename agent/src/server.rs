@@ -106,7 +106,7 @@ impl Connection {
             problem,
             generation: state.generation,
             config: source.file.as_ref().map(|f| f.to_string_lossy().into()),
-            configError: state.config_error.clone(),
+            configError: state.config_error().map(str::to_owned),
             monitors: Some(watching.by.iter().map(|&by| by.to_owned()).collect()),
             monitorProblem: watching.problem.clone(),
             targets: view::targets(&source.config, &state.relay, &groups),

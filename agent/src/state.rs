@@ -74,6 +74,8 @@ impl Awaited {
 #[derive(Debug)]
 struct Postponed {
     source: Rc<Source>,
+    /// Why the helper refused it.
+    why: String,
     delay: Duration,
     /// When it is tried again; none if only somebody who saves it again, or another session, is a reason to.
     at: Option<Instant>,
@@ -88,8 +90,8 @@ pub struct State {
     pub link: Link,
     /// Counts the helper's changes of the policy, those for an earlier agent included.
     pub generation: i64,
-    /// What is wrong with the configuration that was to replace the one in force, or to be the first one.
-    pub config_error: Option<String>,
+    /// What is wrong with the configuration on disk, which was to replace the one in force or to be the first one.
+    file_error: Option<String>,
     /// There was no configuration yet that is right: nothing may be said to the helper, since it would take away what
     /// is left of an earlier agent's policy.
     unconfigured: bool,
@@ -129,7 +131,7 @@ impl State {
             link: Link::Broken("the helper has not answered yet".into()),
             generation: 0,
             unconfigured: config_error.is_some(),
-            config_error,
+            file_error: config_error,
             refusal: None,
             reloading: false,
             relay: Relay::default(),
@@ -159,6 +161,24 @@ impl State {
         self.accepted.as_ref()
     }
 
+    /// What is wrong with the configuration on disk, if something is.
+    #[must_use]
+    pub fn file_error(&self) -> Option<&str> {
+        self.file_error.as_deref()
+    }
+
+    /// Why a configuration was taken back, if it did.
+    #[must_use]
+    pub fn postponed_why(&self) -> Option<&str> {
+        self.postponed.as_ref().map(|postponed| &*postponed.why)
+    }
+
+    /// What is wrong with the configuration that was to replace the one in force, or to be the first one.
+    #[must_use]
+    pub fn config_error(&self) -> Option<&str> {
+        self.file_error().or_else(|| self.postponed_why())
+    }
+
     /// The control groups.
     #[must_use]
     pub fn tree(&self) -> &Tree {
@@ -180,7 +200,7 @@ impl State {
     /// A configuration that is right, if there was none yet.
     #[must_use]
     pub fn awaited_configuration(&self) -> Option<Awaited> {
-        let why = || self.config_error.clone().unwrap_or_default();
+        let why = || self.file_error.clone().unwrap_or_default();
         self.unconfigured.then(|| Awaited::Configuration(why()))
     }
 
@@ -309,7 +329,6 @@ impl State {
             match &mut self.postponed {
                 Some(postponed) if Rc::ptr_eq(&postponed.source, sent) => {
                     self.postponed = None;
-                    self.config_error = None;
                 }
                 // It may be another helper, or know other limits by now.
                 Some(postponed) if is_first => postponed.at = Some(Instant::now()),
@@ -336,8 +355,7 @@ impl State {
         match &self.held_last {
             Some(old) if matches!(call, Call::Replace(_)) && !Rc::ptr_eq(old, sent) => {
                 let old = old.clone();
-                self.postpone(sent, passing);
-                self.config_error = Some(why.to_owned());
+                self.postpone(sent, why, passing);
                 self.ledger.refuse();
                 // As a whole policy: the refused call had more in it than its configuration, such as changes that had
                 // been missed.
@@ -351,12 +369,13 @@ impl State {
         }
     }
 
-    fn postpone(&mut self, source: &Rc<Source>, passing: bool) {
+    fn postpone(&mut self, source: &Rc<Source>, why: &str, passing: bool) {
         let before = self.postponed.take();
         let before = before.filter(|before| Rc::ptr_eq(&before.source, source));
         let delay = before.map_or(POSTPONED.0, |b| (b.delay * 2).min(POSTPONED.1));
         self.postponed = Some(Postponed {
             source: source.clone(),
+            why: why.to_owned(),
             delay,
             at: passing.then(|| Instant::now() + delay),
         });
@@ -413,13 +432,13 @@ impl State {
 
     /// There is something wrong with the configuration that came last.
     pub fn keep_config(&mut self, why: String) {
-        self.config_error = Some(why);
+        self.file_error = Some(why);
         self.postponed = None;
     }
 
     fn replace_config(&mut self, source: Source) {
         self.unconfigured = false;
-        self.config_error = None;
+        self.file_error = None;
         self.postponed = None;
         self.put(Rc::new(source));
     }
@@ -645,6 +664,27 @@ mod tests {
         assert_eq!(accept(&mut state), ["old"]);
         state.try_postponed();
         assert_eq!(accept(&mut state), ["new"]);
+    }
+
+    #[test]
+    fn what_is_wrong_on_disk_is_told_whatever_becomes_of_what_was_there_before() {
+        let mut state = replacing();
+        let mistake = Some("a mistake");
+        // While the call with the one before it is under way.
+        let (call, _) = next(&mut state);
+        state.keep_config("a mistake".into());
+        let sent = state.source().clone();
+        state.refused(&call, "no", true, &sent);
+        assert_eq!(state.config_error(), mistake);
+        assert_eq!(accept(&mut state), ["old"]);
+        if let Some(Postponed { at: Some(at), .. }) = &mut state.postponed {
+            *at -= POSTPONED.1;
+        }
+        state.try_postponed();
+        assert_eq!(accept(&mut state), ["new"]);
+        assert_eq!(state.config_error(), mistake);
+        state.replace_config(source("right"));
+        assert_eq!(state.config_error(), None);
     }
 
     #[test]

@@ -375,8 +375,8 @@ impl Session<'_> {
         );
         let (refused, repeated) = {
             let mut state = self.agent.state_mut();
-            let said = [&state.refusal, &state.config_error];
-            let repeated = said.into_iter().flatten().any(|said| *said == why);
+            let said = [state.refusal.as_deref(), state.postponed_why()];
+            let repeated = said.into_iter().flatten().any(|said| said == why);
             let refused = state.refused(call, &why, passing, source);
             if refused == Refused::Again {
                 if let Link::Broken(reason) = &mut state.link {
