@@ -84,7 +84,7 @@ impl Connection {
         let groups: Vec<_> = state
             .tree()
             .iter()
-            .filter_map(|(path, _)| view::control_group(&state, path))
+            .filter_map(|path| view::control_group(&state, path))
             .collect();
         let (awaits, problem) = match &state.link {
             Link::Connected => (None, state.problem()),
@@ -139,7 +139,7 @@ impl Connection {
         }
         let path = ControlGroupPath::from_wire(name).ok()?;
         let state = self.agent.state();
-        view::find(state.tree().iter().map(|(path, _)| path), &path).cloned()
+        view::find(state.tree().iter(), &path).cloned()
     }
 
     /// Word of a control group that was made a moment ago may be on its way.
@@ -170,15 +170,15 @@ impl Connection {
         loop {
             changed.mark_unchanged();
             self.look_if_unknown(&path);
-            let (verdict, connected) = {
+            let (progress, connected) = {
                 let state = self.agent.state();
                 let connected = state.link == Link::Connected;
-                (judge(&state, &path, name, target), connected)
+                (progress(&state, &path, name, target), connected)
             };
-            let problem = match verdict {
-                Verdict::InForce => return Ok(AwaitTarget_Reply {}),
-                Verdict::Never(fault) => return Err(fault),
-                Verdict::NotYet(problem) => problem,
+            let problem = match progress {
+                Progress::InForce => return Ok(AwaitTarget_Reply {}),
+                Progress::Never(fault) => return Err(fault),
+                Progress::NotYet(problem) => problem,
             };
             let patience = if connected { PATIENCE } else { HELPER_PATIENCE };
             let news = timeout_at(started + patience, changed.changed()).await;
@@ -190,47 +190,50 @@ impl Connection {
     }
 }
 
-/// Whether a control group has a target.
-enum Verdict {
+/// How far it is with a control group getting a target.
+enum Progress {
+    /// The kernel has the verdict.
     InForce,
-    /// Not in the kernel, for this reason.
+    /// It is not in the kernel, for this reason, and may come.
     NotYet(String),
+    /// It will not come: this is answered.
     Never(Fault),
 }
 
-fn judge(state: &State, path: &ControlGroupPath, name: &str, target: &str) -> Verdict {
+/// How far it is with the control group at `path`, which the caller calls `name`, getting this target.
+fn progress(state: &State, path: &ControlGroupPath, name: &str, target: &str) -> Progress {
     // Nobody knows yet which targets there are.
     if let Some(awaited) = state.awaited_configuration() {
-        return Verdict::NotYet(awaited.to_string());
+        return Progress::NotYet(awaited.to_string());
     }
     let config = &state.source().config;
     let Some(wanted) = config.target(target) else {
         let parameters = json!({ "name": target, "known": config.target_names() });
-        return Verdict::Never(Fault::new(wire_name(), "UnknownTarget", parameters));
+        return Progress::Never(Fault::new(wire_name(), "UnknownTarget", parameters));
     };
-    let Some(group) = state.tree().get(path) else {
-        return Verdict::Never(not_found(name));
+    let Some(verdict) = state.tree().get(path) else {
+        return Progress::Never(not_found(name));
     };
-    let has = &group.verdict.target;
+    let has = &verdict.target;
     if *has != wanted && !(wanted == Target::Drop && *has == Target::DropAll) {
         let parameters = json!({ "controlGroup": name, "target": has.name() });
-        return Verdict::Never(Fault::new(wire_name(), "OtherTarget", parameters));
+        return Progress::Never(Fault::new(wire_name(), "OtherTarget", parameters));
     }
     if state.in_force(path) {
         return match state.lacks_relay(has) {
-            Some(why) => Verdict::NotYet(why),
-            None => Verdict::InForce,
+            Some(why) => Progress::NotYet(why),
+            None => Progress::InForce,
         };
     }
     if let Some(why) = state.link.problem() {
-        return Verdict::NotYet(why);
+        return Progress::NotYet(why);
     }
     if let Some(reason) = view::skipped(state, path).filter(|reason| *reason != view::NO_ROOM) {
         let why = view::named_sentence(reason);
-        return Verdict::NotYet(format!("the helper passed it over: {why}"));
+        return Progress::NotYet(format!("the helper passed it over: {why}"));
     }
     let problem = state.problem();
-    Verdict::NotYet(problem.unwrap_or_else(|| "the helper does not answer".into()))
+    Progress::NotYet(problem.unwrap_or_else(|| "the helper does not answer".into()))
 }
 
 fn wire_name() -> &'static str {

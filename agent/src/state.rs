@@ -288,7 +288,7 @@ impl State {
     /// Whether the verdict of a control group is in the kernel.
     #[must_use]
     pub fn in_force(&self, path: &ControlGroupPath) -> bool {
-        let Some(view) = self.tree.get(path) else {
+        let Some(verdict) = self.tree.get(path) else {
             return false;
         };
         let current = self
@@ -296,9 +296,9 @@ impl State {
             .as_ref()
             .is_some_and(|a| Rc::ptr_eq(a, &self.source));
         let is_meant = match self.ledger.handling(path) {
-            Handling::By(element) => element.verdict == *view.verdict,
+            Handling::By(element) => element.verdict == *verdict,
             Handling::Hold => false,
-            Handling::Nothing => *view.verdict == self.tree.rules().undecided(),
+            Handling::Nothing => *verdict == self.tree.rules().undecided(),
         };
         self.link == Link::Connected && current && is_meant
     }

@@ -26,7 +26,7 @@ pub use exec_slices::{DEFAULT_PROXY, ExecSlices};
 pub use names::Names;
 pub use selector::{Pattern, PatternCompiler, PatternError, Selector};
 pub use subject::{Subject, unit_name};
-pub use tree::{Tree, View};
+pub use tree::Tree;
 
 /// What happens to a control group's packets.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -29,27 +29,6 @@ pub struct Tree {
     groups: BTreeMap<ControlGroupPath, Group>,
 }
 
-/// One control group as [`Tree::get`] and [`Tree::iter`] show it.
-#[derive(Debug, Clone, Copy)]
-pub struct View<'a> {
-    /// Its own verdict; none if it inherits.
-    pub own: Option<&'a Choice>,
-    /// Its effective verdict.
-    pub verdict: &'a Verdict,
-    /// Whether it is part of the cover.
-    pub element: bool,
-}
-
-impl Group {
-    fn view(&self) -> View<'_> {
-        View {
-            own: self.own.as_ref(),
-            verdict: &self.decided.verdict,
-            element: self.mapped,
-        }
-    }
-}
-
 impl Tree {
     /// An empty tree, in which nothing exists, not even the root.
     #[must_use]
@@ -73,15 +52,15 @@ impl Tree {
         self.groups.contains_key(path)
     }
 
-    /// A control group.
+    /// The effective verdict of a control group; none if it is not known.
     #[must_use]
-    pub fn get(&self, path: &ControlGroupPath) -> Option<View<'_>> {
-        self.groups.get(path).map(Group::view)
+    pub fn get(&self, path: &ControlGroupPath) -> Option<&Verdict> {
+        self.groups.get(path).map(|group| &group.decided.verdict)
     }
 
     /// All control groups, parents before children.
-    pub fn iter(&self) -> impl Iterator<Item = (&ControlGroupPath, View<'_>)> {
-        self.groups.iter().map(|(path, group)| (path, group.view()))
+    pub fn iter(&self) -> impl Iterator<Item = &ControlGroupPath> {
+        self.groups.keys()
     }
 
     /// How many control groups there are.
@@ -450,7 +429,7 @@ mod tests {
                     }
                 }
             }
-            let known: BTreeSet<_> = tree.iter().map(|(p, _)| p.clone()).collect();
+            let known: BTreeSet<_> = tree.iter().cloned().collect();
             prop_assert_eq!(&known, &exist);
             let cover: BTreeMap<_, _> = tree.cover().map(|(p, t)| (p.clone(), t.clone())).collect();
             for p in &exist {
@@ -458,7 +437,7 @@ mod tests {
                 let has = kernel(&rules, &cover, p);
                 prop_assert_eq!(&has.verdict, &meant, "{:?}", p);
                 prop_assert_eq!(has.hold, Hold::None, "{:?}", p);
-                prop_assert_eq!(tree.get(p).unwrap().verdict, &meant);
+                prop_assert_eq!(tree.get(p).unwrap(), &meant);
                 let given = tree.giver(p).map(|(_, c)| Verdict::by_rule(c.target.clone(), c.enforce));
                 prop_assert_eq!(given.unwrap_or_else(|| rules.undecided()), meant);
                 if rules.start == Start::Open && let Some(element) = cover.get(p) {

@@ -247,8 +247,8 @@ impl Agent {
         let gone: Vec<_> = self
             .tree
             .iter()
-            .filter(|(path, _)| !disk.contains_key(*path))
-            .map(|(path, _)| path.clone())
+            .filter(|path| !disk.contains_key(*path))
+            .cloned()
             .collect();
         for path in gone {
             self.removed(&path);

@@ -497,7 +497,7 @@ proptest! {
             return Ok(());
         }
         for path in disk.keys() {
-            let meant = tree.get(path).unwrap().verdict.target.clone();
+            let meant = tree.get(path).unwrap().target.clone();
             prop_assert_eq!(helper.target(path, &disk), meant.clone(), "{:?}", path);
             prop_assert_eq!(ledger.held_target(path), Some(meant));
         }
