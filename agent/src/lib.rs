@@ -25,6 +25,7 @@ pub mod state;
 pub mod subtree;
 pub mod sync;
 mod systemd;
+mod timing;
 pub mod view;
 pub mod watch;
 

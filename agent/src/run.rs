@@ -14,10 +14,10 @@ use tokio::task::LocalSet;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::LoadError;
+use crate::config::{ConfigFile, LoadError};
 use crate::notify;
 use crate::relay;
-use crate::reload::{self, ConfigFile, Loader};
+use crate::reload::{self, Loader};
 use crate::server;
 use crate::state::Agent;
 use crate::subtree::Subtree;

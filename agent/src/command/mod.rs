@@ -18,9 +18,8 @@ use cgtproxy_proto::path::InvalidPath;
 use tokio::runtime::Runtime;
 
 use crate::cli::{Arguments, Check, Command};
-use crate::config::{self, Config, LoadError, Scope};
+use crate::config::{self, Config, ConfigFile, LoadError, Scope};
 use crate::relay;
-use crate::reload::ConfigFile;
 use crate::run::{self, Options};
 use crate::server;
 use crate::subtree::{self, Subtree};

@@ -37,6 +37,17 @@ pub enum Scope {
     System,
 }
 
+/// The file that the configuration is in.
+#[derive(Debug, Clone)]
+pub struct ConfigFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The user named it, so it must be there.
+    pub explicit: bool,
+    /// Whose it is.
+    pub scope: Scope,
+}
+
 /// What is forwarded, and where it goes. In the system's configuration only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gateway {

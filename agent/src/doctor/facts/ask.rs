@@ -13,10 +13,9 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use super::{Agent, ConfigFile, Dns, Helper, Proxy, Server};
-use crate::config::{self, LoadError};
+use crate::config::{self, ConfigFile as Source, LoadError};
 use crate::connection::{ConnectError, Connection};
 use crate::doctor::Look;
-use crate::reload::ConfigFile as Source;
 use crate::text::chain;
 
 /// A daemon that has not answered by then does not.

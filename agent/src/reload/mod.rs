@@ -1,0 +1,224 @@
+//! Loads the configuration: at the start, when the file changes and when the agent is told to.
+
+mod changes;
+
+use std::cell::RefCell;
+use std::io;
+
+use tokio::signal::unix::Signal;
+
+use crate::config::{
+    self, Config, ConfigFile, Environment, Findings, LoadError, Loaded, Scope, Severity,
+};
+use crate::notify;
+use crate::state::{Agent, Source};
+use crate::text::{chain, printable};
+use crate::watch::Watcher;
+
+use changes::Changes;
+
+/// The loader's state.
+#[derive(Debug)]
+pub struct Loader {
+    file: ConfigFile,
+    /// What was in the file when it was read last; none if it was not there.
+    last: Option<Vec<u8>>,
+    changes: Changes,
+}
+
+impl Loader {
+    /// Loads the configuration for the first time. From then on its file is watched: before the
+    /// control groups, which may leave no watches over. If it is wrong, the last value says how, and the source is
+    /// nobody's configuration: a right one is waited for.
+    ///
+    /// # Errors
+    /// If the user named a file that is not there.
+    pub fn start(file: ConfigFile) -> Result<(Self, Source, Option<String>), LoadError> {
+        let changes = Changes::watch(&file.path);
+        let mut loader = Self {
+            file,
+            last: None,
+            changes,
+        };
+        let path = loader.file.path.clone();
+        let scope = loader.file.scope;
+        let without_file = || Config::without_file(scope);
+        let bytes = match config::read_file(&path) {
+            Ok(bytes) => bytes,
+            Err(LoadError::Missing(_)) if !loader.file.explicit => {
+                let name = printable(&path.to_string_lossy());
+                // Those are the proxies of users' programs, and the relay that leads to them is a user's.
+                let environment = Environment::read(|name| {
+                    let users = scope == Scope::User;
+                    users.then(|| std::env::var(name).ok()).flatten()
+                });
+                for (variable, why) in environment.unusable {
+                    tracing::warn!("the proxy in {variable} can't be used: {why}");
+                }
+                let config = match environment.proxy {
+                    Some((variable, upstream)) => {
+                        tracing::info!(
+                            "there is no {name}: everything goes direct, and 'cgtproxy-exec proxy' uses {upstream}, \
+                             which {variable} names"
+                        );
+                        Config::with_proxy(upstream)
+                    }
+                    None => {
+                        tracing::info!("there is no {name}: everything goes direct");
+                        None
+                    }
+                };
+                let config = config.unwrap_or_else(without_file);
+                return Ok((loader, Source { config, file: None }, None));
+            }
+            Err(error @ LoadError::Missing(_)) => return Err(error),
+            Err(error) => {
+                let why = say(&error);
+                let source = Source {
+                    config: without_file(),
+                    file: Some(path),
+                };
+                return Ok((loader, source, Some(why)));
+            }
+        };
+        let loaded = config::parse(&path, &bytes, scope);
+        loader.last = Some(bytes);
+        let (config, why) = match loaded {
+            Ok(Loaded { config, findings }) => {
+                log(&findings);
+                (config, None)
+            }
+            Err(error) => (without_file(), Some(say(&error))),
+        };
+        let file = Some(path);
+        Ok((loader, Source { config, file }, why))
+    }
+
+    /// Loads the file again and puts it into force, if it has changed or `always`.
+    fn reload(&mut self, agent: &Agent, always: bool) {
+        let path = &self.file.path;
+        // Whoever saves one again that was taken back means it to be tried.
+        let known = !always && !agent.state().is_postponed();
+        let bytes = match config::read_file(path) {
+            Ok(bytes) if known && self.last.as_ref() == Some(&bytes) => return,
+            Ok(bytes) => bytes,
+            Err(error) => {
+                let known = agent.state().file_error().map(str::to_owned);
+                match &error {
+                    // There is none still.
+                    LoadError::Missing(_) if self.last.is_none() && known.is_none() => return,
+                    error if !always && known.is_some_and(|known| known == chain(error)) => return,
+                    _ => {}
+                }
+                // To go direct because an editor took the file away for a moment would be a leak.
+                self.last = None;
+                return refuse(agent, say(&error));
+            }
+        };
+        let loaded = config::parse(path, &bytes, self.file.scope);
+        self.last = Some(bytes);
+        match loaded {
+            Ok(Loaded { config, findings }) => {
+                log(&findings);
+                let name = printable(&path.to_string_lossy());
+                tracing::info!("loaded {name}");
+                agent.replace_config(Source {
+                    config,
+                    file: Some(path.clone()),
+                });
+            }
+            Err(error) => refuse(agent, say(&error)),
+        }
+    }
+}
+
+/// Logs why there is no configuration, and returns it in one line.
+fn say(error: &LoadError) -> String {
+    if let LoadError::Invalid(findings) = error {
+        log(findings);
+        return findings.errors_in_one_line();
+    }
+    let why = chain(error);
+    tracing::error!("{why}");
+    why
+}
+
+/// Logs what was found in a file.
+pub fn log(findings: &Findings) {
+    for (severity, line) in findings.lines() {
+        match severity {
+            Severity::Error => tracing::error!("{line}"),
+            Severity::Warning => tracing::warn!("{line}"),
+        }
+    }
+}
+
+/// Keeps the old configuration, if there is one, for a reason that has been logged.
+fn refuse(agent: &Agent, why: String) {
+    agent.state_mut().keep_config(why);
+    match agent.state().awaited_configuration() {
+        // It tells the service manager.
+        Some(_) => agent.wake(),
+        None => {
+            tracing::error!("the old configuration stays in force");
+            agent.tell();
+        }
+    }
+}
+
+/// Reloads when the file changes or `hangup` comes, for ever.
+pub async fn run(
+    mut loader: Loader,
+    agent: &Agent,
+    watcher: &RefCell<Watcher>,
+    mut hangup: Signal,
+) -> io::Result<()> {
+    loop {
+        tokio::select! {
+            received = hangup.recv() => {
+                if received.is_none() {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                // Before it was ready there is nothing that it could be ready with again.
+                if agent.state().ready {
+                    notify::reloading();
+                    agent.state_mut().reloading = true;
+                }
+                // Whoever asks for a reload may have raised a limit of inotify's.
+                {
+                    let mut watcher = watcher.borrow_mut();
+                    watcher.forget_what_was_said();
+                    agent.state_mut().said.forget();
+                    watcher.scan(&mut *agent.state_mut());
+                }
+                loader.changes.arm();
+                loader.reload(agent, true);
+                // The session ends the reload once the helper has taken the configuration.
+                agent.wake();
+            }
+            () = loader.changes.next() => loader.reload(agent, false),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn without_a_file_the_machine_has_no_policy_of_a_user() {
+        let home = tempfile::tempdir().unwrap();
+        let rules = |scope| {
+            let file = ConfigFile {
+                path: home.path().join("config.yaml"),
+                explicit: false,
+                scope,
+            };
+            let (_, source, _) = Loader::start(file).unwrap();
+            source.config.rules.clone()
+        };
+        let (user, system) = (rules(Scope::User), rules(Scope::System));
+        assert!(user.users && user.exec_slices.is_some());
+        assert!(!system.users && system.exec_slices.is_none());
+    }
+}
