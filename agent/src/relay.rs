@@ -19,6 +19,7 @@ use tokio::time::{sleep, timeout};
 use crate::config::{Config, Means, Network, Proxy, Scheme};
 use crate::state::{Agent, Source};
 use crate::text::{chain, printable};
+use crate::timing::Backoff;
 
 /// How long to wait before connecting again: doubled from one to the other.
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
@@ -82,7 +83,7 @@ pub async fn status(socket: &Path) -> Result<GetStatus_Reply, String> {
 /// Keeps the relay in step with the configuration, for ever.
 pub async fn run(agent: &Agent, socket: &Path) {
     let mut changes = agent.subscribe();
-    let mut back_off = RECONNECT.0;
+    let mut back_off = Backoff::new(RECONNECT);
     loop {
         let basis = Basis::of(agent);
         let wanted = wanted(agent);
@@ -99,7 +100,7 @@ pub async fn run(agent: &Agent, socket: &Path) {
             Ok(mut client) => {
                 let (why, configured) = converse(agent, &mut client, &mut changes, wanted).await;
                 if configured {
-                    back_off = RECONNECT.0;
+                    back_off.reset();
                 }
                 why
             }
@@ -113,8 +114,7 @@ pub async fn run(agent: &Agent, socket: &Path) {
         }
         let problem = Some(why);
         settle(agent, Relay { problem, ..known });
-        sleep(back_off).await;
-        back_off = (back_off * 2).min(RECONNECT.1);
+        sleep(back_off.next()).await;
     }
 }
 

@@ -1,63 +1,36 @@
-//! The session with the helper: connects, says what there is to say, one call at a time, and starts
-//! over when the connection breaks.
+//! One session with the helper: says what there is to say, one call at a time.
 
-use std::fmt::Display;
-use std::io;
-use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
 use cgtproxy_proto::client::{CallError, Client};
-use cgtproxy_proto::helper::{
-    ErrorKind, Gateway, RemovePolicy_Args, RemovePolicy_Reply, ReplacePolicy_Reply, SkipReason,
-    Skipped, UpdateAssignments_Reply,
-};
+use cgtproxy_proto::helper::{ErrorKind, RemovePolicy_Args, RemovePolicy_Reply, SkipReason};
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::Fault;
-use inotify::{Inotify, WatchMask};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Call;
-use super::proxy::proxy;
-use super::wire;
-use crate::config::Config;
-use crate::notify;
+use super::announce::{announce, finish_reload, say_problem};
+use super::text::refusal;
+use super::wire::{Reply, send};
 use crate::policy::Start;
 use crate::relay::Relay;
 use crate::said::Kind;
 use crate::state::{Agent, Link, Refused, Source};
-use crate::text::{chain, count, printable};
+use crate::text::{chain, printable};
+use crate::timing::{Backoff, sleep_until};
 use crate::view;
-use crate::watch::inotify::Events;
-
-/// How long to wait before connecting again: doubled from one to the other.
-const RECONNECT: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(2));
 
 /// How long to wait before saying again what the helper refused: doubled from one to the other.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
-/// How long a starting agent waits for another one to go. One that was killed a moment ago may not be
-/// gone for the helper yet.
-const SUCCESSION: Duration = Duration::from_secs(2);
-
 /// How long the helper may take to remove the policy of an agent that ends, or to come back to do so. If it takes
 /// longer, the policy stays for the grace, and then as the administrator's `on-agent-loss` says.
-const FAREWELL: Duration = Duration::from_secs(2);
-
-/// How long an agent that ends waits before connecting again.
-const AGAIN: Duration = Duration::from_millis(20);
-
-/// Why there can be no session.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Another agent has it.
-    #[error("another agent of this user is connected to the helper")]
-    SessionExists,
-}
+pub(super) const FAREWELL: Duration = Duration::from_secs(2);
 
 /// How a session ended.
-enum End {
+pub(super) enum End {
     /// As it was told to.
     Stopped,
     /// Another agent has it.
@@ -66,183 +39,32 @@ enum End {
     Lost(String),
 }
 
-/// Keeps the helper in step until `stop` is cancelled; then removes the policy, even if the helper is just restarting.
-/// `early` is a connection that is there already.
-///
-/// # Errors
-/// If another agent of the user has the session when this one starts. One that comes later, while
-/// the helper is away, is waited out.
-pub async fn run(
-    agent: &Agent,
-    socket: &Path,
-    mut early: Option<Client>,
-    stop: &CancellationToken,
-) -> Result<(), Error> {
-    let started = Instant::now();
-    let mut had_session = false;
-    let mut back_off = RECONNECT.0;
-    let mut arrival = None;
-    let mut said = String::new();
-    loop {
-        let early = early.take();
-        let connecting = async {
-            match early {
-                Some(client) => Ok(client),
-                None => Client::connect(socket).await,
-            }
-        };
-        let end = tokio::select! {
-            connected = connecting => match connected {
-                Ok(client) => {
-                    let mut session = Session { agent, client, established: false };
-                    let end = session.run(stop).await;
-                    if session.established {
-                        had_session = true;
-                        back_off = RECONNECT.0;
-                        said.clear();
-                    }
-                    end
-                }
-                Err(error) => End::Lost(unreachable(socket, &error)),
-            },
-            () = stop.cancelled() => break,
-        };
-        let why = match end {
-            End::Stopped => return Ok(()),
-            End::SessionExists if !had_session && started.elapsed() >= SUCCESSION => {
-                return Err(Error::SessionExists);
-            }
-            End::SessionExists => Error::SessionExists.to_string(),
-            End::Lost(_) if stop.is_cancelled() => break,
-            End::Lost(why) => why,
-        };
-        // Once, not at every attempt.
-        if why != said {
-            tracing::warn!("{why}; trying again");
-            notify::status(&why);
-            said.clone_from(&why);
-        }
-        agent.state_mut().disconnected(why);
-        finish_reload(agent);
-        agent.tell();
-        let arrived = arrival.get_or_insert_with(|| Arrival::watch(socket));
-        tokio::select! {
-            () = sleep(back_off) => back_off = (back_off * 2).min(RECONNECT.1),
-            () = arrived.next() => back_off = RECONNECT.0,
-            () = stop.cancelled() => break,
-        }
-    }
-    if had_session {
-        remove_what_is_left(socket).await;
-    }
-    Ok(())
-}
-
-/// Removes the policy of a session that is over, for an agent that ends. The helper may come back in a moment.
-async fn remove_what_is_left(socket: &Path) {
-    let mut why = "the helper does not answer".to_owned();
-    let removing = async {
-        loop {
-            match Client::connect(socket).await {
-                Ok(mut client) => match take_over_and_remove(&mut client).await {
-                    Ok(()) => return Ok(()),
-                    // Another agent has taken it over.
-                    Err(CallError::Fault(fault)) if is_held(&fault) => {
-                        return Ok(());
-                    }
-                    Err(CallError::Fault(fault)) => return Err(refusal(&fault, false)),
-                    Err(error) => why = chain(&error),
-                },
-                Err(error) => why = unreachable(socket, &error),
-            }
-            sleep(AGAIN).await;
-        }
-    };
-    match timeout(FAREWELL, removing).await {
-        Ok(Ok(())) => {}
-        Ok(Err(why)) => say_that_it_stays(&why),
-        Err(_) => say_that_it_stays(&why),
-    }
-}
-
-/// What is kept of an earlier session can be removed by another one alone.
-async fn take_over_and_remove(client: &mut Client) -> Result<(), CallError> {
-    let nothing = wire::ReplacePolicy {
-        proxies: Vec::new(),
-        bypass: Vec::new(),
-        assignments: Vec::new(),
-        gateway: None,
-    };
-    let _: ReplacePolicy_Reply = client
-        .call("org.cgtproxy.Helper.ReplacePolicy", nothing)
-        .await?;
-    remove(client).await
-}
-
-/// Whether another agent has the session.
-fn is_held(fault: &Fault) -> bool {
-    matches!(fault.kind(), ErrorKind::SessionExists(_))
-}
-
-async fn remove(client: &mut Client) -> Result<(), CallError> {
-    let call = client.call("org.cgtproxy.Helper.RemovePolicy", RemovePolicy_Args {});
-    call.await.map(|RemovePolicy_Reply {}| ())
-}
-
-/// Says of an agent's policy that it outlives the agent.
-fn say_that_it_stays(why: &str) {
-    tracing::warn!(
-        "the policy could not be removed: {why}; what becomes of it is up to 'on-agent-loss' in helper.yaml"
-    );
-}
-
-fn unreachable(socket: &Path, error: &io::Error) -> String {
-    let socket = printable(&socket.to_string_lossy());
-    match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-            format!("no helper listens on {socket}")
-        }
-        _ => format!("can't connect to the helper at {socket}: {}", chain(error)),
-    }
-}
-
-/// Tells when a socket appears, so that a helper that starts is found at once.
-struct Arrival(Option<Events>);
-
-impl Arrival {
-    fn watch(socket: &Path) -> Self {
-        let watch = || {
-            let inotify = Inotify::init().ok()?;
-            let mask = WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::ONLYDIR;
-            inotify.watches().add(socket.parent()?, mask).ok()?;
-            Events::new(inotify).ok()
-        };
-        Self(watch())
-    }
-
-    /// Waits for ever if there is nothing to watch: then there is the time.
-    async fn next(&mut self) {
-        if let Some(events) = &mut self.0
-            && events.next().await.is_ok()
-        {
-            return;
-        }
-        self.0 = None;
-        std::future::pending().await
-    }
-}
-
-/// One connection.
-struct Session<'a> {
+/// One connection to the helper.
+pub(super) struct Session<'a> {
     agent: &'a Agent,
     client: Client,
     /// The helper has taken a policy.
     established: bool,
 }
 
-impl Session<'_> {
-    async fn run(&mut self, stop: &CancellationToken) -> End {
-        let mut back_off = RETRY.0;
+impl<'a> Session<'a> {
+    /// A session that has not said anything yet.
+    pub(super) fn new(agent: &'a Agent, client: Client) -> Self {
+        Self {
+            agent,
+            client,
+            established: false,
+        }
+    }
+
+    /// Whether the helper has taken a policy in this session.
+    pub(super) fn is_established(&self) -> bool {
+        self.established
+    }
+
+    /// Keeps the helper in step until the session ends.
+    pub(super) async fn run(&mut self, stop: &CancellationToken) -> End {
+        let mut back_off = Backoff::new(RETRY);
         loop {
             let (call, source, relay, postponed) = {
                 let mut state = self.agent.state_mut();
@@ -260,7 +82,7 @@ impl Session<'_> {
                 self.settled();
                 tokio::select! {
                     () = self.agent.work() => continue,
-                    () = until(postponed) => continue,
+                    () = sleep_until(postponed) => continue,
                     () = self.client.closed() => return lost(&CallError::Closed),
                     () = stop.cancelled() => return self.remove_policy().await,
                 }
@@ -279,7 +101,7 @@ impl Session<'_> {
             drop(calling);
             match answer {
                 Ok(reply) => {
-                    back_off = RETRY.0;
+                    back_off.reset();
                     self.acknowledged(&call, reply, &source);
                     // What has happened meanwhile goes out with the next call.
                     tokio::task::yield_now().await;
@@ -297,11 +119,10 @@ impl Session<'_> {
                         continue;
                     }
                     tokio::select! {
-                        () = wait_for_news(self.agent, back_off, &source) => {}
+                        () = wait_for_news(self.agent, back_off.next(), &source) => {}
                         () = self.client.closed() => return lost(&CallError::Closed),
                         () = stop.cancelled() => return self.remove_policy().await,
                     }
-                    back_off = (back_off * 2).min(RETRY.1);
                 }
                 Err(error) => return lost(&error),
             }
@@ -462,14 +283,6 @@ impl Session<'_> {
     }
 }
 
-/// Returns at that time; never if there is none.
-async fn until(time: Option<Instant>) {
-    match time {
-        Some(time) => sleep_until(time).await,
-        None => std::future::pending().await,
-    }
-}
-
 /// Returns after a while, or when there is another configuration.
 async fn wait_for_news(agent: &Agent, back_off: Duration, source: &Rc<Source>) {
     let time = sleep(back_off);
@@ -486,38 +299,6 @@ async fn wait_for_news(agent: &Agent, back_off: Duration, source: &Rc<Source>) {
     }
 }
 
-/// Tells the service manager why not all is in force. When it is, that is said again.
-fn say_problem(agent: &Agent, why: &str) {
-    notify::status(why);
-    agent.state_mut().announced = false;
-}
-
-/// Says once that all is in force, and at the end of each reload.
-fn announce(agent: &Agent) {
-    let text = {
-        let mut state = agent.state_mut();
-        let reloaded = std::mem::take(&mut state.reloading);
-        if std::mem::replace(&mut state.announced, true) && !reloaded {
-            return;
-        }
-        let without = state.ledger().shortage().map_or(0, |(count, ..)| count);
-        let mapped = state.tree().cover().count().saturating_sub(without);
-        let all = count(state.tree().len(), "control group");
-        format!("{all}, {mapped} of them with a verdict of their own")
-    };
-    tracing::info!("the policy is in force: {text}");
-    notify::status(&format!("In force: {text}"));
-    notify::ready();
-    agent.state_mut().ready = true;
-}
-
-/// Ends a reload, if one is under way, as far as the service manager is concerned.
-fn finish_reload(agent: &Agent) {
-    if std::mem::take(&mut agent.state_mut().reloading) {
-        notify::ready();
-    }
-}
-
 fn lost(error: &CallError) -> End {
     End::Lost(match error {
         CallError::Closed => "the helper closed the connection".to_owned(),
@@ -525,133 +306,15 @@ fn lost(error: &CallError) -> End {
     })
 }
 
-/// What both methods reply.
-struct Reply {
-    generation: i64,
-    skipped: Vec<Skipped>,
+/// Ends this connection's session, and its policy with it.
+pub(super) async fn remove(client: &mut Client) -> Result<(), CallError> {
+    let call = client.call("org.cgtproxy.Helper.RemovePolicy", RemovePolicy_Args {});
+    call.await.map(|RemovePolicy_Reply {}| ())
 }
 
-async fn send(
-    client: &mut Client,
-    call: &Call,
-    config: &Config,
-    relay: &Relay,
-) -> Result<Reply, CallError> {
-    match call {
-        Call::Replace(assign) => {
-            let arguments = wire::ReplacePolicy {
-                proxies: config
-                    .proxies
-                    .iter()
-                    .map(|p| proxy(p, &config.fake_addresses, relay))
-                    .collect(),
-                bypass: config.bypass.iter().map(ToString::to_string).collect(),
-                assignments: wire::assignments(assign),
-                gateway: config.gateway.as_ref().map(|gateway| Gateway {
-                    interfaces: gateway.interfaces.iter().map(ToString::to_string).collect(),
-                    proxy: gateway.proxy.to_string(),
-                }),
-            };
-            let reply: ReplacePolicy_Reply = client
-                .call("org.cgtproxy.Helper.ReplacePolicy", arguments)
-                .await?;
-            Ok(Reply {
-                generation: reply.generation,
-                skipped: reply.skipped,
-            })
-        }
-        Call::Update { assign, remove } => {
-            let arguments = wire::UpdateAssignments {
-                assign: wire::assignments(assign),
-                remove: remove.iter().map(|path| path.as_wire()).collect(),
-            };
-            let reply: UpdateAssignments_Reply = client
-                .call("org.cgtproxy.Helper.UpdateAssignments", arguments)
-                .await?;
-            Ok(Reply {
-                generation: reply.generation,
-                skipped: reply.skipped,
-            })
-        }
-    }
-}
-
-/// That a user has more control groups with a verdict of their own than one may have, for a person.
-#[must_use]
-pub fn too_many_control_groups(limit: impl Display, closed: bool) -> String {
-    match closed {
-        true => format!(
-            "the administrator allows no more than {limit} control groups with a verdict of their \
-             own per user, and with 'start: closed' each has one that rules could decide otherwise \
-             than its slice: those that are too many stay without network; tie rules to slices \
-             with '^', or let packets leave at once with 'start: open'"
-        ),
-        false => format!(
-            "the administrator allows no more than {limit} control groups with a verdict of their \
-             own per user: let rules match slices rather than everything in them"
-        ),
-    }
-}
-
-/// An error of the helper for a person. `closed`: the configuration says `start: closed`.
-fn refusal(fault: &Fault, closed: bool) -> String {
-    use ErrorKind as Kind;
-    let text = |text: Option<&str>| printable(text.unwrap_or_default());
-    let limit = |limit: Option<i64>| limit.map_or_else(|| "so many".to_owned(), |n| n.to_string());
-    match fault.kind() {
-        Kind::NoUserManager(args) => format!(
-            "the helper finds no control group {}: is there a user manager, and is the control \
-             group root the same for both?",
-            text(args.as_ref().map(|args| &*args.controlGroup))
-        ),
-        Kind::ProxyExists(args) => format!(
-            "two proxies are named '{}'",
-            text(args.as_ref().map(|args| &*args.name))
-        ),
-        Kind::UnknownProxy(args) => format!(
-            "the helper knows no proxy '{}'",
-            text(args.as_ref().map(|args| &*args.name))
-        ),
-        Kind::TooManyProxies(args) => format!(
-            "the administrator allows no more than {} proxies per user",
-            limit(args.map(|args| args.limit))
-        ),
-        Kind::TooManyBypassEntries(args) => format!(
-            "the administrator allows no more than {} bypass entries per user",
-            limit(args.map(|args| args.limit))
-        ),
-        Kind::TooManyControlGroups(args) => {
-            too_many_control_groups(limit(args.map(|args| args.limit)), closed)
-        }
-        Kind::TooManyConnections(args) => format!(
-            "the administrator allows no more than {} connections per user",
-            limit(args.map(|args| args.limit))
-        ),
-        Kind::MessageTooLarge(args) => format!(
-            "the helper takes no messages of more than {} bytes",
-            limit(args.map(|args| args.limit))
-        ),
-        Kind::TooManyBytes(args) => format!(
-            "the helper holds no more than {} bytes of unfinished messages per user",
-            limit(args.map(|args| args.limit))
-        ),
-        Kind::NoMarksLeft(_) => {
-            "all packet marks of the machine's range are in use; those of proxies that are renamed or \
-             replaced become free only when these are taken out first, or the agent is stopped and started"
-                .to_owned()
-        }
-        Kind::KernelRefused(args) => format!(
-            "the kernel refused the policy: {}",
-            text(args.as_ref().map(|args| &*args.message))
-        ),
-        Kind::NoSession(_) => "the helper has ended the session".to_owned(),
-        _ if fault.is_permission_denied() => {
-            "the administrator does not allow this user to use the helper".to_owned()
-        }
-        _ => format!(
-            "the helper refused with {} {}",
-            printable(&fault.name),
-            printable(&fault.parameters.to_string())
-        ),
-    }
+/// Says of an agent's policy that it outlives the agent.
+pub(super) fn say_that_it_stays(why: &str) {
+    tracing::warn!(
+        "the policy could not be removed: {why}; what becomes of it is up to 'on-agent-loss' in helper.yaml"
+    );
 }

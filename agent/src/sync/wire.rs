@@ -3,12 +3,18 @@
 
 use std::borrow::Cow;
 
-use cgtproxy_proto::helper::{Gateway, Proxy, Verdict as WireVerdict};
+use cgtproxy_proto::client::{CallError, Client};
+use cgtproxy_proto::helper::{
+    Gateway, Proxy, ReplacePolicy_Reply, Skipped, UpdateAssignments_Reply, Verdict as WireVerdict,
+};
 use cgtproxy_proto::path::ControlGroupPath;
 use serde::Serialize;
 
+use super::Call;
+use super::proxy::proxy;
 use crate::config::Config;
 use crate::policy::{Element, Hold, Target};
+use crate::relay::Relay;
 
 /// The parameters of `ReplacePolicy`.
 #[derive(Debug, Serialize)]
@@ -76,6 +82,60 @@ fn assignment((path, element): &(ControlGroupPath, Element)) -> Assignment<'_> {
         hold: element.hold != Hold::None,
         enforce: element.verdict.enforce,
         enforce_hold: element.hold == Hold::Enforced,
+    }
+}
+
+/// What both methods reply.
+pub(super) struct Reply {
+    /// Counts the helper's changes of the policy.
+    pub(super) generation: i64,
+    /// What was passed over.
+    pub(super) skipped: Vec<Skipped>,
+}
+
+/// Makes a call, and returns what the helper replies.
+pub(super) async fn send(
+    client: &mut Client,
+    call: &Call,
+    config: &Config,
+    relay: &Relay,
+) -> Result<Reply, CallError> {
+    match call {
+        Call::Replace(assign) => {
+            let arguments = ReplacePolicy {
+                proxies: config
+                    .proxies
+                    .iter()
+                    .map(|p| proxy(p, &config.fake_addresses, relay))
+                    .collect(),
+                bypass: config.bypass.iter().map(ToString::to_string).collect(),
+                assignments: assignments(assign),
+                gateway: config.gateway.as_ref().map(|gateway| Gateway {
+                    interfaces: gateway.interfaces.iter().map(ToString::to_string).collect(),
+                    proxy: gateway.proxy.to_string(),
+                }),
+            };
+            let reply: ReplacePolicy_Reply = client
+                .call("org.cgtproxy.Helper.ReplacePolicy", arguments)
+                .await?;
+            Ok(Reply {
+                generation: reply.generation,
+                skipped: reply.skipped,
+            })
+        }
+        Call::Update { assign, remove } => {
+            let arguments = UpdateAssignments {
+                assign: assignments(assign),
+                remove: remove.iter().map(|path| path.as_wire()).collect(),
+            };
+            let reply: UpdateAssignments_Reply = client
+                .call("org.cgtproxy.Helper.UpdateAssignments", arguments)
+                .await?;
+            Ok(Reply {
+                generation: reply.generation,
+                skipped: reply.skipped,
+            })
+        }
     }
 }
 

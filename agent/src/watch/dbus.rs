@@ -28,6 +28,7 @@ use zbus::{Connection, MessageStream, OwnedObjectPath, Variant};
 use super::Hint;
 use crate::subtree::Subtree;
 use crate::systemd::{Address, MANAGER, MANAGER_PATH, Manager, SYSTEMD, runtime_directory, said};
+use crate::timing::Backoff;
 
 /// The interface that all units have.
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
@@ -141,7 +142,7 @@ impl From<zbus::Error> for End {
 }
 
 async fn follow(subtree: Subtree, addresses: Vec<Address>, reports: mpsc::Sender<Report>) {
-    let mut back_off = RECONNECT.0;
+    let mut back_off = Backoff::new(RECONNECT);
     loop {
         let mut failures = Vec::new();
         for address in &addresses {
@@ -157,7 +158,7 @@ async fn follow(subtree: Subtree, addresses: Vec<Address>, reports: mpsc::Sender
                     match end {
                         End::Stopped => return,
                         End::Lost(why) if session.announced => {
-                            back_off = RECONNECT.0;
+                            back_off.reset();
                             failures = vec![format!("{}: {why}", address.0)];
                             break;
                         }
@@ -174,8 +175,7 @@ async fn follow(subtree: Subtree, addresses: Vec<Address>, reports: mpsc::Sender
         {
             return;
         }
-        sleep(back_off).await;
-        back_off = (back_off * 2).min(RECONNECT.1);
+        sleep(back_off.next()).await;
     }
 }
 
