@@ -17,7 +17,8 @@ pub use cgtproxy_proto::socket::of_relay as default_socket;
 use tokio::time::{sleep, timeout};
 
 use crate::config::{Config, Means, Network, Proxy, Scheme};
-use crate::state::{Agent, Source};
+use crate::policy::Target;
+use crate::state::{Agent, Source, State};
 use crate::text::{chain, printable};
 use crate::timing::Backoff;
 
@@ -63,6 +64,31 @@ impl Relay {
             .filter(|proxy| matches!(proxy.means, Means::Relay { .. }));
         self.problem.is_none() && relayed.into_iter().any(|proxy| self.port(proxy) == 0)
     }
+}
+
+/// Why what has this target is refused, though that is in the kernel: it is a proxy of the relay's, and it is not known
+/// where that listens, or the helper is still to be told.
+#[must_use]
+pub fn lacks(state: &State, target: &Target) -> Option<String> {
+    let Target::Proxy(name) = target else {
+        return None;
+    };
+    let mut proxies = state.source().config.proxies.iter();
+    let proxy = proxies.find(|proxy| proxy.name == *name)?;
+    if !matches!(proxy.means, Means::Relay { .. }) {
+        return None;
+    }
+    if let Some(problem) = &state.relay.problem {
+        return Some(problem.clone());
+    }
+    if state.relay.port(proxy) == 0 {
+        return Some("the relay has not said yet where it listens".to_owned());
+    }
+    let untold = state.ledger().is_replacing();
+    untold.then(|| {
+        let problem = state.problem();
+        problem.unwrap_or_else(|| "the helper does not know yet where the relay listens".into())
+    })
 }
 
 /// How the relay and its proxies are doing.

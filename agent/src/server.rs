@@ -18,6 +18,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::config::Scope;
 use crate::policy::Target;
+use crate::relay;
 use crate::state::{Agent, Awaited, Link, State};
 use crate::systemd::runtime_directory;
 use crate::view;
@@ -220,7 +221,7 @@ fn progress(state: &State, path: &ControlGroupPath, name: &str, target: &str) ->
         return Progress::Never(Fault::new(wire_name(), "OtherTarget", parameters));
     }
     if state.in_force(path) {
-        return match state.lacks_relay(has) {
+        return match relay::lacks(state, has) {
             Some(why) => Progress::NotYet(why),
             None => Progress::InForce,
         };

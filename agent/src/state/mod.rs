@@ -1,0 +1,320 @@
+//! What the agent knows, shared by its tasks: the watcher writes the control groups, the session with
+//! the helper what is in force, and the server reads both.
+
+mod agent;
+mod configuration;
+
+use std::rc::Rc;
+
+use cgtproxy_proto::path::ControlGroupPath;
+use tokio::time::Instant;
+
+use crate::policy::{Start, Tree};
+use crate::relay::Relay;
+use crate::said::Said;
+use crate::subtree::Subtree;
+use crate::sync::{Call, Handling, Ledger, length_of, too_many_control_groups};
+use crate::watch::{Observer, Watching};
+
+pub use agent::{Agent, Calling};
+pub use configuration::{Refused, Source};
+
+use configuration::Postponed;
+
+/// How it stands with the helper.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Link {
+    /// It holds this agent's policy.
+    Connected,
+    /// It was told nothing yet.
+    Waiting(Awaited),
+    /// It does not hold it, for this reason.
+    Broken(String),
+}
+
+impl Link {
+    /// Why the helper does not hold the policy, in a sentence.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        match self {
+            Self::Connected => None,
+            Self::Waiting(awaited) => Some(awaited.to_string()),
+            Self::Broken(why) => Some(why.clone()),
+        }
+    }
+}
+
+/// What has to come before anything can be said to the helper.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Awaited {
+    /// A configuration that is right: this is wrong with the one there is.
+    #[error("{configuration}: {0}", configuration = Self::CONFIGURATION)]
+    Configuration(String),
+    /// The user's service manager has to have this control group.
+    #[error("waiting for the control group {0}")]
+    ControlGroup(String),
+}
+
+impl Awaited {
+    /// What is said, before the reason, without a configuration that is right.
+    pub const CONFIGURATION: &str = "waiting for the configuration to be fixed";
+}
+
+/// What the agent knows.
+#[derive(Debug)]
+pub struct State {
+    /// Where the control groups are.
+    pub subtree: Subtree,
+    /// How it stands with the helper.
+    pub link: Link,
+    /// Counts the helper's changes of the policy, those for an earlier agent included.
+    pub generation: i64,
+    /// What is wrong with the configuration on disk, which was to replace the one in force or to be the first one.
+    file_error: Option<String>,
+    /// There was no configuration yet that is right: nothing may be said to the helper, since it would take away what
+    /// is left of an earlier agent's policy.
+    unconfigured: bool,
+    /// Why the helper refused the last call, if it did.
+    pub refusal: Option<String>,
+    /// A reload is under way, and the service manager waits for its end.
+    pub reloading: bool,
+    /// What is known of the relay.
+    pub relay: Relay,
+    /// It was said that the policy is in force, in this session.
+    pub announced: bool,
+    /// The service manager was told that the policy is in force, in some session.
+    pub ready: bool,
+    /// How well control groups are noticed.
+    pub watching: Watching,
+    /// What was said of control groups that users have made so.
+    pub said: Said,
+    /// Something was learnt of control groups, and nobody was woken for it yet: see [`Agent::wake_if_news`].
+    news: bool,
+    source: Rc<Source>,
+    /// The configuration that the helper holds, in this session.
+    accepted: Option<Rc<Source>>,
+    /// The configuration that the helper held last, in whichever session. What a new helper keeps for this agent is of it.
+    held_last: Option<Rc<Source>>,
+    postponed: Option<Postponed>,
+    tree: Tree,
+    ledger: Ledger,
+}
+
+impl State {
+    fn new(subtree: Subtree, source: Source, config_error: Option<String>) -> Self {
+        let tree = Tree::new(subtree.prefix(), source.config.rules.clone());
+        let mut ledger = Ledger::default();
+        ledger.make_room_for(length_of(&source.config));
+        Self {
+            subtree,
+            link: Link::Broken("the helper has not answered yet".into()),
+            generation: 0,
+            unconfigured: config_error.is_some(),
+            file_error: config_error,
+            refusal: None,
+            reloading: false,
+            relay: Relay::default(),
+            announced: false,
+            ready: false,
+            watching: Watching::default(),
+            said: Said::default(),
+            news: false,
+            source: Rc::new(source),
+            accepted: None,
+            held_last: None,
+            postponed: None,
+            tree,
+            ledger,
+        }
+    }
+
+    /// The control groups.
+    #[must_use]
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// What the helper holds.
+    #[must_use]
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Whether the user's service manager has a control group.
+    #[must_use]
+    pub fn has_root(&self) -> bool {
+        !self.tree.is_empty()
+    }
+
+    /// What has to come before anything can be said to the helper.
+    #[must_use]
+    pub fn awaited(&self) -> Option<Awaited> {
+        let root = || self.subtree.to_wire(&ControlGroupPath::root());
+        let waits_for_root = || (!self.has_root()).then(|| Awaited::ControlGroup(root()));
+        self.awaited_configuration().or_else(waits_for_root)
+    }
+
+    /// Whether the helper holds all that it should.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.link == Link::Connected && self.ledger.is_settled()
+    }
+
+    /// What the helper does not hold of the policy and why, in a sentence.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        let refusal = self.refusal.clone();
+        refusal.or_else(|| {
+            let (count, path, most) = self.ledger.shortage()?;
+            Some(self.has_no_room(count - 1, path, most))
+        })
+    }
+
+    /// Whose control groups there is no room for, unless that was told before, in a sentence for each user.
+    pub fn news_of_shortage(&mut self) -> Vec<String> {
+        let news = self.ledger.news_of_shortage();
+        let Some((_, _, most)) = self.ledger.shortage() else {
+            return Vec::new();
+        };
+        let sentence = |path| self.has_no_room(0, path, most);
+        news.iter().map(sentence).collect()
+    }
+
+    fn has_no_room(&self, others: usize, path: &ControlGroupPath, most: usize) -> String {
+        let name = self.subtree.shown(path);
+        let whose = match others {
+            0 => format!("'{name}' has no verdict of its own"),
+            _ => format!("'{name}' and {others} more have no verdict of their own"),
+        };
+        let closed = self.source.config.rules.start == Start::Closed;
+        let why = too_many_control_groups(most, closed);
+        match self.subtree.path().as_bytes().is_empty() {
+            true => format!(
+                "{whose}: {why}; one user's may take no more of the machine's than is left for all others"
+            ),
+            false => format!("{whose}: {why}"),
+        }
+    }
+
+    /// Whether the relay is still to say where it listens.
+    #[must_use]
+    pub fn awaits_relay(&self) -> bool {
+        self.relay.is_awaited(&self.source.config)
+    }
+
+    /// Whether the verdict of a control group is in the kernel.
+    #[must_use]
+    pub fn in_force(&self, path: &ControlGroupPath) -> bool {
+        let Some(verdict) = self.tree.get(path) else {
+            return false;
+        };
+        let current = self
+            .accepted
+            .as_ref()
+            .is_some_and(|a| Rc::ptr_eq(a, &self.source));
+        let is_meant = match self.ledger.handling(path) {
+            Handling::By(element) => element.verdict == *verdict,
+            Handling::Hold => false,
+            Handling::Nothing => *verdict == self.tree.rules().undecided(),
+        };
+        self.link == Link::Connected && current && is_meant
+    }
+
+    /// The next call to the helper.
+    pub fn next_call(&mut self) -> Option<Call> {
+        // Without a control group there is nothing to hold a policy for; when it comes back everything
+        // is said anew.
+        if self.unconfigured || !self.has_root() {
+            return None;
+        }
+        self.ledger.next(&self.tree)
+    }
+
+    /// Notes that the last call was carried out, with the configuration `sent`, but for what was skipped. Returns what
+    /// was not skipped for the same reason before.
+    pub fn acknowledged(
+        &mut self,
+        call: &Call,
+        generation: i64,
+        skipped: Vec<(ControlGroupPath, cgtproxy_proto::helper::SkipReason)>,
+        sent: &Rc<Source>,
+    ) -> Vec<(ControlGroupPath, cgtproxy_proto::helper::SkipReason)> {
+        self.generation = generation;
+        if matches!(call, Call::Replace(_)) {
+            let is_first = self.accepted.replace(sent.clone()).is_none();
+            self.held_last = Some(sent.clone());
+            self.link = Link::Connected;
+            match &mut self.postponed {
+                Some(postponed) if Rc::ptr_eq(&postponed.source, sent) => {
+                    self.postponed = None;
+                }
+                // It may be another helper, or know other limits by now.
+                Some(postponed) if is_first => postponed.at = Some(Instant::now()),
+                _ => {}
+            }
+        }
+        self.ledger.acknowledge(skipped)
+    }
+
+    /// Notes that the last call was refused, since the helper takes no more than `most` control groups. Returns whether
+    /// that was not known, so that the next call keeps to it.
+    pub fn bound(&mut self, most: usize) -> bool {
+        self.ledger.bound(most)
+    }
+
+    /// Notes that the session is over, and why: nobody knows what is in force.
+    pub fn disconnected(&mut self, why: String) {
+        self.link = Link::Broken(why);
+        // A refused configuration is tried again only when the old one is in force again: refused once more before that,
+        // it would leave the helper with none.
+        if let Some(postponed) = &mut self.postponed {
+            postponed.at = None;
+        }
+        self.accepted = None;
+        if let Some(old) = &self.held_last
+            && let Some(postponed) = &self.postponed
+            && Rc::ptr_eq(&postponed.source, &self.source)
+        {
+            self.put(old.clone());
+        }
+        self.generation = 0;
+        self.refusal = None;
+        self.announced = false;
+        self.ledger.lost();
+    }
+
+    /// Has the helper told where the relay listens now.
+    pub fn relay_moved(&mut self) {
+        self.ledger.replace_all();
+    }
+}
+
+impl Observer for State {
+    fn added(&mut self, path: ControlGroupPath) -> ControlGroupPath {
+        let (ledger, accepted) = (&mut self.ledger, self.accepted.is_some());
+        let news = &mut self.news;
+        self.tree.take_in(path, &mut |path, element| {
+            *news = true;
+            if path.as_bytes().is_empty() && accepted {
+                // The helper hangs everything on this one control group.
+                ledger.replace_all();
+            } else if element {
+                ledger.touch(path);
+            }
+        })
+    }
+
+    fn removed(&mut self, path: &ControlGroupPath) -> Vec<ControlGroupPath> {
+        let removed = self.tree.remove(path);
+        for path in &removed {
+            self.ledger.renew(path);
+        }
+        self.news |= !removed.is_empty();
+        removed
+    }
+
+    fn lost_track(&mut self) {
+        self.news = true;
+        self.ledger.replace_all();
+    }
+}
