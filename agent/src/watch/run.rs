@@ -18,52 +18,53 @@ use crate::text::{chain, printable};
 /// groups does not keep the next one waiting.
 pub(super) const LOOKS: usize = 32;
 
-/// How often everything is looked at while something is not watched: when nobody tells of it, and when
-/// systemd tells of units.
+/// How often everything is looked at while something is not watched: without systemd's signals, and with them.
 const RESCAN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
 
-/// How soon after the last time at the earliest, when something has happened nearby.
+/// How soon everything is looked at again at the earliest, when something has happened nearby.
 const RESCAN_SOON: Duration = Duration::from_millis(50);
 
-/// How many times as long as looking took there is a rest, so that it takes a small part of a processor.
+/// How many times as long as it took to look at everything there is a rest, so that looking takes a small part of a
+/// processor: usually, and when something has happened nearby.
 const REST: (u32, u32) = (50, 10);
 
 /// How long systemd may take at the start to tell which control groups there are, when nobody else can.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How many attempts to reach systemd fail before that is said.
+/// How many attempts in a row to reach systemd fail before that is logged.
 const LOSSES: u32 = 3;
 
-/// How long events are left where they are for the sake of a call to the helper. One that takes longer is no
+/// How long events are left in inotify's queue while a call to the helper is under way. A call that takes longer is no
 /// reason not to know what there is.
 const CALL: Duration = Duration::from_millis(100);
 
-/// In a crowd, which is when something has happened during each of so many calls in a row, more of it is
-/// gathered for so long before the next call. To be woken by each for itself costs those who make control groups more
-/// than the waiting.
+/// In how many calls in a row something has to happen until events are gathered before the next call. To be woken by
+/// each event costs those who make control groups more than the waiting does.
 const CROWD: u32 = 8;
+
+/// How long events are gathered.
 const GATHER: Duration = Duration::from_millis(1);
 
 /// Where hints come from.
 pub struct Sources {
     events: Option<Events>,
-    /// Until when events are left where they are for the sake of the call that is under way.
+    /// Until when events are left in inotify's queue while the call is under way.
     call: Option<Instant>,
     /// In how many calls in a row something has happened.
     crowded: u32,
-    /// Until when events are left where they are because so much happens.
+    /// Until when events are left in inotify's queue because so much happens.
     rest: Option<Instant>,
     alarm: Alarm,
     follower: Option<Follower>,
     /// systemd has told of everything.
     connected: bool,
-    /// Why systemd can't be reached, the last time.
+    /// Why systemd could not be reached the last time.
     lost: String,
-    /// Why inotify can't be used, the last time.
+    /// Why inotify could not be used the last time.
     unusable: String,
     /// When everything was looked at the last time, and how long that took.
     looked: (Instant, Duration),
-    /// Something has happened since.
+    /// Something has happened since everything was looked at.
     hinted: bool,
     /// How often in a row systemd could not be reached.
     losses: u32,
@@ -105,7 +106,7 @@ impl Sources {
         } else {
             self.look_at_everything(watcher, agent);
         }
-        self.tend(watcher, agent);
+        self.update_sources(watcher, agent);
         if !watcher.borrow().blind {
             return Ok(());
         }
@@ -132,21 +133,20 @@ impl Sources {
             let root = printable(&root);
             return Err(Error::Blind { root, why });
         }
-        self.tend(watcher, agent);
+        self.update_sources(watcher, agent);
         Ok(())
     }
 
     /// Watches for ever.
     ///
-    /// While a call to the helper is under way nothing is read that has happened meanwhile, and nobody is woken by it:
-    /// it goes out as one with the next call, and leaves the processors to the helper and to those who make
-    /// control groups.
+    /// While a call to the helper is under way, events stay in inotify's queue and wake nobody: what they tell goes out
+    /// with the next call, and the processors are left to the helper and to those who make control groups.
     pub async fn run(mut self, watcher: &RefCell<Watcher>, agent: &Agent) {
         let mut changed = agent.subscribe();
         // What is known by now goes out before anything is watched.
         tokio::task::yield_now().await;
         loop {
-            self.tend(watcher, agent);
+            self.update_sources(watcher, agent);
             let rescan = self.next_rescan(&watcher.borrow());
             if rescan.is_some_and(|at| at <= Instant::now()) {
                 self.rescan(watcher, agent);
@@ -195,8 +195,8 @@ impl Sources {
         }
     }
 
-    /// Until when events are left where they are: while a call is under way that does not take too long, and in a
-    /// crowd a little longer.
+    /// Until when events are left in inotify's queue: while a call is under way that does not take too long, and a little
+    /// longer when something has happened during many calls in a row.
     fn quiet(&mut self, agent: &Agent) -> Option<Instant> {
         let now = Instant::now();
         if agent.is_calling() {
@@ -211,7 +211,7 @@ impl Sources {
         self.rest
     }
 
-    /// Takes events that were left where they are. False if there are none.
+    /// Takes events that were left in inotify's queue. False if there are none.
     fn fetch(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) -> bool {
         let Some(events) = self.events.as_mut().filter(|events| events.are_left()) else {
             return false;
@@ -231,7 +231,7 @@ impl Sources {
         true
     }
 
-    /// Takes events of inotify's.
+    /// Takes events from inotify.
     fn notice(&mut self, batch: Vec<Event>, watcher: &RefCell<Watcher>, agent: &Agent) {
         {
             let mut watcher = watcher.borrow_mut();
@@ -287,8 +287,9 @@ impl Sources {
         }
     }
 
-    /// Sees to it that word comes from where it should, and says how it stands.
-    fn tend(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) {
+    /// Opens and closes inotify and the connection to systemd as the configuration and the circumstances demand, and
+    /// updates the status.
+    fn update_sources(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) {
         let wanted = agent.state().source().config.monitor;
         if watcher.borrow().monitor != wanted {
             let mut now = watcher.borrow_mut();
@@ -327,7 +328,7 @@ impl Sources {
         }
     }
 
-    /// Gets inotify, if it is to be used and is not.
+    /// Opens inotify, if it is to be used and is not open.
     fn open_inotify(&mut self, watcher: &mut Watcher) {
         if watcher.monitor == Monitor::Dbus || watcher.watches.is_some() {
             return;
@@ -341,8 +342,8 @@ impl Sources {
         }
     }
 
-    /// Events can't be read, or not be waited for. What they would have told of is looked for, until there is another
-    /// instance.
+    /// Closes inotify, since its events can't be read or waited for. Until it can be opened again, control groups are
+    /// looked for.
     fn give_up_inotify(&mut self, error: &io::Error, watcher: &RefCell<Watcher>, agent: &Agent) {
         self.events = None;
         watcher.borrow_mut().replace_watches(None);
@@ -438,8 +439,8 @@ impl Sources {
     }
 }
 
-/// A timer that may go off too early, but not too late. To set one for each call to the helper, which hardly ever goes
-/// off, costs the runtime three system calls, while the helper may wait for the processor.
+/// A timer that may go off too early, but not too late. A timer of its own for each call to the helper, which hardly ever
+/// goes off, would cost the runtime three system calls, while the helper may wait for the processor.
 struct Alarm(Option<Pin<Box<Sleep>>>);
 
 impl Alarm {
@@ -456,23 +457,6 @@ impl Alarm {
     }
 }
 
-impl Watcher {
-    /// Something that should be watched is not, or it is not known what is in it.
-    fn is_incomplete(&self) -> bool {
-        let unwatched = !self.unwatched.is_empty() || self.watches.is_none();
-        self.monitor != Monitor::Dbus && unwatched || !self.unlisted.is_empty()
-    }
-
-    /// Whether systemd is to be asked.
-    fn needs_systemd(&self) -> bool {
-        match self.monitor {
-            Monitor::Dbus => true,
-            Monitor::Auto => self.blind || self.is_incomplete(),
-            Monitor::Inotify => false,
-        }
-    }
-}
-
 /// The next report, if there is anybody to report.
 async fn next_report(follower: Option<&mut Follower>) -> Report {
     match follower {
@@ -481,7 +465,7 @@ async fn next_report(follower: Option<&mut Follower>) -> Report {
     }
 }
 
-/// The next events, if there is anything to read them from. None if they are there and are to be left there.
+/// The next events of inotify; never if it is not open. None if there are events that are to be left in its queue.
 async fn next_events(events: Option<&mut Events>, leave: bool) -> io::Result<Option<Vec<Event>>> {
     let Some(events) = events else {
         return std::future::pending().await;

@@ -11,6 +11,7 @@ use super::run::LOOKS;
 use super::*;
 use crate::config::{self, Scope};
 use crate::state::{Agent, Source};
+use crate::subtree::Subtree;
 use crate::sync::Call;
 
 /// An agent that drops `drop-…`, and knows what is in its subtree but watches nothing below that yet.

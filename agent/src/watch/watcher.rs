@@ -1,0 +1,520 @@
+//! The control groups of a subtree, as far as they are known: looks them up, and watches them.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::ffi::OsStr;
+use std::io;
+use std::iter::successors;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use ::inotify::WatchDescriptor;
+use cgtproxy_proto::path::ControlGroupPath;
+use rustix::fs::Mode;
+use rustix::io::Errno;
+
+use super::directory::HOME;
+use super::listing::contains_more_than;
+use super::{Hint, Monitor, Observer, inotify};
+use crate::said::{Kind, Said};
+use crate::subtree::Subtree;
+use crate::text::chain;
+
+/// A control group that is known.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// None if it is not watched.
+    pub(super) watch: Option<WatchDescriptor>,
+    /// The number of its inode, if it is known by that and not by its watch.
+    pub(super) id: Option<u64>,
+}
+
+/// The control groups of a subtree, as far as they are known.
+#[derive(Debug)]
+pub struct Watcher {
+    pub(super) subtree: Subtree,
+    pub(super) monitor: Monitor,
+    /// None if inotify is not to be used, or can't be.
+    pub(super) watches: Option<inotify::Watches>,
+    pub(super) groups: BTreeMap<ControlGroupPath, Known>,
+    /// Control groups that should be watched and are not.
+    pub(super) unwatched: BTreeSet<ControlGroupPath>,
+    /// Why one of `unwatched` could not be watched the last time.
+    pub(super) unwatched_why: String,
+    /// Control groups that could not be listed.
+    pub(super) unlisted: BTreeSet<ControlGroupPath>,
+    /// Why one of `unlisted` could not be listed the last time.
+    pub(super) unlisted_why: String,
+    /// cgroupfs can't be read at all.
+    pub(super) blind: bool,
+    /// Control groups that were announced and not looked at yet.
+    pub(super) pending: VecDeque<ControlGroupPath>,
+    /// What was found in control groups that are to be watched later, with inodes and in order.
+    pub(super) noted: BTreeMap<ControlGroupPath, Vec<(ControlGroupPath, u64)>>,
+    /// This process's working directory; none if it can't be opened.
+    pub(super) home: Option<OwnedFd>,
+    /// The control group whose directory is the working directory at the moment; none if `home` is.
+    pub(super) here: Option<ControlGroupPath>,
+    /// What was logged of control groups that users have made so.
+    pub(super) said: Said,
+    /// It was logged that events were lost.
+    pub(super) said_lost: bool,
+    /// It was logged that there are no watches left.
+    pub(super) said_exhausted: bool,
+    /// It was logged that control groups can't be listed.
+    pub(super) said_unlisted: bool,
+}
+
+impl Watcher {
+    pub(super) fn new(subtree: Subtree, monitor: Monitor) -> Self {
+        let mut watcher = Self {
+            subtree,
+            monitor,
+            watches: None,
+            groups: BTreeMap::new(),
+            unwatched: BTreeSet::new(),
+            unwatched_why: String::new(),
+            unlisted: BTreeSet::new(),
+            unlisted_why: String::new(),
+            blind: false,
+            pending: VecDeque::new(),
+            noted: BTreeMap::new(),
+            home: rustix::fs::open(".", HOME, Mode::empty()).ok(),
+            here: None,
+            said: Said::default(),
+            said_lost: false,
+            said_exhausted: false,
+            said_unlisted: false,
+        };
+        watcher.check_visibility();
+        watcher
+    }
+
+    /// Finds out whether cgroupfs can be read.
+    pub(super) fn check_visibility(&mut self) {
+        self.blind = match std::fs::read_dir(self.subtree.root()) {
+            Ok(_) => !self.subtree.is_mounted(),
+            // Out of descriptors, most likely: that passes.
+            Err(error) => matches!(
+                error.kind(),
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::PermissionDenied
+                    | io::ErrorKind::NotADirectory
+            ),
+        };
+    }
+
+    /// Has everything logged again that is still wrong.
+    pub fn forget_what_was_said(&mut self) {
+        self.said.forget();
+        self.said_lost = false;
+        self.said_exhausted = false;
+        self.said_unlisted = false;
+    }
+
+    /// Reports every control group of the subtree, of which nothing is known yet, and leaves them to be watched later:
+    /// they wait for their verdicts and not for their watches. What comes or goes meanwhile is found when its parent is
+    /// watched and listed; a control group that was made again at the same path is told by its inode. Control groups with
+    /// others in them are watched first, since service managers make more there.
+    pub(super) fn discover(&mut self, observer: &mut dyn Observer) {
+        if self.blind {
+            return;
+        }
+        self.watch_ancestors();
+        let root = ControlGroupPath::root();
+        if self.enter(&root, observer).is_none() {
+            return;
+        }
+        let mut stack = vec![(root, self.subtree.directory(&ControlGroupPath::root()))];
+        let mut empty = Vec::new();
+        while let Some((path, directory)) = stack.pop() {
+            let mut found = Vec::new();
+            // Whoever watches it will say so.
+            let _ = self.children(&path, &mut found);
+            // In order, so that each one's place in a tree is beside that of the one before, which is in the
+            // processor's cache.
+            found.sort_unstable();
+            let nested = contains_more_than(&directory, found.len());
+            for (child, _) in &found {
+                observer.added(child.clone());
+                match child.name() {
+                    Some(name) if nested => {
+                        stack.push((child.clone(), directory.join(OsStr::from_bytes(name))));
+                    }
+                    _ => empty.push(child.clone()),
+                }
+            }
+            if self.is_watched(&path) {
+                continue;
+            }
+            if found.is_empty() {
+                empty.push(path);
+            } else {
+                self.pending.push_back(path.clone());
+                self.noted.insert(path, found);
+            }
+        }
+        self.pending.extend(empty);
+    }
+
+    /// Looks at the whole subtree. What is gone is reported as well.
+    pub fn scan(&mut self, observer: &mut dyn Observer) {
+        self.check_visibility();
+        if self.blind {
+            return;
+        }
+        self.watch_ancestors();
+        let mut seen = HashSet::new();
+        let mut stack = vec![ControlGroupPath::root()];
+        while let Some(path) = stack.pop() {
+            self.approach(&path);
+            if let Some(path) = self.enter(&path, observer) {
+                if !self.list(&path, &mut stack, observer) {
+                    // What is in it is as good as seen.
+                    let below = self.groups.keys().filter(|other| other.is_within(&path));
+                    seen.extend(below.cloned());
+                }
+                seen.insert(path);
+            }
+        }
+        self.go_home();
+        let gone: Vec<ControlGroupPath> = self
+            .groups
+            .keys()
+            .filter(|path| !seen.contains(*path))
+            .cloned()
+            .collect();
+        for path in gone {
+            self.gone(&path, observer);
+        }
+    }
+
+    /// Looks at one control group and, if it is new or not watched, at everything below it. Its ancestors are looked at
+    /// before: if one of them was made again, what is known of the control group is forgotten.
+    pub fn look(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) {
+        if self.blind {
+            return;
+        }
+        let mut stack = Vec::new();
+        let mut around = Vec::from_iter(successors(path.parent(), ControlGroupPath::parent));
+        while let Some(path) = around.pop() {
+            let before = self.identity(&path);
+            self.approach(&path);
+            if self.enter(&path, observer).is_some() && before != self.identity(&path) {
+                self.list(&path, &mut stack, observer);
+            }
+        }
+        stack.push(path.clone());
+        while let Some(path) = stack.pop() {
+            self.approach(&path);
+            self.look_at(&path, &mut stack, observer);
+        }
+        self.go_home();
+    }
+
+    /// Looks at one control group, and adds what is in it to `found` if it is new or not watched.
+    pub(super) fn look_at(
+        &mut self,
+        path: &ControlGroupPath,
+        found: &mut Vec<ControlGroupPath>,
+        observer: &mut dyn Observer,
+    ) {
+        let before = self.identity(path);
+        if let Some(path) = self.enter(path, observer)
+            && (before != self.identity(&path) || !self.is_watched(&path))
+        {
+            self.list(&path, found, observer);
+        }
+    }
+
+    /// The highest control group that is not known among this one and its ancestors; this one if all are known.
+    pub(super) fn first_unknown(&self, path: &ControlGroupPath) -> ControlGroupPath {
+        let mut first = path.clone();
+        // Those above one that is known are known.
+        while let Some((parent, _)) = first.split_last()
+            && !self.groups.contains_key(parent)
+            && let Some(parent) = first.parent()
+        {
+            first = parent;
+        }
+        first
+    }
+
+    pub(super) fn look_at_pending(&mut self, count: usize, observer: &mut dyn Observer) -> bool {
+        let mut looked = false;
+        let mut found = Vec::new();
+        for _ in 0..count {
+            let Some(path) = self.pending.pop_front() else {
+                break;
+            };
+            looked = true;
+            // Seen when its parent was listed; had it gone since, it would not be watched any more.
+            if self.blind || self.is_watched(&path) {
+                continue;
+            }
+            let path = self.first_unknown(&path);
+            self.go_beside(&path);
+            self.look_at(&path, &mut found, observer);
+            for child in found.drain(..) {
+                if !self.groups.contains_key(&child) {
+                    observer.added(child.clone());
+                    self.pending.push_back(child);
+                }
+            }
+        }
+        self.go_home();
+        looked
+    }
+
+    /// Takes a hint.
+    pub(super) fn hint(&mut self, hint: Hint, observer: &mut dyn Observer) {
+        match hint {
+            Hint::LostTrack => {
+                let text = "more happened at once than inotify could tell: looking at everything";
+                // Whoever makes enough control groups brings this about again and again.
+                match std::mem::replace(&mut self.said_lost, true) {
+                    false => tracing::info!("{text}"),
+                    true => tracing::debug!("{text}"),
+                }
+                self.scan(observer);
+                observer.lost_track();
+            }
+            Hint::Above { deleted } => {
+                if deleted {
+                    self.gone(&ControlGroupPath::root(), observer);
+                }
+                self.watch_ancestors();
+                self.look(&ControlGroupPath::root(), observer);
+            }
+            // Which control group has gone can't be told from the event. If there is another one, it was made
+            // later, and is told of next: the helper must look the path up again. To look for it now would be to wait
+            // for who removes others in the same directory.
+            Hint::Gone(path) => self.gone(&path, observer),
+            Hint::Made(path) => {
+                observer.added(path.clone());
+                self.pending.push_back(path);
+            }
+            Hint::Unnameable { parent, name, why } => self.say_unnameable(&parent, &name, why),
+            Hint::Unit { path, id } if self.blind => self.believe(path, id, observer),
+            Hint::NoUnit(path) if self.blind => self.gone(&path, observer),
+            Hint::Unit { path, .. } | Hint::NoUnit(path) => self.look(&path, observer),
+        }
+    }
+
+    /// What tells a control group from another one at the same path.
+    pub(super) fn identity(&self, path: &ControlGroupPath) -> Option<(Option<i32>, Option<u64>)> {
+        let known = self.groups.get(path)?;
+        let watch = known.watch.as_ref();
+        Some((
+            watch.map(WatchDescriptor::get_watch_descriptor_id),
+            known.id,
+        ))
+    }
+
+    pub(super) fn is_watched(&self, path: &ControlGroupPath) -> bool {
+        let known = self.groups.get(path);
+        known.is_some_and(|known| known.watch.is_some())
+    }
+
+    pub(super) fn watch_ancestors(&mut self) {
+        if let Some(watches) = &mut self.watches {
+            watches.watch_ancestors(&self.subtree);
+        }
+    }
+
+    /// Watches a control group and reports it, or that it is gone.
+    pub(super) fn enter(
+        &mut self,
+        path: &ControlGroupPath,
+        observer: &mut dyn Observer,
+    ) -> Option<ControlGroupPath> {
+        tracing::trace!("looking at {path:?}");
+        let directory = self.directory(path);
+        let watch = match self.watch(path, &directory) {
+            Ok(watch) => watch,
+            Err(Vanished) => {
+                self.gone(path, observer);
+                return None;
+            }
+        };
+        let before = self.groups.get_key_value(path);
+        let known_id = before.and_then(|(_, known)| known.id);
+        let id = match (&watch, before) {
+            // It has the same watch, so it is the same directory.
+            (Some(watch), Some((path, known))) if known.watch.as_ref() == Some(watch) => {
+                return Some(path.clone());
+            }
+            (Some(_), _) if known_id.is_none() => None,
+            _ => match std::fs::symlink_metadata(&directory) {
+                Ok(metadata) if metadata.is_dir() => Some(metadata.ino()),
+                found => {
+                    let known = before.map(|(path, _)| path.clone());
+                    // No control group has this watch yet, so nothing else would remove it.
+                    if let (Some(watch), Some(watches)) = (watch, &mut self.watches)
+                        && watches.group(&watch).is_none()
+                    {
+                        watches.remove(watch);
+                    }
+                    if let (Err(error), Some(known)) = (found, known)
+                        && !is_absence(&error)
+                    {
+                        if !is_lasting(&error) {
+                            self.unwatched_why =
+                                format!("control groups can't be looked at ({})", chain(&error));
+                            self.unwatched.insert(known.clone());
+                        }
+                        return Some(known);
+                    }
+                    self.gone(path, observer);
+                    return None;
+                }
+            },
+        };
+        let another = match (known_id, id) {
+            (Some(before), Some(now)) => before != now,
+            // A directory that is watched already would have the watch that it had: this is another one.
+            _ => before.is_some_and(|(_, known)| known.watch.is_some()),
+        };
+        if another {
+            self.gone(path, observer);
+        }
+        // Another path had this very directory: it was renamed, which cgroupfs never does.
+        let holder = match (&watch, &self.watches) {
+            (Some(watch), Some(watches)) => watches.group(watch).cloned(),
+            _ => None,
+        };
+        if let Some(other) = holder
+            && other != *path
+        {
+            self.gone(&other, observer);
+            return self.enter(path, observer);
+        }
+        let kept = observer.added(path.clone());
+        let id = match &watch {
+            Some(watch) => {
+                if let Some(watches) = &mut self.watches {
+                    watches.assign(watch, kept.clone());
+                }
+                self.unwatched.remove(path);
+                None
+            }
+            None => id,
+        };
+        self.groups.insert(kept.clone(), Known { watch, id });
+        Some(kept)
+    }
+
+    /// Watches a directory, if inotify is to be used and can.
+    pub(super) fn watch(
+        &mut self,
+        path: &ControlGroupPath,
+        directory: &Path,
+    ) -> Result<Option<WatchDescriptor>, Vanished> {
+        let Some(watches) = &mut self.watches else {
+            return Ok(None);
+        };
+        let error = match watches.add(directory) {
+            Ok(watch) => return Ok(Some(watch)),
+            Err(error) => error,
+        };
+        match errno(&error) {
+            _ if is_absence(&error) => return Err(Vanished),
+            _ if is_lasting(&error) => {
+                self.unwatched.remove(path);
+                self.say_closed(path, &error);
+                return Ok(None);
+            }
+            Some(Errno::NOSPC) => {
+                "inotify has no watches left (fs.inotify.max_user_watches)"
+                    .clone_into(&mut self.unwatched_why);
+                if !std::mem::replace(&mut self.said_exhausted, true) {
+                    tracing::warn!(
+                        "inotify has no watches left for '{}': raise fs.inotify.max_user_watches with \
+                         sysctl; until then control groups are looked at every now and then",
+                        self.subtree.shown(path),
+                    );
+                }
+            }
+            _ => {
+                self.unwatched_why = format!("control groups can't be watched ({})", chain(&error));
+                if !self.unwatched.contains(path) {
+                    let name = self.subtree.shown(path);
+                    let text = format!("can't watch '{name}': {}", chain(&error));
+                    match self.said.is_news(Kind::Unwatched, path) {
+                        true => tracing::warn!("{text}"),
+                        false => tracing::debug!("{text}"),
+                    }
+                }
+            }
+        }
+        self.unwatched.insert(path.clone());
+        Ok(None)
+    }
+
+    /// A control group is gone: forgets it and all below.
+    pub(super) fn gone(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) {
+        for path in observer.removed(path) {
+            self.forget(&path);
+        }
+        self.forget(path);
+    }
+
+    pub(super) fn forget(&mut self, path: &ControlGroupPath) {
+        self.unwatched.remove(path);
+        self.unlisted.remove(path);
+        self.noted.remove(path);
+        if let Some(Known {
+            watch: Some(watch), ..
+        }) = self.groups.remove(path)
+            && let Some(watches) = &mut self.watches
+        {
+            watches.remove(watch);
+        }
+    }
+
+    /// Whether a control group that should be watched is not, or could not be listed.
+    pub(super) fn is_incomplete(&self) -> bool {
+        let unwatched = !self.unwatched.is_empty() || self.watches.is_none();
+        self.monitor != Monitor::Dbus && unwatched || !self.unlisted.is_empty()
+    }
+
+    /// Whether systemd is to be asked.
+    pub(super) fn needs_systemd(&self) -> bool {
+        match self.monitor {
+            Monitor::Dbus => true,
+            Monitor::Auto => self.blind || self.is_incomplete(),
+            Monitor::Inotify => false,
+        }
+    }
+
+    /// Uses these watches from now on, or none.
+    pub(super) fn replace_watches(&mut self, watches: Option<inotify::Watches>) {
+        self.watches = watches;
+        for known in self.groups.values_mut() {
+            known.watch = None;
+        }
+        self.unwatched.clear();
+    }
+}
+
+/// A control group is not there any more.
+#[derive(Debug)]
+pub(super) struct Vanished;
+
+pub(super) fn errno(error: &io::Error) -> Option<Errno> {
+    error.raw_os_error().map(Errno::from_raw_os_error)
+}
+
+/// Whether an error says that there is no such directory.
+pub(super) fn is_absence(error: &io::Error) -> bool {
+    matches!(errno(error), Some(Errno::NOENT | Errno::NOTDIR))
+}
+
+/// Whether an error is one that no waiting mends: who has made the control group has made it so.
+pub(super) fn is_lasting(error: &io::Error) -> bool {
+    matches!(
+        errno(error),
+        Some(Errno::ACCESS | Errno::PERM | Errno::NAMETOOLONG)
+    )
+}
