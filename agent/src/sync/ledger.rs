@@ -19,16 +19,16 @@ use super::room::{Room, Waiting};
 use crate::policy::Target;
 use crate::policy::{Element, Hold, Tree};
 
-/// How long the control groups of one call may get, in bytes: all of a message but its frame, so that a
+/// How many bytes the control groups of one call may take: all of a message but its frame, so that a
 /// policy is replaced at once, and not in parts between which some control groups have the verdict of
-/// others. Only for names much longer than service managers make them it takes more than one.
+/// others. It takes more than one call only if names are much longer than service managers make them.
 const CALL_BYTES: usize = MESSAGE_BYTES - 4096;
 
-/// What the helper has under a path.
+/// What the helper holds for a path.
 #[derive(Debug, Clone)]
 struct Held {
     element: Element,
-    /// The control group that it is about is gone; another one may have its path.
+    /// The control group that the element is about is gone; another one may have its path.
     stale: bool,
 }
 
@@ -36,7 +36,7 @@ struct Held {
 #[derive(Debug, Default)]
 struct Flight {
     replace: bool,
-    /// With whether another control group has got the path since it was sent.
+    /// What gets an element; it is stale if another control group has got the path since the call was sent.
     assigned: BTreeMap<ControlGroupPath, Held>,
     removed: Vec<ControlGroupPath>,
 }
@@ -44,13 +44,13 @@ struct Flight {
 /// A call to the helper.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Call {
-    /// Replace everything by this.
+    /// Replace the whole policy by these elements.
     Replace(Vec<(ControlGroupPath, Element)>),
-    /// Change this.
+    /// Change these elements of the policy.
     Update {
-        /// These get a verdict.
+        /// These control groups get an element.
         assign: Vec<(ControlGroupPath, Element)>,
-        /// These have none of their own any more.
+        /// These control groups have none of their own any more.
         remove: Vec<ControlGroupPath>,
     },
 }
@@ -58,30 +58,30 @@ pub enum Call {
 /// What the helper does with a control group's packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Handling<'a> {
-    /// What this element says: its own, or that of what it is in.
+    /// What this element says, which is the control group's own or that of an ancestor.
     By(&'a Element),
-    /// They are held, since nothing is said about it yet.
+    /// They are held, since the helper was told nothing about the control group yet.
     Hold,
-    /// It knows nothing about it: they go direct, or as the system policy says.
+    /// It was told nothing about the control group or its ancestors: packets go direct, or as the system policy says.
     Nothing,
 }
 
-/// The accounts.
+/// What the helper holds, and what it lacks.
 #[derive(Debug)]
 pub struct Ledger {
-    /// Everything must be sent.
+    /// The whole policy must be sent.
     replace: bool,
     held: BTreeMap<ControlGroupPath, Held>,
     dirty: BTreeSet<ControlGroupPath>,
     flight: Option<Flight>,
     skipped: BTreeMap<ControlGroupPath, SkipReason>,
-    /// How many control groups the helper takes, as far as is known any number, and who has how many of what it holds.
+    /// How many control groups the helper takes (any number until it says otherwise), and who has how many of them.
     room: Room,
-    /// What is not said, since there is no room for it.
+    /// Control groups that are not sent, since there is no room for them.
     waiting: Waiting,
-    /// How long the control groups of one call may get, in bytes.
+    /// How many bytes the control groups of one call may take.
     pub(super) limit: usize,
-    /// How much of that is taken when everything is replaced, by what is not about single control groups.
+    /// How many of `limit` proxies, bypass list and gateway take when the whole policy is sent.
     head: usize,
 }
 
@@ -102,7 +102,7 @@ impl Default for Ledger {
 }
 
 impl Ledger {
-    /// What a control group should have may have changed.
+    /// Marks a control group as dirty.
     pub fn touch(&mut self, path: &ControlGroupPath) {
         // A whole policy has every control group in it, touched or not.
         if !self.replace {
@@ -110,7 +110,7 @@ impl Ledger {
         }
     }
 
-    /// The control group at this path is gone; another one may be there already.
+    /// Notes that the control group at this path is gone; another one may be there already.
     pub fn renew(&mut self, path: &ControlGroupPath) {
         self.skipped.remove(path);
         self.waiting.remove(path);
@@ -124,12 +124,12 @@ impl Ledger {
         }
     }
 
-    /// Everything must be sent again.
+    /// Has the whole policy sent again.
     pub fn replace_all(&mut self) {
         self.replace = true;
     }
 
-    /// The helper has nothing of ours, or nobody knows what.
+    /// Forgets what the helper holds: it holds nothing, or nobody knows what.
     pub fn lost(&mut self) {
         *self = Self {
             limit: self.limit,
@@ -138,13 +138,13 @@ impl Ledger {
         };
     }
 
-    /// Replacing everything takes so many bytes beside the control groups.
+    /// Sets how many bytes a whole policy takes beside the control groups.
     pub fn make_room_for(&mut self, head: usize) {
         self.head = head;
     }
 
-    /// The call under way was refused, for the helper takes no more control groups than these. Returns whether that is
-    /// news: what is said next keeps to it.
+    /// Notes that the helper takes no more than `most` control groups, for which it has refused the call under way.
+    /// Returns whether that was not known: then the next call keeps to it.
     pub fn bound(&mut self, most: usize) -> bool {
         if most >= self.room.most() {
             return false;
@@ -156,7 +156,7 @@ impl Ledger {
         true
     }
 
-    /// Whether there is no room for a control group.
+    /// Whether a control group is not sent, since there is no room for it.
     #[must_use]
     pub fn is_waiting(&self, path: &ControlGroupPath) -> bool {
         self.waiting.contains(path)
@@ -169,25 +169,25 @@ impl Ledger {
         Some((self.waiting.len(), first, self.room.most()))
     }
 
-    /// One control group of each user's for which there is no room, unless that was told of that user's before, and
-    /// likewise one of all others.
+    /// Control groups for which there is no room: one of each user about whose control groups this was not told before,
+    /// and likewise one of those that no user makes.
     pub fn news_of_shortage(&mut self) -> Vec<ControlGroupPath> {
         self.waiting.news()
     }
 
-    /// Nothing is left to be said or to be answered.
+    /// Whether nothing is left to be sent or to be answered.
     #[must_use]
     pub fn is_settled(&self) -> bool {
         !self.replace && self.dirty.is_empty() && self.flight.is_none()
     }
 
-    /// Everything is still to be said, or being said.
+    /// Whether the whole policy is still to be sent, or not answered yet.
     #[must_use]
     pub fn is_replacing(&self) -> bool {
         self.replace || self.flight.as_ref().is_some_and(|flight| flight.replace)
     }
 
-    /// The next call, if there is something to say and no call is under way.
+    /// The next call, if there is something to send and no call is under way.
     pub fn next(&mut self, tree: &Tree) -> Option<Call> {
         if self.flight.is_some() {
             return None;
@@ -271,8 +271,8 @@ impl Ledger {
         Call::Replace(assign)
     }
 
-    /// What there is no room for if everything is said anew. Nobody loses what they have to what has come since; of all
-    /// else, more inherits from what is less deep.
+    /// The control groups to leave out of a whole policy, since there is no room for them. Those that the helper holds
+    /// go first, so that nobody loses an element to a newer one; then those that are less deep, from which more inherit.
     fn leave_out<'t>(&self, tree: &'t Tree) -> BTreeSet<&'t ControlGroupPath> {
         let mut room = Room::new(self.room.most());
         if !room.is_limited() {
@@ -283,7 +283,7 @@ impl Ledger {
         cover.into_iter().filter(|path| !room.take(path)).collect()
     }
 
-    /// The call under way was carried out, but for these. Returns those that were not skipped for
+    /// Notes that the call under way was carried out, but for what was skipped. Returns what was not skipped for
     /// the same reason before.
     pub fn acknowledge(
         &mut self,
@@ -334,14 +334,14 @@ impl Ledger {
         news
     }
 
-    /// The helper has nothing under this path.
+    /// Notes that the helper holds nothing for this path.
     fn let_go(&mut self, path: &ControlGroupPath) {
         if self.held.remove(path).is_some() {
             self.room.give_back(path);
         }
     }
 
-    /// The call under way was refused, and nothing has changed: what it said is still to be said.
+    /// Notes that the call under way was refused and has changed nothing: what it said is still to be sent.
     pub fn refuse(&mut self) {
         if let Some(flight) = self.flight.take() {
             self.replace |= flight.replace;
@@ -392,7 +392,7 @@ fn fresh(element: &Element) -> Held {
     }
 }
 
-/// How long an assignment of this path gets in a message, at most, or its removal.
+/// How many bytes of a message an assignment to this path takes at most; without an element, its removal.
 fn encoded(path: &ControlGroupPath, element: Option<&Element>) -> usize {
     let escaped = |b: &u8| !matches!(b, b' '..=b'~') || matches!(b, b'"' | b'\\' | b'%');
     let bytes = path.as_bytes();

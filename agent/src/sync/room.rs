@@ -7,8 +7,8 @@ use cgtproxy_proto::path::ControlGroupPath;
 /// The slice of the user who makes a control group: `user-1000.slice`.
 pub(crate) type Maker = Box<[u8]>;
 
-/// Which user makes a control group, and as many as they like. What is not below a user's own service manager the
-/// system's makes, or a service or machine to which the administrator has delegated that.
+/// The user who makes a control group, and can make as many as they like; none if it is not below a user's service
+/// manager: then the system's service manager makes it, or a service or machine to which that is delegated.
 pub(crate) fn maker(path: &ControlGroupPath) -> Option<&[u8]> {
     let mut components = path.components();
     let slice = match (components.next(), components.next()) {
@@ -36,7 +36,7 @@ impl Room {
         }
     }
 
-    /// What these leave of it.
+    /// What is left of the room for `most` control groups beside those that are held.
     pub(super) fn beside<'a>(
         most: usize,
         held: impl Iterator<Item = &'a ControlGroupPath>,
@@ -46,7 +46,7 @@ impl Room {
         room
     }
 
-    /// How many it takes.
+    /// How many control groups the helper takes.
     pub(super) fn most(&self) -> usize {
         self.most
     }
@@ -55,15 +55,15 @@ impl Room {
         self.most < usize::MAX
     }
 
-    /// Whether there is room for another one. One user may not take more of it than is left for all others: so there
-    /// always is for these, whoever makes control groups without end.
+    /// Whether there is room for another control group of this user. One user may not take more room than is left for all
+    /// others, so that they always have some, whoever makes control groups without end.
     fn is_for(&self, maker: Option<&[u8]>) -> bool {
         let left = self.most.saturating_sub(self.taken);
         let has = maker.and_then(|maker| self.by.get(maker));
         left > 0 && has.is_none_or(|has| *has < left)
     }
 
-    /// Counts one that is held, whether there was room for it or not.
+    /// Counts a control group that is held, whether there was room for it or not.
     pub(super) fn count(&mut self, path: &ControlGroupPath) {
         if !self.is_limited() {
             return;
@@ -77,7 +77,7 @@ impl Room {
         }
     }
 
-    /// One that was counted is held no more.
+    /// Counts a control group no more.
     pub(super) fn give_back(&mut self, path: &ControlGroupPath) {
         if !self.is_limited() {
             return;
@@ -107,7 +107,7 @@ impl Room {
 #[derive(Debug, Default)]
 pub(super) struct Waiting {
     paths: BTreeMap<Option<Maker>, BTreeSet<ControlGroupPath>>,
-    /// For whose it was told.
+    /// The users about whose control groups it was told.
     told: BTreeSet<Option<Maker>>,
 }
 
@@ -130,12 +130,12 @@ impl Waiting {
         }
     }
 
-    /// All of them. What was told stays told.
+    /// Removes all control groups. What was told stays told.
     pub(super) fn clear(&mut self) {
         self.paths.clear();
     }
 
-    /// One for which there is room now.
+    /// Takes out a control group for which there is room now.
     pub(super) fn pop(&mut self, room: &Room) -> Option<ControlGroupPath> {
         let mut paths = self.paths.iter();
         let (_, paths) = paths.find(|(maker, _)| room.is_for(maker.as_deref()))?;
@@ -160,7 +160,7 @@ impl Waiting {
         self.paths.values().find_map(BTreeSet::first)
     }
 
-    /// One of each maker's, unless that was told before.
+    /// One control group of each user about whose control groups this was not told before.
     pub(super) fn news(&mut self) -> Vec<ControlGroupPath> {
         let mut news = Vec::new();
         for (maker, paths) in &self.paths {
