@@ -22,7 +22,7 @@ use crate::state::{Agent, Source, State};
 use crate::text::{chain, printable};
 use crate::timing::Backoff;
 
-/// How long to wait before connecting again: doubled from one to the other.
+/// How long to wait before connecting again, at first and at most.
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
 
 /// How long the relay may take to answer.
@@ -55,7 +55,7 @@ impl Relay {
             .and_then(|(_, dns)| *dns)
     }
 
-    /// Whether it is still to be heard from.
+    /// Whether the relay has still to say where it listens for one of the configuration's proxies.
     #[must_use]
     pub fn is_awaited(&self, config: &Config) -> bool {
         let relayed = config
@@ -66,8 +66,8 @@ impl Relay {
     }
 }
 
-/// Why what has this target is refused, though that is in the kernel: it is a proxy of the relay's, and it is not known
-/// where that listens, or the helper is still to be told.
+/// Why packets for this target are refused though the verdict is in the kernel, if they are: it is a proxy of the relay's,
+/// and nobody knows yet where that listens, or the helper does not.
 #[must_use]
 pub fn lacks(state: &State, target: &Target) -> Option<String> {
     let Target::Proxy(name) = target else {
@@ -114,7 +114,7 @@ pub async fn run(agent: &Agent, socket: &Path) {
         let basis = Basis::of(agent);
         let wanted = wanted(agent);
         if wanted.upstreams.is_empty() {
-            settle(agent, Relay::default());
+            note(agent, Relay::default());
             while Basis::of(agent) == basis {
                 if changes.changed().await.is_err() {
                     return;
@@ -139,13 +139,13 @@ pub async fn run(agent: &Agent, socket: &Path) {
             tracing::warn!("{why}; what goes to proxies by it is refused; trying again");
         }
         let problem = Some(why);
-        settle(agent, Relay { problem, ..known });
+        note(agent, Relay { problem, ..known });
         sleep(back_off.next()).await;
     }
 }
 
-/// Tells the relay what to do until it is gone, or nothing is left for it to do. Returns why, and whether
-/// it has done anything.
+/// Tells the relay what to do until it is gone, or nothing is left for it to do. Returns why it is gone, and whether it
+/// was told anything.
 async fn converse(
     agent: &Agent,
     client: &mut Client,
@@ -169,7 +169,7 @@ async fn converse(
         for upstream in &mut told.upstreams {
             upstream.preferredPort = preferred(&ports, &upstream.name);
         }
-        settle(
+        note(
             agent,
             Relay {
                 ports,
@@ -205,7 +205,7 @@ async fn converse(
 }
 
 /// Notes what is known of the relay, and has the helper told if it matters to it.
-fn settle(agent: &Agent, relay: Relay) {
+fn note(agent: &Agent, relay: Relay) {
     {
         let mut state = agent.state_mut();
         if state.relay == relay {
@@ -222,7 +222,8 @@ fn settle(agent: &Agent, relay: Relay) {
     agent.wake();
 }
 
-/// What decides what the relay is to do, beside what it has said itself. Nearly all changes are of something else.
+/// What decides what the relay is to do, beside what it has said itself. Nearly all changes of the state are of something
+/// else.
 struct Basis {
     source: Rc<Source>,
     accepted: Option<Rc<Source>>,

@@ -80,7 +80,7 @@ impl Subtree {
         }
     }
 
-    /// The same, where cgroup v2 can't be seen: only others can tell what is in it.
+    /// This subtree on a machine where cgroup v2 can't be seen: only systemd can tell what is in it.
     #[must_use]
     pub fn unseen(self) -> Self {
         Self {

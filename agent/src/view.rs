@@ -83,7 +83,7 @@ pub fn skipped(state: &State, path: &ControlGroupPath) -> Option<&'static str> {
     })
 }
 
-/// Such a reason for a person.
+/// Why the helper passed over a control group, for a person.
 #[must_use]
 pub fn sentence(reason: &SkipReason) -> &'static str {
     match reason {
@@ -95,7 +95,8 @@ pub fn sentence(reason: &SkipReason) -> &'static str {
     }
 }
 
-/// The same by its name, which another version's agent may have said.
+/// Why a control group has no verdict of its own, for a person, by the name of the reason. The agent that has named it may
+/// be of another version.
 #[must_use]
 pub fn named_sentence(reason: &str) -> String {
     if reason == NO_ROOM {

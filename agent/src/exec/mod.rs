@@ -30,7 +30,7 @@ pub use scope::{Error as ScopeError, Process};
 
 use agent::Agent;
 use cli::Action;
-use scope::Scope;
+use scope::ScopeUnit;
 
 use crate::config;
 use crate::server::default_socket;
@@ -177,7 +177,7 @@ async fn enter(target: &str, name: &str, process: Process, wait: bool) -> Result
         Process::This => std::process::id(),
         Process::Other(pid) => pid,
     };
-    let scope = Scope::new(target, name, pid);
+    let scope = ScopeUnit::new(target, name, pid);
     let entered = scope.enter(&addresses, process).await;
     match entered {
         // Root without a manager is mostly in another user's session, as under sudo.

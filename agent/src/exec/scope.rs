@@ -145,7 +145,7 @@ async fn has_our_numbers(manager: &Manager) -> zbus::Result<bool> {
 }
 
 /// Starts a scope with a process in it, and returns when the process is there.
-async fn start(manager: &Manager, scope: &Scope, process: Process) -> Result<(), Error> {
+async fn start(manager: &Manager, scope: &ScopeUnit, process: Process) -> Result<(), Error> {
     let refused = |answer| Error::Refused {
         scope: scope.name.clone(),
         answer,
@@ -205,13 +205,13 @@ async fn start(manager: &Manager, scope: &Scope, process: Process) -> Result<(),
 
 /// A scope to be started.
 #[derive(Debug)]
-pub(crate) struct Scope {
+pub(crate) struct ScopeUnit {
     name: String,
     slice: String,
     description: String,
 }
 
-impl Scope {
+impl ScopeUnit {
     /// A scope for process `pid`, which is going to run `command` for `target`.
     pub(crate) fn new(target: &str, command: &str, pid: u32) -> Self {
         // A process can be moved more than once, and a scope outlives the process that it was made
@@ -298,8 +298,8 @@ mod tests {
 
     #[test]
     fn names_say_what_runs_and_differ() {
-        let a = Scope::new("my-proxy", "/usr/bin/curl", 7);
-        let b = Scope::new("my-proxy", "/usr/bin/curl", 7);
+        let a = ScopeUnit::new("my-proxy", "/usr/bin/curl", 7);
+        let b = ScopeUnit::new("my-proxy", "/usr/bin/curl", 7);
         assert!(a.name.starts_with("cgtproxy-exec-curl-7-"), "{}", a.name);
         assert!(a.name.ends_with(".scope"), "{}", a.name);
         assert_ne!(a.name, b.name);
@@ -308,7 +308,7 @@ mod tests {
 
     #[test]
     fn a_scope_is_found_in_every_control_group_namespace() {
-        let scope = Scope::new("drop", "x", 7);
+        let scope = ScopeUnit::new("drop", "x", 7);
         let name = &scope.name;
         for path in [
             format!("/user.slice/cgtproxy-drop.slice/{name}"),
@@ -340,7 +340,7 @@ mod tests {
         ] {
             assert_eq!(readable(command), name, "{command:?}");
         }
-        let longest = Scope::new(&"t".repeat(64), &"x".repeat(300), u32::MAX);
+        let longest = ScopeUnit::new(&"t".repeat(64), &"x".repeat(300), u32::MAX);
         assert!(longest.name.len() < 256, "{}", longest.name);
     }
 }

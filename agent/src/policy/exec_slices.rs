@@ -50,7 +50,7 @@ impl ExecSlices {
         found.cloned()
     }
 
-    /// Whether a control group below this one may be in a slice of these with such a verdict.
+    /// Whether a control group below this one may be in a slice whose target has this property.
     #[must_use]
     pub fn may_come_below(
         &self,
@@ -70,7 +70,7 @@ impl ExecSlices {
     }
 }
 
-/// The slice that systemd puts all of them in, for their names begin with its name.
+/// The slice that systemd puts all slices of targets in, since their names begin with its name.
 const ALL: &[u8] = b"cgtproxy.slice";
 const SUFFIX: &[u8] = b".slice";
 

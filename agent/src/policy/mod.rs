@@ -33,9 +33,9 @@ pub use tree::Tree;
 pub enum Target {
     /// They leave as if cgtproxy were not there.
     Direct,
-    /// None leaves but to bypassed destinations.
+    /// They leave only to bypassed destinations.
     Drop,
-    /// None leaves at all.
+    /// They don't leave at all.
     DropAll,
     /// They go to this proxy.
     Proxy(Rc<ProxyName>),
@@ -85,8 +85,8 @@ pub struct Choice {
     pub origin: Origin,
 }
 
-/// What becomes of a control group's packets, its own verdict or an inherited one. The kernel makes a difference
-/// between two of them if they are not equal.
+/// What becomes of a control group's packets, by its own verdict or an inherited one. The kernel has to tell two verdicts
+/// apart if they are not equal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
     /// What happens to them.
@@ -108,7 +108,7 @@ impl Verdict {
         }
     }
 
-    /// What has to be held until it is known which of the two it is.
+    /// What has to be held while a control group may have this verdict or the other one.
     fn hold_for(&self, other: &Self) -> Hold {
         if self == other {
             Hold::None
@@ -120,7 +120,7 @@ impl Verdict {
     }
 }
 
-/// What sends nothing below a control group: what nothing is said about, since it could be decided otherwise.
+/// Whether control groups below this one send nothing until they have an element, since their verdicts could differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Hold {
     /// Nothing is held: it has the verdict of what it is in.
@@ -181,11 +181,11 @@ pub struct Rules {
     /// Whether they are a user's own, and not the system's. In users' own the relay's unit goes direct before all else:
     /// anybody can give a control group its name, which must not get anybody out of what root's policy enforces.
     pub users: bool,
-    /// Stand before the rules; none if they are switched off.
+    /// The slices of cgtproxy-exec, which come before the rules; none if they are switched off.
     pub exec_slices: Option<ExecSlices>,
-    /// In the order of the file; the first that matches decides.
+    /// The rules in the order of the file; the first that matches decides.
     pub rules: Vec<Rule>,
-    /// What control groups may do about which nothing is known yet.
+    /// What new control groups may do before their verdicts are in the kernel.
     pub start: Start,
 }
 

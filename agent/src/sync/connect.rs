@@ -20,7 +20,7 @@ use crate::text::chain;
 use crate::timing::Backoff;
 use crate::watch::inotify::Events;
 
-/// How long to wait before connecting again: doubled from one to the other.
+/// How long to wait before connecting again, at first and at most.
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(2));
 
 /// How long a starting agent waits for another one to go. One that was killed a moment ago may not be
@@ -137,7 +137,7 @@ async fn remove_what_is_left(socket: &Path) {
     }
 }
 
-/// What is kept of an earlier session can be removed by another one alone.
+/// Removes what the helper keeps of an earlier session, which only a session can do.
 async fn take_over_and_remove(client: &mut Client) -> Result<(), CallError> {
     let nothing = wire::ReplacePolicy {
         proxies: Vec::new(),

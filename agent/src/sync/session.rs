@@ -22,7 +22,7 @@ use crate::text::{chain, printable};
 use crate::timing::{Backoff, sleep_until};
 use crate::view;
 
-/// How long to wait before saying again what the helper refused: doubled from one to the other.
+/// How long to wait before making a call again that the helper refused, at first and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
 /// How long the helper may take to remove the policy of an agent that ends, or to come back to do so. If it takes
@@ -31,11 +31,11 @@ pub(super) const FAREWELL: Duration = Duration::from_secs(2);
 
 /// How a session ended.
 pub(super) enum End {
-    /// As it was told to.
+    /// The agent stops.
     Stopped,
-    /// Another agent has it.
+    /// Another agent of the user has the session.
     SessionExists,
-    /// The connection is no more.
+    /// The connection is of no use any more, for this reason.
     Lost(String),
 }
 
@@ -160,8 +160,8 @@ impl<'a> Session<'a> {
         self.agent.tell();
     }
 
-    /// Whether a refusal only says how many control groups there is room for, which nobody knew. What there is room for
-    /// is said at once, and what has gone is removed.
+    /// Whether a refusal only tells how many control groups the helper takes, which was not known. Then the next call
+    /// keeps to it.
     fn learns_limit(&self, fault: &Fault) -> bool {
         let ErrorKind::TooManyControlGroups(Some(args)) = fault.kind() else {
             return false;
@@ -236,7 +236,7 @@ impl<'a> Session<'a> {
         None
     }
 
-    /// There is nothing to say.
+    /// Tells the service manager how it stands, since there is nothing to tell the helper.
     fn settled(&self) {
         // What has room after the next call has it by now.
         let news = self.agent.state_mut().news_of_shortage();
@@ -268,7 +268,7 @@ impl<'a> Session<'a> {
         finish_reload(self.agent);
     }
 
-    /// Ends what this session has established. What an earlier one has left is not this one's to remove.
+    /// Removes the policy that this session has established. What an earlier session has left is not removed.
     async fn remove_policy(&mut self) -> End {
         if !self.established {
             return End::Lost("stopped before the helper took anything".to_owned());
@@ -283,7 +283,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Returns after a while, or when there is another configuration.
+/// Returns after `back_off`, or when another configuration than `source` is to be in force.
 async fn wait_for_news(agent: &Agent, back_off: Duration, source: &Rc<Source>) {
     let time = sleep(back_off);
     tokio::pin!(time);
@@ -312,7 +312,7 @@ pub(super) async fn remove(client: &mut Client) -> Result<(), CallError> {
     call.await.map(|RemovePolicy_Reply {}| ())
 }
 
-/// Says of an agent's policy that it outlives the agent.
+/// Logs that the agent's policy outlives the agent.
 pub(super) fn say_that_it_stays(why: &str) {
     tracing::warn!(
         "the policy could not be removed: {why}; what becomes of it is up to 'on-agent-loss' in helper.yaml"

@@ -130,7 +130,7 @@ impl Drop for Follower {
 /// Why a connection is of no use any more.
 #[derive(Debug)]
 enum End {
-    /// Nobody takes reports.
+    /// Nobody takes reports any more.
     Stopped,
     Lost(String),
 }
@@ -182,7 +182,7 @@ async fn follow(subtree: Subtree, addresses: Vec<Address>, reports: mpsc::Sender
 /// A question that has been sent.
 #[derive(Debug)]
 enum Question {
-    /// Nothing comes of it, but that it was not refused.
+    /// A call that only must not be refused.
     Setup,
     /// Which units there are.
     List,
@@ -197,14 +197,14 @@ enum Question {
 /// How far it is known which control group a unit has.
 #[derive(Debug, Default, PartialEq, Eq)]
 enum Asked {
-    /// For all that is known, what is known is so.
+    /// What is known is up to date.
     #[default]
     No,
-    /// It is to be asked about.
+    /// The unit is to be asked about.
     Queued,
-    /// It has been asked about.
+    /// The unit has been asked about.
     Sent,
-    /// It has changed since it was asked about.
+    /// The unit has changed since it was asked about.
     Again,
 }
 
@@ -220,20 +220,20 @@ struct Unit {
     loaded: bool,
 }
 
-/// One connection.
+/// One connection to systemd.
 struct Session<'a> {
     subtree: &'a Subtree,
     connection: &'a Connection,
     reports: &'a mpsc::Sender<Report>,
-    /// Who systemd is on the bus; what others send is ignored.
+    /// systemd's unique name on the bus; what others send is ignored.
     owner: Option<String>,
-    /// By name.
+    /// All units of these kinds, by name.
     units: HashMap<String, Unit>,
     questions: HashMap<NonZeroU32, Question>,
     queue: VecDeque<String>,
     outgoing: Vec<Message>,
     hints: Vec<Hint>,
-    /// Units that are to be known before all control groups are; none if they are.
+    /// Units whose control groups are still to be known before all are reported; none if all were reported.
     missing: Option<HashSet<String>>,
     /// All control groups have been reported.
     announced: bool,
@@ -280,7 +280,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Reports what there is to report.
+    /// Sends the report that is due, if one is.
     async fn report(&mut self) -> Result<(), End> {
         let report = match &self.missing {
             // Not before all of it is known.
@@ -334,7 +334,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Begins anew.
+    /// Asks for all units.
     fn list(&mut self) -> zbus::Result<()> {
         // Until the list is there, something is missing.
         self.missing = Some(HashSet::from([String::new()]));
@@ -581,7 +581,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// It is known which control group a unit has.
+    /// Notes which control group a unit has.
     fn answered(&mut self, name: &str, id: Option<u64>) {
         let Some(unit) = self.units.get_mut(name) else {
             return;

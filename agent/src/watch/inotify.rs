@@ -20,13 +20,13 @@ use cgtproxy_proto::path::ControlGroupPath;
 /// How many bytes of events are read at once.
 const BUFFER_BYTES: usize = 16 * 1024;
 
-/// How many events are taken at once, before the last ones that were read with them.
+/// How many events are taken at once; those that were read together with the last one come on top.
 const BATCH: usize = 1024;
 
-/// How long an event is without a name, and what its name's length is a multiple of (struct inotify_event).
+/// How many bytes an event has without its name. The length of the name is a multiple of it (struct inotify_event).
 const EVENT_BYTES: usize = 16;
 
-/// How long an event is with the longest name.
+/// How many bytes an event has with the longest name.
 const LONGEST_EVENT: usize = EVENT_BYTES + 256;
 
 /// Something that happened in a watched directory.
@@ -36,7 +36,7 @@ pub struct Event {
     pub watch: i32,
     /// What happened.
     pub mask: EventMask,
-    /// To what; empty if to the directory itself.
+    /// The name of what it happened to; empty if that is the directory itself.
     pub name: Vec<u8>,
 }
 
@@ -48,15 +48,15 @@ pub struct Events {
     waiting: Waiting,
 }
 
-/// A copy of the descriptor, with which the runtime waits for events, as for what is in a pipe. It is kept while nobody
-/// waits: whoever gave it back would be without one if somebody else took the last one there is.
+/// A copy of the descriptor, with which the runtime waits for events as for what is in a pipe. It is kept while nobody
+/// waits: once closed, there may be no descriptor left for another copy.
 #[derive(Debug)]
 enum Waiting {
     /// The runtime waits.
     Runtime(Receiver),
-    /// Nobody does: events are left where they are.
+    /// Nobody waits: events are left in the queue.
     Nobody(OwnedFd),
-    /// The runtime could not be told to wait, or not to, and the copy is gone.
+    /// The copy is gone, since the runtime could not be told to wait or to stop waiting.
     Lost,
 }
 
@@ -123,7 +123,7 @@ impl Events {
         }
     }
 
-    /// Returns when there are events, and leaves them where they are: nobody is woken by more of them until somebody
+    /// Returns when there are events, and leaves them in the queue: nobody is woken by more of them until somebody
     /// waits for the [next](Self::next) ones. Cancel safe.
     ///
     /// # Errors
@@ -135,7 +135,7 @@ impl Events {
         self.waiting.leave()
     }
 
-    /// Whether events are left where they are.
+    /// Whether events are left in the queue.
     #[must_use]
     pub fn are_left(&self) -> bool {
         !matches!(self.waiting, Waiting::Runtime(_))
@@ -154,9 +154,9 @@ impl Events {
     }
 }
 
-/// Adds what there is to a batch, until that has some [`BATCH`]. The error is `WouldBlock` if that was all, which the
-/// kernel need not say: it stops where the next event does not fit, so that where one of any size would have fitted
-/// there was none.
+/// Adds the events in the queue to a batch, until it has some [`BATCH`]. The error is `WouldBlock` if the queue is empty.
+/// That is known without asking the kernel again: it stops where the next event does not fit into the buffer, so there is
+/// no next event if the longest one would have fitted.
 fn read(inotify: &mut Inotify, buffer: &mut [u8], batch: &mut Vec<Event>) -> io::Result<()> {
     while batch.len() < BATCH {
         let events = match inotify.read_events(buffer) {
@@ -205,7 +205,7 @@ enum Watched {
 #[derive(Debug)]
 pub(super) struct Watches {
     inner: inotify::Watches,
-    /// Those above the subtree's root.
+    /// The watches on the directories above the subtree's root.
     ancestors: Vec<Option<WatchDescriptor>>,
     watched: HashMap<i32, Watched>,
 }
