@@ -21,7 +21,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 const BUFFER_BYTES: usize = 16 * 1024;
 
 /// How many events are taken at once; those that were read together with the last one come on top.
-const BATCH: usize = 1024;
+pub(super) const BATCH: usize = 1024;
 
 /// How many bytes an event has without its name. The length of the name is a multiple of it (struct inotify_event).
 const EVENT_BYTES: usize = 16;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::dbus::{Follower, Report};
-use super::inotify::{Event, Events, Watches};
+use super::inotify::{BATCH, Event, Events, Watches};
 use super::{Error, Monitor, Observer, Watcher, Watching};
 use crate::state::Agent;
 use crate::subtree::Subtree;
@@ -236,11 +236,15 @@ impl Sources {
         {
             let mut watcher = watcher.borrow_mut();
             let mut state = agent.state_mut();
+            let was_all = batch.len() < BATCH;
             for event in batch {
                 let watches = watcher.watches.as_ref();
                 if let Some(hint) = watches.and_then(|w| w.hint(&watcher.subtree, &event)) {
                     watcher.hint(hint, &mut *state);
                 }
+            }
+            if was_all {
+                watcher.ahead.clear();
             }
         }
         self.hinted = true;

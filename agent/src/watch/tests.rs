@@ -197,6 +197,25 @@ async fn what_is_in_a_directory_that_was_made_again_is_not_in_force_by_what_was_
     assert!(in_force(&start, "a/drop-1/c"));
 }
 
+#[tokio::test]
+async fn word_that_one_is_gone_is_not_about_another_that_was_seen_since() {
+    let mut start = Start::with(&["a/drop-1"]);
+    start.watch();
+    start.said(&[]);
+    // The events of this are not read yet.
+    start.make_again("groups/a/drop-1");
+    let path = ControlGroupPath::from_wire("a/drop-1").unwrap();
+    start.watcher.look(&path, &mut *start.agent.state_mut());
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+    let gone = || Hint::Gone(path.clone());
+    start.watcher.hint(gone(), &mut *start.agent.state_mut());
+    assert_eq!(start.said(&[]), [] as [&str; 0]);
+    // By now they are.
+    start.watcher.ahead.clear();
+    start.watcher.hint(gone(), &mut *start.agent.state_mut());
+    assert_eq!(start.said(&[]), ["-a/drop-1"]);
+}
+
 /// Who tells the helper and who answers need not wait until everything is watched.
 #[tokio::test]
 async fn others_have_their_turn_between_what_is_watched() {

@@ -50,6 +50,9 @@ pub struct Watcher {
     pub(super) blind: bool,
     /// Control groups that were announced and not looked at yet.
     pub(super) pending: VecDeque<ControlGroupPath>,
+    /// Control groups that were looked at ahead of the events in inotify's queue, and were new: an event by which they are
+    /// gone may be about another one at the same path.
+    pub(super) ahead: BTreeSet<ControlGroupPath>,
     /// What was found in control groups that are to be watched later, with inodes and in order.
     pub(super) noted: BTreeMap<ControlGroupPath, Vec<(ControlGroupPath, u64)>>,
     /// This process's working directory; none if it can't be opened.
@@ -79,6 +82,7 @@ impl Watcher {
             unlisted_why: String::new(),
             blind: false,
             pending: VecDeque::new(),
+            ahead: BTreeSet::new(),
             noted: BTreeMap::new(),
             home: rustix::fs::open(".", HOME, Mode::empty()).ok(),
             here: None,
@@ -203,14 +207,26 @@ impl Watcher {
             self.approach(&path);
             if self.enter(&path, observer).is_some() && before != self.identity(&path) {
                 self.list(&path, &mut stack, observer);
+                self.note_ahead(path);
             }
         }
         stack.push(path.clone());
         while let Some(path) = stack.pop() {
+            let before = self.identity(&path);
             self.approach(&path);
             self.look_at(&path, &mut stack, observer);
+            if before != self.identity(&path) {
+                self.note_ahead(path);
+            }
         }
         self.go_home();
+    }
+
+    /// Notes that a control group was looked at ahead of the events that tell of it, if there are any.
+    fn note_ahead(&mut self, path: ControlGroupPath) {
+        if self.is_watched(&path) {
+            self.ahead.insert(path);
+        }
     }
 
     /// Looks at one control group, and adds what is in it to `found` if it is new or not watched.
@@ -289,8 +305,11 @@ impl Watcher {
             }
             // Which control group has gone can't be told from the event. If there is another one, it was made
             // later, and is told of next: the helper must look the path up again. To look for it now would be to wait
-            // for who removes others in the same directory.
-            Hint::Gone(path) => self.gone(&path, observer),
+            // for who removes others in the same directory; so that is done only if it was looked at before already.
+            Hint::Gone(path) => match self.ahead.contains(&path) {
+                true => self.look(&path, observer),
+                false => self.gone(&path, observer),
+            },
             Hint::Made(path) => {
                 observer.added(path.clone());
                 self.pending.push_back(path);
@@ -491,6 +510,7 @@ impl Watcher {
     /// Uses these watches from now on, or none.
     pub(super) fn replace_watches(&mut self, watches: Option<inotify::Watches>) {
         self.watches = watches;
+        self.ahead.clear();
         for known in self.groups.values_mut() {
             known.watch = None;
         }
