@@ -102,7 +102,7 @@ impl Finding {
 pub struct Group {
     /// What they are about, in a word.
     pub name: &'static str,
-    /// What was looked at, as it is if nothing is wrong.
+    /// What was looked at, as it is if nothing is wrong; empty if something is.
     pub summary: String,
     /// What is wrong.
     pub findings: Vec<Finding>,
@@ -116,6 +116,12 @@ impl Group {
             name,
             ..Self::default()
         }
+    }
+
+    /// Whether everything was looked at, and nothing is worse than a note.
+    pub(crate) fn is_fine(&self) -> bool {
+        let notes_only = |finding: &Finding| finding.severity == Severity::Note;
+        self.unseen.is_empty() && self.findings.iter().all(notes_only)
     }
 
     pub(crate) fn found(&mut self, finding: impl IntoIterator<Item = Finding>) {

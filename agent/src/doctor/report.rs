@@ -124,8 +124,7 @@ fn head(out: &mut impl fmt::Write, group: &Group, style: &Style) -> fmt::Result 
         Some(Severity::Note) | None => (style.good, "ok"),
     };
     let (name, dim, plain) = (group.name, style.dim, style.plain);
-    let fine = worst.is_none_or(|worst| worst == Severity::Note) && group.unseen.is_empty();
-    match fine && !group.summary.is_empty() {
+    match group.is_fine() && !group.summary.is_empty() {
         true => {
             let summary = printable(&group.summary);
             writeln!(

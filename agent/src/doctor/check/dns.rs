@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use super::proxies::{takes, way};
+use super::relay::UNASKED;
 use crate::doctor::facts::{Dns, Facts, Family, Listener, Proxy, Server, Transport};
 use crate::doctor::{Finding, Group};
 
@@ -17,6 +18,15 @@ pub(super) fn check(facts: &Facts) -> Group {
     let relay = proxies
         .iter()
         .any(|proxy| proxy.server == Server::Relay { fake_dns: true });
+    let unasked = match &facts.relay {
+        Some(Ok(_)) => None,
+        Some(Err(_)) => Some("the relay is of no use"),
+        None => Some(UNASKED),
+    };
+    if let Some(why) = unasked.filter(|_| relay) {
+        let what = "whether the relay answers hijacked queries";
+        group.unseen.push(format!("{what}: {why}"));
+    }
     if hijacks.is_empty() && !relay {
         group.summary = "no dns-hijack in the configuration".to_owned();
         return group;

@@ -36,5 +36,12 @@ const CHECKS: [Check; 9] = [
 /// Looks at everything.
 #[must_use]
 pub fn all(facts: &Facts) -> Vec<Group> {
-    CHECKS.iter().map(|check| check(facts)).collect()
+    let summarised = |check: &Check| {
+        let mut group = check(facts);
+        if !group.is_fine() {
+            group.summary.clear();
+        }
+        group
+    };
+    CHECKS.iter().map(summarised).collect()
 }

@@ -7,11 +7,18 @@ use crate::doctor::facts::Facts;
 use crate::doctor::{Finding, Group};
 use crate::text::printable;
 
+/// Why the relay was not asked, where the configuration has a proxy for it.
+pub(super) const UNASKED: &str =
+    "only an agent that has the proxies of the configuration in force knows of it";
+
 pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("relay");
     let status = match &facts.relay {
         None => {
-            group.summary = "nothing is carried on to other proxies".to_owned();
+            match facts.relayed().is_empty() {
+                true => group.summary = "nothing is carried on to other proxies".to_owned(),
+                false => group.unseen.push(format!("the relay: {UNASKED}")),
+            }
             return group;
         }
         Some(Err(why)) => {

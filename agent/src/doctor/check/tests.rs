@@ -684,6 +684,42 @@ fn what_could_not_be_looked_at_does_not_pass_for_good() {
     assert_eq!(report::count(&groups, Severity::Error), 0);
 }
 
+/// Nor does what would need something that is missing.
+#[test]
+fn a_relay_that_nobody_could_ask_does_not_pass_for_good() {
+    let said = |facts: &Facts| {
+        let groups = all(facts);
+        let mut text = String::new();
+        report::render(&mut text, &groups, false).unwrap();
+        text
+    };
+    let mut facts = fine();
+    facts.config = ConfigFile::Read(vec![relayed(true)]);
+    facts.agent = Agent::NotRunning;
+    facts.relay = None;
+    let text = said(&facts);
+    assert!(text.contains("unknown  relay\n"), "{text}");
+    assert!(text.contains("unknown  dns\n"), "{text}");
+    facts.agent = fine().agent;
+    facts.relay = Some(Err("no relay listens".into()));
+    let text = said(&facts);
+    assert!(text.contains("error    relay\n"), "{text}");
+    assert!(text.contains("unknown  dns\n"), "{text}");
+}
+
+#[test]
+fn what_is_wrong_has_no_summary_that_says_it_is_right() {
+    for (id, _, wreck) in BROKEN {
+        let mut facts = fine();
+        wreck(&mut facts);
+        for group in all(&facts) {
+            let worst = group.findings.iter().map(|finding| finding.severity).max();
+            let wrong = worst.is_some_and(|worst| worst > Severity::Note);
+            assert!(!wrong || group.summary.is_empty(), "{id}: {group:?}");
+        }
+    }
+}
+
 #[test]
 fn what_is_kept_of_an_agent_that_is_gone_does_not_pass_for_direct() {
     let mut facts = fine();

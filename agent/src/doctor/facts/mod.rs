@@ -307,6 +307,14 @@ impl Facts {
         }
     }
 
+    /// The proxies that the relay carries connections on to.
+    #[must_use]
+    pub fn relayed(&self) -> Vec<Proxy> {
+        let mut proxies = self.proxies();
+        proxies.retain(|proxy| matches!(proxy.server, Server::Relay { .. }));
+        proxies
+    }
+
     /// What the helper has to say about the machine.
     ///
     /// # Errors
