@@ -128,7 +128,11 @@ fn run(options: Options) -> Result<(), Error> {
         .map_err(Error::Runtime)?;
     let wait = !options.no_wait;
     match options.meaning() {
-        None => runtime.block_on(list()),
+        None => match runtime.block_on(list()) {
+            // Whoever reads has seen enough.
+            Err(Error::Write(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            listed => listed,
+        },
         Some((target, Action::Move(pid))) => {
             let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
             let name = String::from_utf8_lossy(name.trim_ascii_end());

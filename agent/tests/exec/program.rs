@@ -449,6 +449,20 @@ fn lists_targets_for_completion() {
 }
 
 #[test]
+fn a_reader_of_the_list_that_is_gone_is_no_error() {
+    let session = Session::new(Behaviour::default());
+    let (here, there) = std::os::unix::net::UnixStream::pair().unwrap();
+    drop(there);
+    let mut command = session.command(["--list"]);
+    let output = command.stdout(std::os::fd::OwnedFd::from(here));
+    let output = output.stderr(Stdio::piped()).output().unwrap();
+    assert_eq!(
+        (output.status.code(), stderr(&output).as_str()),
+        (Some(0), "")
+    );
+}
+
+#[test]
 fn a_wrong_command_line_is_its_own_failure() {
     let session = Session::new(Behaviour::default());
     let status = |args: &[&str]| session.command(args).output().unwrap().status.code();
