@@ -23,6 +23,7 @@ use crate::relay;
 use crate::run::{self, Options};
 use crate::server;
 use crate::subtree::{self, Subtree};
+use crate::text::printable;
 
 /// The system configuration.
 const SYSTEM_CONFIG: &str = "/etc/cgtproxy/config.yaml";
@@ -173,9 +174,18 @@ fn print(text: &[u8]) -> Result<(), Error> {
 }
 
 fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCode, Error> {
-    match file {
-        Some(file) => check::run(file, arguments.scope()),
-        None => check::run(&config_file(arguments)?.path, arguments.scope()),
+    if let Some(file) = file {
+        return check::run(file, arguments.scope());
+    }
+    let file = config_file(arguments)?;
+    match check::run(&file.path, arguments.scope()) {
+        Err(Error::Config(LoadError::Missing(_))) if !file.explicit => {
+            not_roots_own(arguments)?;
+            let name = printable(&file.path.to_string_lossy());
+            print(format!("there is no file {name}: everything goes direct\n").as_bytes())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        checked => checked,
     }
 }
 

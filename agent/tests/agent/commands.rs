@@ -152,6 +152,33 @@ fn status_and_explain_show_what_is_in_force() {
 }
 
 #[test]
+fn check_of_no_file_is_no_failure_unless_it_was_named() {
+    let world = World::new("");
+    let check = |arguments: &[&str]| {
+        let mut command = world.command();
+        command.args(arguments).arg("check");
+        output(command)
+    };
+    let said = format!(
+        "there is no file {}: everything goes direct\n",
+        world.config.display()
+    );
+    assert_eq!(check(&[]), (Some(0), said, String::new()));
+    let (code, _, said) = check(&["--config", world.config.to_str().unwrap()]);
+    assert_eq!(code, Some(1), "{said}");
+    // Root's would be the machine's.
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user"]);
+    command.arg(env!("CARGO_BIN_EXE_cgtproxy-agent"));
+    command.arg("check");
+    command.env_clear().env("XDG_CONFIG_HOME", "/nonexistent");
+    command.stdin(Stdio::null());
+    let (code, out, said) = output(command);
+    assert_eq!((code, out.as_str()), (Some(1), ""));
+    assert!(said.contains("add --system"), "{said}");
+}
+
+#[test]
 fn a_reader_that_has_seen_enough_is_no_error() {
     let mut world = World::new(CONFIG);
     for n in 0..3000 {
