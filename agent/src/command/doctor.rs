@@ -65,6 +65,7 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
         agent,
         relay,
         config: facts::read_config(&config),
+        config_named: config.explicit,
         config_file: config.path,
         hierarchy,
         manager: facts::manager(&subtree),

@@ -14,7 +14,6 @@ struct Words {
     enable: &'static str,
     restart: &'static str,
     reload: &'static str,
-    check: &'static str,
     /// What it means that no rule is in force.
     idle: &'static str,
 }
@@ -26,7 +25,6 @@ fn words(scope: Scope) -> Words {
             enable: "systemctl --user enable --now cgtproxy-agent",
             restart: "systemctl --user restart cgtproxy-agent",
             reload: "systemctl --user reload cgtproxy-agent",
-            check: "cgtproxy-agent check",
             idle: "Everything of yours goes direct.",
         },
         Scope::System => Words {
@@ -34,7 +32,6 @@ fn words(scope: Scope) -> Words {
             enable: "systemctl enable --now cgtproxy-agent-system",
             restart: "systemctl restart cgtproxy-agent-system",
             reload: "systemctl reload cgtproxy-agent-system",
-            check: "cgtproxy-agent --system check",
             idle: "Everything goes direct but for what users say themselves.",
         },
     }
@@ -137,7 +134,7 @@ fn running(facts: &Facts) -> Option<Finding> {
 
 fn configuration(facts: &Facts) -> Option<Finding> {
     let file = facts.config_file.display();
-    let check = words(facts.scope).check;
+    let check = facts.command("check");
     if let Agent::Answers(status) = &facts.agent
         && let Some(error) = &status.configError
     {

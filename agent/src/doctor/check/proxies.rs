@@ -270,13 +270,9 @@ fn loops(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
         )
         .effect("What it sends to the internet comes back to it, again and again.")
         .advice("write a rule with direct: true for its unit, before the rule that catches it")
-        .command(format!(
-            "cgtproxy-agent {}explain {}",
-            match facts.scope {
-                Scope::User => "",
-                Scope::System => "--system ",
-            },
+        .command(facts.command(&format!(
+            "explain {}",
             path.rsplit('/').next().unwrap_or(path)
-        )),
+        ))),
     )
 }

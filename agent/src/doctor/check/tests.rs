@@ -154,6 +154,7 @@ fn fine() -> Facts {
         agent: Agent::Answers(Box::new(agent_status())),
         relay: Some(Ok(relay_status())),
         config_file: "/home/a/.config/cgtproxy/config.yaml".into(),
+        config_named: false,
         config: ConfigFile::Read(vec![proxy()]),
         hierarchy: Hierarchy::Unified,
         manager: Manager {
@@ -788,6 +789,20 @@ fn what_the_helper_refuses_is_no_mistake_in_the_file() {
     agent(&mut facts).problem = Some("waiting".into());
     agent(&mut facts).awaits = Some(Awaited::configuration);
     assert!(waits(&facts));
+}
+
+#[test]
+fn advice_is_about_the_file_that_was_looked_at() {
+    let mut facts = fine();
+    facts.config = ConfigFile::Wrong("c:1:1".into());
+    let commands = |facts: &Facts| only(facts, super::agent::check).commands;
+    assert_eq!(commands(&facts), ["cgtproxy-agent check"]);
+    facts.config_named = true;
+    facts.config_file = "/tmp/it's.yaml".into();
+    assert_eq!(
+        commands(&facts),
+        [r"cgtproxy-agent --config '/tmp/it'\''s.yaml' check"]
+    );
 }
 
 #[test]

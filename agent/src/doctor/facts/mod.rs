@@ -39,6 +39,8 @@ pub struct Facts {
     pub relay: Option<Look<RelayStatus>>,
     /// Where the configuration is looked for.
     pub config_file: PathBuf,
+    /// Whether the command line says so.
+    pub config_named: bool,
     /// What is there.
     pub config: ConfigFile,
     /// Where control groups are.
@@ -295,6 +297,19 @@ pub struct System {
 }
 
 impl Facts {
+    /// A command of the agent's, with the options by which this one is about an agent and a file.
+    #[must_use]
+    pub fn command(&self, command: &str) -> String {
+        let mut text = "cgtproxy-agent ".to_owned();
+        if self.scope == Scope::System {
+            text += "--system ";
+        }
+        if self.config_named {
+            text += &format!("--config {} ", quoted(&self.config_file.to_string_lossy()));
+        }
+        text + command
+    }
+
     /// The proxies that matter: those of the file, or those in force if the file is of no use.
     #[must_use]
     pub fn proxies(&self) -> Vec<Proxy> {
@@ -333,5 +348,14 @@ impl Facts {
             Helper::Answers(status, _) => Some(status),
             _ => None,
         }
+    }
+}
+
+/// A text as one word of a shell's command.
+fn quoted(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
+    match text.chars().all(is_plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
     }
 }
