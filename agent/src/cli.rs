@@ -152,7 +152,8 @@ pub enum Command {
     /// runs, says what the configuration means for it.
     Explain {
         /// A control group as a directory, as a path from the control group root or from the user
-        /// manager's control group; the number of a process; or the name of a unit
+        /// manager's control group; the number of a process; the name of a unit, where that of a service needs
+        /// no suffix; or the id of an application
         #[arg(value_name = "PATH|PID|UNIT")]
         what: std::ffi::OsString,
         /// Print JSON

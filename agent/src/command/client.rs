@@ -1,13 +1,16 @@
 //! The user's running agent, for programs that do one thing after another.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use cgtproxy_proto::agent::{GetStatus_Args, GetStatus_Reply};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
 use super::Error;
+use crate::cli::Arguments;
 use crate::config::Scope;
 use crate::connection::{ConnectError, Connection};
 use crate::server;
@@ -37,6 +40,23 @@ impl Agent {
             Err(ConnectError::Failed { socket, source }) => Err(Error::Connect {
                 path: socket,
                 source,
+            }),
+        }
+    }
+
+    /// The state of the agent, if it goes by the file that the command line names.
+    pub(super) fn status(&mut self, arguments: &Arguments) -> Result<GetStatus_Reply, Error> {
+        let status: GetStatus_Reply = self.call("GetStatus", GetStatus_Args {})?;
+        let Some(named) = &arguments.config else {
+            return Ok(status);
+        };
+        // However it is written.
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        match status.config.as_ref().map(PathBuf::from) {
+            Some(own) if real(&own) == real(named) => Ok(status),
+            own => Err(Error::OtherFile {
+                own: own.map_or_else(|| "no file".to_owned(), |own| own.display().to_string()),
+                named: named.clone(),
             }),
         }
     }

@@ -6,16 +6,17 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 
-use cgtproxy_proto::agent::{ErrorKind, Explain_Args, Explain_Reply};
+use cgtproxy_proto::agent::{ErrorKind, Explain_Args, Explain_Reply, GetStatus_Reply};
 use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::path::ControlGroupPath;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Error;
 use super::client::Agent;
 use crate::cli::Arguments;
 use crate::config::Scope;
 use crate::doctor::facts;
+use crate::policy;
 use crate::subtree::{self, Subtree};
 use crate::text::printable;
 use crate::view;
@@ -29,38 +30,61 @@ enum Subject {
     Name(Vec<u8>),
 }
 
-/// Explains a control group.
+/// Explains a control group, or all that an id of an application means.
 pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<ExitCode, Error> {
+    let scope = arguments.scope();
     let subtree = super::own_subtree(arguments)?;
     let subject = subject(&subtree, what.as_bytes())?;
-    let (reply, running) = match Agent::connect(arguments.scope()) {
-        Ok(mut agent) => (ask(&mut agent, &subtree, &subject)?, true),
+    let (replies, status) = match Agent::connect(scope) {
+        Ok(mut agent) => {
+            let status = agent.status(arguments)?;
+            let replies = ask(&mut agent, &status, &subtree, &subject, scope)?;
+            (replies, Some(status))
+        }
         Err(Error::NotRunning | Error::SystemNotRunning) => {
-            (compute(arguments, &subtree, &subject)?, false)
+            (compute(arguments, &subtree, &subject)?, None)
         }
         Err(error) => return Err(error),
     };
-    let system_policy = match arguments.scope() {
+    let system_policy = match scope {
         Scope::User => system_policy(arguments)?,
         Scope::System => None,
     };
     let mut out = io::stdout().lock();
     if json {
-        let value = json!({
-            "agentRunning": running,
-            "controlGroup": reply.controlGroup,
-            "rule": reply.rule,
-            "config": reply.config,
-            "systemPolicy": system_policy,
-        });
+        let value = to_json(&replies, status.as_ref(), system_policy);
         serde_json::to_writer_pretty(&mut out, &value).map_err(io::Error::from)?;
         writeln!(out)?;
     } else {
-        let text = sentences(&reply, running, system_policy == Some(true));
+        let texts = replies
+            .iter()
+            .map(|reply| sentences(reply, status.is_some(), system_policy == Some(true)));
+        let mut text = texts.collect::<Vec<_>>().join("\n");
+        if let Some(older) = status.as_ref().and_then(|s| super::older(s, scope)) {
+            text += &format!("\n{older}\n");
+        }
         out.write_all(text.as_bytes())?;
     }
     out.flush()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The first control group that is meant, with the others, if there are any, in a list of their own.
+fn to_json(
+    replies: &[Explain_Reply],
+    status: Option<&GetStatus_Reply>,
+    system_policy: Option<bool>,
+) -> Value {
+    let first = replies.first();
+    json!({
+        "agentRunning": status.is_some(),
+        "configError": status.and_then(|status| status.configError.as_ref()),
+        "controlGroup": first.map(|reply| &reply.controlGroup),
+        "rule": first.map(|reply| &reply.rule),
+        "config": first.map(|reply| &reply.config),
+        "systemPolicy": system_policy,
+        "others": replies.get(1..).unwrap_or_default(),
+    })
 }
 
 /// Whether root has a policy for the machine; none if nobody can tell.
@@ -101,22 +125,37 @@ fn relative(subtree: &Subtree, absolute: &[u8]) -> Result<ControlGroupPath, Erro
 }
 
 /// Asks the running agent.
-fn ask(agent: &mut Agent, subtree: &Subtree, subject: &Subject) -> Result<Explain_Reply, Error> {
-    let name = match subject {
-        Subject::Absolute(path) => subtree.to_wire(&relative(subtree, path)?),
-        Subject::Name(name) => named(name)?.to_wire(),
-    };
-    let arguments = Explain_Args {
-        controlGroup: name.clone(),
-    };
-    match agent.call("Explain", arguments) {
-        Err(Error::Call(CallError::Fault(fault)))
-            if matches!(fault.kind(), ErrorKind::ControlGroupNotFound(_)) =>
-        {
-            Err(unknown(&name))
+fn ask(
+    agent: &mut Agent,
+    status: &GetStatus_Reply,
+    subtree: &Subtree,
+    subject: &Subject,
+    scope: Scope,
+) -> Result<Vec<Explain_Reply>, Error> {
+    let paths = match subject {
+        Subject::Absolute(path) => vec![relative(subtree, path)?],
+        Subject::Name(name) => {
+            let groups = status.controlGroups.iter();
+            let groups: Vec<_> = groups.filter_map(|g| subtree.from_wire(&g.path)).collect();
+            meant(subtree, &groups, name, scope)?
         }
-        answer => answer,
+    };
+    let mut replies = Vec::new();
+    for path in paths {
+        let name = subtree.to_wire(&path);
+        let arguments = Explain_Args {
+            controlGroup: name.clone(),
+        };
+        replies.push(match agent.call("Explain", arguments) {
+            Err(Error::Call(CallError::Fault(fault)))
+                if matches!(fault.kind(), ErrorKind::ControlGroupNotFound(_)) =>
+            {
+                return Err(unknown(&name, scope));
+            }
+            answer => answer?,
+        });
     }
+    Ok(replies)
 }
 
 /// What the configuration means, without an agent.
@@ -124,30 +163,57 @@ fn compute(
     arguments: &Arguments,
     subtree: &Subtree,
     subject: &Subject,
-) -> Result<Explain_Reply, Error> {
+) -> Result<Vec<Explain_Reply>, Error> {
     let (config, file) = super::config(arguments)?;
-    let path = match subject {
-        Subject::Absolute(path) => relative(subtree, path)?,
-        Subject::Name(name) => find(subtree, name)?,
+    let paths = match subject {
+        Subject::Absolute(path) => vec![relative(subtree, path)?],
+        Subject::Name(name) => {
+            let groups: Vec<_> = subtree.control_groups().into_iter().collect();
+            meant(subtree, &groups, name, arguments.scope())?
+        }
     };
-    let given = config.rules.explain(&subtree.prefix(), &path);
-    let given = given.as_ref().map(|(choice, giver)| (giver, choice));
-    let group = view::judged(subtree, &path, given);
-    let rule = view::rule(&config, &group);
-    let file = file.filter(|_| rule.is_some());
-    Ok(Explain_Reply {
-        config: file.map(|file| file.to_string_lossy().into_owned()),
-        rule,
-        controlGroup: group,
-    })
+    let explained = |path: ControlGroupPath| {
+        let given = config.rules.explain(&subtree.prefix(), &path);
+        let given = given.as_ref().map(|(choice, giver)| (giver, choice));
+        let group = view::judged(subtree, &path, given);
+        let rule = view::rule(&config, &group);
+        let file = file.as_ref().filter(|_| rule.is_some());
+        Explain_Reply {
+            config: file.map(|file| file.to_string_lossy().into_owned()),
+            rule,
+            controlGroup: group,
+        }
+    };
+    Ok(paths.into_iter().map(explained).collect())
 }
 
-/// Finds a path or a unit on disk.
-fn find(subtree: &Subtree, name: &[u8]) -> Result<ControlGroupPath, Error> {
-    let meant = named(name)?;
-    let groups = subtree.control_groups();
-    let found = view::find(groups.iter(), &meant);
-    found.cloned().ok_or_else(|| unknown(&meant.to_wire()))
+/// The control groups that a name means: the one with this path or name, or else that of the service of this name, or
+/// else the units of the application with this id.
+fn meant(
+    subtree: &Subtree,
+    groups: &[ControlGroupPath],
+    name: &[u8],
+    scope: Scope,
+) -> Result<Vec<ControlGroupPath>, Error> {
+    let path = named(name)?;
+    let service = ControlGroupPath::from_bytes(&[name, b".service"].concat()).ok();
+    let found = [Some(&path), service.as_ref()].into_iter().flatten();
+    let mut found = found.filter_map(|path| view::find(groups.iter(), path));
+    if let Some(found) = found.next() {
+        return Ok(vec![found.clone()]);
+    }
+    let prefix = subtree.prefix();
+    let is_of_application = |path: &&ControlGroupPath| {
+        let subject = policy::Subject::new(&prefix, path);
+        let is_unit = subject.units().count() == path.depth();
+        let ids = subject.units().last().map(policy::application_ids);
+        is_unit && ids.is_some_and(|ids| ids.iter().any(|id| id.as_bytes() == name))
+    };
+    let units: Vec<_> = groups.iter().filter(is_of_application).cloned().collect();
+    match units.is_empty() {
+        true => Err(unknown(&path.to_wire(), scope)),
+        false => Ok(units),
+    }
 }
 
 /// What was typed as a path.
@@ -158,9 +224,11 @@ fn named(name: &[u8]) -> Result<ControlGroupPath, Error> {
     })
 }
 
-fn unknown(name: &str) -> Error {
-    let name = printable(name);
-    Error::NotFound(format!("there is no control group or unit '{name}'"))
+fn unknown(name: &str, scope: Scope) -> Error {
+    let (name, agent) = (printable(name), super::program(scope));
+    Error::NotFound(format!(
+        "there is no control group or unit '{name}', nor an application: '{agent} apps --all' lists what runs"
+    ))
 }
 
 /// What the rule says, and where it stands, as far as the agent tells that: a line, or nothing.

@@ -13,6 +13,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use cgtproxy_proto::agent::{Awaited, GetStatus_Reply};
 use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::path::InvalidPath;
 use tokio::runtime::Runtime;
@@ -78,6 +79,17 @@ pub enum Error {
     /// The agent gave none in so many seconds.
     #[error("cgtproxy-agent gave no answer within {0} seconds")]
     NoAnswer(u64),
+    /// The agent's answers are about another file.
+    #[error(
+        "cgtproxy-agent is running with {own} and not with {}: leave out --config, or stop the agent first",
+        .named.display()
+    )]
+    OtherFile {
+        /// The agent's own file.
+        own: String,
+        /// The file that the command line names.
+        named: PathBuf,
+    },
     /// There is no such control group, process or unit.
     #[error("{0}")]
     NotFound(String),
@@ -135,7 +147,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode, Error> {
             Check::Permission { json } => doctor::run(&arguments, *json),
         },
         Some(Command::Doctor { json }) => doctor::run(&arguments, *json),
-        Some(Command::Status { json }) => status::run(*json, arguments.scope()),
+        Some(Command::Status { json }) => status::run(&arguments, *json),
         Some(Command::Apps { all, json }) => apps::run(&arguments, *all, *json),
         Some(Command::Migrate {
             file,
@@ -159,7 +171,29 @@ fn runtime() -> Result<Runtime, Error> {
     builder.enable_all().build().map_err(Error::Start)
 }
 
-/// Whether standard output is a terminal whose user likes colours (no-color.org).
+/// What to type for the agent.
+fn program(scope: Scope) -> &'static str {
+    match scope {
+        Scope::User => "cgtproxy-agent",
+        Scope::System => "sudo cgtproxy-agent --system",
+    }
+}
+
+/// What there is to say to somebody who takes what is in force for what the file says; none if it is that.
+fn older(status: &GetStatus_Reply, scope: Scope) -> Option<String> {
+    status.configError.as_ref()?;
+    let agent = program(scope);
+    Some(match status.awaits {
+        Some(Awaited::configuration) => format!(
+            "The configuration file has a mistake, and none of its rules is in force: see '{agent} check'."
+        ),
+        _ => format!(
+            "The configuration file is not in force: this is what was loaded before. '{agent} status' says why."
+        ),
+    })
+}
+
+/// Whether standard output is a terminal that has colours and whose user likes them (no-color.org).
 fn colours() -> bool {
     io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use cgtproxy_proto::agent::{ControlGroup, GetStatus_Args, GetStatus_Reply};
+use cgtproxy_proto::agent::{ControlGroup, GetStatus_Reply};
 use cgtproxy_proto::relay::GetStatus_Reply as RelayStatus;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::Error;
 use super::client::Agent;
 use super::table::{dash, table};
-use crate::config::Scope;
+use crate::cli::Arguments;
 use crate::relay;
 use crate::text::printable;
 use crate::view;
@@ -26,8 +26,8 @@ struct WithRelay<'a> {
 }
 
 /// Asks the agent, and the relay if there is one, and prints what they say.
-pub(super) fn run(json: bool, scope: Scope) -> Result<ExitCode, Error> {
-    let status: GetStatus_Reply = Agent::connect(scope)?.call("GetStatus", GetStatus_Args {})?;
+pub(super) fn run(arguments: &Arguments, json: bool) -> Result<ExitCode, Error> {
+    let status = Agent::connect(arguments.scope())?.status(arguments)?;
     // Only who has a relay asks it: asking starts it.
     let relayed = status
         .targets
@@ -192,7 +192,7 @@ mod tests {
             skipped: None,
             relay: None,
         };
-        let mut status = GetStatus_Reply {
+        let status = GetStatus_Reply {
             version: "1".into(),
             connected: true,
             problem: None,

@@ -179,6 +179,111 @@ fn check_of_no_file_is_no_failure_unless_it_was_named() {
 }
 
 #[test]
+fn explain_knows_what_rules_and_apps_call_things() {
+    let mut world = World::new(CONFIG);
+    let first = r"app.slice/app-gnome-google\x2dchrome-1.scope";
+    let second = r"app.slice/app-gnome-google\x2dchrome-2.scope";
+    world.make(&["app.slice", first, second, "app.slice/foo.service"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.notified("READY=1");
+    let explain = |arguments: &[&str]| {
+        let mut command = world.command();
+        command.arg("--cgroup-root").arg(&world.cgroups);
+        command.arg("explain").args(arguments);
+        output(command)
+    };
+    for running in [true, false] {
+        if !running {
+            agent.stop();
+        }
+        let (code, out, said) = explain(&["foo"]);
+        assert_eq!(code, Some(0), "{said}");
+        assert!(
+            out.starts_with(&format!("{}/app.slice/foo.service\n", world.prefix)),
+            "{out}"
+        );
+        let (code, out, said) = explain(&["google-chrome"]);
+        assert_eq!(code, Some(0), "{said}");
+        let found: Vec<_> = out.lines().filter(|line| line.starts_with('/')).collect();
+        let expected = [first, second].map(|path| format!("{}/{path}", world.prefix));
+        assert_eq!(found, expected, "{out}");
+        let (_, out, _) = explain(&["--json", "google-chrome"]);
+        let json: Value = serde_json::from_str(&out).unwrap();
+        assert_eq!(json["agentRunning"], running);
+        assert_eq!(json["controlGroup"]["path"], expected[0]);
+        assert_eq!(json["others"][0]["controlGroup"]["path"], expected[1]);
+        let (code, _, said) = explain(&["firefox"]);
+        assert_eq!(code, Some(1));
+        assert!(said.contains("cgtproxy-agent apps --all"), "{said}");
+    }
+}
+
+#[test]
+fn a_file_that_is_not_in_force_is_told_of() {
+    let mut world = World::new(CONFIG);
+    world.make(&["app.slice"]);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.notified("READY=1");
+    std::fs::write(&world.config, "version: 2\n").unwrap();
+    agent.says("the old configuration stays in force");
+    let run = |arguments: &[&str]| {
+        let mut command = world.command();
+        command.arg("--cgroup-root").arg(&world.cgroups);
+        command.args(arguments);
+        output(command)
+    };
+    for arguments in [&["explain", "app.slice"][..], &["apps"]] {
+        let (code, out, said) = run(arguments);
+        assert_eq!(code, Some(0), "{said}");
+        assert!(
+            out.contains("The configuration file is not in force: this is what was loaded before."),
+            "{out}"
+        );
+        let (_, out, _) = run(&[arguments, &["--json"]].concat());
+        let json: Value = serde_json::from_str(&out).unwrap();
+        let error = json["configError"].as_str().unwrap();
+        assert!(error.contains("config.yaml:1:10"), "{error}");
+    }
+}
+
+#[test]
+fn an_agent_is_not_asked_about_another_file() {
+    let mut world = World::new(CONFIG);
+    world.make(&["app.slice"]);
+    world.helper.start();
+    let _agent = world.agent();
+    world.notified("READY=1");
+    let other = world.path().join("other.yaml");
+    std::fs::write(&other, CONFIG).unwrap();
+    for arguments in [&["status"][..], &["apps"], &["explain", "app.slice"]] {
+        let run = |file: &std::path::Path| {
+            let mut command = world.command();
+            command.arg("--cgroup-root").arg(&world.cgroups);
+            command.arg("--config").arg(file).args(arguments);
+            output(command)
+        };
+        let (code, _, said) = run(&other);
+        assert_eq!(code, Some(1), "{arguments:?}");
+        let said_of = format!(
+            "is running with {} and not with {}",
+            world.config.display(),
+            other.display()
+        );
+        assert!(said.contains(&said_of), "{said}");
+        // The agent's own, however it is written.
+        let written = world
+            .config
+            .parent()
+            .unwrap()
+            .join("../cgtproxy/config.yaml");
+        let (code, _, said) = run(&written);
+        assert_eq!(code, Some(0), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
 fn a_reader_that_has_seen_enough_is_no_error() {
     let mut world = World::new(CONFIG);
     for n in 0..3000 {

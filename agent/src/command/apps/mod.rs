@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use cgtproxy_proto::agent::{ControlGroup, GetStatus_Args, GetStatus_Reply};
+use cgtproxy_proto::agent::ControlGroup;
 use cgtproxy_proto::path::ControlGroupPath;
 use serde_json::{Value, json};
 
@@ -29,6 +29,10 @@ const SELECTOR_CHARACTERS: usize = 40;
 struct Verdicts {
     /// From an agent that runs, not from the configuration alone.
     running: bool,
+    /// What is wrong with the file on disk, if they are not by it.
+    config_error: Option<String>,
+    /// The same for a person, with what to do.
+    older: Option<String>,
     groups: Vec<(ControlGroupPath, ControlGroup)>,
     /// The selectors of the rules, in their order.
     selectors: Vec<String>,
@@ -58,7 +62,7 @@ impl Running {
 pub(super) fn run(arguments: &Arguments, all: bool, json: bool) -> Result<ExitCode, Error> {
     let subtree = super::own_subtree(arguments)?;
     let verdicts = match Agent::connect(arguments.scope()) {
-        Ok(mut agent) => ask(&mut agent, &subtree)?,
+        Ok(mut agent) => ask(&mut agent, arguments, &subtree)?,
         Err(Error::NotRunning | Error::SystemNotRunning) => compute(arguments, &subtree)?,
         Err(error) => return Err(error),
     };
@@ -77,12 +81,15 @@ pub(super) fn run(arguments: &Arguments, all: bool, json: bool) -> Result<ExitCo
 }
 
 /// What the running agent says.
-fn ask(agent: &mut Agent, subtree: &Subtree) -> Result<Verdicts, Error> {
-    let status: GetStatus_Reply = agent.call("GetStatus", GetStatus_Args {})?;
+fn ask(agent: &mut Agent, arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> {
+    let status = agent.status(arguments)?;
+    let older = super::older(&status, arguments.scope());
     let groups = status.controlGroups.into_iter();
     let rules = status.rules.unwrap_or_default();
     Ok(Verdicts {
         running: true,
+        config_error: status.configError,
+        older,
         groups: groups
             .filter_map(|group| Some((subtree.from_wire(&group.path)?, group)))
             .collect(),
@@ -103,6 +110,8 @@ fn compute(arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> 
     let rules = config.rules.rules.iter();
     Ok(Verdicts {
         running: false,
+        config_error: None,
+        older: None,
         groups,
         selectors: rules.map(|rule| rule.selector.to_string()).collect(),
     })
@@ -160,6 +169,7 @@ fn to_json(verdicts: &Verdicts, running: &[Running], shared: &[Shared], all: boo
     let shown = running.iter().filter(|r| all || r.is_of_interest());
     json!({
         "agentRunning": verdicts.running,
+        "configError": verdicts.config_error,
         "applications": shown.map(|r| json!({
             "id": r.ids.first(),
             "otherIds": r.ids.get(1..).unwrap_or_default(),
@@ -222,6 +232,9 @@ fn print(
             out,
             "\nNot all of this is in force; see 'cgtproxy-agent status'."
         )?;
+    }
+    if let Some(older) = &verdicts.older {
+        writeln!(out, "\n{older}")?;
     }
     let others = running.len() - shown.len();
     if others > 0 {
@@ -309,6 +322,8 @@ mod tests {
         }];
         let verdicts = Verdicts {
             running: true,
+            config_error: None,
+            older: None,
             groups: Vec::new(),
             selectors: Vec::new(),
         };
