@@ -116,7 +116,7 @@ pub enum Command {
         json: bool,
     },
 
-    /// List the applications that run, with their ids and verdicts
+    /// List the applications that run, with their ids and targets
     ///
     /// The id is what a rule's 'app' takes. Says too which programs have no control group of their own, so
     /// that no rule can be about them alone, and what to do about that. When no agent runs, says what the

@@ -195,7 +195,9 @@ fn older(status: &GetStatus_Reply, scope: Scope) -> Option<String> {
 
 /// Whether standard output is a terminal that has colours and whose user likes them (no-color.org).
 fn colours() -> bool {
-    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+    io::stdout().is_terminal()
+        && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+        && std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb")
 }
 
 /// Prints what a status goes with, which is the same if whoever reads has seen enough.

@@ -27,7 +27,8 @@ struct WithRelay<'a> {
 
 /// Asks the agent, and the relay if there is one, and prints what they say.
 pub(super) fn run(arguments: &Arguments, json: bool) -> Result<ExitCode, Error> {
-    let status = Agent::connect(arguments.scope())?.status(arguments)?;
+    let mut status = Agent::connect(arguments.scope())?.status(arguments)?;
+    ports(&mut status);
     // Only who has a relay asks it: asking starts it.
     let relayed = status
         .targets
@@ -57,6 +58,13 @@ pub(super) fn run(arguments: &Arguments, json: bool) -> Result<ExitCode, Error> 
     }
     out.flush()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Leaves out the ports that the relay has not told yet.
+fn ports(status: &mut GetStatus_Reply) {
+    for target in &mut status.targets {
+        target.port = target.port.filter(|&port| port != 0);
+    }
 }
 
 /// What the relay says of its proxies, or why it says nothing.
@@ -105,7 +113,10 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
     writeln!(out, "Generation:     {}", status.generation)?;
     let config = status.config.as_deref();
     // The environment may have named one.
-    let proxied = status.targets.iter().any(|target| target.port.is_some());
+    let proxied = status
+        .targets
+        .iter()
+        .any(|target| target.port.is_some() || target.relayed == Some(true));
     let none = match proxied {
         true => "none, everything goes direct but for 'cgtproxy-exec proxy'",
         false => "none, everything goes direct",
@@ -192,7 +203,7 @@ mod tests {
             skipped: None,
             relay: None,
         };
-        let status = GetStatus_Reply {
+        let mut status = GetStatus_Reply {
             version: "1".into(),
             connected: true,
             problem: None,

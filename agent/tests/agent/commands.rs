@@ -284,6 +284,37 @@ fn an_agent_is_not_asked_about_another_file() {
 }
 
 #[test]
+fn a_port_that_nobody_has_told_yet_is_not_shown() {
+    let mut world = World::new(
+        "version: 1\nproxies: {there: {upstream: 'socks5://192.0.2.1:1080'}}\nrules: []\n",
+    );
+    world.helper.start();
+    let _agent = world.agent();
+    world.notified("READY=1");
+    let status = |arguments: &[&str]| {
+        let mut command = world.command();
+        command.arg("--cgroup-root").arg(&world.cgroups);
+        command.arg("status").args(arguments);
+        output(command).1
+    };
+    let text = status(&[]);
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("there "))
+        .unwrap();
+    let cells: Vec<_> = line.split_whitespace().collect();
+    assert_eq!(cells, ["there", "-", "0"], "{text}");
+    let json: Value = serde_json::from_str(&status(&["--json"])).unwrap();
+    let targets = json["targets"].as_array().unwrap();
+    let there = targets.iter().find(|target| target["name"] == "there");
+    let there = there.unwrap();
+    assert_eq!(
+        (&there["port"], &there["relayed"]),
+        (&Value::Null, &true.into())
+    );
+}
+
+#[test]
 fn a_reader_that_has_seen_enough_is_no_error() {
     let mut world = World::new(CONFIG);
     for n in 0..3000 {
