@@ -1,6 +1,8 @@
 //! The examples in the documentation.
 
+use std::collections::BTreeSet;
 use std::path::Path;
+use std::process::Command;
 
 use cgtproxy_agent::config::{Scope, read};
 
@@ -22,6 +24,39 @@ fn examples(text: &str) -> Vec<(usize, String)> {
     found
 }
 
+/// A file of the repository.
+fn text(file: &str) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    std::fs::read_to_string(root.join(file)).unwrap()
+}
+
+/// The keys that the readers of configuration files know, but for those that are accepted and ignored.
+fn keys() -> BTreeSet<String> {
+    let mut keys = BTreeSet::new();
+    for reader in ["mod", "gateway", "rule", "tproxy"] {
+        let source = text(&format!("agent/src/config/read/{reader}.rs"));
+        let lists = source.split("KEYS: &[&str] = &[").skip(1);
+        let lists = lists.filter_map(|list| list.split(']').next());
+        let names = lists.flat_map(|list| list.split('"').skip(1).step_by(2));
+        keys.extend(names.map(str::to_owned));
+    }
+    keys.retain(|key| !["cgroup-root", "route-table", "mark"].contains(&key.as_str()));
+    keys
+}
+
+/// How many crates a program links.
+fn crates(package: &str) -> usize {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["tree", "--locked", "--offline", "--prefix", "none"]);
+    cargo.args(["--target", "x86_64-unknown-linux-gnu"]);
+    cargo.args(["-p", package, "-e", "normal,no-proc-macro"]);
+    let output = cargo.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let tree = String::from_utf8(output.stdout).unwrap();
+    let crates = tree.lines().map(|line| line.trim_end_matches(" (*)"));
+    crates.collect::<BTreeSet<_>>().len()
+}
+
 fn check(name: &str, example: &str, scope: Scope) {
     let (config, findings) = read(Path::new(name), example.as_bytes(), scope);
     assert!(
@@ -32,8 +67,6 @@ fn check(name: &str, example: &str, scope: Scope) {
 
 #[test]
 fn examples_are_configurations() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let text = |file: &str| std::fs::read_to_string(root.join(file)).unwrap();
     let configuration = text("docs/configuration.md");
     let (ours, _) = configuration.split_once(HELPERS).unwrap();
     let examples_of = |file: &str, text: &str, least: usize| {
@@ -48,10 +81,39 @@ fn examples_are_configurations() {
         }
     };
     examples_of("configuration.md", ours, 3);
-    examples_of("README.md", &text("README.md"), 1);
+    examples_of("README.md", &text("README.md"), 2);
+    examples_of("README.zh_CN.md", &text("README.zh_CN.md"), 2);
     check(
         "config.yaml",
         &text("docs/examples/config.yaml"),
         Scope::User,
+    );
+}
+
+#[test]
+fn every_key_is_in_an_example() {
+    let configuration = text("docs/configuration.md");
+    let (ours, _) = configuration.split_once(HELPERS).unwrap();
+    let all: String = examples(ours).into_iter().map(|(_, e)| e).collect();
+    let is_there = |key: &str| {
+        let mut words = all.split([' ', '{', '\n']);
+        words.any(|word| word.strip_suffix(':') == Some(key))
+    };
+    let keys = keys();
+    assert!(keys.len() > 20, "{keys:?}");
+    let missing: Vec<_> = keys.iter().filter(|key| !is_there(key)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+    assert!(all.contains("drop: all"));
+}
+
+#[test]
+fn the_programs_link_as_many_crates_as_is_written() {
+    let written = text("docs/how-it-works.md");
+    let [helper, agent, relay] =
+        ["helper", "agent", "relay"].map(|program| crates(&format!("cgtproxy-{program}")));
+    assert!(
+        written.contains(&format!("The helper links {helper} crates"))
+            && written.contains(&format!("agent {agent} and the relay {relay}.")),
+        "{helper}, {agent}, {relay}"
     );
 }
