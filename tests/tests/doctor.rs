@@ -12,7 +12,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 
 use cgtproxy_tests::agent::Agent;
-use cgtproxy_tests::sandbox::{Outcome, Sandbox, Server, Service, User, local, proxied, sandbox};
+use cgtproxy_tests::sandbox::{
+    Host, Outcome, Sandbox, Server, Service, User, local, proxied, sandbox,
+};
 use cgtproxy_tests::system::System;
 use cgtproxy_tests::wait::wait_until;
 use serde_json::Value;
@@ -33,9 +35,15 @@ struct Opinion {
 
 impl Opinion {
     fn of(user: &User) -> Self {
+        Self::with(user, &[])
+    }
+
+    /// What it says with further options.
+    fn with(user: &User, options: &[&str]) -> Self {
         let config = user.home().join(".config/cgtproxy/config.yaml");
         let config = config.to_str().expect("UTF-8");
-        let output = user.run("cgtproxy-agent", &["doctor", "--json", "--config", config]);
+        let arguments = [options, &["doctor", "--json", "--config", config]].concat();
+        let output = user.run("cgtproxy-agent", &arguments);
         let json =
             serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
         Self {
@@ -362,6 +370,76 @@ fn finds_routing_rules_in_the_way_and_mends_them() {
         sb.run(&[&["ip", "rule", "del"][..], &rule].concat());
         Opinion::of(&alice).expect(&[]);
         drop(proxy);
+    });
+}
+
+#[test]
+fn knows_what_a_gateway_needs_and_mends_it() {
+    const GATEWAY: &str = r"
+version: 1
+tproxies:
+  company: {port: 7890}
+rules: []
+gateway: {interfaces: [INTERFACE], tproxy: company}
+";
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let root = sb.user(0);
+        let _proxy = sb.tproxy("company").uid(0).port(7890).start();
+        let agent = root
+            .agent(&GATEWAY.replace("INTERFACE", "lan0"))
+            .argument("--system")
+            .start();
+        let host = sb.host_behind("lan0");
+        let app = host.app();
+        let doctor = || Opinion::with(&root, &["--system"]);
+        doctor().expect(&[]);
+        for to in sb.destinations() {
+            assert_eq!(app.tcp(to), proxied("company", to));
+        }
+        let [v4, v6] = sb.destinations();
+        for (variable, to) in [
+            ("net.ipv4.ip_forward", v4),
+            ("net.ipv6.conf.all.forwarding", v6),
+        ] {
+            sb.run(&["sysctl", "-w", &format!("{variable}=0")]);
+            // What is diverted is not forwarded, and needs none of it.
+            let connect = format!("exec 3<>/dev/tcp/{}/{}", to.ip(), to.port());
+            let inside = ["ip", "netns", "exec", "behind-1-2"];
+            sb.run(&[&inside[..], &["bash", "-c", &connect]].concat());
+            let opinion = doctor();
+            opinion.expect(&["gateway-forwarding"]);
+            opinion.mend(sb, "gateway-forwarding");
+            doctor().expect(&[]);
+            assert_eq!(app.ping(to.ip()), host.direct(to));
+        }
+        for interface in ["all", "lan0"] {
+            let variable = format!("net.ipv4.conf.{interface}.src_valid_mark=1");
+            sb.run(&["sysctl", "-w", &variable]);
+            assert_eq!(app.tcp(v4), Outcome::Silent);
+            let opinion = doctor();
+            opinion.expect(&["gateway-src-valid-mark"]);
+            opinion.mend(sb, "gateway-src-valid-mark");
+            doctor().expect(&[]);
+            assert_eq!(app.tcp(v4), proxied("company", v4));
+        }
+        let hosts: [Host; 2] = sb.hosts_on_bridge("br0");
+        let app = hosts[0].app();
+        let bridged = "cd /proc/sys/net/bridge; for f in *tables; do echo 1 > $f; done";
+        sb.run(&["sh", "-ec", bridged]);
+        // It is nobody's business yet.
+        doctor().expect(&["bridge-filter"]);
+        agent.write_config(&GATEWAY.replace("INTERFACE", "br0"));
+        wait_until("the bridge to be the gateway's", || {
+            sb.run(&["nft", "list", "set", "inet", "cgtproxy", "interfaces"])
+                .contains("br0")
+        });
+        assert_eq!(app.tcp(v4), Outcome::Refused);
+        let opinion = doctor();
+        opinion.expect(&["gateway-bridge"]);
+        opinion.mend(sb, "gateway-bridge");
+        doctor().expect(&[]);
+        assert_eq!(app.tcp(v4), proxied("company", v4));
     });
 }
 

@@ -37,7 +37,8 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
         Err(Error::NoRoot(_)) => super::subtree_at("/sys/fs/cgroup".into())?,
         subtree => subtree?,
     };
-    let config = super::config_file(arguments)?;
+    let file = super::config_file(arguments)?;
+    let (config, gateway) = facts::read_config(&file);
     let agent_socket = server::default_socket(arguments.scope());
     let (helper, agent, relay) = super::runtime()?.block_on(async {
         let (helper, agent) = tokio::join!(
@@ -64,9 +65,10 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
         helper,
         agent,
         relay,
-        config: facts::read_config(&config),
-        config_named: config.explicit,
-        config_file: config.path,
+        config,
+        config_file: file.path,
+        config_named: file.explicit,
+        gateway: gateway.as_ref().map(facts::gateway),
         hierarchy,
         manager: facts::manager(&subtree),
         session: facts::session(subtree.root(), uid),

@@ -3,6 +3,7 @@
 mod agent;
 mod control_groups;
 mod dns;
+mod gateway;
 mod helper;
 mod kernel;
 mod marks;

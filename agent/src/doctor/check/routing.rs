@@ -1,5 +1,6 @@
 //! Do diverted packets get to the proxy, and is there a way for the others?
 
+use super::gateway;
 use crate::doctor::facts::{Facts, Family, Rule};
 use crate::doctor::{Finding, Group};
 
@@ -51,6 +52,7 @@ pub(super) fn check(facts: &Facts) -> Group {
     group.see("networkd.conf", &facts.system.networkd_removes_rules);
     group.found(networkd(facts));
     group.found(bridge(facts));
+    gateway::check(facts, &mut group);
     group
 }
 
@@ -246,7 +248,10 @@ fn networkd(facts: &Facts) -> Option<Finding> {
 }
 
 fn bridge(facts: &Facts) -> Option<Finding> {
-    facts.network.bridge_filter.then(|| {
+    let gateways = facts.gateway.as_ref().map(|gateway| &gateway.bridges);
+    // Of a bridge that the gateway names, another finding tells.
+    let named = gateways.is_some_and(|bridges| !bridges.is_empty());
+    (facts.network.bridge_filter && !named).then(|| {
         Finding::note(
             "bridge-filter",
             "br_netfilter has packets that a bridge carries pass the rules for routed packets \

@@ -156,6 +156,7 @@ fn fine() -> Facts {
         config_file: "/home/a/.config/cgtproxy/config.yaml".into(),
         config_named: false,
         config: ConfigFile::Read(vec![proxy()]),
+        gateway: None,
         hierarchy: Hierarchy::Unified,
         manager: Manager {
             path: MANAGER.into(),
@@ -224,6 +225,17 @@ fn listeners(facts: &mut Facts) -> &mut Vec<Listener> {
 
 fn add_rule(facts: &mut Facts, rule: Rule) {
     facts.rules.as_mut().unwrap().push(rule);
+}
+
+/// The system policy diverts what comes in over a bridge to the one proxy.
+fn gateway(facts: &mut Facts) -> &mut Gateway {
+    facts.scope = Scope::System;
+    facts.gateway.insert(Gateway {
+        proxy: proxy().name,
+        forwarding_off: Ok(Vec::new()),
+        src_valid_mark: Ok(Vec::new()),
+        bridges: vec!["br0".into()],
+    })
 }
 
 /// What can be wrong, by the finding that says so.
@@ -344,6 +356,19 @@ const BROKEN: &[(&str, Severity, Break)] = {
             f.system.networkd_removes_rules = Ok(true)
         }),
         ("bridge-filter", Note, |f| f.network.bridge_filter = true),
+        ("gateway-forwarding", Warning, |f| {
+            gateway(f).forwarding_off = Ok(vec!["net.ipv4.ip_forward".into()]);
+        }),
+        ("gateway-forwarding", Warning, |f| {
+            gateway(f).forwarding_off = Ok(vec!["net.ipv6.conf.all.forwarding".into()]);
+        }),
+        ("gateway-src-valid-mark", Error, |f| {
+            gateway(f).src_valid_mark = Ok(vec!["net.ipv4.conf.all.src_valid_mark".into()]);
+        }),
+        ("gateway-bridge", Error, |f| {
+            gateway(f);
+            f.network.bridge_filter = true;
+        }),
         ("marks-changed", Warning, |f| {
             let writer = MarkWriter {
                 table: "ip mangle".into(),
@@ -585,6 +610,18 @@ const HARMLESS: &[(&str, Break)] = &[
         }
         f.network.ipv6_route = Ok(false);
         f.network.ipv6_off_on_lo = Ok(true);
+    }),
+    ("a gateway on a machine that forwards", |f| {
+        gateway(f);
+    }),
+    ("a family that no gateway diverts", |f| {
+        f.config = ConfigFile::Read(vec![Proxy {
+            ipv4: false,
+            ..proxy()
+        }]);
+        let gateway = gateway(f);
+        gateway.forwarding_off = Ok(vec!["net.ipv4.ip_forward".into()]);
+        gateway.src_valid_mark = Ok(vec!["net.ipv4.conf.br0.src_valid_mark".into()]);
     }),
     ("a DNS server elsewhere", |f| {
         let dns = Some(Dns {
@@ -876,6 +913,7 @@ fn ids_in_source() -> BTreeSet<String> {
         include_str!("agent.rs"),
         include_str!("control_groups.rs"),
         include_str!("dns.rs"),
+        include_str!("gateway.rs"),
         include_str!("helper.rs"),
         include_str!("kernel.rs"),
         include_str!("marks.rs"),

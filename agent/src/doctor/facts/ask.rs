@@ -123,13 +123,16 @@ fn no_answer() -> String {
     format!("no answer within {} seconds", PATIENCE.as_secs())
 }
 
-/// Reads the configuration file.
+/// Reads the configuration file: what it is, and its `gateway`.
 #[must_use]
-pub fn read_config(file: &Source) -> ConfigFile {
+pub fn read_config(file: &Source) -> (ConfigFile, Option<config::Gateway>) {
     match config::load(&file.path, file.scope) {
-        Ok(loaded) => ConfigFile::Read(loaded.config.proxies.iter().map(configured).collect()),
-        Err(LoadError::Missing(_)) if !file.explicit => ConfigFile::Missing,
-        Err(error) => ConfigFile::Wrong(chain(&error)),
+        Ok(loaded) => {
+            let proxies = loaded.config.proxies.iter().map(configured).collect();
+            (ConfigFile::Read(proxies), loaded.config.gateway)
+        }
+        Err(LoadError::Missing(_)) if !file.explicit => (ConfigFile::Missing, None),
+        Err(error) => (ConfigFile::Wrong(chain(&error)), None),
     }
 }
 

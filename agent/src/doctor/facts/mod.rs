@@ -18,7 +18,7 @@ use crate::config::Scope;
 pub use ask::{ask_agent, ask_helper, helper_status, read_config};
 pub use groups::{hierarchy, manager, session};
 pub use netlink::{listeners, routing_tables, rules};
-pub use system::{inotify, network, system};
+pub use system::{gateway, inotify, network, system};
 
 /// Everything that checks look at.
 #[derive(Debug, Clone)]
@@ -43,6 +43,8 @@ pub struct Facts {
     pub config_named: bool,
     /// What is there.
     pub config: ConfigFile,
+    /// What the configuration's `gateway` rests on; none without one.
+    pub gateway: Option<Gateway>,
     /// Where control groups are.
     pub hierarchy: Hierarchy,
     /// The control groups of the user's service manager.
@@ -275,6 +277,19 @@ pub struct Network {
     pub ipv6_off: Look<bool>,
     /// There is a bridge, and what it carries meets the rules for routed packets (br_netfilter).
     pub bridge_filter: bool,
+}
+
+/// What the configuration's `gateway` rests on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gateway {
+    /// The name of the proxy.
+    pub proxy: String,
+    /// The variables of sysctl that would have to be 1 for packets to be forwarded.
+    pub forwarding_off: Look<Vec<String>>,
+    /// The variables `src_valid_mark` that are 1, for all interfaces or for those of the `gateway`.
+    pub src_valid_mark: Look<Vec<String>>,
+    /// The interfaces that are bridges.
+    pub bridges: Vec<String>,
 }
 
 /// The rest of the machine.

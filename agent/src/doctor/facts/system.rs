@@ -8,7 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use super::groups::unit_runs;
-use super::{Inotify, Network, System};
+use super::{Gateway, Inotify, Network, System};
+use crate::config;
 use crate::doctor::Look;
 
 /// Addresses on the internet, of the root server A, to which nothing is sent.
@@ -70,7 +71,84 @@ pub fn network() -> Network {
 fn has_bridge() -> bool {
     let interfaces = fs::read_dir("/sys/class/net").into_iter().flatten();
     let mut interfaces = interfaces.flatten();
-    interfaces.any(|interface| interface.path().join("bridge").exists())
+    interfaces.any(|interface| is_bridge(&interface.path()))
+}
+
+/// Whether the interface with this directory in /sys is a bridge.
+fn is_bridge(interface: &Path) -> bool {
+    interface.join("bridge").exists()
+}
+
+/// Looks at what the configuration's `gateway` rests on.
+#[must_use]
+pub fn gateway(gateway: &config::Gateway) -> Gateway {
+    let interfaces: Vec<&str> = gateway
+        .interfaces
+        .iter()
+        .map(|interface| interface.as_str())
+        .filter(|name| Path::new("/sys/class/net").join(name).exists())
+        .collect();
+    let is_bridge = |name: &&&str| is_bridge(&Path::new("/sys/class/net").join(name));
+    Gateway {
+        proxy: gateway.proxy.as_str().to_owned(),
+        forwarding_off: forwarding_off(&interfaces),
+        src_valid_mark: src_valid_mark(&interfaces),
+        bridges: interfaces
+            .iter()
+            .filter(is_bridge)
+            .map(|name| (*name).to_owned())
+            .collect(),
+    }
+}
+
+/// The variables of sysctl that would have to be 1 for the kernel to forward what comes in on these interfaces.
+fn forwarding_off(interfaces: &[&str]) -> Look<Vec<String>> {
+    let mut off = Vec::new();
+    // IPv4 goes by the variable of the interface, which this one sets for all.
+    if Path::new("/proc/sys/net/ipv4").exists() {
+        let own = of_interfaces(interfaces, "forwarding", 0)?;
+        match sysctl("net.ipv4.ip_forward")? {
+            0 if interfaces.is_empty() || !own.is_empty() => {
+                off.push("net.ipv4.ip_forward".to_owned());
+            }
+            _ => off.extend(own),
+        }
+    }
+    if Path::new("/proc/sys/net/ipv6").exists() {
+        let name = "net.ipv6.conf.all.forwarding";
+        off.extend((sysctl(name)? == 0).then(|| name.to_owned()));
+    }
+    Ok(off)
+}
+
+/// The variables `src_valid_mark` that are 1 for packets from these interfaces.
+fn src_valid_mark(interfaces: &[&str]) -> Look<Vec<String>> {
+    let all = [&["all"], interfaces].concat();
+    of_interfaces(&all, "src_valid_mark", 1)
+}
+
+/// The variables of sysctl of IPv4 with this name that have this value, of these interfaces.
+fn of_interfaces(interfaces: &[&str], name: &str, value: u64) -> Look<Vec<String>> {
+    let mut found = Vec::new();
+    for interface in interfaces {
+        // A dot in its name is a slash for sysctl(8).
+        let variable = format!("net.ipv4.conf.{}.{name}", interface.replace('.', "/"));
+        if sysctl(&variable)? == value {
+            found.push(variable);
+        }
+    }
+    Ok(found)
+}
+
+/// The value of a variable, by its name for sysctl(8).
+fn sysctl(name: &str) -> Look<u64> {
+    let swapped = |c| match c {
+        '.' => '/',
+        '/' => '.',
+        other => other,
+    };
+    let path: String = name.chars().map(swapped).collect();
+    number(&format!("/proc/sys/{path}"))
 }
 
 /// Whether there is a way there: a socket is connected, which sends nothing.
