@@ -2,13 +2,16 @@
 //! never sees a packet.
 
 use std::ffi::CStr;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use nftnl::{ProtoFamily, Table};
+use rustix::io::Errno;
 
 use super::rule::RuleBuilder;
 use super::transaction::Transaction;
 use super::{Nftables, PROBE};
+use crate::conntrack::Conntrack;
+use crate::netlink::Refusal;
 
 const CHAIN: &CStr = c"probe";
 
@@ -22,12 +25,18 @@ pub(super) const FEATURES: [(&str, Attempt); 3] = [
     ("dnat", |rule| rule.dnat(IpAddr::V4(Ipv4Addr::LOCALHOST), 1)),
 ];
 
+/// What tells the relay where UDP was going.
+const CTNETLINK: &str = "ctnetlink";
+
 impl Nftables {
-    /// What the kernel lacks of what proxies need, in nft's words.
+    /// What the kernel lacks of what proxies need: statements and expressions of nft, and ctnetlink.
     #[must_use]
     pub fn missing_features(&self) -> Vec<&'static str> {
         let missing = FEATURES.iter().filter(|(_, rule)| !self.takes(*rule));
-        missing.map(|(feature, _)| *feature).collect()
+        let missing = missing.map(|(feature, _)| *feature);
+        missing
+            .chain(lacks_ctnetlink().then_some(CTNETLINK))
+            .collect()
     }
 
     fn takes(&self, rule: Attempt) -> bool {
@@ -39,4 +48,13 @@ impl Nftables {
         transaction.delete_table();
         self.socket.transact(&transaction.finish()).is_ok()
     }
+}
+
+/// Whether the kernel knows no such netlink subsystem, found by asking for a connection that is not there.
+fn lacks_ctnetlink() -> bool {
+    let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let answer = Conntrack::open()
+        .map_err(Refusal::from)
+        .and_then(|conntrack| conntrack.find_udp(nowhere, nowhere));
+    answer.is_err_and(|refusal| refusal.errno == Errno::INVAL)
 }

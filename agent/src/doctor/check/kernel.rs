@@ -16,7 +16,16 @@ pub(super) fn check(facts: &Facts) -> Group {
         &facts.system.v1_network_controllers,
     );
     match facts.diagnosis() {
-        Ok(diagnosis) => group.found(missing(&diagnosis.missingFeatures)),
+        Ok(diagnosis) => {
+            let (conntrack, nftables): (Vec<_>, Vec<_>) = diagnosis
+                .missingFeatures
+                .iter()
+                .map(String::as_str)
+                .partition(|feature| *feature == "ctnetlink");
+            group.found(missing(&nftables));
+            let matters = !conntrack.is_empty() && !facts.relayed().is_empty();
+            group.found(matters.then(no_ctnetlink));
+        }
         Err(why) => group.unseen.push(format!("what nftables can do: {why}")),
     }
     if let Some(status) = facts.helper_status() {
@@ -43,11 +52,18 @@ pub(super) fn check(facts: &Facts) -> Group {
     group
 }
 
-fn missing(features: &[String]) -> Option<Finding> {
+fn no_ctnetlink() -> Finding {
+    Finding::error("kernel-feature", "the kernel lacks ctnetlink")
+        .effect("What goes by UDP to a proxy under 'proxies' does not arrive.")
+        .advice("some distributions have this module in a package of extra modules")
+        .command("sudo modprobe nf_conntrack_netlink")
+}
+
+fn missing(features: &[&str]) -> Option<Finding> {
     (!features.is_empty()).then(|| {
         let modules: Vec<&str> = features
             .iter()
-            .map(|feature| match feature.as_str() {
+            .map(|feature| match *feature {
                 "tproxy" => "nft_tproxy",
                 "fib" => "nft_fib_inet",
                 _ => "nft_nat",

@@ -293,6 +293,10 @@ const BROKEN: &[(&str, Severity, Break)] = {
         ("kernel-feature", Error, |f| {
             helper(f).1.missingFeatures = vec!["tproxy".into(), "fib".into(), "dnat".into()];
         }),
+        ("kernel-feature", Error, |f| {
+            f.config = ConfigFile::Read(vec![relayed(false)]);
+            helper(f).1.missingFeatures = vec!["ctnetlink".into()];
+        }),
         ("net-cls", Warning, |f| {
             f.system.linux = Ok((5, 14));
             f.system.v1_network_controllers = Ok(vec!["net_cls".into()]);
@@ -569,6 +573,9 @@ const HARMLESS: &[(&str, Break)] = &[
                 ..Rule::default()
             },
         );
+    }),
+    ("no ctnetlink where nothing is carried on", |f| {
+        helper(f).1.missingFeatures = vec!["ctnetlink".into()];
     }),
     ("no relay where nothing is carried on", |f| f.relay = None),
     ("one connection less than there may be", |f| {
