@@ -76,6 +76,26 @@ fn datagrams_that_wait_for_a_silent_server_are_bounded() {
 }
 
 #[test]
+fn a_server_elsewhere_directs_no_datagram_to_this_machine() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let service = sb.service("service").port(5555).start();
+        // It greets, and has datagrams sent to 127.0.0.1:5555.
+        let say = [5, 0, 5, 0, 0, 1, 127, 0, 0, 1, 0x15, 0xb3];
+        let _server = speaker(sb, &say, Afterwards::Hold);
+        let bed = bed(sb, "socks5://192.0.2.2:1080", CONNECTIONS);
+        let [to, _] = sb.destinations();
+        bed.app.send_datagrams(to, 1, 1, 100);
+        wait_until("the datagram to be passed on", || {
+            let sent = sb.deliveries(INTERNET_V4);
+            sent.iter().any(|delivery| delivery.protocol == 17) || !service.arrivals().is_empty()
+        });
+        service.assert_idle();
+        sb.assert_nothing_left_for(to.ip());
+    });
+}
+
+#[test]
 fn a_server_that_does_not_greet_is_down() {
     sandbox(|sb| {
         let _helper = sb.helper().start();

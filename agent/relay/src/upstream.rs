@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -213,7 +213,7 @@ impl Upstream {
             let asked = timeout(CONNECT, socks::associate(stream, peer.is_ipv6())).await;
             let mut relay = asked.map_err(|_| Error::Silent)??;
             // Many a server that listens on all addresses says just that.
-            if relay.ip().is_unspecified() {
+            if !may_be_at(relay.ip(), peer.ip()) {
                 relay.set_ip(peer.ip());
             }
             Ok(relay)
@@ -256,6 +256,15 @@ impl Upstream {
             Err(_) => Err(Error::Down("it does not answer".into())),
         }
     }
+}
+
+/// Whether a server that was reached at `peer` may take datagrams at `said`: at no address that would let a server
+/// elsewhere choose who on this machine gets them, or that is nobody's own.
+fn may_be_at(said: IpAddr, peer: IpAddr) -> bool {
+    let said = said.to_canonical();
+    let is_broadcast = matches!(said, IpAddr::V4(said) if said.is_broadcast());
+    let is_here = said.is_loopback() && !peer.to_canonical().is_loopback();
+    !(said.is_unspecified() || said.is_multicast() || is_broadcast || is_here)
 }
 
 /// A connection to one of the addresses that are being looked up.
@@ -337,6 +346,19 @@ mod tests {
         let socket = socket.listen(0).unwrap();
         let address = socket.local_addr().unwrap();
         (socket, address)
+    }
+
+    #[test]
+    fn a_server_elsewhere_is_not_on_this_machine() {
+        let may = |said: &str, peer: &str| may_be_at(said.parse().unwrap(), peer.parse().unwrap());
+        for said in ["127.0.0.1", "::1", "::ffff:127.0.0.2"] {
+            assert!(!may(said, "192.0.2.2"), "{said}");
+            assert!(may(said, "127.0.0.1"), "{said}");
+        }
+        for said in ["0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255"] {
+            assert!(!may(said, "127.0.0.1"), "{said}");
+        }
+        assert!(may("192.0.2.3", "192.0.2.2"));
     }
 
     #[tokio::test]
