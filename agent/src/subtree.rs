@@ -1,9 +1,10 @@
 //! Where the control groups of a user are.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use cgtproxy_proto::path::{
@@ -180,18 +181,53 @@ impl Subtree {
     #[must_use]
     pub fn control_groups(&self) -> BTreeSet<ControlGroupPath> {
         let mut found = BTreeSet::new();
-        let mut stack = vec![ControlGroupPath::root()];
-        while let Some(path) = stack.pop() {
-            let Ok(entries) = std::fs::read_dir(self.directory(&path)) else {
-                continue;
-            };
-            let directories = entries
-                .flatten()
-                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-            stack.extend(directories.filter_map(|d| path.join(d.file_name().as_bytes()).ok()));
+        // What can't be listed is there all the same.
+        let _ = self.walk(|path, _| {
             found.insert(path);
-        }
+        });
         found
+    }
+
+    /// Tells of each control group and its id, those above before those below.
+    ///
+    /// # Errors
+    /// If one of them can't be listed, after all others.
+    pub fn walk(&self, mut tell: impl FnMut(ControlGroupPath, u64)) -> io::Result<()> {
+        let root = ControlGroupPath::root();
+        let id = std::fs::metadata(self.directory(&root))?.ino();
+        tell(root.clone(), id);
+        let mut failure = None;
+        let mut stack = vec![root];
+        while let Some(path) = stack.pop() {
+            let entries = match std::fs::read_dir(self.directory(&path)) {
+                Ok(entries) => entries.flatten(),
+                // It has gone meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => {
+                    failure = Some(error);
+                    continue;
+                }
+            };
+            for entry in entries.filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir())) {
+                if let Ok(path) = path.join(entry.file_name().as_bytes()) {
+                    tell(path.clone(), entry.ino());
+                    stack.push(path);
+                }
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// The login sessions beside the user's service manager, by the names of their units, with their directories.
+    #[must_use]
+    pub fn sessions(&self) -> BTreeMap<String, PathBuf> {
+        let Some(slice) = self.path.parent() else {
+            return BTreeMap::new();
+        };
+        let directory = self.root.join(slice.as_path());
+        let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+        let named = entries.map(|e| (e.file_name().to_string_lossy().into_owned(), e.path()));
+        named.filter(|(name, _)| is_session(name)).collect()
     }
 
     /// The control group root.
@@ -201,9 +237,21 @@ impl Subtree {
     }
 }
 
+/// Whether a unit is a session of logind's.
+#[must_use]
+pub fn is_session(unit: &str) -> bool {
+    unit.starts_with("session-") && unit.ends_with(".scope")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn knows_login_sessions() {
+        assert!(is_session("session-c2.scope"));
+        assert!(!is_session("session.slice"));
+    }
 
     #[test]
     fn knows_what_is_in_it() {

@@ -71,7 +71,7 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
         gateway: gateway.as_ref().map(facts::gateway),
         hierarchy,
         manager: facts::manager(&subtree),
-        session: facts::session(subtree.root(), uid),
+        session: facts::session(&subtree),
         inotify: facts::inotify(),
         listeners: facts::listeners(),
         rules: facts::rules(),

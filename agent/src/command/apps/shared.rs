@@ -1,12 +1,11 @@
 //! Applications that have no control group of their own, because whoever started them did not make one.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::io::{self, Write};
 
 use super::{Running, processes, unit};
 use crate::policy::Names;
-use crate::subtree::Subtree;
+use crate::subtree::{Subtree, is_session};
 use crate::text::printable;
 
 /// Units of desktops and window managers, and those that terminals make for what is typed into them. What
@@ -69,39 +68,18 @@ pub(super) fn find(subtree: &Subtree, running: &[Running]) -> Vec<Shared> {
             executables,
         })
     });
-    let sessions = beside(subtree)
+    let sessions = subtree
+        .sessions()
         .into_iter()
-        .map(|(unit, executables)| Shared {
+        .map(|(unit, directory)| Shared {
             unit,
             in_reach: false,
-            executables: foreign(executables),
+            executables: foreign(processes::executables(&directory)),
         });
     sessions
         .chain(in_reach)
         .filter(|shared| !shared.executables.is_empty())
         .collect()
-}
-
-/// The login sessions of the user whose service manager has this subtree.
-fn beside(subtree: &Subtree) -> Vec<(String, BTreeSet<String>)> {
-    let Some(slice) = subtree.path().parent() else {
-        return Vec::new();
-    };
-    let directory = subtree.root().join(slice.as_path());
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    let mut sessions: Vec<_> = entries
-        .filter_map(|entry| {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            is_session(&name).then(|| (name, processes::executables(&entry.path())))
-        })
-        .collect();
-    sessions.sort();
-    sessions
-}
-
-/// Whether a unit is a session of logind's.
-fn is_session(unit: &str) -> bool {
-    unit.starts_with("session-") && unit.ends_with(".scope")
 }
 
 /// Names between white space.
@@ -167,11 +145,5 @@ mod tests {
         ] {
             assert!(!parts.matches(name.as_bytes()), "{name}");
         }
-    }
-
-    #[test]
-    fn knows_login_sessions() {
-        assert!(is_session("session-c2.scope"));
-        assert!(!is_session("session.slice"));
     }
 }

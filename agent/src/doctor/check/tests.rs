@@ -130,7 +130,6 @@ fn our_rule(ipv6: bool) -> Rule {
         priority: 800,
         mark: Some((0x8000_0000, 0x8000_0000)),
         table: Some(25447),
-        protocol: 199,
         ..Rule::default()
     }
 }
@@ -140,7 +139,6 @@ fn fine() -> Facts {
     let system_rules = [(0, 255), (32766, 254)].map(|(priority, table)| Rule {
         priority,
         table: Some(table),
-        protocol: 2,
         ..Rule::default()
     });
     let mut rules = vec![our_rule(false), our_rule(true)];

@@ -2,8 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use cgtproxy_proto::path::ControlGroupPath;
@@ -11,9 +10,6 @@ use cgtproxy_proto::path::ControlGroupPath;
 use super::{Hierarchy, Manager, Session};
 use crate::doctor::Look;
 use crate::subtree::{Subtree, find_root};
-
-/// More control groups than any user has.
-const MOST_GROUPS: usize = 100_000;
 
 /// How control groups are mounted, with the root as it was given or found.
 #[must_use]
@@ -47,41 +43,17 @@ pub fn manager(subtree: &Subtree) -> Manager {
 }
 
 fn groups(subtree: &Subtree) -> io::Result<Vec<(u64, String)>> {
-    let root = ControlGroupPath::root();
-    let id = fs::metadata(subtree.directory(&root))?.ino();
-    let mut found = vec![(id, subtree.to_wire(&root))];
-    let mut stack = vec![root];
-    while let Some(path) = stack.pop() {
-        let entries = match fs::read_dir(subtree.directory(&path)) {
-            Ok(entries) => entries,
-            // It has gone meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        for entry in entries.flatten() {
-            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) || found.len() >= MOST_GROUPS {
-                continue;
-            }
-            if let Ok(path) = path.join(entry.file_name().as_bytes()) {
-                found.push((entry.ino(), subtree.to_wire(&path)));
-                stack.push(path);
-            }
-        }
-    }
+    let mut found = Vec::new();
+    subtree.walk(|path, id| found.push((id, subtree.to_wire(&path))))?;
     Ok(found)
 }
 
-/// Looks for processes with a display in a user's login sessions.
+/// Looks for processes with a display in the login sessions beside a user's service manager.
 #[must_use]
-pub fn session(root: &Path, uid: u32) -> Session {
-    let slice = root.join(format!("user.slice/user-{uid}.slice"));
-    let scopes = fs::read_dir(slice).into_iter().flatten().flatten();
-    let scopes = scopes.filter(|entry| {
-        let name = entry.file_name();
-        name.as_bytes().starts_with(b"session-") && name.as_bytes().ends_with(b".scope")
-    });
+pub fn session(subtree: &Subtree) -> Session {
+    let scopes = subtree.sessions().into_values();
     let processes = scopes
-        .filter_map(|scope| fs::read_to_string(scope.path().join("cgroup.procs")).ok())
+        .filter_map(|scope| fs::read_to_string(scope.join("cgroup.procs")).ok())
         .flat_map(|list| list.lines().map(str::to_owned).collect::<Vec<_>>());
     Session {
         desktop: std::env::var("XDG_CURRENT_DESKTOP")

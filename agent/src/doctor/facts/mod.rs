@@ -258,8 +258,6 @@ pub struct Rule {
     pub suppressed: bool,
     /// The table that it looks up; none if it does something else.
     pub table: Option<u32>,
-    /// Who made it: rtnetlink(7)'s protocol.
-    pub protocol: u8,
 }
 
 /// The network of the machine.

@@ -151,7 +151,6 @@ fn rule(message: &RuleMessage) -> Rule {
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = *value,
             RuleAttribute::Table(table) if rule.table.is_some() => rule.table = Some(*table),
-            RuleAttribute::Protocol(protocol) => rule.protocol = (*protocol).into(),
             RuleAttribute::SuppressPrefixLen(length) => rule.suppressed = *length != u32::MAX,
             RuleAttribute::SuppressIfGroup(group) => rule.suppressed |= *group != u32::MAX,
             RuleAttribute::Iifname(_)
