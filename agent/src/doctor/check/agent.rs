@@ -5,7 +5,7 @@ use cgtproxy_proto::helper::GetStatus_Reply_session;
 
 use super::count;
 use crate::config::Scope;
-use crate::doctor::facts::{Agent, ConfigFile, Facts, Helper};
+use crate::doctor::facts::{Agent, ConfigState, Facts, Helper};
 use crate::doctor::{Finding, Group};
 
 /// What to call the agent, and the commands about it.
@@ -146,7 +146,7 @@ fn configuration(facts: &Facts) -> Option<Finding> {
             false => "The agent keeps to the configuration that was there before it.",
         };
         return Some(match &facts.config {
-            ConfigFile::Read(_) => {
+            ConfigState::Read(_) => {
                 Finding::error("config-not-in-force", format!("the configuration is not in force: {error}"))
                     .effect(effect)
                     .advice(
@@ -154,7 +154,7 @@ fn configuration(facts: &Facts) -> Option<Finding> {
                     )
                     .command(words(facts.scope).reload)
             }
-            ConfigFile::Missing => {
+            ConfigState::Missing => {
                 Finding::error("config-not-in-force", format!("the configuration was removed: {error}"))
                     .effect(match status.connected {
                         true => "What it said is still in force.",
@@ -163,14 +163,14 @@ fn configuration(facts: &Facts) -> Option<Finding> {
                     .advice("put it back, or restart the agent to go without")
                     .command(words(facts.scope).restart)
             }
-            ConfigFile::Wrong(_) => Finding::error("config-not-in-force", format!("the configuration has a mistake: {error}"))
+            ConfigState::Wrong(_) => Finding::error("config-not-in-force", format!("the configuration has a mistake: {error}"))
                 .effect(effect)
                 .advice(format!("'{check}' lists all that is wrong with the file"))
                 .command(check),
         });
     }
     match &facts.config {
-        ConfigFile::Wrong(why) => Some(
+        ConfigState::Wrong(why) => Some(
             Finding::error(
                 "config-wrong",
                 format!("the configuration is of no use: {why}"),
@@ -179,7 +179,7 @@ fn configuration(facts: &Facts) -> Option<Finding> {
             .advice(format!("'{check}' lists all that is wrong with the file"))
             .command(check),
         ),
-        ConfigFile::Missing => Some(
+        ConfigState::Missing => Some(
             Finding::note("config-missing", format!("there is no file {file}"))
                 .effect(match facts.scope {
                     Scope::User => "Everything goes direct, but for what cgtproxy-exec drops.",
@@ -187,6 +187,6 @@ fn configuration(facts: &Facts) -> Option<Finding> {
                 })
                 .advice("write one: see cgtproxy.yaml(5)"),
         ),
-        ConfigFile::Read(_) => None,
+        ConfigState::Read(_) => None,
     }
 }

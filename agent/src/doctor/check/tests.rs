@@ -97,7 +97,7 @@ fn proxy() -> Proxy {
 
 /// Connections are redirected to the one proxy.
 fn redirect(facts: &mut Facts) {
-    facts.config = ConfigFile::Read(vec![Proxy {
+    facts.config = ConfigState::Read(vec![Proxy {
         server: Server::Redirect(7890),
         ..proxy()
     }]);
@@ -153,7 +153,7 @@ fn fine() -> Facts {
         relay: Some(Ok(relay_status())),
         config_file: "/home/a/.config/cgtproxy/config.yaml".into(),
         config_named: false,
-        config: ConfigFile::Read(vec![proxy()]),
+        config: ConfigState::Read(vec![proxy()]),
         gateway: None,
         hierarchy: Hierarchy::Unified,
         manager: Manager {
@@ -270,9 +270,9 @@ const BROKEN: &[(&str, Severity, Break)] = {
             agent(f).configError = Some("c:1:1: what is this".into());
         }),
         ("config-wrong", Error, |f| {
-            f.config = ConfigFile::Wrong("c:1:1".into())
+            f.config = ConfigState::Wrong("c:1:1".into())
         }),
-        ("config-missing", Note, |f| f.config = ConfigFile::Missing),
+        ("config-missing", Note, |f| f.config = ConfigState::Missing),
         ("cgroup-hybrid", Note, |f| f.hierarchy = Hierarchy::Hybrid),
         ("cgroup-missing", Error, |f| f.hierarchy = Hierarchy::None),
         ("manager-missing", Error, |f| f.manager.owner = Ok(None)),
@@ -292,7 +292,7 @@ const BROKEN: &[(&str, Severity, Break)] = {
             helper(f).1.missingFeatures = vec!["tproxy".into(), "fib".into(), "dnat".into()];
         }),
         ("kernel-feature", Error, |f| {
-            f.config = ConfigFile::Read(vec![relayed(false)]);
+            f.config = ConfigState::Read(vec![relayed(false)]);
             helper(f).1.missingFeatures = vec!["ctnetlink".into()];
         }),
         ("net-cls", Warning, |f| {
@@ -456,7 +456,7 @@ const BROKEN: &[(&str, Severity, Break)] = {
             f.system.nsswitch = Ok("hosts: mymachines resolve [!UNAVAIL=return] files dns".into());
         }),
         ("nss-resolve", Warning, |f| {
-            f.config = ConfigFile::Read(vec![relayed(true)]);
+            f.config = ConfigState::Read(vec![relayed(true)]);
             f.system.nsswitch = Ok("hosts: resolve dns".into());
         }),
         ("nscd", Warning, |f| f.system.nscd = true),
@@ -516,11 +516,11 @@ const HARMLESS: &[(&str, Break)] = &[
         },
     ),
     ("a proxy elsewhere, of which nobody listens here", |f| {
-        f.config = ConfigFile::Read(vec![relayed(true)]);
+        f.config = ConfigState::Read(vec![relayed(true)]);
         listeners(f).clear();
     }),
     ("nss-resolve where the relay answers no queries", |f| {
-        f.config = ConfigFile::Read(vec![relayed(false)]);
+        f.config = ConfigState::Read(vec![relayed(false)]);
         f.system.nsswitch = Ok("hosts: resolve dns".into());
         f.system.nscd = true;
     }),
@@ -606,7 +606,7 @@ const HARMLESS: &[(&str, Break)] = &[
         },
     ),
     ("a proxy without IPv6 where there is none", |f| {
-        f.config = ConfigFile::Read(vec![Proxy {
+        f.config = ConfigState::Read(vec![Proxy {
             ipv6: false,
             ..proxy()
         }]);
@@ -620,7 +620,7 @@ const HARMLESS: &[(&str, Break)] = &[
         gateway(f);
     }),
     ("a family that no gateway diverts", |f| {
-        f.config = ConfigFile::Read(vec![Proxy {
+        f.config = ConfigState::Read(vec![Proxy {
             ipv4: false,
             ..proxy()
         }]);
@@ -635,7 +635,7 @@ const HARMLESS: &[(&str, Break)] = &[
             port: 5353,
             tcp: true,
         });
-        f.config = ConfigFile::Read(vec![Proxy { dns, ..proxy() }]);
+        f.config = ConfigState::Read(vec![Proxy { dns, ..proxy() }]);
     }),
 ];
 
@@ -737,7 +737,7 @@ fn a_relay_that_nobody_could_ask_does_not_pass_for_good() {
         text
     };
     let mut facts = fine();
-    facts.config = ConfigFile::Read(vec![relayed(true)]);
+    facts.config = ConfigState::Read(vec![relayed(true)]);
     facts.agent = Agent::NotRunning;
     facts.relay = None;
     let text = said(&facts);
@@ -812,7 +812,7 @@ fn what_the_helper_refuses_is_no_mistake_in_the_file() {
         refused.commands
     );
 
-    facts.config = ConfigFile::Wrong("c:1:1".into());
+    facts.config = ConfigState::Wrong("c:1:1".into());
     let wrong = only(&facts, super::agent::check);
     assert!(wrong.problem.contains("mistake"), "{wrong:?}");
     assert!(wrong.commands[0].contains("check"), "{wrong:?}");
@@ -836,7 +836,7 @@ fn what_the_helper_refuses_is_no_mistake_in_the_file() {
 #[test]
 fn advice_is_about_the_file_that_was_looked_at() {
     let mut facts = fine();
-    facts.config = ConfigFile::Wrong("c:1:1".into());
+    facts.config = ConfigState::Wrong("c:1:1".into());
     let commands = |facts: &Facts| only(facts, super::agent::check).commands;
     assert_eq!(commands(&facts), ["cgtproxy-agent check"]);
     facts.config_named = true;
@@ -850,7 +850,7 @@ fn advice_is_about_the_file_that_was_looked_at() {
 #[test]
 fn a_file_that_was_removed_has_no_mistake() {
     let mut facts = fine();
-    facts.config = ConfigFile::Missing;
+    facts.config = ConfigState::Missing;
     agent(&mut facts).configError = Some("there is no file /c".into());
     let removed = only(&facts, super::agent::check);
     assert_eq!(removed.id, "config-not-in-force");
@@ -881,7 +881,7 @@ fn the_socket_is_not_blamed_for_the_directory_that_it_is_in() {
 #[test]
 fn without_the_configuration_the_policy_in_force_counts() {
     let mut facts = fine();
-    facts.config = ConfigFile::Missing;
+    facts.config = ConfigState::Missing;
     helper(&mut facts).0.proxies = vec![cgtproxy_proto::helper::Proxy {
         name: "other".into(),
         port: 1,

@@ -12,8 +12,8 @@ use cgtproxy_proto::helper::{
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use super::{Agent, ConfigFile, Dns, Helper, Proxy, Server};
-use crate::config::{self, ConfigFile as Source, LoadError};
+use super::{Agent, ConfigState, Dns, Helper, Proxy, Server};
+use crate::config::{self, ConfigFile, LoadError};
 use crate::connection::{ConnectError, Connection};
 use crate::doctor::Look;
 use crate::text::chain;
@@ -125,14 +125,14 @@ fn no_answer() -> String {
 
 /// Reads the configuration file: what it is, and its `gateway`.
 #[must_use]
-pub fn read_config(file: &Source) -> (ConfigFile, Option<config::Gateway>) {
+pub fn read_config(file: &ConfigFile) -> (ConfigState, Option<config::Gateway>) {
     match config::load(&file.path, file.scope) {
         Ok(loaded) => {
             let proxies = loaded.config.proxies.iter().map(configured).collect();
-            (ConfigFile::Read(proxies), loaded.config.gateway)
+            (ConfigState::Read(proxies), loaded.config.gateway)
         }
-        Err(LoadError::Missing(_)) if !file.explicit => (ConfigFile::Missing, None),
-        Err(error) => (ConfigFile::Wrong(chain(&error)), None),
+        Err(LoadError::Missing(_)) if !file.explicit => (ConfigState::Missing, None),
+        Err(error) => (ConfigState::Wrong(chain(&error)), None),
     }
 }
 

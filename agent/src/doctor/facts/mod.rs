@@ -42,7 +42,7 @@ pub struct Facts {
     /// Whether the command line says so.
     pub config_named: bool,
     /// What is there.
-    pub config: ConfigFile,
+    pub config: ConfigState,
     /// What the configuration's `gateway` rests on; none without one.
     pub gateway: Option<Gateway>,
     /// Where control groups are.
@@ -98,7 +98,7 @@ pub enum Agent {
 
 /// What the configuration file is.
 #[derive(Debug, Clone)]
-pub enum ConfigFile {
+pub enum ConfigState {
     /// There is none, and none was asked for.
     Missing,
     /// It is of no use.
@@ -327,7 +327,7 @@ impl Facts {
     #[must_use]
     pub fn proxies(&self) -> Vec<Proxy> {
         match (&self.config, &self.helper) {
-            (ConfigFile::Read(proxies), _) => proxies.clone(),
+            (ConfigState::Read(proxies), _) => proxies.clone(),
             (_, Helper::Answers(status, _)) => {
                 status.proxies.iter().filter_map(ask::in_force).collect()
             }
