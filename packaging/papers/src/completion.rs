@@ -18,14 +18,14 @@ fn places(command: &str) -> [String; 3] {
     ]
 }
 
-/// Those of `cgtproxy-agent`, all of them by clap.
+/// The completions of `cgtproxy-agent`, all of them by clap.
 pub(crate) fn of_agent(mut command: Command) -> Result<[Paper; 3], Error> {
     let name = command.get_name().to_owned();
     command.set_bin_name(&name);
     command.build();
     let [bash, zsh, fish] = places(&name);
     Ok([
-        paper(bash, generated(&Bash, &command)?),
+        paper(bash, bash_script(&command)?),
         paper(zsh, generated(&Zsh, &command)?),
         paper(fish, generated(&Fish, &command)?),
     ])
@@ -41,7 +41,15 @@ fn generated(shell: &impl Generator, command: &Command) -> Result<String, io::Er
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// Those of `cgtproxy-exec`, whose options come from clap. What follows them clap can't complete: targets,
+/// The script for bash. Where the script finds out which command it completes, clap_complete keeps the `-` of the
+/// program's name as `__`; where it lists the words, it makes `__subcmd__` of it, and would find none of them.
+fn bash_script(command: &Command) -> Result<String, io::Error> {
+    let name = command.get_name();
+    let script = generated(&Bash, command)?;
+    Ok(script.replace(&name.replace('-', "__subcmd__"), &name.replace('-', "__")))
+}
+
+/// The completions of `cgtproxy-exec`, whose options come from clap. What follows them clap can't complete: targets,
 /// which the program itself lists, and another command with all its words, which the shell completes.
 pub(crate) fn of_exec(mut command: Command) -> [Paper; 3] {
     command.build();

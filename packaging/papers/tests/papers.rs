@@ -317,6 +317,28 @@ fn bash_completes_targets_options_processes_and_commands() {
 }
 
 #[test]
+fn bash_completes_the_agents_commands_and_their_options() {
+    let complete = |words: &str, at: usize| {
+        shell(
+            "bash",
+            &format!(
+                ". bash-completion/completions/cgtproxy-agent\n\
+                 COMP_WORDS=({words}); COMP_CWORD={at}\n\
+                 _cgtproxy__agent cgtproxy-agent \"${{COMP_WORDS[{at}]}}\" \"${{COMP_WORDS[{at}-1]}}\"\n\
+                 printf '%s\\n' \"${{COMPREPLY[@]}}\""
+            ),
+        )
+    };
+    assert_eq!(complete("cgtproxy-agent chec", 1), ["check"]);
+    assert_eq!(complete("cgtproxy-agent status --js", 2), ["--json"]);
+    assert_eq!(complete("cgtproxy-agent migrate --ou", 2), ["--output"]);
+    let permission = complete("cgtproxy-agent check permission --js", 3);
+    assert_eq!(permission, ["--json"]);
+    let check = complete("cgtproxy-agent check perm", 2);
+    assert_eq!(check, ["permission"]);
+}
+
+#[test]
 fn fish_completes_targets_options_and_commands() {
     let complete = |line: &str| {
         shell(
