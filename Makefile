@@ -83,9 +83,9 @@ MIRI = MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=2 $(CARGO) +nightly mir
 miri:
 	@$(CARGO) +nightly miri --version >/dev/null 2>&1 || { echo "this needs Miri" \
 		"(rustup component add miri rust-src --toolchain nightly)" >&2; exit 1; }
-	$(MIRI) -p cgtproxy-proto -- interface:: message:: name:: network:: path::
+	$(MIRI) -p cgtproxy-proto --features yaml -- interface:: message:: name:: nearest:: network:: path:: yaml::
 	$(MIRI) -p cgtproxy-helper -- bypass:: config:: conntrack:: mark:: netlink:: nft::foreign registry:: snapshot::
-	$(MIRI) -p cgtproxy-agent -- config::upstream config::yaml \
+	$(MIRI) -p cgtproxy-agent -- config::upstream \
 		policy::application policy::exec_slices policy::subject sync::wire text::
 	$(MIRI) -p cgtproxy-relay -- dns:: fake:: http:: socks::
 

@@ -1,4 +1,4 @@
-//! What can be typed.
+//! The command line of cgtproxy-helper.
 
 use std::path::PathBuf;
 
@@ -33,6 +33,12 @@ pub struct Arguments {
     /// Where cgroup v2 is mounted, if not at /sys/fs/cgroup or /sys/fs/cgroup/unified
     #[arg(long, value_name = "DIR")]
     pub cgroup_root: Option<PathBuf>,
+
+    /// Say what is wrong with the configuration, and exit: with 0 if nothing is, else with 78
+    ///
+    /// Touches nothing, and needs no privilege. The helper that runs goes on with the configuration that it has.
+    #[arg(long, conflicts_with = "remove")]
+    pub check: bool,
 
     /// Remove the table, the rules and the routes that a helper left, and exit
     #[arg(long)]

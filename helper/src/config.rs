@@ -5,19 +5,46 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use cgtproxy_proto::file;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
+use cgtproxy_proto::nearest::nearest;
+use cgtproxy_proto::yaml::{self, Node, Place, SyntaxError, Value};
 use nix::unistd::{Group, User};
-use serde::Deserialize;
 
 use crate::access::{Access, Accounts};
-use crate::mark::{MarkRange, MaskTooSmall};
+use crate::mark::MarkRange;
 
 /// Where the configuration is unless `--config` says otherwise. It may be absent.
 pub const DEFAULT_PATH: &str = "/etc/cgtproxy/helper.yaml";
 
+/// All keys of the file.
+pub const KEYS: &[&str] = &[
+    "mark-mask",
+    "route-table",
+    "rule-priority",
+    "grace-seconds",
+    "on-agent-loss",
+    "own-table",
+    "proxy-users",
+    "allow",
+    "deny",
+    "limits",
+];
+
+/// All keys of `limits`.
+pub const LIMIT_KEYS: &[&str] = &[
+    "connections",
+    "message-bytes",
+    "calls-per-second",
+    "proxies",
+    "bypass",
+    "control-groups",
+];
+
+const ACCOUNT_KEYS: &[&str] = &["users", "groups"];
+
 /// What becomes of a user's policy when the agent is gone and does not come back within the grace.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum OnAgentLoss {
     /// What is dropped or held stays so, and the rest is as if the user had no policy.
     #[default]
@@ -29,7 +56,7 @@ pub enum OnAgentLoss {
 }
 
 impl fmt::Display for OnAgentLoss {
-    /// What is in force then.
+    /// What is in force after that loss.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Keep => "what is dropped stays so, the rest is as without a policy",
@@ -39,115 +66,8 @@ impl fmt::Display for OnAgentLoss {
     }
 }
 
-/// What the file says, as typed.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
-struct File {
-    mark_mask: u32,
-    route_table: u32,
-    rule_priority: u32,
-    grace_seconds: u32,
-    on_agent_loss: OnAgentLoss,
-    own_table: bool,
-    proxy_users: Vec<Reference>,
-    allow: Option<References>,
-    deny: References,
-    limits: Limits,
-}
-
-impl Default for File {
-    fn default() -> Self {
-        Self {
-            mark_mask: 0xff00_0000,
-            route_table: 0x6367,
-            rule_priority: 800,
-            grace_seconds: 5,
-            on_agent_loss: OnAgentLoss::default(),
-            own_table: true,
-            proxy_users: Vec::new(),
-            allow: None,
-            deny: References::default(),
-            limits: Limits::default(),
-        }
-    }
-}
-
-/// A user or group by number or name.
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "a user or group is a name or a number")]
-enum Reference {
-    Number(u32),
-    Name(String),
-}
-
-impl Reference {
-    /// The number; [`Error::Unknown`] where there is none.
-    fn resolve(self, kind: Kind, path: &Path, key: &'static str) -> Result<u32, Error> {
-        let name = match self {
-            Self::Number(number) => return Ok(number),
-            Self::Name(name) => name,
-        };
-        kind.number_of(&name).ok_or_else(|| Error::Unknown {
-            path: path.to_owned(),
-            key,
-            what: kind,
-            name,
-        })
-    }
-}
-
-/// What a name is one of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// A user.
-    User,
-    /// A group.
-    Group,
-}
-
-impl Kind {
-    /// The number of the user or group of this name, by the database.
-    fn number_of(self, name: &str) -> Option<u32> {
-        match self {
-            Self::User => Some(User::from_name(name).ok()??.uid.as_raw()),
-            Self::Group => Some(Group::from_name(name).ok()??.gid.as_raw()),
-        }
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::User => "user",
-            Self::Group => "group",
-        })
-    }
-}
-
-/// Users and groups, by number or name.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct References {
-    users: Vec<Reference>,
-    groups: Vec<Reference>,
-}
-
-impl References {
-    fn resolve(self, path: &Path, keys: [&'static str; 2]) -> Result<Accounts, Error> {
-        let [users, groups] = keys;
-        let (uids, gids) = (self.users.into_iter(), self.groups.into_iter());
-        let uids = uids.map(|user| user.resolve(Kind::User, path, users));
-        let gids = gids.map(|group| group.resolve(Kind::Group, path, groups));
-        Ok(Accounts {
-            uids: uids.collect::<Result<_, _>>()?,
-            gids: gids.collect::<Result<_, _>>()?,
-        })
-    }
-}
-
 /// How much one user may have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Connections that are open at the same time.
     pub connections: usize,
@@ -187,7 +107,7 @@ pub struct Config {
     pub rule_priority: u32,
     /// How long a policy outlives its agent's connection.
     pub grace: Duration,
-    /// What becomes of the policy then.
+    /// What becomes of the policy after the grace.
     pub on_agent_loss: OnAgentLoss,
     /// Whether to protect the table from other programs where the kernel can.
     pub own_table: bool,
@@ -199,76 +119,90 @@ pub struct Config {
     pub limits: Limits,
 }
 
+const ANY_NUMBER: &str = "a number from 0 to 4294967295";
+
 /// Why a configuration is refused.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
+#[derive(Debug)]
+pub struct Error {
+    path: PathBuf,
+    problem: Problem,
+}
+
+/// What is wrong with a configuration file.
+#[derive(Debug)]
+enum Problem {
+    /// There is no such file.
+    Absent,
     /// The file can't be read.
-    #[error("can't read '{path}'")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    Unreadable(io::Error),
     /// A link leads to where nothing is seen.
-    #[error(
-        "can't read '{path}': '{link}' is a link to '{target}', and the helper sees nothing there; \
-         its unit shows it /etc and /usr, and what BindReadOnlyPaths= adds"
-    )]
-    Nowhere {
-        /// The file.
-        path: PathBuf,
-        /// The link: the file or its directory.
-        link: PathBuf,
-        /// What it says.
-        target: PathBuf,
-    },
-    /// The file is not a configuration.
-    #[error("{path}:{line}:{column}: {message}")]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Where in it, counted from 1.
-        line: u64,
-        /// Where in the line, in characters, counted from 1.
-        column: u64,
-        /// What is wrong.
-        message: String,
-    },
-    /// The mask has too few bits.
-    #[error("mark-mask {mask:#010x} in '{path}'")]
-    Mask {
-        /// The file.
-        path: PathBuf,
-        /// The mask.
-        mask: u32,
-        /// What is wrong with it.
-        source: MaskTooSmall,
-    },
-    /// A number is one that the system uses itself.
-    #[error("{key} {value} in '{path}' is out of range: {allowed}")]
-    Range {
-        /// The file.
-        path: PathBuf,
-        /// The key.
-        key: &'static str,
-        /// Its value.
-        value: u32,
-        /// What would be right.
-        allowed: &'static str,
-    },
-    /// A user or group that is named does not exist.
-    #[error("{key} in '{path}' has '{name}', and there is no such {what}")]
-    Unknown {
-        /// The file.
-        path: PathBuf,
-        /// The key.
-        key: &'static str,
-        /// What there is none of.
-        what: Kind,
-        /// The name.
-        name: String,
-    },
+    Nowhere { link: PathBuf, target: PathBuf },
+    /// Something in the file is wrong.
+    Wrong(Wrong),
+}
+
+/// What is wrong in a file, what would be right, and where.
+#[derive(Debug)]
+struct Wrong {
+    place: Place,
+    message: String,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.path.display();
+        match &self.problem {
+            Problem::Absent => write!(f, "there is no file '{path}'"),
+            Problem::Unreadable(_) => write!(f, "can't read '{path}'"),
+            Problem::Nowhere { link, target } => write!(
+                f,
+                "can't read '{path}': '{}' is a link to '{}', and the helper sees nothing there; \
+                 its unit shows it /etc and /usr, and what BindReadOnlyPaths= adds",
+                link.display(),
+                target.display()
+            ),
+            Problem::Wrong(Wrong { place, message }) => {
+                write!(f, "{path}:{}:{}: {message}", place.line, place.column)
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match &self.problem {
+            Problem::Unreadable(source) => Some(source),
+            _ => None,
+        }
+    }
+}
+
+impl Wrong {
+    fn new(node: &Node, message: impl Into<String>) -> Self {
+        Self {
+            place: node.place,
+            message: message.into(),
+        }
+    }
+
+    /// A value is of a wrong kind.
+    fn kind(node: &Node, key: &str, wanted: &str) -> Self {
+        Self::new(
+            node,
+            format!("'{key}' is {}; write {wanted}", node.value.kind()),
+        )
+    }
+}
+
+impl From<SyntaxError> for Wrong {
+    fn from(error: SyntaxError) -> Self {
+        let mut message = error.message;
+        if let Some(help) = error.help {
+            message = format!("{message}; {help}");
+        }
+        let place = error.place.unwrap_or(Place { line: 1, column: 1 });
+        Self { place, message }
+    }
 }
 
 impl Config {
@@ -278,13 +212,19 @@ impl Config {
     /// If the file that was named is absent, or either is wrong.
     pub fn load(path: Option<&Path>) -> Result<Self, Error> {
         match path {
-            Some(path) => Self::parse(&read(path)?.ok_or_else(|| absent(path))?, path),
+            Some(path) => {
+                let absent = || Error {
+                    path: path.to_owned(),
+                    problem: Problem::Absent,
+                };
+                Self::parse_bytes(&read(path)?.ok_or_else(absent)?, path)
+            }
             None => Self::load_if_there(Path::new(DEFAULT_PATH)),
         }
     }
 
     fn load_if_there(path: &Path) -> Result<Self, Error> {
-        Self::parse(&read(path)?.unwrap_or_default(), path)
+        Self::parse_bytes(&read(path)?.unwrap_or_default(), path)
     }
 
     /// What holds where there is no file.
@@ -296,126 +236,315 @@ impl Config {
     }
 
     pub(crate) fn parse(text: &str, path: &Path) -> Result<Self, Error> {
-        let path = path.to_owned();
-        let file = match serde_saphyr::from_str::<Option<File>>(text) {
-            Ok(file) => file.unwrap_or_default(),
-            Err(error) => {
-                let (line, column) = error.location().map_or((1, 1), |l| (l.line(), l.column()));
-                let message = error.without_snippet().to_string();
-                let place = format!(" at line {line}, column {column}");
-                return Err(Error::Parse {
-                    path,
-                    line,
-                    column,
-                    message: message.strip_suffix(&*place).unwrap_or(&message).into(),
-                });
-            }
-        };
-        let marks = match MarkRange::new(file.mark_mask) {
-            Ok(marks) => marks,
-            Err(source) => {
-                return Err(Error::Mask {
-                    path,
-                    mask: file.mark_mask,
-                    source,
-                });
-            }
-        };
-        let check = |key, value: usize, is_right, allowed| match is_right {
-            true => Ok(()),
-            false => Err(Error::Range {
-                path: path.clone(),
-                key,
-                value: u32::try_from(value).unwrap_or(u32::MAX),
-                allowed,
-            }),
-        };
-        let (table, priority) = (file.route_table as usize, file.rule_priority as usize);
-        // 253 to 255 are the tables default, main and local (linux/rtnetlink.h).
-        check(
-            "route-table",
-            table,
-            !matches!(table, 0 | 253..=255),
-            "0 and 253 to 255 are the system's own tables",
-        )?;
-        // Rule 0 looks the local table up, 32766 the main one.
-        check(
-            "rule-priority",
-            priority,
-            (1..32766).contains(&priority),
-            "a rule between those for the tables local and main has 1 to 32765",
-        )?;
-        let calls = file.limits.calls_per_second;
-        check(
-            "limits.calls-per-second",
-            calls,
-            (1..=1_000_000).contains(&calls),
-            "1 to 1000000",
-        )?;
-        let bytes = file.limits.message_bytes;
-        check(
-            "limits.message-bytes",
-            bytes,
-            bytes >= MESSAGE_BYTES + 64 * 1024,
-            "one message of the longest length needs 4259840",
-        )?;
+        Self::parse_bytes(text.as_bytes(), path)
+    }
+
+    fn parse_bytes(bytes: &[u8], path: &Path) -> Result<Self, Error> {
+        let root = yaml::text(bytes).and_then(yaml::parse);
+        let config = root.map_err(Wrong::from).and_then(|root| Self::of(&root));
+        config.map_err(|wrong| Error {
+            path: path.to_owned(),
+            problem: Problem::Wrong(wrong),
+        })
+    }
+
+    fn of(root: &Node) -> Result<Self, Wrong> {
+        let mut mask: u32 = 0xff00_0000;
+        let mut place_of_mask = root;
+        let (mut route_table, mut rule_priority, mut grace) = (0x6367, 800, 5u32);
+        let (mut on_agent_loss, mut own_table) = (OnAgentLoss::default(), true);
         let mut proxy_uids = vec![0];
-        for user in file.proxy_users {
-            proxy_uids.push(user.resolve(Kind::User, &path, "proxy-users")?);
+        let (mut allow, mut deny, mut limits) = (None, Accounts::default(), Limits::default());
+        let entries = match root.value {
+            Value::Null => Vec::new(),
+            _ => entries(root, None, KEYS)?,
+        };
+        for (key, node) in entries {
+            match key {
+                "mark-mask" => {
+                    mask = number(node, key, ANY_NUMBER, |_| true)?;
+                    place_of_mask = node;
+                }
+                "route-table" => {
+                    let wanted = "another number: 0 and 253 to 255 are the system's own tables";
+                    // 253 to 255 are the tables default, main and local (linux/rtnetlink.h).
+                    let allowed = |table: &u32| !matches!(table, 0 | 253..=255);
+                    route_table = number(node, key, wanted, allowed)?;
+                }
+                "rule-priority" => {
+                    let wanted =
+                        "a number from 1 to 32765, between the rules for the tables local and main";
+                    // Rule 0 looks the local table up, 32766 the main one.
+                    let allowed = |priority: &u32| (1..32766).contains(priority);
+                    rule_priority = number(node, key, wanted, allowed)?;
+                }
+                "grace-seconds" => grace = number(node, key, ANY_NUMBER, |_| true)?,
+                "on-agent-loss" => on_agent_loss = self::on_agent_loss(node, key)?,
+                "own-table" => own_table = boolean(node, key)?,
+                "proxy-users" => proxy_uids.extend(accounts(node, key, Account::User)?),
+                // Without a value it is as good as not there.
+                "allow" if matches!(node.value, Value::Null) => {}
+                "allow" => allow = Some(users_and_groups(node, key)?),
+                "deny" => deny = users_and_groups(node, key)?,
+                _ => limits = self::limits(node, key)?,
+            }
         }
+        let marks = MarkRange::new(mask).map_err(|why| {
+            Wrong::new(place_of_mask, format!("'mark-mask' is {mask:#010x}: {why}"))
+        })?;
         proxy_uids.sort_unstable();
         proxy_uids.dedup();
         Ok(Self {
             marks,
-            route_table: file.route_table,
-            rule_priority: file.rule_priority,
-            grace: Duration::from_secs(file.grace_seconds.into()),
-            on_agent_loss: file.on_agent_loss,
-            own_table: file.own_table,
+            route_table,
+            rule_priority,
+            grace: Duration::from_secs(grace.into()),
+            on_agent_loss,
+            own_table,
             proxy_uids,
-            access: Access {
-                allow: file
-                    .allow
-                    .map(|allow| allow.resolve(&path, ["allow.users", "allow.groups"]))
-                    .transpose()?,
-                deny: file.deny.resolve(&path, ["deny.users", "deny.groups"])?,
-            },
-            limits: file.limits,
+            access: Access { allow, deny },
+            limits,
         })
     }
 }
 
+/// The entries of a map, each of whose keys is known and is there once; `key` is the map's own.
+fn entries<'n>(
+    node: &'n Node,
+    key: Option<&str>,
+    known: &[&'static str],
+) -> Result<Vec<(&'static str, &'n Node)>, Wrong> {
+    let list = || quoted(known);
+    let Value::Map(map) = &node.value else {
+        let wanted = format!("a map with keys among {}", list());
+        return Err(match key {
+            Some(key) => Wrong::kind(node, key, &wanted),
+            None => Wrong::new(
+                node,
+                format!("the file is {}; write {wanted}", node.value.kind()),
+            ),
+        });
+    };
+    let within = key.map_or_else(String::new, |key| format!(" in '{key}'"));
+    let mut found: Vec<(&'static str, &Node, u64)> = Vec::new();
+    for (name, value) in map {
+        let Value::Text(text) = &name.value else {
+            let message = format!(
+                "a key{within} is {}; known are {}",
+                name.value.kind(),
+                list()
+            );
+            return Err(Wrong::new(name, message));
+        };
+        let Some(known) = known.iter().find(|known| *known == text) else {
+            let help = match nearest(text, known.iter().copied()) {
+                Some(near) => format!("did you mean '{near}'?"),
+                None => format!("known are {}", list()),
+            };
+            let message = format!("unknown key '{text}'{within}; {help}");
+            return Err(Wrong::new(name, message));
+        };
+        if let Some((.., line)) = found.iter().find(|(key, ..)| key == known) {
+            let message = format!(
+                "key '{known}'{within} is there twice, first in line {line}; keep one of them"
+            );
+            return Err(Wrong::new(name, message));
+        }
+        found.push((known, value, name.place.line));
+    }
+    Ok(found
+        .into_iter()
+        .map(|(key, value, _)| (key, value))
+        .collect())
+}
+
+/// Names for a sentence.
+fn quoted(names: &[&str]) -> String {
+    let names: Vec<_> = names.iter().map(|name| format!("'{name}'")).collect();
+    names.join(", ")
+}
+
+/// A value as it stands in a message.
+fn shown(node: &Node) -> String {
+    match &node.value {
+        Value::Text(text) => format!("'{text}'"),
+        Value::Integer(number) => number.to_string(),
+        Value::Bool(boolean) => boolean.to_string(),
+        other => other.kind().to_owned(),
+    }
+}
+
+fn wrong_value(node: &Node, key: &str, wanted: &str) -> Wrong {
+    Wrong::new(node, format!("'{key}' is {}; write {wanted}", shown(node)))
+}
+
+/// A whole number, with quotes or without.
+fn integer(node: &Node) -> Option<i128> {
+    match (&node.value, node.value.without_quotes()) {
+        (Value::Integer(number), _) => Some(*number),
+        (_, Some(Value::Integer(number))) => Some(number),
+        _ => None,
+    }
+}
+
+/// A number that its type and `allowed` admit, both of which `wanted` describes.
+fn number<T: TryFrom<i128>>(
+    node: &Node,
+    key: &str,
+    wanted: &str,
+    allowed: impl Fn(&T) -> bool,
+) -> Result<T, Wrong> {
+    integer(node)
+        .and_then(|number| T::try_from(number).ok())
+        .filter(allowed)
+        .ok_or_else(|| wrong_value(node, key, wanted))
+}
+
+fn boolean(node: &Node, key: &str) -> Result<bool, Wrong> {
+    let unquoted = || node.value.without_quotes()?.boolean();
+    let boolean = node.value.boolean().or_else(unquoted);
+    boolean.ok_or_else(|| wrong_value(node, key, "'true' or 'false'"))
+}
+
+fn on_agent_loss(node: &Node, key: &str) -> Result<OnAgentLoss, Wrong> {
+    match &node.value {
+        Value::Text(text) if text == "keep" => Ok(OnAgentLoss::Keep),
+        Value::Text(text) if text == "direct" => Ok(OnAgentLoss::Direct),
+        Value::Text(text) if text == "drop" => Ok(OnAgentLoss::Drop),
+        _ => Err(wrong_value(node, key, "'keep', 'direct' or 'drop'")),
+    }
+}
+
+fn limits(node: &Node, key: &str) -> Result<Limits, Wrong> {
+    let mut limits = Limits::default();
+    for (limit, node) in entries(node, Some(key), LIMIT_KEYS)? {
+        let key = format!("{key}.{limit}");
+        let any = || number(node, &key, "a number that is not negative", |_| true);
+        match limit {
+            "connections" => limits.connections = any()?,
+            "proxies" => limits.proxies = any()?,
+            "bypass" => limits.bypass = any()?,
+            "control-groups" => limits.control_groups = any()?,
+            "calls-per-second" => {
+                let wanted = "a number from 1 to 1000000";
+                let allowed = |calls: &usize| (1..=1_000_000).contains(calls);
+                limits.calls_per_second = number(node, &key, wanted, allowed)?;
+            }
+            _ => {
+                let least = MESSAGE_BYTES + 64 * 1024;
+                let wanted =
+                    format!("at least {least}, which one message of the longest length needs");
+                limits.message_bytes = number(node, &key, &wanted, |bytes| *bytes >= least)?;
+            }
+        }
+    }
+    Ok(limits)
+}
+
+/// What a database has names and numbers of.
+#[derive(Debug, Clone, Copy)]
+enum Account {
+    User,
+    Group,
+}
+
+impl Account {
+    /// What an account is called, and the name of its database.
+    fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::User => ("user", "passwd"),
+            Self::Group => ("group", "group"),
+        }
+    }
+
+    /// The number that goes with a name.
+    fn number(self, name: &str) -> Option<u32> {
+        match self {
+            Self::User => Some(User::from_name(name).ok()??.uid.as_raw()),
+            Self::Group => Some(Group::from_name(name).ok()??.gid.as_raw()),
+        }
+    }
+
+    /// The number of the one that an entry names or numbers.
+    fn resolve(self, node: &Node, key: &str) -> Result<u32, Wrong> {
+        let (noun, database) = self.names();
+        let number = match &node.value {
+            Value::Integer(number) => u32::try_from(*number).ok(),
+            Value::Text(name) => match self.number(name) {
+                Some(number) => Some(number),
+                None => {
+                    let help = match node.value.without_quotes() {
+                        Some(Value::Integer(_)) => format!("a {noun}'s number has no quotes"),
+                        _ => format!("'getent {database}' lists those there are"),
+                    };
+                    let message =
+                        format!("'{key}' has '{name}', and there is no such {noun}; {help}");
+                    return Err(Wrong::new(node, message));
+                }
+            },
+            _ => None,
+        };
+        number.ok_or_else(|| {
+            let message = format!(
+                "'{key}' has {}; write names or numbers of {noun}s",
+                shown(node)
+            );
+            Wrong::new(node, message)
+        })
+    }
+}
+
+/// The numbers of the users or groups in a list.
+fn accounts(node: &Node, key: &str, account: Account) -> Result<Vec<u32>, Wrong> {
+    match &node.value {
+        Value::List(items) => items
+            .iter()
+            .map(|item| account.resolve(item, key))
+            .collect(),
+        _ => {
+            let (noun, _) = account.names();
+            let wanted = format!("a list of {noun}s, as in '[NAME, NUMBER]'");
+            Err(wrong_value(node, key, &wanted))
+        }
+    }
+}
+
+fn users_and_groups(node: &Node, key: &str) -> Result<Accounts, Wrong> {
+    let mut found = Accounts::default();
+    for (entry, node) in entries(node, Some(key), ACCOUNT_KEYS)? {
+        let key = format!("{key}.{entry}");
+        match entry {
+            "users" => found.uids.extend(accounts(node, &key, Account::User)?),
+            _ => found.gids.extend(accounts(node, &key, Account::Group)?),
+        }
+    }
+    Ok(found)
+}
+
 /// What is in the file; none if there is none. A link to where nothing is to be seen is not that: what it leads to may
 /// well be there, and say who is denied.
-fn read(path: &Path) -> Result<Option<String>, Error> {
-    let source = match std::fs::read_to_string(path) {
-        Ok(text) => return Ok(Some(text)),
-        Err(source) => source,
-    };
-    if source.kind() != io::ErrorKind::NotFound {
-        return Err(Error::Read {
+fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    let refuse = |problem| {
+        Err(Error {
             path: path.to_owned(),
-            source,
-        });
+            problem,
+        })
+    };
+    match file::read(path) {
+        Ok(bytes) => return Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return refuse(Problem::Unreadable(error)),
     }
     let links = [Some(path), path.parent()].into_iter().flatten();
     for link in links.filter(|link| !link.exists()) {
         if let Ok(target) = std::fs::read_link(link) {
-            return Err(Error::Nowhere {
-                path: path.to_owned(),
+            return refuse(Problem::Nowhere {
                 link: link.to_owned(),
                 target,
             });
         }
     }
     Ok(None)
-}
-
-fn absent(path: &Path) -> Error {
-    Error::Read {
-        path: path.to_owned(),
-        source: io::ErrorKind::NotFound.into(),
-    }
 }
 
 #[cfg(test)]
@@ -450,6 +579,33 @@ mod tests {
             assert_eq!(load(file).unwrap().grace, Duration::from_secs(7));
         }
         std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "reads files")]
+    fn only_a_file_is_read() {
+        let load = |path: &str| Config::load(Some(Path::new(path))).unwrap_err();
+        let error = load("/no/such/helper.yaml");
+        assert_eq!(error.to_string(), "there is no file '/no/such/helper.yaml'");
+        for path in ["/dev/zero", "/"] {
+            let source = std::error::Error::source(&load(path)).map(ToString::to_string);
+            assert_eq!(
+                source.as_deref(),
+                Some("it is not a regular file"),
+                "{path}"
+            );
+        }
+    }
+
+    /// What was written for earlier releases goes on being read.
+    #[test]
+    fn numbers_and_booleans_may_have_quotes() {
+        let text = "grace-seconds: '7'\nown-table: \"false\"\nallow:\nlimits: {proxies: 0x10, bypass: 1_000}";
+        let config = parse(text).unwrap();
+        assert_eq!(config.grace, Duration::from_secs(7));
+        assert!(!config.own_table);
+        assert_eq!(config.access.allow, None);
+        assert_eq!((config.limits.proxies, config.limits.bypass), (16, 1000));
     }
 
     fn parse(text: &str) -> Result<Config, Error> {
@@ -496,7 +652,10 @@ mod tests {
             ("mark-mask: 1", "at least two bits"),
             ("route-table: 254", "system's own"),
             ("rule-priority: 0", "1 to 32765"),
-            ("proxy-users: [no-such-user-here]", "no such user"),
+            (
+                "proxy-users: [1,\n no-such-user-here]",
+                "helper.yaml:2:2: 'proxy-users' has 'no-such-user-here', and there is no such user; 'getent passwd' lists",
+            ),
             ("allow: {groups: [no-such-group-here]}", "allow.groups"),
             ("deny: {users: [no-such-user-here]}", "deny.users"),
             ("deny: [daemon]", "helper.yaml:1:7: "),
@@ -504,21 +663,70 @@ mod tests {
             ("limits: {message-bytes: 100}", "message-bytes"),
             (
                 "\ngrace: 5",
-                "helper.yaml:2:1: unknown field `grace`, expected one of mark-mask, ",
+                "helper.yaml:2:1: unknown key 'grace'; known are 'mark-mask', 'route-table', ",
             ),
-            ("\non-agent-loss: kept", "helper.yaml:2:16: "),
-            ("limits: {proxys: 5}", "proxys"),
-            ("[", "helper.yaml:1:1: "),
+            (
+                "mark-msk: 5",
+                "helper.yaml:1:1: unknown key 'mark-msk'; did you mean 'mark-mask'?",
+            ),
+            (
+                "own-table: on\nown-table: off",
+                "helper.yaml:2:1: key 'own-table' is there twice, first in line 1; keep one of them",
+            ),
+            (
+                "\non-agent-loss: kept",
+                "helper.yaml:2:16: 'on-agent-loss' is 'kept'; write 'keep', 'direct' or 'drop'",
+            ),
+            (
+                "limits: {proxys: 5}",
+                "helper.yaml:1:10: unknown key 'proxys' in 'limits'; did you mean 'proxies'?",
+            ),
+            ("[", "helper.yaml:1:1: the bracket is not closed; "),
+            (
+                "x",
+                "helper.yaml:1:1: the file is a string; write a map with keys among 'mark-mask', ",
+            ),
             (
                 "proxy-users: [1, {}]",
-                "helper.yaml:1:18: a user or group is a name or a number",
+                "helper.yaml:1:18: 'proxy-users' has a map; write names or numbers of users",
             ),
+            (
+                "proxy-users: ['7']",
+                "and there is no such user; a user's number has no quotes",
+            ),
+            (
+                "proxy-users: mihomo",
+                "helper.yaml:1:14: 'proxy-users' is 'mihomo'; write a list of users, as in '[NAME, NUMBER]'",
+            ),
+            (
+                "allow: [alice]",
+                "helper.yaml:1:8: 'allow' is a list; write a map with keys among 'users', 'groups'",
+            ),
+            (
+                "mark-mask: 256M",
+                "helper.yaml:1:12: 'mark-mask' is '256M'; write a number from 0 to 4294967295",
+            ),
+            (
+                "mark-mask: 0x00000000",
+                "helper.yaml:1:12: 'mark-mask' is 0x00000000: the mark mask needs at least two bits",
+            ),
+            (
+                "own-table: maybe",
+                "helper.yaml:1:12: 'own-table' is 'maybe'; write 'true' or 'false'",
+            ),
+            (
+                "grace-seconds: -1",
+                "helper.yaml:1:16: 'grace-seconds' is -1; write a number from 0 to ",
+            ),
+            (
+                "limits: {proxies: 0.5}",
+                "helper.yaml:1:19: 'limits.proxies' is a fraction; write a number that is not negative",
+            ),
+            ("---\n---\n", "a second document begins"),
+            ("deny:\n", "'deny' is nothing; write a map"),
         ] {
             let error = parse(text).unwrap_err();
-            let mut message = error.to_string();
-            if let Some(source) = std::error::Error::source(&error) {
-                message.push_str(&source.to_string());
-            }
+            let message = error.to_string();
             assert!(message.contains(part), "{text:?}: {message}");
             assert!(message.contains("helper.yaml"), "{text:?}: {message}");
         }

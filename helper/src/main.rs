@@ -86,10 +86,10 @@ fn main() -> ExitCode {
     // sd_listen_fds(3). It is not said any more once the socket is taken.
     let activated = std::env::var_os("LISTEN_FDS").is_some();
     log::init(&[log::VARIABLE]);
-    let result = if arguments.remove {
-        remove(&arguments)
-    } else {
-        run(&arguments)
+    let result = match arguments {
+        Arguments { check: true, .. } => check(&arguments),
+        Arguments { remove: true, .. } => remove(&arguments),
+        _ => run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -106,6 +106,12 @@ fn main() -> ExitCode {
             }
         }
     }
+}
+
+/// Loads the configuration, and does nothing with it.
+fn check(arguments: &Arguments) -> Result<(), Error> {
+    Config::load(arguments.config.as_deref())?;
+    Ok(())
 }
 
 fn remove(arguments: &Arguments) -> Result<(), Error> {

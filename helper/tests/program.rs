@@ -7,6 +7,7 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// What the unit's `RestartPreventExitStatus=` is about.
@@ -23,6 +24,47 @@ fn nobody_has_to_read_what_it_says() {
         .status()
         .unwrap();
     assert_eq!(status.code(), Some(EX_CONFIG), "{status}");
+}
+
+/// As `sshd -t` does for its own.
+#[test]
+fn a_configuration_is_checked_without_starting() {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("check");
+    let _ = std::fs::remove_dir_all(&directory);
+    std::fs::create_dir(&directory).unwrap();
+    let at = |name: &str| directory.join(name).to_str().unwrap().to_owned();
+    std::fs::write(at("right"), "grace-seconds: 7\n").unwrap();
+    std::fs::write(at("wrong"), "grace-seconds: 7\nown-table: maybe\n").unwrap();
+    // Nobody ever opens its other end.
+    let made = Command::new("mkfifo").arg(at("pipe")).status().unwrap();
+    assert!(made.success());
+    for (name, code, expected) in [
+        ("right", 0, String::new()),
+        (
+            "wrong",
+            EX_CONFIG,
+            format!(
+                "{}:2:12: 'own-table' is 'maybe'; write 'true' or 'false'\n",
+                at("wrong")
+            ),
+        ),
+        (
+            "pipe",
+            EX_CONFIG,
+            format!("can't read '{}': it is not a regular file\n", at("pipe")),
+        ),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_cgtproxy-helper"))
+            .args(["--check", "--config", &at(name)])
+            .env_remove("LISTEN_FDS")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(said.trim_start_matches("error: "), expected);
+        assert_eq!(output.status.code(), Some(code), "{name}");
+    }
+    std::fs::remove_dir_all(&directory).unwrap();
 }
 
 #[test]
@@ -59,7 +101,7 @@ fn the_journal_learns_how_bad_it_is() {
     reader.read_to_string(&mut said).unwrap();
     assert!(!status.success());
     assert!(
-        said.starts_with("<3>can't read '/nonexistent/helper.yaml': "),
+        said.starts_with("<3>there is no file '/nonexistent/helper.yaml'"),
         "{said}"
     );
 }

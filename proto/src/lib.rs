@@ -1,15 +1,18 @@
 //! The Varlink interfaces of cgtproxy, and what the two sides of them share: how control groups and
-//! proxies are named, how messages are framed, how a method is called and served, what the service manager and the journal are told.
+//! proxies are named, how messages are framed, how a method is called and served, how a configuration file is read, what
+//! the service manager and the journal are told.
 //!
 //! `org.cgtproxy.Helper` is what the privileged helper offers to agents, `org.cgtproxy.Agent` what an
 //! agent offers to its own user's programs, `org.cgtproxy.Relay` what a relay offers to the agent. The `.varlink` files beside this one are the contract.
 
 pub mod client;
+pub mod file;
 pub mod interface;
 pub mod limits;
 pub mod log;
 pub mod message;
 pub mod name;
+pub mod nearest;
 pub mod network;
 pub mod notify;
 pub mod path;
@@ -18,6 +21,8 @@ pub mod service;
 pub mod socket;
 pub mod stream;
 pub mod text;
+#[cfg(feature = "yaml")]
+pub mod yaml;
 
 /// A module with an interface: what is generated from its description, the description, and the name.
 macro_rules! interface {

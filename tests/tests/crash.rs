@@ -400,7 +400,7 @@ fn remove_leaves_nothing_even_if_the_configuration_is_wrong() {
         let mut remove = wrong.argument("--remove").spawn();
         // And it is said, as at any other time.
         assert_eq!(remove.wait().code(), Some(78));
-        remove.wait_log(":1:1: unknown field");
+        remove.wait_log(":1:1: unknown key");
         assert_nothing_left(sb);
     });
 }
@@ -437,7 +437,7 @@ fn a_wrong_configuration_is_said_once_and_not_tried_again() {
         let mut helper = sb.helper().config("grace-second: 5").spawn();
         // The status for which the unit has RestartPreventExitStatus=.
         assert_eq!(helper.wait().code(), Some(78));
-        helper.wait_log(":1:1: unknown field");
+        helper.wait_log(":1:1: unknown key");
         assert!(!sb.has_table());
     });
 }

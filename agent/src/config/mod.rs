@@ -6,14 +6,14 @@ mod migrate;
 mod read;
 mod reader;
 mod upstream;
-mod yaml;
 
-use std::io::{self, Read};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use cgtproxy_proto::file;
 use cgtproxy_proto::interface::InterfaceName;
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::network::{FAKE_IPV4, FAKE_IPV6};
@@ -22,6 +22,7 @@ use crate::policy::{DEFAULT_PROXY, ExecSlices, Rules, Start, Target};
 use crate::watch::Monitor;
 
 pub use cgtproxy_proto::network::Network;
+pub(crate) use cgtproxy_proto::yaml;
 pub use environment::Environment;
 pub use finding::{Excerpt, Finding, Findings, Place, Severity};
 pub use migrate::migrate;
@@ -263,38 +264,22 @@ pub struct Loaded {
 ///
 /// # Errors
 /// If there is no such file, it is a link to nothing, or it can't be read.
-pub fn read_file(file: &Path) -> Result<Vec<u8>, LoadError> {
+pub fn read_file(path: &Path) -> Result<Vec<u8>, LoadError> {
     let unreadable = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => match link_to_nothing(file) {
+        io::ErrorKind::NotFound => match link_to_nothing(path) {
             Some((link, target)) => LoadError::Nowhere {
-                file: file.to_owned(),
+                file: path.to_owned(),
                 link,
                 target,
             },
-            None => LoadError::Missing(file.to_owned()),
+            None => LoadError::Missing(path.to_owned()),
         },
         _ => LoadError::Unreadable {
-            file: file.to_owned(),
+            file: path.to_owned(),
             source,
         },
     };
-    // Opening a pipe would wait for its other end.
-    if !std::fs::metadata(file).map_err(unreadable)?.is_file() {
-        let source = io::Error::other("it is not a regular file");
-        return Err(unreadable(source));
-    }
-    let opened = std::fs::File::open(file).map_err(unreadable)?;
-    let mut bytes = Vec::new();
-    opened
-        .take(yaml::FILE_BYTES as u64 + 1)
-        .read_to_end(&mut bytes)
-        .map_err(unreadable)?;
-    if bytes.len() > yaml::FILE_BYTES {
-        let limit = yaml::FILE_BYTES;
-        let source = io::Error::other(format!("it is longer than {limit} bytes"));
-        return Err(unreadable(source));
-    }
-    Ok(bytes)
+    file::read(path).map_err(unreadable)
 }
 
 /// The link on the way to a file that leads to nothing, and where it leads.

@@ -204,20 +204,5 @@ pub(crate) fn list(names: &[impl AsRef<str>]) -> String {
 
 /// The name that somebody who wrote another one may have meant, for a sentence.
 pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
-    // No known name is nearly as long as this one, and the comparison takes quadratic time.
-    if name.len() > 100 {
-        return None;
-    }
-    let plain = name.to_lowercase().replace('_', "-");
-    known
-        .into_iter()
-        .map(|known| {
-            (
-                strsim::damerau_levenshtein(&plain, &known.to_lowercase()),
-                known,
-            )
-        })
-        .filter(|(distance, known)| *distance <= (known.len() / 3).max(1))
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, known)| printable(known))
+    cgtproxy_proto::nearest::nearest(name, known).map(printable)
 }

@@ -13,7 +13,7 @@ use std::rc::Rc;
 
 use super::finding::{Finding, Findings, Place, Severity};
 use super::reader::Reader;
-use super::yaml::{self, Node, Value};
+use super::yaml::{self, Node, SyntaxError, Value};
 use super::{Config, FakeAddresses, Network, Scope};
 use crate::policy::{ExecSlices, Rules, Start};
 use crate::text::printable;
@@ -55,32 +55,19 @@ pub fn read(file: &Path, bytes: &[u8], scope: Scope) -> (Option<Config>, Finding
 
 /// The text of a file, and the YAML that it is.
 pub(super) fn document<'b>(file: &Path, bytes: &'b [u8]) -> Result<(&'b str, Node), Findings> {
-    let refuse = |place, message: String| {
+    let refuse = |error: SyntaxError| {
         let mut findings = Findings::new(file);
         findings.list.push(Finding {
             severity: Severity::Error,
-            place,
-            message,
-            help: None,
+            place: error.place,
+            message: printable(&error.message),
+            help: error.help.map(str::to_owned),
             excerpt: None,
         });
         findings
     };
-    let text = match std::str::from_utf8(bytes) {
-        Ok(text) => text.strip_prefix('\u{feff}').unwrap_or(text),
-        Err(error) => {
-            let (valid, _) = bytes.split_at(error.valid_up_to());
-            let line = valid.split(|&b| b == b'\n').count() as u64;
-            let column = String::from_utf8_lossy(valid)
-                .rsplit('\n')
-                .next()
-                .map_or(0, |last| last.chars().count()) as u64
-                + 1;
-            let place = Place { line, column };
-            return Err(refuse(Some(place), "this byte is not UTF-8".into()));
-        }
-    };
-    let root = yaml::parse(text).map_err(|error| refuse(error.place, printable(&error.message)))?;
+    let text = yaml::text(bytes).map_err(refuse)?;
+    let root = yaml::parse(text).map_err(refuse)?;
     Ok((text, root))
 }
 
