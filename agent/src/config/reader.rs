@@ -1,5 +1,7 @@
 //! Takes a located YAML tree apart and keeps what was found wrong on the way.
 
+use std::num::NonZeroU16;
+
 use super::finding::{Finding, Findings, Place, Severity};
 use super::yaml::{Node, Value};
 use crate::policy::PatternCompiler;
@@ -65,6 +67,37 @@ impl<'t> Reader<'t> {
     pub(crate) fn wrong_kind(&mut self, node: &Node, what: &str, wanted: &str) {
         let kind = node.value.kind();
         self.error(node.place, format!("{what} is {kind}, not {wanted}"));
+    }
+
+    /// Complains about a boolean or a number in quotes, which make a string of it.
+    pub(crate) fn quoted(&mut self, node: &Node, what: &str, text: &str) {
+        self.error(node.place, format!("{what} is a string")).help =
+            Some(format!("write {} without the quotes", printable(text)));
+    }
+
+    /// The number of a port.
+    pub(crate) fn port(&mut self, node: &Node) -> Option<NonZeroU16> {
+        let port = |value: &Value| match value {
+            Value::Integer(number) => u16::try_from(*number).ok().and_then(NonZeroU16::new),
+            _ => None,
+        };
+        if let Some(port) = port(&node.value) {
+            return Some(port);
+        }
+        let written = self.written(node);
+        if node
+            .value
+            .without_quotes()
+            .as_ref()
+            .and_then(port)
+            .is_some()
+        {
+            self.quoted(node, "'port'", &written);
+            return None;
+        }
+        let message = format!("'{}' is no port", printable(&written));
+        self.error(node.place, message).help = Some("a port is a number from 1 to 65535".into());
+        None
     }
 
     /// The map's entries; `what` names the map in messages. Unknown and repeated keys are errors.
@@ -140,10 +173,32 @@ impl<'t> Reader<'t> {
     pub(crate) fn text(&mut self, node: &Node, what: &str) -> Option<String> {
         match &node.value {
             Value::List(_) | Value::Map(_) | Value::Null => {
+                let colon = self.ends_in_colon(node);
                 self.wrong_kind(node, what, "a string");
+                if let Some(text) = colon
+                    && let Some(last) = &mut self.last
+                {
+                    last.help = Some(format!(
+                        "a text with a ':' at its end needs quotes: '{}'",
+                        printable(&text)
+                    ));
+                }
                 None
             }
             _ => Some(self.written(node)),
+        }
+    }
+
+    /// The text with a colon at its end that YAML takes for a map of one key without a value, like `fc00::` in a list.
+    fn ends_in_colon(&self, node: &Node) -> Option<String> {
+        match &node.value {
+            Value::Map(map) => match map.as_slice() {
+                [(key, value)] if matches!(value.value, Value::Null) => {
+                    Some(format!("{}:", self.written(key)))
+                }
+                _ => None,
+            },
+            _ => None,
         }
     }
 
@@ -175,21 +230,18 @@ impl<'t> Reader<'t> {
     /// A boolean where something else is possible too; `wanted` names all that is.
     pub(crate) fn switch(&mut self, node: &Node, what: &str, wanted: &str) -> Option<bool> {
         match &node.value {
-            Value::Bool(value) => Some(*value),
-            Value::Text(text) => match text.to_ascii_lowercase().as_str() {
-                "yes" | "on" | "y" => Some(true),
-                "no" | "off" | "n" => Some(false),
-                _ => {
-                    let message = format!("{what} is '{}'", printable(text));
-                    self.error(node.place, message).help = Some(format!("write {wanted}"));
-                    None
+            value if value.boolean().is_some() => return value.boolean(),
+            Value::Text(text) => {
+                if let Some(Value::Bool(_)) = node.value.without_quotes() {
+                    self.quoted(node, what, text);
+                    return None;
                 }
-            },
-            _ => {
-                self.wrong_kind(node, what, wanted);
-                None
+                let message = format!("{what} is '{}'", printable(text));
+                self.error(node.place, message).help = Some(format!("write {wanted}"));
             }
+            _ => self.wrong_kind(node, what, wanted),
         }
+        None
     }
 }
 

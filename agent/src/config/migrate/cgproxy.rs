@@ -29,7 +29,7 @@ pub(super) const KEYS: &[&str] = &[
 ];
 
 /// The port without 'port'.
-const PORT: i128 = 12345;
+const PORT: u16 = 12345;
 
 /// The name that the proxy gets.
 const PROXY: &str = "proxy";
@@ -48,16 +48,7 @@ pub(super) fn migrate(reader: &mut Reader<'_>, root: &Node) -> Option<String> {
     let old = reader.entries(root, "the file", KEYS)?;
     let port = match old.get("port") {
         None => PORT,
-        Some(node) => match node.value {
-            Value::Integer(port @ 1..=65535) => port,
-            _ => {
-                let written = printable(&reader.written(node));
-                reader
-                    .error(node.place, format!("'{written}' is no port"))
-                    .help = Some("a port is a number from 1 to 65535".into());
-                return None;
-            }
-        },
+        Some(node) => reader.port(node)?.get(),
     };
     let mut new =
         String::from("# Made from a configuration of cgproxy by 'cgtproxy-agent migrate'.\n");

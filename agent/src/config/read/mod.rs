@@ -79,12 +79,16 @@ impl Reader<'_> {
             return None;
         }
         let top = self.entries(root, "the file", KEYS)?;
+        let is_version = |value: &Value| matches!(value, Value::Integer(VERSION));
         match top.get("version") {
             None => {
                 self.error(root.place, "there is no key 'version'").help =
                     Some("write 'version: 1'".into());
             }
-            Some(node) if !matches!(node.value, Value::Integer(VERSION)) => {
+            Some(node) if node.value.without_quotes().as_ref().is_some_and(is_version) => {
+                self.quoted(node, "'version'", &self.written(node));
+            }
+            Some(node) if !is_version(&node.value) => {
                 let version = printable(&self.written(node));
                 self.error(node.place, format!("version '{version}' is unknown"))
                     .help = Some("write 'version: 1'".into());

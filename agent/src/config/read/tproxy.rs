@@ -2,13 +2,12 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::num::NonZeroU16;
 use std::rc::Rc;
 
 use cgtproxy_proto::name::{InvalidProxyName, ProxyName};
 
 use crate::config::finding::Place;
-use crate::config::reader::Reader;
+use crate::config::reader::{Reader, list};
 use crate::config::yaml::{Node, Value};
 use crate::config::{DnsHijack, Means, Proxy, Scheme, Upstream};
 use crate::text::printable;
@@ -148,14 +147,19 @@ impl Reader<'_> {
         if let Some(mark) = entries.get("mark") {
             self.ignored(mark.place, "mark");
         }
-        let hijack = entries.get("dns-hijack");
-        // The relay can answer by itself, or be told not to.
-        let fake_dns = match hijack.map(|hijack| &hijack.value) {
-            Some(Value::Bool(fake)) if section == Section::Proxies => Some(*fake),
-            _ => None,
+        let (fake_dns, dns_hijack) = match entries.get("dns-hijack") {
+            None => (None, None),
+            // The relay can answer by itself, or be told not to.
+            Some(node) if section == Section::Proxies && !matches!(node.value, Value::Map(_)) => {
+                let wanted = format!(
+                    "'true', 'false' or a map with the keys {}",
+                    list(DNS_HIJACK_KEYS)
+                );
+                (self.switch(node, "'dns-hijack'", &wanted), None)
+            }
+            Some(node) => (None, self.dns_hijack(node)),
         };
-        let hijack = hijack.filter(|_| fake_dns.is_none());
-        let dns_hijack = hijack.map(|hijack| self.dns_hijack(hijack));
+        let hijacked = dns_hijack.is_some();
         let mut switch = |key: &str| {
             entries
                 .get(key)
@@ -178,8 +182,7 @@ impl Reader<'_> {
                         None
                     }
                 };
-                let default =
-                    |upstream: &Upstream| hijack.is_none() && upstream.scheme != Scheme::Socks5;
+                let default = |upstream: &Upstream| !hijacked && upstream.scheme != Scheme::Socks5;
                 let means = upstream.map(|upstream| Means::Relay {
                     fake_dns: fake_dns.unwrap_or_else(|| default(&upstream)),
                     upstream,
@@ -226,7 +229,7 @@ impl Reader<'_> {
             no_ipv4,
             no_ipv6,
             // One that is wrong has been reported: the file is refused.
-            dns_hijack: dns_hijack.flatten(),
+            dns_hijack,
         })
     }
 
@@ -240,18 +243,6 @@ impl Reader<'_> {
                 None
             }
         }
-    }
-
-    fn port(&mut self, node: &Node) -> Option<NonZeroU16> {
-        if let Value::Integer(number) = node.value
-            && let Some(port) = u16::try_from(number).ok().and_then(NonZeroU16::new)
-        {
-            return Some(port);
-        }
-        let written = printable(&self.written(node));
-        self.error(node.place, format!("'{written}' is no port"))
-            .help = Some("a port is a number from 1 to 65535".into());
-        None
     }
 
     fn dns_hijack(&mut self, node: &Node) -> Option<DnsHijack> {
@@ -322,6 +313,8 @@ impl Reader<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU16;
+
     use super::*;
     use crate::config::read::tests::{found, read_text};
 
@@ -373,6 +366,8 @@ mod tests {
             ("upstream: 'http://h:1'", true),
             ("upstream: 'https://h:1', dns-hijack: false", false),
             ("upstream: 'socks5h://h:1', dns-hijack: {port: 53}", false),
+            ("upstream: 'socks5://h:1', dns-hijack: yes", true),
+            ("upstream: 'socks5h://h:1', dns-hijack: Off", false),
         ] {
             let (means, findings) = relay(entries);
             assert!(findings.is_empty(), "{findings:?}");
@@ -405,6 +400,18 @@ mod tests {
             (
                 "upstream: [], no-udp: x",
                 "'upstream' is a list, not a string",
+            ),
+            (
+                "upstream: 'http://h', dns-hijack: maybe",
+                "'dns-hijack' is 'maybe'; write 'true', 'false' or a map with the keys 'ip', ",
+            ),
+            (
+                "upstream: 'http://h', dns-hijack: [53]",
+                "'dns-hijack' is a list, not 'true', 'false' or a map with the keys 'ip', ",
+            ),
+            (
+                "upstream: 'http://h', dns-hijack: 'false'",
+                "'dns-hijack' is a string; write false without the quotes",
             ),
         ] {
             let (means, findings) = relay(entries);
