@@ -83,6 +83,15 @@ pub enum InvalidUpstream {
     /// There is no host.
     #[error("it names no host")]
     Host,
+    /// The host has an empty label, or one that DNS has no room for.
+    #[error("the host's name has '..' in it, or a part longer than 63 characters")]
+    Name,
+    /// The host ends in a number, as no name does.
+    #[error("the host is no IPv4 address, which is four numbers from 0 to 255")]
+    Ipv4,
+    /// The host is an IPv6 address without brackets, whose end could be a port.
+    #[error("an IPv6 address stands in brackets, as in 'http://[::1]:8080'")]
+    Brackets,
     /// What follows the host is no port.
     #[error("what follows the host is no port from 1 to 65535")]
     Port,
@@ -135,6 +144,7 @@ impl std::str::FromStr for Upstream {
                 };
                 (host, port)
             }
+            None if address.matches(':').count() > 1 => return Err(InvalidUpstream::Brackets),
             None => match address.split_once(':') {
                 Some((host, port)) => (host, Some(port)),
                 None => (address, None),
@@ -143,6 +153,9 @@ impl std::str::FromStr for Upstream {
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | ':');
         if host.is_empty() || host.len() > FIELD_BYTES || !host.chars().all(allowed) {
             return Err(InvalidUpstream::Host);
+        }
+        if !host.contains(':') {
+            check_name(host)?;
         }
         let port = match port {
             // Nor has it a sign.
@@ -158,6 +171,23 @@ impl std::str::FromStr for Upstream {
             port,
             credentials,
         })
+    }
+}
+
+/// Whether a host that is no IPv6 address can be an IPv4 address or a name.
+fn check_name(host: &str) -> Result<(), InvalidUpstream> {
+    // The root's dot may be written.
+    let host = host.strip_suffix('.').unwrap_or(host);
+    let last = host.rsplit('.').next().unwrap_or_default();
+    // What a resolver would make of '1' or '10.1' depends on the resolver.
+    if !last.is_empty() && last.bytes().all(|b| b.is_ascii_digit()) {
+        let address = host.parse::<std::net::Ipv4Addr>();
+        return address.map(drop).map_err(|_| InvalidUpstream::Ipv4);
+    }
+    let fits = |label: &str| !label.is_empty() && label.len() <= 63;
+    match host.split('.').all(fits) {
+        true => Ok(()),
+        false => Err(InvalidUpstream::Name),
     }
 }
 
@@ -216,6 +246,8 @@ mod tests {
             ("http://proxy.example:3128", "http://proxy.example:3128"),
             ("https://[2001:db8::1]", "https://[2001:db8::1]:443"),
             ("http://[::1]:80/", "http://[::1]:80"),
+            ("http://proxy.example.:80", "http://proxy.example.:80"),
+            ("http://4.example:80", "http://4.example:80"),
             ("socks5://me:p%40ss:w@h:1", "socks5://h:1 me p@ss:w"),
         ] {
             assert_eq!(read(text).as_deref(), Ok(expected));
@@ -231,7 +263,13 @@ mod tests {
             ("http://[h]:1", InvalidUpstream::Host),
             ("socks5://h:0", InvalidUpstream::Port),
             ("socks5://h:65536", InvalidUpstream::Port),
-            ("socks5://::1", InvalidUpstream::Host),
+            ("socks5://::1", InvalidUpstream::Brackets),
+            ("http://::1:8080", InvalidUpstream::Brackets),
+            ("socks5://h:1:2", InvalidUpstream::Brackets),
+            ("socks5://256.1.1.1", InvalidUpstream::Ipv4),
+            ("socks5://10.1:1", InvalidUpstream::Ipv4),
+            ("socks5://h..x", InvalidUpstream::Name),
+            ("socks5://.h", InvalidUpstream::Name),
             ("socks5://h:+80", InvalidUpstream::Port),
             ("socks5://h:", InvalidUpstream::Port),
             ("http://h:1/path", InvalidUpstream::Path),

@@ -76,5 +76,16 @@ fn kind(reader: &Reader<'_>, root: &Node) -> Option<Kind> {
     })
 }
 
+/// Whether a file is cgproxy's, and not one of ours with a key of cgproxy's in it.
+pub(super) fn is_of_cgproxy(reader: &Reader<'_>, root: &Node) -> bool {
+    let has_version = match &root.value {
+        Value::Map(entries) => entries
+            .iter()
+            .any(|(key, _)| reader.written(key) == "version"),
+        _ => false,
+    };
+    !has_version && matches!(kind(reader, root), Some(Kind::Cgproxy))
+}
+
 #[cfg(test)]
 mod tests;

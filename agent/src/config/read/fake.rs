@@ -21,15 +21,17 @@ const LEFT_OUT: [(IpAddr, u8); 6] = [
 ];
 
 impl Reader<'_> {
-    /// A network of each family, or one of them.
-    pub(super) fn fake_addresses(&mut self, node: &Node) -> FakeAddresses {
+    /// A network of each family, or one of them; none if anything about them is wrong.
+    pub(super) fn fake_addresses(&mut self, node: &Node) -> Option<FakeAddresses> {
         let items = match &node.value {
             Value::List(items) => items.as_slice(),
             _ => std::slice::from_ref(node),
         };
         let mut networks = FakeAddresses::default();
+        let mut right = true;
         for item in items {
             let Some(text) = self.text(item, "an entry of 'fake-addresses'") else {
+                right = false;
                 continue;
             };
             // Room for a few names at least.
@@ -42,6 +44,7 @@ impl Reader<'_> {
                     IpAddr::V6(_) => network.prefix() <= 126,
                 });
             let Some(network) = network else {
+                right = false;
                 let message = format!("'{}' is no network", printable(&text));
                 self.error(item.place, message).help =
                     Some("write one like '198.18.0.0/15' or '2001:2::/48'".into());
@@ -51,6 +54,7 @@ impl Reader<'_> {
                 .into_iter()
                 .find(|&(address, prefix)| network.overlaps(address, prefix));
             if let Some((address, prefix)) = left_out {
+                right = false;
                 let message = format!(
                     "'fake-addresses' has {network}, but no proxy gets what goes to {address}/{prefix}"
                 );
@@ -64,6 +68,7 @@ impl Reader<'_> {
                 IpAddr::V6(_) => networks.ipv6.replace(network).is_some(),
             };
             if second {
+                right = false;
                 self.error(
                     item.place,
                     "'fake-addresses' has two networks of one family",
@@ -71,7 +76,7 @@ impl Reader<'_> {
                 .help = Some("keep one of them".into());
             }
         }
-        networks
+        right.then_some(networks)
     }
 
     /// What stands for a name must not be bypassed: it leads nowhere.

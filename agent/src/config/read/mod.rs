@@ -14,7 +14,7 @@ use std::rc::Rc;
 use super::finding::{Finding, Findings, Place, Severity};
 use super::reader::Reader;
 use super::yaml::{self, Node, SyntaxError, Value};
-use super::{Config, FakeAddresses, Network, Scope};
+use super::{Config, FakeAddresses, Network, Scope, migrate};
 use crate::policy::{ExecSlices, Rules, Start};
 use crate::text::printable;
 use crate::watch::Monitor;
@@ -78,6 +78,11 @@ impl Reader<'_> {
                 Some("it says at least 'version: 1'".into());
             return None;
         }
+        if migrate::is_of_cgproxy(self, root) {
+            self.error(root.place, "this is a configuration of cgproxy")
+                .help = Some("'cgtproxy-agent migrate FILE' makes one for this agent of it".into());
+            return None;
+        }
         let top = self.entries(root, "the file", KEYS)?;
         let is_version = |value: &Value| matches!(value, Value::Integer(VERSION));
         match top.get("version") {
@@ -131,10 +136,14 @@ impl Reader<'_> {
             }
         }
         proxies.sort();
-        let fake_addresses = top
-            .get("fake-addresses")
-            .map_or_else(FakeAddresses::default, |n| self.fake_addresses(n));
-        self.check_fake_addresses(&proxies, &fake_addresses, &bypass);
+        let fake_addresses = match top.get("fake-addresses") {
+            Some(node) => self.fake_addresses(node),
+            None => Some(FakeAddresses::default()),
+        };
+        // What is wrong has been said, and what is meant in its place nobody knows.
+        if let Some(networks) = &fake_addresses {
+            self.check_fake_addresses(&proxies, networks, &bypass);
+        }
         let mut used = Vec::new();
         let rules = top
             .get("rules")
@@ -149,7 +158,7 @@ impl Reader<'_> {
             exec_slices.then(|| ExecSlices::new(proxies.list.iter().map(|p| &p.name)));
         Some(Config {
             proxies: proxies.list,
-            fake_addresses,
+            fake_addresses: fake_addresses.unwrap_or_default(),
             bypass: bypass.into_iter().map(|(_, network)| network).collect(),
             gateway,
             rules: Rc::new(Rules {
@@ -180,6 +189,21 @@ impl Reader<'_> {
             Some("the helper sees to it now; the line can go".into());
     }
 
+    /// Warns of IPv4 addresses written as IPv6 ones, which programs use and packets do not have.
+    fn warn_of_mapped(&mut self, place: Place, network: Network) {
+        let Some((address, prefix)) = network.ipv6() else {
+            return;
+        };
+        if let (Some(ipv4), Some(prefix)) = (address.to_ipv4_mapped(), prefix.checked_sub(96)) {
+            let message =
+                format!("no packet goes to '{network}': on the wire these are IPv4 addresses");
+            self.warning(place, message).help = Some(match prefix {
+                32 => format!("write '{ipv4}'"),
+                _ => format!("write '{ipv4}/{prefix}'"),
+            });
+        }
+    }
+
     /// What is bypassed, and where the file says so.
     fn bypass(&mut self, node: &Node) -> Vec<(Place, Network)> {
         let Value::List(items) = &node.value else {
@@ -204,9 +228,19 @@ impl Reader<'_> {
                         self.warning(item.place, message).help =
                             Some(format!("it is taken as '{network}'"));
                     }
+                    self.warn_of_mapped(item.place, network);
                     networks.push((item.place, network));
                 }
             }
+        }
+        let everything = |ipv4| {
+            let mut networks = networks.iter();
+            networks.find(|(_, n)| n.prefix() == 0 && n.address().is_ipv4() == ipv4)
+        };
+        if let (Some((ipv4, _)), Some((ipv6, _))) = (everything(true), everything(false)) {
+            let place = *ipv4.max(ipv6);
+            self.warning(place, "nothing goes to a proxy: 'bypass' has every address")
+                .help = Some("list what is to go direct, and nothing else".into());
         }
         networks
     }

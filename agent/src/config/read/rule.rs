@@ -121,8 +121,10 @@ impl Reader<'_> {
                 line: node.place.line,
             }),
             [] => {
-                self.error(node.place, "this rule has no target").help =
-                    Some("write one of 'tproxy: NAME', 'drop: true', 'direct: true'".into());
+                self.error(node.place, "this rule has no target").help = Some(
+                    "write one of 'tproxy: NAME', 'proxy: NAME', 'drop: true', 'direct: true'"
+                        .into(),
+                );
                 None
             }
             _ => {

@@ -150,16 +150,160 @@ rules:
             "error 13:5: this rule does not say what it is about; write one of 'app: ID', 'unit: NAME', \
              'slice: NAME', 'match: REGEX'; 'match: \"\"' is everything",
             "error 13:13: there is no tproxy 'aa'; did you mean 'a'?",
-            "error 14:5: this rule has no target; write one of 'tproxy: NAME', 'drop: true', \
-             'direct: true'",
+            "error 14:5: this rule has no target; write one of 'tproxy: NAME', 'proxy: NAME', \
+             'drop: true', 'direct: true'",
             "error 15:5: this rule has 2 targets: 'drop', 'direct'; keep one of them",
             "error 18:15: bad regular expression: invalid character class range, the start must be \
              <= the end",
             "error 19:11: 'drop' is 'some'; write 'true', or 'all' to drop bypassed destinations too",
-            "error 20:5: this rule has no target; write one of 'tproxy: NAME', 'drop: true', \
-             'direct: true'",
+            "error 20:5: this rule has no target; write one of 'tproxy: NAME', 'proxy: NAME', \
+             'drop: true', 'direct: true'",
         ]
     );
+}
+
+#[test]
+fn quotes_make_strings_of_numbers_and_booleans() {
+    for (text, expected) in [
+        (
+            "version: '1'",
+            "error 1:10: 'version' is a string; write 1 without the quotes",
+        ),
+        (
+            "version: '2'",
+            "error 1:10: version '2' is unknown; write 'version: 1'",
+        ),
+        (
+            "version: 1\ntproxies: {a: {port: \"7893\"}}",
+            "error 2:22: 'port' is a string; write 7893 without the quotes",
+        ),
+        (
+            "version: 1\ntproxies: {a: {port: \"78930\"}}",
+            "error 2:22: '78930' is no port; a port is a number from 1 to 65535",
+        ),
+        (
+            "version: 1\ntproxies: {a: {port: 1, no-ipv4: 'true'}}",
+            "error 2:34: 'no-ipv4' is a string; write true without the quotes",
+        ),
+        (
+            "version: 1\nrules: [{match: a, direct: 'true'}]",
+            "error 2:28: 'direct' is a string; write true without the quotes",
+        ),
+        (
+            "version: 1\nrules: [{match: a, drop: 'true'}]",
+            "error 2:26: 'drop' is a string; write true without the quotes",
+        ),
+    ] {
+        assert_eq!(found(text), [expected]);
+    }
+}
+
+#[test]
+fn what_yaml_takes_for_something_else_needs_quotes() {
+    let quotes = "put the value in single quotes, as in 'VALUE'";
+    let escape = "in double quotes '\\' begins an escape, and this is none; put the value in single quotes, where '\\' \
+                  is a character like others";
+    let tab = "there is a tab where only spaces can be; use spaces, not tabs";
+    for (text, expected) in [
+        (
+            "- app: *",
+            format!("error 3:8: a value can't begin with '*' or '&'; {quotes}"),
+        ),
+        (
+            "- app: *.foo",
+            format!("error 3:8: a value can't begin with '*'; {quotes}"),
+        ),
+        (
+            "- match: [^/]*foo\n  drop: true",
+            format!("error 3:14: this does not go on as it began; {quotes}"),
+        ),
+        (
+            "- match: @x",
+            format!("error 3:10: a value can't begin with this character; {quotes}"),
+        ),
+        ("- match: \"app\\.slice\"", format!("error 3:10: {escape}")),
+        ("\t- match: a", format!("error 3:1: {tab}")),
+        ("- match: a\n\tdrop: true", format!("error 4:1: {tab}")),
+    ] {
+        assert_eq!(found(&format!("version: 1\nrules:\n{text}\n")), [expected]);
+    }
+    assert_eq!(
+        found("version: 1\nbypass: [fc00::]"),
+        [
+            "error 2:10: an entry of 'bypass' is a map, not a string; a text with a ':' at its end needs quotes: 'fc00::'"
+        ]
+    );
+    assert_eq!(
+        found("version: 1\n---\nversion: 1\n"),
+        [
+            "error 2:1: a second document begins; the file is one document: there is no second '---' in it, and nothing \
+             after '...'"
+        ]
+    );
+    let nested = "lists and maps are nested too deep; there can be 32 of them within each other, and no more";
+    for depth in [33, 3000] {
+        let (open, close) = ("[".repeat(depth), "]".repeat(depth));
+        let found = found(&format!("version: 1\nrules: {open}{close}\n"));
+        assert!(found[0].ends_with(nested), "{found:?}");
+    }
+}
+
+#[test]
+fn says_what_was_meant() {
+    for (key, near) in [("tproxy", "tproxies"), ("proxy", "proxies")] {
+        assert_eq!(
+            found(&format!("version: 1\n{key}: {{}}")),
+            [format!(
+                "error 2:1: unknown key '{key}' in the file; did you mean '{near}'?"
+            )]
+        );
+    }
+    let nothing_near = &found("version: 1\nx: {}")[0];
+    let expected = "error 2:1: unknown key 'x' in the file; known are ";
+    assert!(nothing_near.starts_with(expected), "{nothing_near}");
+    assert_eq!(
+        found("{\"port\": 12345, \"cgroup_proxy\": []}"),
+        [
+            "error 1:1: this is a configuration of cgproxy; 'cgtproxy-agent migrate FILE' makes one for this agent of it"
+        ]
+    );
+}
+
+#[test]
+fn warns_of_a_bypass_without_sense() {
+    assert_eq!(
+        found(
+            "version: 1\nbypass: ['::ffff:1.2.3.4', '::ffff:10.0.0.0/104', '::/0', 192.0.2.0/24]"
+        ),
+        [
+            "warning 2:10: no packet goes to '::ffff:1.2.3.4': on the wire these are IPv4 addresses; write '1.2.3.4'",
+            "warning 2:28: no packet goes to '::ffff:10.0.0.0/104': on the wire these are IPv4 addresses; write \
+             '10.0.0.0/8'",
+        ]
+    );
+    assert_eq!(
+        found("version: 1\nbypass:\n- ::/0\n- 0.0.0.0/0\n"),
+        [
+            "warning 4:3: nothing goes to a proxy: 'bypass' has every address; list what is to go direct, and nothing \
+             else"
+        ]
+    );
+}
+
+/// The default networks are not meant.
+#[test]
+fn wrong_networks_for_names_overlap_nothing() {
+    let text = "version: 1\nproxies: {a: {upstream: 'http://h'}}\nbypass: [198.18.0.0/16]\nfake-addresses: ";
+    for wrong in [
+        "127.0.0.0/8",
+        "[x, 'fd00:99::/64']",
+        "[10.99.0.0/16, 10.98.0.0/16]",
+        "[[]]",
+    ] {
+        let found = found(&format!("{text}{wrong}\n"));
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(!found[0].contains("'bypass'"), "{found:?}");
+    }
 }
 
 #[test]

@@ -264,6 +264,13 @@ impl Reader<'_> {
                 continue;
             };
             let second = match text.parse() {
+                Ok(address) if is_nobodys(address) => {
+                    let message = format!("'{address}' is the address of no server");
+                    self.error(ip.place, message).help = Some(
+                        "write the address that the DNS server listens on, like '127.0.0.1'".into(),
+                    );
+                    continue;
+                }
                 Ok(IpAddr::V4(address)) => ipv4.replace(address).is_some(),
                 Ok(IpAddr::V6(address)) => ipv6.replace(address).is_some(),
                 Err(_) => {
@@ -309,6 +316,11 @@ impl Reader<'_> {
             loopback,
         })
     }
+}
+
+/// Whether no packet to one server can have this destination.
+fn is_nobodys(address: IpAddr) -> bool {
+    address.is_unspecified() || address.is_multicast() || address == Ipv4Addr::BROADCAST
 }
 
 #[cfg(test)]
@@ -434,6 +446,19 @@ mod tests {
     fn dns_mistakes_are_found() {
         for (entries, part) in [
             ("{ip: x, port: 53}", "'x' is no IPv4 or IPv6 address"),
+            (
+                "{ip: 0.0.0.0, port: 53}",
+                "'0.0.0.0' is the address of no server; write the address",
+            ),
+            ("{ip: ['::'], port: 53}", "'::' is the address of no server"),
+            (
+                "{ip: 224.0.0.1, port: 53}",
+                "'224.0.0.1' is the address of no server",
+            ),
+            (
+                "{port: '53'}",
+                "'port' is a string; write 53 without the quotes",
+            ),
             (
                 "{ip: [1.1.1.1, 8.8.8.8], port: 53}",
                 "two addresses of one family",
