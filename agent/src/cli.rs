@@ -1,4 +1,4 @@
-//! What can be typed.
+//! The command line of cgtproxy-agent.
 
 use std::path::PathBuf;
 

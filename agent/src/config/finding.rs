@@ -17,7 +17,7 @@ pub enum Severity {
 }
 
 impl Severity {
-    /// Its name.
+    /// The severity's name.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -32,7 +32,7 @@ impl Severity {
 pub struct Finding {
     /// How bad it is.
     pub severity: Severity,
-    /// Where; none if it is about the file as a whole.
+    /// Where in the file; none if the finding is about the file as a whole.
     pub place: Option<Place>,
     /// What is wrong.
     pub message: String,

@@ -52,18 +52,18 @@ pub struct ConfigFile {
 /// What is forwarded, and where it goes. In the system's configuration only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gateway {
-    /// Where it comes in.
+    /// The network interfaces that the machines behind this one are at.
     pub interfaces: Vec<InterfaceName>,
-    /// The tproxy that it goes to.
+    /// The tproxy that forwarded traffic goes to.
     pub proxy: Rc<ProxyName>,
 }
 
 /// How connections get to a proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Means {
-    /// It is a TPROXY server on this port of this machine.
+    /// The proxy is a TPROXY server on this port of this machine.
     Tproxy(NonZeroU16),
-    /// They are redirected to this port of this machine.
+    /// Connections are redirected to this port of this machine.
     Redirect(NonZeroU16),
     /// The relay carries them on to a proxy elsewhere.
     Relay {
@@ -77,7 +77,7 @@ pub enum Means {
 /// A proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proxy {
-    /// Its name.
+    /// The proxy's name.
     pub name: Rc<ProxyName>,
     /// How connections get to it.
     pub means: Means,
@@ -89,7 +89,7 @@ pub struct Proxy {
     pub no_ipv4: bool,
     /// IPv6 goes direct.
     pub no_ipv6: bool,
-    /// Where DNS queries go, before any of that.
+    /// Where DNS queries go, whatever the proxy leaves out.
     pub dns_hijack: Option<DnsHijack>,
 }
 
@@ -100,7 +100,7 @@ pub struct DnsHijack {
     pub ipv4: Option<Ipv4Addr>,
     /// For queries over IPv6.
     pub ipv6: Option<Ipv6Addr>,
-    /// Its port.
+    /// The server's port.
     pub port: NonZeroU16,
     /// DNS over TCP too.
     pub tcp: bool,
@@ -111,9 +111,9 @@ pub struct DnsHijack {
 /// Networks of addresses that stand for names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FakeAddresses {
-    /// Those of IPv4; none: the relay's own choice.
+    /// The network of IPv4 addresses; none: the relay's own choice.
     pub ipv4: Option<Network>,
-    /// Those of IPv6; none: the relay's own choice.
+    /// The network of IPv6 addresses; none: the relay's own choice.
     pub ipv6: Option<Network>,
 }
 
@@ -130,7 +130,7 @@ impl FakeAddresses {
 /// What a configuration file means.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// In the order of the file.
+    /// The proxies, in the order of the file.
     pub proxies: Vec<Proxy>,
     /// Networks of addresses that stand for names, if they are not the relay's default ones.
     pub fake_addresses: FakeAddresses,
@@ -235,10 +235,10 @@ pub enum LoadError {
         file: PathBuf,
         /// The link.
         link: PathBuf,
-        /// What it says.
+        /// Where the link leads.
         target: PathBuf,
     },
-    /// It can't be read.
+    /// The file can't be read.
     #[error("can't read {}", .file.display())]
     Unreadable {
         /// The file.
@@ -246,7 +246,7 @@ pub enum LoadError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// It is no configuration.
+    /// The file is no configuration.
     #[error("{}", .0.errors_in_one_line())]
     Invalid(Findings),
 }
@@ -254,7 +254,7 @@ pub enum LoadError {
 /// A file as it was read.
 #[derive(Debug)]
 pub struct Loaded {
-    /// What it means.
+    /// What the file means.
     pub config: Config,
     /// Warnings, for there are no errors.
     pub findings: Findings,

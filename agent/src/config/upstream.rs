@@ -20,7 +20,7 @@ pub enum Scheme {
 }
 
 impl Scheme {
-    /// As it is written.
+    /// The scheme as it is written.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -37,7 +37,7 @@ impl Scheme {
         matches!(self, Self::Http | Self::Https)
     }
 
-    /// Where such a proxy listens unless somebody says otherwise.
+    /// The port that a proxy of this scheme listens on unless somebody says otherwise.
     fn port(self) -> u16 {
         match self {
             Self::Socks5 | Self::Socks5h => 1080,
@@ -51,17 +51,17 @@ impl Scheme {
 /// A proxy elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Upstream {
-    /// How it is spoken to.
+    /// How the proxy is spoken to.
     pub scheme: Scheme,
-    /// Its name or address.
+    /// The proxy's name or address.
     pub host: String,
-    /// Its port.
+    /// The proxy's port.
     pub port: NonZeroU16,
     /// User and password.
     pub credentials: Option<(String, String)>,
 }
 
-/// Without the password.
+/// An upstream as it is written, without user and password.
 impl fmt::Display for Upstream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -74,7 +74,7 @@ impl fmt::Display for Upstream {
     }
 }
 
-/// What is wrong with one. What is said of it never has the password in it.
+/// What is wrong with an upstream. No message has the password in it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidUpstream {
     /// There is no known scheme.

@@ -59,7 +59,7 @@ enum Kind {
     Cgtproxy,
 }
 
-/// Whose configuration it is: that of which the first known key is.
+/// The program whose configuration it is: the one that knows the first key that either knows.
 fn kind(reader: &Reader<'_>, root: &Node) -> Option<Kind> {
     let Value::Map(entries) = &root.value else {
         return None;

@@ -51,7 +51,7 @@ pub(super) enum Section {
 }
 
 impl Section {
-    /// All there are.
+    /// All sections.
     pub(super) const ALL: [Self; 3] = [Self::Tproxies, Self::Redirects, Self::Proxies];
 
     /// The key of the map.
@@ -63,7 +63,7 @@ impl Section {
         }
     }
 
-    /// What one in it is called.
+    /// What a proxy in the section is called.
     fn noun(self) -> &'static str {
         match self {
             Self::Tproxies => "tproxy",
@@ -84,9 +84,9 @@ impl Section {
 /// The proxies of a file, of whatever kind.
 #[derive(Debug, Default)]
 pub(super) struct Proxies {
-    /// Those that are right.
+    /// The proxies without a mistake.
     pub(super) list: Vec<Proxy>,
-    /// All that are named.
+    /// Where each name stands, of proxies with mistakes too.
     pub(super) places: HashMap<String, Place>,
 }
 
@@ -233,7 +233,7 @@ impl Reader<'_> {
         })
     }
 
-    /// What is wrong is said without the text itself, which may have a password in it.
+    /// The upstream of a proxy. No message has its text, in which there may be a password.
     fn upstream(&mut self, node: &Node) -> Option<Upstream> {
         match self.text(node, "'upstream'")?.parse() {
             Ok(upstream) => Some(upstream),
