@@ -7,6 +7,21 @@ use clap::{Parser, Subcommand};
 
 use crate::config::Scope;
 
+/// What ends every help.
+const EXIT_STATUS: &str =
+    "Exit status: 0 if all is well, 2 if the command line is wrong, 1 if anything else is.";
+
+/// What comes behind that in a long help, and is a section of the manual page.
+const ENVIRONMENT: &str = "Environment:\n\
+\x20 CGTPROXY_LOG, LOG_LEVEL  how much is said: error, warn, info, debug or trace\n\
+\x20 NO_COLOR  if it is not empty, nothing is printed in colours\n\
+\x20 CGTPROXY_SOCKET  where the helper listens, unless there is --socket\n\
+\x20 XDG_CONFIG_HOME  where cgtproxy/config.yaml is; without it ~/.config\n\
+\x20 XDG_RUNTIME_DIR  where the sockets of the agent, the relay and systemd are; without it /run/user/UID\n\
+\x20 DBUS_SESSION_BUS_ADDRESS  the bus by which systemd is reached if not by its own socket\n\
+\x20 XDG_CURRENT_DESKTOP  the desktop, for doctor\n\
+\x20 all_proxy, ALL_PROXY, https_proxy, HTTPS_PROXY, http_proxy  the proxy, where there is no configuration";
+
 /// Decides which of your applications go direct, are dropped or go through a proxy
 ///
 /// Reads ~/.config/cgtproxy/config.yaml, watches the control groups of your applications and has
@@ -16,7 +31,12 @@ use crate::config::Scope;
 /// Messages go to standard error. CGTPROXY_LOG or LOG_LEVEL says how many: error, warn, info, debug
 /// or trace.
 #[derive(Debug, Parser)]
-#[command(name = "cgtproxy-agent", version)]
+#[command(
+    name = "cgtproxy-agent",
+    version,
+    after_help = EXIT_STATUS,
+    after_long_help = format!("{EXIT_STATUS}\n\n{ENVIRONMENT}")
+)]
 pub struct Arguments {
     /// Read the configuration from this file instead of ~/.config/cgtproxy/config.yaml
     #[arg(short, long, value_name = "FILE", global = true)]
@@ -62,7 +82,7 @@ pub enum Check {
         file: Option<PathBuf>,
     },
 
-    /// The same as 'cgtproxy-agent doctor'
+    /// Find what is in the way, as 'cgtproxy-agent doctor' does
     Permission {
         /// Print JSON
         #[arg(long)]

@@ -5,6 +5,16 @@ use std::path::PathBuf;
 use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
 use clap::Parser;
 
+/// What ends every help.
+const EXIT_STATUS: &str = "Exit status: 0 if it was told to stop, 2 if the command line is wrong, 78 if the \
+                           configuration is, 1 if anything else is.";
+
+/// What comes behind that in a long help, and is a section of the manual page.
+const ENVIRONMENT: &str = "Environment:\n\
+\x20 CGTPROXY_LOG  how much is said: error, warn, info, debug or trace\n\
+\x20 NO_COLOR  if it is not empty, nothing is printed in colours\n\
+\x20 CGTPROXY_SOCKET  where the helper listens, unless there is --socket";
+
 /// Owns cgtproxy's nftables table on behalf of users' agents
 ///
 /// One runs on a machine, as cgtproxy-helper.service, and is started by the first call to its socket.
@@ -18,8 +28,8 @@ use clap::Parser;
 #[command(
     name = "cgtproxy-helper",
     version,
-    after_help = "Exit status: 0 if it was told to stop, 2 if the command line is wrong, 78 if the \
-                  configuration is, 1 if anything else is."
+    after_help = EXIT_STATUS,
+    after_long_help = format!("{EXIT_STATUS}\n\n{ENVIRONMENT}")
 )]
 pub struct Arguments {
     /// Listen on this socket, unless systemd hands one over

@@ -68,6 +68,26 @@ fn a_configuration_is_checked_without_starting() {
 }
 
 #[test]
+fn a_level_that_is_none_is_warned_of() {
+    let said = |level: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_cgtproxy-helper"))
+            .args(["--check", "--config", "/nonexistent/helper.yaml"])
+            .env_remove("LISTEN_FDS")
+            .env("CGTPROXY_LOG", level)
+            .output()
+            .unwrap();
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let error = "error: there is no file '/nonexistent/helper.yaml'\n";
+    for level in ["error", "Info", "off", ""] {
+        let expected = if level == "off" { "" } else { error };
+        assert_eq!(said(level), expected, "{level}");
+    }
+    let warning = "warning: CGTPROXY_LOG is 'loud', which is ignored; write 'error', 'warn', 'info', 'debug' or 'trace'\n";
+    assert_eq!(said("loud"), format!("{warning}{error}"));
+}
+
+#[test]
 fn who_may_not_remove_anything_is_told_so() {
     // Root is nobody in particular here, of a user namespace that the network is not of.
     let output = Command::new("unshare")

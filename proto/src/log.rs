@@ -37,7 +37,7 @@ pub fn init(variables: &[&str]) {
     let level = variables
         .iter()
         .filter_map(|name| std::env::var(name).ok())
-        .find_map(|level| level.to_lowercase().parse().ok())
+        .find_map(|text| parsed(&text))
         .unwrap_or(LevelFilter::INFO);
     let style = if io::stderr().is_terminal() {
         match std::env::var_os("NO_COLOR") {
@@ -60,6 +60,20 @@ pub fn init(variables: &[&str]) {
     };
     // It fails only if there is one already, which is as good.
     let _ = tracing::subscriber::set_global_default(subscriber);
+    // Other variables may be other programs' as well.
+    if let Ok(text) = std::env::var(VARIABLE)
+        && !text.is_empty()
+        && parsed(&text).is_none()
+    {
+        tracing::warn!(
+            "{VARIABLE} is '{text}', which is ignored; write 'error', 'warn', 'info', 'debug' or 'trace'"
+        );
+    }
+}
+
+/// How much a variable's text asks for.
+fn parsed(text: &str) -> Option<LevelFilter> {
+    text.to_lowercase().parse().ok()
 }
 
 /// Whether a file is what the journal reads, by the variable that says which one that is, as `DEVICE:INODE`. It is

@@ -5,6 +5,18 @@ use std::path::PathBuf;
 use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
 use clap::Parser;
 
+/// What ends every help.
+const EXIT_STATUS: &str = "Exit status: 0 if it was told to stop or nobody needs it, 2 if the command line is \
+                           wrong, 1 if anything else is.";
+
+/// What comes behind that in a long help, and is a section of the manual page.
+const ENVIRONMENT: &str = "Environment:\n\
+\x20 CGTPROXY_LOG  how much is said: error, warn, info, debug or trace\n\
+\x20 NO_COLOR  if it is not empty, nothing is printed in colours\n\
+\x20 CGTPROXY_SOCKET  where the helper listens, unless there is --helper\n\
+\x20 SSL_CERT_FILE, SSL_CERT_DIR  the certificates to trust in place of the system's\n\
+\x20 STATE_DIRECTORY, XDG_STATE_HOME  where the names of fake addresses are kept; without them ~/.local/state";
+
 /// Carries redirected connections on to SOCKS5 and HTTP proxies
 ///
 /// Runs as a user's cgtproxy-relay.service, for 'proxies' in ~/.config/cgtproxy/config.yaml.
@@ -16,7 +28,12 @@ use clap::Parser;
 /// proxies. Which addresses stand for which names is kept in 'names' in $STATE_DIRECTORY, or in
 /// ~/.local/state/cgtproxy.
 #[derive(Debug, Parser)]
-#[command(name = "cgtproxy-relay", version)]
+#[command(
+    name = "cgtproxy-relay",
+    version,
+    after_help = EXIT_STATUS,
+    after_long_help = format!("{EXIT_STATUS}\n\n{ENVIRONMENT}")
+)]
 pub struct Arguments {
     /// Listen for the agent on this socket, unless systemd hands one over
     #[arg(long, value_name = "PATH")]

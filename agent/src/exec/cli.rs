@@ -4,6 +4,19 @@ use std::ffi::OsString;
 
 use clap::Parser;
 
+/// What ends every help.
+const END: &str = "Exit status: that of COMMAND, or 125 if cgtproxy-exec itself fails, 126 if COMMAND can't be run, \
+                   127 if it is not found.\n\n\
+                   Examples:\n  \
+                   cgtproxy-exec proxy curl https://example.org\n  \
+                   cgtproxy-exec direct ssh host\n  \
+                   cgtproxy-exec drop make test";
+
+/// What comes behind that in a long help, and is a section of the manual page.
+const ENVIRONMENT: &str = "Environment:\n\
+\x20 XDG_RUNTIME_DIR  where the sockets of the agent and of systemd are; without it /run/user/UID\n\
+\x20 DBUS_SESSION_BUS_ADDRESS  the bus by which systemd is reached if not by its own socket";
+
 /// Runs a command whose traffic goes where TARGET says, whatever the rules in your configuration
 /// say about it.
 ///
@@ -18,12 +31,8 @@ use clap::Parser;
     override_usage = "cgtproxy-exec [--no-wait] TARGET COMMAND [ARGUMENT]...\n       \
                       cgtproxy-exec [--no-wait] --pid PID TARGET\n       \
                       cgtproxy-exec --list",
-    after_help = "Exit status: that of COMMAND, or 125 if cgtproxy-exec itself fails, 126 if COMMAND \
-                  can't be run, 127 if it is not found.\n\n\
-                  Examples:\n  \
-                  cgtproxy-exec proxy curl https://example.org\n  \
-                  cgtproxy-exec direct ssh host\n  \
-                  cgtproxy-exec drop make test"
+    after_help = END,
+    after_long_help = format!("{END}\n\n{ENVIRONMENT}")
 )]
 pub struct Options {
     /// Go ahead even if nobody can say that the target is in force

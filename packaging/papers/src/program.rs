@@ -2,9 +2,9 @@
 
 use std::io;
 
-use clap::Command;
+use clap::{Arg, ArgAction, Command};
 use clap_mangen::Man;
-use clap_mangen::roff::{Roff, roman};
+use clap_mangen::roff::{Inline, Roff, bold, italic, roman};
 
 use crate::page::{Head, MANUAL, SOURCE, see_also};
 use crate::{Error, Paper};
@@ -17,11 +17,9 @@ pub(crate) fn page(command: Command, section: &str, date: &str) -> Result<Paper,
     // The end of the help has sections of its own here, and --version says the version.
     let end = command.get_after_long_help().or(command.get_after_help());
     let end = end.map(ToString::to_string).unwrap_or_default();
-    let page = command
-        .clone()
-        .disable_help_subcommand(true)
-        .subcommand_value_name("COMMAND");
-    let man = Man::new(page)
+    let mut page = command.clone().disable_help_subcommand(true);
+    page.build();
+    let man = Man::new(page.clone())
         .title(command.get_name().to_uppercase())
         .section(section)
         .date(date)
@@ -30,10 +28,16 @@ pub(crate) fn page(command: Command, section: &str, date: &str) -> Result<Paper,
     let mut text = PREAMBLE.to_owned();
     text += &rendered(|out| man.render_title(out))?;
     text += &rendered(|out| man.render_name_section(out))?;
-    text += &rendered(|out| man.render_synopsis_section(out))?;
+    let mut heading = Roff::new();
+    heading.control("SH", ["SYNOPSIS"]);
+    synopsis(&mut heading, page.clone(), command.get_name());
+    text += &heading.to_roff();
     text += &rendered(|out| man.render_description_section(out))?;
     text += &rendered(|out| man.render_options_section(out))?;
-    text += &commands(command.clone())?;
+    if page.has_subcommands() {
+        text += ".SH COMMANDS\n";
+    }
+    text += &commands(&page, "")?;
     let mut rest = Roff::new();
     sections(&mut rest, &end);
     see_also(&mut rest, command.get_name());
@@ -55,44 +59,116 @@ fn rendered(
     Ok(String::from_utf8_lossy(&bytes).replace(PREAMBLE, ""))
 }
 
-/// The section about a program's own commands, if it has any.
-fn commands(command: Command) -> Result<String, Error> {
-    let mut command = command.disable_help_subcommand(true);
-    command.build();
+/// A section for each of a program's own commands, and for each of theirs; `prefix` is what comes before their names.
+fn commands(command: &Command, prefix: &str) -> Result<String, Error> {
     let mut text = String::new();
     for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
-        if text.is_empty() {
-            text += ".SH COMMANDS\n";
-        }
-        let mut heading = Roff::new();
-        heading.control("SS", [sub.get_name()]);
-        text += &heading.to_roff();
+        let name = format!("{prefix}{}", sub.get_name());
         // Options of every command are those of the program.
-        let own = sub.clone().disable_help_flag(true).mut_args(|argument| {
-            let general = argument.is_global_set() || argument.get_id() == "help";
-            argument.hide(general)
-        });
+        let own = sub
+            .clone()
+            .disable_help_flag(true)
+            .disable_help_subcommand(true)
+            .mut_args(|argument| {
+                let general = argument.is_global_set() || argument.get_id() == "help";
+                argument.hide(general)
+            });
+        let mut heading = Roff::new();
+        heading.control("SS", [name.as_str()]);
+        synopsis(&mut heading, own.clone(), &name);
+        text += &heading.to_roff();
+        text += ".PP\n";
         let has_arguments = own.get_arguments().any(|argument| !argument.is_hide_set());
         let man = Man::new(own);
-        text += &rendered(|out| man.render_synopsis_section(out))?.replace(".SH SYNOPSIS\n", "");
-        text += ".PP\n";
         text +=
             &rendered(|out| man.render_description_section(out))?.replace(".SH DESCRIPTION\n", "");
         if has_arguments {
             text += &rendered(|out| man.render_options_section(out))?.replace(".SH OPTIONS\n", "");
         }
+        text += &commands(sub, &format!("{name} "))?;
     }
     Ok(text)
 }
 
-/// Paragraphs of a help's end that begin with a title and a colon are sections.
+/// How a command is typed: as its help says if there are several ways, else with all options and their values.
+fn synopsis(roff: &mut Roff, mut command: Command, name: &str) {
+    let usage = command.render_usage().to_string();
+    let usage = usage.trim_start_matches("Usage: ");
+    if usage.contains('\n') && !command.has_subcommands() {
+        for (number, line) in usage.lines().enumerate() {
+            if number > 0 {
+                roff.control("br", []);
+            }
+            let line = line.trim_start();
+            let rest = line.strip_prefix(name).unwrap_or(line);
+            roff.text([bold(name), roman(rest)]);
+        }
+        return;
+    }
+    let mut line = vec![bold(name)];
+    let shown = || {
+        command
+            .get_arguments()
+            .filter(|argument| !argument.is_hide_set())
+    };
+    for option in shown().filter(|argument| !argument.is_positional()) {
+        line.push(roman(" ["));
+        let short = option.get_short().map(|short| format!("-{short}"));
+        let long = option.get_long().map(|long| format!("--{long}"));
+        for (number, way) in short.into_iter().chain(long).enumerate() {
+            if number > 0 {
+                line.push(roman("|"));
+            }
+            line.push(bold(way));
+        }
+        if option.get_action().takes_values() {
+            line.push(roman(" "));
+            line.push(value(option));
+        }
+        line.push(roman("]"));
+    }
+    for positional in shown().filter(|argument| argument.is_positional()) {
+        let required = positional.is_required_set();
+        line.push(roman(if required { " " } else { " [" }));
+        line.push(value(positional));
+        if matches!(positional.get_action(), ArgAction::Append) {
+            line.push(roman("..."));
+        }
+        if !required {
+            line.push(roman("]"));
+        }
+    }
+    if command.has_subcommands() {
+        line.extend([roman(" ["), italic("COMMAND"), roman("]")]);
+    }
+    roff.text(line);
+}
+
+/// What stands for an argument's value.
+fn value(argument: &Arg) -> Inline {
+    match argument.get_value_names() {
+        Some([name, ..]) => italic(name.as_str()),
+        _ => italic(argument.get_id().as_str().to_uppercase()),
+    }
+}
+
+/// Paragraphs of a help's end that begin with a title and a colon are sections. Variables of the environment, each in a
+/// line with what it is for behind two spaces, are terms.
 fn sections(roff: &mut Roff, text: &str) {
     for paragraph in text.split("\n\n") {
         match paragraph.split_once(':') {
             Some((title, body)) if !title.contains('\n') => {
                 roff.control("SH", [title.to_uppercase().as_str()]);
                 let body = body.trim_start_matches([' ', '\n']);
-                if paragraph.contains("\n ") {
+                if title == "Environment" {
+                    for line in body.lines() {
+                        let line = line.trim_start();
+                        let (term, meaning) = line.split_once("  ").unwrap_or((line, ""));
+                        roff.control("TP", []);
+                        roff.text([bold(term)]);
+                        roff.text([roman(meaning.trim_start())]);
+                    }
+                } else if paragraph.contains("\n ") {
                     roff.control("EX", []);
                     for line in body.lines() {
                         roff.text([roman(line.trim_start())]);

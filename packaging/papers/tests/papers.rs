@@ -176,20 +176,81 @@ fn every_option_and_command_is_in_the_programs_page() {
     ] {
         let page = page(path);
         let words = page.split_whitespace().collect::<Vec<_>>().join(" ");
-        let of_commands = command.get_subcommands().flat_map(|sub| {
-            let heading = format!("\n   {}\n", sub.get_name());
-            assert!(page.contains(&heading), "{path}: {heading}");
-            sub.get_arguments()
-        });
-        for argument in command.get_arguments().chain(of_commands) {
-            if let Some(long) = argument.get_long() {
-                assert!(words.contains(&format!("--{long}")), "{path}: --{long}");
-            }
-            let help = argument.get_help().expect("every argument has help");
-            let help = help.to_string();
-            let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
-            assert!(words.contains(&help), "{path}: {help}");
+        is_described(path, &page, &words, &command, "");
+    }
+}
+
+/// Finds all arguments of a command in a page, and its own commands with theirs.
+fn is_described(path: &str, page: &str, words: &str, command: &clap::Command, prefix: &str) {
+    for argument in command.get_arguments() {
+        if let Some(long) = argument.get_long() {
+            let value = match argument.get_value_names() {
+                Some([name, ..]) if argument.get_action().takes_values() => format!(" {name}"),
+                _ => String::new(),
+            };
+            let typed = format!("--{long}{value}");
+            assert!(words.contains(&typed), "{path}: {typed}");
         }
+        let help = argument.get_help().expect("every argument has help");
+        let help = help.to_string();
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words.contains(&help), "{path}: {help}");
+    }
+    for sub in command.get_subcommands() {
+        let name = format!("{prefix}{}", sub.get_name());
+        let heading = format!("\n   {name}\n");
+        assert!(page.contains(&heading), "{path}: {heading}");
+        is_described(path, page, words, sub, &format!("{name} "));
+    }
+}
+
+#[test]
+fn every_programs_page_has_its_environment_and_exit_status() {
+    for (path, variables) in [
+        (
+            "man8/cgtproxy-helper.8",
+            &["CGTPROXY_LOG", "NO_COLOR", "CGTPROXY_SOCKET"][..],
+        ),
+        (
+            "man8/cgtproxy-relay.8",
+            &[
+                "CGTPROXY_LOG",
+                "NO_COLOR",
+                "CGTPROXY_SOCKET",
+                "SSL_CERT_FILE",
+                "STATE_DIRECTORY",
+                "XDG_STATE_HOME",
+            ],
+        ),
+        (
+            "man1/cgtproxy-agent.1",
+            &[
+                "CGTPROXY_LOG",
+                "LOG_LEVEL",
+                "NO_COLOR",
+                "CGTPROXY_SOCKET",
+                "XDG_CONFIG_HOME",
+                "XDG_RUNTIME_DIR",
+                "XDG_CURRENT_DESKTOP",
+                "DBUS_SESSION_BUS_ADDRESS",
+                "all_proxy",
+                "ALL_PROXY",
+                "https_proxy",
+                "HTTPS_PROXY",
+                "http_proxy",
+            ],
+        ),
+        (
+            "man1/cgtproxy-exec.1",
+            &["XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS"],
+        ),
+    ] {
+        let page = page(path);
+        let (_, environment) = page.split_once("\nENVIRONMENT\n").expect(path);
+        for variable in variables {
+            assert!(environment.contains(variable), "{path}: {variable}");
+        }
+        assert!(page.contains("\nEXIT STATUS\n"), "{path}");
     }
 }
 
