@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
+use cgtproxy_proto::nearest::nearest;
 use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
-use clap::{Parser, Subcommand};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::config::Scope;
 
@@ -63,6 +65,12 @@ pub struct Arguments {
 }
 
 impl Arguments {
+    /// Reads the command line. Ends the process if it is wrong, or asks for help.
+    #[must_use]
+    pub fn of_process() -> Self {
+        Self::try_parse().unwrap_or_else(|error| suggest(error, &Self::command()).exit())
+    }
+
     /// Whose agent it is about.
     #[must_use]
     pub fn scope(&self) -> Scope {
@@ -180,4 +188,106 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// Adds to what is wrong with this process's command line what may have been meant. clap's own suggestions would be
+/// linked into the helper, too.
+pub(crate) fn suggest(error: clap::Error, command: &clap::Command) -> clap::Error {
+    let words = std::env::args_os().skip(1);
+    let words: Vec<String> = words
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    suggest_for(error, command, &words)
+}
+
+fn suggest_for(mut error: clap::Error, command: &clap::Command, words: &[String]) -> clap::Error {
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.clone()),
+        _ => None,
+    };
+    let (wrong_command, wrong_option) = (
+        text(ContextKind::InvalidSubcommand),
+        text(ContextKind::InvalidArg),
+    );
+    let own = words.iter().fold(command, |command, word| {
+        command.find_subcommand(word).unwrap_or(command)
+    });
+    match (error.kind(), wrong_command, wrong_option) {
+        (ErrorKind::InvalidSubcommand, Some(wrong), _) => {
+            let names = own.get_subcommands().map(clap::Command::get_name);
+            if let Some(near) = nearest(&wrong, names) {
+                let near = ContextValue::Strings(vec![near.to_owned()]);
+                error.insert(ContextKind::SuggestedSubcommand, near);
+            }
+        }
+        (ErrorKind::UnknownArgument, _, Some(wrong)) if wrong.starts_with("--") => {
+            // It would not be right as a value either.
+            error.remove(ContextKind::Suggested);
+            let name = wrong.trim_start_matches('-');
+            let general = command
+                .get_arguments()
+                .filter(|argument| argument.is_global_set());
+            let options = own.get_arguments().chain(general);
+            let names = options.filter_map(clap::Arg::get_long);
+            let of_another = own
+                .get_subcommands()
+                .find(|sub| sub.get_arguments().any(|a| a.get_long() == Some(name)));
+            if let Some(near) = nearest(name, names.chain(["help"])) {
+                let near = ContextValue::String(format!("--{near}"));
+                error.insert(ContextKind::SuggestedArg, near);
+            } else if let Some(sub) = of_another {
+                let exists = format!("'{} {wrong}' exists", sub.get_name()).into();
+                error.insert(
+                    ContextKind::Suggested,
+                    ContextValue::StyledStrs(vec![exists]),
+                );
+            }
+        }
+        _ => {}
+    }
+    error
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(words: &[&str]) -> String {
+        let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+        let program = std::iter::once("cgtproxy-agent".to_owned());
+        let error = Arguments::try_parse_from(program.chain(words.iter().cloned())).unwrap_err();
+        suggest_for(error, &Arguments::command(), &words).to_string()
+    }
+
+    #[test]
+    fn says_what_may_have_been_meant() {
+        for (words, tip) in [
+            (&["chek"][..], Some("a similar subcommand exists: 'check'")),
+            (
+                &["status", "--jsn"],
+                Some("a similar argument exists: '--json'"),
+            ),
+            (
+                &["apps", "--sytem"],
+                Some("a similar argument exists: '--system'"),
+            ),
+            (
+                &["--confg", "x"],
+                Some("a similar argument exists: '--config'"),
+            ),
+            (&["check", "--json"], Some("'permission --json' exists")),
+            (&["check", "--nonsense"], None),
+            (&["nonsense"], None),
+            (&["status", "-x"], None),
+        ] {
+            let error = error(words);
+            match tip {
+                Some(tip) => assert!(
+                    error.contains(&format!("tip: {tip}\n")),
+                    "{words:?}: {error}"
+                ),
+                None => assert!(!error.contains("tip:"), "{words:?}: {error}"),
+            }
+        }
+    }
 }

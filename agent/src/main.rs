@@ -6,13 +6,12 @@ use std::process::ExitCode;
 
 use cgtproxy_agent::{cli::Arguments, command};
 use cgtproxy_proto::{log, text};
-use clap::Parser;
 
 /// The original's name for the variable that says how much is logged.
 const OLD_VARIABLE: &str = "LOG_LEVEL";
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = Arguments::of_process();
     log::init(&[log::VARIABLE, OLD_VARIABLE]);
     command::run(arguments).unwrap_or_else(|error| {
         tracing::error!("{}", text::chain(&error));

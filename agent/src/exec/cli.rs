@@ -44,7 +44,7 @@ pub struct Options {
     #[arg(
         long,
         value_name = "PID",
-        value_parser = clap::value_parser!(u32).range(1..),
+        value_parser = process,
         conflicts_with = "command"
     )]
     pub pid: Option<u32>,
@@ -66,6 +66,12 @@ pub struct Options {
         allow_hyphen_values = true
     )]
     pub command: Vec<OsString>,
+}
+
+/// The number of a process.
+fn process(text: &str) -> Result<u32, String> {
+    let number = text.parse().ok().filter(|&number| number > 0);
+    number.ok_or_else(|| "it is not the number of a process, which 'ps' shows as PID".to_owned())
 }
 
 /// What is to be done.
@@ -145,6 +151,9 @@ mod tests {
         for pid in ["0", "-1", "x", ""] {
             assert!(parse(&["--pid", pid, "p"]).is_err(), "{pid:?}");
         }
+        let error = Options::try_parse_from(["cgtproxy-exec", "--pid", "x", "p"]).unwrap_err();
+        let said = "invalid value 'x' for '--pid <PID>': it is not the number of a process, which 'ps' shows as PID";
+        assert!(error.to_string().contains(said), "{error}");
     }
 
     #[test]

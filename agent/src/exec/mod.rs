@@ -22,7 +22,7 @@ use std::process::{Command, ExitCode};
 
 use cgtproxy_proto::name::{InvalidProxyName, ProxyName};
 use cgtproxy_proto::path::ControlGroupPath;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 pub use agent::Error as AgentError;
 pub use cli::Options;
@@ -32,6 +32,7 @@ use agent::Agent;
 use cli::Action;
 use scope::ScopeUnit;
 
+use crate::cli::suggest;
 use crate::config;
 use crate::server::default_socket;
 use crate::subtree;
@@ -99,6 +100,7 @@ pub fn main() -> ExitCode {
     let options = match Options::try_parse() {
         Ok(options) => options,
         Err(error) => {
+            let error = suggest(error, &Options::command());
             let _ = error.print();
             // clap's own status for a wrong command line could be the command's.
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
