@@ -86,7 +86,7 @@ impl Arguments {
 pub enum Check {
     /// Find everything that is wrong with a configuration
     Config {
-        /// The file; by default the one that the agent reads
+        /// The file, or '-' for standard input; by default the file that the agent reads
         file: Option<PathBuf>,
     },
 
@@ -115,7 +115,7 @@ pub enum Command {
     /// and 0 if there are none or only warnings.
     #[command(args_conflicts_with_subcommands = true)]
     Check {
-        /// The file; by default the one that the agent reads
+        /// The file, or '-' for standard input; by default the file that the agent reads
         file: Option<PathBuf>,
         /// What to check; without it, the configuration
         #[command(subcommand)]
@@ -161,10 +161,10 @@ pub enum Command {
     /// Turn a configuration of cgproxy or of the original cgtproxy into one for this agent
     ///
     /// Takes cgproxy's config.json, and a cgtproxy configuration with regular expressions that spell out
-    /// what 'app', 'unit' and 'slice' say. Prints the new one, and on standard error a line for each thing
-    /// that could not be carried over, with what to do instead.
+    /// what 'app', 'unit' and 'slice' say. Prints the new one, and on standard error each thing that could not
+    /// be carried over, with what to do instead.
     Migrate {
-        /// The old configuration
+        /// The old configuration, or '-' for standard input
         file: PathBuf,
         /// Write to this file instead of standard output
         #[arg(short, long, value_name = "FILE")]

@@ -10,7 +10,7 @@ use crate::text::{count, printable};
 
 /// Checks a file and prints what was found.
 pub(super) fn run(file: &Path, scope: Scope) -> Result<ExitCode, Error> {
-    let bytes = config::read_file(file)?;
+    let bytes = super::read(file)?;
     let (_, findings) = config::read(file, &bytes, scope);
     let mut text = String::new();
     // Writing to a string does not fail.

@@ -14,7 +14,7 @@ use crate::config;
 
 /// Turns a file of another program into a configuration: on standard output, or in a new file.
 pub(super) fn run(file: &Path, output: Option<&Path>, force: bool) -> Result<ExitCode, Error> {
-    let bytes = config::read_file(file)?;
+    let bytes = super::read(file)?;
     let (migrated, findings) = match config::migrate(file, &bytes) {
         Ok((text, findings)) => (Some(text), findings),
         Err(findings) => (None, findings),
@@ -23,12 +23,11 @@ pub(super) fn run(file: &Path, output: Option<&Path>, force: bool) -> Result<Exi
         (Some(text), Some(file)) => write(file, text.as_bytes(), force),
         _ => Ok(()),
     };
-    let mut err = io::stderr().lock();
-    for (severity, line) in findings.lines() {
-        // Whoever reads may have seen enough, which changes nothing about the file.
-        let _ = writeln!(err, "{}: {line}", severity.name());
-    }
-    drop(err);
+    let mut said = String::new();
+    // Writing to a string does not fail.
+    let _ = findings.render(&mut said, false);
+    // Whoever reads may have seen enough, which changes nothing about the file.
+    let _ = io::stderr().write_all(said.as_bytes());
     written?;
     let Some(text) = migrated else {
         return Ok(ExitCode::FAILURE);

@@ -10,11 +10,12 @@ mod status;
 mod table;
 
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use cgtproxy_proto::agent::{Awaited, GetStatus_Reply};
 use cgtproxy_proto::client::CallError;
+use cgtproxy_proto::file;
 use cgtproxy_proto::path::InvalidPath;
 use tokio::runtime::Runtime;
 
@@ -25,6 +26,9 @@ use crate::run::{self, Options};
 use crate::server;
 use crate::subtree::{self, Subtree};
 use crate::text::printable;
+
+/// What names standard input in place of a file.
+const STANDARD_INPUT: &str = "-";
 
 /// The system configuration.
 const SYSTEM_CONFIG: &str = "/etc/cgtproxy/config.yaml";
@@ -207,6 +211,17 @@ fn print(text: &[u8]) -> Result<(), Error> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => Ok(written?),
     }
+}
+
+/// The bytes of a configuration file, or those of standard input if it is named `-`.
+fn read(file: &Path) -> Result<Vec<u8>, Error> {
+    if file != Path::new(STANDARD_INPUT) {
+        return Ok(config::read_file(file)?);
+    }
+    file::read_from(io::stdin().lock()).map_err(|source| {
+        let file = file.to_owned();
+        LoadError::Unreadable { file, source }.into()
+    })
 }
 
 fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCode, Error> {

@@ -1,6 +1,6 @@
 //! The other commands of the agent.
 
-use std::fs::Permissions;
+use std::fs::{File, Permissions};
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -421,12 +421,17 @@ fn migrate_overwrites_only_what_it_is_told_to() {
     let (code, new, said) = migrate(&[]);
     assert_eq!(code, Some(0));
     assert!(new.ends_with("rules:\n  # cgroup_proxy\n  - match: ''\n    tproxy: proxy\n"));
-    let line = format!(
-        "warning: {}:1:1: the commands 'cgproxy' and 'cgnoproxy' are not there any more; use \
-         'cgtproxy-exec proxy' and 'cgtproxy-exec direct'\n",
-        old.display()
-    );
-    assert_eq!(said, line);
+    let of = |file: &str| {
+        format!(
+            "{file}:1:1: warning: the commands 'cgproxy' and 'cgnoproxy' are not there any more\n    \
+             help: use 'cgtproxy-exec proxy' and 'cgtproxy-exec direct'\n"
+        )
+    };
+    assert_eq!(said, of(old.to_str().unwrap()));
+    let mut from_input = world.command();
+    from_input.args(["migrate", "-"]);
+    from_input.stdin(File::open(&old).unwrap());
+    assert_eq!(output(from_input), (Some(0), new.clone(), of("-")));
 
     let file = world.config.to_str().unwrap();
     let (code, out, said) = migrate(&["-o", file]);
@@ -462,7 +467,13 @@ fn migrate_overwrites_only_what_it_is_told_to() {
     std::fs::write(&old, r#"{"port": 0}"#).unwrap();
     let (code, out, said) = migrate(&[]);
     assert_eq!((code, out.as_str()), (Some(1), ""));
-    assert!(
-        said.ends_with("config.json:1:10: '0' is no port; a port is a number from 1 to 65535\n")
-    );
+    assert!(said.ends_with(
+        "config.json:1:10: error: '0' is no port\n    help: a port is a number from 1 to 65535\n"
+    ));
+    let mut check = world.command();
+    check
+        .args(["check", "-"])
+        .stdin(File::open(&world.config).unwrap());
+    let (code, out, _) = output(check);
+    assert_eq!((code, out.as_str()), (Some(0), "-: no errors\n"));
 }
