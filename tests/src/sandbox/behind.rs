@@ -48,6 +48,23 @@ impl Host {
             seen_as: self.addresses()[usize::from(to.is_ipv6())],
         }
     }
+
+    /// Has new sockets of this host send from that address and port, which are another's.
+    ///
+    /// # Panics
+    /// When the host can't.
+    pub fn pretend_to_be(&self, other: SocketAddr) {
+        let (ip, port) = (other.ip(), other.port());
+        let gateway = self.gateways()[usize::from(ip.is_ipv6())];
+        let nodad = if ip.is_ipv6() { "nodad" } else { "" };
+        let script = format!(
+            "ip address add {ip} dev eth0 {nodad}
+             ip route replace default via {gateway} src {ip}
+             echo {port} {port} >/proc/sys/net/ipv4/ip_local_port_range"
+        );
+        let enter = format!("--net={}", self.netns.display());
+        run(&["nsenter", &enter, "sh", "-ec", &script]);
+    }
 }
 
 /// The machine's number in each network.
