@@ -338,14 +338,10 @@ impl Transaction<'_> {
         }
     }
 
-    /// Chain `divert-0-NAME`: what is forwarded is marked here, and delivered by the chain `gateway`.
+    /// Chain `divert-0-NAME`: what is forwarded is marked here, and delivered by the chain `gateway`. The system's proxies are
+    /// all TPROXY servers: the helper accepts no `redirect` from root.
     fn divert_rules(&mut self, chain: &CStr, proxy: &Proxy) {
         let (mask, mark) = (self.marks.mask(), proxy.mark.value());
-        if matches!(proxy.settings.delivery, Delivery::Redirect(_)) {
-            // Nothing from elsewhere may go to a loopback address.
-            // goto refuse
-            return self.add_rules(chain, [&|rule| rule.goto(REFUSE)]);
-        }
         self.add_rules(
             chain,
             [
