@@ -37,13 +37,13 @@ pub trait Kernel {
     /// If the kernel refuses for another reason.
     fn ensure_routing(&self, family: Family) -> Result<bool, route::Error>;
 
-    /// What the kernel lacks of what proxies need, in nft's words.
+    /// What the kernel lacks of what proxies need: in nft's words, or `ctnetlink`.
     fn missing_features(&self) -> Vec<&'static str>;
 
     /// The tables of others that change our bits of marks.
     ///
     /// # Errors
-    /// If they can't be read.
+    /// If they can't be read in a short time.
     fn mark_writers(&self) -> Result<Vec<MarkWriter>, Unread>;
 }
 

@@ -60,13 +60,14 @@ pub enum Error {
 /// and however often, others wait for a small part of the time.
 const DIAGNOSIS_HOLDS: Duration = Duration::from_secs(1);
 const DIAGNOSIS_HOLDS_TIMES: u32 = 20;
+const DIAGNOSIS_HOLDS_AT_MOST: Duration = Duration::from_secs(60);
 
 /// What may be in the way on this machine.
 #[derive(Debug, Clone)]
 pub struct Diagnosis {
-    /// What the kernel can't do, in nft's words.
+    /// What the kernel lacks of what proxies need: in nft's words, or `ctnetlink`.
     pub missing_features: Vec<&'static str>,
-    /// The tables of others that change our bits of marks; none if they can't be read.
+    /// The tables of others that change our bits of marks; none if they can't be read, or not in a short time.
     pub mark_writers: Option<Vec<MarkWriter>>,
 }
 
@@ -196,6 +197,9 @@ impl<K: Kernel> State<K> {
         {
             return diagnosis.clone();
         }
+        // It takes sockets of its own.
+        let spare = self.root.spare();
+        let _room = spare.make_room();
         let mark_writers = self.kernel.mark_writers();
         match &mark_writers {
             Ok(_) => self.unreadable.works(),
@@ -210,7 +214,8 @@ impl<K: Kernel> State<K> {
             mark_writers: mark_writers.ok(),
         };
         let end = Instant::now();
-        let holds = DIAGNOSIS_HOLDS.max((end - start) * DIAGNOSIS_HOLDS_TIMES);
+        let slow = (end - start).saturating_mul(DIAGNOSIS_HOLDS_TIMES);
+        let holds = DIAGNOSIS_HOLDS.max(slow.min(DIAGNOSIS_HOLDS_AT_MOST));
         self.diagnosis = Some((end + holds, diagnosis.clone()));
         diagnosis
     }

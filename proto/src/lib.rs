@@ -2,8 +2,9 @@
 //! proxies are named, how messages are framed, how a method is called and served, how a configuration file is read, what
 //! the service manager and the journal are told.
 //!
-//! `org.cgtproxy.Helper` is what the privileged helper offers to agents, `org.cgtproxy.Agent` what an
-//! agent offers to its own user's programs, `org.cgtproxy.Relay` what a relay offers to the agent. The `.varlink` files beside this one are the contract.
+//! `org.cgtproxy.Helper` is what the privileged helper offers to agents, `org.cgtproxy.Agent` what an agent offers to its
+//! own user's programs, `org.cgtproxy.Relay` what a relay offers to the agent. The `.varlink` files beside this one are
+//! the contract.
 
 pub mod client;
 pub mod file;

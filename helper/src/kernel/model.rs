@@ -94,11 +94,7 @@ impl Table {
         let before = self.0.remove(&plan.uid);
         if let Some(before) = &before {
             let same = plan.after.as_ref().map(|after| after.stamp) == Some(before.stamp);
-            assert_eq!(
-                same,
-                plan.keeps_layout(),
-                "a stamp is the name of one layout"
-            );
+            assert_eq!(same, plan.keeps_layout(), "a stamp is one layout's");
             let stamp = plan.before.stamp();
             assert_eq!(stamp, Some(before.stamp), "it has another stamp");
         }

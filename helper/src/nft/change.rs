@@ -42,7 +42,7 @@ impl Transaction<'_> {
         }
     }
 
-    /// The name of the layout that the kernel has from here on.
+    /// The stamp of the layout that the kernel has from here on.
     pub(super) fn stamp(&mut self, plan: &Plan) {
         if let Some((uid, stamp, _)) = plan.coming() {
             self.add_stamp(uid, stamp);

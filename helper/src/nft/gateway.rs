@@ -8,7 +8,7 @@ use nftnl::MsgType;
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
 use super::plan::Layout;
-use super::policy::{Delivery, Gateway, Proxy};
+use super::policy::{Gateway, Proxy};
 use super::proxy::to_proxy_of_answer;
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::{DELIVER, DIVERT, FORWARDED, GATEWAY, INTERFACES};
@@ -45,9 +45,6 @@ impl Transaction<'_> {
     /// Chain `gateway`, for answers to a peer for whom the TPROXY server has spoken first. Chain `forward` refuses an
     /// answer whose proxy is not there any more.
     fn forwarded_answer_rules(&mut self, names: &Names, proxy: &Proxy) {
-        if matches!(proxy.settings.delivery, Delivery::Redirect(_)) {
-            return;
-        }
         let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
         self.add_rules(
             GATEWAY,

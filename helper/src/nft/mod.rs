@@ -365,7 +365,7 @@ impl Nftables {
             Err(refusal) if refusal.errno == Errno::PERM => Err(Error::NotCapable(refusal)),
             Err(refusal) if is_unsupported(&refusal) => Ok(false),
             // Without protection it would be another table, without what is in force.
-            Err(refusal) => Err(Error::Base(refusal)),
+            Err(refusal) => Err(Error::Refused(refusal)),
         }
     }
 
@@ -403,7 +403,7 @@ impl Nftables {
             Err(refusal) if refusal.errno == Errno::PERM => return Err(Error::Owned(refusal)),
             // The table has other flags than ours.
             Err(refusal) if is_unsupported(&refusal) => return Ok(false),
-            Err(refusal) => return Err(Error::Base(refusal)),
+            Err(refusal) => return Err(Error::Refused(refusal)),
         }
         self.is_there()
     }

@@ -205,7 +205,8 @@ impl Transaction<'_> {
         if !names.is_system() {
             // No verdict of one user's is about another's control groups. Should ever an element be wrong, then
             // nobody's packets get to this proxy by it. What comes here has that level: an element was found no less
-            // deep. socket cgroupv2 level LEVEL != SUBTREE return
+            // deep.
+            // socket cgroupv2 level LEVEL != SUBTREE return
             let (level, id) = (layout.subtree.level(), layout.subtree.id().to_bytes());
             self.add_rules(
                 &chain,

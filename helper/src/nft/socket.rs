@@ -132,8 +132,8 @@ impl NetfilterSocket {
         Ok(objects)
     }
 
-    /// Asks for a dump; hands the family and the attributes of each object to `each` until that breaks off. Afterwards
-    /// this socket is of no more use: the rest of the dump is still to come.
+    /// Asks for a dump; hands the family and the attributes of each object to `each` until that breaks off. After
+    /// that the socket is of no more use: the rest of the dump is still to come.
     pub(super) fn dump_each(
         &self,
         what: Dump,
