@@ -1,6 +1,9 @@
 //! A systemd and an agent that only pretend, in a runtime directory of their own.
 
 use std::ffi::OsStr;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -9,6 +12,7 @@ use std::thread;
 use cgtproxy_proto::agent::{
     AwaitTarget_Args, AwaitTarget_Reply, DESCRIPTION, GetStatus_Reply, INTERFACE, Target,
 };
+use cgtproxy_proto::path::CGROUP2_MOUNTS;
 use cgtproxy_proto::service::{
     Answer, Fault, Identity, Parameters, Service, parameters, reply, serve_stream,
 };
@@ -59,6 +63,7 @@ impl Default for Behaviour {
 pub(crate) struct Session {
     pub(crate) directory: tempfile::TempDir,
     asked: Arc<Mutex<Vec<Asked>>>,
+    scopes: Arc<Mutex<Vec<Scope>>>,
     /// `AwaitTarget` ends once this says so.
     pub(crate) release: Option<Sender<()>>,
     /// Says that `AwaitTarget` was called.
@@ -70,12 +75,14 @@ impl Session {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().to_owned();
         let asked = Arc::new(Mutex::new(Vec::new()));
+        let scopes = Arc::default();
         let (release, released) = channel();
         let (say_awaited, awaited) = channel();
         let (say_ready, ready) = channel();
         let pretender = Pretender {
             behaviour,
             asked: Arc::clone(&asked),
+            scopes: Arc::clone(&scopes),
             released: Arc::new(Mutex::new(released)),
             awaited: say_awaited,
         };
@@ -102,6 +109,7 @@ impl Session {
         Self {
             directory,
             asked,
+            scopes,
             release: Some(release),
             awaited,
         }
@@ -136,8 +144,45 @@ impl Session {
         self.command(args).output().unwrap()
     }
 
+    /// What it asked for, by the number of the process that is moved.
     pub(crate) fn asked(&self) -> Vec<Asked> {
         std::mem::take(&mut self.asked.lock().unwrap())
+    }
+}
+
+/// A control group beside this process, with what is in it for as long as it is there.
+struct Scope(PathBuf);
+
+impl Scope {
+    /// A process that is gone is in none.
+    fn with(name: &str, pid: u32) -> Self {
+        let mounts = CGROUP2_MOUNTS.map(Path::new);
+        let mount = mounts
+            .iter()
+            .find(|at| at.join("cgroup.controllers").exists());
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
+        let directory = mount.unwrap().join(own.unwrap()).join(name);
+        fs::create_dir(&directory).expect("control groups can be made, by root");
+        let _ = fs::write(directory.join("cgroup.procs"), pid.to_string());
+        Self(directory)
+    }
+}
+
+impl Drop for Scope {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        // Until the last one has ended.
+        while fs::remove_dir(&self.0).is_err_and(|error| error.kind() == ErrorKind::ResourceBusy) {
+            thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // The pretender has them as well, and never ends.
+        self.scopes.lock().unwrap().clear();
     }
 }
 
@@ -145,6 +190,7 @@ impl Session {
 struct Pretender {
     behaviour: Behaviour,
     asked: Arc<Mutex<Vec<Asked>>>,
+    scopes: Arc<Mutex<Vec<Scope>>>,
     released: Arc<Mutex<Receiver<()>>>,
     awaited: Sender<()>,
 }
@@ -173,6 +219,8 @@ impl Pretender {
 
     /// The part of systemd's D-Bus interface that the program needs.
     async fn manager(self, stream: tokio::net::UnixStream) {
+        let caller = stream.peer_cred().unwrap().pid().unwrap();
+        let caller = u32::try_from(caller).unwrap();
         let connection = zbus::connection::Builder::unix_stream(stream.into_std().unwrap())
             .server(zbus::Guid::generate())
             .p2p()
@@ -188,11 +236,14 @@ impl Pretender {
             match &*method {
                 // What every client of a bus asks of it.
                 "Hello" => connection.reply(&call.header(), &":1.7").await.unwrap(),
+                "GetConnectionUnixProcessID" => {
+                    connection.reply(&call.header(), &caller).await.unwrap();
+                }
                 "AddMatch" | "RemoveMatch" | "Subscribe" => {
                     connection.reply(&call.header(), &()).await.unwrap()
                 }
                 "StartTransientUnit" => {
-                    let scope = self.start(&call);
+                    let scope = self.start(&call, caller);
                     let job = |id: u32| -> OwnedObjectPath {
                         let path = format!("/org/freedesktop/systemd1/job/{id}");
                         path.try_into().unwrap()
@@ -217,8 +268,9 @@ impl Pretender {
         }
     }
 
-    /// Notes that a scope is to be started, and returns its name.
-    fn start(&self, call: &Message) -> String {
+    /// Notes that a scope is to be started, moves the process there if that is what becomes of the job, and returns
+    /// the scope's name.
+    fn start(&self, call: &Message, caller: u32) -> String {
         type Properties = Vec<(String, OwnedVariant)>;
         let body = call.body();
         let (scope, mode, properties, others): (
@@ -240,9 +292,15 @@ impl Pretender {
         );
         let pids = Vec::<u32>::try_from(property("PIDs")).unwrap();
         assert_eq!(pids.len(), 1);
+        // The caller itself, whatever its PID namespace.
+        let pid = if pids[0] == 0 { caller } else { pids[0] };
+        if self.behaviour.job == "done" {
+            let there = Scope::with(&scope, pid);
+            self.scopes.lock().unwrap().push(there);
+        }
         self.note(Asked::Start {
             slice: property("Slice").try_into().unwrap(),
-            pid: pids[0],
+            pid,
         });
         scope
     }
