@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use cgtproxy_proto::agent::INTERFACE;
 use cgtproxy_proto::service::Fault;
@@ -49,7 +50,16 @@ fn starts_the_command_only_when_the_verdict_is_in_the_kernel() {
         .spawn()
         .unwrap();
     session.awaited.recv().unwrap();
-    // A command that did not wait for the agent's answer looks for it before it is there.
+    // It sleeps as itself: one that did not wait would be another program by now, or have ended.
+    let stat = format!("/proc/{}/stat", child.id());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !std::fs::read_to_string(&stat)
+        .unwrap()
+        .contains("(cgtproxy-exec) S")
+    {
+        assert!(Instant::now() < deadline, "it did not wait");
+        std::thread::yield_now();
+    }
     std::fs::write(&released, "").unwrap();
     session.release = None;
     assert!(child.wait().unwrap().success());
