@@ -111,6 +111,13 @@ async fn serve(options: Options) -> Result<(), Error> {
     let mut hand_over = signal(SignalKind::user_defined1()).map_err(Error::Start)?;
     let hangup = signal(SignalKind::hangup()).map_err(Error::Start)?;
 
+    // It may take long. What follows is about the time after that.
+    let socket = tokio::select! {
+        socket = listen(&options.socket) => socket?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+        _ = hand_over.recv() => return Ok(()),
+    };
     // One that its socket starts has the time until there is something to say.
     let helper = Client::connect(&options.helper).await.ok();
     let (loader, source, config_error) = Loader::start(options.config)?;
@@ -119,12 +126,6 @@ async fn serve(options: Options) -> Result<(), Error> {
             "waiting for the configuration to be fixed; until then nothing is told to the helper"
         );
     }
-    let socket = tokio::select! {
-        socket = listen(&options.socket) => socket?,
-        _ = terminate.recv() => return Ok(()),
-        _ = interrupt.recv() => return Ok(()),
-        _ = hand_over.recv() => return Ok(()),
-    };
     let agent = Rc::new(Agent::new(options.subtree.clone(), source, config_error));
     if let Some(awaited) = agent.state().awaited_configuration() {
         notify::status(&awaited.to_string());

@@ -10,7 +10,7 @@ use crate::sync::{Maker, maker};
 /// What can be said of a control group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// No path can name it.
+    /// No path can name what is in it.
     Unnameable,
     /// This user may not look into it.
     Closed,

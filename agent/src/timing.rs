@@ -13,7 +13,7 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// Waits for the first time at first, and for the second one at most.
+    /// `first` is the first wait, `most` the longest.
     #[must_use]
     pub(crate) const fn new((first, most): (Duration, Duration)) -> Self {
         Self {

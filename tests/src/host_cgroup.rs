@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -129,7 +129,12 @@ fn wait_until_empty(path: &Path) {
 }
 
 fn remove_tree(path: &Path) {
-    let Ok(entries) = fs::read_dir(path) else {
+    let Ok(directory) = fs::File::open(path) else {
+        return;
+    };
+    // By its descriptor: the whole path may be longer than the kernel takes.
+    let here = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
+    let Ok(entries) = fs::read_dir(&here) else {
         return;
     };
     for entry in entries.flatten() {
@@ -184,6 +189,13 @@ mod tests {
             make(format!("{PREFIX}{}-{pid}-{}-0", namespace + 1, start - 1)),
             make("cgtproxy-test-1-1-0".to_owned()),
         ];
+        // With a path that is too long for the kernel.
+        let mut down = fs::File::open(&stale).unwrap();
+        for _ in 0..20 {
+            let below = format!("/proc/self/fd/{}/{:0>250}", down.as_raw_fd(), 0);
+            fs::create_dir(&below).unwrap();
+            down = fs::File::open(below).unwrap();
+        }
         let mut orphan = Orphan(Command::new("sleep").arg("600").spawn().unwrap());
         let procs = stale.join("system/cgroup.procs");
         fs::write(procs, orphan.0.id().to_string()).unwrap();

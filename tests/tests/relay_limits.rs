@@ -77,11 +77,20 @@ fn datagrams_that_wait_for_a_silent_server_are_bounded() {
 
 #[test]
 fn a_server_elsewhere_directs_no_datagram_to_this_machine() {
+    assert_no_datagram_is_directed_to([127, 0, 0, 1]);
+}
+
+#[test]
+fn a_server_elsewhere_directs_no_datagram_to_another_address_of_this_machine() {
+    assert_no_datagram_is_directed_to([192, 0, 2, 1]);
+}
+
+fn assert_no_datagram_is_directed_to(address: [u8; 4]) {
     sandbox(|sb| {
         let _helper = sb.helper().start();
         let service = sb.service("service").port(5555).start();
-        // It greets, and has datagrams sent to 127.0.0.1:5555.
-        let say = [5, 0, 5, 0, 0, 1, 127, 0, 0, 1, 0x15, 0xb3];
+        // It greets, and has datagrams sent to port 5555 there.
+        let say = [&[5, 0, 5, 0, 0, 1][..], &address, &[0x15, 0xb3]].concat();
         let _server = speaker(sb, &say, Afterwards::Hold);
         let bed = bed(sb, "socks5://192.0.2.2:1080", CONNECTIONS);
         let [to, _] = sb.destinations();

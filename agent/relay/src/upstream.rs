@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -212,8 +212,11 @@ impl Upstream {
             let peer = stream.peer_addr().map_err(|e| Error::Down(e.to_string()))?;
             let asked = timeout(CONNECT, socks::associate(stream, peer.is_ipv6())).await;
             let mut relay = asked.map_err(|_| Error::Silent)??;
-            // Many a server that listens on all addresses says just that.
-            if !may_be_at(relay.ip(), peer.ip()) {
+            let own = stream
+                .local_addr()
+                .map_err(|e| Error::Down(e.to_string()))?;
+            let is_near = peer.ip().is_loopback() || own.ip() == peer.ip();
+            if is_nobodys(relay.ip()) || !is_near && is_here(relay) {
                 relay.set_ip(peer.ip());
             }
             Ok(relay)
@@ -258,13 +261,27 @@ impl Upstream {
     }
 }
 
-/// Whether a server that was reached at `peer` may take datagrams at `said`: at no address that would let a server
-/// elsewhere choose who on this machine gets them, or that is nobody's own.
-fn may_be_at(said: IpAddr, peer: IpAddr) -> bool {
-    let said = said.to_canonical();
-    let is_broadcast = matches!(said, IpAddr::V4(said) if said.is_broadcast());
-    let is_here = said.is_loopback() && !peer.to_canonical().is_loopback();
-    !(said.is_unspecified() || said.is_multicast() || is_broadcast || is_here)
+/// Whether no server can be reached at an address. Many a server that listens on all addresses says just that.
+fn is_nobodys(address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    let is_broadcast = matches!(address, IpAddr::V4(address) if address.is_broadcast());
+    address.is_unspecified() || address.is_multicast() || is_broadcast
+}
+
+/// Whether an address is one of this machine's: a server elsewhere is not to choose who here gets datagrams. The kernel
+/// sends what is for one of its own addresses from that address.
+fn is_here(address: SocketAddr) -> bool {
+    let any = match address {
+        SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+        SocketAddr::V6(_) => IpAddr::from(Ipv6Addr::UNSPECIFIED),
+    };
+    let from = UdpSocket::bind((any, 0)).and_then(|socket| {
+        // This sends nothing.
+        socket.connect(address)?;
+        socket.local_addr()
+    });
+    let address = address.ip().to_canonical();
+    address.is_loopback() || from.is_ok_and(|from| from.ip().to_canonical() == address)
 }
 
 /// A connection to one of the addresses that are being looked up.
@@ -349,16 +366,16 @@ mod tests {
     }
 
     #[test]
-    fn a_server_elsewhere_is_not_on_this_machine() {
-        let may = |said: &str, peer: &str| may_be_at(said.parse().unwrap(), peer.parse().unwrap());
-        for said in ["127.0.0.1", "::1", "::ffff:127.0.0.2"] {
-            assert!(!may(said, "192.0.2.2"), "{said}");
-            assert!(may(said, "127.0.0.1"), "{said}");
+    #[cfg_attr(miri, ignore = "needs sockets")]
+    fn addresses_of_this_machine_and_of_nobody_are_known() {
+        for here in ["127.0.0.1:1", "[::1]:1", "[::ffff:127.0.0.2]:1"] {
+            assert!(is_here(here.parse().unwrap()), "{here}");
         }
-        for said in ["0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255"] {
-            assert!(!may(said, "127.0.0.1"), "{said}");
+        assert!(!is_here("192.0.2.3:1".parse().unwrap()));
+        for nobody in ["0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255"] {
+            assert!(is_nobodys(nobody.parse().unwrap()), "{nobody}");
         }
-        assert!(may("192.0.2.3", "192.0.2.2"));
+        assert!(!is_nobodys("192.0.2.3".parse().unwrap()));
     }
 
     #[tokio::test]

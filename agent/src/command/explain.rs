@@ -141,21 +141,26 @@ fn ask(
         }
     };
     let mut replies = Vec::new();
+    let mut gone = None;
     for path in paths {
         let name = subtree.to_wire(&path);
         let arguments = Explain_Args {
             controlGroup: name.clone(),
         };
-        replies.push(match agent.call("Explain", arguments) {
+        match agent.call("Explain", arguments) {
+            // An application may have others.
             Err(Error::Call(CallError::Fault(fault)))
                 if matches!(fault.kind(), ErrorKind::ControlGroupNotFound(_)) =>
             {
-                return Err(unknown(&name, scope));
+                gone = Some(unknown(&name, scope));
             }
-            answer => answer?,
-        });
+            answer => replies.push(answer?),
+        }
     }
-    Ok(replies)
+    match gone {
+        Some(gone) if replies.is_empty() => Err(gone),
+        _ => Ok(replies),
+    }
 }
 
 /// What the configuration means, without an agent.
