@@ -289,16 +289,7 @@ fn what_a_tunnel_answers_to_whom_a_proxy_has_brought_goes_there() {
             SocketAddr::new(INTERNET_V4, 4789),
             SocketAddr::new(MACHINE_V4, 5000),
         );
-        sb.run(&[
-            "sh",
-            "-ec",
-            "ip link add tunnel type vxlan id 1 local 192.0.2.1 remote 192.0.2.2 dev uplink \
-                srcport 5000 5001 dstport 4789 noudpcsum
-             echo 1 >/proc/sys/net/ipv6/conf/tunnel/disable_ipv6
-             echo 1 >/proc/sys/net/ipv4/neigh/tunnel/mcast_solicit
-             ip address add 10.99.0.1/24 dev tunnel
-             ip link set tunnel up",
-        ]);
+        sb.build_tunnel();
         let left = || {
             let deliveries = sb.deliveries(INTERNET_V4);
             let datagrams = deliveries.iter().filter(|d| d.protocol == Udp.protocol());

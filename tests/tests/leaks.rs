@@ -376,7 +376,7 @@ fn rules_that_translate_for_everybody_come_afterwards() {
 fn a_tunnel_is_the_kernels_again_when_the_kernel_speaks_through_it() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
-        build_tunnel(sb);
+        sb.build_tunnel();
         let behind = |host: u8| IpAddr::from([10, 99, 0, host]);
         let left = || left_through_tunnel(sb);
         let app = sb.user(1001).cgroup(APP).app();
@@ -426,7 +426,7 @@ fn a_tunnel_is_the_kernels_again_when_the_kernel_speaks_through_it() {
 fn what_the_kernel_says_through_a_tunnel_goes_to_no_users_server() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
-        build_tunnel(sb);
+        sb.build_tunnel();
         let user = sb.user(1001);
         let app = user.cgroup(APP).app();
         let other = sb.cgroup("system.slice/web.service").app();
@@ -447,21 +447,6 @@ fn what_the_kernel_says_through_a_tunnel_goes_to_no_users_server() {
         assert_eq!(server.arrivals().len(), 1);
         assert_eq!(left_through_tunnel(sb), 0);
     });
-}
-
-/// A tunnel from the machine to the internet, which the kernel sends nothing through but when it is to.
-fn build_tunnel(sb: &Sandbox) {
-    sb.run(&[
-        "sh",
-        "-ec",
-        "ip link add tunnel type vxlan id 1 local 192.0.2.1 remote 192.0.2.2 dev uplink \
-            srcport 5000 5001 dstport 4789 noudpcsum
-         echo 1 >/proc/sys/net/ipv6/conf/tunnel/disable_ipv6
-         echo 1 >/proc/sys/net/ipv4/neigh/tunnel/mcast_solicit
-         ip address add 10.99.0.1/24 dev tunnel
-         ip link set tunnel up
-         ip neighbour add 10.99.0.2 lladdr 02:00:00:00:99:02 dev tunnel nud permanent",
-    ]);
 }
 
 /// How many datagrams of the tunnel's have left.

@@ -135,6 +135,21 @@ impl Sandbox {
         run_with_input(&["nft", "-f", "-"], script);
     }
 
+    /// A tunnel from the machine to the internet, which the kernel sends nothing through but when it is to.
+    pub fn build_tunnel(&self) {
+        self.run(&[
+            "sh",
+            "-ec",
+            "ip link add tunnel type vxlan id 1 local 192.0.2.1 remote 192.0.2.2 dev uplink \
+                srcport 5000 5001 dstport 4789 noudpcsum
+             echo 1 >/proc/sys/net/ipv6/conf/tunnel/disable_ipv6
+             echo 1 >/proc/sys/net/ipv4/neigh/tunnel/mcast_solicit
+             ip address add 10.99.0.1/24 dev tunnel
+             ip link set tunnel up
+             ip neighbour add 10.99.0.2 lladdr 02:00:00:00:99:02 dev tunnel nud permanent",
+        ]);
+    }
+
     /// Runs `nft --json` with these arguments; none if it fails, which is how nft says that a
     /// thing does not exist.
     pub fn nft_json(&self, arguments: &[&str]) -> Option<Value> {
