@@ -209,12 +209,10 @@ impl Upstream {
             let Stream::Tcp(stream) = stream else {
                 return Err(Error::Refused(NO_UDP.into()));
             };
-            let peer = stream.peer_addr().map_err(|e| Error::Down(e.to_string()))?;
+            let peer = stream.peer_addr().map_err(down)?;
             let asked = timeout(CONNECT, socks::associate(stream, peer.is_ipv6())).await;
             let mut relay = asked.map_err(|_| Error::Silent)??;
-            let own = stream
-                .local_addr()
-                .map_err(|e| Error::Down(e.to_string()))?;
+            let own = stream.local_addr().map_err(down)?;
             let is_near = peer.ip().is_loopback() || own.ip() == peer.ip();
             if is_nobodys(relay.ip()) || !is_near && is_here(relay) {
                 relay.set_ip(peer.ip());
@@ -268,14 +266,18 @@ fn is_nobodys(address: IpAddr) -> bool {
     address.is_unspecified() || address.is_multicast() || is_broadcast
 }
 
+/// Any address and any port of the same family.
+pub(crate) fn any_of_family(of: SocketAddr) -> SocketAddr {
+    match of {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    }
+}
+
 /// Whether an address is one of this machine's: a server elsewhere is not to choose who here gets datagrams. The kernel
 /// sends what is for one of its own addresses from that address.
 fn is_here(address: SocketAddr) -> bool {
-    let any = match address {
-        SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
-        SocketAddr::V6(_) => IpAddr::from(Ipv6Addr::UNSPECIFIED),
-    };
-    let from = UdpSocket::bind((any, 0)).and_then(|socket| {
+    let from = UdpSocket::bind(any_of_family(address)).and_then(|socket| {
         // This sends nothing.
         socket.connect(address)?;
         socket.local_addr()

@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 
 use tokio::io::AsyncReadExt;
@@ -12,7 +12,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Flow, SHARED};
 use crate::socks;
-use crate::upstream::{Error, Upstream};
+use crate::upstream::{Error, Upstream, any_of_family};
 
 /// What an answer needs to get back.
 #[derive(Debug, Clone)]
@@ -40,11 +40,7 @@ impl Association {
     pub(super) async fn open(upstream: &Rc<Upstream>) -> Result<Rc<Self>, Error> {
         let (control, relay) = upstream.associate().await?;
         let down = |error: std::io::Error| Error::Down(error.to_string());
-        let any: SocketAddr = match relay {
-            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
-        };
-        let socket = Rc::new(UdpSocket::bind(any).await.map_err(down)?);
+        let socket = Rc::new(UdpSocket::bind(any_of_family(relay)).await.map_err(down)?);
         socket.connect(relay).await.map_err(down)?;
         // Until the runtime has heard from the kernel, `try_send` would throw the first datagrams away.
         socket.writable().await.map_err(down)?;
