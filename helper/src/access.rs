@@ -7,6 +7,7 @@ use nix::unistd::{Gid, User, getgrouplist};
 use tokio::time::Instant;
 
 use crate::cgroup::Spare;
+use crate::freshness;
 use crate::peer::Uid;
 use crate::quota::Account;
 
@@ -15,10 +16,6 @@ const ANSWER_HOLDS: Duration = Duration::from_secs(1);
 
 /// For how long an answer of the databases is good to what is only kept: nobody waits there for a group to be another one.
 const ANSWER_HOLDS_FOR_KEPT: Duration = Duration::from_secs(60);
-
-/// How many times as long as the databases took to give it an answer is good at least: while they are asked, nobody is
-/// served.
-const ANSWER_HOLDS_TIMES: u32 = 20;
 
 /// For how long an answer of slow databases is good at most.
 const ANSWER_HOLDS_AT_MOST: Duration = Duration::from_secs(600);
@@ -162,9 +159,7 @@ impl Answer {
             Some(_) => ANSWER_HOLDS_AT_MOST,
             None => FAILURE_HOLDS_AT_MOST,
         };
-        let slow = self.took.saturating_mul(ANSWER_HOLDS_TIMES);
-        let good = within.max(slow.min(at_most));
-        now.saturating_duration_since(self.when) < good
+        now.saturating_duration_since(self.when) < freshness::holds(self.took, within, at_most)
     }
 }
 

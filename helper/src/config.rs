@@ -629,7 +629,7 @@ mod tests {
         let config = parse(
             "mark-mask: 0x00f00000\nroute-table: 4000\nrule-priority: 900\ngrace-seconds: 1\n\
              on-agent-loss: drop\nown-table: false\nproxy-users: [daemon, 990, root]\nallow: {users: [daemon, 7], groups: [daemon]}\n\
-             deny: {groups: [8]}\nlimits: {proxies: 3, control-groups: 10}\n",
+             deny: {users: [9], groups: [8]}\nlimits: {proxies: 3, control-groups: 10}\n",
         )
         .unwrap();
         assert_eq!(config.marks.mask(), 0x00f0_0000);
@@ -641,8 +641,24 @@ mod tests {
         let allow = config.access.allow.unwrap();
         assert!(allow.uids.contains(&1) && allow.uids.contains(&7) && allow.gids.contains(&1));
         assert!(config.access.deny.gids.contains(&8));
+        assert!(config.access.deny.uids.contains(&9));
         assert_eq!(config.limits.proxies, 3);
         assert_eq!(config.limits.bypass, Limits::default().bypass);
+    }
+
+    #[test]
+    fn takes_every_limit() {
+        let all = "limits: {connections: 21, message-bytes: 8388608, calls-per-second: 22, proxies: 23, \
+                   bypass: 24, control-groups: 25}";
+        let limits = Limits {
+            connections: 21,
+            message_bytes: 8_388_608,
+            calls_per_second: 22,
+            proxies: 23,
+            bypass: 24,
+            control_groups: 25,
+        };
+        assert_eq!(parse(all).unwrap().limits, limits);
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod conntrack;
 #[cfg(test)]
 #[cfg(all(debug_assertions, target_arch = "x86_64"))]
 mod counts;
+mod freshness;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod guarded;

@@ -10,6 +10,7 @@ use crate::access::Gate;
 use crate::cgroup::{OwnedControlGroup, Root, Subtree, Unavailable};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
+use crate::freshness;
 use crate::kernel::{Kernel, Linux};
 use crate::nft::{self, Inherited, MarkWriter};
 use crate::peer::Uid;
@@ -56,11 +57,8 @@ pub enum Error {
     Conntrack(#[source] nft::Refusal),
 }
 
-/// How long what was found about the machine is good at least, and how many times as long as looking took. Whoever asks,
-/// and however often, others wait for a small part of the time.
-const DIAGNOSIS_HOLDS: Duration = Duration::from_secs(1);
-const DIAGNOSIS_HOLDS_TIMES: u32 = 20;
-const DIAGNOSIS_HOLDS_AT_MOST: Duration = Duration::from_secs(60);
+/// For how long what was found about the machine is good: at least, and at most if looking takes long.
+const DIAGNOSIS_HOLDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// What may be in the way on this machine.
 #[derive(Debug, Clone)]
@@ -214,8 +212,7 @@ impl<K: Kernel> State<K> {
             mark_writers: mark_writers.ok(),
         };
         let end = Instant::now();
-        let slow = (end - start).saturating_mul(DIAGNOSIS_HOLDS_TIMES);
-        let holds = DIAGNOSIS_HOLDS.max(slow.min(DIAGNOSIS_HOLDS_AT_MOST));
+        let holds = freshness::holds(end - start, DIAGNOSIS_HOLDS.0, DIAGNOSIS_HOLDS.1);
         self.diagnosis = Some((end + holds, diagnosis.clone()));
         diagnosis
     }

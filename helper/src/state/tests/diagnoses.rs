@@ -31,12 +31,12 @@ fn the_machine_is_looked_at_once_a_second_at_most() {
     state.diagnose();
     assert_eq!(kernel.looks.get(), looks + 1);
     // The longer it took, the longer it holds.
-    kernel.look_takes.set(DIAGNOSIS_HOLDS / 4);
+    kernel.look_takes.set(DIAGNOSIS_HOLDS.0 / 4);
     if let Some((until, _)) = &mut state.diagnosis {
         *until = Instant::now();
     }
     state.diagnose();
     let (until, _) = state.diagnosis.as_ref().unwrap();
     let holds = until.saturating_duration_since(Instant::now());
-    assert!(holds > DIAGNOSIS_HOLDS * 4, "{holds:?}");
+    assert!(holds > DIAGNOSIS_HOLDS.0 * 4, "{holds:?}");
 }
