@@ -17,12 +17,15 @@ impl Watcher {
     /// This user may not look into a control group, as into those that a container's users have for themselves. To look
     /// again and again would change nothing.
     pub(super) fn say_closed(&mut self, path: &ControlGroupPath, error: &io::Error) {
-        let name = self.subtree.shown(path);
-        let why = chain(error);
-        let text = format!("can't look into '{name}': {why}; what is in it has its verdict");
-        match self.said.is_news(Kind::Closed, path) {
-            true => tracing::info!("{text}"),
-            false => tracing::debug!("{text}"),
+        let is_news = self.said.is_news(Kind::Closed, path);
+        let text = || {
+            let name = self.subtree.shown(path);
+            let why = chain(error);
+            format!("can't look into '{name}': {why}; what is in it has its verdict")
+        };
+        match is_news {
+            true => tracing::info!("{}", text()),
+            false => tracing::debug!("{}", text()),
         }
     }
 
@@ -33,14 +36,17 @@ impl Watcher {
         name: &[u8],
         why: InvalidPath,
     ) {
-        let name = printable(&String::from_utf8_lossy(name));
-        let above = self.subtree.shown(parent);
-        let text = format!(
-            "can't follow '{name}' in '{above}': {why}; it has the verdict of what it is in"
-        );
-        match self.said.is_news(Kind::Unnameable, parent) {
-            true => tracing::warn!("{text}"),
-            false => tracing::debug!("{text}"),
+        let is_news = self.said.is_news(Kind::Unnameable, parent);
+        let text = || {
+            let name = printable(&String::from_utf8_lossy(name));
+            let above = self.subtree.shown(parent);
+            format!(
+                "can't follow '{name}' in '{above}': {why}; it has the verdict of what it is in"
+            )
+        };
+        match is_news {
+            true => tracing::warn!("{}", text()),
+            false => tracing::debug!("{}", text()),
         }
     }
 

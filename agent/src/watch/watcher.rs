@@ -458,11 +458,14 @@ impl Watcher {
             _ => {
                 self.unwatched_why = format!("control groups can't be watched ({})", chain(&error));
                 if !self.unwatched.contains(path) {
-                    let name = self.subtree.shown(path);
-                    let text = format!("can't watch '{name}': {}", chain(&error));
-                    match self.said.is_news(Kind::Unwatched, path) {
-                        true => tracing::warn!("{text}"),
-                        false => tracing::debug!("{text}"),
+                    let is_news = self.said.is_news(Kind::Unwatched, path);
+                    let text = || {
+                        let name = self.subtree.shown(path);
+                        format!("can't watch '{name}': {}", chain(&error))
+                    };
+                    match is_news {
+                        true => tracing::warn!("{}", text()),
+                        false => tracing::debug!("{}", text()),
                     }
                 }
             }
