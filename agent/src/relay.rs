@@ -9,6 +9,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
+use cgtproxy_proto::back_off::BackOff;
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::relay::{
     Configure_Args, Configure_Reply, GetStatus_Args, GetStatus_Reply, Protocol, Upstream,
@@ -20,7 +21,6 @@ use crate::config::{Config, Means, Network, Proxy, Scheme};
 use crate::policy::Target;
 use crate::state::{Agent, Source, State};
 use crate::text::{chain, printable};
-use crate::timing::Backoff;
 
 /// How long to wait before connecting again, at first and at most.
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
@@ -109,7 +109,7 @@ pub async fn status(socket: &Path) -> Result<GetStatus_Reply, String> {
 /// Keeps the relay in step with the configuration, for ever.
 pub async fn run(agent: &Agent, socket: &Path) {
     let mut changes = agent.subscribe();
-    let mut back_off = Backoff::new(RECONNECT);
+    let mut back_off = BackOff::new(RECONNECT);
     loop {
         let basis = Basis::of(agent);
         let wanted = wanted(agent);
@@ -140,7 +140,7 @@ pub async fn run(agent: &Agent, socket: &Path) {
         }
         let problem = Some(why);
         note(agent, Relay { problem, ..known });
-        sleep(back_off.next()).await;
+        sleep(back_off.next_wait()).await;
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
+use cgtproxy_proto::back_off::BackOff;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::message::MessageReader;
 use cgtproxy_proto::service::{Fault, ServeError, send_fault, serve};
@@ -76,7 +77,7 @@ impl Server {
 
     /// Accepts connections until it is told to stop.
     pub async fn run(&self, listener: UnixListener) {
-        let mut back_off = BACK_OFF.0;
+        let mut back_off = BackOff::new(BACK_OFF);
         let mut next = 0;
         loop {
             let accepted = tokio::select! {
@@ -85,10 +86,10 @@ impl Server {
             };
             match accepted {
                 Ok((stream, _)) => {
-                    if back_off > BACK_OFF.0 {
+                    if !back_off.is_at_first() {
                         tracing::info!("connections can be accepted again");
                     }
-                    back_off = BACK_OFF.0;
+                    back_off.reset();
                     next += 1;
                     self.accepted(stream, ConnectionId(next));
                     // Those that are open have their turn before another one is: whoever connects as fast as it goes
@@ -97,16 +98,15 @@ impl Server {
                 }
                 Err(error) => {
                     // Once, not at every attempt.
-                    if back_off == BACK_OFF.0 {
+                    if back_off.is_at_first() {
                         tracing::warn!(
                             "can't accept connections: {error}; those that are open go on"
                         );
                     }
                     tokio::select! {
-                        () = tokio::time::sleep(back_off) => {}
+                        () = tokio::time::sleep(back_off.next_wait()) => {}
                         () = self.shutdown.cancelled() => break,
                     }
-                    back_off = BACK_OFF.1.min(back_off * 2);
                 }
             }
         }
@@ -326,7 +326,7 @@ async fn until_done(
     mut period: Duration,
     mut act: impl FnMut() -> Result<Outcome, nft::Error>,
 ) -> Outcome {
-    let mut again = TRY_AGAIN.0;
+    let mut again = BackOff::new(TRY_AGAIN);
     let mut said = Said::default();
     loop {
         sleep_awake(period).await;
@@ -340,8 +340,7 @@ async fn until_done(
                         "can't release or remove what an agent left: {why}; trying again"
                     );
                 }
-                period = again;
-                again = TRY_AGAIN.1.min(again * 2);
+                period = again.next_wait();
             }
         }
     }

@@ -6,6 +6,7 @@
 //! own user's programs, `org.cgtproxy.Relay` what a relay offers to the agent. The `.varlink` files beside this one are
 //! the contract.
 
+pub mod back_off;
 pub mod client;
 pub mod file;
 pub mod interface;

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
+use cgtproxy_proto::back_off::BackOff;
 use tokio::time::Instant;
 
 use super::{Awaited, State};
 use crate::config::Config;
 use crate::sync::{Call, length_of};
-use crate::timing::Backoff;
 
 /// How long to wait before trying a configuration again that the helper could not put into force, at first and at most.
 const POSTPONED: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
@@ -29,7 +29,7 @@ pub(super) struct Postponed {
     pub(super) source: Rc<Source>,
     /// Why the helper refused it.
     why: String,
-    back_off: Backoff,
+    back_off: BackOff,
     /// When it is tried again; none if only somebody who saves it again, or another session, is a reason to.
     pub(super) at: Option<Instant>,
 }
@@ -111,8 +111,8 @@ impl State {
     fn postpone(&mut self, source: &Rc<Source>, why: &str, passing: bool) {
         let before = self.postponed.take();
         let before = before.filter(|before| Rc::ptr_eq(&before.source, source));
-        let mut back_off = before.map_or(Backoff::new(POSTPONED), |before| before.back_off);
-        let delay = back_off.next();
+        let mut back_off = before.map_or(BackOff::new(POSTPONED), |before| before.back_off);
+        let delay = back_off.next_wait();
         self.postponed = Some(Postponed {
             source: source.clone(),
             why: why.to_owned(),

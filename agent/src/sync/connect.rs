@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use cgtproxy_proto::back_off::BackOff;
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::helper::{ErrorKind, ReplacePolicy_Reply};
 use cgtproxy_proto::service::Fault;
@@ -17,7 +18,6 @@ use super::wire;
 use crate::notify;
 use crate::state::Agent;
 use crate::text::chain;
-use crate::timing::Backoff;
 use crate::watch::inotify::Events;
 
 /// How long to wait before connecting again, at first and at most.
@@ -52,7 +52,7 @@ pub async fn run(
 ) -> Result<(), Error> {
     let started = Instant::now();
     let mut had_session = false;
-    let mut back_off = Backoff::new(RECONNECT);
+    let mut back_off = BackOff::new(RECONNECT);
     let mut arrival = None;
     let mut said = String::new();
     loop {
@@ -99,7 +99,7 @@ pub async fn run(
         agent.tell();
         let arrived = arrival.get_or_insert_with(|| Arrival::watch(socket));
         tokio::select! {
-            () = sleep(back_off.next()) => {}
+            () = sleep(back_off.next_wait()) => {}
             () = arrived.next() => back_off.reset(),
             () = stop.cancelled() => break,
         }

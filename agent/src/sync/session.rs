@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use cgtproxy_proto::back_off::BackOff;
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::helper::{ErrorKind, RemovePolicy_Args, RemovePolicy_Reply, SkipReason};
 use cgtproxy_proto::path::ControlGroupPath;
@@ -19,7 +20,7 @@ use crate::relay::Relay;
 use crate::said::Kind;
 use crate::state::{Agent, Link, Refused, Source};
 use crate::text::{chain, printable};
-use crate::timing::{Backoff, sleep_until};
+use crate::timing::sleep_until;
 use crate::view;
 
 /// How long to wait before making a call again that the helper refused, at first and at most.
@@ -64,7 +65,7 @@ impl<'a> Session<'a> {
 
     /// Keeps the helper in step until the session ends.
     pub(super) async fn run(&mut self, stop: &CancellationToken) -> End {
-        let mut back_off = Backoff::new(RETRY);
+        let mut back_off = BackOff::new(RETRY);
         loop {
             let (call, source, relay, postponed) = {
                 let mut state = self.agent.state_mut();
@@ -119,7 +120,7 @@ impl<'a> Session<'a> {
                         continue;
                     }
                     tokio::select! {
-                        () = wait_for_news(self.agent, back_off.next(), &source) => {}
+                        () = wait_for_news(self.agent, back_off.next_wait(), &source) => {}
                         () = self.client.closed() => return lost(&CallError::Closed),
                         () = stop.cancelled() => return self.remove_policy().await,
                     }
@@ -148,13 +149,19 @@ impl<'a> Session<'a> {
         self.established = true;
         for (path, reason) in news {
             let mut state = self.agent.state_mut();
-            let (name, why) = (state.subtree.shown(&path), view::sentence(&reason));
+            let why = view::sentence(&reason);
             // It was gone before the helper looked, as short-lived ones are.
             let is_news =
                 reason != SkipReason::missing && state.said.is_news(Kind::PassedOver(why), &path);
+            let text = || {
+                format!(
+                    "the helper passed over '{}': {why}",
+                    state.subtree.shown(&path)
+                )
+            };
             match is_news {
-                true => tracing::warn!("the helper passed over '{name}': {why}"),
-                false => tracing::debug!("the helper passed over '{name}': {why}"),
+                true => tracing::warn!("{}", text()),
+                false => tracing::debug!("{}", text()),
             }
         }
         self.agent.tell();

@@ -17,6 +17,7 @@ use std::pin::Pin;
 use std::task::Poll;
 use std::time::Duration;
 
+use cgtproxy_proto::back_off::BackOff;
 use cgtproxy_proto::path::ControlGroupPath;
 use futures_core::Stream;
 use tokio::sync::mpsc;
@@ -28,7 +29,6 @@ use zbus::{Connection, MessageStream, OwnedObjectPath, Variant};
 use super::Hint;
 use crate::subtree::Subtree;
 use crate::systemd::{Address, MANAGER, MANAGER_PATH, Manager, SYSTEMD, runtime_directory, said};
-use crate::timing::Backoff;
 
 /// The interface that all units have.
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
@@ -142,7 +142,7 @@ impl From<zbus::Error> for End {
 }
 
 async fn follow(subtree: Subtree, addresses: Vec<Address>, reports: mpsc::Sender<Report>) {
-    let mut back_off = Backoff::new(RECONNECT);
+    let mut back_off = BackOff::new(RECONNECT);
     loop {
         let mut failures = Vec::new();
         for address in &addresses {
@@ -175,7 +175,7 @@ async fn follow(subtree: Subtree, addresses: Vec<Address>, reports: mpsc::Sender
         {
             return;
         }
-        sleep(back_off.next()).await;
+        sleep(back_off.next_wait()).await;
     }
 }
 
