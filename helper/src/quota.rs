@@ -16,6 +16,9 @@ use crate::peer::Uid;
 /// than a short one, about as much for so many bytes as a short one does at all.
 const BYTES_PER_CALL: usize = 16 * 1024;
 
+/// So much processor time counts as a call of its own, as well: some calls cost more than their length tells.
+const MICROSECONDS_PER_CALL: u32 = 1000;
+
 /// For how long the calls of a user who was quiet have been saved up.
 const BURST: Duration = Duration::from_secs(20);
 
@@ -86,10 +89,23 @@ impl Quotas {
             return now;
         };
         let calls = u32::try_from(1 + bytes / BYTES_PER_CALL).unwrap_or(u32::MAX);
-        let rate = u32::try_from(self.limits.calls_per_second).unwrap_or(u32::MAX);
-        let price = Duration::from_secs(1).saturating_mul(calls) / rate.max(1);
-        usage.paid = usage.paid.max(now) + price;
+        usage.paid = usage.paid.max(now) + self.price().saturating_mul(calls);
         usage.paid.checked_sub(BURST).map_or(now, |at| at.max(now))
+    }
+
+    /// Counts the time that a call has taken.
+    fn charge_time(&self, account: Account, taken: Duration) {
+        if let Some(usage) = self.users.borrow_mut().get_mut(&account) {
+            let taken = u32::try_from(taken.as_micros()).unwrap_or(u32::MAX);
+            let price = self.price().saturating_mul(taken) / MICROSECONDS_PER_CALL;
+            usage.paid = usage.paid.max(Instant::now()) + price;
+        }
+    }
+
+    /// After how long one more call is paid for.
+    fn price(&self) -> Duration {
+        let rate = u32::try_from(self.limits.calls_per_second).unwrap_or(u32::MAX);
+        Duration::from_secs(1) / rate.max(1)
     }
 }
 
@@ -119,6 +135,11 @@ impl Connection {
         } else if !waited {
             tokio::task::yield_now().await;
         }
+    }
+
+    /// Counts the processor time that a call has taken.
+    pub fn spent(&self, taken: Duration) {
+        self.quotas.charge_time(self.account, taken);
     }
 }
 
@@ -191,6 +212,28 @@ mod tests {
         let other = quotas.connect(two).unwrap();
         other.admit(100, false).await;
         assert_eq!(start.elapsed().as_millis(), 1200);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_takes_long_counts_as_more_calls() {
+        let quotas = quotas(Limits {
+            calls_per_second: 10,
+            ..Limits::default()
+        });
+        let one = quotas.connect(user(1)).unwrap();
+        let start = Instant::now();
+        one.admit(100, false).await;
+        // With the call itself, what twenty seconds have saved up.
+        one.spent(Duration::from_millis(199));
+        one.admit(100, false).await;
+        assert_eq!(start.elapsed().as_millis(), 100);
+        one.spent(Duration::from_micros(500));
+        one.admit(100, false).await;
+        assert_eq!(start.elapsed().as_millis(), 250);
+        // Others owe nothing for it.
+        let other = quotas.connect(user(2)).unwrap();
+        other.admit(100, false).await;
+        assert_eq!(start.elapsed().as_millis(), 250);
     }
 
     #[tokio::test(start_paused = true)]

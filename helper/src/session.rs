@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::time::Duration;
 
 use cgtproxy_proto::helper::{
     self as wire, Diagnose_Reply, FindRedirected_Args, FindRedirected_Reply, GetStatus_Reply,
@@ -16,6 +17,7 @@ use cgtproxy_proto::helper::{
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, reply};
 use cgtproxy_proto::text::chain;
+use rustix::time::{ClockId, clock_gettime};
 use serde_json::json;
 
 use crate::bypass;
@@ -364,7 +366,11 @@ impl<K: Kernel> Service for Session<K> {
         method: &str,
         arguments: Parameters<'_>,
     ) -> impl Future<Output = Result<Answer, Fault>> {
-        std::future::ready(self.dispatch(method, arguments))
+        let before = processor_time();
+        let answer = self.dispatch(method, arguments);
+        let after = processor_time();
+        self.connection.spent(after.saturating_sub(before));
+        std::future::ready(answer)
     }
 
     fn message_too_large(limit: usize) -> Fault {
@@ -389,6 +395,17 @@ impl<K: Kernel> Service for Session<K> {
     }
 }
 
+/// How long this thread has had a processor, with what the kernel has done for it.
+fn processor_time() -> Duration {
+    // Which Miri has no clock for.
+    match cfg!(miri) {
+        true => Duration::ZERO,
+        false => clock_gettime(ClockId::ThreadCPUTime)
+            .try_into()
+            .unwrap_or_default(),
+    }
+}
+
 /// What a user is told who has more connections than allowed.
 #[must_use]
 pub fn too_many_connections(limit: usize) -> Fault {
@@ -397,4 +414,53 @@ pub fn too_many_connections(limit: usize) -> Fault {
         "TooManyConnections",
         json!({ "limit": limit }),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use cgtproxy_proto::limits::MESSAGE_BYTES;
+    use cgtproxy_proto::message::MessageReader;
+    use cgtproxy_proto::service::serve;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::config::Limits;
+    use crate::kernel::model::{Bed, Model};
+    use crate::quota::{Account, Quotas};
+    use crate::snapshot::Snapshot;
+
+    #[tokio::test(start_paused = true)]
+    #[cfg_attr(miri, ignore = "asks how long it has computed")]
+    async fn what_a_call_takes_counts() {
+        const SAVED: usize = 20;
+        let bed = Bed::new().unwrap();
+        let quotas = Quotas::new(Limits {
+            calls_per_second: 1,
+            ..Limits::default()
+        });
+        let (state, _) = State::new(
+            bed.config.clone(),
+            bed.root.clone(),
+            Model::default(),
+            Snapshot::nowhere(),
+            BTreeMap::new(),
+        )
+        .unwrap();
+        let connection = quotas.connect(Account::User(bed.uid)).unwrap();
+        let mut session = Session::new(
+            Peer::for_test(bed.uid),
+            connection,
+            ConnectionId(1),
+            Rc::new(RefCell::new(state)),
+        );
+        let calls = b"{\"method\":\"org.cgtproxy.Helper.GetStatus\"}\0".repeat(SAVED + 1);
+        let start = Instant::now();
+        let stream = tokio::io::join(&calls[..], Vec::new());
+        let mut messages = MessageReader::new(stream, MESSAGE_BYTES);
+        serve(&mut messages, &mut session).await.unwrap();
+        // Each takes more than a microsecond, which is a millisecond's worth of calls here.
+        assert!(start.elapsed() > Duration::from_millis(1000 + SAVED as u64));
+    }
 }
