@@ -1,6 +1,6 @@
 //! Does the relay run, and does it reach the proxies that it carries connections on to?
 
-use cgtproxy_proto::relay::UpstreamStatus;
+use cgtproxy_proto::relay::{GetStatus_Reply, UpstreamStatus};
 
 use super::count;
 use crate::doctor::facts::Facts;
@@ -46,12 +46,7 @@ pub(super) fn check(facts: &Facts) -> Group {
         .command("systemctl --user restart cgtproxy-relay.service")]);
     }
     group.found(status.upstreams.iter().filter_map(down));
-    group.found(
-        status
-            .upstreams
-            .iter()
-            .filter_map(|upstream| full(upstream, status.limit)),
-    );
+    group.found(full(status));
     group.found(status.upstreams.iter().filter_map(without_udp));
     group
 }
@@ -74,22 +69,31 @@ fn down(upstream: &UpstreamStatus) -> Option<Finding> {
     )
 }
 
-fn full(upstream: &UpstreamStatus, limit: i64) -> Option<Finding> {
-    let most = upstream.connections.max(upstream.flows);
-    (most >= limit).then(|| {
+/// All proxies share what there may be.
+fn full(status: &GetStatus_Reply) -> Option<Finding> {
+    let limit = status.limit;
+    let sum = |of: fn(&UpstreamStatus) -> i64| {
+        let each = status.upstreams.iter().map(of);
+        each.fold(0, i64::saturating_add)
+    };
+    let (connections, flows) = (sum(|u| u.connections), sum(|u| u.flows));
+    let what = match (connections >= limit, flows >= limit) {
+        (false, false) => return None,
+        (true, false) => "connections",
+        (false, true) => "UDP flows",
+        (true, true) => "connections and UDP flows",
+    };
+    Some(
         Finding::warning(
             "relay-full",
-            format!(
-                "the proxy '{}' has all the {limit} connections or flows that there may be",
-                upstream.name
-            ),
+            format!("the relay has all the {limit} {what} that there may be"),
         )
         .effect("Further connections are reset, and further datagrams lost.")
         .advice(
             "end what has so many, or raise --connections in a drop-in of cgtproxy-relay.service",
         )
-        .command("systemctl --user edit cgtproxy-relay.service")
-    })
+        .command("systemctl --user edit cgtproxy-relay.service"),
+    )
 }
 
 fn without_udp(upstream: &UpstreamStatus) -> Option<Finding> {

@@ -443,6 +443,12 @@ const BROKEN: &[(&str, Severity, Break)] = {
         ("relay-full", Warning, |f| {
             relay(f).upstreams[0].connections = 100
         }),
+        ("relay-full", Warning, |f| {
+            let mut other = relay(f).upstreams[0].clone();
+            other.name = "elsewhere".into();
+            (other.flows, relay(f).upstreams[0].flows) = (60, 40);
+            relay(f).upstreams.push(other);
+        }),
         ("upstream-down", Error, |f| {
             relay(f).upstreams[0].problem = Some("Connection refused".into());
         }),
@@ -465,6 +471,10 @@ const BROKEN: &[(&str, Severity, Break)] = {
 
 /// What does no harm, though it looks as if it could.
 const HARMLESS: &[(&str, Break)] = &[
+    ("connections and flows, each below the limit", |f| {
+        relay(f).upstreams[0].connections = 99;
+        relay(f).upstreams[0].flows = 99;
+    }),
     ("a proxy of root's", |f| listeners(f)[0].uid = 0),
     ("a proxy that the administrator allows", |f| {
         listeners(f)[0].uid = 990
