@@ -11,7 +11,7 @@ use crate::config::Scope;
 
 /// What ends every help.
 const EXIT_STATUS: &str =
-    "Exit status: 0 if all is well, 2 if the command line is wrong, 1 if anything else is.";
+    "Exit status: 0 if all is well, 2 if the command line is wrong, 1 otherwise.";
 
 /// What comes behind that in a long help, and is a section of the manual page.
 const ENVIRONMENT: &str = "Environment:\n\
@@ -150,7 +150,7 @@ pub enum Command {
     /// that no rule can be about them alone, and what to do about that. When no agent runs, says what the
     /// configuration means for them.
     Apps {
-        /// Show units of no application too, as services of the desktop: a rule's 'unit' takes them
+        /// Show units that belong to no application too, such as the desktop's services; a rule names them by 'unit'
         #[arg(short, long)]
         all: bool,
         /// Print JSON
@@ -176,8 +176,8 @@ pub enum Command {
 
     /// Say which rule gives a control group its verdict
     ///
-    /// And from which other one it inherits, and whether the verdict is in the kernel. When no agent
-    /// runs, says what the configuration means for it.
+    /// Says also which other control group it inherits the verdict from, if it does, and whether the verdict is
+    /// in the kernel. When no agent runs, says what the configuration means for it.
     Explain {
         /// A control group as a directory, as a path from the control group root or from the user
         /// manager's control group; the number of a process; the name of a unit, where that of a service needs

@@ -11,7 +11,7 @@ use crate::state::State;
 use crate::subtree::Subtree;
 use crate::text::printable;
 
-/// What stands for the reason of a control group's for which there is no room.
+/// The reason that is given for a control group for which there is no room.
 pub const NO_ROOM: &str = "noRoom";
 
 /// A control group and its verdict; none if there is no such control group.

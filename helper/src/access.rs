@@ -107,9 +107,9 @@ impl Gate {
         }
     }
 
-    /// Whether a user may connect. Who can't be told to be in no denied group is not let in. Nor is one without a service
-    /// manager, who may be any of thousands of uids of one user's (subuid(5)), where a group would have to be known:
-    /// everybody else waits for the databases that know it.
+    /// Whether a user may connect. A user who may be in a denied group, for all that can be found out, is refused. So is
+    /// a uid without a service manager where groups would have to be looked up: one user may have thousands of these
+    /// (subuid(5)), and everybody else would wait for the databases.
     pub fn allows(&mut self, account: Account, uid: Uid) -> bool {
         let decided = match account {
             Account::User(_) => self.decides(uid, ANSWER_HOLDS),

@@ -6,8 +6,8 @@ use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
 use clap::Parser;
 
 /// What ends every help.
-const EXIT_STATUS: &str = "Exit status: 0 if it was told to stop, 2 if the command line is wrong, 78 if the \
-                           configuration is, 1 if anything else is.";
+const EXIT_STATUS: &str = "Exit status: 0 if it was told to stop, or has done what --check or --remove says, 2 if the \
+                           command line is wrong, 78 if the configuration is, 1 otherwise.";
 
 /// What comes behind that in a long help, and is a section of the manual page.
 const ENVIRONMENT: &str = "Environment:\n\

@@ -12,11 +12,11 @@ use tokio::time::{Instant, sleep_until};
 use crate::config::Limits;
 use crate::peer::Uid;
 
-/// So many bytes of a message count as a call of their own: a long message costs more to take apart
-/// than a short one, about as much for so many bytes as a short one does at all.
+/// So many bytes of a message count as a call of their own: to take them apart costs about as much as a short message
+/// does in all.
 const BYTES_PER_CALL: usize = 16 * 1024;
 
-/// So much processor time counts as a call of its own, as well: some calls cost more than their length tells.
+/// So much processor time of a call counts as another one: some calls cost more than their length tells.
 const MICROSECONDS_PER_CALL: u32 = 1000;
 
 /// For how long the calls of a user who was quiet have been saved up.

@@ -56,7 +56,7 @@ interface!(relay, "org.cgtproxy.Relay");
 /// Where the helper listens unless it is told otherwise.
 pub const HELPER_SOCKET: &str = "/run/cgtproxy/helper.sock";
 
-/// The environment variable that names another socket of the helper, for both daemons.
+/// The environment variable that names another socket of the helper: for the helper itself, the agent and the relay.
 pub const HELPER_SOCKET_VARIABLE: &str = "CGTPROXY_SOCKET";
 
 /// The uids of system users, from the first to the last of each range: systemd's uids-gids document.

@@ -7,7 +7,7 @@ use clap::Parser;
 
 /// What ends every help.
 const EXIT_STATUS: &str = "Exit status: 0 if it was told to stop or nobody needs it, 2 if the command line is \
-                           wrong, 1 if anything else is.";
+                           wrong, 1 otherwise.";
 
 /// What comes behind that in a long help, and is a section of the manual page.
 const ENVIRONMENT: &str = "Environment:\n\
@@ -20,7 +20,7 @@ const ENVIRONMENT: &str = "Environment:\n\
 /// Carries redirected connections on to SOCKS5 and HTTP proxies
 ///
 /// Runs as a user's cgtproxy-relay.service, for 'proxies' in ~/.config/cgtproxy/config.yaml.
-/// cgtproxy-agent starts it and tells it what to do: there is nothing to configure here. Needs no privilege,
+/// cgtproxy-agent starts it and tells it which proxies there are: it has no configuration file. Needs no privilege,
 /// and ends by itself when no agent has needed it for 30 seconds.
 ///
 /// Messages go to standard error. CGTPROXY_LOG says how many: error, warn, info, debug or trace.

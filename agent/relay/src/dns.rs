@@ -32,7 +32,7 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 /// Where addresses are looked up.
 const REVERSE: [&str; 2] = ["in-addr.arpa", "ip6.arpa"];
 
-/// What has an address to say that the network has something: another way to ask for names (RFC 9462), NAT64 (RFC 7050).
+/// Names that exist only where the network has something to offer: another way to ask for names (RFC 9462), NAT64 (RFC 7050).
 const UNKNOWN: [&str; 2] = ["resolver.arpa", "ipv4only.arpa"];
 
 /// How long a query's header is, in bytes (RFC 1035, 4.1.1).

@@ -64,7 +64,9 @@ pub enum Error {
     )]
     SystemNotRunning,
     /// What root's session with the helper is.
-    #[error("root's agent is the system's: add --system, or do it as the user it is about")]
+    #[error(
+        "root has no agent but the system's: add --system, or run this as the user whose applications it is about"
+    )]
     RootIsTheSystem,
     /// The helper would take it for the user's own.
     #[error("only root runs the system's agent; leave out --system")]

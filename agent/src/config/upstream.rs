@@ -1,4 +1,4 @@
-//! Proxies that are spoken to by SOCKS5 or HTTP, written as `SCHEME://[USER:PASSWORD@]HOST:PORT`.
+//! Proxies that are spoken to by SOCKS5 or HTTP, written as `SCHEME://[USER:PASSWORD@]HOST[:PORT]`.
 
 use std::fmt;
 use std::num::NonZeroU16;
@@ -9,7 +9,7 @@ const FIELD_BYTES: usize = 255;
 /// How a proxy is spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scheme {
-    /// SOCKS5; names are looked up by whoever looks them up without it.
+    /// SOCKS5; the application looks names up as it would without a proxy.
     Socks5,
     /// SOCKS5, and names are looked up by the proxy.
     Socks5h,

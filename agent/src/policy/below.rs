@@ -1,5 +1,5 @@
-//! What a pattern says about paths that begin with one: whether a control group that is made below another
-//! can be matched, or can't fail to be.
+//! What a pattern says about every path below a control group: whether something that is made there can match,
+//! or must.
 
 use regex_syntax::hir::{Dot, Hir, HirKind, Look, LookSet};
 

@@ -93,7 +93,8 @@ pub struct State {
     source: Rc<Source>,
     /// The configuration that the helper holds, in this session.
     accepted: Option<Rc<Source>>,
-    /// The configuration that the helper held last, in whichever session. What a new helper keeps for this agent is of it.
+    /// The configuration that the helper held last, in whichever session. What a helper that has been started again has in
+    /// force for this agent comes from it.
     held_last: Option<Rc<Source>>,
     postponed: Option<Postponed>,
     tree: Tree,

@@ -5,8 +5,8 @@
 //! paths are looked at, and one that turns out to be right already is not sent.
 //!
 //! The helper takes no more control groups than the administrator allows, and refuses a call that would
-//! make more of them as a whole. How many that is it says then, and from there on what there is no room
-//! for *waits*: all else is said, and removals are never kept back.
+//! make more of them as a whole. Its refusal says how many it takes. From then on, what there is no room
+//! for *waits*: all else is sent, and removals are never kept back.
 
 use std::collections::{BTreeMap, BTreeSet};
 

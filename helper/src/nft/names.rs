@@ -112,8 +112,8 @@ impl Names {
         }
     }
 
-    /// The chain of a hold. All users have one together where it leads to nothing of any of them. No proxy can be named
-    /// as another target is.
+    /// The chain of a hold. Holds that lead to no chain of one user's share one for all users. It can't be mistaken for
+    /// that of a proxy: no proxy can be named as another target is.
     pub(super) fn hold(&self, hold: &Hold) -> CString {
         let verdict = hold.verdict.as_ref().map_or(BEFORE_USERS, held);
         let level = hold.level;

@@ -27,7 +27,7 @@ pub enum Verdict {
     Undecided,
 }
 
-/// What of an element users' own policies don't change. In the system's policy only.
+/// Which part of an element users' own policies can't change. In the system's policy only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Enforced {
     /// Nothing.
@@ -43,9 +43,9 @@ pub enum Enforced {
 pub struct Element {
     /// What happens to packets of its own sockets, and of those below it unless they are held.
     pub verdict: Verdict,
-    /// Sockets in control groups below it that nothing is said about send nothing.
+    /// Control groups below it that have no element of their own send nothing.
     pub hold: bool,
-    /// What of the verdict and the hold users' own policies don't change.
+    /// Which part of it users' own policies can't change.
     pub enforced: Enforced,
 }
 
@@ -126,7 +126,7 @@ pub struct DnsHijack {
     pub tcp: bool,
     /// Queries to servers on the loopback interface too, if the address is there as well.
     pub loopback: bool,
-    /// Only a socket below the user's own subtree answers. Otherwise everybody may but other users' own programs.
+    /// Only a socket below the user's own subtree answers. Otherwise any socket may, but for those in other users' slices.
     pub own: bool,
 }
 
@@ -203,7 +203,7 @@ pub struct ProxySettings {
     pub reject_udp: bool,
     /// Where DNS queries go, before any of that.
     pub dns_hijack: Option<DnsHijack>,
-    /// What goes to these goes to the proxy or nowhere.
+    /// Fake addresses: what is sent there goes to the proxy or is refused.
     pub fakes: Fakes,
 }
 

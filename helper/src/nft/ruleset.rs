@@ -5,6 +5,7 @@
 //!   chain version-13-ff000000 { }              # the format of this table, and the mask of marks
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
+//!   map cgroups-0 { … }  map choices-0 { … }  # the same for the system's policy
 //!   map enforced { type cgroupsv2 : mark }    # a control group of the system's policy : what of that is enforced
 //!   map choices-enforced { type mark : verdict }  # that number : goto proxy-0-mihomo, or goto user-verdicts
 //!   map marks   { type mark : verdict }       # a proxy's mark : goto proxy-1000-mihomo
@@ -67,8 +68,9 @@
 //! have the uid in their names.
 //!
 //! The system's policy is that of root: its objects have the number 0, but for the chains above
-//! that stand in for those with a user's number. They are there without a policy too, so that nothing else
-//! depends on whether there is one.
+//! that stand in for those with a user's number. These chains are there without a policy too, so that nothing else
+//! depends on whether there is one. The policy's maps (`cgroups-0`, `choices-0`, `enforced`, `choices-enforced`) come and go
+//! with it, and base chains other than `output` and `forward` come when they are first needed.
 //!
 //! The mark of a proxy has the divert bit, by which the `ip rule` sends a packet back in over lo. The connection keeps
 //! it as its conntrack mark, so that it goes on as it began whatever becomes of the rules; only drops look at every

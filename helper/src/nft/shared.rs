@@ -86,7 +86,8 @@ impl Shared {
         self.left.get(&uid).unwrap_or(&NOTHING)
     }
 
-    /// What rules have to look at for all users, if it is `own` for `uid`. With `None`, for all as they are.
+    /// What rules have to look at for all users, if `uid` needs `own` and everybody else what they need now. With `None`,
+    /// what all need now.
     fn needed(&self, uid: Option<Uid>, own: Option<&Looks<'_>>) -> LookedAt {
         let mut needed = LookedAt::default();
         if let Some(own) = own {
@@ -118,7 +119,7 @@ impl Shared {
         self.looked_at.borrow()
     }
 
-    /// What the rules have to look at from now on, if it is `own` for `uid`. None if they can stay as they are: one
+    /// What the rules have to look at from now on, if `uid` needs `own`. None if they can stay as they are: one
     /// level more does no harm, and may be needed again by the next control group. To write the rules takes longer than
     /// all else that a new control group needs.
     pub(super) fn look_at(&self, uid: Uid, own: &Looks<'_>) -> Option<LookedAt> {
@@ -133,7 +134,7 @@ impl Shared {
         self.replace(needed)
     }
 
-    /// What the rules have to look at from now on, and nothing else, if it is `own` for `uid`. None if they do so
+    /// What the rules have to look at from now on, and nothing else, if `uid` needs `own`. None if they do so
     /// already.
     pub(super) fn look_only_at(&self, uid: Uid, own: Option<&Looks<'_>>) -> Option<LookedAt> {
         self.replace(self.needed(Some(uid), own))

@@ -222,8 +222,8 @@ fn no_route(facts: &Facts, family: Family) -> Option<Finding> {
             format!("the machine has no way to the internet over {}", name(family)),
         )
         .effect(
-            "Applications are told so before their packets could be diverted, whatever the proxy can \
-             reach.",
+            "Applications get 'Network is unreachable' before their packets could be diverted, even if the proxy \
+             could reach the destination.",
         )
     })
 }
