@@ -224,6 +224,15 @@ pub enum AppOrder {
         /// What is in it.
         token: String,
     },
+    /// Send a datagram, or begin a connection, from an address that may not be the machine's. The socket stays open.
+    Claim {
+        /// TCP or UDP.
+        transport: Transport,
+        /// As whom.
+        from: SocketAddr,
+        /// To whom.
+        to: SocketAddr,
+    },
     /// Ask many times at once, each time from a new socket, before any answer is read.
     Burst {
         /// TCP or UDP.

@@ -579,21 +579,32 @@ impl Expression for Tproxy {
     }
 }
 
-/// `NFT_FIB_RESULT_ADDRTYPE` and `NFTA_FIB_F_DADDR` (linux/netfilter/nf_tables.h), which libc lacks.
+/// `NFT_FIB_RESULT_ADDRTYPE`, `NFTA_FIB_F_SADDR` and `NFTA_FIB_F_DADDR` (linux/netfilter/nf_tables.h), which libc lacks.
 const FIB_RESULT_ADDRTYPE: u32 = 3;
+const FIB_F_SADDR: u32 = 1 << 0;
 const FIB_F_DADDR: u32 = 1 << 1;
 
-/// `fib daddr type`: loads how the routing tables know the destination (RTN_UNICAST, RTN_LOCAL, …).
-pub(super) struct DestinationType;
+/// `fib saddr type` and `fib daddr type`: loads how the routing tables know an address (RTN_UNICAST, RTN_LOCAL, …).
+#[derive(Clone, Copy)]
+pub(super) enum AddressType {
+    /// Of who sends the packet.
+    Source,
+    /// Of where it goes.
+    Destination,
+}
 
-impl Expression for DestinationType {
+impl Expression for AddressType {
     fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        let address = match self {
+            Self::Source => FIB_F_SADDR,
+            Self::Destination => FIB_F_DADDR,
+        };
         expression(
             c"fib",
             &[
                 (sys::NFTNL_EXPR_FIB_DREG, Register::Reg1.to_raw()),
                 (sys::NFTNL_EXPR_FIB_RESULT, FIB_RESULT_ADDRTYPE),
-                (sys::NFTNL_EXPR_FIB_FLAGS, FIB_F_DADDR),
+                (sys::NFTNL_EXPR_FIB_FLAGS, address),
             ],
         )
     }

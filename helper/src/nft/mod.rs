@@ -53,6 +53,7 @@ use crate::peer::Uid;
 use crate::snapshot::Records;
 use ffi::table_flags::{OWNER, PERSIST};
 use plan::{ElementChanges, Step};
+use ruleset::Base;
 use shared::Shared;
 use socket::{Failure, NetfilterSocket};
 use transaction::Transaction;
@@ -138,6 +139,7 @@ pub struct Nftables {
     table: Table,
     marks: MarkRange,
     proxy_uids: Vec<u32>,
+    has_fib: bool,
     owned: bool,
     /// What the table holds, as far as users have it together.
     shared: Shared,
@@ -167,15 +169,17 @@ impl Nftables {
             table,
             marks,
             proxy_uids: proxy_uids.to_vec(),
+            has_fib: false,
             owned: false,
             shared: Shared::default(),
         };
         this.owned = this.kernel_keeps_owned_tables()? && own;
+        this.has_fib = this.has_fib().map_err(Error::Refused)?;
         let adopted = this.adopt()?;
         let (mut inherited, shared) = this.inherited(snapshot, adopted)?;
         if adopted {
             let mut base = this.transaction();
-            base.base(&this.proxy_uids, &shared, false);
+            base.base(&this.base(), &shared, false);
             this.socket.transact(&base.finish()).map_err(Error::Base)?;
             this.shared = shared;
         } else {
@@ -323,6 +327,7 @@ impl Nftables {
             table,
             marks,
             proxy_uids: Vec::new(),
+            has_fib: false,
             owned: false,
             shared: Shared::default(),
         };
@@ -347,6 +352,13 @@ impl Nftables {
 
     fn transaction(&self) -> Transaction<'_> {
         Transaction::new(&self.table, self.marks)
+    }
+
+    fn base(&self) -> Base<'_> {
+        Base {
+            proxy_uids: &self.proxy_uids,
+            has_fib: self.has_fib,
+        }
     }
 
     fn flags(&self) -> u32 {
@@ -386,7 +398,7 @@ impl Nftables {
     fn add_all(&self, transaction: &mut Transaction<'_>, plans: &[Plan]) -> Shared {
         let mut shared = Shared::default();
         transaction.add_table(self.flags());
-        transaction.base(&self.proxy_uids, &shared, true);
+        transaction.base(&self.base(), &shared, true);
         for plan in plans {
             transaction.plan(plan, &shared);
             shared.carried_out(plan);

@@ -6,8 +6,8 @@ use std::ffi::CStr;
 
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::{
-    ANSWERS, CGROUPS, CHOICES, ENFORCED, INTERFACES, KERNEL, MARKS, OPEN, OUTPUT, REFUSE, SYSTEM,
-    USER_VERDICTS, USER_VERDICTS_DEEP,
+    ANSWERS, CGROUPS, CHOICES, ENFORCED, FORGED, INTERFACES, KERNEL, MARKS, OPEN, OUTPUT, REFUSE,
+    REPLIES, SYSTEM, USER_VERDICTS, USER_VERDICTS_DEEP,
 };
 use super::shared::{LookedAt, Shared};
 use super::transaction::Transaction;
@@ -17,7 +17,7 @@ use super::transaction::Transaction;
 const SHALLOW: u32 = 8;
 
 impl Transaction<'_> {
-    /// Chains `output`, `open`, `answers` and `user-verdicts`: users' own verdicts at these levels, between what the
+    /// Chains `output`, `open`, `answers`, `replies` and `user-verdicts`: users' own verdicts at these levels, between what the
     /// system's policy enforces and what else it says, if there is one.
     ///
     /// While nothing is dropped or held, no verdict changes anything for an open connection, and none is looked up.
@@ -25,7 +25,15 @@ impl Transaction<'_> {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
         let begun = self.marks.begun_by_proxy();
         let levels = &looked_at.levels;
-        for chain in [OUTPUT, OPEN, ANSWERS, USER_VERDICTS, USER_VERDICTS_DEEP] {
+        let chains = [
+            OUTPUT,
+            OPEN,
+            ANSWERS,
+            REPLIES,
+            USER_VERDICTS,
+            USER_VERDICTS_DEEP,
+        ];
+        for chain in chains {
             self.flush_chain(chain);
         }
         if !looked_at.open {
@@ -40,11 +48,11 @@ impl Transaction<'_> {
         self.add_rules(
             OUTPUT,
             [
-                // ct direction reply ct mark & MASK != DIVERT return
+                // ct direction reply ct mark & MASK != DIVERT goto replies
                 &|rule| {
                     rule.ct_direction_reply()
                         .ct_mark_is_not(mask, begun)
-                        .return_()
+                        .goto(REPLIES)
                 },
                 // ct mark & DIVERT != 0 goto open
                 &|rule| rule.ct_mark_has(divert).goto(OPEN),
@@ -53,6 +61,18 @@ impl Transaction<'_> {
         self.begun_rules(|rule| rule.oif_lo());
         if system {
             self.begun_rules(|rule| rule.oifname_in(INTERFACES));
+        }
+        // ct status ! confirmed oif lo jump forged
+        self.add_rules(
+            OUTPUT,
+            [&|rule| rule.ct_unconfirmed().oif_lo().jump(FORGED)],
+        );
+        if system {
+            // ct status ! confirmed oifname @interfaces jump forged
+            self.add_rules(
+                OUTPUT,
+                [&|rule| rule.ct_unconfirmed().oifname_in(INTERFACES).jump(FORGED)],
+            );
         }
         self.add_rules(
             OUTPUT,
@@ -77,6 +97,14 @@ impl Transaction<'_> {
             // goto system
             self.add_rules(USER_VERDICTS_DEEP, [&|rule| rule.goto(SYSTEM)]);
         }
+        self.add_rules(
+            REPLIES,
+            [
+                // Nobody answers so: a connection that somebody has begun in the name of the peer, and nobody has refused.
+                // tcp flags & (syn | ack) == syn goto enforced, or user-verdicts
+                &|rule| rule.tcp_syn().goto(first),
+            ],
+        );
         self.add_rules(
             OPEN,
             [
@@ -165,6 +193,20 @@ impl Transaction<'_> {
                 },
             ],
         );
+    }
+
+    /// Chain `forged`. A program could begin a conversation in the name of somebody elsewhere: what its addressee then says to
+    /// that peer is an answer, and answers leave as they are. For IPv6 it needs no privilege, but a socket option
+    /// (`IPV6_FREEBIND`). For IPv4 the kernel refuses to (`ip_route_output_key_hash_rcu`, net/ipv4/route.c).
+    pub(super) fn forged_rules(&mut self, has_fib: bool) {
+        self.flush_chain(FORGED);
+        if has_fib {
+            // meta nfproto ipv6 fib saddr type != local socket transparent 0 drop
+            self.add_rules(
+                FORGED,
+                [&|rule| rule.saddr_foreign6().socket_is_not_transparent().drop()],
+            );
+        }
     }
 
     /// What chain `user-verdicts` has, and `output` while there is no system policy.

@@ -39,15 +39,38 @@ impl Nftables {
             .collect()
     }
 
+    /// Whether the kernel can tell whose address a packet is from.
+    ///
+    /// # Errors
+    /// If it does not say.
+    pub(super) fn has_fib(&self) -> Result<bool, Refusal> {
+        match self.attempt(|rule| rule.saddr_foreign6().drop()) {
+            Err(refusal) if is_unknown(&refusal) => Ok(false),
+            result => result.map(|()| true),
+        }
+    }
+
     fn takes(&self, rule: Attempt) -> bool {
+        self.attempt(rule).is_ok()
+    }
+
+    fn attempt(&self, rule: Attempt) -> Result<(), Refusal> {
         let table = Table::new(PROBE, ProtoFamily::Inet);
         let mut transaction = Transaction::new(&table, self.marks);
         transaction.add_table(0);
         transaction.add_chain(CHAIN);
         transaction.add_rules(CHAIN, [&rule]);
         transaction.delete_table();
-        self.socket.transact(&transaction.finish()).is_ok()
+        self.socket.transact(&transaction.finish())
     }
+}
+
+/// Whether the kernel has no such expression, or not for this family (`nf_tables_expr_parse`, net/netfilter/nf_tables_api.c).
+fn is_unknown(refusal: &Refusal) -> bool {
+    matches!(
+        refusal.errno,
+        Errno::NOENT | Errno::OPNOTSUPP | Errno::INVAL
+    )
 }
 
 /// Whether the kernel knows no such netlink subsystem, found by asking for a connection that is not there.

@@ -199,6 +199,12 @@ impl Transaction<'_> {
     fn new_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
         let chain = names.proxy(name);
         self.answer_rules(&chain, proxy);
+        // See `replies`: it is open, and can't be taken any more.
+        // ct direction reply tcp flags & (syn | ack) == syn goto refuse
+        self.add_rules(
+            &chain,
+            [&|rule| rule.ct_direction_reply().tcp_syn().goto(REFUSE)],
+        );
         // A connection that is open goes on directly, or to another proxy.
         // ct status confirmed return
         self.add_rules(&chain, [&|rule| rule.ct_confirmed().return_()]);

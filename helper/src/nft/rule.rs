@@ -14,7 +14,7 @@ use nftnl::{Chain, ProtoFamily, Rule};
 use crate::route::{Family, LOOPBACK_INDEX};
 
 use super::ffi::{
-    ConntrackDirection, DestinationType, Found, Lookup, NetworkByteOrder, OwnerBehind, PacketMark,
+    AddressType, ConntrackDirection, Found, Lookup, NetworkByteOrder, OwnerBehind, PacketMark,
     PacketPriority, TcpFlags, Tproxy,
 };
 
@@ -22,8 +22,9 @@ use super::ffi::{
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// SYN among the flags of TCP (RFC 9293, 3.1).
+/// SYN and ACK among the flags of TCP (RFC 9293, 3.1).
 const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
 
 /// `NFPROTO_IPV4` and `NFPROTO_IPV6` (linux/netfilter.h).
 const IPV4: u8 = 2;
@@ -200,6 +201,12 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Eq, 1u8)
     }
 
+    /// `socket transparent 0`: the sender's socket is not transparent.
+    pub(super) fn socket_is_not_transparent(self) -> Self {
+        self.with(&Socket::new(SocketKey::Transparent, 0))
+            .compare(CmpOp::Eq, 0u8)
+    }
+
     /// `socket cgroupv2 level LEVEL vmap @MAP`
     pub(super) fn socket_cgroupv2_vmap(self, level: u32, map: &CStr) -> Self {
         self.with(&Socket::new(SocketKey::CgroupV2, level))
@@ -355,6 +362,14 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Eq, 0u8)
     }
 
+    /// `tcp flags & (syn | ack) == syn`: the first packet of a connection.
+    pub(super) fn tcp_syn(self) -> Self {
+        self.l4proto(Protocol::Tcp)
+            .with(&TcpFlags)
+            .with(&Bitwise::new(SYN | ACK, 0u8))
+            .compare(CmpOp::Eq, SYN)
+    }
+
     /// `meta nfproto FAMILY`
     pub(super) fn nfproto(self, family: Family) -> Self {
         let number = match family {
@@ -472,7 +487,15 @@ impl<'a> RuleBuilder<'a> {
     /// these, it finds none and says unreachable.
     pub(super) fn daddr_local_or_many(self) -> Self {
         let (first, last) = LOCAL_TO_MULTICAST;
-        self.with(&DestinationType).within(first, last)
+        self.with(&AddressType::Destination).within(first, last)
+    }
+
+    /// `meta nfproto ipv6 fib saddr type != local`: no interface of the machine's has the address that it is from, but for
+    /// those of a VRF.
+    pub(super) fn saddr_foreign6(self) -> Self {
+        self.nfproto(Family::Ipv6)
+            .with(&AddressType::Source)
+            .compare(CmpOp::Neq, LOCAL_TO_MULTICAST.0)
     }
 
     /// `meta skuid >= 0`: there is a socket, and somebody has it open.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-13-ff000000 { }              # the format of this table, and the mask of marks
+//!   chain version-14-ff000000 { }              # the format of this table, and the mask of marks
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
 //!   map cgroups-0 { … }  map choices-0 { … }  # the same for the system's policy
@@ -41,6 +41,8 @@
 //!   chain open     { … }                      # connections to proxies go on as they began
 //!   chain kernel   { … }                      # but for what no socket of anybody's sends
 //!   chain answers  { … goto enforced, or … }  # to somebody for whom a proxy has spoken first
+//!   chain replies  { … goto enforced, or … }  # on connections that others have opened
+//!   chain forged   { … drop }                 # from an address that the machine does not have
 //!   chain drop     { … }   chain refuse  { … }
 //!   chain deliver  { … }   chain guard   { … }
 //!   chain deliver-answers { … }   chain guard-answers { … }
@@ -94,7 +96,7 @@ use super::transaction::Transaction;
 use crate::mark::MarkRange;
 
 /// The version of the table's layout, which changes with its chains, maps and rules.
-const VERSION: u32 = 13;
+const VERSION: u32 = 14;
 pub(super) const CGROUPS: &CStr = c"cgroups";
 pub(super) const CGROUPS_SYSTEM: &CStr = c"cgroups-0";
 pub(super) const CHOICES: &CStr = c"choices";
@@ -127,6 +129,8 @@ pub(super) const GUARD: &CStr = c"guard";
 pub(super) const DELIVER_SYSTEM: &CStr = c"deliver-system";
 pub(super) const GUARD_SYSTEM: &CStr = c"guard-system";
 pub(super) const ANSWERS: &CStr = c"answers";
+pub(super) const REPLIES: &CStr = c"replies";
+pub(super) const FORGED: &CStr = c"forged";
 pub(super) const DELIVER_ANSWERS: &CStr = c"deliver-answers";
 pub(super) const DELIVER_ANSWERS_SYSTEM: &CStr = c"deliver-answers-system";
 pub(super) const GUARD_ANSWERS: &CStr = c"guard-answers";
@@ -158,10 +162,18 @@ pub(super) fn version(marks: MarkRange) -> CString {
     names::name(format!("version-{VERSION}-{:08x}", marks.mask()))
 }
 
+/// What the table depends on besides what users have.
+pub(super) struct Base<'a> {
+    /// Whose proxies may receive diverted packets of every user.
+    pub(super) proxy_uids: &'a [u32],
+    /// The kernel knows `fib`.
+    pub(super) has_fib: bool,
+}
+
 impl Transaction<'_> {
     /// Everything that no user owns. Unless the table is `fresh`, what is there stays, and its rules are written anew,
     /// but for those of the system's policy if there is one.
-    pub(super) fn base(&mut self, proxy_uids: &[u32], shared: &Shared, fresh: bool) {
+    pub(super) fn base(&mut self, base: &Base<'_>, shared: &Shared, fresh: bool) {
         self.add_chain(&version(self.marks));
         let group = KeyType::ControlGroup;
         self.add_set(CGROUPS, group, Content::Values(KeyType::Mark));
@@ -186,7 +198,7 @@ impl Transaction<'_> {
         self.add_set(PROXY_UIDS, KeyType::Uid, Content::Keys);
         self.flush_set(PROXY_UIDS);
         let mut uids = self.set(PROXY_UIDS, KeyType::Uid, Content::Keys);
-        for uid in proxy_uids {
+        for uid in base.proxy_uids {
             uids.push(&uid.to_ne_bytes(), Element::Key);
         }
         self.write_elements(&uids, MsgType::Add);
@@ -207,6 +219,8 @@ impl Transaction<'_> {
             GUARD,
             GUARD_SYSTEM,
             ANSWERS,
+            REPLIES,
+            FORGED,
             DELIVER_ANSWERS,
             DELIVER_ANSWERS_SYSTEM,
             GUARD_ANSWERS,
@@ -223,6 +237,7 @@ impl Transaction<'_> {
         self.first_rules(&shared.looked_at(), shared.has_system());
         self.drop_and_refuse_rules();
         self.kernel_rules();
+        self.forged_rules(base.has_fib);
         self.guard_rules();
         self.forward_rules();
         if !fresh {

@@ -20,6 +20,7 @@ use super::policy::{
     self, Bypass, BypassList, Delivery, DnsHijack, Enforced, Exceptions, Fakes, Gateway, Hold,
     Proxy, ProxySettings, Verdict,
 };
+use super::ruleset::Base;
 use super::shared::{Remnants, Shared};
 use super::transaction::Transaction;
 use super::{PROBE, TABLE, probe};
@@ -360,6 +361,10 @@ fn life(uid: Uid, count: u64) -> Vec<Plan> {
 
 #[test]
 fn a_table_and_its_base() {
+    let base = Base {
+        proxy_uids: &[0, 990, 1000],
+        has_fib: true,
+    };
     for flags in [0, OWNER | PERSIST] {
         for (fresh, system) in [(true, false), (false, false), (false, true)] {
             let found = transaction(|transaction| {
@@ -370,11 +375,11 @@ fn a_table_and_its_base() {
                 if system {
                     shared.carried_out(&life(Uid::ROOT, 0)[0]);
                 }
-                transaction.base(&[0, 990, 1000], &shared, fresh);
+                transaction.base(&base, &shared, fresh);
             });
             found.has(&[
                 "cgtproxy",
-                "version-13-ff000000",
+                "version-14-ff000000",
                 "output",
                 "forward",
                 "proxy-uids",

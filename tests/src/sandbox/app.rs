@@ -155,6 +155,32 @@ impl App {
         self.world.was_asked(&token)
     }
 
+    /// Sends a datagram, or begins a connection, from an address that may not be the machine's (`IP_FREEBIND`,
+    /// `IPV6_FREEBIND`), which takes no privilege.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    ///
+    /// # Panics
+    /// When it does not obey.
+    #[track_caller]
+    pub fn claim(
+        &self,
+        transport: Transport,
+        from: SocketAddr,
+        to: SocketAddr,
+    ) -> Result<(), Errno> {
+        match self.order(&AppOrder::Claim {
+            transport,
+            from,
+            to,
+        }) {
+            AppReport::Done => Ok(()),
+            AppReport::Failed { errno } => Err(Errno::from_raw(errno)),
+            other => panic!("an application that claims an address reports {other:?}"),
+        }
+    }
+
     /// Opens so many connections to a Varlink service, calls that method on each, and keeps them for as long as the
     /// application lives.
     ///

@@ -1,6 +1,7 @@
 //! An application: does on the network what the harness tells it, one step at a time.
 
 pub(crate) mod bulk;
+mod claim;
 mod crowd;
 mod flow;
 mod gift;
@@ -91,6 +92,11 @@ impl App {
             AppOrder::Raw { protocol, to } => raw::send(protocol, to)?,
             AppOrder::Mark { mark } => self.mark = mark,
             AppOrder::Inject { mark, to, token } => raw::inject(mark, to, &token)?,
+            AppOrder::Claim {
+                transport,
+                from,
+                to,
+            } => self.kept.push(claim::claim(transport, from, to)?),
             AppOrder::Burst {
                 transport,
                 to,

@@ -1,0 +1,197 @@
+//! Whose packets are answers is for the kernel's connection tracking to say, and who forges the beginning of a
+//! conversation has no say in it.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
+
+use std::net::{SocketAddr, SocketAddrV6};
+
+use cgtproxy_tests::sandbox::{
+    App, MACHINE_V4, MACHINE_V6, Outcome, PORTS, Sandbox, Server, UPLINK, direct, proxied, sandbox,
+};
+use cgtproxy_tests::session::{Session, to_proxy, verdict};
+use cgtproxy_tests::wire::Transport::{Tcp, Udp};
+use serde_json::{Value, json};
+
+const PROXIED: &str = "app.slice/app-proxied.scope";
+const REDIRECTED: &str = "app.slice/app-redirected.scope";
+const DROPPED: &str = "app.slice/app-dropped.scope";
+const FREE: &str = "app.slice/app-free.scope";
+const MINE: u32 = 1001;
+const OTHER: u32 = 1002;
+/// Where connections of TCP come from, so that others can know it before.
+const PORT: u16 = 40_404;
+/// Anybody may take this port, and the internet answers there by UDP.
+const ANSWERED: u16 = PORTS[3];
+/// Nobody listens there.
+const UNANSWERED: u16 = 4_444;
+
+/// A user with an application for each verdict.
+struct Bed {
+    proxied: App,
+    redirected: App,
+    dropped: App,
+    free: App,
+    /// Somebody else's, about whom nothing is said.
+    hostile: App,
+    _session: Session,
+    _servers: [Server; 2],
+}
+
+fn bed(sb: &Sandbox) -> Bed {
+    let user = sb.user(MINE);
+    let app = |path| user.cgroup(path).app();
+    let [proxied, redirected, dropped, free] = [PROXIED, REDIRECTED, DROPPED, FREE].map(app);
+    let servers = user.cgroup("app.slice/servers.service");
+    let tproxy = sb.tproxy("mihomo").uid(MINE).cgroup(&servers).port(7890);
+    let redir = sb.service("redir").uid(MINE).cgroup(&servers).port(7892);
+    let servers = [tproxy.start(), redir.start()];
+    let mut session = Session::of(&user);
+    session.replace(
+        json!([
+            { "name": "mihomo", "port": 7890 },
+            { "name": "redir", "port": 7892, "redirect": true },
+        ]),
+        json!([]),
+        json!([
+            to_proxy(PROXIED, "mihomo"),
+            to_proxy(REDIRECTED, "redir"),
+            verdict(DROPPED, "dropAll"),
+        ]),
+    );
+    Bed {
+        proxied,
+        redirected,
+        dropped,
+        free,
+        hostile: sb.user(OTHER).cgroup(FREE).app(),
+        _session: session,
+        _servers: servers,
+    }
+}
+
+/// Fresh destinations of both families, at this port.
+fn destinations(sb: &Sandbox, port: u16) -> [SocketAddr; 2] {
+    [sb.fresh_v4(), sb.fresh_v6()].map(|address| SocketAddr::new(address, port))
+}
+
+fn own_address(to: SocketAddr) -> SocketAddr {
+    let address = match to {
+        SocketAddr::V4(_) => MACHINE_V4,
+        SocketAddr::V6(_) => MACHINE_V6,
+    };
+    SocketAddr::new(address, PORT)
+}
+
+/// Without a privilege, a program can speak over the loopback interface as whoever is not there, in IPv6. What it has
+/// spoken to would answer that peer.
+#[test]
+fn whoever_speaks_as_a_stranger_makes_nobody_answer() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let bed = bed(sb);
+        for to in destinations(sb, ANSWERED) {
+            let claims = |app: &App| {
+                let peer = app.open_udp(to);
+                let refused = bed.hostile.claim(Udp, to, peer.local());
+                assert!(refused.is_err(), "{to}");
+                peer
+            };
+            assert_eq!(claims(&bed.proxied).ask(), proxied("mihomo", to));
+            assert!(matches!(
+                claims(&bed.redirected).ask(),
+                Outcome::Local { .. }
+            ));
+            assert!(claims(&bed.dropped).ask().is_dropped());
+            sb.assert_nothing_left_for(to.ip());
+            // Who has nobody's verdict is not kept from what others may do.
+            assert_eq!(claims(&bed.free).ask(), direct(to));
+        }
+        // Between addresses that the machine has, anybody speaks.
+        for address in [MACHINE_V4, MACHINE_V6] {
+            let to = SocketAddr::new(address, PORT);
+            let from = SocketAddr::new(address, PORT + 1);
+            assert_eq!(bed.hostile.claim(Udp, from, to), Ok(()));
+        }
+        let link = link_local(sb, UPLINK);
+        let to = SocketAddrV6::new(*link.ip(), PORT, 0, link.scope_id());
+        assert_eq!(bed.hostile.claim(Udp, link.into(), to.into()), Ok(()));
+    });
+}
+
+/// Nor anybody behind the machine, whose packets are diverted.
+#[test]
+fn whoever_speaks_as_a_stranger_makes_no_host_behind_the_machine_answer() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _proxy = sb.tproxy("company").uid(0).port(7890).start();
+        let host = sb.host_behind("lan0");
+        let app = host.app();
+        let hostile = sb.user(OTHER).cgroup(FREE).app();
+        let policy = json!({
+            "proxies": [{ "name": "company", "port": 7890 }], "bypass": [], "assignments": [],
+            "gateway": { "interfaces": ["lan0"], "proxy": "company" },
+        });
+        Session::of(&sb.user(0)).call("ReplacePolicy", policy);
+        for to in destinations(sb, ANSWERED) {
+            let peer = app.open_udp(to);
+            let refused = hostile.claim(Udp, to, peer.local());
+            assert!(refused.is_err(), "{to}");
+            assert_eq!(peer.ask(), proxied("company", to));
+            sb.assert_nothing_left_for(to.ip());
+        }
+        // What the machine has on that link alone, it does have.
+        let link = link_local(sb, "lan0");
+        for group in ["ff02::1", "ff02::fb"] {
+            let to = SocketAddrV6::new(group.parse().expect("a group"), PORT, 0, link.scope_id());
+            assert_eq!(hostile.claim(Udp, link.into(), to.into()), Ok(()));
+        }
+        let [_, of_host] = host.addresses();
+        let to = SocketAddr::new(of_host, PORT);
+        assert_eq!(hostile.claim(Udp, link.into(), to), Ok(()));
+    });
+}
+
+/// A link-local address for an interface, with any port.
+fn link_local(sb: &Sandbox, interface: &str) -> SocketAddrV6 {
+    const ADDRESS: &str = "fe80::4:4";
+    sb.ip6(&format!("address add {ADDRESS}/64 dev {interface} nodad"));
+    let listing = sb.run(&["ip", "-j", "link", "show", "dev", interface]);
+    let listing: Value = serde_json::from_str(&listing).expect("ip prints JSON");
+    let index = listing[0]["ifindex"].as_u64().expect("it has a number");
+    let index = index.try_into().expect("a small number");
+    SocketAddrV6::new(ADDRESS.parse().expect("an address"), 0, 0, index)
+}
+
+/// The same from elsewhere: a beginning of TCP that nobody has answered, since a packet filter or an odd option has
+/// seen to that. The application's own beginning counts as an answer to it.
+#[test]
+fn a_connection_that_somebody_else_has_begun_does_not_leave() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let bed = bed(sb);
+        let outside = sb.internet_app();
+        sb.nft(
+            "add table inet quiet
+             add chain inet quiet out { type filter hook output priority raw; }
+             add rule inet quiet out tcp flags rst drop",
+        );
+        let ports = format!("echo {PORT} {PORT} >/proc/sys/net/ipv4/ip_local_port_range");
+        sb.run(&["sh", "-ec", &ports]);
+        for app in [&bed.proxied, &bed.redirected, &bed.dropped] {
+            for to in destinations(sb, UNANSWERED) {
+                assert_eq!(outside.claim(Tcp, to, own_address(to)), Ok(()));
+                sb.settle();
+                let outcome = app.tcp(to);
+                assert!(
+                    outcome.is_dropped() || outcome == Outcome::Refused,
+                    "{to}: {outcome:?}"
+                );
+                sb.assert_nothing_left_for(to.ip());
+            }
+        }
+    });
+}
