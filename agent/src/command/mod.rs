@@ -255,13 +255,18 @@ fn options(arguments: &Arguments) -> Result<Options, Error> {
     if arguments.system && !rustix::process::getuid().is_root() {
         return Err(Error::SystemIsRoots);
     }
+    let mut config = config_file(arguments)?;
+    // Whoever asks for it may be in another directory.
+    if let Ok(path) = std::path::absolute(&config.path) {
+        config.path = path;
+    }
     Ok(Options {
         subtree: match own_subtree(arguments) {
             // systemd may tell what can't be seen.
             Err(Error::NoRoot(_)) => subtree_at(subtree::USUAL_ROOT.into())?.unseen(),
             subtree => subtree?,
         },
-        config: config_file(arguments)?,
+        config,
         helper: arguments.socket.clone(),
         socket: server::default_socket(arguments.scope()),
         relay: relay::default_socket(),

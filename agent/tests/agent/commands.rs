@@ -283,6 +283,24 @@ fn an_agent_is_not_asked_about_another_file() {
     }
 }
 
+/// Whoever asks an agent is in another directory than the one that it was started in.
+#[test]
+fn an_agent_tells_the_whole_name_of_its_file() {
+    let mut world = World::new(CONFIG);
+    world.make(&["app.slice"]);
+    world.helper.start();
+    let directory = world.config.parent().unwrap().to_owned();
+    let mut shell = Command::new("env");
+    shell.current_dir(&directory);
+    let _agent = world.agent_by(shell, "exec \"$@\" --config ./config.yaml");
+    world.notified("READY=1");
+    let mut command = world.command();
+    command.arg("--config").arg(&world.config).arg("status");
+    let (code, out, said) = output(command);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(out.contains(world.config.to_str().unwrap()), "{out}");
+}
+
 #[test]
 fn a_port_that_nobody_has_told_yet_is_not_shown() {
     let mut world = World::new(

@@ -134,7 +134,7 @@ fn running(facts: &Facts) -> Option<Finding> {
 
 fn configuration(facts: &Facts) -> Option<Finding> {
     let file = facts.config_file.display();
-    let check = facts.command("check");
+    let check = facts.file_command("check");
     if let Agent::Answers(status) = &facts.agent
         && let Some(error) = &status.configError
     {

@@ -855,6 +855,25 @@ fn advice_is_about_the_file_that_was_looked_at() {
         commands(&facts),
         [r"cgtproxy-agent --config '/tmp/it'\''s.yaml' check"]
     );
+    // An agent is asked about its own file, and refuses another.
+    let mut facts = fine();
+    facts.config_named = true;
+    let proxy = "mihomo.service";
+    let path = format!("{MANAGER}/app.slice/{proxy}");
+    agent(&mut facts).controlGroups = vec![ControlGroup {
+        path,
+        target: "mihomo".into(),
+        rule: Some(1),
+        inheritedFrom: None,
+        execSlice: false,
+        inForce: true,
+        skipped: None,
+        relay: None,
+    }];
+    assert_eq!(
+        only(&facts, super::proxies::check).commands,
+        ["cgtproxy-agent explain mihomo.service"]
+    );
 }
 
 #[test]

@@ -310,17 +310,23 @@ pub struct System {
 }
 
 impl Facts {
-    /// A command of the agent's, with the options by which this one is about an agent and a file.
+    /// A command that asks the agent, which is the system's if this one is about that.
     #[must_use]
     pub fn command(&self, command: &str) -> String {
-        let mut text = "cgtproxy-agent ".to_owned();
-        if self.scope == Scope::System {
-            text += "--system ";
+        match self.scope {
+            Scope::User => format!("cgtproxy-agent {command}"),
+            Scope::System => format!("cgtproxy-agent --system {command}"),
         }
-        if self.config_named {
-            text += &format!("--config {} ", quoted(&self.config_file.to_string_lossy()));
+    }
+
+    /// A command about the file that this one is about.
+    #[must_use]
+    pub fn file_command(&self, command: &str) -> String {
+        if !self.config_named {
+            return self.command(command);
         }
-        text + command
+        let file = quoted(&self.config_file.to_string_lossy());
+        self.command(&format!("--config {file} {command}"))
     }
 
     /// The proxies that matter: those of the file, or those in force if the file is of no use.
