@@ -6,8 +6,8 @@ use std::ffi::CStr;
 
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::{
-    ANSWERS, CGROUPS, CHOICES, ENFORCED, FORGED, INTERFACES, KERNEL, MARKS, OPEN, OUTPUT, REFUSE,
-    REPLIES, SYSTEM, USER_VERDICTS, USER_VERDICTS_DEEP,
+    ANSWERS, CGROUPS, CHOICES, ENFORCED, FIRST_PACKETS, INTERFACES, KERNEL, MARKED, MARKS, OPEN,
+    OUTPUT, REFUSE, REPLIES, SYSTEM, USER_VERDICTS, USER_VERDICTS_DEEP,
 };
 use super::shared::{LookedAt, Shared};
 use super::transaction::Transaction;
@@ -17,7 +17,7 @@ use super::transaction::Transaction;
 const SHALLOW: u32 = 8;
 
 impl Transaction<'_> {
-    /// Chains `output`, `open`, `answers`, `replies` and `user-verdicts`: users' own verdicts at these levels, between what the
+    /// Chains `output`, `marked`, `open`, `answers`, `replies` and `user-verdicts`: users' own verdicts at these levels, between what the
     /// system's policy enforces and what else it says, if there is one.
     ///
     /// While nothing is dropped or held, no verdict changes anything for an open connection, and none is looked up.
@@ -27,6 +27,7 @@ impl Transaction<'_> {
         let levels = &looked_at.levels;
         let chains = [
             OUTPUT,
+            MARKED,
             OPEN,
             ANSWERS,
             REPLIES,
@@ -54,34 +55,11 @@ impl Transaction<'_> {
                         .ct_mark_is_not(mask, begun)
                         .goto(REPLIES)
                 },
-                // ct mark & DIVERT != 0 goto open
-                &|rule| rule.ct_mark_has(divert).goto(OPEN),
+                // ct mark & MASK != 0 goto marked
+                &|rule| rule.ct_mark_has(mask).goto(MARKED),
             ],
         );
-        self.begun_rules(|rule| rule.oif_lo());
-        if system {
-            self.begun_rules(|rule| rule.oifname_in(INTERFACES));
-        }
-        // ct status ! confirmed oif lo jump forged
-        self.add_rules(
-            OUTPUT,
-            [&|rule| rule.ct_unconfirmed().oif_lo().jump(FORGED)],
-        );
-        if system {
-            // ct status ! confirmed oifname @interfaces jump forged
-            self.add_rules(
-                OUTPUT,
-                [&|rule| rule.ct_unconfirmed().oifname_in(INTERFACES).jump(FORGED)],
-            );
-        }
-        self.add_rules(
-            OUTPUT,
-            [
-                // A conversation with a DNS server, which has no divert bit.
-                // ct status & (confirmed | dnat) == confirmed | dnat ct mark & MASK != 0 goto open
-                &|rule| rule.ct_known_redirected().ct_mark_has(mask).goto(OPEN),
-            ],
-        );
+        self.first_packets_of(OUTPUT, system);
         let first = if system {
             // goto enforced
             self.add_rules(OUTPUT, [&|rule| rule.goto(ENFORCED)]);
@@ -97,6 +75,25 @@ impl Transaction<'_> {
             // goto system
             self.add_rules(USER_VERDICTS_DEEP, [&|rule| rule.goto(SYSTEM)]);
         }
+        self.add_rules(
+            MARKED,
+            [
+                // ct mark & DIVERT != 0 goto open
+                &|rule| rule.ct_mark_has(divert).goto(OPEN),
+            ],
+        );
+        self.first_packets_of(MARKED, system);
+        self.add_rules(
+            MARKED,
+            [
+                // A conversation with a DNS server, which has no divert bit.
+                // ct status & (confirmed | dnat) == confirmed | dnat goto open
+                &|rule| rule.ct_known_redirected().goto(OPEN),
+                // Not one of this table's.
+                // goto enforced, or user-verdicts
+                &|rule| rule.goto(first),
+            ],
+        );
         self.add_rules(
             REPLIES,
             [
@@ -166,44 +163,60 @@ impl Transaction<'_> {
         }
     }
 
+    /// First packets that may be of somebody else's conversation go by the chain `first-packets`.
+    fn first_packets_of(&mut self, chain: &CStr, system: bool) {
+        // ct status ! confirmed oif lo jump first-packets
+        self.add_rules(
+            chain,
+            [&|rule| rule.ct_unconfirmed().oif_lo().jump(FIRST_PACKETS)],
+        );
+        if system {
+            // ct status ! confirmed oifname @interfaces jump first-packets
+            self.add_rules(
+                chain,
+                [&|rule| {
+                    rule.ct_unconfirmed()
+                        .oifname_in(INTERFACES)
+                        .jump(FIRST_PACKETS)
+                }],
+            );
+        }
+    }
+
+    /// Chain `first-packets`.
+    ///
     /// A TPROXY server speaks for somebody whom the application has not spoken to, or not for long. In TCP, that is the
     /// middle of a connection that the kernel has forgotten; its beginning is another program's.
-    fn begun_rules(&mut self, to: impl Fn(RuleBuilder<'_>) -> RuleBuilder<'_>) {
+    ///
+    /// Any other program could begin a conversation in the name of somebody elsewhere: what its addressee then says to that
+    /// peer is an answer, and answers leave as they are. For IPv6 it needs no privilege, but a socket option
+    /// (`IPV6_FREEBIND`). For IPv4 the kernel refuses to (`ip_route_output_key_hash_rcu`, net/ipv4/route.c).
+    pub(super) fn first_packet_rules(&mut self, has_fib: bool) {
         let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
+        self.flush_chain(FIRST_PACKETS);
         self.add_rules(
-            OUTPUT,
+            FIRST_PACKETS,
             [
-                // ct status ! confirmed TO meta l4proto udp socket transparent 1
-                //   ct mark set ct mark & ~MASK | DIVERT return
+                // meta l4proto udp socket transparent 1 ct mark set ct mark & ~MASK | DIVERT accept
                 &|rule| {
-                    to(rule.ct_unconfirmed())
-                        .l4proto(Protocol::Udp)
+                    rule.l4proto(Protocol::Udp)
                         .socket_is_transparent()
                         .ct_mark_set(mask, begun)
-                        .return_()
+                        .accept()
                 },
-                // ct status ! confirmed TO tcp flags ! syn socket transparent 1
-                //   ct mark set ct mark & ~MASK | DIVERT return
+                // tcp flags ! syn socket transparent 1 ct mark set ct mark & ~MASK | DIVERT accept
                 &|rule| {
-                    to(rule.ct_unconfirmed())
-                        .tcp_without_syn()
+                    rule.tcp_without_syn()
                         .socket_is_transparent()
                         .ct_mark_set(mask, begun)
-                        .return_()
+                        .accept()
                 },
             ],
         );
-    }
-
-    /// Chain `forged`. A program could begin a conversation in the name of somebody elsewhere: what its addressee then says to
-    /// that peer is an answer, and answers leave as they are. For IPv6 it needs no privilege, but a socket option
-    /// (`IPV6_FREEBIND`). For IPv4 the kernel refuses to (`ip_route_output_key_hash_rcu`, net/ipv4/route.c).
-    pub(super) fn forged_rules(&mut self, has_fib: bool) {
-        self.flush_chain(FORGED);
         if has_fib {
             // meta nfproto ipv6 fib saddr type != local socket transparent 0 drop
             self.add_rules(
-                FORGED,
+                FIRST_PACKETS,
                 [&|rule| rule.saddr_foreign6().socket_is_not_transparent().drop()],
             );
         }

@@ -42,7 +42,8 @@
 //!   chain kernel   { … }                      # but for what no socket of anybody's sends
 //!   chain answers  { … goto enforced, or … }  # to somebody for whom a proxy has spoken first
 //!   chain replies  { … goto enforced, or … }  # on connections that others have opened
-//!   chain forged   { … drop }                 # from an address that the machine does not have
+//!   chain first-packets { … }                 # of TPROXY servers for others, and what is forged
+//!   chain marked   { … goto open }            # connections that this table knows, or another program has marked so
 //!   chain drop     { … }   chain refuse  { … }
 //!   chain deliver  { … }   chain guard   { … }
 //!   chain deliver-answers { … }   chain guard-answers { … }
@@ -80,7 +81,7 @@
 //! delivered. A hijacked DNS query carries the same mark without the divert bit, as its conntrack mark only: it is not
 //! diverted but translated. So is what goes to a proxy that is no TPROXY server; its conntrack mark has the divert bit.
 //!
-//! In `output`, replies of local services return first, and connections that are open to a proxy go to `open`. What is
+//! In `output`, replies of local services return first, and connections that are open to a proxy go to `open`, by `marked`. What is
 //! left is not diverted, or not yet; if `enforced`, `user-verdicts` and `system` return a packet, it leaves as it is.
 
 use std::ffi::{CStr, CString};
@@ -130,7 +131,8 @@ pub(super) const DELIVER_SYSTEM: &CStr = c"deliver-system";
 pub(super) const GUARD_SYSTEM: &CStr = c"guard-system";
 pub(super) const ANSWERS: &CStr = c"answers";
 pub(super) const REPLIES: &CStr = c"replies";
-pub(super) const FORGED: &CStr = c"forged";
+pub(super) const FIRST_PACKETS: &CStr = c"first-packets";
+pub(super) const MARKED: &CStr = c"marked";
 pub(super) const DELIVER_ANSWERS: &CStr = c"deliver-answers";
 pub(super) const DELIVER_ANSWERS_SYSTEM: &CStr = c"deliver-answers-system";
 pub(super) const GUARD_ANSWERS: &CStr = c"guard-answers";
@@ -220,7 +222,8 @@ impl Transaction<'_> {
             GUARD_SYSTEM,
             ANSWERS,
             REPLIES,
-            FORGED,
+            FIRST_PACKETS,
+            MARKED,
             DELIVER_ANSWERS,
             DELIVER_ANSWERS_SYSTEM,
             GUARD_ANSWERS,
@@ -237,7 +240,7 @@ impl Transaction<'_> {
         self.first_rules(&shared.looked_at(), shared.has_system());
         self.drop_and_refuse_rules();
         self.kernel_rules();
-        self.forged_rules(base.has_fib);
+        self.first_packet_rules(base.has_fib);
         self.guard_rules();
         self.forward_rules();
         if !fresh {

@@ -174,10 +174,10 @@ impl Sandbox {
         let chain = self.nft_json(&["list", "chain", "inet", "cgtproxy", "output"]);
         let chain = chain.expect("it is there");
         let rules = chain["nftables"].as_array().expect("objects");
-        // Others are about first packets of transparent sockets, and about what is translated.
+        // Others are about first packets.
         let ends_them = |rule: &Value| {
             let rule = rule.to_string();
-            rule.contains("confirmed") && !rule.contains("transparent") && !rule.contains("dnat")
+            rule.contains("confirmed") && !rule.contains("first-packets")
         };
         !rules.iter().any(ends_them)
     }
