@@ -122,16 +122,19 @@ ifeq ($(DESTDIR),)
 	fi
 endif
 
-# Users' agents are stopped first, which would start the helper again. Stopping its socket also removes what it has in
-# the kernel.
+# Users' agents are stopped first, which would start the helper again. A user decides how long their manager takes: all
+# are asked at once and have 15 seconds. Stopping the helper's socket also removes what it has in the kernel.
 uninstall:
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ] && systemctl cat cgtproxy-helper.socket >/dev/null 2>&1; then \
 		systemctl list-units --plain --no-legend 'user@*.service' | \
-			sed -n 's/^user@\([0-9]*\)\.service .*/\1/p' | while read -r uid; do \
-				SYSTEMD_BUS_TIMEOUT=15s systemctl --user --machine="$$uid@" stop \
-					cgtproxy-agent.service cgtproxy-relay.socket cgtproxy-relay.service </dev/null; \
+			sed -n 's/^user@\([0-9]*\)\.service .*/\1/p' | { \
+			while read -r uid; do \
+				timeout 15 systemctl --user --machine="$$uid@" stop \
+					cgtproxy-agent.service cgtproxy-relay.socket cgtproxy-relay.service </dev/null & \
 			done; \
+			wait; \
+		}; \
 		systemctl disable --now cgtproxy-agent-system.service cgtproxy-helper.socket cgtproxy-helper.service || :; \
 		systemctl --global disable cgtproxy-agent.service || :; \
 	fi

@@ -324,6 +324,90 @@ fn installing_puts_directories_where_files_name_them() {
     });
 }
 
+/// Puts a script into /run/tools.
+fn write_tool(name: &str, script: &str) {
+    let path = Path::new("/run/tools").join(name);
+    std::fs::write(&path, script).unwrap();
+    std::fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+}
+
+/// The scripts that run when a package is removed.
+const REMOVING: [&str; 4] = [
+    "Makefile",
+    "packaging/debian/prerm",
+    "packaging/cgtproxy.spec",
+    "packaging/arch/cgtproxy.install",
+];
+
+/// How one of these scripts stops users' agents, in words.
+fn stopping_of_users(script: &str) -> String {
+    let text = std::fs::read_to_string(workspace().join(script)).unwrap();
+    let start = text.find("systemctl list-units --plain").unwrap();
+    let rest = &text[start..];
+    let end = rest.find("wait").expect("it waits for what it begins") + "wait".len();
+    // Make has `$` twice, and everything on one line.
+    let plain = rest[..end].replace("$$", "$").replace("\\\n", "\n");
+    let words = plain.split([' ', '\t', '\n', ';']);
+    let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();
+    words.join(" ")
+}
+
+/// In place of systemctl: three users' managers, of which each answers once all of them are asked, and never ends.
+const MANAGERS: &str = r#"#!/bin/sh
+case $1 in
+list-units) printf 'user@%s.service loaded active running of a user\n' 1001 1002 1003 ;;
+--user)
+    shift
+    echo "$*" >>/run/asked/words
+    while [ "$(wc -l </run/asked/words)" -lt 3 ]; do sleep 0.1; done
+    echo "$*" >>/run/asked/together
+    exec sleep infinity
+    ;;
+esac
+"#;
+
+/// In place of timeout, time is up when all of them are asked.
+const TIMEOUT: &str = r#"#!/bin/sh
+shift
+"$@" &
+while ! [ -e /run/asked/together ] || [ "$(wc -l </run/asked/together)" -lt 3 ]; do sleep 0.1; done
+kill $!
+"#;
+
+/// Somebody's manager may take as long as it likes, and users' agents are stopped all the same, side by side.
+#[test]
+fn every_package_stops_all_users_agents_at_once_and_waits_for_none_for_long() {
+    sandbox(|_| {
+        let [first, others @ ..] = REMOVING.map(stopping_of_users);
+        for (other, script) in others.iter().zip(&REMOVING[1..]) {
+            assert_eq!(*other, first, "{script}");
+        }
+        assert!(first.contains(" timeout 15 systemctl --user "), "{first}");
+        for path in list() {
+            if let Some(unit) = path.strip_prefix("/usr/lib/systemd/user/") {
+                assert!(first.contains(unit), "{unit}: {first}");
+            }
+        }
+        std::fs::create_dir_all("/run/tools").unwrap();
+        std::fs::create_dir_all("/run/asked").unwrap();
+        write_tool("systemctl", MANAGERS);
+        write_tool("timeout", TIMEOUT);
+        let prerm = std::fs::read_to_string(workspace().join(REMOVING[1])).unwrap();
+        let start = prerm.find("    systemctl list-units").unwrap();
+        let end = prerm.find("    deb-systemd-invoke stop").unwrap();
+        run(Command::new("sh")
+            .args(["-ec", &prerm[start..end]])
+            .env("PATH", "/run/tools:/usr/bin:/bin"));
+        let asked = lines(&std::fs::read_to_string("/run/asked/together").unwrap());
+        let asked: Vec<_> = asked
+            .iter()
+            .map(|words| words.split(' ').next().unwrap())
+            .collect();
+        let managers = ["--machine=1001@", "--machine=1002@", "--machine=1003@"];
+        assert_eq!(asked, managers);
+    });
+}
+
 /// As where the system's manager refuses what it is asked.
 #[test]
 fn uninstalling_removes_everything_whatever_systemctl_says() {
@@ -548,5 +632,40 @@ fn the_rpm_package_installs_works_and_leaves_nothing_when_removed() {
             system.run(&["systemctl", "--failed", "--plain", "--no-legend"]),
             ""
         );
+    });
+}
+
+/// What a user may write into a unit of theirs, so that stopping it takes for ever.
+const NEVER_STOPS: &str = r"
+[Unit]
+JobRunningTimeoutSec=infinity
+[Service]
+ExecStop=/bin/sleep infinity
+TimeoutStopSec=infinity
+";
+
+#[test]
+fn a_user_does_not_keep_the_package_from_being_removed() {
+    sandbox(|sb| {
+        let package = build("deb", OUT, &[]);
+        let system = boot(sb, &package);
+        system.run(&["dpkg", "--install", "/var/tmp/package"]);
+        let script = "d=~/.config/systemd/user/cgtproxy-agent.service.d && mkdir -p $d && printf %s \"$1\" >$d/own.conf";
+        let alice = system.alice();
+        system.run_as(alice, &["sh", "-c", script, "sh", NEVER_STOPS]);
+        for user in [alice, system.bob()] {
+            system.run_as(user, &["systemctl", "--user", "daemon-reload"]);
+            let start = ["systemctl", "--user", "start", "cgtproxy-agent"];
+            system.run_as(user, &start);
+        }
+        assert!(sb.has_table());
+        // It ends by itself. What would not end is ended here, so that the test does.
+        system.run(&["timeout", "120", "dpkg", "--remove", "cgtproxy"]);
+        expect_nothing_in_the_kernel(sb);
+        for unit in [SOCKET, "cgtproxy-helper.service"] {
+            assert_eq!(system.property(unit, "ActiveState"), "inactive");
+        }
+        let agent = system.user_property(system.bob(), "cgtproxy-agent.service", "ActiveState");
+        assert_eq!(agent, "inactive");
     });
 }
