@@ -357,6 +357,8 @@ fn a_table_of_another_layout_is_replaced() {
                  }",
             );
             let mut helper = sb.helper().config(config).start();
+            // It is nobody's loss only if a helper has made it.
+            helper.wait_log("another program's table 'inet cgtproxy'");
             let user = sb.user(1001);
             let app = user.cgroup(APP).app();
             for to in sb.destinations() {
@@ -365,6 +367,14 @@ fn a_table_of_another_layout_is_replaced() {
             take(&mut Session::of(&user), &user);
             helper.stop();
             assert_nothing_left(sb);
+            sb.nft("table inet cgtproxy {\n chain version-1-ff000000 {\n }\n }");
+            let mut helper = sb.helper().config(config).start();
+            assert!(
+                !helper.log().contains("another program"),
+                "{}",
+                helper.log()
+            );
+            helper.stop();
         }
     });
 }

@@ -190,7 +190,14 @@ impl Nftables {
                 Inherited::LeftBehind(_) => None,
             };
             let plans: Vec<Plan> = inherited.iter().filter_map(plan).collect();
+            let chains = this.chains()?;
             this.recreate(&plans)?;
+            if !chains.is_empty() && !chains.iter().any(|chain| ruleset::is_version(chain)) {
+                tracing::warn!(
+                    "replaced another program's table 'inet cgtproxy': if the original cgtproxy runs, \
+                     'systemctl disable --now cgtproxy.service' ends it"
+                );
+            }
         }
         Ok((this, inherited))
     }

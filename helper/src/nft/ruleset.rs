@@ -172,6 +172,11 @@ pub(super) struct Base<'a> {
     pub(super) has_fib: bool,
 }
 
+/// Whether a chain says how a table is laid out, whatever it says.
+pub(super) fn is_version(chain: &str) -> bool {
+    chain.starts_with("version-")
+}
+
 impl Transaction<'_> {
     /// Everything that no user owns. Unless the table is `fresh`, what is there stays, and its rules are written anew,
     /// but for those of the system's policy if there is one.
