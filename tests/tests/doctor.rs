@@ -593,5 +593,17 @@ fn is_content_with_a_system_that_is_set_up_as_the_readme_says() {
             line.split_whitespace().collect::<Vec<_>>(),
             ["hosts:", "files", "dns"]
         );
+        // The original's daemon, which has the same table.
+        let unit = "[Service]\nExecStart=/bin/sleep infinity\n";
+        let file = system.root().join("etc/systemd/system/cgtproxy.service");
+        fs::write(file, unit).expect("it is ours");
+        system.run(&["systemctl", "daemon-reload"]);
+        system.run(&["systemctl", "start", "cgtproxy.service"]);
+        let opinion = doctor();
+        opinion.expect(&["original-runs"]);
+        for command in opinion.commands("original-runs") {
+            system.run(&["sh", "-ec", &command]);
+        }
+        doctor().expect(&[]);
     });
 }

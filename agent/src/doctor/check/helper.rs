@@ -66,6 +66,16 @@ pub(super) fn check(facts: &Facts) -> Group {
         }
     };
     group.found(found);
+    group.see("cgtproxy.service", &facts.system.original);
+    group.found((facts.system.original == Ok(true)).then(|| {
+        Finding::error(
+            "original-runs",
+            "cgtproxy.service runs, the daemon of the original cgtproxy",
+        )
+        .effect("It and the helper use the same nftables table, which each of them replaces when it starts.")
+        .advice("its configuration loads here as it is: see 'migrate' in cgtproxy-agent(1)")
+        .command("sudo systemctl disable --now cgtproxy.service")
+    }));
     for finding in &mut group.findings {
         if finding.effect.is_empty() {
             finding.effect = NOTHING_IN_FORCE.to_owned();

@@ -196,6 +196,7 @@ fn fine() -> Facts {
             nscd: false,
             networkd: Ok(true),
             networkd_removes_rules: Ok(false),
+            original: Ok(false),
         },
     }
 }
@@ -257,6 +258,7 @@ const BROKEN: &[(&str, Severity, Break)] = {
         ("helper-version", Warning, |f| {
             helper(f).0.version = "2".into()
         }),
+        ("original-runs", Error, |f| f.system.original = Ok(true)),
         ("agent-not-running", Error, |f| f.agent = Agent::NotRunning),
         ("agent-unreachable", Error, |f| {
             f.agent = Agent::Unreachable("no".into());

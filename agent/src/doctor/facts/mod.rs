@@ -307,6 +307,8 @@ pub struct System {
     pub networkd: Look<bool>,
     /// It removes rules of others.
     pub networkd_removes_rules: Look<bool>,
+    /// The daemon of the original cgtproxy runs.
+    pub original: Look<bool>,
 }
 
 impl Facts {

@@ -201,6 +201,7 @@ pub fn system(root: &Path) -> System {
         networkd_removes_rules: networkd_configuration()
             .map(|texts| removes_rules(texts.iter().map(String::as_str)))
             .map_err(|error| error.to_string()),
+        original: unit_runs(root, "cgtproxy.service"),
     }
 }
 
