@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::command::run;
+use crate::command::{output_with_input, run};
 
 /// Where the sandbox has the binaries under test.
 const PROGRAMS: &str = "/run/testbed/bin";
@@ -44,7 +44,7 @@ fn write_papers() {
 /// returns its path.
 ///
 /// # Panics
-/// When it can't be built.
+/// When it can't be built without a remark.
 #[track_caller]
 pub fn build(kind: &str, directory: &str, environment: &[&str]) -> PathBuf {
     if !Path::new(STRIPPED).exists() {
@@ -74,7 +74,15 @@ pub fn build(kind: &str, directory: &str, environment: &[&str]) -> PathBuf {
         "DPKG_DEB_COMPRESSOR_TYPE=gzip",
         "DPKG_DEB_COMPRESSOR_LEVEL=1",
     ];
-    let said = run(&[&["env"], &variables[..], environment, &[builder]].concat());
+    let command = [&["env"], &variables[..], environment, &[builder]].concat();
+    let output = output_with_input(&command, "");
+    let [said, remarks] =
+        [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    assert!(
+        output.status.success() && remarks.is_empty(),
+        "{builder}: {}: {remarks}",
+        output.status
+    );
     PathBuf::from(said.trim())
 }
 
