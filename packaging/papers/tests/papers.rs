@@ -8,6 +8,7 @@
     reason = "a panic is a failed test"
 )]
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -151,6 +152,62 @@ fn every_linked_crate_is_among_the_licences() {
         texts.matches("Mozilla Public License Version 2.0").count(),
         1
     );
+}
+
+/// The licences that can be chosen from, for each part of each linked crate.
+fn choices() -> BTreeSet<BTreeSet<String>> {
+    let papers = papers();
+    let is_it = |paper: &&Paper| paper.path == "third-party-licenses";
+    let text = &papers.iter().find(is_it).unwrap().text;
+    let expressions = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("    Licence: "));
+    // No crate's expression has an AND within an OR. Before there was OR, it was a slash.
+    let parts = expressions.flat_map(|expression| expression.split(" AND "));
+    parts
+        .map(|part| {
+            let part = part.trim_matches(['(', ')']).replace('/', " OR ");
+            part.split(" OR ").map(str::to_owned).collect()
+        })
+        .collect()
+}
+
+/// What packages say of the licences of what they install is kept by hand.
+#[test]
+fn packages_name_the_licences_that_the_linked_crates_need_and_no_others() {
+    let said = |file: &str, before: &str, after: &str| {
+        let text = std::fs::read_to_string(workspace().join("packaging").join(file)).unwrap();
+        let (_, rest) = text
+            .split_once(before)
+            .unwrap_or_else(|| panic!("{file}: {before}"));
+        rest.split_once(after).unwrap().0.to_owned()
+    };
+    let own = "GPL-3.0-or-later AND ";
+    let expression = said("cgtproxy.spec", &format!("\nLicense: {own}"), "\n");
+    assert_eq!(
+        expression,
+        said("arch/PKGBUILD", &format!("\nlicense=('{own}"), "')")
+    );
+    let licences: BTreeSet<_> = expression.split(" AND ").map(str::to_owned).collect();
+    let prose = said(
+        "debian/copyright",
+        "licences of their own:\n ",
+        ". Which these are",
+    );
+    let prose = prose.replace("\n ", " ").replace(" and ", ", ");
+    assert_eq!(licences, prose.split(", ").map(str::to_owned).collect());
+
+    let choices = choices();
+    for choice in &choices {
+        assert!(
+            !choice.is_disjoint(&licences),
+            "none of {choice:?} is named"
+        );
+    }
+    for licence in &licences {
+        let needs = |choice: &BTreeSet<String>| choice.intersection(&licences).eq([licence]);
+        assert!(choices.iter().any(needs), "nothing needs {licence}");
+    }
 }
 
 /// "Every CLI flag is in help and manual page."
