@@ -27,6 +27,7 @@ rules:
   - {match: '/app\.slice$', tproxy: mihomo}
 ";
 const SOCKET: &str = "cgtproxy-helper.socket";
+const AGENT: &str = "cgtproxy-agent.service";
 const OUT: &str = "/run/testbed/packages";
 
 /// Runs a command of the host's inside the sandbox.
@@ -566,6 +567,18 @@ fn the_debian_package_installs_enabled_upgrades_and_leaves_nothing_when_purged()
         let configured = "echo 'grace-seconds: 4' >/etc/cgtproxy/helper.yaml";
         system.run(&["sh", "-c", configured]);
 
+        // What nobody has chosen stays as it is where presets are applied, which on Debian enable everything else.
+        for (of, unit) in [
+            ("--system", "cgtproxy-agent-system.service"),
+            ("--global", AGENT),
+            ("--global", "cgtproxy-relay.socket"),
+        ] {
+            system.run(&["systemctl", of, "preset", unit]);
+            let enabled = system.output(&["systemctl", of, "is-enabled", unit]);
+            let enabled = String::from_utf8_lossy(&enabled.stdout).into_owned();
+            assert_eq!(enabled.trim(), "disabled", "{unit}");
+        }
+
         // An upgrade, to the same version: another helper takes over, and a choice stays one.
         let helper = || system.property("cgtproxy-helper.service", "MainPID");
         let old = helper();
@@ -589,7 +602,7 @@ fn the_debian_package_installs_enabled_upgrades_and_leaves_nothing_when_purged()
         system.run(&["dpkg", "--remove", "cgtproxy"]);
         expect_nothing_in_the_kernel(sb);
         assert_eq!(system.property(SOCKET, "ActiveState"), "inactive");
-        let agent = system.user_property(alice, "cgtproxy-agent.service", "ActiveState");
+        let agent = system.user_property(alice, AGENT, "ActiveState");
         assert_eq!(agent, "inactive");
         system.run(&["test", "-e", "/etc/cgtproxy/helper.yaml"]);
         for program in ["/usr/bin/cgtproxy-agent", "/usr/libexec/cgtproxy-helper"] {
@@ -625,7 +638,7 @@ fn the_rpm_package_installs_works_and_leaves_nothing_when_removed() {
         system.run(&["systemctl", "enable", "--now", SOCKET]);
         expect_working(sb, &system, alice);
         system.run(&["rpm", "--erase", "cgtproxy"]);
-        let agent = system.user_property(alice, "cgtproxy-agent.service", "ActiveState");
+        let agent = system.user_property(alice, AGENT, "ActiveState");
         assert_eq!(agent, "inactive");
         expect_nothing_in_the_kernel(sb);
         let after = snapshot(&system);
@@ -668,7 +681,7 @@ fn a_user_does_not_keep_the_package_from_being_removed() {
         for unit in [SOCKET, "cgtproxy-helper.service"] {
             assert_eq!(system.property(unit, "ActiveState"), "inactive");
         }
-        let agent = system.user_property(system.bob(), "cgtproxy-agent.service", "ActiveState");
+        let agent = system.user_property(system.bob(), AGENT, "ActiveState");
         assert_eq!(agent, "inactive");
     });
 }
