@@ -121,6 +121,10 @@ ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
 		systemd-sysusers "$$(packaging/install list | grep '/cgtproxy\.conf$$')" && systemctl daemon-reload; \
 	fi
+	if [ -d /run/systemd/system ] && systemctl is-active --quiet cgtproxy.service; then \
+		echo 'cgtproxy.service, the daemon of the original cgtproxy, is running, and cgtproxy-helper would replace its'; \
+		echo "table in the kernel. How to move: $$(packaging/install list | grep '/moving\.md$$')"; \
+	fi
 endif
 
 # Users' agents are stopped first, which would start the helper again. A user decides how long their manager takes: all

@@ -685,3 +685,37 @@ fn a_user_does_not_keep_the_package_from_being_removed() {
         assert_eq!(agent, "inactive");
     });
 }
+
+/// The original's daemon goes on working until somebody ends it.
+#[test]
+fn packages_start_nothing_beside_the_original_and_say_so() {
+    sandbox(|sb| {
+        let system = boot(sb, &build("deb", OUT, &[]));
+        let rpm = build("rpm", OUT, &[]);
+        std::fs::copy(rpm, system.root().join("var/tmp/rpm")).unwrap();
+        let unit = "[Service]\nExecStart=/bin/sleep infinity\n";
+        let file = system.root().join("etc/systemd/system/cgtproxy.service");
+        std::fs::write(file, unit).unwrap();
+        system.run(&["systemctl", "daemon-reload"]);
+        system.run(&["systemctl", "start", "cgtproxy.service"]);
+        let install = || system.run(&["dpkg", "--install", "/var/tmp/package"]);
+        let is_said = |said: &str| {
+            assert!(said.contains("cgtproxy.service, the daemon"), "{said}");
+            assert!(
+                said.contains("/usr/share/doc/cgtproxy/docs/moving.md"),
+                "{said}"
+            );
+        };
+        is_said(&install());
+        assert_eq!(system.property(SOCKET, "ActiveState"), "inactive");
+        system.run(&["systemctl", "is-enabled", SOCKET]);
+        system.run(&["systemctl", "stop", "cgtproxy.service"]);
+        let said = install();
+        assert!(!said.contains("the daemon"), "{said}");
+        assert_eq!(system.property(SOCKET, "ActiveState"), "active");
+
+        system.run(&["dpkg", "--purge", "cgtproxy"]);
+        system.run(&["systemctl", "start", "cgtproxy.service"]);
+        is_said(&system.run(&["rpm", "--install", "--nodeps", "/var/tmp/rpm"]));
+    });
+}
