@@ -115,11 +115,13 @@ demo:
 	$(CARGO) build --workspace --locked
 	$(SUDO) $(TARGETDIR)/debug/cgtproxy-demo
 
+# Users' managers read the new units as well, without anybody waiting for them.
 install:
 	packaging/install install
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
-		systemd-sysusers "$$(packaging/install list | grep '/cgtproxy\.conf$$')" && systemctl daemon-reload; \
+		systemd-sysusers "$$(packaging/install list | grep '/cgtproxy\.conf$$')" && systemctl daemon-reload && \
+		{ systemctl kill --kill-whom=main --signal=SIGHUP 'user@*.service' || :; }; \
 	fi
 	if [ -d /run/systemd/system ] && systemctl is-active --quiet cgtproxy.service; then \
 		echo 'cgtproxy.service, the daemon of the original cgtproxy, is running, and cgtproxy-helper would replace its'; \

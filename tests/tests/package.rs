@@ -578,6 +578,10 @@ fn the_debian_package_installs_enabled_upgrades_and_leaves_nothing_when_purged()
             let enabled = String::from_utf8_lossy(&enabled.stdout).into_owned();
             assert_eq!(enabled.trim(), "disabled", "{unit}");
         }
+        // The unit that alice's manager has read is older than what an upgrade brings.
+        let unit = "/usr/lib/systemd/user/cgtproxy-agent.service";
+        system.run(&["touch", "--date=@1", unit]);
+        system.run_as(alice, &["systemctl", "--user", "daemon-reload"]);
 
         // An upgrade, to the same version: another helper takes over, and a choice stays one.
         let helper = || system.property("cgtproxy-helper.service", "MainPID");
@@ -593,6 +597,9 @@ fn the_debian_package_installs_enabled_upgrades_and_leaves_nothing_when_purged()
             assert_eq!(is, should);
         }
         wait_until("another helper runs", || helper() != old && helper() != "0");
+        wait_until("alice's manager has read the new unit", || {
+            system.user_property(alice, AGENT, "NeedDaemonReload") == "no"
+        });
         system.run(&["systemctl", "disable", SOCKET]);
         system.run(&["dpkg", "--install", "/var/tmp/package"]);
         let enabled = system.output(&["systemctl", "is-enabled", SOCKET]);

@@ -13,6 +13,8 @@ struct Words {
     agent: &'static str,
     enable: &'static str,
     restart: &'static str,
+    /// What comes before it if the unit may be another than the manager knows.
+    new_unit: Option<&'static str>,
     reload: &'static str,
     /// What it means that no rule is in force.
     idle: &'static str,
@@ -24,6 +26,7 @@ fn words(scope: Scope) -> Words {
             agent: "cgtproxy-agent",
             enable: "systemctl --user enable --now cgtproxy-agent",
             restart: "systemctl --user restart cgtproxy-agent",
+            new_unit: Some("systemctl --user daemon-reload"),
             reload: "systemctl --user reload cgtproxy-agent",
             idle: "Everything of yours goes direct.",
         },
@@ -31,6 +34,8 @@ fn words(scope: Scope) -> Words {
             agent: "the system's cgtproxy-agent",
             enable: "systemctl enable --now cgtproxy-agent-system",
             restart: "systemctl restart cgtproxy-agent-system",
+            // Packages have told the system's manager.
+            new_unit: None,
             reload: "systemctl reload cgtproxy-agent-system",
             idle: "Everything goes direct but for what users say themselves.",
         },
@@ -94,17 +99,18 @@ fn running(facts: &Facts) -> Option<Finding> {
         Agent::Answers(status) => status,
     };
     match (status.connected, &status.problem) {
-        (true, None) if status.version != facts.version => Some(
-            Finding::warning(
+        (true, None) if status.version != facts.version => {
+            let finding = Finding::warning(
                 "agent-version",
                 format!(
                     "the agent that runs has version {}, this program {}",
                     status.version, facts.version
                 ),
             )
-            .effect("What one of them knows the other may not.")
-            .command(words.restart),
-        ),
+            .effect("What one of them knows the other may not.");
+            let commands = words.new_unit.into_iter().chain([words.restart]);
+            Some(commands.fold(finding, Finding::command))
+        }
         (true, None) => None,
         (true, Some(problem)) => Some(
             Finding::error(

@@ -43,6 +43,7 @@ pub(super) fn check(facts: &Facts) -> Group {
             ),
         )
         .effect("What one of them knows the other may not.")
+        .command("systemctl --user daemon-reload")
         .command("systemctl --user restart cgtproxy-relay.service")]);
     }
     group.found(status.upstreams.iter().filter_map(down));

@@ -809,6 +809,28 @@ fn nobody_is_told_to_restart_an_agent_that_would_have_it_no_better() {
     );
 }
 
+/// A user's manager that nobody has told goes on with the units that it has read.
+#[test]
+fn what_is_restarted_after_an_upgrade_has_its_new_unit() {
+    let mut facts = fine();
+    agent(&mut facts).version = "0".into();
+    relay(&mut facts).version = "0".into();
+    for (check, unit) in [
+        (super::agent::check as fn(&Facts) -> Group, "cgtproxy-agent"),
+        (super::relay::check, "cgtproxy-relay.service"),
+    ] {
+        let restart = format!("systemctl --user restart {unit}");
+        assert_eq!(
+            only(&facts, check).commands,
+            ["systemctl --user daemon-reload", &restart]
+        );
+    }
+    // A package has told the system's.
+    facts.scope = Scope::System;
+    let commands = only(&facts, super::agent::check).commands;
+    assert_eq!(commands, ["systemctl restart cgtproxy-agent-system"]);
+}
+
 #[test]
 fn what_the_helper_refuses_is_no_mistake_in_the_file() {
     let mut facts = fine();
