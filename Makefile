@@ -143,7 +143,7 @@ ifeq ($(DESTDIR),)
 			wait; \
 		}; \
 		systemctl disable --now cgtproxy-agent-system.service cgtproxy-helper.socket cgtproxy-helper.service || :; \
-		systemctl --global disable cgtproxy-agent.service || :; \
+		systemctl --global disable cgtproxy-agent.service cgtproxy-relay.socket || :; \
 	fi
 endif
 	packaging/install uninstall

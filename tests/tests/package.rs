@@ -255,7 +255,10 @@ fn the_package_for_arch_takes_over_from_the_original_and_restarts_under_its_own_
         std::fs::remove_dir("/run/systemd/system").unwrap();
         let only_disabled = "systemctl disable cgtproxy.service\n";
         assert_eq!(said(&["pre_upgrade", "0.4.0-1", "0.3.3-1"]), only_disabled);
-        assert!(!said(&["pre_remove", "0.4.0-1"]).contains("--now"));
+        let removed = said(&["pre_remove", "0.4.0-1"]);
+        assert!(!removed.contains("--now"), "{removed}");
+        let all_users = "systemctl --global disable cgtproxy-agent.service cgtproxy-relay.socket\n";
+        assert!(removed.contains(all_users), "{removed}");
         std::fs::create_dir("/run/systemd/system").unwrap();
         assert_eq!(
             said(&["post_upgrade", "0.4.1-1", "0.4.0-1"]),
@@ -644,6 +647,8 @@ fn the_rpm_package_installs_works_and_leaves_nothing_when_removed() {
         system.run(&["rpm", "--install", "--nodeps", "/var/tmp/package"]);
         system.run(&["systemctl", "enable", "--now", SOCKET]);
         expect_working(sb, &system, alice);
+        let for_all = ["cgtproxy-agent.service", "cgtproxy-relay.socket"];
+        system.run(&[&["systemctl", "--global", "enable"], &for_all[..]].concat());
         system.run(&["rpm", "--erase", "cgtproxy"]);
         let agent = system.user_property(alice, AGENT, "ActiveState");
         assert_eq!(agent, "inactive");
