@@ -149,6 +149,7 @@ endif
 	packaging/install uninstall
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+	rmdir /run/cgtproxy 2>/dev/null || :
 endif
 
 # With BUILDDIR= on the command line, of programs and papers that are there.

@@ -311,12 +311,13 @@ fn installing_puts_directories_where_files_name_them() {
             &format!("DESTDIR={root}"),
             "PREFIX=/opt/x",
             "BINDIR=/opt/y/bin",
+            "LIBEXECDIR=/opt/x/lib/cgtproxy",
         ];
         cgtproxy_tests::package::make("install", &directories);
         let read = |path: &str| std::fs::read_to_string(format!("{root}{path}")).unwrap();
         let unit = read("/opt/x/lib/systemd/system/cgtproxy-helper.service");
         assert!(
-            unit.contains("\nExecStart=/opt/x/libexec/cgtproxy-helper\n"),
+            unit.contains("\nExecStart=/opt/x/lib/cgtproxy/cgtproxy-helper\n"),
             "{unit}"
         );
         let unit = read("/opt/x/lib/systemd/user/cgtproxy-agent.service");
@@ -328,6 +329,9 @@ fn installing_puts_directories_where_files_name_them() {
         assert!(functions.contains(" /opt/x/share/cgtproxy/"), "{functions}");
         cgtproxy_tests::package::make("uninstall", &directories);
         assert_eq!(files(&root), BTreeSet::new());
+        for own in ["lib/cgtproxy", "share/cgtproxy", "share/doc/cgtproxy"] {
+            assert!(!Path::new(&format!("{root}/opt/x/{own}")).exists(), "{own}");
+        }
     });
 }
 
