@@ -115,13 +115,15 @@ demo:
 	$(CARGO) build --workspace --locked
 	$(SUDO) $(TARGETDIR)/debug/cgtproxy-demo
 
-# Users' managers read the new units as well, without anybody waiting for them.
+# Users' managers read the new units as well, without anybody waiting for them. Restarted, the helper leaves what is in
+# the kernel to its successor.
 install:
 	packaging/install install
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
 		systemd-sysusers "$$(packaging/install list | grep '/cgtproxy\.conf$$')" && systemctl daemon-reload && \
-		{ systemctl kill --kill-whom=main --signal=SIGHUP 'user@*.service' || :; }; \
+		{ systemctl kill --kill-whom=main --signal=SIGHUP 'user@*.service' || :; } && \
+		systemctl try-restart cgtproxy-helper.service cgtproxy-agent-system.service; \
 	fi
 	if [ -d /run/systemd/system ] && systemctl is-active --quiet cgtproxy.service; then \
 		echo 'cgtproxy.service, the daemon of the original cgtproxy, is running, and cgtproxy-helper would replace its'; \

@@ -335,6 +335,57 @@ fn installing_puts_directories_where_files_name_them() {
     });
 }
 
+/// In place of systemctl and systemd-sysusers, which says what it is asked. The original's daemon runs.
+const SAYS: &str = r#"#!/bin/sh
+[ "$1" = list-units ] || echo "${0##*/} $*" >>/run/said
+"#;
+
+/// As the scripts of packages do.
+#[test]
+fn installing_from_source_tells_managers_of_it_and_restarts_what_runs() {
+    sandbox(|_| {
+        run(Command::new("mount").args(["-t", "tmpfs", "tmpfs", "/usr/local"]));
+        for directory in ["/run/tools", "/run/systemd/system", "/run/cgtproxy"] {
+            std::fs::create_dir_all(directory).unwrap();
+        }
+        for name in ["systemctl", "systemd-sysusers"] {
+            write_tool(name, SAYS);
+        }
+        let path = ["PATH=/run/tools:/usr/bin:/bin"];
+        let said = || {
+            let said = std::fs::read_to_string("/run/said").unwrap();
+            std::fs::remove_file("/run/said").unwrap();
+            said
+        };
+        let told = cgtproxy_tests::package::make("install", &path);
+        assert_eq!(
+            said(),
+            "systemd-sysusers /usr/local/lib/sysusers.d/cgtproxy.conf\n\
+             systemctl daemon-reload\n\
+             systemctl kill --kill-whom=main --signal=SIGHUP user@*.service\n\
+             systemctl try-restart cgtproxy-helper.service cgtproxy-agent-system.service\n\
+             systemctl is-active --quiet cgtproxy.service\n"
+        );
+        assert!(told.contains("cgtproxy.service, the daemon"), "{told}");
+        let document = "/usr/local/share/doc/cgtproxy/docs/moving.md";
+        assert!(told.contains(document), "{told}");
+        assert!(Path::new(document).exists());
+
+        cgtproxy_tests::package::make("uninstall", &path);
+        let said = said();
+        let all_users = "systemctl --global disable cgtproxy-agent.service cgtproxy-relay.socket\n";
+        assert!(said.contains(all_users), "{said}");
+        assert_eq!(files("/usr/local"), BTreeSet::new());
+        for own in [
+            "/run/cgtproxy",
+            "/usr/local/share/doc/cgtproxy",
+            "/usr/local/share/cgtproxy",
+        ] {
+            assert!(!Path::new(own).exists(), "{own}");
+        }
+    });
+}
+
 /// Puts a script into /run/tools.
 fn write_tool(name: &str, script: &str) {
     let path = Path::new("/run/tools").join(name);
@@ -426,22 +477,16 @@ fn uninstalling_removes_everything_whatever_systemctl_says() {
         run(Command::new("mount").args(["-t", "tmpfs", "tmpfs", "/opt"]));
         cgtproxy_tests::package::make("install", &["PREFIX=/opt/x", "DESTDIR=/"]);
         assert!(!files("/opt").is_empty());
-        let tools = Path::new("/run/tools");
-        std::fs::create_dir_all(tools).unwrap();
+        std::fs::create_dir_all("/run/tools").unwrap();
         std::fs::create_dir_all("/run/systemd/system").unwrap();
-        let systemctl = tools.join("systemctl");
-        std::fs::write(
-            &systemctl,
-            "#!/bin/sh\n[ $1 = cat ] || [ $1 = list-units ]\n",
-        )
-        .unwrap();
-        std::fs::set_permissions(&systemctl, Permissions::from_mode(0o755)).unwrap();
-        let path = format!("PATH={}:/usr/bin:/bin", tools.display());
+        let refuses = "#!/bin/sh\n[ $1 = cat ] || [ $1 = list-units ]\n";
+        write_tool("systemctl", refuses);
+        let path = "PATH=/run/tools:/usr/bin:/bin";
         let makefile = workspace().join("Makefile");
         Command::new("make")
             .args(["-s", "-f"])
             .arg(makefile)
-            .args(["uninstall", "PREFIX=/opt/x", &path])
+            .args(["uninstall", "PREFIX=/opt/x", path])
             .current_dir(workspace())
             .output()
             .unwrap();
