@@ -132,7 +132,8 @@ ifeq ($(DESTDIR),)
 endif
 
 # Users' agents are stopped first, which would start the helper again. A user decides how long their manager takes: all
-# are asked at once and have 15 seconds. Stopping the helper's socket also removes what it has in the kernel.
+# are asked at once and have 15 seconds. What asks runs as the user, and may outlive that: it gets no file of ours.
+# Stopping the helper's socket also removes what it has in the kernel.
 uninstall:
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ] && systemctl cat cgtproxy-helper.socket >/dev/null 2>&1; then \
@@ -140,7 +141,7 @@ ifeq ($(DESTDIR),)
 			sed -n 's/^user@\([0-9]*\)\.service .*/\1/p' | { \
 			while read -r uid; do \
 				timeout 15 systemctl --user --machine="$$uid@" stop \
-					cgtproxy-agent.service cgtproxy-relay.socket cgtproxy-relay.service </dev/null & \
+					cgtproxy-agent.service cgtproxy-relay.socket cgtproxy-relay.service </dev/null >/dev/null 2>&1 & \
 			done; \
 			wait; \
 		}; \
