@@ -141,6 +141,8 @@ pub enum Afterwards {
     Hold,
     /// Says it again and again, and reads nothing.
     Repeat,
+    /// Hears the other side out, and says on the standard output how much that was and how it ended.
+    Hear,
 }
 
 /// What the harness asks of a test application. Flows are named by numbers the harness chooses.
@@ -199,6 +201,11 @@ pub enum AppOrder {
     },
     /// Give a TCP connection up: whoever is at the other end gets a reset.
     Reset {
+        /// The flow.
+        flow: u32,
+    },
+    /// Hear the other end of a TCP connection out: `Closed` if it ends in order, and the error otherwise.
+    HearEnd {
         /// The flow.
         flow: u32,
     },

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use cgtproxy_tests::relayed::{Relayed, config};
 use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, Program, Sandbox, sandbox};
+use cgtproxy_tests::wait::wait_until;
+use cgtproxy_tests::wire::{Afterwards, Speech};
 
 /// Through proxies at each of the internet's addresses, to destinations of both families.
 fn through(scheme: &str, start: impl Fn(&Sandbox, SocketAddr) -> Program) {
@@ -55,5 +57,54 @@ fn who_has_ended_hears_an_answer_however_late() {
                 scope.spawn(move || app.bulk(SocketAddr::new(to.ip(), 7777), 1));
             }
         });
+    });
+}
+
+/// What a SOCKS5 server says that does whatever it is asked for, and the beginning of an answer.
+const ANSWER: &[u8] = b"\x05\x00\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00the first half";
+
+/// What it hears: that greeting, the request for an address of IPv4, and a line.
+const HEARD: &str = "heard 32 bytes";
+
+/// What is ended here ends in the middle, for either side.
+fn broken_off(ended_by: impl Fn(&mut Relayed)) {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let speech = Speech {
+            say: ANSWER.to_vec(),
+            then: Afterwards::Hear,
+        };
+        let server = sb.speaker(SocketAddr::new(INTERNET_V4, 1080), &speech);
+        let mut bed = Relayed::through(sb, "socks5://192.0.2.2:1080");
+        let [to, _] = sb.destinations();
+        let connection = bed.app.open_tcp(to).expect("the relay is there");
+        connection.say("the first half too");
+        let heard = |how: &str| {
+            let line = format!("{HEARD}{how}\n");
+            wait_until(&line, || server.log().contains(&line));
+        };
+        heard("");
+        ended_by(&mut bed);
+        assert!(connection.ends_by_reset());
+        heard(" and then: connection reset");
+        sb.assert_nothing_left_for(to.ip());
+    });
+}
+
+#[test]
+fn a_relay_that_stops_ends_nothing_in_order() {
+    broken_off(|bed| assert!(bed.relay.stop().success()));
+}
+
+#[test]
+fn a_relay_that_is_killed_ends_nothing_in_order() {
+    broken_off(|bed| bed.relay.kill());
+}
+
+#[test]
+fn a_proxy_that_is_not_configured_any_more_ends_nothing_in_order() {
+    broken_off(|bed| {
+        let other = config("upstream: 'socks5://192.0.2.2:1081'").replace("own", "other");
+        bed.agent.write_config(&other);
     });
 }

@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::net::sockopt;
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout};
@@ -88,20 +89,18 @@ async fn serve(
 ) {
     let _open = Counted::new(&entry.open);
     entry.count();
-    let carried = tokio::select! {
-        carried = carry(&mut client, at, &entry) => carried,
-        () = entry.gone.cancelled() => false,
-    };
-    if !carried {
-        reset(&client);
+    // Whatever ends it.
+    reset(&client);
+    tokio::select! {
+        () = carry(&mut client, at, &entry) => {}
+        () = entry.gone.cancelled() => {}
     }
 }
 
-/// Returns whether both sides ended the connection in order.
-async fn carry(client: &mut TcpStream, at: SocketAddr, entry: &Entry) -> bool {
+async fn carry(client: &mut TcpStream, at: SocketAddr, entry: &Entry) {
     let target = original(client, at).and_then(|original| entry.target(original));
     let Some(target) = target else {
-        return false;
+        return;
     };
     let upstream = entry.upstream();
     let began = Instant::now();
@@ -120,7 +119,7 @@ async fn carry(client: &mut TcpStream, at: SocketAddr, entry: &Entry) -> bool {
         connected = connecting => connected,
         () = copy::broken(client) => {
             tracing::trace!("who wanted a connection to {target} gave up");
-            return false;
+            return;
         }
     };
     let (mut server, early) = match connected {
@@ -135,23 +134,25 @@ async fn carry(client: &mut TcpStream, at: SocketAddr, entry: &Entry) -> bool {
                 "no connection to {target} through '{}': {error}",
                 upstream.name
             );
-            return false;
+            return;
         }
     };
-    let carried = async {
-        if !early.is_empty() {
-            tokio::io::AsyncWriteExt::write_all(client, &early).await?;
-        }
-        copy::carry(client, &mut server).await
-    };
-    let carried = carried.await;
-    if let Err(error) = &carried {
+    if let Err(error) = carry_on(client, &mut server, &early).await {
         tracing::trace!("the connection to {target} broke: {error}");
-        if let Stream::Tcp(server) = &server {
-            reset(server);
-        }
     }
-    carried.is_ok()
+}
+
+/// Carries bytes both ways until both sides have ended in order. Whatever else ends that is a reset for both, be it the
+/// end of this process: half of an answer is not to look like all of it.
+async fn carry_on(client: &mut TcpStream, server: &mut Stream, early: &[u8]) -> io::Result<()> {
+    reset(client);
+    reset(server.tcp());
+    client.write_all(early).await?;
+    copy::carry(client, server).await?;
+    // What they have not taken yet, the kernel still sends.
+    sockopt::set_socket_linger(&*client, None)?;
+    sockopt::set_socket_linger(server.tcp(), None)?;
+    Ok(())
 }
 
 /// Where the application wanted to go that has come to a listener at this address; none if nobody sent the connection
@@ -186,9 +187,138 @@ pub(crate) fn set_listener_options(listener: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the end of a connection a reset.
+/// Makes the end of a connection a reset, but not what shutdown(2) says before that.
 pub(crate) fn reset(stream: &TcpStream) {
     if let Err(error) = stream.set_zero_linger() {
         tracing::debug!("can't reset a connection: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+    use std::sync::Arc;
+    use tokio::io::AsyncReadExt;
+    use tokio_rustls::rustls::crypto::ring;
+    use tokio_rustls::rustls::pki_types::pem::PemObject;
+    use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+    use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (ours, theirs) = tokio::join!(TcpStream::connect(address), listener.accept());
+        (ours.unwrap(), theirs.unwrap().0)
+    }
+
+    /// Both ends of TLS for `localhost`.
+    fn tls() -> (TlsConnector, TlsAcceptor) {
+        let made = Command::new("openssl")
+            .args("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2".split(' '))
+            .args("-subj /CN=localhost -addext subjectAltName=DNS:localhost".split(' '))
+            .args("-addext basicConstraints=critical,CA:FALSE -keyout - -out -".split(' '))
+            .output()
+            .unwrap();
+        let certificate = CertificateDer::from_pem_slice(&made.stdout).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(&made.stdout).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate.clone()).unwrap();
+        let provider = Arc::new(ring::default_provider());
+        let client = ClientConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let server = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .unwrap();
+        (Arc::new(client).into(), Arc::new(server).into())
+    }
+
+    /// A connection to a server, and what the server's end of it goes over.
+    async fn connect(tls: Option<&(TlsConnector, TlsAcceptor)>) -> (Stream, TcpStream) {
+        let (ours, theirs) = pair().await;
+        let Some((connector, acceptor)) = tls else {
+            return (Stream::Tcp(ours), theirs);
+        };
+        let name = "localhost".try_into().unwrap();
+        let (ours, theirs) = tokio::join!(connector.connect(name, ours), acceptor.accept(theirs));
+        (
+            Stream::Tls(Box::new(ours.unwrap())),
+            theirs.unwrap().into_inner().0,
+        )
+    }
+
+    /// How a connection ends, whatever is said before.
+    async fn end(stream: &TcpStream) -> io::Result<()> {
+        loop {
+            stream.readable().await?;
+            match stream.try_read(&mut [0; 1024]) {
+                Ok(0) => return Ok(()),
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                _ => {}
+            }
+        }
+    }
+
+    async fn assert_reset(stream: &TcpStream) {
+        let error = end(stream).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn what_is_broken_off_is_reset_for_both() {
+        let tls = tls();
+        for tls in [None, Some(&tls)] {
+            for by_application in [true, false] {
+                let (mut client, mut ours) = pair().await;
+                let (mut server, theirs) = connect(tls).await;
+                client.write_all(b"the first half").await.unwrap();
+                let carried = carry_on(&mut ours, &mut server, b"early");
+                if by_application {
+                    let give_up = async {
+                        theirs.readable().await.unwrap();
+                        client.set_zero_linger().unwrap();
+                        drop(client);
+                    };
+                    tokio::join!(carried, give_up).0.unwrap_err();
+                    drop((ours, server));
+                } else {
+                    // As when the relay ends.
+                    tokio::select! {
+                        biased;
+                        carried = carried => unreachable!("{carried:?}"),
+                        readable = theirs.readable() => readable.unwrap(),
+                    }
+                    drop((ours, server));
+                    assert_reset(&client).await;
+                }
+                assert_reset(&theirs).await;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_ended_in_order_arrives_after_it_is_closed() {
+        let (mut client, mut ours) = pair().await;
+        let (mut server, mut theirs) = connect(None).await;
+        // More than either side has read when both have ended, and less than what the sockets hold.
+        let said = vec![b'x'; 60_000];
+        for stream in [&mut client, &mut theirs] {
+            stream.write_all(&said).await.unwrap();
+            stream.shutdown().await.unwrap();
+        }
+        carry_on(&mut ours, &mut server, b"").await.unwrap();
+        drop((ours, server));
+        for mut stream in [client, theirs] {
+            let mut heard = Vec::new();
+            stream.read_to_end(&mut heard).await.unwrap();
+            assert!(heard == said);
+        }
     }
 }

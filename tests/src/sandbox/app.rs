@@ -475,6 +475,32 @@ impl Connection {
         assert!(matches!(report, AppReport::Done), "{report:?}");
     }
 
+    /// Sends a line to whom it need not mean anything.
+    ///
+    /// # Panics
+    /// When the application can't.
+    #[track_caller]
+    pub fn say(&self, line: &str) {
+        let report = self.order(&AppOrder::Send {
+            flow: self.number,
+            token: line.to_owned(),
+        });
+        assert!(matches!(report, AppReport::Done), "{report:?}");
+    }
+
+    /// Hears the other end of a TCP connection out, and tells whether it has ended by a reset.
+    ///
+    /// # Panics
+    /// When that fails otherwise.
+    #[track_caller]
+    pub fn ends_by_reset(&self) -> bool {
+        match self.order(&AppOrder::HearEnd { flow: self.number }) {
+            AppReport::Closed => false,
+            AppReport::Failed { errno } if errno == Errno::ECONNRESET as i32 => true,
+            other => panic!("the end of a connection: {other:?}"),
+        }
+    }
+
     /// Waits for an answer; without one, finds out where the question has gone.
     fn conclude(&self, before: u64, token: Option<&str>) -> Result<AppReport, Outcome> {
         let mut report = self.step(PATIENCE_MS);

@@ -89,6 +89,7 @@ impl App {
                     flow.reset()?;
                 }
             }
+            AppOrder::HearEnd { flow } => return self.flow(flow).hear_end(),
             AppOrder::Raw { protocol, to } => raw::send(protocol, to)?,
             AppOrder::Mark { mark } => self.mark = mark,
             AppOrder::Inject { mark, to, token } => raw::inject(mark, to, &token)?,

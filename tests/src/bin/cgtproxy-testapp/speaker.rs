@@ -1,6 +1,6 @@
 //! Servers that do not care what they are asked.
 
-use std::io::{Result, Write};
+use std::io::{Read, Result, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
@@ -22,9 +22,25 @@ pub(crate) fn serve(address: &str, speech: &Speech) {
         }
         // It is short, and the client's window is large enough. It may be gone already.
         let _ = (&client).write_all(&speech.say);
-        if speech.then == Afterwards::Hold {
-            held.push(client);
+        match speech.then {
+            Afterwards::Hold => held.push(client),
+            // It ends when the client does.
+            Afterwards::Hear => drop(thread::spawn(move || hear(client))),
+            Afterwards::Close | Afterwards::Repeat => {}
         }
+    }
+}
+
+fn hear(mut client: TcpStream) {
+    let mut buffer = vec![0; 1 << 16];
+    let mut count = 0;
+    loop {
+        match client.read(&mut buffer) {
+            Ok(0) => return println!("heard {count} bytes and the end"),
+            Ok(length) => count += length,
+            Err(error) => return println!("heard {count} bytes and then: {}", error.kind()),
+        }
+        println!("heard {count} bytes");
     }
 }
 

@@ -102,6 +102,16 @@ impl Flow {
         }
     }
 
+    /// Reads until the other end of a TCP connection is through.
+    pub(crate) fn hear_end(&mut self) -> Result<AppReport> {
+        let Self::Tcp(stream) = self else {
+            return Err(ErrorKind::Unsupported.into());
+        };
+        stream.socket.set_nonblocking(false)?;
+        std::io::copy(&mut &stream.socket, &mut std::io::sink())?;
+        Ok(AppReport::Closed)
+    }
+
     /// Waits for what happens next.
     pub(crate) fn step(&mut self, patience: Duration) -> Result<AppReport> {
         match self {
