@@ -11,6 +11,7 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::time::Duration;
 
 use rustix::net::Shutdown;
@@ -122,9 +123,8 @@ enum Step {
 pub(crate) async fn carry(client: &mut TcpStream, server: &mut Stream) -> io::Result<()> {
     match server {
         Stream::Tcp(server) => {
-            let both = async { tokio::try_join!(one_way(client, server), one_way(server, client)) };
             tokio::select! {
-                carried = both => carried.map(drop),
+                carried = both_ways(client, server) => carried,
                 error = given_up(client) => Err(error),
             }
         }
@@ -158,10 +158,49 @@ async fn given_up(client: &TcpStream) -> io::Error {
     io::ErrorKind::ConnectionReset.into()
 }
 
-async fn one_way(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
+async fn both_ways(client: &TcpStream, server: &TcpStream) -> io::Result<()> {
+    let (mut up, mut down) = (pin!(one_way(client, server)), pin!(one_way(server, client)));
+    let (first, other) = tokio::select! {
+        first = &mut up => ((first, server), (down, client)),
+        first = &mut down => ((first, client), (up, server)),
+    };
+    let ((ended, to), (other, other_to)) = (first, other);
+    match ended {
+        Ok(()) => end(to)?,
+        Err(Broken::From(error)) => return Err(error),
+        // It takes nothing more, but may have said something before, as a server does that refuses what an application
+        // is sending. Where that ends says nothing, so nobody is told that it is the end. On the heap, as above.
+        Err(Broken::To(error)) => {
+            let _ = Box::pin(tokio::time::timeout(LAST_WORDS, other)).await;
+            return Err(error);
+        }
+    }
+    match other.await {
+        Ok(()) => end(other_to),
+        Err(Broken::From(error) | Broken::To(error)) => Err(error),
+    }
+}
+
+/// Which end of a direction has broken.
+enum Broken {
+    From(io::Error),
+    To(io::Error),
+}
+
+/// Says that there will be nothing more.
+fn end(to: &TcpStream) -> io::Result<()> {
+    match rustix::net::shutdown(to, Shutdown::Write) {
+        // It is gone altogether, which its own direction finds out.
+        Err(rustix::io::Errno::NOTCONN) => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+/// Carries what comes until there will be nothing more.
+async fn one_way(from: &TcpStream, to: &TcpStream) -> Result<(), Broken> {
     let mut bulk = false;
     loop {
-        from.readable().await?;
+        from.readable().await.map_err(Broken::From)?;
         let pipe = if bulk { Pipe::take() } else { None };
         let step = match pipe {
             Some(pipe) => step_by_pipe(pipe, from, to)?,
@@ -173,20 +212,16 @@ async fn one_way(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
                 consume_budget().await;
             }
             Step::Nothing => {}
-            Step::End => {
-                return match rustix::net::shutdown(to, Shutdown::Write) {
-                    // It is gone altogether, which its own direction finds out.
-                    Err(rustix::io::Errno::NOTCONN) => Ok(()),
-                    result => Ok(result?),
-                };
+            Step::End => return Ok(()),
+            Step::Left(bytes) => finish(to, &bytes).await.map_err(Broken::To)?,
+            Step::LeftInPipe(pipe, left) => {
+                finish_pipe(to, pipe, left).await.map_err(Broken::To)?;
             }
-            Step::Left(bytes) => finish(to, &bytes).await?,
-            Step::LeftInPipe(pipe, left) => finish_pipe(to, pipe, left).await?,
         }
     }
 }
 
-fn step(from: &TcpStream, to: &TcpStream) -> io::Result<Step> {
+fn step(from: &TcpStream, to: &TcpStream) -> Result<Step, Broken> {
     SHARED.with_borrow_mut(|buffer| {
         let read = match from.try_read(buffer) {
             Ok(0) => return Ok(Step::End),
@@ -197,12 +232,12 @@ fn step(from: &TcpStream, to: &TcpStream) -> io::Result<Step> {
                 buffer.get(..read).unwrap_or_default()
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Step::Nothing),
-            Err(error) => return Err(error),
+            Err(error) => return Err(Broken::From(error)),
         };
         let written = match to.try_write(read) {
             Ok(written) => written,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(error) => return Err(error),
+            Err(error) => return Err(Broken::To(error)),
         };
         Ok(match read.get(written..) {
             None | Some([]) => Step::Passed(written),
@@ -218,7 +253,7 @@ fn forget_readable(from: &TcpStream) {
     let _ = from.try_io(Interest::READABLE, nothing);
 }
 
-fn step_by_pipe(pipe: Pipe, from: &TcpStream, to: &TcpStream) -> io::Result<Step> {
+fn step_by_pipe(pipe: Pipe, from: &TcpStream, to: &TcpStream) -> Result<Step, Broken> {
     let length = match pipe.fill(from) {
         Ok(0) => {
             pipe.put_back();
@@ -229,12 +264,12 @@ fn step_by_pipe(pipe: Pipe, from: &TcpStream, to: &TcpStream) -> io::Result<Step
             pipe.put_back();
             return Ok(Step::Nothing);
         }
-        Err(error) => return Err(error),
+        Err(error) => return Err(Broken::From(error)),
     };
     let drained = match pipe.drain(to, length) {
         Ok(drained) => drained,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-        Err(error) => return Err(error),
+        Err(error) => return Err(Broken::To(error)),
     };
     match length.saturating_sub(drained) {
         0 => {
@@ -323,6 +358,51 @@ mod tests {
         assert!(at_application == down);
         // No direction keeps a pipe when nothing is left in it, and more than a few are not kept at all.
         assert!(SPARE.with_borrow(|pipes| !pipes.is_empty() && pipes.len() <= SPARE_PIPES));
+    }
+
+    /// Waits until its peer has broken it off, and everything that was said before is there.
+    async fn until_broken(stream: &TcpStream) {
+        stream.ready(Interest::ERROR).await.unwrap();
+        stream.readable().await.unwrap();
+    }
+
+    /// What there is to be heard before a reset.
+    async fn heard(mut stream: TcpStream) -> Vec<u8> {
+        let mut heard = Vec::new();
+        let error = stream.read_to_end(&mut heard).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        heard
+    }
+
+    #[tokio::test]
+    async fn who_goes_on_talking_hears_what_was_said_before_the_other_side_broke_off() {
+        for client_breaks_off in [false, true] {
+            let (client, mut ours) = pair().await;
+            let (server, theirs) = pair().await;
+            let (mut breaks_off, broken, talks, listens) = match client_breaks_off {
+                true => (client, &ours, theirs, &server),
+                false => (theirs, &server, client, &ours),
+            };
+            // What is unread when it closes makes a reset of that.
+            broken.try_write(b"unread").unwrap();
+            breaks_off.readable().await.unwrap();
+            breaks_off.write_all(b"enough").await.unwrap();
+            drop(breaks_off);
+            until_broken(broken).await;
+            talks.try_write(b"more").unwrap();
+            listens.readable().await.unwrap();
+
+            let mut stream = Stream::Tcp(server);
+            let error = carry(&mut ours, &mut stream).await.unwrap_err();
+            assert!(crate::upstream::has_ended(&error), "{error}");
+            let Stream::Tcp(server) = stream else {
+                unreachable!("it is the same");
+            };
+            for stream in [ours, server] {
+                stream.set_zero_linger().unwrap();
+            }
+            assert_eq!(heard(talks).await, b"enough");
+        }
     }
 
     /// Time stands still but for who waits for it.
