@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::time::Duration;
 
+use rustix::io::ioctl_fionread;
 use rustix::net::Shutdown;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use tokio::io::Interest;
@@ -80,10 +81,9 @@ impl Pipe {
         });
     }
 
+    /// Leaves it to the caller to [`forget_readable`] if there is nothing.
     fn fill(&self, from: &TcpStream) -> io::Result<usize> {
-        from.try_io(Interest::READABLE, || {
-            Ok(splice(from, None, &self.write, None, PIPE, FLAGS)?)
-        })
+        Ok(splice(from, None, &self.write, None, PIPE, FLAGS)?)
     }
 
     fn drain(&self, to: &TcpStream, length: usize) -> io::Result<usize> {
@@ -107,6 +107,8 @@ enum Step {
     Passed(usize),
     /// There was nothing.
     Nothing,
+    /// There was nothing that goes through a pipe.
+    NothingForPipe,
     /// There will be nothing more.
     End,
     /// This is left, which the other side has not taken.
@@ -212,6 +214,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream) -> Result<(), Broken> {
                 consume_budget().await;
             }
             Step::Nothing => {}
+            Step::NothingForPipe => bulk = false,
             Step::End => return Ok(()),
             Step::Left(bytes) => finish(to, &bytes).await.map_err(Broken::To)?,
             Step::LeftInPipe(pipe, left) => {
@@ -226,7 +229,7 @@ fn step(from: &TcpStream, to: &TcpStream) -> Result<Step, Broken> {
         let read = match from.try_read(buffer) {
             Ok(0) => return Ok(Step::End),
             Ok(read) => {
-                if read < BUFFER {
+                if read < BUFFER && !is_more(from) {
                     forget_readable(from);
                 }
                 buffer.get(..read).unwrap_or_default()
@@ -253,18 +256,27 @@ fn forget_readable(from: &TcpStream) {
     let _ = from.try_io(Interest::READABLE, nothing);
 }
 
+/// Whether there is more to be read. What reads stops before urgent data (tcp(7)), with more behind; and splice(2) finds
+/// nothing there, or an end, however often it looks.
+fn is_more(from: &TcpStream) -> bool {
+    ioctl_fionread(from).is_ok_and(|bytes| bytes > 0)
+}
+
 fn step_by_pipe(pipe: Pipe, from: &TcpStream, to: &TcpStream) -> Result<Step, Broken> {
     let length = match pipe.fill(from) {
-        Ok(0) => {
+        Ok(length) if length > 0 => length,
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(Broken::From(error)),
+        nothing => {
             pipe.put_back();
-            return Ok(Step::End);
+            return Ok(if is_more(from) {
+                Step::NothingForPipe
+            } else if nothing.is_ok() {
+                Step::End
+            } else {
+                forget_readable(from);
+                Step::Nothing
+            });
         }
-        Ok(length) => length,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            pipe.put_back();
-            return Ok(Step::Nothing);
-        }
-        Err(error) => return Err(Broken::From(error)),
     };
     let drained = match pipe.drain(to, length) {
         Ok(drained) => drained,
@@ -308,11 +320,14 @@ async fn finish(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::net::{SendFlags, send};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
+    /// The ends of a connection; the second one has the options that the relay's own have.
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        crate::tcp::set_options(&listener).unwrap();
         let address = listener.local_addr().unwrap();
         let (ours, theirs) = tokio::join!(TcpStream::connect(address), listener.accept());
         (ours.unwrap(), theirs.unwrap().0)
@@ -402,6 +417,48 @@ mod tests {
                 stream.set_zero_linger().unwrap();
             }
             assert_eq!(heard(talks).await, b"enough");
+        }
+    }
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn urgent_data_is_carried_like_the_rest() {
+        for before in [3, BUFFER, 2 * BUFFER] {
+            for ends in [false, true] {
+                let (client, mut ours) = pair().await;
+                let (server, mut theirs) = pair().await;
+                let said = [&vec![b'x'; before], &b"!ABOR\r\n"[..]].concat();
+                let (first, rest) = said.split_at(before);
+                let (urgent, last) = rest.split_at(1);
+                let none = SendFlags::empty();
+                for (piece, flags) in [(first, none), (urgent, SendFlags::OOB), (last, none)] {
+                    assert_eq!(send(&client, piece, flags).unwrap(), piece.len());
+                }
+                if ends {
+                    rustix::net::shutdown(&client, Shutdown::Write).unwrap();
+                }
+                while ioctl_fionread(&ours).unwrap() < said.len() as u64 {
+                    tokio::task::yield_now().await;
+                }
+                let mut stream = Stream::Tcp(server);
+                let carried = carry(&mut ours, &mut stream);
+                let hear = async {
+                    let mut heard = vec![0; said.len()];
+                    theirs.read_exact(&mut heard).await.unwrap();
+                    if ends {
+                        assert_eq!(theirs.read(&mut [0]).await.unwrap(), 0);
+                    }
+                    heard
+                };
+                let heard = async {
+                    tokio::select! {
+                        heard = hear => heard,
+                        carried = carried => unreachable!("{carried:?}"),
+                    }
+                };
+                let heard = tokio::time::timeout(Duration::from_secs(60), heard).await;
+                assert!(heard.expect("all of it arrives") == said);
+            }
         }
     }
 

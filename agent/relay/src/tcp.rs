@@ -169,6 +169,7 @@ pub(crate) fn original(client: &TcpStream, at: SocketAddr) -> Option<SocketAddr>
 /// listener with these options has them too.
 pub(crate) fn set_options(socket: impl AsFd) -> io::Result<()> {
     sockopt::set_tcp_nodelay(&socket, true)?;
+    sockopt::set_socket_oobinline(&socket, true)?;
     sockopt::set_socket_keepalive(&socket, true)?;
     sockopt::set_tcp_keepidle(&socket, KEEPALIVE)?;
     Ok(())
