@@ -2,7 +2,7 @@
 
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
@@ -106,5 +106,24 @@ fn a_proxy_that_is_not_configured_any_more_ends_nothing_in_order() {
     broken_off(|bed| {
         let other = config("upstream: 'socks5://192.0.2.2:1081'").replace("own", "other");
         bed.agent.write_config(&other);
+    });
+}
+
+#[test]
+fn a_relay_that_looks_up_a_name_in_vain_stops_at_once() {
+    sandbox(|sb| {
+        // Longer than a test waits for a program to end.
+        let files = "echo 'nameserver 127.0.0.1\noptions timeout:30 attempts:5' > /run/resolv.conf
+             echo 'hosts: files dns' > /run/nsswitch.conf
+             mount --bind /run/resolv.conf \"$(readlink -f /etc/resolv.conf)\"
+             mount --bind /run/nsswitch.conf /etc/nsswitch.conf";
+        sb.run(&["sh", "-euc", files]);
+        let server = UdpSocket::bind("127.0.0.1:53").expect("the network is ours");
+        let _helper = sb.helper().start();
+        let mut bed = Relayed::through(sb, "socks5://proxy.example:1080");
+        let [to, _] = sb.destinations();
+        let _waits = bed.app.open_tcp(to).expect("the relay is there");
+        server.recv(&mut [0; 512]).expect("a query");
+        assert!(bed.relay.stop().success());
     });
 }

@@ -60,7 +60,10 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         .max_blocking_threads(LOOKUPS)
         .build()
         .map_err(Error::Start)?;
-    LocalSet::new().block_on(&runtime, serve(arguments, handed_over))
+    let served = LocalSet::new().block_on(&runtime, serve(arguments, handed_over));
+    // Nobody waits for names that are being looked up.
+    runtime.shutdown_background();
+    served
 }
 
 async fn serve(arguments: &Arguments, handed_over: Option<UnixListener>) -> Result<(), Error> {
