@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, lookup_host};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::client::TlsStream;
@@ -65,6 +66,7 @@ pub struct Upstream {
     pub port: u16,
     /// Who to say that one is.
     pub credentials: Option<Credentials>,
+    look_up: LookUp,
     tls: RefCell<Option<Tls>>,
     spares: Spares,
 }
@@ -121,6 +123,7 @@ impl Upstream {
             host,
             port,
             credentials,
+            look_up: LookUp::default(),
             tls: RefCell::default(),
             spares: Spares::default(),
         }
@@ -249,7 +252,12 @@ impl Upstream {
     }
 
     async fn dial(&self) -> Result<Stream, Error> {
-        let stream = reach(lookup_host((self.host.as_str(), self.port))).await?;
+        let (host, port) = (self.host.clone(), self.port);
+        let addresses = self.look_up.find(async move {
+            let addresses = lookup_host((host, port)).await?;
+            Ok(addresses.collect())
+        });
+        let stream = reach(addresses).await?;
         set_options(&stream).map_err(down)?;
         if self.protocol != Protocol::Https {
             return Ok(Stream::Tcp(stream));
@@ -266,6 +274,38 @@ impl Upstream {
             Ok(stream) => Ok(Stream::Tls(Box::new(stream.map_err(down)?))),
             Err(_) => Err(Error::Down("it does not answer".into())),
         }
+    }
+}
+
+/// What a name's addresses are; none while that is being looked up.
+type Found = Option<Result<Vec<SocketAddr>, String>>;
+
+/// Looking up a name: once for all who wait for it. It can't be ended, and may take longer than anybody waits.
+#[derive(Debug, Default)]
+struct LookUp(RefCell<Option<watch::Receiver<Found>>>);
+
+impl LookUp {
+    /// What is being looked up already, or what this finds.
+    async fn find(
+        &self,
+        look: impl Future<Output = io::Result<Vec<SocketAddr>>> + Send + 'static,
+    ) -> io::Result<impl Iterator<Item = SocketAddr>> {
+        let going_on = self.0.borrow().clone();
+        let going_on =
+            going_on.filter(|found| found.borrow().is_none() && found.has_changed().is_ok());
+        let mut found = going_on.unwrap_or_else(|| {
+            let (tell, found) = watch::channel(None);
+            tokio::spawn(async move {
+                let found = look.await.map_err(|error| error.to_string());
+                // Nobody need be waiting any more.
+                let _ = tell.send(Some(found));
+            });
+            self.0.borrow_mut().insert(found).clone()
+        });
+        let found = found.wait_for(Option::is_some).await;
+        let found = found.ok().and_then(|found| found.clone());
+        let addresses = found.unwrap_or_else(|| Err("it can't be looked up".to_owned()));
+        Ok(addresses.map_err(io::Error::other)?.into_iter())
     }
 }
 
@@ -364,7 +404,10 @@ impl From<http::Error> for Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::io::AsyncWriteExt;
+    use tokio::sync::Notify;
     use tokio::time::Instant;
 
     /// Somebody who answers nobody, once there is a connection.
@@ -419,6 +462,45 @@ mod tests {
         let found = std::future::ready(Ok([silent].into_iter()));
         let error = reach(found).await.unwrap_err();
         assert_eq!(error.to_string(), "it does not answer");
+    }
+
+    #[tokio::test]
+    async fn a_name_is_looked_up_once_for_all_who_wait_for_it() {
+        let look_up = LookUp::default();
+        let counted = Arc::new(AtomicUsize::new(0));
+        let answer = Arc::new(Notify::new());
+        let find = || {
+            let (counted, answer) = (counted.clone(), answer.clone());
+            look_up.find(async move {
+                counted.fetch_add(1, Ordering::Relaxed);
+                answer.notified().await;
+                match counted.load(Ordering::Relaxed) {
+                    1 => Ok(vec!["192.0.2.1:1".parse().unwrap()]),
+                    _ => Err(io::Error::other("no such name")),
+                }
+            })
+        };
+        // Who gives up leaves it to the next one.
+        for _ in 0..100 {
+            assert!(timeout(Duration::ZERO, find()).await.is_err());
+        }
+        assert_eq!(counted.load(Ordering::Relaxed), 1);
+        let found = async {
+            let (a, b) = tokio::join!(find(), find());
+            (
+                a.map(Iterator::collect::<Vec<_>>),
+                b.map(Iterator::collect::<Vec<_>>),
+            )
+        };
+        let ((a, b), ()) = tokio::join!(found, async { answer.notify_one() });
+        assert_eq!(a.unwrap(), ["192.0.2.1:1".parse().unwrap()]);
+        assert_eq!(b.unwrap().len(), 1);
+        assert_eq!(counted.load(Ordering::Relaxed), 1);
+        // What was found then is not what there is now.
+        answer.notify_one();
+        let error = find().await.map(Iterator::collect::<Vec<_>>).unwrap_err();
+        assert_eq!(error.to_string(), "no such name");
+        assert_eq!(counted.load(Ordering::Relaxed), 2);
     }
 
     /// Time stands still but for who waits for it.
