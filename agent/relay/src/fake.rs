@@ -4,7 +4,7 @@
 //! names can't tell from the answers which ones were asked for before. What is in use stays for a day,
 //! over restarts of the relay too.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt::Write as _;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -115,6 +115,11 @@ pub struct Fakes {
     networks: Networks,
     numbers: HashMap<Rc<str>, u32>,
     entries: HashMap<u32, Entry>,
+    /// Numbers whose names have made room, the oldest first: whoever still has such an address is not to be sent to the
+    /// host of another name.
+    freed: VecDeque<u32>,
+    /// The same, to be found soon.
+    is_freed: HashSet<u32>,
     /// Where this is written down.
     file: Option<PathBuf>,
     /// The file was read, if there was one.
@@ -130,6 +135,8 @@ impl Fakes {
             networks: Networks::default(),
             numbers: HashMap::new(),
             entries: HashMap::new(),
+            freed: VecDeque::new(),
+            is_freed: HashSet::new(),
             file,
             loaded: false,
             changed: false,
@@ -142,6 +149,8 @@ impl Fakes {
             self.networks = networks;
             self.numbers.clear();
             self.entries.clear();
+            self.freed.clear();
+            self.is_freed.clear();
             self.changed = true;
         }
         if !std::mem::replace(&mut self.loaded, true)
@@ -170,14 +179,14 @@ impl Fakes {
             return Some(number);
         }
         let size = self.networks.size();
-        // Half of them stay free, so that a free one is found at random soon.
-        if self.entries.len() as u64 >= u64::from(NAMES.min(size / 2)) {
+        // Half of them stay free, and half of these were not freed lately, so that one is found at random soon.
+        if self.entries.len() >= self.most() {
             self.make_room();
         }
         let number = loop {
             // Neither the first nor the last: in IPv4 these are not for hosts.
             let number = random()? % (size - 2) + 1;
-            if !self.entries.contains_key(&number) {
+            if !self.entries.contains_key(&number) && !self.is_freed.contains(&number) {
                 break number;
             }
         };
@@ -225,17 +234,33 @@ impl Fakes {
         self.entries.insert(number, entry);
     }
 
+    /// How many names there may be.
+    fn most(&self) -> usize {
+        NAMES.min(self.networks.size() / 2) as usize
+    }
+
     /// Forgets the names that were not used for the longest time, an eighth of all.
     fn make_room(&mut self) {
         let mut times: Vec<u64> = self.entries.values().map(|entry| entry.used).collect();
         let eighth = times.len() / 8;
         let mut left = eighth + 1;
         let (_, &mut oldest, _) = times.select_nth_unstable(eighth);
-        self.entries.retain(|_, entry| {
+        let freed = &mut self.freed;
+        self.entries.retain(|number, entry| {
             let keep = entry.used > oldest || left == 0;
-            left -= usize::from(!keep);
+            if !keep {
+                left -= 1;
+                freed.push_back(*number);
+            }
             keep
         });
+        // With four addresses, there would be none left for the next name.
+        let most = match self.most() {
+            0..=2 => 0,
+            names => names / 2,
+        };
+        self.freed.drain(..self.freed.len().saturating_sub(most));
+        self.is_freed = self.freed.iter().copied().collect();
         let entries = &self.entries;
         self.numbers
             .retain(|_, number| entries.contains_key(number));
@@ -281,7 +306,7 @@ impl Fakes {
             return;
         }
         let size = self.networks.size();
-        for line in lines.take(NAMES.min(size / 2) as usize) {
+        for line in lines.take(self.most()) {
             let mut words = line.split(' ');
             let (Some(number), Some(used), Some(name), None) =
                 (words.next(), words.next(), words.next(), words.next())
@@ -439,6 +464,32 @@ mod tests {
         // An expired name is not written down.
         assert_eq!(fakes.text(1200 + EXPIRY).lines().count(), 1);
         assert!(fakes.text(1200).lines().count() > 20);
+    }
+
+    /// Whoever keeps an address for longer than it was told to is not sent to another host.
+    #[test]
+    #[cfg_attr(miri, ignore = "a minute, for what the others do as well")]
+    fn an_address_that_was_freed_stands_for_nothing_for_a_while() {
+        // Of the first, five are freed at a time.
+        for (prefix, last) in [(26, 15), (29, 2), (30, 0)] {
+            let mut fakes = Fakes::new(None);
+            let network = format!("10.0.0.0/{prefix}");
+            fakes.set_networks(Networks::parse(Some(&network), None).unwrap());
+            let (mut freed, mut known) = (Vec::new(), Vec::new());
+            for n in 0..1000 {
+                let number = fakes.number_at(&format!("host-{n}"), n).unwrap();
+                known.retain(|number| {
+                    let keep = fakes.entries.contains_key(number);
+                    if !keep {
+                        freed.push(*number);
+                    }
+                    keep
+                });
+                known.push(number);
+                let recent = freed.iter().rev().take(last);
+                assert!(!recent.copied().any(|f| f == number), "{prefix}: {number}");
+            }
+        }
     }
 
     proptest! {
