@@ -23,13 +23,13 @@ pub(crate) fn show(sb: &Sandbox, report: &mut Report) {
     let _agent = carol.agent(CONFIG).start();
     let browser = app(&carol, "browser");
 
-    println!("\ncarol runs no proxy at all. There is a SOCKS5 server on the internet:\n");
+    say!("\ncarol runs no proxy at all. There is a SOCKS5 server on the internet:\n");
     for line in CONFIG.lines() {
-        println!("    {line}");
+        say!("    {line}");
     }
-    println!();
+    say!();
     report.process("cgtproxy-relay", relay.pid(), "of the ordinary user carol");
-    println!();
+    say!();
     report.heading();
     let [v4, v6] = sb.destinations();
     let udp = |to| {
@@ -46,7 +46,7 @@ pub(crate) fn show(sb: &Sandbox, report: &mut Report) {
     ];
     report.row("carol's", "abroad", &cells);
 
-    println!("\n  abroad            the internet answered, and saw the SOCKS5 server ask\n");
+    say!("\n  abroad            the internet answered, and saw the SOCKS5 server ask\n");
     name(sb, report, &carol, &browser);
 
     server.kill();

@@ -11,9 +11,16 @@
     reason = "a demonstration that cannot go on is best ended with a panic, which shows the sandbox"
 )]
 
+/// Prints a line.
+macro_rules! say {
+    () => { $crate::print("") };
+    ($($line:tt)*) => { $crate::print(&format!($($line)*)) };
+}
+
 mod abroad;
 mod report;
 
+use std::io::{ErrorKind, Write, stdout};
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
@@ -36,6 +43,14 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     run_in_sandbox(demonstrate)
+}
+
+/// Prints a line. If whoever reads has seen enough, the demonstration is over.
+fn print(line: &str) {
+    match writeln!(stdout(), "{line}") {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        written => written.expect("it can be written"),
+    }
 }
 
 fn can_run() -> Result<(), String> {
@@ -70,20 +85,20 @@ fn demonstrate(sb: &Sandbox) -> ExitCode {
     let helper = sb.helper().start();
     let agent = alice.agent(&config(bypassed, "")).start();
 
-    println!("cgtproxy in a sandbox with a network of its own. This machine's stays as it is.\n");
+    say!("cgtproxy in a sandbox with a network of its own. This machine's stays as it is.\n");
     report.process("cgtproxy-helper", helper.pid(), "for everybody");
     report.process("cgtproxy-agent", agent.pid(), "of the ordinary user alice");
-    println!("  two TPROXY servers of alice's, in the place of mihomo, sing-box or xray\n");
-    println!("alice's ~/.config/cgtproxy/config.yaml:\n");
+    say!("  two TPROXY servers of alice's, in the place of mihomo, sing-box or xray\n");
+    say!("alice's ~/.config/cgtproxy/config.yaml:\n");
     for line in config(bypassed, "").lines() {
-        println!("    {line}");
+        say!("    {line}");
     }
 
-    println!("\nWhere the packets of her applications really went:\n");
+    say!("\nWhere the packets of her applications really went:\n");
     report.heading();
     let browser = app(&alice, "browser");
     packets(sb, &mut report, &alice, &browser, bypassed);
-    println!(
+    say!(
         "
   tunnel, tcp-only  that TPROXY server got them, with their original destination
   direct            they left, and the internet answered
@@ -190,7 +205,7 @@ fn dropped(_: SocketAddr) -> Outcome {
 /// An application that inherits its verdict has no moment in which it is wrong.
 fn first_packets(sb: &Sandbox, report: &mut Report, alice: &User) {
     const CONNECTIONS: u32 = 250;
-    println!("\nAn application that nobody has seen before starts, and connects at once:\n");
+    say!("\nAn application that nobody has seen before starts, and connects at once:\n");
     let started = app(alice, "new");
     let mut total = 0;
     let mut through_tunnel = 0;
@@ -218,7 +233,7 @@ fn live_changes(
 ) {
     let [to, _] = sb.destinations();
     let open = browser.open_tcp(to).expect("the tunnel answers");
-    println!("\nalice edits the file while the browser has a connection open:\n");
+    say!("\nalice edits the file while the browser has a connection open:\n");
     report.heading_of_changes();
     let mut step = |first_rule: &str, old: Expected, new: Expected| {
         let [fresh, _] = sb.destinations();
@@ -238,5 +253,5 @@ fn live_changes(
         Agent::of(alice).wait_for_verdict(&browser, target);
         step(&rule, old, new);
     }
-    println!("\n  A new rule is for new connections. Only drop is for those that are open, too.");
+    say!("\n  A new rule is for new connections. Only drop is for those that are open, too.");
 }

@@ -40,7 +40,7 @@ impl Report {
             [NET_ADMIN, NET_ADMIN, NET_ADMIN] => "CAP_NET_ADMIN and nothing else".to_owned(),
             [permitted, effective, _] => format!("capabilities {effective} of {permitted}"),
         };
-        println!("  {name:<15}  {what:<26}  uid {uid:<4}  {rights}");
+        say!("  {name:<15}  {what:<26}  uid {uid:<4}  {rights}");
         let allowed = match name {
             "cgtproxy-helper" => rights.starts_with("CAP_NET_ADMIN"),
             _ => rights.starts_with("no "),
@@ -66,7 +66,7 @@ impl Report {
 
     /// One fact.
     pub(crate) fn line(&mut self, name: &str, fact: &str, right: bool) {
-        println!("  {name:<11}  {fact}");
+        say!("  {name:<11}  {fact}");
         self.check(right, || format!("{name}: {fact}"));
     }
 
@@ -86,15 +86,15 @@ impl Report {
     pub(crate) fn conclude(self) -> ExitCode {
         let Self { checked, wrong } = self;
         if wrong.is_empty() {
-            println!("\nAll {checked} observations are as configured.");
+            say!("\nAll {checked} observations are as configured.");
             return ExitCode::SUCCESS;
         }
-        println!(
+        say!(
             "\n{} of {checked} observations are NOT as configured:",
             wrong.len()
         );
         for line in wrong {
-            println!("  {line}");
+            say!("  {line}");
         }
         ExitCode::FAILURE
     }
@@ -116,11 +116,11 @@ impl Report {
 
 fn print_row(name: &str, configured: &str, cells: [String; 6]) {
     let line: String = cells.iter().map(|cell| format!("  {cell:<8}")).collect();
-    println!("  {name:<11}  {configured:<10}{}", line.trim_end());
+    say!("  {name:<11}  {configured:<10}{}", line.trim_end());
 }
 
 fn print_change(rule: &str, old: &str, new: &str) {
-    println!("  {rule:<36}{old:<17}{new}");
+    say!("  {rule:<36}{old:<17}{new}");
 }
 
 /// An outcome in one word.
