@@ -167,7 +167,7 @@ async fn converse(
         let ports: Ports = ports.collect();
         // It need not be told which ports it listens on now. Anything else that differs has changed during the call.
         for upstream in &mut told.upstreams {
-            upstream.preferredPort = preferred(&ports, &upstream.name);
+            (upstream.preferredPort, upstream.preferredDnsPort) = preferred(&ports, &upstream.name);
         }
         note(
             agent,
@@ -268,6 +268,7 @@ fn wanted(agent: &Agent) -> Configure_Args {
             return None;
         };
         let (user, password) = upstream.credentials.clone().unzip();
+        let (port, dns_port) = preferred(&state.relay.ports, proxy.name.as_str());
         Some(Upstream {
             name: proxy.name.to_string(),
             protocol: match upstream.scheme {
@@ -282,7 +283,8 @@ fn wanted(agent: &Agent) -> Configure_Args {
             fakeDns: *fake_dns,
             noIpv6: Some(proxy.no_ipv6),
             noIpv4: Some(proxy.no_ipv4),
-            preferredPort: preferred(&state.relay.ports, proxy.name.as_str()),
+            preferredPort: port,
+            preferredDnsPort: dns_port,
         })
     });
     let text = |network: Option<Network>| network.map(|network| network.to_string());
@@ -293,10 +295,11 @@ fn wanted(agent: &Agent) -> Configure_Args {
     }
 }
 
-/// The port that the relay is to take for a proxy again, if it has had one.
-fn preferred(ports: &Ports, proxy: &str) -> Option<i64> {
-    let (port, _) = ports.get(proxy)?;
-    (*port != 0).then(|| (*port).into())
+/// The ports that the relay is to take for a proxy again, for connections and for queries, if it has had any.
+fn preferred(ports: &Ports, proxy: &str) -> (Option<i64>, Option<i64>) {
+    let (port, dns_port) = ports.get(proxy).copied().unzip();
+    let known = |port: Option<u16>| port.filter(|port| *port != 0).map(i64::from);
+    (known(port), known(dns_port.flatten()))
 }
 
 fn unreachable(socket: &Path, error: &io::Error) -> String {

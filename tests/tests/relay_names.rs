@@ -79,7 +79,19 @@ impl Bed {
         self.relayed.user.home().join(".local/state/cgtproxy/names")
     }
 
-    /// A relay that has ended is started again. It has other ports, which the kernel learns by and by.
+    /// The relay's ports as the helper knows them, for connections and for queries.
+    fn ports(&self) -> (u16, u16) {
+        let status = Session::of(&self.relayed.user).status();
+        let proxy = &status["proxies"][0];
+        let port = |number: &serde_json::Value| number.as_u64().and_then(|n| u16::try_from(n).ok());
+        let port_of = |number| port(number).filter(|port| *port > 0).expect("a port");
+        (
+            port_of(&proxy["port"]),
+            port_of(&proxy["dnsHijack"]["port"]),
+        )
+    }
+
+    /// A relay that has ended is started again. If it has other ports, the kernel learns them by and by.
     fn start_again(&mut self, sb: &Sandbox) {
         self.relayed.relay.start_again();
         let [to, _] = sb.destinations();
@@ -243,6 +255,28 @@ fn a_name_keeps_its_addresses_over_restarts_until_they_expire() {
     });
 }
 
+/// So the kernel need not learn of others first.
+#[test]
+fn a_relay_that_was_killed_listens_where_it_did_before() {
+    sandbox(|sb| {
+        let mut bed = Bed::new(sb);
+        let fake = bed.look_up(sb, V4_NAME, "A");
+        let there = SocketAddr::new(fake, PORTS[0]);
+        let open = bed.relayed.app.open_tcp(there);
+        let open = open.expect("the relay is there");
+        let to = bed.to[0];
+        assert_eq!(
+            Outcome::in_the_end(|| open.ask()),
+            Outcome::Redirected { to }
+        );
+        let ports = bed.ports();
+        bed.relayed.relay.kill();
+        bed.start_again(sb);
+        bed.look_up(sb, V6_NAME, "A");
+        assert_eq!(bed.ports(), ports);
+    });
+}
+
 /// Whoever finds the relay's ports can connect to them: other users, and this one's own applications.
 #[test]
 fn who_asks_the_relays_ports_directly_gets_nothing() {
@@ -252,14 +286,7 @@ fn who_asks_the_relays_ports_directly_gets_nothing() {
         // By now the relay is at work, with a name of its own.
         let fake = bed.look_up(sb, V4_NAME, "A");
         assert_eq!(bed.tcp(fake), Outcome::Redirected { to: bed.to[0] });
-        let status = Session::of(&bed.relayed.user).status();
-        let proxy = &status["proxies"][0];
-        let port = |number: &serde_json::Value| number.as_u64().and_then(|n| u16::try_from(n).ok());
-        let port_of = |number| port(number).filter(|port| *port > 0).expect("a port");
-        let (carried, dns) = (
-            port_of(&proxy["port"]),
-            port_of(&proxy["dnsHijack"]["port"]),
-        );
+        let (carried, dns) = bed.ports();
         // Whoever came through to the proxy with that for a destination would be answered there.
         let _trap = sb.echo_server(carried);
         let strangers = [

@@ -462,6 +462,7 @@ mod tests {
                 fake_dns: true,
                 left_out: ALL,
                 preferred_port: None,
+                preferred_dns_port: None,
             };
             relay.configure(vec![wanted]).unwrap();
             let entry = relay.entry("own").unwrap();

@@ -273,6 +273,8 @@ pub struct Wanted {
     pub left_out: LeftOut,
     /// The port it was listened on for before.
     pub preferred_port: Option<u16>,
+    /// The same for DNS queries.
+    pub preferred_dns_port: Option<u16>,
 }
 
 /// A proxy's ports.
@@ -329,10 +331,10 @@ impl Relay {
                 }
                 old => {
                     // A listener of the old entry would be in the way of its successor's.
-                    let preferred = wanted.preferred_port.filter(|_| old.is_none());
-                    let sockets = Sockets::bind(preferred)?;
+                    let preferred = |port: Option<u16>| port.filter(|_| old.is_none());
+                    let sockets = Sockets::bind(preferred(wanted.preferred_port))?;
                     let dns = match wanted.fake_dns {
-                        true => Some(Sockets::bind(None)?),
+                        true => Some(Sockets::bind(preferred(wanted.preferred_dns_port))?),
                         false => None,
                     };
                     fresh.push((wanted, sockets, dns));
@@ -435,8 +437,9 @@ impl Sockets {
     }
 }
 
-/// Without SO_REUSEADDR: the rests of connections keep other users from taking the port at once when
-/// the relay ends, as the kernel could not tell their listener from this one.
+/// Without SO_REUSEADDR: the rests of connections that ended in order keep other users from taking the port at once when
+/// the relay ends, as the kernel could not tell their listener from this one. Those that the relay's end has reset leave
+/// none, so the next relay listens here again.
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = match address.ip() {
         IpAddr::V4(_) => TcpSocket::new_v4()?,

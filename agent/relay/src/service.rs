@@ -160,8 +160,10 @@ fn wanted(upstream: wire::Upstream) -> Result<Wanted, &'static str> {
     if upstream.host.is_empty() {
         return Err("host");
     }
-    let preferred_port = upstream.preferredPort;
-    let preferred_port = preferred_port.map(|number| port(number, "preferredPort"));
+    let preferred =
+        |number: Option<i64>, field| number.map(|number| port(number, field)).transpose();
+    let preferred_port = preferred(upstream.preferredPort, "preferredPort")?;
+    let preferred_dns_port = preferred(upstream.preferredDnsPort, "preferredDnsPort")?;
     Ok(Wanted {
         upstream: Upstream::new(
             upstream.name,
@@ -175,7 +177,8 @@ fn wanted(upstream: wire::Upstream) -> Result<Wanted, &'static str> {
             ipv4: upstream.noIpv4.unwrap_or(false),
             ipv6: upstream.noIpv6.unwrap_or(false),
         },
-        preferred_port: preferred_port.transpose()?,
+        preferred_port,
+        preferred_dns_port,
     })
 }
 

@@ -14,6 +14,9 @@ use crate::world::World;
 /// The port that the relay listens on for its first proxy.
 const PORT: u16 = 20_000;
 
+/// How much higher the port for DNS queries is.
+const DNS: u16 = 1000;
+
 /// A relay that only writes down what it is told, and answers when it is let.
 struct Relay {
     told: Receiver<Value>,
@@ -35,7 +38,10 @@ impl Relay {
                     let upstreams = call["upstreams"].as_array().unwrap();
                     let listeners: Vec<_> = (PORT..)
                         .zip(upstreams)
-                        .map(|(port, u)| json!({ "name": u["name"], "port": port }))
+                        .map(|(port, u)| {
+                            let dns = (u["fakeDns"] == true).then_some(port + DNS);
+                            json!({ "name": u["name"], "port": port, "dnsPort": dns })
+                        })
                         .collect();
                     if tell.send(call).is_err() || answered.recv().is_err() {
                         return;
@@ -51,12 +57,15 @@ impl Relay {
         Self { told, answers }
     }
 
-    /// The host and the preferred port of the proxy that it is told of next.
+    /// The host and the preferred port of the proxy that it is told of next. The one for DNS queries goes with that.
     fn is_told(&self) -> (String, Option<u64>) {
         let call = self.told.recv_timeout(PATIENCE).expect("it is told");
         let upstream = &call["upstreams"][0];
         let host = upstream["host"].as_str().unwrap().to_owned();
-        (host, upstream["preferredPort"].as_u64())
+        let port = upstream["preferredPort"].as_u64();
+        let dns = port.map(|port| port + u64::from(DNS));
+        assert_eq!(upstream["preferredDnsPort"].as_u64(), dns);
+        (host, port)
     }
 
     fn answer(&self) {

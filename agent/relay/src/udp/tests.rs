@@ -75,6 +75,7 @@ fn configure(relay: &Relay, upstream: Upstream) {
         fake_dns: false,
         left_out: LeftOut::default(),
         preferred_port: None,
+        preferred_dns_port: None,
     };
     relay.configure(vec![wanted]).unwrap();
 }
