@@ -256,8 +256,8 @@ fn forget_readable(from: &TcpStream) {
     let _ = from.try_io(Interest::READABLE, nothing);
 }
 
-/// Whether there is more to be read. What reads stops before urgent data (tcp(7)), with more behind; and splice(2) finds
-/// nothing there, or an end, however often it looks.
+/// Whether there is more to be read. What reads stops before urgent data (tcp(7)), with more behind; and splice(2)
+/// finds nothing there, or an end, however often it looks.
 fn is_more(from: &TcpStream) -> bool {
     ioctl_fionread(from).is_ok_and(|bytes| bytes > 0)
 }

@@ -437,9 +437,9 @@ impl Sockets {
     }
 }
 
-/// Without SO_REUSEADDR: the rests of connections that ended in order keep other users from taking the port at once when
-/// the relay ends, as the kernel could not tell their listener from this one. Those that the relay's end has reset leave
-/// none, so the next relay listens here again.
+/// Without SO_REUSEADDR: the rests of connections that ended in order keep other users from taking the port at once
+/// when the relay ends, as the kernel could not tell their listener from this one. Those that the relay's end has
+/// reset leave none, so the next relay listens here again.
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = match address.ip() {
         IpAddr::V4(_) => TcpSocket::new_v4()?,
