@@ -263,12 +263,22 @@ fn is_more(from: &TcpStream) -> bool {
 }
 
 fn step_by_pipe(pipe: Pipe, from: &TcpStream, to: &TcpStream) -> Result<Step, Broken> {
-    let length = match pipe.fill(from) {
+    let mut filled = pipe.fill(from);
+    let is_nothing = match &filled {
+        Ok(length) => *length == 0,
+        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+    };
+    let more = is_nothing && is_more(from);
+    if more {
+        // It may have come just now.
+        filled = pipe.fill(from);
+    }
+    let length = match filled {
         Ok(length) if length > 0 => length,
         Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(Broken::From(error)),
         nothing => {
             pipe.put_back();
-            return Ok(if is_more(from) {
+            return Ok(if more {
                 Step::NothingForPipe
             } else if nothing.is_ok() {
                 Step::End
