@@ -231,7 +231,7 @@ pub enum AppOrder {
         /// What is in it.
         token: String,
     },
-    /// Send a datagram, or begin a connection, from an address that may not be the machine's. The socket stays open.
+    /// Send a datagram, or begin a connection, from an address that may not be the machine's.
     Claim {
         /// TCP or UDP.
         transport: Transport,
@@ -239,6 +239,8 @@ pub enum AppOrder {
         from: SocketAddr,
         /// To whom.
         to: SocketAddr,
+        /// The socket stays open.
+        keep: bool,
     },
     /// Ask many times at once, each time from a new socket, before any answer is read.
     Burst {

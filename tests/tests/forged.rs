@@ -14,6 +14,7 @@ use cgtproxy_tests::sandbox::{
 };
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wire::Transport::{Tcp, Udp};
+use nix::errno::Errno;
 use serde_json::{Value, json};
 
 const PROXIED: &str = "app.slice/app-proxied.scope";
@@ -37,7 +38,7 @@ struct Bed {
     free: App,
     /// Somebody else's, about whom nothing is said.
     hostile: App,
-    _session: Session,
+    session: Session,
     _servers: [Server; 2],
 }
 
@@ -68,7 +69,7 @@ fn bed(sb: &Sandbox) -> Bed {
         dropped,
         free,
         hostile: sb.user(OTHER).cgroup(FREE).app(),
-        _session: session,
+        session,
         _servers: servers,
     }
 }
@@ -166,23 +167,102 @@ fn link_local(sb: &Sandbox, interface: &str) -> SocketAddrV6 {
     SocketAddrV6::new(ADDRESS.parse().expect("an address"), 0, 0, index)
 }
 
+/// Bound to an interface, it gets past what is local on another one.
+#[test]
+fn whoever_speaks_as_a_stranger_by_another_interface_makes_nobody_answer() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let bed = bed(sb);
+        let pair =
+            "ip link add other type veth peer name end; ip link set other up; ip link set end up";
+        sb.run(&["sh", "-ec", pair]);
+        sb.ip6("address add 2001:db8:9::1/64 dev other nodad");
+        sb.ip6("route add default dev other metric 4000");
+        bed.hostile.device("other");
+        let [_, to] = destinations(sb, ANSWERED);
+        let peer = bed.proxied.open_udp(to);
+        assert_eq!(bed.hostile.claim(Udp, to, peer.local()), Err(Errno::EPERM));
+        assert_eq!(peer.ask(), proxied("mihomo", to));
+        sb.assert_nothing_left_for(to.ip());
+        // With an address of the interface's, anybody may.
+        let from = "[2001:db8:9::1]:4040".parse().expect("an address");
+        assert_eq!(bed.hostile.claim(Udp, from, peer.local()), Ok(()));
+    });
+}
+
+/// What an application begins is not what somebody else has begun between the same ports, and given up.
+#[test]
+fn a_connection_that_somebody_else_has_given_up_is_not_an_open_one() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let mut bed = bed(sb);
+        let mut from = PORT;
+        // While something is dropped, and while nothing is.
+        for target in ["dropAll", "direct"] {
+            bed.session.assign(json!([verdict(DROPPED, target)]));
+            for (app, expected) in [
+                (&bed.proxied, Some("mihomo")),
+                (&bed.redirected, None),
+                (&bed.free, Some("")),
+            ] {
+                for to in destinations(sb, ANSWERED) {
+                    // Nobody refuses it, as if its time to live had been over on the way.
+                    sb.nft(&format!(
+                        "add table netdev deaf
+                         add chain netdev deaf in {{ type filter hook ingress device {UPLINK} priority 0; }}
+                         add rule netdev deaf in {} saddr {} drop",
+                        if to.is_ipv4() { "ip" } else { "ip6" },
+                        to.ip(),
+                    ));
+                    // Those before are remembered for a while.
+                    from += 1;
+                    use_one_port(sb, from);
+                    let own = SocketAddr::new(own_address(to).ip(), from);
+                    bed.hostile.begin_in_vain(own, to);
+                    let before = sb.deliveries(to.ip());
+                    let outcome = app.tcp(to);
+                    let has_left = sb.deliveries(to.ip()) != before;
+                    sb.nft("delete table netdev deaf");
+                    let meant = match expected {
+                        Some("") => Outcome::LeftUnanswered,
+                        Some(proxy) => proxied(proxy, to),
+                        None => Outcome::Refused,
+                    };
+                    assert_eq!(outcome, meant, "{target}");
+                    assert_eq!(has_left, expected == Some(""), "{target}, {to}");
+                }
+            }
+        }
+    });
+}
+
+/// Has all connections come from one port.
+fn use_one_port(sb: &Sandbox, port: u16) {
+    let ports = format!("echo {port} {port} >/proc/sys/net/ipv4/ip_local_port_range");
+    sb.run(&["sh", "-ec", &ports]);
+}
+
 /// The same from elsewhere: a beginning of TCP that nobody has answered, since a packet filter or an odd option has
 /// seen to that. The application's own beginning counts as an answer to it.
 #[test]
 fn a_connection_that_somebody_else_has_begun_does_not_leave() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
-        let bed = bed(sb);
+        let mut bed = bed(sb);
         let outside = sb.internet_app();
         sb.nft(
             "add table inet quiet
              add chain inet quiet out { type filter hook output priority raw; }
              add rule inet quiet out tcp flags rst drop",
         );
-        let ports = format!("echo {PORT} {PORT} >/proc/sys/net/ipv4/ip_local_port_range");
-        sb.run(&["sh", "-ec", &ports]);
-        for app in [&bed.proxied, &bed.redirected, &bed.dropped] {
-            for to in destinations(sb, UNANSWERED) {
+        use_one_port(sb, PORT);
+        let all = [&bed.proxied, &bed.redirected, &bed.dropped];
+        // While something is dropped, and while nothing is.
+        for (target, apps) in [("dropAll", &all[..]), ("direct", &all[..2])] {
+            bed.session.assign(json!([verdict(DROPPED, target)]));
+            let apps = apps.iter();
+            let each = apps.flat_map(|app| destinations(sb, UNANSWERED).map(|to| (app, to)));
+            for (app, to) in each {
                 assert_eq!(outside.claim(Tcp, to, own_address(to)), Ok(()));
                 sb.settle();
                 let outcome = app.tcp(to);

@@ -579,16 +579,20 @@ impl Expression for Tproxy {
     }
 }
 
-/// `NFT_FIB_RESULT_ADDRTYPE`, `NFTA_FIB_F_SADDR` and `NFTA_FIB_F_DADDR` (linux/netfilter/nf_tables.h), which libc lacks.
+/// `NFT_FIB_RESULT_ADDRTYPE`, `NFTA_FIB_F_SADDR`, `NFTA_FIB_F_DADDR` and `NFTA_FIB_F_OIF` (linux/netfilter/nf_tables.h),
+/// which libc lacks.
 const FIB_RESULT_ADDRTYPE: u32 = 3;
 const FIB_F_SADDR: u32 = 1 << 0;
 const FIB_F_DADDR: u32 = 1 << 1;
+const FIB_F_OIF: u32 = 1 << 4;
 
-/// `fib saddr type` and `fib daddr type`: loads how the routing tables know an address (RTN_UNICAST, RTN_LOCAL, …).
+/// `fib saddr type`, `fib saddr . oif type` and `fib daddr type`: loads how the routing tables know an address (RTN_UNICAST, RTN_LOCAL, …).
 #[derive(Clone, Copy)]
 pub(super) enum AddressType {
     /// Of who sends the packet.
     Source,
+    /// Of who sends the packet, on the interface that it leaves by.
+    SourceOnInterface,
     /// Of where it goes.
     Destination,
 }
@@ -597,6 +601,7 @@ impl Expression for AddressType {
     fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
         let address = match self {
             Self::Source => FIB_F_SADDR,
+            Self::SourceOnInterface => FIB_F_SADDR | FIB_F_OIF,
             Self::Destination => FIB_F_DADDR,
         };
         expression(
@@ -605,6 +610,24 @@ impl Expression for AddressType {
                 (sys::NFTNL_EXPR_FIB_DREG, Register::Reg1.to_raw()),
                 (sys::NFTNL_EXPR_FIB_RESULT, FIB_RESULT_ADDRTYPE),
                 (sys::NFTNL_EXPR_FIB_FLAGS, address),
+            ],
+        )
+    }
+}
+
+/// `NFT_META_OIFKIND` (linux/netfilter/nf_tables.h), which libc lacks.
+const META_OIFKIND: u32 = 27;
+
+/// `meta oifkind`: loads what kind of interface the packet leaves by, in 16 bytes.
+pub(super) struct InterfaceKind;
+
+impl Expression for InterfaceKind {
+    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
+        expression(
+            c"meta",
+            &[
+                (sys::NFTNL_EXPR_META_DREG, Register::Reg1.to_raw()),
+                (sys::NFTNL_EXPR_META_KEY, META_OIFKIND),
             ],
         )
     }

@@ -85,16 +85,18 @@ impl Transaction<'_> {
         self.add_rules(
             FORWARDED,
             [
+                // See `replies`.
+                // ct direction reply tcp flags & (syn | ack) == syn drop
+                &|rule| rule.ct_direction_reply().tcp_syn().drop(),
                 // Answers of a service behind the machine.
                 // ct direction reply return
                 &|rule| rule.ct_direction_reply().return_(),
                 // Chain `forward` refuses an open connection whose proxy is not there any more.
                 // ct mark & MASK vmap @divert
                 &|rule| rule.ct_mark_vmap(mask, DIVERT),
-                // ct status confirmed return
-                &|rule| rule.ct_confirmed().return_(),
             ],
         );
+        self.open_connection_rules(FORWARDED);
     }
 
     /// Chain `forwarded`, for new connections.

@@ -6,11 +6,12 @@ use std::ffi::CStr;
 
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::{
-    ANSWERS, CGROUPS, CHOICES, ENFORCED, FIRST_PACKETS, INTERFACES, KERNEL, MARKED, MARKS, OPEN,
-    OUTPUT, REFUSE, REPLIES, SYSTEM, USER_VERDICTS, USER_VERDICTS_DEEP,
+    ANSWERS, CGROUPS, CHOICES, ENFORCED, FIRST_PACKETS, FORGED, INTERFACES, KERNEL, MARKED, MARKS,
+    OPEN, OUTPUT, REFUSE, REPLIES, SYSTEM, USER_VERDICTS, USER_VERDICTS_DEEP,
 };
 use super::shared::{LookedAt, Shared};
 use super::transaction::Transaction;
+use crate::route::Family;
 
 /// Sockets that are no deeper than this pay for no level below it: an application is at level 5, what a terminal or a
 /// container starts at 6 or 7. However deep one user's control groups are, the packets of others need not know.
@@ -41,8 +42,21 @@ impl Transaction<'_> {
             self.add_rules(
                 OUTPUT,
                 [
-                    // ct mark & MASK == 0 ct status confirmed return
-                    &|rule| rule.ct_mark_lacks(mask).ct_confirmed().return_(),
+                    // ct mark & MASK == 0 ct status confirmed meta l4proto != tcp return
+                    &|rule| {
+                        rule.ct_mark_lacks(mask)
+                            .ct_confirmed()
+                            .l4proto_not(Protocol::Tcp)
+                            .return_()
+                    },
+                    // Somebody else may have begun a connection between these ports in vain.
+                    // ct mark & MASK == 0 ct status confirmed tcp flags & (syn | ack) != syn return
+                    &|rule| {
+                        rule.ct_mark_lacks(mask)
+                            .ct_confirmed()
+                            .tcp_but_syn()
+                            .return_()
+                    },
                 ],
             );
         }
@@ -163,8 +177,13 @@ impl Transaction<'_> {
         }
     }
 
-    /// First packets that may be of somebody else's conversation go by the chain `first-packets`.
+    /// First packets go by the chain `forged`, and those that may be a TPROXY server's for somebody else by `first-packets`.
     fn first_packets_of(&mut self, chain: &CStr, system: bool) {
+        // ct status ! confirmed meta nfproto ipv6 jump forged
+        self.add_rules(
+            chain,
+            [&|rule| rule.ct_unconfirmed().nfproto(Family::Ipv6).jump(FORGED)],
+        );
         // ct status ! confirmed oif lo jump first-packets
         self.add_rules(
             chain,
@@ -183,15 +202,9 @@ impl Transaction<'_> {
         }
     }
 
-    /// Chain `first-packets`.
-    ///
-    /// A TPROXY server speaks for somebody whom the application has not spoken to, or not for long. In TCP, that is the
+    /// Chain `first-packets`. A TPROXY server speaks for somebody whom the application has not spoken to, or not for long. In TCP, that is the
     /// middle of a connection that the kernel has forgotten; its beginning is another program's.
-    ///
-    /// Any other program could begin a conversation in the name of somebody elsewhere: what its addressee then says to that
-    /// peer is an answer, and answers leave as they are. For IPv6 it needs no privilege, but a socket option
-    /// (`IPV6_FREEBIND`). For IPv4 the kernel refuses to (`ip_route_output_key_hash_rcu`, net/ipv4/route.c).
-    pub(super) fn first_packet_rules(&mut self, has_fib: bool) {
+    pub(super) fn first_packet_rules(&mut self) {
         let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
         self.flush_chain(FIRST_PACKETS);
         self.add_rules(
@@ -213,13 +226,33 @@ impl Transaction<'_> {
                 },
             ],
         );
-        if has_fib {
-            // meta nfproto ipv6 fib saddr type != local socket transparent 0 drop
-            self.add_rules(
-                FIRST_PACKETS,
-                [&|rule| rule.saddr_foreign6().socket_is_not_transparent().drop()],
-            );
+    }
+
+    /// Chain `forged`. A program could begin a conversation in the name of somebody elsewhere: what its addressee then says
+    /// to that peer is an answer, and answers leave as they are. For IPv6 it needs no privilege, but a socket option
+    /// (`IPV6_FREEBIND`). For IPv4 the kernel refuses to (`ip_route_output_key_hash_rcu`, net/ipv4/route.c).
+    pub(super) fn forged_rules(&mut self, has_fib: bool) {
+        self.flush_chain(FORGED);
+        if !has_fib {
+            return;
         }
+        self.add_rules(
+            FORGED,
+            [
+                // fib saddr type local return
+                &|rule| rule.saddr_is_local().return_(),
+                // An address of a VRF is found on its interface alone, and a packet passes the VRF's own before.
+                // fib saddr . oif type local return
+                &|rule| rule.saddr_is_of_oif().return_(),
+                // meta oifkind "vrf" return
+                &|rule| rule.oif_is_vrf().return_(),
+                // Root may.
+                // meta skuid 0 return
+                &|rule| rule.skuid_from_to(0, 0).return_(),
+                // socket transparent 0 drop
+                &|rule| rule.socket_is_not_transparent().drop(),
+            ],
+        );
     }
 
     /// What chain `user-verdicts` has, and `output` while there is no system policy.

@@ -44,7 +44,7 @@ impl Nftables {
     /// # Errors
     /// If it does not say.
     pub(super) fn has_fib(&self) -> Result<bool, Refusal> {
-        match self.attempt(|rule| rule.saddr_foreign6().drop()) {
+        match self.attempt(|rule| rule.saddr_is_local().return_()) {
             Err(refusal) if is_unknown(&refusal) => Ok(false),
             result => result.map(|()| true),
         }

@@ -205,9 +205,9 @@ impl Transaction<'_> {
             &chain,
             [&|rule| rule.ct_direction_reply().tcp_syn().goto(REFUSE)],
         );
-        // A connection that is open goes on directly, or to another proxy.
-        // ct status confirmed return
-        self.add_rules(&chain, [&|rule| rule.ct_confirmed().return_()]);
+        // A connection that is open goes on directly, or to another proxy. One of TCP is not open that is only beginning:
+        // somebody else may have begun one between these ports in vain.
+        self.open_connection_rules(&chain);
         if !names.is_system() {
             // No verdict of one user's is about another's control groups. Should ever an element be wrong, then
             // nobody's packets get to this proxy by it. What comes here has that level: an element was found no less
@@ -231,6 +231,11 @@ impl Transaction<'_> {
         if let Some(list) = &layout.bypass {
             self.bypass_rules(list, &chain);
         }
+        if matches!(proxy.settings.delivery, Delivery::Redirect(_)) {
+            // Only the first packet that the kernel knows of can be translated.
+            // ct status confirmed goto refuse
+            self.add_rules(&chain, [&|rule| rule.ct_confirmed().goto(REFUSE)]);
+        }
         let mask = self.marks.mask();
         self.add_rules(
             &chain,
@@ -251,6 +256,19 @@ impl Transaction<'_> {
                 &|rule| rule.l4proto(Protocol::Tcp).goto(REFUSE),
                 // meta l4proto udp goto refuse
                 &|rule| rule.l4proto(Protocol::Udp).goto(REFUSE),
+            ],
+        );
+    }
+
+    /// Packets of connections that are open leave the chain.
+    pub(super) fn open_connection_rules(&mut self, chain: &CStr) {
+        self.add_rules(
+            chain,
+            [
+                // ct status confirmed meta l4proto != tcp return
+                &|rule| rule.ct_confirmed().l4proto_not(Protocol::Tcp).return_(),
+                // ct status confirmed tcp flags & (syn | ack) != syn return
+                &|rule| rule.ct_confirmed().tcp_but_syn().return_(),
             ],
         );
     }
@@ -495,12 +513,13 @@ impl Transaction<'_> {
         hijack: &DnsHijack,
     ) {
         let chain = &names.dns(name);
-        // ct status confirmed …: return
+        let (mask, value) = (self.marks.mask(), self.marks.dns_value(mark));
+        // ct status confirmed ct mark & MASK != 0 …: return
         self.whose_rules(
             chain,
             names,
             layout,
-            |rule| rule.ct_confirmed(),
+            |rule| rule.ct_confirmed().ct_mark_has(mask),
             |rule| rule.return_(),
         );
         for address in &hijack.addresses {
@@ -518,10 +537,12 @@ impl Transaction<'_> {
                 );
             }
         }
-        let (mask, value) = (self.marks.mask(), self.marks.dns_value(mark));
         self.add_rules(
             chain,
             [
+                // As in `new_rules`.
+                // ct status confirmed goto refuse
+                &|rule| rule.ct_confirmed().goto(REFUSE),
                 // ct mark set ct mark & ~MASK | DNS-MARK accept
                 &|rule| rule.ct_mark_set(mask, value).accept(),
                 // What is not tracked can't be translated.

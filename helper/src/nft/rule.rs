@@ -14,8 +14,8 @@ use nftnl::{Chain, ProtoFamily, Rule};
 use crate::route::{Family, LOOPBACK_INDEX};
 
 use super::ffi::{
-    AddressType, ConntrackDirection, Found, Lookup, NetworkByteOrder, OwnerBehind, PacketMark,
-    PacketPriority, TcpFlags, Tproxy,
+    AddressType, ConntrackDirection, Found, InterfaceKind, Lookup, NetworkByteOrder, OwnerBehind,
+    PacketMark, PacketPriority, TcpFlags, Tproxy,
 };
 
 /// Protocol numbers of IPPROTO_TCP and IPPROTO_UDP (linux/in.h).
@@ -35,6 +35,9 @@ const REPLY: u8 = 1;
 
 /// `IP_CT_DIR_ORIGINAL` (linux/netfilter/nf_conntrack_tuple_common.h).
 const ORIGINAL: u8 = 0;
+
+/// The kind of a VRF's interface, as a key of `IFNAMSIZ` bytes (drivers/net/vrf.c).
+const VRF: [u8; 16] = *b"vrf\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
 /// `confirmed` and `dnat` among the bits of `ct status`.
 const CONFIRMED: u32 = ConntrackStatus::CONFIRMED.bits();
@@ -370,6 +373,14 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Eq, SYN)
     }
 
+    /// `tcp flags & (syn | ack) != syn`: any packet of a connection but the first one.
+    pub(super) fn tcp_but_syn(self) -> Self {
+        self.l4proto(Protocol::Tcp)
+            .with(&TcpFlags)
+            .with(&Bitwise::new(SYN | ACK, 0u8))
+            .compare(CmpOp::Neq, SYN)
+    }
+
     /// `meta nfproto FAMILY`
     pub(super) fn nfproto(self, family: Family) -> Self {
         let number = match family {
@@ -490,12 +501,21 @@ impl<'a> RuleBuilder<'a> {
         self.with(&AddressType::Destination).within(first, last)
     }
 
-    /// `meta nfproto ipv6 fib saddr type != local`: no interface of the machine's has the address that it is from, but for
-    /// those of a VRF.
-    pub(super) fn saddr_foreign6(self) -> Self {
-        self.nfproto(Family::Ipv6)
-            .with(&AddressType::Source)
-            .compare(CmpOp::Neq, LOCAL_TO_MULTICAST.0)
+    /// `fib saddr type local`: the machine has the address that the packet is from. No address of a VRF is found so.
+    pub(super) fn saddr_is_local(self) -> Self {
+        self.with(&AddressType::Source)
+            .compare(CmpOp::Eq, LOCAL_TO_MULTICAST.0)
+    }
+
+    /// `fib saddr . oif type local`: the interface that the packet leaves by has the address that it is from.
+    pub(super) fn saddr_is_of_oif(self) -> Self {
+        self.with(&AddressType::SourceOnInterface)
+            .compare(CmpOp::Eq, LOCAL_TO_MULTICAST.0)
+    }
+
+    /// `meta oifkind "vrf"`
+    pub(super) fn oif_is_vrf(self) -> Self {
+        self.with(&InterfaceKind).compare(CmpOp::Eq, &VRF[..])
     }
 
     /// `meta skuid >= 0`: there is a socket, and somebody has it open.

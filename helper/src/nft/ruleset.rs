@@ -42,7 +42,8 @@
 //!   chain kernel   { … }                      # but for what no socket of anybody's sends
 //!   chain answers  { … goto enforced, or … }  # to somebody for whom a proxy has spoken first
 //!   chain replies  { … goto enforced, or … }  # on connections that others have opened
-//!   chain first-packets { … }                 # of TPROXY servers for others, and what is forged
+//!   chain first-packets { … }                 # of TPROXY servers for others
+//!   chain forged   { … drop }                 # first packets from an address that the machine does not have
 //!   chain marked   { … goto open }            # connections that this table knows, or another program has marked so
 //!   chain drop     { … }   chain refuse  { … }
 //!   chain deliver  { … }   chain guard   { … }
@@ -132,6 +133,7 @@ pub(super) const GUARD_SYSTEM: &CStr = c"guard-system";
 pub(super) const ANSWERS: &CStr = c"answers";
 pub(super) const REPLIES: &CStr = c"replies";
 pub(super) const FIRST_PACKETS: &CStr = c"first-packets";
+pub(super) const FORGED: &CStr = c"forged";
 pub(super) const MARKED: &CStr = c"marked";
 pub(super) const DELIVER_ANSWERS: &CStr = c"deliver-answers";
 pub(super) const DELIVER_ANSWERS_SYSTEM: &CStr = c"deliver-answers-system";
@@ -228,6 +230,7 @@ impl Transaction<'_> {
             ANSWERS,
             REPLIES,
             FIRST_PACKETS,
+            FORGED,
             MARKED,
             DELIVER_ANSWERS,
             DELIVER_ANSWERS_SYSTEM,
@@ -245,7 +248,8 @@ impl Transaction<'_> {
         self.first_rules(&shared.looked_at(), shared.has_system());
         self.drop_and_refuse_rules();
         self.kernel_rules();
-        self.first_packet_rules(base.has_fib);
+        self.first_packet_rules();
+        self.forged_rules(base.has_fib);
         self.guard_rules();
         self.forward_rules();
         if !fresh {

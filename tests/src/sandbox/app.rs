@@ -170,10 +170,31 @@ impl App {
         from: SocketAddr,
         to: SocketAddr,
     ) -> Result<(), Errno> {
+        self.claims(transport, from, to, true)
+    }
+
+    /// Begins a connection of TCP from that address and port, and thinks better of it.
+    ///
+    /// # Panics
+    /// When it does not obey.
+    #[track_caller]
+    pub fn begin_in_vain(&self, from: SocketAddr, to: SocketAddr) {
+        assert_eq!(self.claims(Transport::Tcp, from, to, false), Ok(()));
+    }
+
+    #[track_caller]
+    fn claims(
+        &self,
+        transport: Transport,
+        from: SocketAddr,
+        to: SocketAddr,
+        keep: bool,
+    ) -> Result<(), Errno> {
         match self.order(&AppOrder::Claim {
             transport,
             from,
             to,
+            keep,
         }) {
             AppReport::Done => Ok(()),
             AppReport::Failed { errno } => Err(Errno::from_raw(errno)),

@@ -177,7 +177,7 @@ impl Sandbox {
         // Others are about first packets.
         let ends_them = |rule: &Value| {
             let rule = rule.to_string();
-            rule.contains("confirmed") && !rule.contains("first-packets")
+            rule.contains("confirmed") && !rule.contains("jump")
         };
         !rules.iter().any(ends_them)
     }

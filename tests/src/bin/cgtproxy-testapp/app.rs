@@ -97,7 +97,13 @@ impl App {
                 transport,
                 from,
                 to,
-            } => self.kept.push(claim::claim(transport, from, to)?),
+                keep,
+            } => {
+                let socket = claim::claim(transport, from, to, self.device.as_deref())?;
+                if keep {
+                    self.kept.push(socket);
+                }
+            }
             AppOrder::Burst {
                 transport,
                 to,

@@ -9,7 +9,12 @@ use nix::errno::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// Sends a datagram, or the beginning of a connection. Nobody needs a privilege to bind such a socket.
-pub(super) fn claim(transport: Transport, from: SocketAddr, to: SocketAddr) -> Result<OwnedFd> {
+pub(super) fn claim(
+    transport: Transport,
+    from: SocketAddr,
+    to: SocketAddr,
+    device: Option<&str>,
+) -> Result<OwnedFd> {
     let (kind, protocol) = match transport {
         Transport::Tcp => (Type::STREAM, Protocol::TCP),
         Transport::Udp => (Type::DGRAM, Protocol::UDP),
@@ -19,6 +24,8 @@ pub(super) fn claim(transport: Transport, from: SocketAddr, to: SocketAddr) -> R
         SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
         SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
     }
+    socket.bind_device(device.map(str::as_bytes))?;
+    socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     socket.bind(&from.into())?;
     let sent = match transport {
