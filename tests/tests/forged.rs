@@ -206,14 +206,7 @@ fn a_connection_that_somebody_else_has_given_up_is_not_an_open_one() {
                 (&bed.free, Some("")),
             ] {
                 for to in destinations(sb, ANSWERED) {
-                    // Nobody refuses it, as if its time to live had been over on the way.
-                    sb.nft(&format!(
-                        "add table netdev deaf
-                         add chain netdev deaf in {{ type filter hook ingress device {UPLINK} priority 0; }}
-                         add rule netdev deaf in {} saddr {} drop",
-                        if to.is_ipv4() { "ip" } else { "ip6" },
-                        to.ip(),
-                    ));
+                    deafen(sb, to);
                     // Those before are remembered for a while.
                     from += 1;
                     use_one_port(sb, from);
@@ -234,6 +227,44 @@ fn a_connection_that_somebody_else_has_given_up_is_not_an_open_one() {
             }
         }
     });
+}
+
+/// The same of what is forwarded, where somebody in another network has pretended to be the host.
+#[test]
+fn a_forwarded_connection_that_somebody_else_has_given_up_is_not_an_open_one() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _proxy = sb.tproxy("company").uid(0).port(7890).start();
+        let [host, other] = ["lan0", "lan1"].map(|interface| sb.host_behind(interface));
+        let policy = json!({
+            "proxies": [{ "name": "company", "port": 7890 }], "bypass": [], "assignments": [],
+            "gateway": { "interfaces": ["lan0"], "proxy": "company" },
+        });
+        let mut root = Session::of(&sb.user(0));
+        root.call("ReplacePolicy", policy);
+        for to in destinations(sb, ANSWERED) {
+            let own = SocketAddr::new(host.addresses()[usize::from(to.is_ipv6())], PORT);
+            other.pretend_to_be(own);
+            host.use_one_port(PORT);
+            deafen(sb, to);
+            other.app().begin_in_vain(own, to);
+            let before = sb.deliveries(to.ip());
+            assert_eq!(host.app().tcp(to), proxied("company", to));
+            assert_eq!(sb.deliveries(to.ip()), before);
+            sb.nft("delete table netdev deaf");
+        }
+    });
+}
+
+/// Has nobody hear what comes from there, as if what is sent there had died on the way.
+fn deafen(sb: &Sandbox, to: SocketAddr) {
+    let family = if to.is_ipv4() { "ip" } else { "ip6" };
+    sb.nft(&format!(
+        "add table netdev deaf
+         add chain netdev deaf in {{ type filter hook ingress device {UPLINK} priority 0; }}
+         add rule netdev deaf in {family} saddr {} drop",
+        to.ip(),
+    ));
 }
 
 /// Has all connections come from one port.

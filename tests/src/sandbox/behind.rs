@@ -49,6 +49,20 @@ impl Host {
         }
     }
 
+    /// Has new connections of this host come from that port.
+    ///
+    /// # Panics
+    /// When the host can't.
+    pub fn use_one_port(&self, port: u16) {
+        let script = format!("echo {port} {port} >/proc/sys/net/ipv4/ip_local_port_range");
+        self.sh(&script);
+    }
+
+    fn sh(&self, script: &str) {
+        let enter = format!("--net={}", self.netns.display());
+        run(&["nsenter", &enter, "sh", "-ec", script]);
+    }
+
     /// Has new sockets of this host send from that address and port, which are another's.
     ///
     /// # Panics
@@ -62,8 +76,7 @@ impl Host {
              ip route replace default via {gateway} src {ip}
              echo {port} {port} >/proc/sys/net/ipv4/ip_local_port_range"
         );
-        let enter = format!("--net={}", self.netns.display());
-        run(&["nsenter", &enter, "sh", "-ec", &script]);
+        self.sh(&script);
     }
 }
 
