@@ -13,6 +13,7 @@ use cgtproxy_tests::sandbox::{
     App, MACHINE_V4, MACHINE_V6, Outcome, PORTS, Sandbox, Server, UPLINK, direct, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
+use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{Tcp, Udp};
 use nix::errno::Errno;
 use serde_json::{Value, json};
@@ -224,6 +225,36 @@ fn a_connection_that_somebody_else_has_given_up_is_not_an_open_one() {
                     assert_eq!(outcome, meant, "{target}");
                     assert_eq!(has_left, expected == Some(""), "{target}, {to}");
                 }
+            }
+        }
+    });
+}
+
+/// Nor if there were answers: the delivery guard looks at new connections, and would let this one in.
+#[test]
+fn a_connection_that_somebody_else_has_left_open_is_not_an_open_one() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let bed = bed(sb);
+        // The kernel soon gives up a connection that nobody has any more, and remembers it for longer.
+        sb.run(&["sh", "-ec", "echo 1 >/proc/sys/net/ipv4/tcp_orphan_retries"]);
+        let mut from = PORT;
+        for app in [&bed.proxied, &bed.redirected] {
+            for to in destinations(sb, ANSWERED) {
+                from += 1;
+                use_one_port(sb, from);
+                let connection = bed.hostile.open_tcp(to).expect("it opens");
+                assert_eq!(connection.ask(), direct(to));
+                deafen(sb, to);
+                drop(connection);
+                wait_until("the port is free", || {
+                    let filter = format!("sport = :{from}");
+                    sb.run(&["ss", "-Htan", &filter]).is_empty()
+                });
+                let before = sb.deliveries(to.ip());
+                assert_eq!(app.tcp(to), Outcome::Refused, "{to}");
+                assert_eq!(sb.deliveries(to.ip()), before);
+                sb.nft("delete table netdev deaf");
             }
         }
     });

@@ -126,6 +126,7 @@ impl Transaction<'_> {
         if let Some(list) = &layout.bypass {
             self.bypass_rules(list, FORWARDED);
         }
+        self.begun_by_others_rules(FORWARDED, proxy.settings.delivery);
         self.add_rules(
             FORWARDED,
             [

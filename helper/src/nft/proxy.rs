@@ -231,11 +231,7 @@ impl Transaction<'_> {
         if let Some(list) = &layout.bypass {
             self.bypass_rules(list, &chain);
         }
-        if matches!(proxy.settings.delivery, Delivery::Redirect(_)) {
-            // Only the first packet that the kernel knows of can be translated.
-            // ct status confirmed goto refuse
-            self.add_rules(&chain, [&|rule| rule.ct_confirmed().goto(REFUSE)]);
-        }
+        self.begun_by_others_rules(&chain, proxy.settings.delivery);
         let mask = self.marks.mask();
         self.add_rules(
             &chain,
@@ -271,6 +267,22 @@ impl Transaction<'_> {
                 &|rule| rule.ct_confirmed().tcp_but_syn().return_(),
             ],
         );
+    }
+
+    /// What begins a connection that the kernel knows already is refused if it can't be taken.
+    pub(super) fn begun_by_others_rules(&mut self, chain: &CStr, delivery: Delivery) {
+        match delivery {
+            // The delivery guard looks only at connections that nobody has answered.
+            // ct status seen-reply goto refuse
+            Delivery::Tproxy(_) => {
+                self.add_rules(chain, [&|rule| rule.ct_answered().goto(REFUSE)]);
+            }
+            // Only the first packet that the kernel knows of can be translated.
+            // ct status confirmed goto refuse
+            Delivery::Redirect(_) => {
+                self.add_rules(chain, [&|rule| rule.ct_confirmed().goto(REFUSE)]);
+            }
+        }
     }
 
     /// Destinations that no proxy could reach leave the chain.

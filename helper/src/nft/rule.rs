@@ -39,9 +39,10 @@ const ORIGINAL: u8 = 0;
 /// The kind of a VRF's interface, as a key of `IFNAMSIZ` bytes (drivers/net/vrf.c).
 const VRF: [u8; 16] = *b"vrf\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
-/// `confirmed` and `dnat` among the bits of `ct status`.
+/// `confirmed`, `dnat` and `seen-reply` among the bits of `ct status`.
 const CONFIRMED: u32 = ConntrackStatus::CONFIRMED.bits();
 const DNAT: u32 = ConntrackStatus::DST_NAT.bits();
+const SEEN_REPLY: u32 = ConntrackStatus::SEEN_REPLY.bits();
 
 /// The range from `RTN_LOCAL` over `RTN_BROADCAST` and `RTN_ANYCAST` to `RTN_MULTICAST` (linux/rtnetlink.h).
 const LOCAL_TO_MULTICAST: (u32, u32) = (2, 5);
@@ -136,6 +137,11 @@ impl<'a> RuleBuilder<'a> {
     /// `ct status ! confirmed`: this is the first packet of a connection.
     pub(super) fn ct_unconfirmed(self) -> Self {
         self.ct_status(CONFIRMED, CmpOp::Eq, 0)
+    }
+
+    /// `ct status seen-reply`: somebody has answered.
+    pub(super) fn ct_answered(self) -> Self {
+        self.ct_status(SEEN_REPLY, CmpOp::Neq, 0)
     }
 
     /// `ct status dnat`: the connection's destination was changed.

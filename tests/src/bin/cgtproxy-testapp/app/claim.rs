@@ -3,6 +3,7 @@
 use std::io::{Error, Result};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use cgtproxy_tests::wire::Transport;
 use nix::errno::Errno;
@@ -26,6 +27,8 @@ pub(super) fn claim(
     }
     socket.bind_device(device.map(str::as_bytes))?;
     socket.set_reuse_address(true)?;
+    // Closed, it leaves the port to others at once.
+    socket.set_linger(Some(Duration::ZERO))?;
     socket.set_nonblocking(true)?;
     socket.bind(&from.into())?;
     let sent = match transport {
