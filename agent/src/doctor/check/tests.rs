@@ -74,6 +74,19 @@ fn relay_status() -> RelayStatus {
     }
 }
 
+fn send_the_proxy_through_itself(facts: &mut Facts) {
+    agent(facts).controlGroups = vec![ControlGroup {
+        path: format!("{MANAGER}/app.slice/mihomo.service"),
+        target: "mihomo".into(),
+        rule: Some(1),
+        inheritedFrom: None,
+        execSlice: false,
+        inForce: true,
+        skipped: None,
+        relay: None,
+    }];
+}
+
 fn relay(facts: &mut Facts) -> &mut RelayStatus {
     facts.relay.as_mut().unwrap().as_mut().unwrap()
 }
@@ -426,18 +439,7 @@ const BROKEN: &[(&str, Severity, Break)] = {
             redirect(f);
             listeners(f).retain(|l| l.port != 1053)
         }),
-        ("proxy-loop", Error, |f| {
-            agent(f).controlGroups = vec![ControlGroup {
-                path: format!("{MANAGER}/app.slice/mihomo.service"),
-                target: "mihomo".into(),
-                rule: Some(1),
-                inheritedFrom: None,
-                execSlice: false,
-                inForce: true,
-                skipped: None,
-                relay: None,
-            }];
-        }),
+        ("proxy-loop", Error, send_the_proxy_through_itself),
         ("relay-missing", Error, |f| {
             f.relay = Some(Err("no relay listens".into()));
         }),
@@ -882,18 +884,7 @@ fn advice_is_about_the_file_that_was_looked_at() {
     // An agent is asked about its own file, and refuses another.
     let mut facts = fine();
     facts.config_named = true;
-    let proxy = "mihomo.service";
-    let path = format!("{MANAGER}/app.slice/{proxy}");
-    agent(&mut facts).controlGroups = vec![ControlGroup {
-        path,
-        target: "mihomo".into(),
-        rule: Some(1),
-        inheritedFrom: None,
-        execSlice: false,
-        inForce: true,
-        skipped: None,
-        relay: None,
-    }];
+    send_the_proxy_through_itself(&mut facts);
     assert_eq!(
         only(&facts, super::proxies::check).commands,
         ["cgtproxy-agent explain mihomo.service"]
