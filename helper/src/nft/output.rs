@@ -18,8 +18,8 @@ use crate::route::Family;
 const SHALLOW: u32 = 8;
 
 impl Transaction<'_> {
-    /// Chains `output`, `marked`, `open`, `answers`, `replies` and `user-verdicts`: users' own verdicts at these levels, between what the
-    /// system's policy enforces and what else it says, if there is one.
+    /// Chains `output`, `marked`, `open`, `answers`, `replies` and `user-verdicts`: users' own verdicts at these levels,
+    /// between what the system's policy enforces and what else it says, if there is one.
     ///
     /// While nothing is dropped or held, no verdict changes anything for an open connection, and none is looked up.
     pub(super) fn first_rules(&mut self, looked_at: &LookedAt, system: bool) {
@@ -202,8 +202,8 @@ impl Transaction<'_> {
         }
     }
 
-    /// Chain `first-packets`. A TPROXY server speaks for somebody whom the application has not spoken to, or not for long. In TCP, that is the
-    /// middle of a connection that the kernel has forgotten; its beginning is another program's.
+    /// Chain `first-packets`. A TPROXY server speaks for somebody whom the application has not spoken to, or not for long.
+    /// In TCP, that is the middle of a connection that the kernel has forgotten; its beginning is another program's.
     pub(super) fn first_packet_rules(&mut self) {
         let (mask, begun) = (self.marks.mask(), self.marks.begun_by_proxy());
         self.flush_chain(FIRST_PACKETS);
