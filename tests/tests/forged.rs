@@ -75,6 +75,17 @@ fn bed(sb: &Sandbox) -> Bed {
     }
 }
 
+/// Has root's policy divert what comes in on `lan0`.
+fn divert(sb: &Sandbox) -> Session {
+    let mut root = Session::of(&sb.user(0));
+    let policy = json!({
+        "proxies": [{ "name": "company", "port": 7890 }], "bypass": [], "assignments": [],
+        "gateway": { "interfaces": ["lan0"], "proxy": "company" },
+    });
+    root.call("ReplacePolicy", policy);
+    root
+}
+
 /// Fresh destinations of both families, at this port.
 fn destinations(sb: &Sandbox, port: u16) -> [SocketAddr; 2] {
     [sb.fresh_v4(), sb.fresh_v6()].map(|address| SocketAddr::new(address, port))
@@ -133,11 +144,7 @@ fn whoever_speaks_as_a_stranger_makes_no_host_behind_the_machine_answer() {
         let host = sb.host_behind("lan0");
         let app = host.app();
         let hostile = sb.user(OTHER).cgroup(FREE).app();
-        let policy = json!({
-            "proxies": [{ "name": "company", "port": 7890 }], "bypass": [], "assignments": [],
-            "gateway": { "interfaces": ["lan0"], "proxy": "company" },
-        });
-        Session::of(&sb.user(0)).call("ReplacePolicy", policy);
+        let _root = divert(sb);
         for to in destinations(sb, ANSWERED) {
             let peer = app.open_udp(to);
             let refused = hostile.claim(Udp, to, peer.local());
@@ -210,7 +217,7 @@ fn a_connection_that_somebody_else_has_given_up_is_not_an_open_one() {
                     deafen(sb, to);
                     // Those before are remembered for a while.
                     from += 1;
-                    use_one_port(sb, from);
+                    sb.use_one_port(from);
                     let own = SocketAddr::new(own_address(to).ip(), from);
                     bed.hostile.begin_in_vain(own, to);
                     let before = sb.deliveries(to.ip());
@@ -242,7 +249,7 @@ fn a_connection_that_somebody_else_has_left_open_is_not_an_open_one() {
         for app in [&bed.proxied, &bed.redirected] {
             for to in destinations(sb, ANSWERED) {
                 from += 1;
-                use_one_port(sb, from);
+                sb.use_one_port(from);
                 let connection = bed.hostile.open_tcp(to).expect("it opens");
                 assert_eq!(connection.ask(), direct(to));
                 deafen(sb, to);
@@ -267,12 +274,7 @@ fn a_forwarded_connection_that_somebody_else_has_given_up_is_not_an_open_one() {
         let _helper = sb.helper().start();
         let _proxy = sb.tproxy("company").uid(0).port(7890).start();
         let [host, other] = ["lan0", "lan1"].map(|interface| sb.host_behind(interface));
-        let policy = json!({
-            "proxies": [{ "name": "company", "port": 7890 }], "bypass": [], "assignments": [],
-            "gateway": { "interfaces": ["lan0"], "proxy": "company" },
-        });
-        let mut root = Session::of(&sb.user(0));
-        root.call("ReplacePolicy", policy);
+        let _root = divert(sb);
         for to in destinations(sb, ANSWERED) {
             let own = SocketAddr::new(host.addresses()[usize::from(to.is_ipv6())], PORT);
             other.pretend_to_be(own);
@@ -298,12 +300,6 @@ fn deafen(sb: &Sandbox, to: SocketAddr) {
     ));
 }
 
-/// Has all connections come from one port.
-fn use_one_port(sb: &Sandbox, port: u16) {
-    let ports = format!("echo {port} {port} >/proc/sys/net/ipv4/ip_local_port_range");
-    sb.run(&["sh", "-ec", &ports]);
-}
-
 /// The same from elsewhere: a beginning of TCP that nobody has answered, since a packet filter or an odd option has
 /// seen to that. The application's own beginning counts as an answer to it.
 #[test]
@@ -317,7 +313,7 @@ fn a_connection_that_somebody_else_has_begun_does_not_leave() {
              add chain inet quiet out { type filter hook output priority raw; }
              add rule inet quiet out tcp flags rst drop",
         );
-        use_one_port(sb, PORT);
+        sb.use_one_port(PORT);
         let all = [&bed.proxied, &bed.redirected, &bed.dropped];
         // While something is dropped, and while nothing is.
         for (target, apps) in [("dropAll", &all[..]), ("direct", &all[..2])] {

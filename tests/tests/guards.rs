@@ -193,17 +193,11 @@ fn a_connection_from_the_port_of_an_earlier_one_is_received() {
             drop(connection);
             wait_until("the kernel remembers it", || in_state("time-wait", at));
             server = redirection_server(sb, &user);
-            let script = format!(
-                "cd /proc/sys/net/ipv4; cat ip_local_port_range; \
-                 echo {0} {0} >ip_local_port_range",
-                own.port()
-            );
-            let range = sb.run(&["sh", "-ec", &script]);
+            let range = sb.use_one_port(own.port());
             let again = app.open_tcp(to).expect("it opens");
             assert_eq!(again.local(), own);
             assert_eq!(again.ask(), local("redir", at));
-            let script = format!("echo {range} >/proc/sys/net/ipv4/ip_local_port_range");
-            sb.run(&["sh", "-ec", &script]);
+            sb.use_ports(&range);
         }
     });
 }

@@ -3,7 +3,8 @@
 use super::upstream::{InvalidUpstream, Upstream};
 
 /// The variables, the first one before all others. They are those that curl reads, but `all_proxy` comes first, since the
-/// proxy here is for everything. `HTTP_PROXY` is none of them, since a web server hands its clients' headers to programs that way.
+/// proxy here is for everything. `HTTP_PROXY` is none of them, since a web server hands its clients' headers to programs
+/// that way.
 const VARIABLES: [&str; 5] = [
     "all_proxy",
     "ALL_PROXY",

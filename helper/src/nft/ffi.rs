@@ -586,7 +586,8 @@ const FIB_F_SADDR: u32 = 1 << 0;
 const FIB_F_DADDR: u32 = 1 << 1;
 const FIB_F_OIF: u32 = 1 << 4;
 
-/// `fib saddr type`, `fib saddr . oif type` and `fib daddr type`: loads how the routing tables know an address (RTN_UNICAST, RTN_LOCAL, …).
+/// `fib saddr type`, `fib saddr . oif type` and `fib daddr type`: loads how the routing tables know an address
+/// (RTN_UNICAST, RTN_LOCAL, …).
 #[derive(Clone, Copy)]
 pub(super) enum AddressType {
     /// Of who sends the packet.

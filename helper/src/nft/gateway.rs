@@ -96,7 +96,7 @@ impl Transaction<'_> {
                 &|rule| rule.ct_mark_vmap(mask, DIVERT),
             ],
         );
-        self.open_connection_rules(FORWARDED);
+        self.open_connection_rules(FORWARDED, |rule| rule);
     }
 
     /// Chain `forwarded`, for new connections.

@@ -39,26 +39,8 @@ impl Transaction<'_> {
             self.flush_chain(chain);
         }
         if !looked_at.open {
-            self.add_rules(
-                OUTPUT,
-                [
-                    // ct mark & MASK == 0 ct status confirmed meta l4proto != tcp return
-                    &|rule| {
-                        rule.ct_mark_lacks(mask)
-                            .ct_confirmed()
-                            .l4proto_not(Protocol::Tcp)
-                            .return_()
-                    },
-                    // Somebody else may have begun a connection between these ports in vain.
-                    // ct mark & MASK == 0 ct status confirmed tcp flags & (syn | ack) != syn return
-                    &|rule| {
-                        rule.ct_mark_lacks(mask)
-                            .ct_confirmed()
-                            .tcp_but_syn()
-                            .return_()
-                    },
-                ],
-            );
+            // ct mark & MASK == 0 …: return
+            self.open_connection_rules(OUTPUT, |rule| rule.ct_mark_lacks(mask));
         }
         self.add_rules(
             OUTPUT,

@@ -205,9 +205,8 @@ impl Transaction<'_> {
             &chain,
             [&|rule| rule.ct_direction_reply().tcp_syn().goto(REFUSE)],
         );
-        // A connection that is open goes on directly, or to another proxy. One of TCP is not open that is only beginning:
-        // somebody else may have begun one between these ports in vain.
-        self.open_connection_rules(&chain);
+        // A connection that is open goes on directly, or to another proxy.
+        self.open_connection_rules(&chain, |rule| rule);
         if !names.is_system() {
             // No verdict of one user's is about another's control groups. Should ever an element be wrong, then
             // nobody's packets get to this proxy by it. What comes here has that level: an element was found no less
@@ -256,15 +255,20 @@ impl Transaction<'_> {
         );
     }
 
-    /// Packets of connections that are open leave the chain.
-    pub(super) fn open_connection_rules(&mut self, chain: &CStr) {
+    /// Packets of open connections that `of` matches leave the chain. One of TCP is not open that is only beginning:
+    /// somebody else may have begun one between these ports in vain.
+    pub(super) fn open_connection_rules(
+        &mut self,
+        chain: &CStr,
+        of: impl Fn(RuleBuilder<'_>) -> RuleBuilder<'_>,
+    ) {
         self.add_rules(
             chain,
             [
-                // ct status confirmed meta l4proto != tcp return
-                &|rule| rule.ct_confirmed().l4proto_not(Protocol::Tcp).return_(),
-                // ct status confirmed tcp flags & (syn | ack) != syn return
-                &|rule| rule.ct_confirmed().tcp_but_syn().return_(),
+                // … ct status confirmed meta l4proto != tcp return
+                &|rule| of(rule).ct_confirmed().l4proto_not(Protocol::Tcp).return_(),
+                // … ct status confirmed tcp flags & (syn | ack) != syn return
+                &|rule| of(rule).ct_confirmed().tcp_but_syn().return_(),
             ],
         );
     }

@@ -363,28 +363,26 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Neq, protocol.number())
     }
 
-    /// `tcp flags ! syn`: in the middle of a connection.
-    pub(super) fn tcp_without_syn(self) -> Self {
+    /// `tcp flags & FLAGS`: loads these flags of packets of TCP.
+    fn tcp_flags(self, flags: u8) -> Self {
         self.l4proto(Protocol::Tcp)
             .with(&TcpFlags)
-            .with(&Bitwise::new(SYN, 0u8))
-            .compare(CmpOp::Eq, 0u8)
+            .with(&Bitwise::new(flags, 0u8))
+    }
+
+    /// `tcp flags ! syn`: in the middle of a connection.
+    pub(super) fn tcp_without_syn(self) -> Self {
+        self.tcp_flags(SYN).compare(CmpOp::Eq, 0u8)
     }
 
     /// `tcp flags & (syn | ack) == syn`: the first packet of a connection.
     pub(super) fn tcp_syn(self) -> Self {
-        self.l4proto(Protocol::Tcp)
-            .with(&TcpFlags)
-            .with(&Bitwise::new(SYN | ACK, 0u8))
-            .compare(CmpOp::Eq, SYN)
+        self.tcp_flags(SYN | ACK).compare(CmpOp::Eq, SYN)
     }
 
     /// `tcp flags & (syn | ack) != syn`: any packet of a connection but the first one.
     pub(super) fn tcp_but_syn(self) -> Self {
-        self.l4proto(Protocol::Tcp)
-            .with(&TcpFlags)
-            .with(&Bitwise::new(SYN | ACK, 0u8))
-            .compare(CmpOp::Neq, SYN)
+        self.tcp_flags(SYN | ACK).compare(CmpOp::Neq, SYN)
     }
 
     /// `meta nfproto FAMILY`

@@ -73,10 +73,10 @@ impl Host {
         let nodad = if ip.is_ipv6() { "nodad" } else { "" };
         let script = format!(
             "ip address add {ip} dev eth0 {nodad}
-             ip route replace default via {gateway} src {ip}
-             echo {port} {port} >/proc/sys/net/ipv4/ip_local_port_range"
+             ip route replace default via {gateway} src {ip}"
         );
         self.sh(&script);
+        self.use_one_port(port);
     }
 }
 

@@ -135,6 +135,19 @@ impl Sandbox {
         run_with_input(&["nft", "-f", "-"], script);
     }
 
+    /// Has new connections come from these ports, and returns from which they came before: the first and the last one.
+    pub fn use_ports(&self, range: &str) -> String {
+        let script = format!(
+            "cd /proc/sys/net/ipv4; cat ip_local_port_range; echo {range} >ip_local_port_range"
+        );
+        self.run(&["sh", "-ec", &script])
+    }
+
+    /// Has all new connections come from one port.
+    pub fn use_one_port(&self, port: u16) -> String {
+        self.use_ports(&format!("{port} {port}"))
+    }
+
     /// A tunnel from the machine to the internet, which the kernel sends nothing through but when it is to.
     pub fn build_tunnel(&self) {
         self.run(&[
