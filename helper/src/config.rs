@@ -13,6 +13,7 @@ use nix::unistd::{Group, User};
 
 use crate::access::{Access, Accounts};
 use crate::mark::MarkRange;
+use crate::nft::UdpVerdicts;
 
 /// Where the configuration is unless `--config` says otherwise. It may be absent.
 pub const DEFAULT_PATH: &str = "/etc/cgtproxy/helper.yaml";
@@ -25,6 +26,7 @@ pub const KEYS: &[&str] = &[
     "grace-seconds",
     "on-agent-loss",
     "own-table",
+    "udp-verdicts",
     "proxy-users",
     "allow",
     "deny",
@@ -111,6 +113,8 @@ pub struct Config {
     pub on_agent_loss: OnAgentLoss,
     /// Whether to protect the table from other programs where the kernel can.
     pub own_table: bool,
+    /// What UDP that no proxy has taken goes by.
+    pub udp_verdicts: UdpVerdicts,
     /// Uids besides the user's own whose proxies may receive diverted packets; root is one of them.
     pub proxy_uids: Vec<u32>,
     /// Who may use the helper.
@@ -253,6 +257,7 @@ impl Config {
         let mut place_of_mask = root;
         let (mut route_table, mut rule_priority, mut grace) = (0x6367, 800, 5u32);
         let (mut on_agent_loss, mut own_table) = (OnAgentLoss::default(), true);
+        let mut udp_verdicts = UdpVerdicts::default();
         let mut proxy_uids = vec![0];
         let (mut allow, mut deny, mut limits) = (None, Accounts::default(), Limits::default());
         let entries = match root.value {
@@ -281,6 +286,7 @@ impl Config {
                 "grace-seconds" => grace = number(node, key, ANY_NUMBER, |_| true)?,
                 "on-agent-loss" => on_agent_loss = self::on_agent_loss(node, key)?,
                 "own-table" => own_table = boolean(node, key)?,
+                "udp-verdicts" => udp_verdicts = self::udp_verdicts(node, key)?,
                 "proxy-users" => proxy_uids.extend(accounts(node, key, Account::User)?),
                 // Without a value it is as good as not there.
                 "allow" if matches!(node.value, Value::Null) => {}
@@ -301,6 +307,7 @@ impl Config {
             grace: Duration::from_secs(grace.into()),
             on_agent_loss,
             own_table,
+            udp_verdicts,
             proxy_uids,
             access: Access { allow, deny },
             limits,
@@ -412,6 +419,18 @@ fn on_agent_loss(node: &Node, key: &str) -> Result<OnAgentLoss, Wrong> {
         Value::Text(text) if text == "direct" => Ok(OnAgentLoss::Direct),
         Value::Text(text) if text == "drop" => Ok(OnAgentLoss::Drop),
         _ => Err(wrong_value(node, key, "'keep', 'direct' or 'drop'")),
+    }
+}
+
+fn udp_verdicts(node: &Node, key: &str) -> Result<UdpVerdicts, Wrong> {
+    match &node.value {
+        Value::Text(text) if text == "per-conversation" => Ok(UdpVerdicts::PerConversation),
+        Value::Text(text) if text == "per-datagram" => Ok(UdpVerdicts::PerDatagram),
+        _ => Err(wrong_value(
+            node,
+            key,
+            "'per-conversation' or 'per-datagram'",
+        )),
     }
 }
 
@@ -620,6 +639,7 @@ mod tests {
             assert_eq!(config.proxy_uids, [0]);
             assert_eq!(config.limits, Limits::default());
             assert_eq!(config.on_agent_loss, OnAgentLoss::Keep);
+            assert_eq!(config.udp_verdicts, UdpVerdicts::PerConversation);
         }
     }
 
@@ -628,7 +648,7 @@ mod tests {
     fn takes_every_key() {
         let config = parse(
             "mark-mask: 0x00f00000\nroute-table: 4000\nrule-priority: 900\ngrace-seconds: 1\n\
-             on-agent-loss: drop\nown-table: false\nproxy-users: [daemon, 990, root]\nallow: {users: [daemon, 7], groups: [daemon]}\n\
+             on-agent-loss: drop\nown-table: false\nudp-verdicts: per-datagram\nproxy-users: [daemon, 990, root]\nallow: {users: [daemon, 7], groups: [daemon]}\n\
              deny: {users: [9], groups: [8]}\nlimits: {proxies: 3, control-groups: 10}\n",
         )
         .unwrap();
@@ -637,6 +657,7 @@ mod tests {
         assert_eq!(config.grace, Duration::from_secs(1));
         assert_eq!(config.on_agent_loss, OnAgentLoss::Drop);
         assert!(!config.own_table);
+        assert_eq!(config.udp_verdicts, UdpVerdicts::PerDatagram);
         assert_eq!(config.proxy_uids, [0, 1, 990]);
         let allow = config.access.allow.unwrap();
         assert!(allow.uids.contains(&1) && allow.uids.contains(&7) && allow.gids.contains(&1));
@@ -729,6 +750,10 @@ mod tests {
             (
                 "own-table: maybe",
                 "helper.yaml:1:12: 'own-table' is 'maybe'; write 'true' or 'false'",
+            ),
+            (
+                "udp-verdicts: all",
+                "helper.yaml:1:15: 'udp-verdicts' is 'all'; write 'per-conversation' or 'per-datagram'",
             ),
             (
                 "grace-seconds: -1",

@@ -14,7 +14,7 @@ use cgtproxy_helper::cli::Arguments;
 use cgtproxy_helper::config::{self, Config};
 use cgtproxy_helper::kernel::Linux;
 use cgtproxy_helper::monitor::Monitor;
-use cgtproxy_helper::nft::{self, Nftables};
+use cgtproxy_helper::nft::{self, Nftables, Settings};
 use cgtproxy_helper::route::{self, Family, Routing};
 use cgtproxy_helper::server::Server;
 use cgtproxy_helper::snapshot::{self, Snapshot};
@@ -158,7 +158,13 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     let routing = Routing::open(marks, config.route_table, config.rule_priority)?;
     let (snapshot, mut records) = Snapshot::open(stored, marks);
     records.locate(|uid, subtree| root.slices(uid, subtree));
-    let (nftables, left) = Nftables::open(marks, &config.proxy_uids, config.own_table, &records)?;
+    let settings = Settings {
+        marks,
+        proxy_uids: config.proxy_uids.clone(),
+        own: config.own_table,
+        udp_verdicts: config.udp_verdicts,
+    };
+    let (nftables, left) = Nftables::open(settings, &records)?;
     drop(records);
     if config.own_table && !nftables.owned() {
         tracing::info!(

@@ -10,7 +10,9 @@ use std::os::unix::net::UnixStream;
 use cgtproxy_helper::cgroup::Root;
 use cgtproxy_helper::config::Config;
 use cgtproxy_helper::kernel::Linux;
-use cgtproxy_helper::nft::{Bypass, Delivery, Exceptions, Fakes, Nftables, ProxySettings, Verdict};
+use cgtproxy_helper::nft::{
+    Bypass, Delivery, Exceptions, Fakes, Nftables, ProxySettings, Settings, Verdict,
+};
 use cgtproxy_helper::peer::Peer;
 use cgtproxy_helper::registry::PolicyRequest;
 use cgtproxy_helper::route::Routing;
@@ -489,8 +491,13 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
         let subtree = root.subtree(&peer).expect("a subtree");
         let routing = Routing::open(config.marks, config.route_table, config.rule_priority)
             .expect("a socket");
-        let (nftables, left) =
-            Nftables::open(config.marks, &[0], false, &Records::default()).expect("a table");
+        let settings = Settings {
+            marks: config.marks,
+            proxy_uids: config.proxy_uids.clone(),
+            own: false,
+            udp_verdicts: config.udp_verdicts,
+        };
+        let (nftables, left) = Nftables::open(settings, &Records::default()).expect("a table");
         let (mut state, _) = State::new(
             config,
             root,

@@ -198,6 +198,89 @@ fn whoever_speaks_as_a_stranger_by_another_interface_makes_nobody_answer() {
     });
 }
 
+/// With a verdict for each datagram, what an application sends does not go where somebody else's conversation between the
+/// same ports goes.
+#[test]
+fn a_conversation_of_datagrams_is_nobody_elses() {
+    sandbox(|sb| {
+        let _helper = sb.helper().config("udp-verdicts: per-datagram").start();
+        let mut bed = bed(sb);
+        let mut from = PORT;
+        // While something is dropped, and while nothing is.
+        for target in ["dropAll", "direct"] {
+            bed.session.assign(json!([verdict(DROPPED, target)]));
+            // Where somebody answers, and where nobody does.
+            for (port, app) in [ANSWERED, UNANSWERED]
+                .into_iter()
+                .flat_map(|port| [&bed.proxied, &bed.redirected, &bed.free].map(|app| (port, app)))
+            {
+                for to in destinations(sb, port) {
+                    from += 1;
+                    sb.use_one_port(from);
+                    bed.hostile.udp(to);
+                    let before = sb.deliveries(to.ip());
+                    let outcome = app.udp(to);
+                    let has_left = sb.deliveries(to.ip()) != before;
+                    let meant = match app.pid() {
+                        pid if pid == bed.proxied.pid() => proxied("mihomo", to),
+                        pid if pid == bed.redirected.pid() => Outcome::Forbidden,
+                        _ if port == ANSWERED => direct(to),
+                        // By the internet.
+                        _ => Outcome::Refused,
+                    };
+                    assert_eq!(outcome, meant, "{target}, {to}");
+                    assert_eq!(has_left, app.pid() == bed.free.pid(), "{target}, {to}");
+                }
+            }
+        }
+    });
+}
+
+/// So what is open already goes to the proxy from the next datagram on. What went there goes on as it began.
+#[test]
+fn an_open_conversation_of_datagrams_follows_the_verdict_to_a_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().config("udp-verdicts: per-datagram").start();
+        let mut bed = bed(sb);
+        for to in destinations(sb, ANSWERED) {
+            let [first, second] = [(); 2].map(|()| bed.free.open_udp(to));
+            for conversation in [&first, &second] {
+                assert_eq!(conversation.ask(), direct(to));
+            }
+            bed.session.assign(json!([to_proxy(FREE, "mihomo")]));
+            assert_eq!(first.ask(), proxied("mihomo", to));
+            // The kernel translates only what begins.
+            bed.session.assign(json!([to_proxy(FREE, "redir")]));
+            let before = sb.deliveries(to.ip());
+            assert_eq!(second.ask(), Outcome::Forbidden);
+            assert_eq!(sb.deliveries(to.ip()), before);
+            bed.session.assign(json!([verdict(FREE, "direct")]));
+            assert_eq!(first.ask(), proxied("mihomo", to));
+        }
+    });
+}
+
+/// Nor what is forwarded, where somebody in another network has pretended to be the host.
+#[test]
+fn a_forwarded_conversation_of_datagrams_is_nobody_elses() {
+    sandbox(|sb| {
+        let _helper = sb.helper().config("udp-verdicts: per-datagram").start();
+        let _proxy = sb.tproxy("company").uid(0).port(7890).start();
+        let [host, other] = ["lan0", "lan1"].map(|interface| sb.host_behind(interface));
+        let _root = divert(sb);
+        for to in destinations(sb, UNANSWERED) {
+            let own = SocketAddr::new(host.addresses()[usize::from(to.is_ipv6())], PORT);
+            other.pretend_to_be(own);
+            host.use_one_port(PORT);
+            assert_eq!(other.app().claim(Udp, own, to), Ok(()));
+            sb.settle();
+            let before = sb.deliveries(to.ip());
+            assert_eq!(host.app().udp(to), proxied("company", to));
+            assert_eq!(sb.deliveries(to.ip()), before);
+        }
+    });
+}
+
 /// What an application begins is not what somebody else has begun between the same ports, and given up.
 #[test]
 fn a_connection_that_somebody_else_has_given_up_is_not_an_open_one() {

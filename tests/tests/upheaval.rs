@@ -301,7 +301,8 @@ fn nothing_is_left_of_a_user_who_is_deleted() {
 #[test]
 fn a_helper_knows_what_the_one_before_it_had_in_force() {
     sandbox(|sb| {
-        let installed = Installed::boot(sb, "own-table: true\ngrace-seconds: 600", |_| ());
+        let config = "own-table: true\nudp-verdicts: per-conversation\ngrace-seconds: 600";
+        let installed = Installed::boot(sb, config, |_| ());
         let system = &installed.system;
         let alice = system.alice();
         let (_mihomo, browser, tracker) = alices_desktop(sb, &installed);
@@ -321,11 +322,16 @@ fn a_helper_knows_what_the_one_before_it_had_in_force() {
         };
         let traffic = Steady::start(sb, &browser);
         traffic.assert_proxied("mihomo");
-        for own in ["false", "true", "false"] {
+        for (key, value) in [
+            ("own-table", "false"),
+            ("own-table", "true"),
+            ("own-table", "false"),
+            ("udp-verdicts", "per-datagram"),
+        ] {
             let config = "/etc/cgtproxy/helper.yaml";
-            let edit = format!("sed -i 's/own-table: .*/own-table: {own}/' {config}");
+            let edit = format!("sed -i 's/{key}: .*/{key}: {value}/' {config}");
             system.run(&["sh", "-ec", &edit]);
-            if own == "true" {
+            if value == "true" {
                 let helper = system.property(HELPER, "MainPID");
                 system.run(&["kill", "-KILL", &helper]);
                 wait_until("another process has taken its place", || {
@@ -337,7 +343,7 @@ fn a_helper_knows_what_the_one_before_it_had_in_force() {
             } else {
                 system.run(&["systemctl", "restart", HELPER]);
             }
-            holds(own);
+            holds(value);
             traffic.assert_proxied("mihomo");
             traffic.assert_none_strayed(sb, &["mihomo"]);
         }

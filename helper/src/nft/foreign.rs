@@ -101,7 +101,7 @@ impl Nftables {
                     return ControlFlow::Continue(());
                 }
                 let expressions = attribute(rule, RULE_EXPRESSIONS).unwrap_or_default();
-                let bits = changed_bits(expressions, self.marks.mask());
+                let bits = changed_bits(expressions, self.settings.marks.mask());
                 if bits != 0 {
                     let table = format!("{} {name}", family_name(family));
                     *tables.entry(table).or_default() |= bits;

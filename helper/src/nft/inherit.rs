@@ -166,8 +166,9 @@ impl Nftables {
         for uid in contents.users() {
             let stamp = contents.stamps.get(&uid).copied();
             let layout = stamp.and_then(|stamp| Some((stamp, snapshot.get(uid, stamp)?)));
-            let known = layout
-                .and_then(|(stamp, layout)| contents.known(self.marks, uid, stamp, layout, stays));
+            let known = layout.and_then(|(stamp, layout)| {
+                contents.known(self.settings.marks, uid, stamp, layout, stays)
+            });
             let found = match known {
                 Some(known) => {
                     layouts.insert(uid, Rc::clone(&known.stamped.layout));

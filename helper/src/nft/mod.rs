@@ -42,7 +42,7 @@ pub use foreign::{MarkWriter, Unread};
 pub use plan::{Before, Inherited, Known, Layout, LeftBehind, Plan, Stamp, Stamped};
 pub use policy::{
     Bypass, BypassList, Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway, Hold,
-    Proxy, ProxySettings, Verdict,
+    Proxy, ProxySettings, UdpVerdicts, Verdict,
 };
 
 use crate::mark::MarkRange;
@@ -75,7 +75,7 @@ pub(crate) fn fuzz(object: &[u8]) {
 #[cfg(any(test, fuzzing))]
 pub(crate) fn batch(plan: &Plan, marks: MarkRange) -> nftnl::FinalizedBatch {
     let table = Table::new(TABLE, ProtoFamily::Inet);
-    let mut transaction = Transaction::new(&table, marks);
+    let mut transaction = Transaction::new(&table, marks, UdpVerdicts::default());
     transaction.plan(plan, &Shared::default());
     transaction.finish()
 }
@@ -133,12 +133,24 @@ impl From<Failure> for Error {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TablePort(pub(crate) u32);
 
+/// What the administrator says of the table.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The bits of packet and connection marks that are ours.
+    pub marks: MarkRange,
+    /// Whose proxies may receive diverted packets of every user.
+    pub proxy_uids: Vec<u32>,
+    /// Whether the table is to be protected from other programs, if the kernel can do that.
+    pub own: bool,
+    /// What UDP goes by.
+    pub udp_verdicts: UdpVerdicts,
+}
+
 /// The table `inet cgtproxy`, for as long as this process changes it.
 pub struct Nftables {
     socket: NetfilterSocket,
     table: Table,
-    marks: MarkRange,
-    proxy_uids: Vec<u32>,
+    settings: Settings,
     has_fib: bool,
     owned: bool,
     /// What the table holds, as far as users have it together.
@@ -147,19 +159,16 @@ pub struct Nftables {
 
 impl Nftables {
     /// Takes the table over or makes it, with its base chains. Returns what an earlier helper left
-    /// in it: users' objects stay in force until a plan replaces or removes them. With `own`, the
-    /// table is protected from other programs if the kernel can do that.
+    /// in it: users' objects stay in force until a plan replaces or removes them.
     ///
-    /// A table of another layout, for another mask of marks, or with another owner, can't be taken over: it is made
+    /// A table of another layout, for other settings, or with another owner, can't be taken over: it is made
     /// anew in one transaction, with those users' objects of which the snapshot knows everything.
     ///
     /// # Errors
     /// Without CAP_NET_ADMIN, on a kernel that lacks what the table needs, or when another process
     /// owns the table.
     pub fn open(
-        marks: MarkRange,
-        proxy_uids: &[u32],
-        own: bool,
+        settings: Settings,
         snapshot: &Records,
     ) -> Result<(Self, BTreeMap<Uid, Inherited>), Error> {
         let socket = NetfilterSocket::open().map_err(Error::Socket)?;
@@ -167,13 +176,12 @@ impl Nftables {
         let mut this = Self {
             socket,
             table,
-            marks,
-            proxy_uids: proxy_uids.to_vec(),
+            settings,
             has_fib: false,
             owned: false,
             shared: Shared::default(),
         };
-        this.owned = this.kernel_keeps_owned_tables()? && own;
+        this.owned = this.kernel_keeps_owned_tables()? && this.settings.own;
         this.has_fib = this.has_fib().map_err(Error::Refused)?;
         let adopted = this.adopt()?;
         let (mut inherited, shared) = this.inherited(snapshot, adopted)?;
@@ -208,12 +216,12 @@ impl Nftables {
         self.owned
     }
 
-    /// Whether the table is there, with this layout and for these marks.
+    /// Whether the table is there, with this layout and for these settings.
     ///
     /// # Errors
     /// If the kernel does not say.
     pub fn is_there(&self) -> Result<bool, Error> {
-        let version = ruleset::version(self.marks);
+        let version = ruleset::version(self.settings.marks, self.settings.udp_verdicts);
         let chains = self.chains()?;
         Ok(chains
             .iter()
@@ -332,8 +340,12 @@ impl Nftables {
         let this = Self {
             socket,
             table,
-            marks,
-            proxy_uids: Vec::new(),
+            settings: Settings {
+                marks,
+                proxy_uids: Vec::new(),
+                own: true,
+                udp_verdicts: UdpVerdicts::default(),
+            },
             has_fib: false,
             owned: false,
             shared: Shared::default(),
@@ -358,12 +370,16 @@ impl Nftables {
     }
 
     fn transaction(&self) -> Transaction<'_> {
-        Transaction::new(&self.table, self.marks)
+        self.transaction_on(&self.table)
+    }
+
+    fn transaction_on<'t>(&self, table: &'t Table) -> Transaction<'t> {
+        Transaction::new(table, self.settings.marks, self.settings.udp_verdicts)
     }
 
     fn base(&self) -> Base<'_> {
         Base {
-            proxy_uids: &self.proxy_uids,
+            proxy_uids: &self.settings.proxy_uids,
             has_fib: self.has_fib,
         }
     }
@@ -376,7 +392,7 @@ impl Nftables {
     /// connection's proxy with it.
     fn kernel_keeps_owned_tables(&self) -> Result<bool, Error> {
         let probe = Table::new(PROBE, ProtoFamily::Inet);
-        let mut transaction = Transaction::new(&probe, self.marks);
+        let mut transaction = self.transaction_on(&probe);
         transaction.add_table(OWNER | PERSIST);
         transaction.delete_table();
         match self.socket.transact(&transaction.finish()) {

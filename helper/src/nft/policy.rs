@@ -27,6 +27,16 @@ pub enum Verdict {
     Undecided,
 }
 
+/// What UDP that no proxy has taken goes by. That which a proxy has taken stays with it in any case.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum UdpVerdicts {
+    /// The verdict at the first datagram that the kernel knows of, whoever sent it. Later ones cost no look-up.
+    #[default]
+    PerConversation,
+    /// The verdict of each datagram's own sender.
+    PerDatagram,
+}
+
 /// Which part of an element users' own policies can't change. In the system's policy only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Enforced {

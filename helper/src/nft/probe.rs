@@ -8,7 +8,6 @@ use nftnl::{ProtoFamily, Table};
 use rustix::io::Errno;
 
 use super::rule::RuleBuilder;
-use super::transaction::Transaction;
 use super::{Nftables, PROBE};
 use crate::conntrack::Conntrack;
 use crate::netlink::Refusal;
@@ -56,7 +55,7 @@ impl Nftables {
 
     fn attempt(&self, rule: Attempt) -> Result<(), Refusal> {
         let table = Table::new(PROBE, ProtoFamily::Inet);
-        let mut transaction = Transaction::new(&table, self.marks);
+        let mut transaction = self.transaction_on(&table);
         transaction.add_table(0);
         transaction.add_chain(CHAIN);
         transaction.add_rules(CHAIN, [&rule]);

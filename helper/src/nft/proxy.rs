@@ -8,7 +8,7 @@ use cgtproxy_proto::name::ProxyName;
 
 use super::names::Names;
 use super::plan::Layout;
-use super::policy::{Delivery, DnsHijack, Exceptions, Proxy};
+use super::policy::{Delivery, DnsHijack, Exceptions, Proxy, UdpVerdicts};
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::REFUSE;
 use super::transaction::Transaction;
@@ -256,17 +256,25 @@ impl Transaction<'_> {
     }
 
     /// Packets of open connections that `of` matches leave the chain. One of TCP is not open that is only beginning:
-    /// somebody else may have begun one between these ports in vain.
+    /// somebody else may have begun one between these ports in vain. Of one of UDP nobody can tell, so that none of its
+    /// packets leaves the chain if each datagram has a verdict.
     pub(super) fn open_connection_rules(
         &mut self,
         chain: &CStr,
         of: impl Fn(RuleBuilder<'_>) -> RuleBuilder<'_>,
     ) {
+        let udp_verdicts = self.udp_verdicts;
         self.add_rules(
             chain,
             [
-                // … ct status confirmed meta l4proto != tcp return
-                &|rule| of(rule).ct_confirmed().l4proto_not(Protocol::Tcp).return_(),
+                // … ct status confirmed meta l4proto != tcp return, or … meta l4proto != udp return
+                &|rule| {
+                    let rule = of(rule).ct_confirmed().l4proto_not(Protocol::Tcp);
+                    match udp_verdicts {
+                        UdpVerdicts::PerConversation => rule.return_(),
+                        UdpVerdicts::PerDatagram => rule.l4proto_not(Protocol::Udp).return_(),
+                    }
+                },
                 // … ct status confirmed tcp flags & (syn | ack) != syn return
                 &|rule| of(rule).ct_confirmed().tcp_but_syn().return_(),
             ],
@@ -276,10 +284,13 @@ impl Transaction<'_> {
     /// What begins a connection that the kernel knows already is refused if it can't be taken.
     pub(super) fn begun_by_others_rules(&mut self, chain: &CStr, delivery: Delivery) {
         match delivery {
-            // The delivery guard looks only at connections that nobody has answered.
+            // The delivery guard looks at each datagram, but only at connections of TCP that nobody has answered.
             // ct status seen-reply goto refuse
             Delivery::Tproxy(_) => {
-                self.add_rules(chain, [&|rule| rule.ct_answered().goto(REFUSE)]);
+                self.add_rules(
+                    chain,
+                    [&|rule| rule.l4proto(Protocol::Tcp).ct_answered().goto(REFUSE)],
+                );
             }
             // Only the first packet that the kernel knows of can be translated.
             // ct status confirmed goto refuse

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-14-ff000000 { }              # the format of this table, and the mask of marks
+//!   chain version-14-ff000000 { }              # the format of this table, the mask of marks, and what UDP goes by
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
 //!   map cgroups-0 { … }  map choices-0 { … }  # the same for the system's policy
@@ -92,6 +92,7 @@ use nftnl::{ChainType, Hook, MsgType};
 
 use super::ffi::{Content, Element, KeyType};
 use super::names;
+use super::policy::UdpVerdicts;
 use super::rule::Protocol;
 use super::shared::Shared;
 use super::transaction::Transaction;
@@ -160,10 +161,14 @@ pub(super) const PRIORITY_MANGLE: i32 = -150;
 /// The level of user@UID.service: user.slice, user-UID.slice, user@UID.service.
 const USER_LEVEL: u32 = 3;
 
-/// The chain that says how a table is laid out, and by which bits of marks its rules go. A table without it is made
-/// anew: under another mask, the number of one user's proxy may be that of another's.
-pub(super) fn version(marks: MarkRange) -> CString {
-    names::name(format!("version-{VERSION}-{:08x}", marks.mask()))
+/// The chain that says how a table is laid out, by which bits of marks its rules go, and what UDP goes by. A table without
+/// it is made anew: under another mask, the number of one user's proxy may be that of another's.
+pub(super) fn version(marks: MarkRange, udp_verdicts: UdpVerdicts) -> CString {
+    let suffix = match udp_verdicts {
+        UdpVerdicts::PerConversation => "",
+        UdpVerdicts::PerDatagram => "-per-datagram",
+    };
+    names::name(format!("version-{VERSION}-{:08x}{suffix}", marks.mask()))
 }
 
 /// What the table depends on besides what users have.
@@ -183,7 +188,7 @@ impl Transaction<'_> {
     /// Everything that no user owns. Unless the table is `fresh`, what is there stays, and its rules are written anew,
     /// but for those of the system's policy if there is one.
     pub(super) fn base(&mut self, base: &Base<'_>, shared: &Shared, fresh: bool) {
-        self.add_chain(&version(self.marks));
+        self.add_chain(&version(self.marks, self.udp_verdicts));
         let group = KeyType::ControlGroup;
         self.add_set(CGROUPS, group, Content::Values(KeyType::Mark));
         self.add_set(DROPS, group, Content::Verdicts);

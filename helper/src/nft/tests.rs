@@ -18,7 +18,7 @@ use super::names::Names;
 use super::plan::{Before, Layout, Plan, Stamp, Stamped};
 use super::policy::{
     self, Bypass, BypassList, Delivery, DnsHijack, Enforced, Exceptions, Fakes, Gateway, Hold,
-    Proxy, ProxySettings, Verdict,
+    Proxy, ProxySettings, UdpVerdicts, Verdict,
 };
 use super::ruleset::Base;
 use super::shared::{Remnants, Shared};
@@ -143,7 +143,7 @@ fn marks() -> MarkRange {
 /// What a transaction on the table says.
 fn transaction(fill: impl FnOnce(&mut Transaction<'_>)) -> Found {
     let table = Table::new(TABLE, ProtoFamily::Inet);
-    let mut transaction = Transaction::new(&table, marks());
+    let mut transaction = Transaction::new(&table, marks(), UdpVerdicts::default());
     fill(&mut transaction);
     Found::of(&transaction.finish())
 }
@@ -396,7 +396,7 @@ fn a_table_and_its_base() {
 fn a_probe() {
     let table = Table::new(PROBE, ProtoFamily::Inet);
     for (_, rule) in probe::FEATURES {
-        let mut transaction = Transaction::new(&table, marks());
+        let mut transaction = Transaction::new(&table, marks(), UdpVerdicts::default());
         transaction.add_table(0);
         transaction.add_rules(PROBE, [&rule]);
         Found::of(&transaction.finish()).has(&["cgtproxy-probe"]);

@@ -7,6 +7,7 @@ use nftnl::{
 };
 
 use super::ffi::{Content, Element, FlaggedTable, FlushSet, KeyType, Set};
+use super::policy::UdpVerdicts;
 use super::rule::RuleBuilder;
 use crate::mark::MarkRange;
 
@@ -15,15 +16,17 @@ pub(super) struct Transaction<'a> {
     batch: Batch,
     table: &'a Table,
     pub(super) marks: MarkRange,
+    pub(super) udp_verdicts: UdpVerdicts,
     next_set_id: u32,
 }
 
 impl<'a> Transaction<'a> {
-    pub(super) fn new(table: &'a Table, marks: MarkRange) -> Self {
+    pub(super) fn new(table: &'a Table, marks: MarkRange, udp_verdicts: UdpVerdicts) -> Self {
         Self {
             batch: Batch::new(),
             table,
             marks,
+            udp_verdicts,
             next_set_id: 1,
         }
     }
