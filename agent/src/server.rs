@@ -11,7 +11,9 @@ use cgtproxy_proto::agent::{
 };
 use cgtproxy_proto::limits::PATH_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
-use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, reply};
+use cgtproxy_proto::service::{
+    Answer, Fault, Identity, Parameters, Service, no_parameters, parameters, reply,
+};
 use cgtproxy_proto::socket::{Error, Socket};
 use serde_json::json;
 use tokio::time::{Instant, timeout_at};
@@ -256,7 +258,10 @@ impl Service for Connection {
 
     async fn call(&mut self, method: &str, arguments: Parameters<'_>) -> Result<Answer, Fault> {
         match method {
-            "GetStatus" => reply(self.status()),
+            "GetStatus" => {
+                no_parameters(arguments)?;
+                reply(self.status())
+            }
             "Explain" => {
                 let Explain_Args { controlGroup } = parameters(arguments)?;
                 reply(self.explain(&controlGroup)?)

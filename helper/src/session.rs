@@ -15,7 +15,9 @@ use cgtproxy_proto::helper::{
     UpdateAssignments_Args, UpdateAssignments_Reply,
 };
 use cgtproxy_proto::path::ControlGroupPath;
-use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, reply};
+use cgtproxy_proto::service::{
+    Answer, Fault, Identity, Parameters, Service, no_parameters, parameters, reply,
+};
 use cgtproxy_proto::text::chain;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::json;
@@ -345,9 +347,18 @@ impl<K: Kernel> Session<K> {
                 self.find_redirected(&parameters(arguments)?)
                     .map_err(refused)?,
             ),
-            "RemovePolicy" => reply(self.remove_policy().map_err(refused)?),
-            "GetStatus" => reply(self.get_status()),
-            "Diagnose" => reply(self.diagnose()),
+            "RemovePolicy" => {
+                no_parameters(arguments)?;
+                reply(self.remove_policy().map_err(refused)?)
+            }
+            "GetStatus" => {
+                no_parameters(arguments)?;
+                reply(self.get_status())
+            }
+            "Diagnose" => {
+                no_parameters(arguments)?;
+                reply(self.diagnose())
+            }
             _ => Err(Self::no_such_method(method)),
         }
     }

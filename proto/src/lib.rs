@@ -22,6 +22,7 @@ pub mod scheduling;
 pub mod service;
 pub mod socket;
 pub mod stream;
+mod strict;
 pub mod text;
 #[cfg(feature = "yaml")]
 pub mod yaml;

@@ -17,6 +17,7 @@ use varlink::{GetInterfaceDescriptionReply, ServiceInfo};
 
 use crate::message::{Budget, MessageReader, ReadError};
 use crate::stream::Stream;
+use crate::strict::Strict;
 
 /// What a caller is told who may not do something.
 const PERMISSION_DENIED: &str = "org.varlink.service.PermissionDenied";
@@ -150,14 +151,27 @@ pub trait Service {
 /// Takes a method's parameters apart. A method without parameters may be called without any.
 ///
 /// # Errors
-/// `InvalidParameter` with the path of the first field that is missing or of a wrong type.
+/// `InvalidParameter` with the path of the first field that is missing, of a wrong type, or neither the method's nor
+/// null.
 pub fn parameters<T: DeserializeOwned>(parameters: Parameters<'_>) -> Result<T, Fault> {
-    let text = parameters.0;
+    // It is the whole text of one value.
+    let mut json = serde_json::Deserializer::from_str(parameters.0);
     // Where in it something is wrong is found out once something is.
-    serde_json::from_str(text).or_else(|_| {
-        let mut json = serde_json::Deserializer::from_str(text);
-        serde_path_to_error::deserialize(&mut json).map_err(|error| wrong_parameter(&error))
+    T::deserialize(Strict::new(&mut json)).or_else(|_| {
+        let mut json = serde_json::Deserializer::from_str(parameters.0);
+        serde_path_to_error::deserialize(Strict::new(&mut json))
+            .map_err(|error| wrong_parameter(&error))
     })
+}
+
+/// Insists that a method that has no parameters was given none.
+///
+/// # Errors
+/// As [`parameters`].
+pub fn no_parameters(arguments: Parameters<'_>) -> Result<(), Fault> {
+    #[derive(Deserialize)]
+    struct None {}
+    parameters(arguments).map(|None {}| ())
 }
 
 fn wrong_parameter(error: &serde_path_to_error::Error<serde_json::Error>) -> Fault {
@@ -170,7 +184,8 @@ fn wrong_parameter(error: &serde_path_to_error::Error<serde_json::Error>) -> Fau
     Fault::invalid_parameter(match field {
         Some(field) if path == "." => field.to_owned(),
         Some(field) => format!("{path}.{field}"),
-        None => path,
+        // It has the name of a field that nobody knows.
+        None => shortened(&path).to_owned(),
     })
 }
 
@@ -337,13 +352,16 @@ fn describe<S: Service>(method: &str, arguments: Parameters<'_>) -> Result<Answe
     }
     let identity = S::IDENTITY;
     match method {
-        "GetInfo" => reply(ServiceInfo {
-            vendor: "cgtproxy".into(),
-            product: identity.product.into(),
-            version: identity.version.into(),
-            url: "https://github.com/black-desk/cgtproxy".into(),
-            interfaces: vec!["org.varlink.service".into(), identity.interface.into()],
-        }),
+        "GetInfo" => {
+            no_parameters(arguments)?;
+            reply(ServiceInfo {
+                vendor: "cgtproxy".into(),
+                product: identity.product.into(),
+                version: identity.version.into(),
+                url: "https://github.com/black-desk/cgtproxy".into(),
+                interfaces: vec!["org.varlink.service".into(), identity.interface.into()],
+            })
+        }
         "GetInterfaceDescription" => {
             let Interface { interface } = parameters(arguments)?;
             let description = match &*interface {
@@ -450,6 +468,61 @@ mod tests {
                     ),
                 );
             }
+        });
+    }
+
+    /// They may be protections of a later interface, or slips of the pen. Interfaces grow by fields that may be null.
+    #[test]
+    fn refuses_fields_that_a_method_has_not_unless_they_are_null() {
+        #[derive(Debug, PartialEq, Deserialize)]
+        struct Item {
+            name: String,
+            port: Option<i64>,
+        }
+        #[derive(Debug, PartialEq, Deserialize)]
+        struct List {
+            items: Vec<Item>,
+            first: Option<Item>,
+            #[serde(default)]
+            any: Value,
+        }
+        let said = |text| parameters::<List>(Parameters(text)).map_err(|fault| fault.parameters);
+        for (text, wrong) in [
+            (r#"{"items":[],"itens":[]}"#, "itens"),
+            (
+                r#"{"items":[{"name":"a"},{"nam":1,"name":"a"}]}"#,
+                "items[1].nam",
+            ),
+            (r#"{"items":[],"first":{"name":"a","x":false}}"#, "first.x"),
+            (r#"{"items":[],"x":null,"y":"null"}"#, "y"),
+        ] {
+            assert_eq!(said(text), Err(json!({ "parameter": wrong })), "{text}");
+        }
+        let item = |port| Item {
+            name: "a".into(),
+            port,
+        };
+        let text = r#"{"items":[{"name":"a","x":null},{"port":1,"name":"a","x":null}],"x":null,"any":{"x":1},
+            "first":{"name":"a","port":null}}"#;
+        let list = List {
+            items: vec![item(None), item(Some(1))],
+            first: Some(item(None)),
+            any: json!({ "x": 1 }),
+        };
+        assert_eq!(said(text), Ok(list));
+        let long = format!(r#"{{"{}":1}}"#, "x".repeat(10_000));
+        assert!(said(&long).unwrap_err().to_string().len() < 300);
+    }
+
+    #[test]
+    fn a_method_without_parameters_takes_none() {
+        with_echo(1000, |mut client| async move {
+            let call = error(
+                &mut client,
+                "org.varlink.service.GetInfo",
+                json!({ "x": 1 }),
+            );
+            assert_eq!(call.await.1, json!({ "parameter": "x" }));
         });
     }
 

@@ -274,6 +274,68 @@ fn wrong_parameters_are_named() {
     });
 }
 
+/// What is passed over in silence may be what somebody relies on.
+#[test]
+fn nothing_that_a_call_says_is_ignored() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        user.cgroup("app.slice");
+        let refuses = |session: &mut Session, method: &str, parameters: Value, parameter: &str| {
+            assert_eq!(
+                session.refusal(method, parameters.clone()),
+                (
+                    "InvalidParameter".to_owned(),
+                    json!({ "parameter": parameter })
+                ),
+                "{method} {parameters}",
+            );
+        };
+        let proxy = |name: &str, value: Value| {
+            let proxy = json!({ "name": "p", "port": 1, name: value });
+            json!({ "proxies": [proxy], "bypass": [], "assignments": [] })
+        };
+        let update = |assign: Value, remove: Value| json!({ "assign": assign, "remove": remove });
+        let mut session = Session::of(&user);
+        session.replace(json!([]), json!([]), json!([verdict("app.slice", "drop")]));
+        let drop = verdict("app.slice", "drop");
+        let holds = json!({ "controlGroup": "", "verdict": "drop", "holds": true });
+        for (method, parameters, parameter) in [
+            (
+                "UpdateAssignments",
+                update(json!([drop, holds]), json!([])),
+                "assign[1].holds",
+            ),
+            (
+                "ReplacePolicy",
+                proxy("noIPv6", json!(true)),
+                "proxies[0].noIPv6",
+            ),
+            ("RemovePolicy", json!({ "force": false }), "force"),
+            ("GetStatus", json!({ "uid": 0 }), "uid"),
+            ("Diagnose", json!({ "uid": 0 }), "uid"),
+            // Objects have names, lists have not.
+            (
+                "UpdateAssignments",
+                update(
+                    json!([["app.slice", "direct", null, null, null, null, null]]),
+                    json!([]),
+                ),
+                "assign[0]",
+            ),
+        ] {
+            refuses(&mut session, method, parameters, parameter);
+        }
+        // Which a later interface has.
+        let mut later = drop.clone();
+        later["later"] = Value::Null;
+        session.call(
+            "UpdateAssignments",
+            json!({ "assign": [later], "remove": [], "later": null }),
+        );
+    });
+}
+
 #[test]
 fn rubbish_ends_its_own_connection_only() {
     sandbox(|sb| {

@@ -9,7 +9,9 @@ use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::relay::{
     self as wire, Configure_Args, Configure_Reply, GetStatus_Reply, Listener, UpstreamStatus,
 };
-use cgtproxy_proto::service::{Answer, Fault, Identity, Parameters, Service, parameters, reply};
+use cgtproxy_proto::service::{
+    Answer, Fault, Identity, Parameters, Service, no_parameters, parameters, reply,
+};
 use cgtproxy_proto::socket::Socket;
 use serde_json::json;
 use tokio::sync::Notify;
@@ -199,7 +201,7 @@ impl Service for Connection {
             "Configure" => parameters(arguments)
                 .and_then(|arguments| self.configure(arguments))
                 .and_then(reply),
-            "GetStatus" => reply(self.get_status()),
+            "GetStatus" => no_parameters(arguments).and_then(|()| reply(self.get_status())),
             _ => Err(Self::no_such_method(method)),
         })
     }
