@@ -4,7 +4,6 @@
 //! wrong is an [`Error`] until one place turns it into a declared one.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
@@ -14,7 +13,6 @@ use cgtproxy_proto::helper::{
     GetStatus_Reply_session, RemovePolicy_Reply, ReplacePolicy_Args, ReplacePolicy_Reply,
     UpdateAssignments_Args, UpdateAssignments_Reply,
 };
-use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::{
     Answer, Fault, Identity, Parameters, Service, no_parameters, parameters, reply,
 };
@@ -178,12 +176,7 @@ impl<K: Kernel> Session<K> {
         self.check_peer_is_there()?;
         let mut state = self.state.borrow_mut();
         let assign = convert::assignments(self.peer.uid(), "assign", arguments.assign)?;
-        let mut remove = BTreeSet::new();
-        for (index, path) in arguments.remove.iter().enumerate() {
-            let path = ControlGroupPath::from_wire(path)
-                .map_err(|_| Error::Parameter(format!("remove[{index}]")))?;
-            remove.insert(path);
-        }
+        let remove = convert::removals(&arguments.remove, &assign)?;
         let subtree = self.subtree(&state)?;
         let (generation, skipped) =
             state.update(self.peer.uid(), self.id, &subtree, assign, remove)?;

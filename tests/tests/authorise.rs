@@ -299,6 +299,7 @@ fn nothing_that_a_call_says_is_ignored() {
         let mut session = Session::of(&user);
         session.replace(json!([]), json!([]), json!([verdict("app.slice", "drop")]));
         let drop = verdict("app.slice", "drop");
+        let same = verdict("app%2Eslice", "direct");
         let holds = json!({ "controlGroup": "", "verdict": "drop", "holds": true });
         for (method, parameters, parameter) in [
             (
@@ -314,6 +315,22 @@ fn nothing_that_a_call_says_is_ignored() {
             ("RemovePolicy", json!({ "force": false }), "force"),
             ("GetStatus", json!({ "uid": 0 }), "uid"),
             ("Diagnose", json!({ "uid": 0 }), "uid"),
+            // One control group has one verdict.
+            (
+                "UpdateAssignments",
+                update(json!([drop, same]), json!([])),
+                "assign[1].controlGroup",
+            ),
+            (
+                "UpdateAssignments",
+                update(json!([]), json!(["app.slice", "x", "app%2eslice"])),
+                "remove[2]",
+            ),
+            (
+                "UpdateAssignments",
+                update(json!([drop]), json!(["x", "app%2eslice"])),
+                "remove[1]",
+            ),
             // Objects have names, lists have not.
             (
                 "UpdateAssignments",

@@ -1,7 +1,7 @@
 //! The closed start against a model of the helper and the kernel: in no order of events is there a moment in
 //! which a control group's packets could leave that are not meant to.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
 use cgtproxy_proto::helper::SkipReason;
@@ -31,6 +31,10 @@ impl Kernel {
             }
             Call::Update { assign, remove } => (assign, remove),
         };
+        // Or the helper refuses it.
+        let named = assign.iter().map(|(path, _)| path).chain(remove);
+        let each: BTreeSet<_> = named.clone().collect();
+        assert_eq!(each.len(), named.count(), "{call:?}");
         for path in remove {
             self.0.remove(path);
         }

@@ -121,8 +121,37 @@ pub(crate) fn assignments(
         };
         Ok((path, element))
     };
+    let said: Result<Vec<_>, Error> = assignments.into_iter().enumerate().map(element).collect();
+    let said = said?;
+    let paths: Vec<_> = said.iter().map(|(path, _)| path.clone()).collect();
     // Collected at once: they are mostly sorted, which is faster than inserting one by one.
-    assignments.into_iter().enumerate().map(element).collect()
+    let elements: BTreeMap<_, _> = said.into_iter().collect();
+    // Which one is meant is nobody's to guess.
+    if elements.len() < paths.len() {
+        let mut seen = BTreeSet::new();
+        let again = paths.iter().position(|path| !seen.insert(path));
+        let index = again.unwrap_or_default();
+        return Err(Error::Parameter(format!(
+            "{parameter}[{index}].controlGroup"
+        )));
+    }
+    Ok(elements)
+}
+
+/// Control groups that have no verdict of their own any more, from `remove`; none of them is assigned one as well.
+pub(super) fn removals(
+    remove: &[String],
+    assign: &BTreeMap<ControlGroupPath, Element>,
+) -> Result<BTreeSet<ControlGroupPath>, Error> {
+    let invalid = |index: usize| Error::Parameter(format!("remove[{index}]"));
+    let mut paths = BTreeSet::new();
+    for (index, path) in remove.iter().enumerate() {
+        let path = ControlGroupPath::from_wire(path).map_err(|_| invalid(index))?;
+        if assign.contains_key(&path) || !paths.insert(path) {
+            return Err(invalid(index));
+        }
+    }
+    Ok(paths)
 }
 
 /// Networks of addresses that stand for names; the name of the field that is wrong otherwise.
