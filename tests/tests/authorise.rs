@@ -350,6 +350,18 @@ fn nothing_that_a_call_says_is_ignored() {
             "UpdateAssignments",
             json!({ "assign": [later], "remove": [], "later": null }),
         );
+        let mut root = Session::of(&sb.user(0));
+        let mut all = verdict("user.slice", "drop");
+        all["enforceHold"] = json!(true);
+        let policy = json!({ "proxies": [], "bypass": [], "assignments": [all.clone()] });
+        refuses(
+            &mut root,
+            "ReplacePolicy",
+            policy,
+            "assignments[0].enforceHold",
+        );
+        all["hold"] = json!(true);
+        root.replace(json!([]), json!([]), json!([all]));
     });
 }
 

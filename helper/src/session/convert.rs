@@ -112,6 +112,7 @@ pub(crate) fn assignments(
             (_, Some(true)) if uid != Uid::ROOT => return Err(invalid("enforceHold")),
             (Some(true), _) => Enforced::All,
             (_, Some(true)) if hold => Enforced::Hold,
+            (_, Some(true)) => return Err(invalid("enforceHold")),
             _ => Enforced::Nothing,
         };
         let element = Element {
