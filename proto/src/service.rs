@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
+use serde_path_to_error::Segment;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use varlink::{GetInterfaceDescriptionReply, ServiceInfo};
@@ -175,17 +176,24 @@ pub fn no_parameters(arguments: Parameters<'_>) -> Result<(), Fault> {
 }
 
 fn wrong_parameter(error: &serde_path_to_error::Error<serde_json::Error>) -> Fault {
-    let path = error.path().to_string();
+    let shown = error.path().to_string();
+    let path = match error.path().iter().next_back() {
+        None => "",
+        // A name that can't be read: what it is in is wrong.
+        Some(Segment::Unknown) => shown.trim_end_matches('?').trim_end_matches('.'),
+        Some(_) => &shown,
+    };
     // serde reports a field that is missing or there twice at its parent, with the name in the message alone.
     let message = error.inner().to_string();
     let field = ["missing field `", "duplicate field `"]
         .iter()
         .find_map(|prefix| message.strip_prefix(prefix)?.split('`').next());
-    Fault::invalid_parameter(match field {
-        Some(field) if path == "." => field.to_owned(),
-        Some(field) => format!("{path}.{field}"),
+    Fault::invalid_parameter(match (field, path) {
+        (Some(field), "") => field.to_owned(),
+        (Some(field), path) => format!("{path}.{field}"),
+        (None, "") => "parameters".to_owned(),
         // It has the name of a field that nobody knows.
-        None => shortened(&path).to_owned(),
+        (None, path) => shortened(path).to_owned(),
     })
 }
 
@@ -280,6 +288,13 @@ impl<'a> Call<'a> {
     /// None if a message is no call, or one that is to turn the connection into something else.
     fn parse(message: &'a [u8]) -> Option<Self> {
         let text = std::str::from_utf8(message.strip_suffix(b"\0")?).ok()?;
+        // serde takes a list of a struct's fields, too. JSON has no other white space.
+        if !text
+            .trim_start_matches([' ', '\t', '\n', '\r'])
+            .starts_with('{')
+        {
+            return None;
+        }
         let call: Self = serde_json::from_str(text).ok()?;
         (call.upgrade != Some(true)).then_some(call)
     }
@@ -389,7 +404,7 @@ mod tests {
 
     struct Echo;
 
-    #[derive(Deserialize)]
+    #[derive(Debug, Deserialize)]
     struct Args {
         text: String,
         items: Option<Vec<u8>>,
@@ -459,6 +474,8 @@ mod tests {
                 (json!({ "text": "a", "items": [1, 2, "x"] }), "items[2]"),
                 (json!({ "text": 1 }), "text"),
                 (json!({}), "text"),
+                (json!(["a", null]), "parameters"),
+                (json!("a"), "parameters"),
             ] {
                 assert_eq!(
                     error(&mut client, "org.example.Echo.Say", sent).await,
@@ -527,6 +544,23 @@ mod tests {
     }
 
     #[test]
+    fn names_what_a_name_is_in_that_cannot_be_read() {
+        #[derive(Debug, Deserialize)]
+        struct List {
+            #[allow(dead_code, reason = "it is never read")]
+            list: Vec<Args>,
+        }
+        for (text, parameter) in [
+            (r#"{"\ud800":1}"#, "parameters"),
+            (r#"{"list":[{"text":"a"},{"\ud800":1}]}"#, "list[1]"),
+            (r#"{"list":[{"text":"a","\ud800":1}]}"#, "list[0]"),
+        ] {
+            let fault = parameters::<List>(Parameters(text)).unwrap_err();
+            assert_eq!(fault, Fault::invalid_parameter(parameter), "{text}");
+        }
+    }
+
+    #[test]
     fn names_the_parameter_that_is_there_twice() {
         let twice = r#"{"text":"a","text":"b"}"#;
         let fault = parameters::<Args>(Parameters(twice)).err().unwrap();
@@ -559,6 +593,7 @@ mod tests {
             "[]",
             "1",
             "{}",
+            r#"["a.b",null,null,null]"#,
             r#"{"method":1}"#,
             r#"{"method":"a.b"} x"#,
             r#"{"method":"a.b","upgrade":true}"#,

@@ -332,6 +332,9 @@ fn nothing_that_a_call_says_is_ignored() {
                 "remove[1]",
             ),
             // Objects have names, lists have not.
+            ("UpdateAssignments", json!([[], []]), "parameters"),
+            ("UpdateAssignments", json!(5), "parameters"),
+            ("GetStatus", json!([]), "parameters"),
             (
                 "UpdateAssignments",
                 update(
@@ -350,6 +353,15 @@ fn nothing_that_a_call_says_is_ignored() {
             "UpdateAssignments",
             json!({ "assign": [later], "remove": [], "later": null }),
         );
+        // The first name can't be read, and is told as that of what it is in.
+        session.0.send_bytes(
+            b"{\"method\":\"org.cgtproxy.Helper.UpdateAssignments\",\"parameters\":{\"assign\":[{\"\\ud800\":1}]}}\0",
+        );
+        let reply = session.0.receive().expect("a reply");
+        assert_eq!(reply["parameters"], json!({ "parameter": "assign[0]" }));
+        let mut call = user.varlink(SOCKET);
+        call.send_bytes(b"[\"org.cgtproxy.Helper.GetStatus\",null,null,null]\0");
+        assert_eq!(call.receive(), None);
         let mut root = Session::of(&sb.user(0));
         let mut all = verdict("user.slice", "drop");
         all["enforceHold"] = json!(true);
