@@ -343,6 +343,12 @@ fn nothing_that_a_call_says_is_ignored() {
                 ),
                 "assign[0]",
             ),
+            // There is nobody who would answer.
+            (
+                "ReplacePolicy",
+                proxy("dnsHijack", json!({ "port": 53 })),
+                "proxies[0].dnsHijack",
+            ),
         ] {
             refuses(&mut session, method, parameters, parameter);
         }

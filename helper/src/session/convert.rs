@@ -177,6 +177,9 @@ fn dns_hijack(hijack: wire::DnsHijack) -> Result<DnsHijack, &'static str> {
         let address: Ipv6Addr = address.parse().map_err(|_| "dnsHijack.ipv6")?;
         addresses.push(address.into());
     }
+    if addresses.is_empty() {
+        return Err("dnsHijack");
+    }
     let port = u16::try_from(hijack.port).ok().and_then(NonZeroU16::new);
     Ok(DnsHijack {
         addresses,
