@@ -12,7 +12,7 @@ use std::time::Duration;
 use cgtproxy_proto::back_off::BackOff;
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::relay::{
-    Configure_Args, Configure_Reply, GetStatus_Args, GetStatus_Reply, Protocol, Upstream,
+    Configure_Args, Configure_Reply, ErrorKind, GetStatus_Args, GetStatus_Reply, Protocol, Upstream,
 };
 pub use cgtproxy_proto::socket::of_relay as default_socket;
 use tokio::time::{sleep, timeout};
@@ -314,6 +314,14 @@ fn unreachable(socket: &Path, error: &io::Error) -> String {
 }
 
 fn lost(error: &CallError) -> String {
+    if let CallError::Fault(fault) = error
+        && let ErrorKind::TooManyConnections(Some(args)) = fault.kind()
+    {
+        return format!(
+            "the relay serves no more than {} programs at once",
+            args.limit
+        );
+    }
     match error {
         CallError::Fault(_) => format!("the relay refuses: {}", chain(error)),
         error => format!("lost the relay: {}", chain(error)),

@@ -276,10 +276,6 @@ impl Service for Connection {
             _ => Err(Self::no_such_method(method)),
         }
     }
-
-    fn message_too_large(_limit: usize) -> Fault {
-        Fault::invalid_parameter("controlGroup")
-    }
 }
 
 #[cfg(test)]

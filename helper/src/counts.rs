@@ -51,10 +51,6 @@ impl Service for Reader {
             .len();
         Err(Fault::new(INTERFACE, "NoPolicy", json!({})))
     }
-
-    fn message_too_large(_: usize) -> Fault {
-        Fault::new(INTERFACE, "MessageTooLarge", json!({}))
-    }
 }
 
 fn list(count: usize) -> Vec<Value> {

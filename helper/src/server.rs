@@ -8,7 +8,7 @@ use std::time::Duration;
 use cgtproxy_proto::back_off::BackOff;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::message::MessageReader;
-use cgtproxy_proto::service::{Fault, ServeError, send_fault, serve};
+use cgtproxy_proto::service::{Fault, ServeError, Service, send_fault, serve};
 use cgtproxy_proto::text::chain;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::AbortHandle;
@@ -18,13 +18,13 @@ use tokio_util::task::TaskTracker;
 
 use crate::cgroup::Unavailable;
 use crate::guarded::{Guarded, Parked};
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, Linux};
 use crate::monitor::{Loss, Monitor};
 use crate::nft;
 use crate::peer::{Peer, Uid};
 use crate::quota::{Account, Connection, Quotas};
 use crate::said::Said;
-use crate::session::{Session, too_many_connections};
+use crate::session::Session;
 use crate::state::{ConnectionId, Outcome, State};
 
 /// How long to wait after accept(2) failed: doubled from one to the other.
@@ -312,7 +312,9 @@ fn admit(
     uid: Uid,
 ) -> Result<Connection, Fault> {
     let Some(connection) = quotas.connect(account) else {
-        return Err(too_many_connections(state.config.limits.connections));
+        return Err(Session::<Linux>::too_many_connections(
+            state.config.limits.connections,
+        ));
     };
     match state.allows(account, uid) {
         true => Ok(connection),
@@ -428,6 +430,6 @@ mod tests {
             assert_eq!(why(), Fault::permission_denied().name);
         }
         let _one = quotas.connect(account).unwrap();
-        assert_eq!(why(), too_many_connections(1).name);
+        assert_eq!(why(), Session::<Linux>::too_many_connections(1).name);
     }
 }

@@ -377,14 +377,6 @@ impl<K: Kernel> Service for Session<K> {
         std::future::ready(answer)
     }
 
-    fn message_too_large(limit: usize) -> Fault {
-        Fault::new(
-            wire::INTERFACE,
-            "MessageTooLarge",
-            json!({ "limit": limit }),
-        )
-    }
-
     fn over_budget(&self) -> Option<Fault> {
         let limit = self.state.borrow().config.limits.message_bytes;
         Some(Fault::new(
@@ -408,16 +400,6 @@ fn processor_time() -> Duration {
             .try_into()
             .unwrap_or_default(),
     }
-}
-
-/// What a user is told who has more connections than allowed.
-#[must_use]
-pub fn too_many_connections(limit: usize) -> Fault {
-    Fault::new(
-        wire::INTERFACE,
-        "TooManyConnections",
-        json!({ "limit": limit }),
-    )
 }
 
 #[cfg(test)]

@@ -68,6 +68,13 @@ impl Fault {
         }
     }
 
+    /// The message that it is sent as.
+    #[must_use]
+    pub fn into_message(self) -> String {
+        let Self { name, parameters } = self;
+        format!("{}\0", json!({ "error": name, "parameters": parameters }))
+    }
+
     /// Whether it is `org.varlink.service.PermissionDenied`.
     #[must_use]
     pub fn is_permission_denied(&self) -> bool {
@@ -133,7 +140,18 @@ pub trait Service {
     }
 
     /// What a caller is told whose message is longer than `limit` bytes.
-    fn message_too_large(limit: usize) -> Fault;
+    #[must_use]
+    fn message_too_large(limit: usize) -> Fault {
+        let limit = json!({ "limit": limit });
+        Fault::new(Self::IDENTITY.interface, "MessageTooLarge", limit)
+    }
+
+    /// What a caller is told who comes when there are `limit` connections, which are as many as there may be.
+    #[must_use]
+    fn too_many_connections(limit: usize) -> Fault {
+        let limit = json!({ "limit": limit });
+        Fault::new(Self::IDENTITY.interface, "TooManyConnections", limit)
+    }
 
     /// What a caller is told whose connections hold more than they may of messages, unfinished or unanswered; see
     /// [`MessageReader::with_budget`].
@@ -323,10 +341,7 @@ pub async fn send_fault<W: AsyncWrite + Unpin>(
     stream: &mut W,
     fault: Fault,
 ) -> std::io::Result<()> {
-    let Fault { name, parameters } = fault;
-    let message = json!({ "error": name, "parameters": parameters });
-    let message = format!("{message}\0");
-    stream.write_all(message.as_bytes()).await
+    stream.write_all(fault.into_message().as_bytes()).await
 }
 
 async fn dispatch<S: Service>(service: &mut S, call: &Call<'_>) -> Result<Answer, Fault> {
@@ -426,10 +441,6 @@ mod tests {
                 }
                 _ => Err(Fault::method_not_found(method)),
             }
-        }
-
-        fn message_too_large(limit: usize) -> Fault {
-            Fault::new("org.example.Echo", "TooLarge", json!({ "limit": limit }))
         }
     }
 
@@ -682,7 +693,7 @@ mod tests {
             .await;
             assert_eq!(
                 (&*name, parameters),
-                ("org.example.Echo.TooLarge", json!({ "limit": 100 }))
+                ("org.example.Echo.MessageTooLarge", json!({ "limit": 100 }))
             );
         });
     }

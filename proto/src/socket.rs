@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
-use crate::service::{Service, serve_stream};
+use crate::service::{Fault, Service, serve_stream};
 use crate::text::chain;
 
 /// How long to wait after accept(2) failed.
@@ -93,7 +93,7 @@ impl Socket {
     }
 
     /// Serves programs of its user's and root's, at most `connections` at once, with messages of at most `limit` bytes:
-    /// each by a service of its own. It does so for ever. To be run within a `LocalSet`.
+    /// each by a service of its own. Who comes beyond that is told so. It does so for ever. To be run within a `LocalSet`.
     pub async fn serve<S: Service + 'static>(
         &self,
         connections: usize,
@@ -104,9 +104,6 @@ impl Socket {
         let own = rustix::process::geteuid().as_raw();
         let mut said = false;
         loop {
-            let Ok(slot) = slots.clone().acquire_owned().await else {
-                return;
-            };
             let stream = match self.listener.accept().await {
                 Ok((stream, _)) => {
                     said = false;
@@ -124,14 +121,28 @@ impl Socket {
                 Ok(peer) if peer.uid() == own || peer.uid() == 0 => {}
                 _ => continue,
             }
-            let mut service = service();
-            tokio::task::spawn_local(async move {
-                if let Err(error) = serve_stream(stream, limit, &mut service).await {
-                    tracing::debug!("a connection ended: {}", chain(&error));
-                }
-                drop(slot);
-            });
+            if let Ok(slot) = slots.clone().try_acquire_owned() {
+                let mut service = service();
+                tokio::task::spawn_local(async move {
+                    if let Err(error) = serve_stream(stream, limit, &mut service).await {
+                        tracing::debug!("a connection ended: {}", chain(&error));
+                    }
+                    drop(slot);
+                });
+            } else {
+                refuse(&stream, S::too_many_connections(connections));
+            }
+            // Those that are open have their turn before another one is: whoever connects as fast as it goes must not
+            // keep them waiting.
+            tokio::task::yield_now().await;
         }
+    }
+}
+
+/// Says why, and closes with the connection. Its buffer is empty, so that there is room, and nobody to wait for.
+fn refuse(stream: &UnixStream, fault: Fault) {
+    if let Err(error) = stream.try_write(fault.into_message().as_bytes()) {
+        tracing::debug!("can't refuse a connection: {error}");
     }
 }
 
@@ -234,7 +245,6 @@ impl Drop for Name {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixStream;
     use std::sync::Barrier;
 
     use super::*;
@@ -267,7 +277,7 @@ mod tests {
             });
             let listening = sockets.iter().filter(|s| s.is_ok()).count();
             assert_eq!(listening, 1, "in round {round}: {sockets:?}");
-            UnixStream::connect(&path).unwrap();
+            std::os::unix::net::UnixStream::connect(&path).unwrap();
             let others = sockets.iter().filter_map(|s| s.as_ref().err());
             let in_use = |error: &Error| matches!(error, Error::InUse { .. });
             assert!(others.into_iter().all(in_use), "{sockets:?}");

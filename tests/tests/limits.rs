@@ -374,20 +374,103 @@ fn of_connections() {
     });
 }
 
+/// Who comes beyond the limit is told so, and is not left waiting.
+#[test]
+fn of_programs_that_talk_to_an_agent_or_a_relay() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _relay = user.relay().start();
+        let _agent = user.agent(DROPS).start();
+        for (interface, path, most) in [
+            ("org.cgtproxy.Agent", "cgtproxy/agent.sock", 64),
+            ("org.cgtproxy.Relay", "cgtproxy-relay.sock", 16),
+        ] {
+            let socket = format!("/run/user/1001/{path}");
+            let status = format!("{interface}.GetStatus");
+            let mut open: Vec<_> = (0..most)
+                .map(|_| {
+                    let mut varlink = user.varlink(&socket);
+                    let reply = varlink.call(&status, json!({}));
+                    assert_eq!(reply.get("error"), None, "{reply}");
+                    varlink
+                })
+                .collect();
+            for _ in 0..20 {
+                let mut refused = user.varlink(&socket);
+                assert_eq!(
+                    refused.receive(),
+                    Some(json!({
+                        "error": format!("{interface}.TooManyConnections"), "parameters": { "limit": most },
+                    })),
+                );
+                assert_eq!(refused.receive(), None);
+            }
+            if most == 64 {
+                let sentence = "cgtproxy-agent serves no more than 64 programs at once\n";
+                for (program, argument) in
+                    [("cgtproxy-exec", "--list"), ("cgtproxy-agent", "status")]
+                {
+                    let output = user.run(program, &[argument]);
+                    let said = String::from_utf8_lossy(&output.stderr);
+                    assert!(!output.status.success(), "{program}");
+                    assert!(said.ends_with(sentence), "{said}");
+                }
+            }
+            // Those that are open are served, and one that is closed makes room.
+            let reply = open[0].call(&status, json!({}));
+            assert_eq!(reply.get("error"), None, "{reply}");
+            open[0].finish();
+            assert_eq!(open[0].receive(), None);
+            wait_until("room for another one", || {
+                let mut varlink = user.varlink(&socket);
+                varlink.call(&status, json!({})).get("error").is_none()
+            });
+        }
+    });
+}
+
+#[test]
+fn of_a_message_to_an_agent_or_a_relay() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _relay = user.relay().start();
+        let _agent = user.agent(DROPS).start();
+        for (interface, path, most) in [
+            ("org.cgtproxy.Agent", "cgtproxy/agent.sock", 8 * 4095),
+            ("org.cgtproxy.Relay", "cgtproxy-relay.sock", 4 * 1024 * 1024),
+        ] {
+            let mut varlink = user.varlink(format!("/run/user/1001/{path}"));
+            varlink.send_bytes(&status_of_length(interface, most));
+            assert_eq!(varlink.receive().expect("a reply").get("error"), None);
+            varlink.send_bytes(&status_of_length(interface, most + 1));
+            assert_eq!(
+                varlink.receive(),
+                Some(json!({
+                    "error": format!("{interface}.MessageTooLarge"), "parameters": { "limit": most },
+                })),
+            );
+            assert_eq!(varlink.receive(), None);
+        }
+    });
+}
+
+/// A call of so many bytes.
+fn status_of_length(interface: &str, length: usize) -> Vec<u8> {
+    let start = format!("{{\"method\":\"{interface}.GetStatus\",\"x\":\"");
+    let end = "\"}\0";
+    let padding = "x".repeat(length + 1 - start.len() - end.len());
+    [&*start, &padding, end].concat().into_bytes()
+}
+
 #[test]
 fn of_a_message() {
     sandbox(|sb| {
         const LIMIT: usize = 4 * 1024 * 1024;
         let _helper = sb.helper().start();
         let user = sb.user(1001);
-        let message = |length: usize| {
-            let (start, end) = (
-                "{\"method\":\"org.cgtproxy.Helper.GetStatus\",\"x\":\"",
-                "\"}\0",
-            );
-            let padding = "x".repeat(length + 1 - start.len() - end.len());
-            [start, &padding, end].concat().into_bytes()
-        };
+        let message = |length| status_of_length("org.cgtproxy.Helper", length);
         let mut varlink = user.varlink(SOCKET);
         varlink.send_bytes(&message(LIMIT));
         assert_eq!(varlink.receive().expect("a reply").get("error"), None);

@@ -205,10 +205,6 @@ impl Service for Connection {
             _ => Err(Self::no_such_method(method)),
         })
     }
-
-    fn message_too_large(_: usize) -> Fault {
-        Fault::invalid_parameter("parameters")
-    }
 }
 
 /// Varlink's integers are signed.

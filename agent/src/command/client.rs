@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use cgtproxy_proto::agent::{GetStatus_Args, GetStatus_Reply};
+use cgtproxy_proto::agent::{ErrorKind, GetStatus_Args, GetStatus_Reply};
+use cgtproxy_proto::client::CallError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
@@ -74,6 +75,15 @@ impl Agent {
             .block_on(async { timeout(PATIENCE, call).await });
         answer
             .map_err(|_| Error::NoAnswer(PATIENCE.as_secs()))?
-            .map_err(Error::Call)
+            .map_err(refused)
     }
+}
+
+fn refused(error: CallError) -> Error {
+    if let CallError::Fault(fault) = &error
+        && let ErrorKind::TooManyConnections(Some(args)) = fault.kind()
+    {
+        return Error::TooManyConnections(args.limit);
+    }
+    Error::Call(error)
 }

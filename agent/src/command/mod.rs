@@ -82,6 +82,9 @@ pub enum Error {
     /// The agent gave no answer.
     #[error("cgtproxy-agent gave no answer")]
     Call(#[source] CallError),
+    /// As many programs are connected to the agent as may be.
+    #[error("cgtproxy-agent serves no more than {0} programs at once")]
+    TooManyConnections(i64),
     /// The agent gave none in so many seconds.
     #[error("cgtproxy-agent gave no answer within {0} seconds")]
     NoAnswer(u64),

@@ -76,6 +76,12 @@ pub enum Error {
         PATIENCE.as_secs()
     )]
     Timeout,
+    /// The agent does not say which targets there are.
+    #[error("cgtproxy-agent gave no answer within {} seconds", PATIENCE.as_secs())]
+    NoAnswer,
+    /// As many programs are connected to it as may be.
+    #[error("cgtproxy-agent serves no more than {0} programs at once")]
+    TooManyConnections(i64),
     /// The agent gave no usable answer.
     #[error("cgtproxy-agent gave no answer")]
     Call(#[source] CallError),
@@ -104,21 +110,23 @@ pub(crate) struct Targets {
 
 /// What is asked of the user's agent.
 #[derive(Debug)]
-pub(crate) struct Agent(Connection);
+pub(crate) struct Agent {
+    connection: Connection,
+    socket: PathBuf,
+}
 
 impl Agent {
     /// Connects to the agent at `socket`.
     pub(crate) async fn connect(socket: PathBuf) -> Result<Self, Error> {
-        Ok(Self(Connection::open(socket).await?))
+        Ok(Self {
+            connection: Connection::open(socket.clone()).await?,
+            socket,
+        })
     }
 
     /// What the agent says of targets.
     pub(crate) async fn targets(&mut self) -> Result<Targets, Error> {
-        let call = self.0.call("GetStatus", GetStatus_Args {});
-        let status: GetStatus_Reply = timeout_at(Instant::now() + PATIENCE, call)
-            .await
-            .map_err(|_| Error::Timeout)?
-            .map_err(fault)?;
+        let status = self.status().await?;
         let proxies = status.targets.into_iter().filter(|t| t.port.is_some());
         let known = target_names(proxies.map(|t| t.name).collect());
         let config_is_wrong = status.configError.is_some();
@@ -132,6 +140,22 @@ impl Agent {
             problem: (!status.connected).then_some(problem),
             config_is_wrong,
         })
+    }
+
+    /// What the agent says of everything. As many programs may be connected to it as there may be, but mostly not for long.
+    async fn status(&mut self) -> Result<GetStatus_Reply, Error> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let call = self.connection.call("GetStatus", GetStatus_Args {});
+            let answer = timeout_at(deadline, call).await;
+            match answer.map_err(|_| Error::NoAnswer)?.map_err(fault) {
+                Err(Error::TooManyConnections(_)) if Instant::now() + AGAIN < deadline => {
+                    sleep(AGAIN).await;
+                    self.connection = Connection::open(self.socket.clone()).await?;
+                }
+                answer => return answer,
+            }
+        }
     }
 
     /// Fails unless the agent has a target of this name, in force.
@@ -168,7 +192,7 @@ impl Agent {
     ) -> Result<(), Error> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let call = self.0.call::<_, AwaitTarget_Reply>(
+            let call = self.connection.call::<_, AwaitTarget_Reply>(
                 "AwaitTarget",
                 AwaitTarget_Args {
                     controlGroup: control_group.to_owned(),
@@ -203,6 +227,7 @@ fn fault(error: CallError) -> Error {
     };
     match fault.kind() {
         ErrorKind::NotConnected(Some(args)) => Error::NotConnected(args.problem),
+        ErrorKind::TooManyConnections(Some(args)) => Error::TooManyConnections(args.limit),
         ErrorKind::OtherTarget(Some(args)) => Error::OtherTarget {
             control_group: args.controlGroup,
             target: args.target,

@@ -377,10 +377,6 @@ impl Service for Pretender {
             _ => Err(Fault::method_not_found(method)),
         }
     }
-
-    fn message_too_large(_: usize) -> Fault {
-        Fault::permission_denied()
-    }
 }
 
 pub(crate) fn stdout(output: &Output) -> String {

@@ -1,6 +1,7 @@
 //! What becomes of the command, and in which order things happen.
 
 use std::ffi::OsStr;
+use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -405,6 +406,44 @@ fn an_agent_that_does_not_answer_is_not_waited_for_forever() {
     });
     let output = session.run(["mihomo", "echo", "ran"]);
     assert_refused(&output, 125, &["within 5 seconds", "cgtproxy-agent status"]);
+}
+
+#[test]
+fn an_agent_that_does_not_say_which_targets_there_are_is_not_waited_for_forever() {
+    let mut session = Session::new(Behaviour {
+        agent: false,
+        ..Behaviour::default()
+    });
+    let socket = session.directory.path().join("cgtproxy/agent.sock");
+    let _silent = std::os::unix::net::UnixListener::bind(socket).unwrap();
+    let output = session.run(["--list"]);
+    let said = "cgtproxy-exec: cgtproxy-agent gave no answer within 5 seconds\n";
+    assert_eq!((output.status.code(), &*stderr(&output)), (Some(125), said));
+}
+
+/// Others that are done make room.
+#[test]
+fn an_agent_with_as_many_programs_as_it_takes_is_asked_again() {
+    let mut session = Session::new(Behaviour {
+        agent: false,
+        ..Behaviour::default()
+    });
+    let socket = session.directory.path().join("cgtproxy/agent.sock");
+    let full = std::os::unix::net::UnixListener::bind(socket).unwrap();
+    std::thread::spawn(move || {
+        let fault =
+            r#"{"error":"org.cgtproxy.Agent.TooManyConnections","parameters":{"limit":64}}"#;
+        let status = r#"{"parameters":{"version":"0","connected":true,"generation":1,"targets":[],"controlGroups":[]}}"#;
+        for answer in [fault, fault, fault, status] {
+            let (mut stream, _) = full.accept().unwrap();
+            stream.write_all(format!("{answer}\0").as_bytes()).unwrap();
+        }
+    });
+    let output = session.run(["--list"]);
+    assert_eq!(
+        (&*stdout(&output), &*stderr(&output)),
+        ("direct\ndrop\n", "")
+    );
 }
 
 #[test]
