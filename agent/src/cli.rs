@@ -11,7 +11,7 @@ use crate::config::Scope;
 
 /// What ends every help.
 const EXIT_STATUS: &str =
-    "Exit status: 0 if all is well, 2 if the command line is wrong, 1 otherwise.";
+    "Exit status: 0 if all went well, 2 if the command line is wrong, 1 otherwise.";
 
 /// What comes behind that in a long help, and is a section of the manual page.
 const ENVIRONMENT: &str = "Environment:\n\
@@ -137,7 +137,8 @@ pub enum Command {
     /// Show what the running agent does
     ///
     /// Shows whether the helper is connected, the targets, and every control group with its verdict
-    /// and the number of the rule that gives it.
+    /// and the number of the rule that gives it. The exit status is 0 if the agent has answered, also if what it
+    /// says is that it is not connected.
     Status {
         /// Print JSON
         #[arg(long)]
