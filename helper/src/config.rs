@@ -764,6 +764,14 @@ mod tests {
                 "helper.yaml:1:19: 'limits.proxies' is a fraction; write a number that is not negative",
             ),
             ("---\n---\n", "a second document begins"),
+            (
+                "limits: {connections: 18446744073709551616}",
+                "helper.yaml:1:23: 'limits.connections' is too large a number; write a number that is not negative",
+            ),
+            (
+                "limits: {connections: 1e3}",
+                "helper.yaml:1:23: 'limits.connections' is a fraction; write a number that is not negative",
+            ),
             ("deny:\n", "'deny' is nothing; write a map"),
         ] {
             let error = parse(text).unwrap_err();

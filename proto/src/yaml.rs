@@ -50,6 +50,9 @@ pub enum Value {
     Map(Vec<(Node, Node)>),
 }
 
+/// Fractions end somewhere below: from here on, all numbers of this kind are whole.
+const LARGE: f64 = 9_007_199_254_740_992.0;
+
 impl Value {
     /// What it is, for a message.
     #[must_use]
@@ -58,6 +61,8 @@ impl Value {
             Self::Null => "nothing",
             Self::Bool(_) => "a boolean",
             Self::Integer(_) => "a number",
+            // A whole number that has no room in an integer is read as one of these.
+            Self::Float(value) if value.abs() >= LARGE => "too large a number",
             Self::Float(_) => "a fraction",
             Self::Text(_) => "a string",
             Self::List(_) => "a list",

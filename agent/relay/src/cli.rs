@@ -44,6 +44,37 @@ pub struct Arguments {
     pub helper: PathBuf,
 
     /// How many TCP connections there may be at once, and how many UDP flows
-    #[arg(long, value_name = "NUMBER", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, value_name = "NUMBER", default_value_t = 8192, value_parser = connections)]
     pub connections: u32,
+}
+
+/// The most connections that may be asked for.
+const MOST: u32 = 1_000_000;
+
+/// A number of connections.
+fn connections(text: &str) -> Result<u32, String> {
+    let number = text
+        .parse()
+        .ok()
+        .filter(|number| (1..=MOST).contains(number));
+    number.ok_or_else(|| format!("it is not a number from 1 to {MOST}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_number_of_connections_is_said_in_one_sentence() {
+        let parse = |text| Arguments::try_parse_from(["cgtproxy-relay", "--connections", text]);
+        assert_eq!(parse("1").unwrap().connections, 1);
+        assert_eq!(parse("1000000").unwrap().connections, MOST);
+        for text in ["x", "0", "1000001", "99999999999", "1.5", ""] {
+            let said = parse(text).unwrap_err().to_string();
+            let sentence = format!(
+                "error: invalid value '{text}' for '--connections <NUMBER>': it is not a number from 1 to 1000000\n"
+            );
+            assert!(said.starts_with(&sentence), "{said}");
+        }
+    }
 }
