@@ -13,6 +13,7 @@ use cgtproxy_helper::cgroup::{Root, RootError};
 use cgtproxy_helper::cli::Arguments;
 use cgtproxy_helper::config::{self, Config};
 use cgtproxy_helper::kernel::Linux;
+use cgtproxy_helper::mark::MarkRange;
 use cgtproxy_helper::monitor::Monitor;
 use cgtproxy_helper::nft::{self, Nftables, Settings};
 use cgtproxy_helper::route::{self, Family, Routing};
@@ -125,12 +126,18 @@ fn remove(arguments: &Arguments) -> Result<(), Error> {
             "the configuration is wrong; a routing rule and route are removed only where they are by default"
         );
     }
-    Nftables::remove(config.marks)?;
-    let routing = Routing::open(config.marks, config.route_table, config.rule_priority)?;
+    remove_by(config.marks, config.route_table, config.rule_priority)?;
+    wrong.map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// Removes the table, and the routing rules and routes of these marks, this routing table and this priority.
+fn remove_by(marks: MarkRange, route_table: u32, rule_priority: u32) -> Result<(), Error> {
+    Nftables::remove(marks)?;
+    let routing = Routing::open(marks, route_table, rule_priority)?;
     for family in [Family::Ipv4, Family::Ipv6] {
         routing.remove(family)?;
     }
-    wrong.map_or(Ok(()), |error| Err(error.into()))
+    Ok(())
 }
 
 fn run(arguments: &Arguments) -> Result<(), Error> {
@@ -154,8 +161,10 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         Err(error) if error.raw_os_error() == Some(Errno::NOPROTOOPT.raw_os_error()) => {}
         refused => refused.map_err(Error::Runtime)?,
     }
-    let marks = config.marks;
-    let routing = Routing::open(marks, config.route_table, config.rule_priority)?;
+    // What is set up is what is removed in the end. The file may be another one by then.
+    let (marks, route_table, rule_priority) =
+        (config.marks, config.route_table, config.rule_priority);
+    let routing = Routing::open(marks, route_table, rule_priority)?;
     let (snapshot, mut records) = Snapshot::open(stored, marks);
     records.locate(|uid, subtree| root.slices(uid, subtree));
     let settings = Settings {
@@ -182,7 +191,7 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         let shutdown = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate()).map_err(Error::Runtime)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Runtime)?;
-        let monitor = Monitor::open(config.route_table, nftables.port(), !nftables.owned())
+        let monitor = Monitor::open(route_table, nftables.port(), !nftables.owned())
             .map_err(Error::Monitor)?;
         let (mut state, graces) =
             State::new(config, root, Linux::new(nftables, routing), snapshot, left)?;
@@ -222,7 +231,7 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     // With systemd's socket the next helper goes on where this one stops, and stopping the socket unit removes
     // everything. Without it, nothing else would remove what is in the kernel.
     if let Some(name) = own_name {
-        let removed = remove(arguments);
+        let removed = remove_by(marks, route_table, rule_priority);
         // Not before that: whoever listens next has made a table of its own.
         drop(name);
         removed?;

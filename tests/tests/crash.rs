@@ -82,6 +82,39 @@ fn routing_is_set_up_once_and_taken_over() {
     });
 }
 
+/// What a helper that stops removes is what it has set up, whatever its file says by then.
+#[test]
+fn what_was_set_up_is_removed_though_the_configuration_is_another_one() {
+    sandbox(|sb| {
+        let mut helper = sb
+            .helper()
+            .config("route-table: 4000\nrule-priority: 900")
+            .start();
+        for (table, later) in [
+            (
+                "4000",
+                "route-table: 4001\nrule-priority: 901\nmark-mask: 0xf0000000",
+            ),
+            ("4001", "route-tables: 4002"),
+        ] {
+            for family in [4, 6] {
+                assert_eq!(sb.mark_rules(family)[0].table, table);
+                assert_eq!(sb.routes(family, table).len(), 1);
+            }
+            helper.write_config(later);
+            assert_eq!(helper.stop().code(), Some(0), "{}", helper.log());
+            assert!(!sb.has_table());
+            for family in [4, 6] {
+                assert_eq!(sb.mark_rules(family), []);
+                assert!(sb.routes(family, table).is_empty());
+            }
+            if table == "4000" {
+                helper.start_again();
+            }
+        }
+    });
+}
+
 #[test]
 fn verdicts_and_open_connections_outlive_a_killed_helper() {
     sandbox(|sb| {
