@@ -2,7 +2,7 @@
 //! a model of the kernel in.
 
 use crate::nft::{self, MarkWriter, Nftables, Plan, Unread};
-use crate::route::{self, Family, Routing};
+use crate::route::{self, Ensured, Family, Routing};
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod model;
@@ -31,11 +31,11 @@ pub trait Kernel {
     /// Whether the table is protected from other programs.
     fn owned(&self) -> bool;
 
-    /// Sees to it that a family's rule and route are there. False if the kernel, or lo, does not have the family.
+    /// Sees to it that a family's rule and route are there, as far as the kernel and lo have the family.
     ///
     /// # Errors
     /// If the kernel refuses for another reason.
-    fn ensure_routing(&self, family: Family) -> Result<bool, route::Error>;
+    fn ensure_routing(&self, family: Family) -> Result<Ensured, route::Error>;
 
     /// What the kernel lacks of what proxies need: in nft's words, or `ctnetlink`.
     fn missing_features(&self) -> Vec<&'static str>;
@@ -78,7 +78,7 @@ impl Kernel for Linux {
         self.nftables.owned()
     }
 
-    fn ensure_routing(&self, family: Family) -> Result<bool, route::Error> {
+    fn ensure_routing(&self, family: Family) -> Result<Ensured, route::Error> {
         self.routing.ensure(family)
     }
 

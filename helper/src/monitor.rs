@@ -59,6 +59,8 @@ pub enum Loss {
     Routing,
     /// Our nftables table is gone, or not as we made it.
     Table,
+    /// What others changed in nftables was not heard: it may have been our table.
+    Unheard,
 }
 
 /// Listens to the kernel's announcements.
@@ -89,6 +91,13 @@ impl Monitor {
         })
     }
 
+    /// What may be lost while announcements can't be heard.
+    #[must_use]
+    pub fn all(&self) -> Vec<Loss> {
+        let table = self.table.as_ref().map(|_| Loss::Unheard);
+        std::iter::once(Loss::Routing).chain(table).collect()
+    }
+
     /// The next loss. Announcements that are there already are read first, so that a burst of them
     /// is one loss.
     ///
@@ -102,9 +111,12 @@ impl Monitor {
             }
         };
         tokio::select! {
-            lost = table => lost.map(|()| Loss::Table),
-            lost = announced(&self.routing, |message| self.is_about_routing(message)) => {
-                lost.map(|()| Loss::Routing)
+            heard = table => heard.map(|heard| match heard {
+                Heard::Wanted => Loss::Table,
+                Heard::TooMuch => Loss::Unheard,
+            }),
+            heard = announced(&self.routing, |message| self.is_about_routing(message)) => {
+                heard.map(|_| Loss::Routing)
             }
         }
     }
@@ -169,12 +181,21 @@ fn leave_out(socket: &Socket, ours: TablePort) -> io::Result<()> {
     SockRef::from(socket).attach_filter(&filter)
 }
 
-/// Waits until a message has come that is `wanted`, and there are no more to read.
+/// What was heard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Heard {
+    /// What is wanted.
+    Wanted,
+    /// Nothing that is wanted, but announcements were lost (ENOBUFS), and it may have been among them.
+    TooMuch,
+}
+
+/// Waits until a message has come that is `wanted`, or may have been lost, and there are no more to read.
 async fn announced(
     socket: &AsyncFd<Socket>,
     wanted: impl Fn(&Message<'_>) -> bool,
-) -> io::Result<()> {
-    let mut found = false;
+) -> io::Result<Heard> {
+    let mut found = None;
     loop {
         let mut ready = socket.readable().await?;
         // While nothing comes, no buffer is kept.
@@ -182,20 +203,23 @@ async fn announced(
         loop {
             match netlink::receive(socket.get_ref(), &mut buffer) {
                 Ok(0) => break,
-                Ok(_) => found |= Messages(&buffer).any(|message| wanted(&message)),
+                Ok(_) => {
+                    if Messages(&buffer).any(|message| wanted(&message)) {
+                        found = Some(Heard::Wanted);
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                // Announcements were lost (ENOBUFS), and ours may have been among them.
                 Err(error)
                     if error.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) =>
                 {
-                    found = true;
+                    found = found.or(Some(Heard::TooMuch));
                 }
                 Err(error) => return Err(error),
             }
         }
         ready.clear_ready();
-        if found {
-            return Ok(());
+        if let Some(found) = found {
+            return Ok(found);
         }
     }
 }

@@ -97,6 +97,19 @@ pub enum Error {
     },
 }
 
+/// What was found where a family's rule and route belong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ensured {
+    /// The kernel does not have the family at all (`ipv6.disable=1`), or lo does not have it now
+    /// (`net.ipv6.conf.lo.disable_ipv6`): then nothing that is diverted could come in, until an address of the family
+    /// appears on lo.
+    NoFamily,
+    /// Both were there.
+    AsItWas,
+    /// One of them was not, and is now.
+    Restored,
+}
+
 /// The rules and routes for diverted packets.
 pub struct Routing {
     socket: Socket,
@@ -122,13 +135,11 @@ impl Routing {
         })
     }
 
-    /// Sees to it that the family's route and rule are there. False if the kernel does not have the family at all
-    /// (`ipv6.disable=1`), or lo does not have it now (`net.ipv6.conf.lo.disable_ipv6`): then nothing that is diverted
-    /// could come in, until an address of the family appears on lo.
+    /// Sees to it that the family's route and rule are there.
     ///
     /// # Errors
     /// If the kernel refuses for another reason.
-    pub fn ensure(&self, family: Family) -> Result<bool, Error> {
+    pub fn ensure(&self, family: Family) -> Result<Ensured, Error> {
         let refused = |what| {
             move |source| Error::Refused {
                 family,
@@ -136,16 +147,25 @@ impl Routing {
                 source,
             }
         };
-        let replace = NLM_F_CREATE | NLM_F_REPLACE;
-        match self.request(RTM_NEWROUTE, &self.route(family), replace) {
-            Err(error) if not_supported(&error) || not_on_lo(family, &error) => return Ok(false),
+        let (create, replace) = (NLM_F_CREATE | NLM_F_EXCL, NLM_F_CREATE | NLM_F_REPLACE);
+        let route = self.route(family);
+        let mut ensured = Ensured::Restored;
+        let mut result = self.request(RTM_NEWROUTE, &route, create);
+        if already_there(&result) {
+            ensured = Ensured::AsItWas;
+            // Whatever is there becomes ours.
+            result = self.request(RTM_NEWROUTE, &route, replace);
+        }
+        match result {
+            Err(error) if not_supported(&error) || not_on_lo(family, &error) => {
+                return Ok(Ensured::NoFamily);
+            }
             result => result.map_err(refused("route"))?,
         }
-        let create = NLM_F_CREATE | NLM_F_EXCL;
         match self.request(RTM_NEWRULE, &self.rule(family), create) {
-            Err(error) if not_supported(&error) => Ok(false),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(true),
-            result => result.map(|()| true).map_err(refused("rule")),
+            Err(error) if not_supported(&error) => Ok(Ensured::NoFamily),
+            result if already_there(&result) => Ok(ensured),
+            result => result.map(|()| Ensured::Restored).map_err(refused("rule")),
         }
     }
 
@@ -226,6 +246,11 @@ impl Routing {
             None => Ok(()),
         }
     }
+}
+
+/// Whether what was to be made is there already.
+fn already_there(result: &io::Result<()>) -> bool {
+    matches!(result, Err(error) if error.kind() == io::ErrorKind::AlreadyExists)
 }
 
 /// Whether the kernel does not have the family.

@@ -14,9 +14,9 @@ impl Said {
         news
     }
 
-    /// It works: however it fails next is news.
-    pub fn works(&mut self) {
-        self.0 = None;
+    /// It works: however it fails next is news. Returns whether it had failed.
+    pub fn works(&mut self) -> bool {
+        self.0.take().is_some()
     }
 }
 
@@ -31,7 +31,8 @@ mod tests {
         assert!(!said.is_news("a"));
         assert!(said.is_news("b"));
         assert!(said.is_news("a"));
-        said.works();
+        assert!(said.works());
+        assert!(!said.works());
         assert!(said.is_news("a"));
     }
 }

@@ -42,6 +42,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// How long to wait before asking the kernel again for what it refused: doubled from one to the other.
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
 
+/// The table, in a sentence.
+const TABLE: &str = "the table 'inet cgtproxy'";
+
 /// Serves connections until `shutdown` is cancelled, then ends them all.
 #[derive(Clone)]
 pub struct Server {
@@ -191,7 +194,7 @@ impl Server {
                         Err(error) => {
                             tracing::error!("can't hear what others change: {error}; trying again");
                             deaf = true;
-                            missing = vec![Loss::Routing, Loss::Table];
+                            missing = monitor.all();
                             continue;
                         }
                     },
@@ -234,7 +237,14 @@ impl Server {
             }
             Loss::Table => {
                 let restored = self.state.borrow_mut().rebuild_table();
-                report("the table 'inet cgtproxy'", restored, said)
+                report(TABLE, restored.map(|()| true), said)
+            }
+            Loss::Unheard => {
+                let made = self.state.borrow_mut().rebuild_table();
+                if made.is_ok() {
+                    tracing::info!("made {TABLE} anew: what others changed was not heard");
+                }
+                report(TABLE, made.map(|()| false), said)
             }
         }
     }
@@ -362,22 +372,26 @@ async fn sleep_awake(period: Duration) {
     }
 }
 
-/// Logs whether `what` was restored, and returns that.
+/// Logs whether `what` was restored, or can't be; false if it can't. It may turn out to have been as it should be.
 fn report(
     what: &str,
-    restored: Result<(), impl std::error::Error + 'static>,
+    restored: Result<bool, impl std::error::Error + 'static>,
     said: &mut Said,
 ) -> bool {
     match &restored {
-        Ok(()) => {
-            said.works();
-            tracing::info!("{what} was changed by another program; restored it");
+        Ok(restored) => {
+            let had_failed = said.works();
+            if *restored {
+                tracing::info!("{what} was changed by another program; restored it");
+            } else if had_failed {
+                tracing::info!("{what} is as it should be again");
+            }
         }
         Err(error) => {
             let why = chain(error);
             if said.is_news(&why) {
                 tracing::error!(
-                    "{what} was changed by another program and can't be restored: {why}; trying again"
+                    "{what} may have been changed by another program and can't be restored: {why}; trying again"
                 );
             }
         }

@@ -16,7 +16,7 @@ use crate::nft::{self, Inherited, MarkWriter};
 use crate::peer::Uid;
 use crate::quota::Account;
 use crate::registry::{PolicyRequest, Refused, Registry, Staged};
-use crate::route::{self, Family};
+use crate::route::{self, Ensured, Family};
 use crate::said::Said;
 use crate::snapshot::Snapshot;
 
@@ -152,13 +152,15 @@ impl<K: Kernel> State<K> {
     }
 
     /// Sees to it that the rules and routes are there, IPv6's as far as it is there itself; [`Self::ipv6`] says so then.
+    /// Returns whether one of them was missing.
     ///
     /// # Errors
     /// If the kernel refuses them.
-    pub fn ensure_routing(&mut self) -> Result<(), route::Error> {
-        self.kernel.ensure_routing(Family::Ipv4)?;
-        self.ipv6 = self.kernel.ensure_routing(Family::Ipv6)?;
-        Ok(())
+    pub fn ensure_routing(&mut self) -> Result<bool, route::Error> {
+        let ipv4 = self.kernel.ensure_routing(Family::Ipv4)?;
+        let ipv6 = self.kernel.ensure_routing(Family::Ipv6)?;
+        self.ipv6 = ipv6 != Ensured::NoFamily;
+        Ok([ipv4, ipv6].contains(&Ensured::Restored))
     }
 
     /// Makes the table anew as it should be, in one transaction.
@@ -200,7 +202,9 @@ impl<K: Kernel> State<K> {
         let _room = spare.make_room();
         let mark_writers = self.kernel.mark_writers();
         match &mark_writers {
-            Ok(_) => self.unreadable.works(),
+            Ok(_) => {
+                self.unreadable.works();
+            }
             // Whoever asks, and however often.
             Err(error) if self.unreadable.is_news(&error.to_string()) => {
                 tracing::warn!("can't look at other programs' nftables rules: {error}");

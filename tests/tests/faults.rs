@@ -106,6 +106,30 @@ fn what_is_diverted_does_not_leave_while_rules_or_routes_are_missing() {
     });
 }
 
+/// Much is announced of lo that takes nothing of ours away.
+#[test]
+fn nobody_is_said_to_have_changed_what_is_as_it_was() {
+    sandbox(|sb| {
+        let (helper, _user, mut session) = with_policy(sb, "");
+        for change in [
+            "ip -6 address add 2001:db8:1::1/128 dev lo",
+            "ip link set lo mtu 60000",
+            "ip link set lo alias mine",
+        ] {
+            let command: Vec<_> = change.split(' ').collect();
+            sb.run(&command);
+            // It reads what was announced before it is asked again.
+            for _ in 0..20 {
+                session.status();
+            }
+            assert!(!helper.log().contains("another program"), "{change}");
+        }
+        sb.run(&["ip", "rule", "del", "priority", "800"]);
+        helper.wait_log("the routing of diverted packets was changed by another program");
+        wait_for_routing(sb, &["ip", "rule", "del"]);
+    });
+}
+
 #[test]
 fn what_can_not_be_restored_is_said_once() {
     sandbox(|sb| {
@@ -409,6 +433,20 @@ fn losses_that_the_kernel_had_no_room_to_announce_are_found() {
             others.assert_all_direct();
         }
         session.assign(json!([verdict("app.slice/app-drop.scope", "direct")]));
+        // Nor is it known who did it.
+        let log = helper.log();
+        for (sentence, times) in [
+            (
+                "made the table 'inet cgtproxy' anew: what others changed was not heard",
+                2,
+            ),
+            (
+                "the table 'inet cgtproxy' was changed by another program",
+                0,
+            ),
+        ] {
+            assert_eq!(log.matches(sentence).count(), times, "{sentence}: {log}");
+        }
     });
 }
 

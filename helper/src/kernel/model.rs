@@ -22,7 +22,7 @@ use crate::nft::{
     Plan, Refusal, Stamp, Stamped, Unread,
 };
 use crate::peer::{Peer, Uid};
-use crate::route::{self, Family};
+use crate::route::{self, Ensured, Family};
 use crate::snapshot::Records;
 
 /// What the table holds for one user.
@@ -279,8 +279,8 @@ impl Kernel for Model {
         false
     }
 
-    fn ensure_routing(&self, _: Family) -> Result<bool, route::Error> {
-        Ok(true)
+    fn ensure_routing(&self, _: Family) -> Result<Ensured, route::Error> {
+        Ok(Ensured::AsItWas)
     }
 
     fn missing_features(&self) -> Vec<&'static str> {
