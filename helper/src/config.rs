@@ -9,6 +9,7 @@ use cgtproxy_proto::file;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::nearest::nearest;
 use cgtproxy_proto::yaml::{self, Node, Place, SyntaxError, Value};
+use nix::errno::Errno;
 use nix::unistd::{Group, User};
 
 use crate::access::{Access, Accounts};
@@ -143,6 +144,18 @@ enum Problem {
     Nowhere { link: PathBuf, target: PathBuf },
     /// Something in the file is wrong.
     Wrong(Wrong),
+    /// A database can't be asked for the name that stands there.
+    Unknown {
+        place: Place,
+        name: String,
+        source: io::Error,
+    },
+}
+
+impl From<Wrong> for Problem {
+    fn from(wrong: Wrong) -> Self {
+        Self::Wrong(wrong)
+    }
 }
 
 /// What is wrong in a file, what would be right, and where.
@@ -168,14 +181,27 @@ impl fmt::Display for Error {
             Problem::Wrong(Wrong { place, message }) => {
                 write!(f, "{path}:{}:{}: {message}", place.line, place.column)
             }
+            Problem::Unknown { place, name, .. } => write!(
+                f,
+                "{path}:{}:{}: can't look '{name}' up",
+                place.line, place.column
+            ),
         }
+    }
+}
+
+impl Error {
+    /// Whether the file is to blame: another try with the same one would come to nothing.
+    #[must_use]
+    pub fn is_of_the_file(&self) -> bool {
+        !matches!(self.problem, Problem::Unknown { .. })
     }
 }
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match &self.problem {
-            Problem::Unreadable(source) => Some(source),
+            Problem::Unreadable(source) | Problem::Unknown { source, .. } => Some(source),
             _ => None,
         }
     }
@@ -245,14 +271,15 @@ impl Config {
 
     fn parse_bytes(bytes: &[u8], path: &Path) -> Result<Self, Error> {
         let root = yaml::text(bytes).and_then(yaml::parse);
-        let config = root.map_err(Wrong::from).and_then(|root| Self::of(&root));
-        config.map_err(|wrong| Error {
-            path: path.to_owned(),
-            problem: Problem::Wrong(wrong),
-        })
+        let root = root.map_err(|error| Wrong::from(error).into());
+        root.and_then(|root| Self::of(&root))
+            .map_err(|problem| Error {
+                path: path.to_owned(),
+                problem,
+            })
     }
 
-    fn of(root: &Node) -> Result<Self, Wrong> {
+    fn of(root: &Node) -> Result<Self, Problem> {
         let mut mask: u32 = 0xff00_0000;
         let mut place_of_mask = root;
         let (mut route_table, mut rule_priority, mut grace) = (0x6367, 800, 5u32);
@@ -476,20 +503,30 @@ impl Account {
         }
     }
 
-    /// The number that goes with a name.
-    fn number(self, name: &str) -> Option<u32> {
-        match self {
-            Self::User => Some(User::from_name(name).ok()??.uid.as_raw()),
-            Self::Group => Some(Group::from_name(name).ok()??.gid.as_raw()),
+    /// The number that goes with a name, if there is one.
+    fn number(self, name: &str) -> Result<Option<u32>, Errno> {
+        let number = match self {
+            Self::User => User::from_name(name).map(|user| Some(user?.uid.as_raw())),
+            Self::Group => Group::from_name(name).map(|group| Some(group?.gid.as_raw())),
+        };
+        match number {
+            // Some databases say so that there is none (getpwnam_r(3)).
+            Err(Errno::ENOENT | Errno::ESRCH) => Ok(None),
+            number => number,
         }
     }
 
     /// The number of the one that an entry names or numbers.
-    fn resolve(self, node: &Node, key: &str) -> Result<u32, Wrong> {
+    fn resolve(self, node: &Node, key: &str) -> Result<u32, Problem> {
         let (noun, database) = self.names();
+        let unknown = |name: &str, error: Errno| Problem::Unknown {
+            place: node.place,
+            name: name.to_owned(),
+            source: error.into(),
+        };
         let number = match &node.value {
             Value::Integer(number) => u32::try_from(*number).ok(),
-            Value::Text(name) => match self.number(name) {
+            Value::Text(name) => match self.number(name).map_err(|e| unknown(name, e))? {
                 Some(number) => Some(number),
                 None => {
                     let help = match node.value.without_quotes() {
@@ -498,7 +535,7 @@ impl Account {
                     };
                     let message =
                         format!("'{key}' has '{name}', and there is no such {noun}; {help}");
-                    return Err(Wrong::new(node, message));
+                    return Err(Wrong::new(node, message).into());
                 }
             },
             _ => None,
@@ -508,13 +545,13 @@ impl Account {
                 "'{key}' has {}; write names or numbers of {noun}s",
                 shown(node)
             );
-            Wrong::new(node, message)
+            Wrong::new(node, message).into()
         })
     }
 }
 
 /// The numbers of the users or groups in a list.
-fn accounts(node: &Node, key: &str, account: Account) -> Result<Vec<u32>, Wrong> {
+fn accounts(node: &Node, key: &str, account: Account) -> Result<Vec<u32>, Problem> {
     match &node.value {
         Value::List(items) => items
             .iter()
@@ -523,12 +560,12 @@ fn accounts(node: &Node, key: &str, account: Account) -> Result<Vec<u32>, Wrong>
         _ => {
             let (noun, _) = account.names();
             let wanted = format!("a list of {noun}s, as in '[NAME, NUMBER]'");
-            Err(wrong_value(node, key, &wanted))
+            Err(wrong_value(node, key, &wanted).into())
         }
     }
 }
 
-fn users_and_groups(node: &Node, key: &str) -> Result<Accounts, Wrong> {
+fn users_and_groups(node: &Node, key: &str) -> Result<Accounts, Problem> {
     let mut found = Accounts::default();
     for (entry, node) in entries(node, Some(key), ACCOUNT_KEYS)? {
         let key = format!("{key}.{entry}");

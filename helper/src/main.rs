@@ -102,7 +102,7 @@ fn main() -> ExitCode {
                 std::thread::sleep(PAUSE);
             }
             match error {
-                Error::Config(_) => ExitCode::from(EX_CONFIG),
+                Error::Config(error) if error.is_of_the_file() => ExitCode::from(EX_CONFIG),
                 _ => ExitCode::FAILURE,
             }
         }
@@ -123,7 +123,7 @@ fn remove(arguments: &Arguments) -> Result<(), Error> {
     };
     if wrong.is_some() {
         tracing::warn!(
-            "the configuration is wrong; a routing rule and route are removed only where they are by default"
+            "the configuration can't be used; a routing rule and route are removed only where they are by default"
         );
     }
     remove_by(config.marks, config.route_table, config.rule_priority)?;

@@ -16,6 +16,39 @@ fn policy(assignments: &Value) -> Value {
     json!({ "proxies": [], "bypass": [], "assignments": assignments })
 }
 
+/// Databases that can't be asked say nothing about who is in them, and may be asked again.
+#[test]
+fn who_can_not_be_looked_up_is_not_said_to_be_nobody() {
+    sandbox(|sb| {
+        let check = |config| {
+            let helper = sb.helper().config(config).argument("--check");
+            let mut helper = helper.spawn();
+            (helper.wait().code(), helper.log())
+        };
+        let configs = [
+            ("proxy-users:\n- some-user", "2:3", "some-user"),
+            ("deny: {groups: [some-group]}", "1:17", "some-group"),
+        ];
+        for (config, place, _) in configs {
+            let (code, log) = check(config);
+            assert_eq!(code, Some(78), "{log}");
+            assert!(log.contains(&format!("helper.yaml:{place}: ")), "{log}");
+            assert!(log.contains("there is no such "), "{log}");
+        }
+        let script = "touch /run/nobody; chmod 0 /run/nobody
+                      printf 'passwd: files\ngroup: files\n' >/run/nsswitch.conf
+                      mount --bind /run/nsswitch.conf /etc/nsswitch.conf
+                      for database in passwd group; do mount --bind /run/nobody /etc/$database; done";
+        sb.run(&["sh", "-ec", script]);
+        for (config, place, name) in configs {
+            let (code, log) = check(config);
+            assert_eq!(code, Some(1), "{log}");
+            let message = format!("helper.yaml:{place}: can't look '{name}' up: Permission denied");
+            assert!(log.contains(&message), "{log}");
+        }
+    });
+}
+
 #[test]
 fn no_spelling_leads_out_of_the_callers_own_subtree() {
     sandbox(|sb| {
