@@ -315,8 +315,6 @@ impl Config {
                 "own-table" => own_table = boolean(node, key)?,
                 "udp-verdicts" => udp_verdicts = self::udp_verdicts(node, key)?,
                 "proxy-users" => proxy_uids.extend(accounts(node, key, Account::User)?),
-                // Without a value it is as good as not there.
-                "allow" if matches!(node.value, Value::Null) => {}
                 "allow" => allow = Some(users_and_groups(node, key)?),
                 "deny" => deny = users_and_groups(node, key)?,
                 _ => limits = self::limits(node, key)?,
@@ -412,13 +410,23 @@ fn wrong_value(node: &Node, key: &str, wanted: &str) -> Wrong {
     Wrong::new(node, format!("'{key}' is {}; write {wanted}", shown(node)))
 }
 
-/// A whole number, with quotes or without.
-fn integer(node: &Node) -> Option<i128> {
-    match (&node.value, node.value.without_quotes()) {
-        (Value::Integer(number), _) => Some(*number),
-        (_, Some(Value::Integer(number))) => Some(number),
-        _ => None,
-    }
+/// What a value is, which `wanted` describes. Quotes make a string of it.
+fn scalar<T>(
+    node: &Node,
+    key: &str,
+    wanted: &str,
+    of: impl Fn(&Value) -> Option<T>,
+) -> Result<T, Wrong> {
+    of(&node.value).ok_or_else(|| {
+        let unquoted = node.value.without_quotes();
+        match (&node.value, unquoted.as_ref().and_then(of)) {
+            (Value::Text(text), Some(_)) => {
+                let message = format!("'{key}' is a string; write {text} without the quotes");
+                Wrong::new(node, message)
+            }
+            _ => wrong_value(node, key, wanted),
+        }
+    })
 }
 
 /// A number that its type and `allowed` admit, both of which `wanted` describes.
@@ -428,16 +436,14 @@ fn number<T: TryFrom<i128>>(
     wanted: &str,
     allowed: impl Fn(&T) -> bool,
 ) -> Result<T, Wrong> {
-    integer(node)
-        .and_then(|number| T::try_from(number).ok())
-        .filter(allowed)
-        .ok_or_else(|| wrong_value(node, key, wanted))
+    scalar(node, key, wanted, |value| match value {
+        Value::Integer(number) => T::try_from(*number).ok().filter(&allowed),
+        _ => None,
+    })
 }
 
 fn boolean(node: &Node, key: &str) -> Result<bool, Wrong> {
-    let unquoted = || node.value.without_quotes()?.boolean();
-    let boolean = node.value.boolean().or_else(unquoted);
-    boolean.ok_or_else(|| wrong_value(node, key, "'true' or 'false'"))
+    scalar(node, key, "'true' or 'false'", Value::boolean)
 }
 
 fn on_agent_loss(node: &Node, key: &str) -> Result<OnAgentLoss, Wrong> {
@@ -653,14 +659,11 @@ mod tests {
         }
     }
 
-    /// What was written for earlier releases goes on being read.
     #[test]
-    fn numbers_and_booleans_may_have_quotes() {
-        let text = "grace-seconds: '7'\nown-table: \"false\"\nallow:\nlimits: {proxies: 0x10, bypass: 1_000}";
+    fn numbers_and_booleans_are_those_of_yaml() {
+        let text = "own-table: off\nlimits: {proxies: 0x10, bypass: 1_000}";
         let config = parse(text).unwrap();
-        assert_eq!(config.grace, Duration::from_secs(7));
         assert!(!config.own_table);
-        assert_eq!(config.access.allow, None);
         assert_eq!((config.limits.proxies, config.limits.bypass), (16, 1000));
     }
 
@@ -809,7 +812,24 @@ mod tests {
                 "limits: {connections: 1e3}",
                 "helper.yaml:1:23: 'limits.connections' is a fraction; write a number that is not negative",
             ),
+            ("allow:\n", "'allow' is nothing; write a map"),
             ("deny:\n", "'deny' is nothing; write a map"),
+            (
+                "grace-seconds: '7'",
+                "helper.yaml:1:16: 'grace-seconds' is a string; write 7 without the quotes",
+            ),
+            (
+                "own-table: \"false\"",
+                "helper.yaml:1:12: 'own-table' is a string; write false without the quotes",
+            ),
+            (
+                "grace-seconds: '-1'",
+                "'grace-seconds' is '-1'; write a number from 0 to 4294967295",
+            ),
+            (
+                "grace-seconds: 'true'",
+                "'grace-seconds' is 'true'; write a number from 0 to 4294967295",
+            ),
         ] {
             let error = parse(text).unwrap_err();
             let message = error.to_string();

@@ -183,7 +183,7 @@ pub fn bind(
         TryLockError::WouldBlock => in_use(),
         TryLockError::Error(source) => Error::listen(path, source),
     })?;
-    // It may be the service manager's, or one of before there were locks.
+    // It may be the service manager's.
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
         return Err(in_use());
     }
