@@ -31,9 +31,15 @@ pub enum CallError {
     /// The connection broke.
     #[error("the connection broke")]
     Io(#[source] io::Error),
+    /// The arguments are none that a call can have.
+    #[error("can't write the call")]
+    Arguments(#[source] serde_json::Error),
     /// What came back is not a reply of this method.
     #[error("the reply is not one of this method")]
-    Protocol,
+    Protocol(#[source] Option<serde_json::Error>),
+    /// What came back is longer than any reply.
+    #[error("the reply has more than {0} bytes")]
+    TooLarge(usize),
 }
 
 /// A fault's parameters for a person: ` (name: value, …)`.
@@ -88,7 +94,7 @@ impl Client {
             method,
             parameters: arguments,
         };
-        let mut message = serde_json::to_vec(&call).map_err(|_| CallError::Protocol)?;
+        let mut message = serde_json::to_vec(&call).map_err(CallError::Arguments)?;
         message.push(0);
         // A peer that refuses a message does so before it has read all of it, and closes:
         // what it said is still there to be read.
@@ -105,9 +111,9 @@ impl Client {
             Ok(Some(message)) => message,
             Ok(None) => return Err(CallError::Closed),
             Err(ReadError::Io(error)) => return Err(CallError::Io(error)),
-            Err(ReadError::TooLarge(_) | ReadError::OverBudget) => {
-                return Err(CallError::Protocol);
-            }
+            Err(ReadError::TooLarge(limit)) => return Err(CallError::TooLarge(limit)),
+            // There is no budget.
+            Err(ReadError::OverBudget) => return Err(CallError::Protocol(None)),
         };
         answer(&message)
     }
@@ -138,14 +144,44 @@ fn answer<R: DeserializeOwned>(message: &[u8]) -> Result<R, CallError> {
     let text = message
         .strip_suffix(b"\0")
         .and_then(|text| std::str::from_utf8(text).ok())
-        .ok_or(CallError::Protocol)?;
-    let reply: Reply<'_> = serde_json::from_str(text).map_err(|_| CallError::Protocol)?;
+        .ok_or(CallError::Protocol(None))?;
+    let not_one = |error| CallError::Protocol(Some(error));
+    let reply: Reply<'_> = serde_json::from_str(text).map_err(not_one)?;
     let parameters = reply.parameters.map_or("{}", RawValue::get);
     let Some(name) = reply.error else {
-        return serde_json::from_str(parameters).map_err(|_| CallError::Protocol);
+        return serde_json::from_str(parameters).map_err(not_one);
     };
     Err(CallError::Fault(Fault {
         name: name.into_owned().into(),
-        parameters: serde_json::from_str(parameters).map_err(|_| CallError::Protocol)?,
+        parameters: serde_json::from_str(parameters).map_err(not_one)?,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::chain;
+
+    #[test]
+    fn says_why_a_reply_is_none() {
+        for (reply, why) in [
+            ("{", "EOF while parsing"),
+            (r#"{"parameters":{"a":"b"}}"#, "missing field `number`"),
+            (r#"{"error":"a.b","parameters":[}"#, "expected value"),
+            ("\u{0}", "expected value"),
+        ] {
+            #[derive(Debug, Deserialize)]
+            struct Number {
+                #[expect(dead_code, reason = "it is not there")]
+                number: u32,
+            }
+            let error = answer::<Number>(format!("{reply}\0").as_bytes()).unwrap_err();
+            let error = chain(&error);
+            assert!(
+                error.starts_with("the reply is not one of this method: "),
+                "{error}"
+            );
+            assert!(error.contains(why), "{error}");
+        }
+    }
 }
