@@ -190,6 +190,16 @@ pub enum RootError {
     NotFound,
 }
 
+impl RootError {
+    /// Whether there is nothing of the kind at that place.
+    fn is_absence(&self) -> bool {
+        match self {
+            Self::Open { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            Self::NotControlGroup { .. } | Self::NotFound => true,
+        }
+    }
+}
+
 /// Descriptors that are kept back, so that a call always has those it needs however many connections
 /// there are.
 #[derive(Debug, Clone)]
@@ -249,12 +259,22 @@ impl Root {
         if let Some(path) = path {
             return Self::open_at(path);
         }
-        for path in CGROUP2_MOUNTS {
-            if let Ok(root) = Self::open_at(Path::new(path)) {
-                return Ok(root);
+        Self::open_one_of(&CGROUP2_MOUNTS.map(Path::new))
+    }
+
+    fn open_one_of(paths: &[&Path]) -> Result<Self, RootError> {
+        let mut why = RootError::NotFound;
+        for path in paths {
+            match Self::open_at(path) {
+                Ok(root) => return Ok(root),
+                // There may be one, then.
+                Err(error) if !error.is_absence() && matches!(why, RootError::NotFound) => {
+                    why = error;
+                }
+                Err(_) => {}
             }
         }
-        Err(RootError::NotFound)
+        Err(why)
     }
 
     fn open_at(path: &Path) -> Result<Self, RootError> {
@@ -350,7 +370,7 @@ impl Root {
         let path = ControlGroupPath::from_bytes(subtree_path(uid).as_bytes())
             .map_err(|_| Unavailable::NotControlGroup)?;
         let directory = open_beneath(&self.directory, &path, &self.spare, room)?;
-        let found = fstat(&directory).map_err(|_| Unavailable::Unreadable)?;
+        let found = fstat(&directory).map_err(unavailable)?;
         Ok((path, directory, found))
     }
 }
@@ -436,7 +456,7 @@ impl Subtree {
             _ => {
                 *last = None;
                 let opened = open_beneath(&self.directory, path, &self.spare, room)?;
-                let found = fstat(&opened).map_err(|_| Unavailable::Unreadable)?;
+                let found = fstat(&opened).map_err(unavailable)?;
                 owned(self.uid, found.st_uid, found.st_ino, level)
             }
         }
@@ -483,7 +503,10 @@ fn unavailable(error: Errno) -> Unavailable {
         Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN | Errno::INTR => {
             Unavailable::Later
         }
-        _ => Unavailable::Unreadable,
+        error => {
+            tracing::debug!("can't open a control group: {error}");
+            Unavailable::Unreadable
+        }
     }
 }
 
@@ -531,6 +554,23 @@ fn file_system(directory: impl AsFd) -> Result<u32, Errno> {
 mod tests {
     use super::*;
     use crate::kernel::model::Bed;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "makes a link")]
+    fn what_can_not_be_opened_is_not_said_to_be_absent() {
+        let name = format!("cgtproxy-loop-{}", std::process::id());
+        let link = std::env::temp_dir().join(name);
+        std::os::unix::fs::symlink(&link, &link).unwrap();
+        let (absent, other) = (Path::new("/no/such/directory"), Path::new("/"));
+        let error = Root::open_one_of(&[absent, &link, other]).unwrap_err();
+        assert!(
+            matches!(&error, RootError::Open { path, .. } if *path == link),
+            "{error:?}"
+        );
+        std::fs::remove_file(&link).unwrap();
+        let error = Root::open_one_of(&[absent, other]).unwrap_err();
+        assert!(matches!(error, RootError::NotFound), "{error:?}");
+    }
 
     #[test]
     #[cfg_attr(miri, ignore = "makes directories")]

@@ -503,6 +503,27 @@ fn an_answer_that_is_lost_leaves_no_doubt() {
     });
 }
 
+/// What lacks memory for a moment is not said to be absent.
+#[test]
+fn a_service_manager_that_can_not_be_looked_at_now_is_not_absent() {
+    sandbox(|sb| {
+        let (helper, user, mut session) = with_policy(sb, "");
+        user.cgroup(APP);
+        let change = json!({ "assign": [verdict(APP, "drop")], "remove": [] });
+        {
+            let _no_memory = Injection::of(&helper, "fstat", "error=ENOMEM");
+            let (error, parameters) = session.refusal("UpdateAssignments", change.clone());
+            assert_eq!(error, "KernelRefused", "{parameters}");
+            let why = parameters["message"].as_str().expect("a sentence");
+            assert!(
+                why.contains("can't open control groups at the moment"),
+                "{why}"
+            );
+        }
+        session.call("UpdateAssignments", change);
+    });
+}
+
 /// As in a container that nobody's root has made: its capabilities are those of its own namespaces.
 #[test]
 fn a_helper_starts_in_a_user_namespace_of_its_own() {
