@@ -7,14 +7,17 @@ use std::time::Duration;
 
 use cgtproxy_proto::file;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
-use cgtproxy_proto::nearest::nearest;
-use cgtproxy_proto::yaml::{self, Node, Place, SyntaxError, Value};
-use nix::errno::Errno;
-use nix::unistd::{Group, User};
+use cgtproxy_proto::yaml::{self, Node, Place, Value};
 
 use crate::access::{Access, Accounts};
 use crate::mark::MarkRange;
 use crate::nft::UdpVerdicts;
+
+mod accounts;
+mod reader;
+
+use accounts::{Account, accounts, users_and_groups};
+use reader::{Wrong, boolean, entries, number, wrong_value};
 
 /// Where the configuration is unless `--config` says otherwise. It may be absent.
 pub const DEFAULT_PATH: &str = "/etc/cgtproxy/helper.yaml";
@@ -43,8 +46,6 @@ pub const LIMIT_KEYS: &[&str] = &[
     "bypass",
     "control-groups",
 ];
-
-const ACCOUNT_KEYS: &[&str] = &["users", "groups"];
 
 /// What becomes of a user's policy when the agent is gone and does not come back within the grace.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -158,13 +159,6 @@ impl From<Wrong> for Problem {
     }
 }
 
-/// What is wrong in a file, what would be right, and where.
-#[derive(Debug)]
-struct Wrong {
-    place: Place,
-    message: String,
-}
-
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.display();
@@ -204,34 +198,6 @@ impl std::error::Error for Error {
             Problem::Unreadable(source) | Problem::Unknown { source, .. } => Some(source),
             _ => None,
         }
-    }
-}
-
-impl Wrong {
-    fn new(node: &Node, message: impl Into<String>) -> Self {
-        Self {
-            place: node.place,
-            message: message.into(),
-        }
-    }
-
-    /// A value is of a wrong kind.
-    fn kind(node: &Node, key: &str, wanted: &str) -> Self {
-        Self::new(
-            node,
-            format!("'{key}' is {}; write {wanted}", node.value.kind()),
-        )
-    }
-}
-
-impl From<SyntaxError> for Wrong {
-    fn from(error: SyntaxError) -> Self {
-        let mut message = error.message;
-        if let Some(help) = error.help {
-            message = format!("{message}; {help}");
-        }
-        let place = error.place.unwrap_or(Place { line: 1, column: 1 });
-        Self { place, message }
     }
 }
 
@@ -340,112 +306,6 @@ impl Config {
     }
 }
 
-/// The entries of a map, each of whose keys is known and is there once; `key` is the map's own.
-fn entries<'n>(
-    node: &'n Node,
-    key: Option<&str>,
-    known: &[&'static str],
-) -> Result<Vec<(&'static str, &'n Node)>, Wrong> {
-    let list = || quoted(known);
-    let Value::Map(map) = &node.value else {
-        let wanted = format!("a map with keys among {}", list());
-        return Err(match key {
-            Some(key) => Wrong::kind(node, key, &wanted),
-            None => Wrong::new(
-                node,
-                format!("the file is {}; write {wanted}", node.value.kind()),
-            ),
-        });
-    };
-    let within = key.map_or_else(String::new, |key| format!(" in '{key}'"));
-    let mut found: Vec<(&'static str, &Node, u64)> = Vec::new();
-    for (name, value) in map {
-        let Value::Text(text) = &name.value else {
-            let message = format!(
-                "a key{within} is {}; known are {}",
-                name.value.kind(),
-                list()
-            );
-            return Err(Wrong::new(name, message));
-        };
-        let Some(known) = known.iter().find(|known| *known == text) else {
-            let help = match nearest(text, known.iter().copied()) {
-                Some(near) => format!("did you mean '{near}'?"),
-                None => format!("known are {}", list()),
-            };
-            let message = format!("unknown key '{text}'{within}; {help}");
-            return Err(Wrong::new(name, message));
-        };
-        if let Some((.., line)) = found.iter().find(|(key, ..)| key == known) {
-            let message = format!(
-                "key '{known}'{within} is there twice, first in line {line}; keep one of them"
-            );
-            return Err(Wrong::new(name, message));
-        }
-        found.push((known, value, name.place.line));
-    }
-    Ok(found
-        .into_iter()
-        .map(|(key, value, _)| (key, value))
-        .collect())
-}
-
-/// Names for a sentence.
-fn quoted(names: &[&str]) -> String {
-    let names: Vec<_> = names.iter().map(|name| format!("'{name}'")).collect();
-    names.join(", ")
-}
-
-/// A value as it stands in a message.
-fn shown(node: &Node) -> String {
-    match &node.value {
-        Value::Text(text) => format!("'{text}'"),
-        Value::Integer(number) => number.to_string(),
-        Value::Bool(boolean) => boolean.to_string(),
-        other => other.kind().to_owned(),
-    }
-}
-
-fn wrong_value(node: &Node, key: &str, wanted: &str) -> Wrong {
-    Wrong::new(node, format!("'{key}' is {}; write {wanted}", shown(node)))
-}
-
-/// What a value is, which `wanted` describes. Quotes make a string of it.
-fn scalar<T>(
-    node: &Node,
-    key: &str,
-    wanted: &str,
-    of: impl Fn(&Value) -> Option<T>,
-) -> Result<T, Wrong> {
-    of(&node.value).ok_or_else(|| {
-        let unquoted = node.value.without_quotes();
-        match (&node.value, unquoted.as_ref().and_then(of)) {
-            (Value::Text(text), Some(_)) => {
-                let message = format!("'{key}' is a string; write {text} without the quotes");
-                Wrong::new(node, message)
-            }
-            _ => wrong_value(node, key, wanted),
-        }
-    })
-}
-
-/// A number that its type and `allowed` admit, both of which `wanted` describes.
-fn number<T: TryFrom<i128>>(
-    node: &Node,
-    key: &str,
-    wanted: &str,
-    allowed: impl Fn(&T) -> bool,
-) -> Result<T, Wrong> {
-    scalar(node, key, wanted, |value| match value {
-        Value::Integer(number) => T::try_from(*number).ok().filter(&allowed),
-        _ => None,
-    })
-}
-
-fn boolean(node: &Node, key: &str) -> Result<bool, Wrong> {
-    scalar(node, key, "'true' or 'false'", Value::boolean)
-}
-
 fn on_agent_loss(node: &Node, key: &str) -> Result<OnAgentLoss, Wrong> {
     match &node.value {
         Value::Text(text) if text == "keep" => Ok(OnAgentLoss::Keep),
@@ -493,96 +353,6 @@ fn limits(node: &Node, key: &str) -> Result<Limits, Wrong> {
     Ok(limits)
 }
 
-/// What a database has names and numbers of.
-#[derive(Debug, Clone, Copy)]
-enum Account {
-    User,
-    Group,
-}
-
-impl Account {
-    /// What an account is called, and the name of its database.
-    fn names(self) -> (&'static str, &'static str) {
-        match self {
-            Self::User => ("user", "passwd"),
-            Self::Group => ("group", "group"),
-        }
-    }
-
-    /// The number that goes with a name, if there is one.
-    fn number(self, name: &str) -> Result<Option<u32>, Errno> {
-        let number = match self {
-            Self::User => User::from_name(name).map(|user| Some(user?.uid.as_raw())),
-            Self::Group => Group::from_name(name).map(|group| Some(group?.gid.as_raw())),
-        };
-        match number {
-            // Some databases say so that there is none (getpwnam_r(3)).
-            Err(Errno::ENOENT | Errno::ESRCH) => Ok(None),
-            number => number,
-        }
-    }
-
-    /// The number of the one that an entry names or numbers.
-    fn resolve(self, node: &Node, key: &str) -> Result<u32, Problem> {
-        let (noun, database) = self.names();
-        let unknown = |name: &str, error: Errno| Problem::Unknown {
-            place: node.place,
-            name: name.to_owned(),
-            source: error.into(),
-        };
-        let number = match &node.value {
-            Value::Integer(number) => u32::try_from(*number).ok(),
-            Value::Text(name) => match self.number(name).map_err(|e| unknown(name, e))? {
-                Some(number) => Some(number),
-                None => {
-                    let help = match node.value.without_quotes() {
-                        Some(Value::Integer(_)) => format!("a {noun}'s number has no quotes"),
-                        _ => format!("'getent {database}' lists those there are"),
-                    };
-                    let message =
-                        format!("'{key}' has '{name}', and there is no such {noun}; {help}");
-                    return Err(Wrong::new(node, message).into());
-                }
-            },
-            _ => None,
-        };
-        number.ok_or_else(|| {
-            let message = format!(
-                "'{key}' has {}; write names or numbers of {noun}s",
-                shown(node)
-            );
-            Wrong::new(node, message).into()
-        })
-    }
-}
-
-/// The numbers of the users or groups in a list.
-fn accounts(node: &Node, key: &str, account: Account) -> Result<Vec<u32>, Problem> {
-    match &node.value {
-        Value::List(items) => items
-            .iter()
-            .map(|item| account.resolve(item, key))
-            .collect(),
-        _ => {
-            let (noun, _) = account.names();
-            let wanted = format!("a list of {noun}s, as in '[NAME, NUMBER]'");
-            Err(wrong_value(node, key, &wanted).into())
-        }
-    }
-}
-
-fn users_and_groups(node: &Node, key: &str) -> Result<Accounts, Problem> {
-    let mut found = Accounts::default();
-    for (entry, node) in entries(node, Some(key), ACCOUNT_KEYS)? {
-        let key = format!("{key}.{entry}");
-        match entry {
-            "users" => found.uids.extend(accounts(node, &key, Account::User)?),
-            _ => found.gids.extend(accounts(node, &key, Account::Group)?),
-        }
-    }
-    Ok(found)
-}
-
 /// What is in the file; none if there is none. A link to where nothing is to be seen is not that: what it leads to may
 /// well be there, and say who is denied.
 fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
@@ -610,231 +380,4 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::symlink;
-
-    use super::*;
-
-    #[test]
-    #[cfg_attr(miri, ignore = "reads files")]
-    fn a_link_to_nowhere_is_not_as_good_as_no_file() {
-        let directory = std::env::temp_dir().join(format!("cgtproxy-links-{}", std::process::id()));
-        std::fs::create_dir_all(directory.join("etc")).unwrap();
-        let at = |path: &str| directory.join(path);
-        let file = at("etc/helper.yaml");
-        let load = |file: &Path| Config::load_if_there(file).map_err(|error| error.to_string());
-        assert!(load(&file).is_ok());
-        assert!(load(&at("nothing/helper.yaml")).is_ok());
-        assert!(Config::load(Some(&file)).is_err());
-        symlink("../srv/helper.yaml", &file).unwrap();
-        symlink("srv", at("linked")).unwrap();
-        for file in [&file, &at("linked/helper.yaml")] {
-            let error = load(file).unwrap_err();
-            assert!(error.contains("is a link to '"), "{error}");
-            assert!(error.contains("srv"), "{error}");
-        }
-        std::fs::create_dir(at("srv")).unwrap();
-        assert!(load(&file).is_err());
-        assert!(load(&at("linked/helper.yaml")).is_ok(), "there is no file");
-        std::fs::write(at("srv/helper.yaml"), "grace-seconds: 7").unwrap();
-        for file in [&file, &at("linked/helper.yaml")] {
-            assert_eq!(load(file).unwrap().grace, Duration::from_secs(7));
-        }
-        std::fs::remove_dir_all(&directory).unwrap();
-    }
-
-    #[test]
-    #[cfg_attr(miri, ignore = "reads files")]
-    fn only_a_file_is_read() {
-        let load = |path: &str| Config::load(Some(Path::new(path))).unwrap_err();
-        let error = load("/no/such/helper.yaml");
-        assert_eq!(error.to_string(), "there is no file '/no/such/helper.yaml'");
-        for path in ["/dev/zero", "/"] {
-            let source = std::error::Error::source(&load(path)).map(ToString::to_string);
-            assert_eq!(
-                source.as_deref(),
-                Some("it is not a regular file"),
-                "{path}"
-            );
-        }
-    }
-
-    #[test]
-    fn numbers_and_booleans_are_those_of_yaml() {
-        let text = "own-table: off\nlimits: {proxies: 0x10, bypass: 1_000}";
-        let config = parse(text).unwrap();
-        assert!(!config.own_table);
-        assert_eq!((config.limits.proxies, config.limits.bypass), (16, 1000));
-    }
-
-    fn parse(text: &str) -> Result<Config, Error> {
-        Config::parse(text, Path::new("helper.yaml"))
-    }
-
-    #[test]
-    fn an_empty_file_means_the_defaults() {
-        for text in ["", "# nothing\n", "---\n", "{}"] {
-            let config = parse(text).unwrap();
-            assert_eq!(config.marks.mask(), 0xff00_0000);
-            assert_eq!(config.proxy_uids, [0]);
-            assert_eq!(config.limits, Limits::default());
-            assert_eq!(config.on_agent_loss, OnAgentLoss::Keep);
-            assert_eq!(config.udp_verdicts, UdpVerdicts::PerConversation);
-        }
-    }
-
-    #[test]
-    #[cfg_attr(miri, ignore = "asks the user database")]
-    fn takes_every_key() {
-        let config = parse(
-            "mark-mask: 0x00f00000\nroute-table: 4000\nrule-priority: 900\ngrace-seconds: 1\n\
-             on-agent-loss: drop\nown-table: false\nudp-verdicts: per-datagram\nproxy-users: [daemon, 990, root]\nallow: {users: [daemon, 7], groups: [daemon]}\n\
-             deny: {users: [9], groups: [8]}\nlimits: {proxies: 3, control-groups: 10}\n",
-        )
-        .unwrap();
-        assert_eq!(config.marks.mask(), 0x00f0_0000);
-        assert_eq!((config.route_table, config.rule_priority), (4000, 900));
-        assert_eq!(config.grace, Duration::from_secs(1));
-        assert_eq!(config.on_agent_loss, OnAgentLoss::Drop);
-        assert!(!config.own_table);
-        assert_eq!(config.udp_verdicts, UdpVerdicts::PerDatagram);
-        assert_eq!(config.proxy_uids, [0, 1, 990]);
-        let allow = config.access.allow.unwrap();
-        assert!(allow.uids.contains(&1) && allow.uids.contains(&7) && allow.gids.contains(&1));
-        assert!(config.access.deny.gids.contains(&8));
-        assert!(config.access.deny.uids.contains(&9));
-        assert_eq!(config.limits.proxies, 3);
-        assert_eq!(config.limits.bypass, Limits::default().bypass);
-    }
-
-    #[test]
-    fn takes_every_limit() {
-        let all = "limits: {connections: 21, message-bytes: 8388608, calls-per-second: 22, proxies: 23, \
-                   bypass: 24, control-groups: 25}";
-        let limits = Limits {
-            connections: 21,
-            message_bytes: 8_388_608,
-            calls_per_second: 22,
-            proxies: 23,
-            bypass: 24,
-            control_groups: 25,
-        };
-        assert_eq!(parse(all).unwrap().limits, limits);
-    }
-
-    #[test]
-    #[cfg_attr(miri, ignore = "asks the user database")]
-    fn says_what_is_wrong() {
-        for (text, part) in [
-            ("mark-mask: 1", "at least two bits"),
-            ("route-table: 254", "system's own"),
-            ("rule-priority: 0", "1 to 32765"),
-            (
-                "proxy-users: [1,\n no-such-user-here]",
-                "helper.yaml:2:2: 'proxy-users' has 'no-such-user-here', and there is no such user; 'getent passwd' lists",
-            ),
-            ("allow: {groups: [no-such-group-here]}", "allow.groups"),
-            ("deny: {users: [no-such-user-here]}", "deny.users"),
-            ("deny: [daemon]", "helper.yaml:1:7: "),
-            ("limits: {calls-per-second: 0}", "calls-per-second"),
-            ("limits: {message-bytes: 100}", "message-bytes"),
-            (
-                "\ngrace: 5",
-                "helper.yaml:2:1: unknown key 'grace'; known are 'mark-mask', 'route-table', ",
-            ),
-            (
-                "mark-msk: 5",
-                "helper.yaml:1:1: unknown key 'mark-msk'; did you mean 'mark-mask'?",
-            ),
-            (
-                "own-table: on\nown-table: off",
-                "helper.yaml:2:1: key 'own-table' is there twice, first in line 1; keep one of them",
-            ),
-            (
-                "\non-agent-loss: kept",
-                "helper.yaml:2:16: 'on-agent-loss' is 'kept'; write 'keep', 'direct' or 'drop'",
-            ),
-            (
-                "limits: {proxys: 5}",
-                "helper.yaml:1:10: unknown key 'proxys' in 'limits'; did you mean 'proxies'?",
-            ),
-            ("[", "helper.yaml:1:1: the bracket is not closed; "),
-            (
-                "x",
-                "helper.yaml:1:1: the file is a string; write a map with keys among 'mark-mask', ",
-            ),
-            (
-                "proxy-users: [1, {}]",
-                "helper.yaml:1:18: 'proxy-users' has a map; write names or numbers of users",
-            ),
-            (
-                "proxy-users: ['7']",
-                "and there is no such user; a user's number has no quotes",
-            ),
-            (
-                "proxy-users: mihomo",
-                "helper.yaml:1:14: 'proxy-users' is 'mihomo'; write a list of users, as in '[NAME, NUMBER]'",
-            ),
-            (
-                "allow: [alice]",
-                "helper.yaml:1:8: 'allow' is a list; write a map with keys among 'users', 'groups'",
-            ),
-            (
-                "mark-mask: 256M",
-                "helper.yaml:1:12: 'mark-mask' is '256M'; write a number from 0 to 4294967295",
-            ),
-            (
-                "mark-mask: 0x00000000",
-                "helper.yaml:1:12: 'mark-mask' is 0x00000000: the mark mask needs at least two bits",
-            ),
-            (
-                "own-table: maybe",
-                "helper.yaml:1:12: 'own-table' is 'maybe'; write 'true' or 'false'",
-            ),
-            (
-                "udp-verdicts: all",
-                "helper.yaml:1:15: 'udp-verdicts' is 'all'; write 'per-conversation' or 'per-datagram'",
-            ),
-            (
-                "grace-seconds: -1",
-                "helper.yaml:1:16: 'grace-seconds' is -1; write a number from 0 to ",
-            ),
-            (
-                "limits: {proxies: 0.5}",
-                "helper.yaml:1:19: 'limits.proxies' is a fraction; write a number that is not negative",
-            ),
-            ("---\n---\n", "a second document begins"),
-            (
-                "limits: {connections: 18446744073709551616}",
-                "helper.yaml:1:23: 'limits.connections' is too large a number; write a number that is not negative",
-            ),
-            (
-                "limits: {connections: 1e3}",
-                "helper.yaml:1:23: 'limits.connections' is a fraction; write a number that is not negative",
-            ),
-            ("allow:\n", "'allow' is nothing; write a map"),
-            ("deny:\n", "'deny' is nothing; write a map"),
-            (
-                "grace-seconds: '7'",
-                "helper.yaml:1:16: 'grace-seconds' is a string; write 7 without the quotes",
-            ),
-            (
-                "own-table: \"false\"",
-                "helper.yaml:1:12: 'own-table' is a string; write false without the quotes",
-            ),
-            (
-                "grace-seconds: '-1'",
-                "'grace-seconds' is '-1'; write a number from 0 to 4294967295",
-            ),
-            (
-                "grace-seconds: 'true'",
-                "'grace-seconds' is 'true'; write a number from 0 to 4294967295",
-            ),
-        ] {
-            let error = parse(text).unwrap_err();
-            let message = error.to_string();
-            assert!(message.contains(part), "{text:?}: {message}");
-            assert!(message.contains("helper.yaml"), "{text:?}: {message}");
-        }
-    }
-}
+mod tests;
