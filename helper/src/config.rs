@@ -9,7 +9,7 @@ use cgtproxy_proto::file;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::yaml::{self, Node, Place, Value};
 
-use crate::access::{Access, Accounts};
+use crate::access::Access;
 use crate::mark::MarkRange;
 use crate::nft::UdpVerdicts;
 
@@ -17,35 +17,19 @@ mod accounts;
 mod reader;
 
 use accounts::{Account, accounts, users_and_groups};
-use reader::{Wrong, boolean, entries, number, wrong_value};
+use reader::{Entry, Wrong, boolean, number, set_all, wrong_value};
 
 /// Where the configuration is unless `--config` says otherwise. It may be absent.
-pub const DEFAULT_PATH: &str = "/etc/cgtproxy/helper.yaml";
+const DEFAULT_PATH: &str = "/etc/cgtproxy/helper.yaml";
 
-/// All keys of the file.
-pub const KEYS: &[&str] = &[
-    "mark-mask",
-    "route-table",
-    "rule-priority",
-    "grace-seconds",
-    "on-agent-loss",
-    "own-table",
-    "udp-verdicts",
-    "proxy-users",
-    "allow",
-    "deny",
-    "limits",
-];
+/// The letters 'cg' as a number: others mostly choose small ones.
+const ROUTE_TABLE: u32 = 0x6367;
 
-/// All keys of `limits`.
-pub const LIMIT_KEYS: &[&str] = &[
-    "connections",
-    "message-bytes",
-    "calls-per-second",
-    "proxies",
-    "bypass",
-    "control-groups",
-];
+/// Small, so that it comes before other programs' rules.
+const RULE_PRIORITY: u32 = 800;
+
+/// An agent that is started again is back by then.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// What becomes of a user's policy when the agent is gone and does not come back within the grace.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -123,6 +107,24 @@ pub struct Config {
     pub access: Access,
     /// How much one user may have.
     pub limits: Limits,
+}
+
+impl Default for Config {
+    /// What holds where there is no file.
+    fn default() -> Self {
+        Self {
+            marks: MarkRange::default(),
+            route_table: ROUTE_TABLE,
+            rule_priority: RULE_PRIORITY,
+            grace: GRACE,
+            on_agent_loss: OnAgentLoss::default(),
+            own_table: true,
+            udp_verdicts: UdpVerdicts::default(),
+            proxy_uids: vec![0],
+            access: Access::default(),
+            limits: Limits::default(),
+        }
+    }
 }
 
 const ANY_NUMBER: &str = "a number from 0 to 4294967295";
@@ -223,14 +225,7 @@ impl Config {
         Self::parse_bytes(&read(path)?.unwrap_or_default(), path)
     }
 
-    /// What holds where there is no file.
-    ///
-    /// # Errors
-    /// If the defaults contradict each other.
-    pub fn without_file() -> Result<Self, Error> {
-        Self::parse("", Path::new(DEFAULT_PATH))
-    }
-
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn parse(text: &str, path: &Path) -> Result<Self, Error> {
         Self::parse_bytes(text.as_bytes(), path)
     }
@@ -246,64 +241,113 @@ impl Config {
     }
 
     fn of(root: &Node) -> Result<Self, Problem> {
-        let mut mask: u32 = 0xff00_0000;
-        let mut place_of_mask = root;
-        let (mut route_table, mut rule_priority, mut grace) = (0x6367, 800, 5u32);
-        let (mut on_agent_loss, mut own_table) = (OnAgentLoss::default(), true);
-        let mut udp_verdicts = UdpVerdicts::default();
-        let mut proxy_uids = vec![0];
-        let (mut allow, mut deny, mut limits) = (None, Accounts::default(), Limits::default());
-        let entries = match root.value {
-            Value::Null => Vec::new(),
-            _ => entries(root, None, KEYS)?,
-        };
-        for (key, node) in entries {
-            match key {
-                "mark-mask" => {
-                    mask = number(node, key, ANY_NUMBER, |_| true)?;
-                    place_of_mask = node;
-                }
-                "route-table" => {
-                    let wanted = "another number: 0 and 253 to 255 are the system's own tables";
-                    // 253 to 255 are the tables default, main and local (linux/rtnetlink.h).
-                    let allowed = |table: &u32| !matches!(table, 0 | 253..=255);
-                    route_table = number(node, key, wanted, allowed)?;
-                }
-                "rule-priority" => {
-                    let wanted =
-                        "a number from 1 to 32765, between the rules for the tables local and main";
-                    // Rule 0 looks the local table up, 32766 the main one.
-                    let allowed = |priority: &u32| (1..32766).contains(priority);
-                    rule_priority = number(node, key, wanted, allowed)?;
-                }
-                "grace-seconds" => grace = number(node, key, ANY_NUMBER, |_| true)?,
-                "on-agent-loss" => on_agent_loss = self::on_agent_loss(node, key)?,
-                "own-table" => own_table = boolean(node, key)?,
-                "udp-verdicts" => udp_verdicts = self::udp_verdicts(node, key)?,
-                "proxy-users" => proxy_uids.extend(accounts(node, key, Account::User)?),
-                "allow" => allow = Some(users_and_groups(node, key)?),
-                "deny" => deny = users_and_groups(node, key)?,
-                _ => limits = self::limits(node, key)?,
-            }
+        let mut config = Self::default();
+        if !matches!(root.value, Value::Null) {
+            set_all(&mut config, root, None, &ENTRIES)?;
         }
-        let marks = MarkRange::new(mask).map_err(|why| {
-            Wrong::new(place_of_mask, format!("'mark-mask' is {mask:#010x}: {why}"))
-        })?;
-        proxy_uids.sort_unstable();
-        proxy_uids.dedup();
-        Ok(Self {
-            marks,
-            route_table,
-            rule_priority,
-            grace: Duration::from_secs(grace.into()),
-            on_agent_loss,
-            own_table,
-            udp_verdicts,
-            proxy_uids,
-            access: Access { allow, deny },
-            limits,
-        })
+        config.proxy_uids.sort_unstable();
+        config.proxy_uids.dedup();
+        Ok(config)
     }
+}
+
+/// All keys of the file, and what each of them sets.
+const ENTRIES: [Entry<Config>; 11] = [
+    ("mark-mask", |config, node, key| {
+        let mask = number(node, key, ANY_NUMBER, |_| true)?;
+        config.marks = MarkRange::new(mask)
+            .map_err(|why| Wrong::new(node, format!("'{key}' is {mask:#010x}: {why}")))?;
+        Ok(())
+    }),
+    ("route-table", |config, node, key| {
+        let wanted = "another number: 0 and 253 to 255 are the system's own tables";
+        // 253 to 255 are the tables default, main and local (linux/rtnetlink.h).
+        let allowed = |table: &u32| !matches!(table, 0 | 253..=255);
+        config.route_table = number(node, key, wanted, allowed)?;
+        Ok(())
+    }),
+    ("rule-priority", |config, node, key| {
+        let wanted = "a number from 1 to 32765, between the rules for the tables local and main";
+        // Rule 0 looks the local table up, 32766 the main one.
+        let allowed = |priority: &u32| (1..32766).contains(priority);
+        config.rule_priority = number(node, key, wanted, allowed)?;
+        Ok(())
+    }),
+    ("grace-seconds", |config, node, key| {
+        let seconds: u32 = number(node, key, ANY_NUMBER, |_| true)?;
+        config.grace = Duration::from_secs(seconds.into());
+        Ok(())
+    }),
+    ("on-agent-loss", |config, node, key| {
+        config.on_agent_loss = on_agent_loss(node, key)?;
+        Ok(())
+    }),
+    ("own-table", |config, node, key| {
+        config.own_table = boolean(node, key)?;
+        Ok(())
+    }),
+    ("udp-verdicts", |config, node, key| {
+        config.udp_verdicts = udp_verdicts(node, key)?;
+        Ok(())
+    }),
+    ("proxy-users", |config, node, key| {
+        let uids = accounts(node, key, Account::User)?;
+        config.proxy_uids.extend(uids);
+        Ok(())
+    }),
+    ("allow", |config, node, key| {
+        config.access.allow = Some(users_and_groups(node, key)?);
+        Ok(())
+    }),
+    ("deny", |config, node, key| {
+        config.access.deny = users_and_groups(node, key)?;
+        Ok(())
+    }),
+    ("limits", |config, node, key| {
+        set_all(&mut config.limits, node, Some(key), &LIMITS)
+    }),
+];
+
+/// All keys of `limits`, and what each of them sets.
+const LIMITS: [Entry<Limits>; 6] = [
+    ("connections", |limits, node, key| {
+        limits.connections = any_number(node, key)?;
+        Ok(())
+    }),
+    ("message-bytes", |limits, node, key| {
+        let least = MESSAGE_BYTES + 64 * 1024;
+        let wanted = format!("at least {least}, which one message of the longest length needs");
+        limits.message_bytes = number(node, key, &wanted, |bytes| *bytes >= least)?;
+        Ok(())
+    }),
+    ("calls-per-second", |limits, node, key| {
+        let wanted = "a number from 1 to 1000000";
+        let allowed = |calls: &usize| (1..=1_000_000).contains(calls);
+        limits.calls_per_second = number(node, key, wanted, allowed)?;
+        Ok(())
+    }),
+    ("proxies", |limits, node, key| {
+        limits.proxies = any_number(node, key)?;
+        Ok(())
+    }),
+    ("bypass", |limits, node, key| {
+        limits.bypass = any_number(node, key)?;
+        Ok(())
+    }),
+    ("control-groups", |limits, node, key| {
+        limits.control_groups = any_number(node, key)?;
+        Ok(())
+    }),
+];
+
+/// All keys of the file, and of the maps in it whose keys are its own.
+pub fn keys() -> impl Iterator<Item = &'static str> {
+    let keys = ENTRIES.iter().map(|(key, _)| *key);
+    keys.chain(LIMITS.iter().map(|(key, _)| *key))
+}
+
+fn any_number(node: &Node, key: &str) -> Result<usize, Wrong> {
+    number(node, key, "a number that is not negative", |_| true)
 }
 
 fn on_agent_loss(node: &Node, key: &str) -> Result<OnAgentLoss, Wrong> {
@@ -325,32 +369,6 @@ fn udp_verdicts(node: &Node, key: &str) -> Result<UdpVerdicts, Wrong> {
             "'per-conversation' or 'per-datagram'",
         )),
     }
-}
-
-fn limits(node: &Node, key: &str) -> Result<Limits, Wrong> {
-    let mut limits = Limits::default();
-    for (limit, node) in entries(node, Some(key), LIMIT_KEYS)? {
-        let key = format!("{key}.{limit}");
-        let any = || number(node, &key, "a number that is not negative", |_| true);
-        match limit {
-            "connections" => limits.connections = any()?,
-            "proxies" => limits.proxies = any()?,
-            "bypass" => limits.bypass = any()?,
-            "control-groups" => limits.control_groups = any()?,
-            "calls-per-second" => {
-                let wanted = "a number from 1 to 1000000";
-                let allowed = |calls: &usize| (1..=1_000_000).contains(calls);
-                limits.calls_per_second = number(node, &key, wanted, allowed)?;
-            }
-            _ => {
-                let least = MESSAGE_BYTES + 64 * 1024;
-                let wanted =
-                    format!("at least {least}, which one message of the longest length needs");
-                limits.message_bytes = number(node, &key, &wanted, |bytes| *bytes >= least)?;
-            }
-        }
-    }
-    Ok(limits)
 }
 
 /// What is in the file; none if there is none. A link to where nothing is to be seen is not that: what it leads to may

@@ -119,7 +119,7 @@ fn remove(arguments: &Arguments) -> Result<(), Error> {
     // The table has one name whatever the file says, and what else there is mostly goes by the defaults.
     let (config, wrong) = match Config::load(arguments.config.as_deref()) {
         Ok(config) => (config, None),
-        Err(error) => (Config::without_file()?, Some(error)),
+        Err(error) => (Config::default(), Some(error)),
     };
     if wrong.is_some() {
         tracing::warn!(

@@ -30,6 +30,13 @@ pub struct MarkRange {
     mask: u32,
 }
 
+impl Default for MarkRange {
+    /// The eight highest bits: other programs mostly use lower ones.
+    fn default() -> Self {
+        Self { mask: 0xff00_0000 }
+    }
+}
+
 /// What a mask must have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(

@@ -5,10 +5,8 @@ use nix::errno::Errno;
 use nix::unistd::{Group, User};
 
 use super::Problem;
-use super::reader::{Wrong, entries, shown, wrong_value};
+use super::reader::{Entry, Wrong, set_all, shown, wrong_value};
 use crate::access::Accounts;
-
-const ACCOUNT_KEYS: &[&str] = &["users", "groups"];
 
 /// What a database has names and numbers of.
 #[derive(Debug, Clone, Copy)]
@@ -88,14 +86,20 @@ pub(super) fn accounts(node: &Node, key: &str, account: Account) -> Result<Vec<u
     }
 }
 
+/// What a map of users and groups can have.
+const ENTRIES: [Entry<Accounts>; 2] = [
+    ("users", |found, node, key| {
+        found.uids.extend(accounts(node, key, Account::User)?);
+        Ok(())
+    }),
+    ("groups", |found, node, key| {
+        found.gids.extend(accounts(node, key, Account::Group)?);
+        Ok(())
+    }),
+];
+
 pub(super) fn users_and_groups(node: &Node, key: &str) -> Result<Accounts, Problem> {
     let mut found = Accounts::default();
-    for (entry, node) in entries(node, Some(key), ACCOUNT_KEYS)? {
-        let key = format!("{key}.{entry}");
-        match entry {
-            "users" => found.uids.extend(accounts(node, &key, Account::User)?),
-            _ => found.gids.extend(accounts(node, &key, Account::Group)?),
-        }
-    }
+    set_all(&mut found, node, Some(key), &ENTRIES)?;
     Ok(found)
 }

@@ -3,6 +3,8 @@
 use cgtproxy_proto::nearest::nearest;
 use cgtproxy_proto::yaml::{Node, Place, SyntaxError, Value};
 
+use super::Problem;
+
 /// What is wrong in a file, what would be right, and where.
 #[derive(Debug)]
 pub(super) struct Wrong {
@@ -38,13 +40,33 @@ impl From<SyntaxError> for Wrong {
     }
 }
 
+/// A key, and what sets what it is about to its value.
+pub(super) type Entry<T> = (&'static str, fn(&mut T, &Node, &str) -> Result<(), Problem>);
+
+/// Sets whatever a map has an entry for; `key` is the map's own.
+pub(super) fn set_all<T>(
+    what: &mut T,
+    node: &Node,
+    key: Option<&str>,
+    known: &[Entry<T>],
+) -> Result<(), Problem> {
+    for (name, set, node) in entries(node, key, known)? {
+        match key {
+            Some(key) => set(what, node, &format!("{key}.{name}"))?,
+            None => set(what, node, name)?,
+        }
+    }
+    Ok(())
+}
+
 /// The entries of a map, each of whose keys is known and is there once; `key` is the map's own.
-pub(super) fn entries<'n>(
+fn entries<'n, T: Copy>(
     node: &'n Node,
     key: Option<&str>,
-    known: &[&'static str],
-) -> Result<Vec<(&'static str, &'n Node)>, Wrong> {
-    let list = || quoted(known);
+    known: &[(&'static str, T)],
+) -> Result<Vec<(&'static str, T, &'n Node)>, Wrong> {
+    let names = || known.iter().map(|(name, _)| *name);
+    let list = || quoted(names());
     let Value::Map(map) = &node.value else {
         let wanted = format!("a map with keys among {}", list());
         return Err(match key {
@@ -56,8 +78,9 @@ pub(super) fn entries<'n>(
         });
     };
     let within = key.map_or_else(String::new, |key| format!(" in '{key}'"));
-    let mut found: Vec<(&'static str, &Node, u64)> = Vec::new();
-    for (name, value) in map {
+    let mut found = Vec::new();
+    let mut lines = Vec::new();
+    for (name, node) in map {
         let Value::Text(text) = &name.value else {
             let message = format!(
                 "a key{within} is {}; known are {}",
@@ -66,31 +89,29 @@ pub(super) fn entries<'n>(
             );
             return Err(Wrong::new(name, message));
         };
-        let Some(known) = known.iter().find(|known| *known == text) else {
-            let help = match nearest(text, known.iter().copied()) {
+        let Some(&(known, value)) = known.iter().find(|(known, _)| known == text) else {
+            let help = match nearest(text, names()) {
                 Some(near) => format!("did you mean '{near}'?"),
                 None => format!("known are {}", list()),
             };
             let message = format!("unknown key '{text}'{within}; {help}");
             return Err(Wrong::new(name, message));
         };
-        if let Some((.., line)) = found.iter().find(|(key, ..)| key == known) {
+        if let Some((_, line)) = lines.iter().find(|(key, _)| *key == known) {
             let message = format!(
                 "key '{known}'{within} is there twice, first in line {line}; keep one of them"
             );
             return Err(Wrong::new(name, message));
         }
-        found.push((known, value, name.place.line));
+        found.push((known, value, node));
+        lines.push((known, name.place.line));
     }
-    Ok(found
-        .into_iter()
-        .map(|(key, value, _)| (key, value))
-        .collect())
+    Ok(found)
 }
 
 /// Names for a sentence.
-fn quoted(names: &[&str]) -> String {
-    let names: Vec<_> = names.iter().map(|name| format!("'{name}'")).collect();
+fn quoted(names: impl Iterator<Item = &'static str>) -> String {
+    let names: Vec<_> = names.map(|name| format!("'{name}'")).collect();
     names.join(", ")
 }
 

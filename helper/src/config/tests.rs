@@ -64,7 +64,7 @@ fn parse(text: &str) -> Result<Config, Error> {
 fn an_empty_file_means_the_defaults() {
     for text in ["", "# nothing\n", "---\n", "{}"] {
         let config = parse(text).unwrap();
-        assert_eq!(config.marks.mask(), 0xff00_0000);
+        assert_eq!(config.marks, MarkRange::default());
         assert_eq!(config.proxy_uids, [0]);
         assert_eq!(config.limits, Limits::default());
         assert_eq!(config.on_agent_loss, OnAgentLoss::Keep);

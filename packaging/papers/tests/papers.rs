@@ -344,10 +344,8 @@ fn every_key_of_the_users_file_is_in_its_page() {
 
 #[test]
 fn every_key_of_the_administrators_file_is_in_its_page() {
-    use cgtproxy_helper::config::{KEYS, LIMIT_KEYS};
-
     let page = page("man5/cgtproxy-helper.yaml.5");
-    for key in KEYS.iter().chain(LIMIT_KEYS) {
+    for key in cgtproxy_helper::config::keys() {
         assert!(describes(&page, key), "{key}");
     }
 }
