@@ -140,13 +140,6 @@ impl Routing {
     /// # Errors
     /// If the kernel refuses for another reason.
     pub fn ensure(&self, family: Family) -> Result<Ensured, Error> {
-        let refused = |what| {
-            move |source| Error::Refused {
-                family,
-                what,
-                source,
-            }
-        };
         let (create, replace) = (NLM_F_CREATE | NLM_F_EXCL, NLM_F_CREATE | NLM_F_REPLACE);
         let route = self.route(family);
         let mut ensured = Ensured::Restored;
@@ -160,12 +153,14 @@ impl Routing {
             Err(error) if not_supported(&error) || not_on_lo(family, &error) => {
                 return Ok(Ensured::NoFamily);
             }
-            result => result.map_err(refused("route"))?,
+            result => result.map_err(refused(family, "route"))?,
         }
         match self.request(RTM_NEWRULE, &self.rule(family), create) {
             Err(error) if not_supported(&error) => Ok(Ensured::NoFamily),
             result if already_there(&result) => Ok(ensured),
-            result => result.map(|()| Ensured::Restored).map_err(refused("rule")),
+            result => result
+                .map(|()| Ensured::Restored)
+                .map_err(refused(family, "rule")),
         }
     }
 
@@ -174,13 +169,6 @@ impl Routing {
     /// # Errors
     /// If the kernel refuses.
     pub fn remove(&self, family: Family) -> Result<(), Error> {
-        let refused = |what| {
-            move |source| Error::Refused {
-                family,
-                what,
-                source,
-            }
-        };
         let gone = |error: &io::Error| {
             let errno = Errno::from_io_error(error);
             not_supported(error) || matches!(errno, Some(Errno::NOENT | Errno::SRCH))
@@ -191,7 +179,7 @@ impl Routing {
         ] {
             match result {
                 Err(error) if gone(&error) => {}
-                result => result.map_err(refused(what))?,
+                result => result.map_err(refused(family, what))?,
             }
         }
         Ok(())
@@ -245,6 +233,15 @@ impl Routing {
             Some(refusal) => Err(refusal.errno.into()),
             None => Ok(()),
         }
+    }
+}
+
+/// What is said of a rule or route that the kernel refuses.
+fn refused(family: Family, what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Refused {
+        family,
+        what,
+        source,
     }
 }
 

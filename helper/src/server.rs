@@ -180,14 +180,14 @@ impl Server {
         self.tasks.spawn_local(async move {
             // What is still to be put back, because the kernel has refused it.
             let mut missing = Vec::new();
-            let mut again = TRY_AGAIN.0;
+            let mut again = BackOff::new(TRY_AGAIN);
             let mut deaf = false;
             let mut said = BTreeMap::new();
             loop {
                 let lost = tokio::select! {
                     loss = monitor.next(), if !deaf => match loss {
                         Ok(loss) => {
-                            again = TRY_AGAIN.0;
+                            again.reset();
                             vec![loss]
                         }
                         // Not again at once; whatever happens meanwhile is looked for then.
@@ -198,8 +198,8 @@ impl Server {
                             continue;
                         }
                     },
-                    () = tokio::time::sleep(again), if !missing.is_empty() => {
-                        again = TRY_AGAIN.1.min(again * 2);
+                    () = tokio::time::sleep(again.wait()), if !missing.is_empty() => {
+                        again.next_wait();
                         deaf = false;
                         std::mem::take(&mut missing)
                     }

@@ -28,6 +28,12 @@ impl BackOff {
         now
     }
 
+    /// How long [`Self::next_wait`] would wait.
+    #[must_use]
+    pub fn wait(&self) -> Duration {
+        self.next
+    }
+
     /// It has worked: from here on as at first.
     pub fn reset(&mut self) {
         self.next = self.first;
@@ -53,6 +59,7 @@ mod tests {
             [10, 20, 35, 35].map(ms)
         );
         assert!(!back_off.is_at_first());
+        assert_eq!([back_off.wait(), back_off.wait()], [ms(35); 2]);
         back_off.reset();
         assert!(back_off.is_at_first());
         assert_eq!(back_off.next_wait(), ms(10));
