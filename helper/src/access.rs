@@ -6,10 +6,10 @@ use std::time::Duration;
 use nix::unistd::{Gid, User, getgrouplist};
 use tokio::time::Instant;
 
-use crate::cgroup::Spare;
 use crate::freshness;
 use crate::peer::Uid;
 use crate::quota::Account;
+use crate::spare::Spare;
 
 /// For how long an answer of the databases is good to whoever connects.
 const ANSWER_HOLDS: Duration = Duration::from_secs(1);

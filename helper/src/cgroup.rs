@@ -13,9 +13,14 @@ use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Statx, StatxFlags, fstat, fstatfs, open,
     openat2, statx,
 };
-use rustix::io::{Errno, fcntl_dupfd_cloexec};
+use rustix::io::Errno;
 
 use crate::peer::{Peer, Uid};
+use crate::spare::{Room, Spare};
+
+mod id;
+
+pub use id::{ControlGroupId, OwnedControlGroup, Slices, Top};
 
 /// The deepest level at which a control group can have a verdict of its own. nftables could match 255 (nft_socket_init,
 /// net/netfilter/nft_socket.c), but the rules look at every level at which any user has a verdict, and nobody has a
@@ -24,123 +29,6 @@ pub(crate) const DEEPEST_LEVEL: u32 = 20;
 
 /// openat2(2) gives up with EAGAIN when something is renamed or mounted meanwhile.
 const OPEN_ATTEMPTS: usize = 16;
-
-/// A control group's id: the inode number of its directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ControlGroupId(u64);
-
-impl ControlGroupId {
-    /// The id as an nftables key.
-    #[must_use]
-    pub fn to_bytes(self) -> [u8; 8] {
-        self.0.to_ne_bytes()
-    }
-
-    /// The id of an nftables key.
-    #[must_use]
-    pub fn from_bytes(bytes: [u8; 8]) -> Self {
-        Self(u64::from_ne_bytes(bytes))
-    }
-}
-
-/// A control group that belonged to a user when it was opened on that user's behalf. Everything belongs
-/// to root.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct OwnedControlGroup {
-    id: ControlGroupId,
-    level: u32,
-}
-
-impl OwnedControlGroup {
-    /// Its id.
-    #[must_use]
-    pub fn id(&self) -> ControlGroupId {
-        self.id
-    }
-
-    /// Its depth below the control group root.
-    #[must_use]
-    pub fn level(&self) -> u32 {
-        self.level
-    }
-
-    /// One that an earlier helper opened: the kernel's own table has it.
-    pub(crate) fn found(id: ControlGroupId, level: u32) -> Self {
-        Self { id, level }
-    }
-
-    /// Any control group, for a test of what comes after opening one.
-    #[cfg(any(test, fuzzing))]
-    pub(crate) fn for_test(id: u64, level: u32) -> Self {
-        Self {
-            id: ControlGroupId(id),
-            level,
-        }
-    }
-}
-
-/// The slices that a user's user@UID.service is in, beside those of whatever else the user has started.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Slices {
-    /// `user.slice`, at level 1.
-    pub users: ControlGroupId,
-    /// `user-UID.slice`, at level 2.
-    pub own: ControlGroupId,
-}
-
-/// Where a subtree begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Top {
-    cgroup: OwnedControlGroup,
-    slices: Option<Slices>,
-}
-
-impl Top {
-    /// A control group of which it is not known what it is in.
-    #[must_use]
-    pub fn new(cgroup: OwnedControlGroup) -> Self {
-        Self {
-            cgroup,
-            slices: None,
-        }
-    }
-
-    /// The control group: the user's user@UID.service, or for the system's policy the root.
-    #[must_use]
-    pub fn cgroup(&self) -> OwnedControlGroup {
-        self.cgroup
-    }
-
-    /// Its id.
-    #[must_use]
-    pub fn id(&self) -> ControlGroupId {
-        self.cgroup.id
-    }
-
-    /// Its depth below the control group root.
-    #[must_use]
-    pub fn level(&self) -> u32 {
-        self.cgroup.level
-    }
-
-    /// What it is in. None for the root, or if it is not known. A control group never comes to be in another one.
-    #[must_use]
-    pub fn slices(&self) -> Option<Slices> {
-        self.slices
-    }
-
-    /// This control group, with the slices that it was found to be in.
-    #[must_use]
-    pub fn within(self, slices: Option<Slices>) -> Self {
-        Self { slices, ..self }
-    }
-
-    /// Any, for a test of what comes after opening it.
-    #[cfg(any(test, fuzzing))]
-    pub(crate) fn for_test(id: u64, level: u32) -> Self {
-        Self::new(OwnedControlGroup::for_test(id, level))
-    }
-}
 
 /// Why a control group can't be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -197,47 +85,6 @@ impl RootError {
             Self::Open { source, .. } => source.kind() == io::ErrorKind::NotFound,
             Self::NotControlGroup { .. } | Self::NotFound => true,
         }
-    }
-}
-
-/// Descriptors that are kept back, so that a call always has those it needs however many connections
-/// there are.
-#[derive(Debug, Clone)]
-pub struct Spare(Rc<RefCell<Vec<OwnedFd>>>);
-
-/// How many. A call has two open at once, the subtree's and that of a control group's parent; asking who is in
-/// which group may take more.
-const SPARE: usize = 4;
-
-/// Room for descriptors, which is taken back when this is dropped.
-#[derive(Debug)]
-pub struct Room(Spare);
-
-impl Spare {
-    fn of(any: &OwnedFd) -> Self {
-        let spare = (0..=SPARE).map_while(|_| fcntl_dupfd_cloexec(any, 0).ok());
-        Self(Rc::new(RefCell::new(spare.collect())))
-    }
-
-    /// Gives the descriptors away for as long as the returned value lives.
-    #[must_use]
-    pub fn make_room(&self) -> Room {
-        // One stays, to be copied in the end.
-        self.0.borrow_mut().truncate(1);
-        Room(self.clone())
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        let mut spare = self.0.0.borrow_mut();
-        let copies = spare.first().map(|any| {
-            let missing = (SPARE + 1).saturating_sub(spare.len());
-            let copies = (0..missing).map_while(|_| fcntl_dupfd_cloexec(any, 0).ok());
-            copies.collect::<Vec<_>>()
-        });
-        // Fewer if the limit on descriptors has been lowered; another call makes up for it.
-        spare.extend(copies.unwrap_or_default());
     }
 }
 

@@ -33,5 +33,6 @@ pub mod said;
 pub mod server;
 pub mod session;
 pub mod snapshot;
+mod spare;
 pub mod state;
 pub mod sys;
