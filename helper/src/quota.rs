@@ -61,7 +61,7 @@ impl Quotas {
 
     /// Counts a connection for as long as the returned value lives; none if the user has too many.
     #[must_use]
-    pub fn connect(&self, account: Account) -> Option<Connection> {
+    pub fn connect(&self, account: Account) -> Option<Slot> {
         let mut users = self.users.borrow_mut();
         let now = Instant::now();
         // Who is gone and owes nothing is forgotten.
@@ -75,7 +75,7 @@ impl Quotas {
             return None;
         }
         usage.connections += 1;
-        Some(Connection {
+        Some(Slot {
             account,
             quotas: self.clone(),
         })
@@ -109,14 +109,14 @@ impl Quotas {
     }
 }
 
-/// One of the connections that a user may have.
+/// The place of one of the connections that a user may have.
 #[derive(Debug)]
-pub struct Connection {
+pub struct Slot {
     account: Account,
     quotas: Quotas,
 }
 
-impl Connection {
+impl Slot {
     /// What the buffer of this connection counts against.
     #[must_use]
     pub fn budget(&self) -> impl Budget + use<> {
@@ -143,7 +143,7 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
+impl Drop for Slot {
     fn drop(&mut self) {
         if let Some(usage) = self.quotas.users.borrow_mut().get_mut(&self.account) {
             usage.connections -= 1;

@@ -22,7 +22,7 @@ use crate::kernel::{Kernel, Linux};
 use crate::monitor::{Loss, Monitor};
 use crate::nft;
 use crate::peer::{Peer, Uid};
-use crate::quota::{Account, Connection, Quotas};
+use crate::quota::{Account, Quotas, Slot};
 use crate::said::Said;
 use crate::session::Session;
 use crate::state::{ConnectionId, Outcome, State};
@@ -272,8 +272,8 @@ impl Server {
             Err(_) => Account::Others,
         };
         let admitted = admit(&mut self.state.borrow_mut(), &self.quotas, account, uid);
-        let connection = match admitted {
-            Ok(connection) => connection,
+        let slot = match admitted {
+            Ok(slot) => slot,
             Err(fault) => {
                 self.tasks.spawn_local(refuse(stream, fault));
                 return;
@@ -282,7 +282,7 @@ impl Server {
         let this = self.clone();
         self.tasks.spawn_local(async move {
             tokio::select! {
-                () = this.converse(stream, peer, connection, id) => {}
+                () = this.converse(stream, peer, slot, id) => {}
                 () = this.shutdown.cancelled() => return,
             }
             let grace = this.state.borrow_mut().disconnected(uid, id);
@@ -292,18 +292,12 @@ impl Server {
         });
     }
 
-    async fn converse(
-        &self,
-        stream: Guarded,
-        peer: Peer,
-        connection: Connection,
-        id: ConnectionId,
-    ) {
+    async fn converse(&self, stream: Guarded, peer: Peer, slot: Slot, id: ConnectionId) {
         let uid = peer.uid();
         let probe = stream.peer_probe();
-        let mut messages = MessageReader::with_budget(stream, MESSAGE_BYTES, connection.budget());
+        let mut messages = MessageReader::with_budget(stream, MESSAGE_BYTES, slot.budget());
         let mut session =
-            Session::new(peer, connection, id, Rc::clone(&self.state)).with_peer_probe(probe);
+            Session::new(peer, slot, id, Rc::clone(&self.state)).with_peer_probe(probe);
         match serve(&mut messages, &mut session).await {
             Ok(()) | Err(ServeError::Write(_)) => {}
             Err(error) => {
@@ -320,14 +314,14 @@ fn admit(
     quotas: &Quotas,
     account: Account,
     uid: Uid,
-) -> Result<Connection, Fault> {
-    let Some(connection) = quotas.connect(account) else {
+) -> Result<Slot, Fault> {
+    let Some(slot) = quotas.connect(account) else {
         return Err(Session::<Linux>::too_many_connections(
             state.config.limits.connections,
         ));
     };
     match state.allows(account, uid) {
-        true => Ok(connection),
+        true => Ok(slot),
         false => Err(Fault::permission_denied()),
     }
 }

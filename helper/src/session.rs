@@ -26,7 +26,7 @@ use crate::guarded::PeerProbe;
 use crate::kernel::{Kernel, Linux};
 use crate::nft::MarkWriter;
 use crate::peer::{Peer, Uid};
-use crate::quota::Connection;
+use crate::quota::Slot;
 use crate::registry::{PolicyRequest, Refused};
 use crate::said::Said;
 use crate::state::{self, ConnectionId, Holder, State};
@@ -51,7 +51,7 @@ pub(crate) enum Error {
 /// One connection's side of the interface.
 pub struct Session<K = Linux> {
     peer: Peer,
-    connection: Connection,
+    slot: Slot,
     id: ConnectionId,
     state: Rc<RefCell<State<K>>>,
     /// None where nobody hangs up.
@@ -63,15 +63,10 @@ pub struct Session<K = Linux> {
 impl<K: Kernel> Session<K> {
     /// Serves `peer`, whose connection is `id`.
     #[must_use]
-    pub fn new(
-        peer: Peer,
-        connection: Connection,
-        id: ConnectionId,
-        state: Rc<RefCell<State<K>>>,
-    ) -> Self {
+    pub fn new(peer: Peer, slot: Slot, id: ConnectionId, state: Rc<RefCell<State<K>>>) -> Self {
         Self {
             peer,
-            connection,
+            slot,
             id,
             state,
             peer_probe: None,
@@ -373,7 +368,7 @@ impl<K: Kernel> Service for Session<K> {
         let before = processor_time();
         let answer = self.dispatch(method, arguments);
         let after = processor_time();
-        self.connection.spent(after.saturating_sub(before));
+        self.slot.spent(after.saturating_sub(before));
         std::future::ready(answer)
     }
 
@@ -387,7 +382,7 @@ impl<K: Kernel> Service for Session<K> {
     }
 
     async fn admit(&mut self, bytes: usize, waited: bool) {
-        self.connection.admit(bytes, waited).await;
+        self.slot.admit(bytes, waited).await;
     }
 }
 
@@ -434,10 +429,10 @@ mod tests {
             BTreeMap::new(),
         )
         .unwrap();
-        let connection = quotas.connect(Account::User(bed.uid)).unwrap();
+        let slot = quotas.connect(Account::User(bed.uid)).unwrap();
         let mut session = Session::new(
             Peer::for_test(bed.uid),
-            connection,
+            slot,
             ConnectionId(1),
             Rc::new(RefCell::new(state)),
         );
