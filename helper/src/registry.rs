@@ -173,7 +173,13 @@ impl Registry {
         };
         self.users.insert(uid, entry);
         for (_, mark) in self.before(uid).marks() {
-            self.marks.adopt(mark);
+            if !self.marks.adopt(mark) {
+                tracing::warn!(
+                    uid = uid.value(),
+                    "an earlier helper left a proxy with the mark {:#010x}, which is another one's, or none of ours",
+                    mark.value()
+                );
+            }
         }
     }
 
