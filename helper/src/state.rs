@@ -1,10 +1,11 @@
 //! The helper's state, and the one way in which it changes: stage, commit, apply.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cgtproxy_proto::path::ControlGroupPath;
 use rustix::io::Errno;
+use tokio::time::Instant;
 
 use crate::access::Gate;
 use crate::cgroup::{OwnedControlGroup, Root, Subtree, Unavailable};
