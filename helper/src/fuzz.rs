@@ -188,7 +188,6 @@ fn assert_known(state: &RefCell<State<Model>>, kernel: &Model, uid: Uid) {
         .policy(uid)
         .map(|policy| (policy.layout, policy.cgroups));
     let there = table.of(uid).map(|o| (&o.layout, o.elements.len()));
-    // Two paths may lead to one control group, never the other way round.
     assert_eq!(known, there);
 }
 

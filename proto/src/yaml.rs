@@ -458,6 +458,11 @@ mod tests {
     }
 
     #[test]
+    fn says_how_deep_a_file_may_be() {
+        assert!(FEWER.contains(&format!(" {DEPTH} ")), "{FEWER}");
+    }
+
+    #[test]
     fn knows_where_keys_and_values_stand() {
         let source = "a: 1\nb:\n  - ä: x\n  - \"y\"\na: on\n";
         let Value::Map(map) = parse(source).unwrap().value else {

@@ -13,7 +13,7 @@ use crate::nft::{Before, Element, Layout, Plan, Proxy, Stamped, Verdict};
 use crate::peer::Uid;
 
 impl Registry {
-    /// Stages a whole new policy. `cgroups` are opened only after the limits have been checked.
+    /// Stages a whole new policy. The control groups of `assignments` are opened only after the limits have been checked.
     ///
     /// # Errors
     /// If it breaks a limit or contradicts itself.
