@@ -25,7 +25,7 @@ use crate::peer::{Peer, Uid};
 use crate::quota::{Account, Quotas, Slot};
 use crate::said::Said;
 use crate::session::Session;
-use crate::state::{ConnectionId, Outcome, State};
+use crate::state::{ConnectionId, GraceId, Outcome, State};
 
 /// How long to wait after accept(2) failed: doubled from one to the other.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
@@ -121,7 +121,7 @@ impl Server {
 
     /// Sees to a policy whose agent is gone, unless an agent takes it over within the grace period, and to what is
     /// kept of it afterwards.
-    pub fn await_grace(&self, uid: Uid, grace: u64) {
+    pub fn await_grace(&self, uid: Uid, grace: GraceId) {
         let this = self.clone();
         let wait = self.tasks.spawn_local(async move {
             // The policy stays in the kernel for the next helper.
@@ -138,7 +138,7 @@ impl Server {
         }
     }
 
-    async fn see_to(&self, uid: Uid, grace: u64) {
+    async fn see_to(&self, uid: Uid, grace: GraceId) {
         let period = self.state.borrow().config.grace;
         let over = || self.state.borrow_mut().grace_is_over(uid, grace);
         match until_done(uid, period, over).await {

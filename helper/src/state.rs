@@ -24,7 +24,7 @@ use crate::snapshot::Snapshot;
 mod holder;
 mod redirected;
 
-pub use holder::{Holder, Outcome};
+pub use holder::{GraceId, Holder, Outcome};
 
 /// Tells connections apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -86,6 +86,7 @@ pub struct State<K = Linux> {
     /// Open once it has been of use.
     conntrack: Option<Conntrack>,
     holders: BTreeMap<Uid, Holder>,
+    /// How many there were.
     graces: u64,
     gate: Gate,
     /// The last one, and until when it is good.
@@ -109,7 +110,7 @@ impl<K: Kernel> State<K> {
         kernel: K,
         mut snapshot: Snapshot,
         left: BTreeMap<Uid, Inherited>,
-    ) -> Result<(Self, Vec<(Uid, u64)>), route::Error> {
+    ) -> Result<(Self, Vec<(Uid, GraceId)>), route::Error> {
         let mut registry = Registry::new(config.limits, config.marks);
         let uids: Vec<Uid> = left.keys().copied().collect();
         for (uid, left) in left {

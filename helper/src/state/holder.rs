@@ -6,6 +6,10 @@ use crate::nft;
 use crate::peer::Uid;
 use crate::registry::Remains;
 
+/// Tells graces apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct GraceId(u64);
+
 /// Whose a user's policy is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holder {
@@ -15,10 +19,10 @@ pub enum Holder {
     Connection(ConnectionId),
     /// The agent is gone, and what `on-agent-loss` says becomes of the policy when this grace period ends,
     /// unless another agent takes it over.
-    Grace(u64),
+    Grace(GraceId),
     /// The grace was over without an agent. What is left of the policy stays until one comes, or until the user's
     /// service manager is gone.
-    Kept(u64),
+    Kept(GraceId),
 }
 
 /// What became of a policy without an agent.
@@ -62,7 +66,7 @@ impl<K: Kernel> State<K> {
     }
 
     /// A connection has ended. If it held a policy, returns the grace period that begins now.
-    pub fn disconnected(&mut self, uid: Uid, connection: ConnectionId) -> Option<u64> {
+    pub fn disconnected(&mut self, uid: Uid, connection: ConnectionId) -> Option<GraceId> {
         (self.holder(uid) == Holder::Connection(connection)).then(|| self.begin_grace(uid))
     }
 
@@ -71,7 +75,7 @@ impl<K: Kernel> State<K> {
     ///
     /// # Errors
     /// If the kernel refuses; the policy is what it was then.
-    pub fn grace_is_over(&mut self, uid: Uid, grace: u64) -> Result<Outcome, nft::Error> {
+    pub fn grace_is_over(&mut self, uid: Uid, grace: GraceId) -> Result<Outcome, nft::Error> {
         if self.holder(uid) != Holder::Grace(grace) {
             return Ok(Outcome::TakenOver);
         }
@@ -99,7 +103,7 @@ impl<K: Kernel> State<K> {
     ///
     /// # Errors
     /// If the kernel refuses; it is still there then.
-    pub fn look_after_kept(&mut self, uid: Uid, grace: u64) -> Result<Outcome, nft::Error> {
+    pub fn look_after_kept(&mut self, uid: Uid, grace: GraceId) -> Result<Outcome, nft::Error> {
         if self.holder(uid) != Holder::Kept(grace) {
             return Ok(Outcome::TakenOver);
         }
@@ -118,10 +122,11 @@ impl<K: Kernel> State<K> {
         subtree.is_none_or(|subtree| self.root.has_subtree(uid, subtree)) && self.gate.may_keep(uid)
     }
 
-    /// Nobody holds the policy any more, and the grace begins. Returns its number.
-    pub(super) fn begin_grace(&mut self, uid: Uid) -> u64 {
+    /// Nobody holds the policy any more, and this grace begins.
+    pub(super) fn begin_grace(&mut self, uid: Uid) -> GraceId {
         self.graces += 1;
-        self.holders.insert(uid, Holder::Grace(self.graces));
-        self.graces
+        let grace = GraceId(self.graces);
+        self.holders.insert(uid, Holder::Grace(grace));
+        grace
     }
 }

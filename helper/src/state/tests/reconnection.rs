@@ -127,9 +127,9 @@ enum Event {
     GiveUp(usize),
     /// The helper reads the next message; whether the kernel refuses what comes of it.
     Handle(u64, bool),
-    Expire(u64, bool),
+    Expire(GraceId, bool),
     /// The helper looks whether anybody is there for whom it keeps something.
-    LookAfter(u64),
+    LookAfter(GraceId),
     /// Whether it had accepted every connection that there is.
     HelperEnds(bool),
     /// With what is left of the snapshot.
@@ -140,7 +140,7 @@ enum Event {
 
 struct Helper {
     state: State<Model>,
-    timers: BTreeSet<u64>,
+    timers: BTreeSet<GraceId>,
 }
 
 struct World<'a> {
