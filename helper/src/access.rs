@@ -48,8 +48,7 @@ pub struct Access {
 impl Access {
     /// Whether a user may connect, if that can be told without the databases of users and groups: they are files, or on
     /// another machine. Root always may, who could change the configuration as well.
-    #[must_use]
-    pub fn decides_by_uid(&self, uid: Uid) -> Option<bool> {
+    fn decides_by_uid(&self, uid: Uid) -> Option<bool> {
         if uid.value() == 0 {
             return Some(true);
         }
@@ -69,8 +68,7 @@ impl Access {
 
     /// Whether a user may connect, by the databases of users and groups; none if they can't be asked, or don't know a user
     /// who may be in a denied group.
-    #[must_use]
-    pub fn decides(&self, uid: Uid) -> Option<bool> {
+    fn decides(&self, uid: Uid) -> Option<bool> {
         if let Some(decided) = self.decides_by_uid(uid) {
             return Some(decided);
         }
@@ -89,7 +87,7 @@ impl Access {
 
 /// Lets users in, by the configuration and by what the databases of users and groups have answered.
 #[derive(Debug)]
-pub struct Gate {
+pub(crate) struct Gate {
     access: Access,
     /// The databases are files, and may need room for descriptors.
     spare: Spare,
@@ -99,7 +97,7 @@ pub struct Gate {
 impl Gate {
     /// Lets those in whom this lets in.
     #[must_use]
-    pub fn new(access: Access, spare: Spare) -> Self {
+    pub(crate) fn new(access: Access, spare: Spare) -> Self {
         Self {
             access,
             spare,
@@ -110,7 +108,7 @@ impl Gate {
     /// Whether a user may connect. A user who may be in a denied group, for all that can be found out, is refused. So is
     /// a uid without a service manager where groups would have to be looked up: one user may have thousands of these
     /// (subuid(5)), and everybody else would wait for the databases.
-    pub fn allows(&mut self, account: Account, uid: Uid) -> bool {
+    pub(crate) fn allows(&mut self, account: Account, uid: Uid) -> bool {
         let decided = match account {
             Account::User(_) => self.decides(uid, ANSWER_HOLDS),
             Account::Others => self.access.decides_by_uid(uid),
@@ -119,7 +117,7 @@ impl Gate {
     }
 
     /// Whether a user may still have what is kept. What can't be told at the moment is no reason to let go of a drop.
-    pub fn may_keep(&mut self, uid: Uid) -> bool {
+    pub(crate) fn may_keep(&mut self, uid: Uid) -> bool {
         self.decides(uid, ANSWER_HOLDS_FOR_KEPT) != Some(false)
     }
 

@@ -10,7 +10,7 @@ use crate::nft::Bypass;
 ///
 /// # Errors
 /// The index of the first entry that is neither an address nor a network.
-pub fn parse(entries: &[String]) -> Result<Bypass, usize> {
+pub(crate) fn parse(entries: &[String]) -> Result<Bypass, usize> {
     let mut ipv4 = Vec::new();
     let mut ipv6 = Vec::new();
     for (index, entry) in entries.iter().enumerate() {

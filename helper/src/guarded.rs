@@ -155,13 +155,13 @@ impl Drop for Socket {
 
 /// Tells whether the peer is still at the other end of a connection, for as long as that is open.
 #[derive(Debug, Clone)]
-pub struct PeerProbe(Weak<OwnedFd>);
+pub(crate) struct PeerProbe(Weak<OwnedFd>);
 
 impl PeerProbe {
     /// Whether the peer has closed the connection, or is dead (`POLLHUP`): nobody would hear of an answer. A peer that
     /// has only shut its sending side down waits for one.
     #[must_use]
-    pub fn is_gone(&self) -> bool {
+    pub(crate) fn is_gone(&self) -> bool {
         let Some(socket) = self.0.upgrade() else {
             return true;
         };
@@ -175,7 +175,7 @@ impl PeerProbe {
 
 /// A connected stream socket.
 #[derive(Debug)]
-pub struct Guarded {
+pub(crate) struct Guarded {
     /// What the runtime waits for: something to read or, while the socket is full, room to write. None if it could not
     /// be told to wait.
     waiting: Option<(Interest, AsyncFd<Rc<OwnedFd>>)>,
@@ -187,7 +187,7 @@ impl Guarded {
     ///
     /// # Errors
     /// If the runtime can't wait for it.
-    pub fn new(stream: UnixStream, parked: &Parked) -> io::Result<Self> {
+    pub(crate) fn new(stream: UnixStream, parked: &Parked) -> io::Result<Self> {
         let stream = OwnedFd::from(stream.into_std()?);
         let socket = Socket {
             suspect: !refuses_descriptors(&stream),
@@ -206,7 +206,7 @@ impl Guarded {
 
     /// What tells whether the peer is still there.
     #[must_use]
-    pub fn peer_probe(&self) -> PeerProbe {
+    pub(crate) fn peer_probe(&self) -> PeerProbe {
         PeerProbe(Rc::downgrade(&self.socket.socket))
     }
 

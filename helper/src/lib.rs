@@ -6,8 +6,8 @@
 //! where it ends. [`snapshot`] is what a helper tells the next one.
 //! [`route`] brings marked packets back in, and [`monitor`] notices when somebody takes any of it away.
 
-pub mod access;
-pub mod bypass;
+mod access;
+mod bypass;
 pub mod cgroup;
 pub mod cli;
 pub mod config;
@@ -19,19 +19,19 @@ mod counts;
 mod freshness;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
-pub mod guarded;
+mod guarded;
 pub mod kernel;
 pub mod mark;
 pub mod monitor;
 mod netlink;
 pub mod nft;
 pub mod peer;
-pub mod quota;
+mod quota;
 pub mod registry;
 pub mod route;
-pub mod said;
+mod said;
 pub mod server;
-pub mod session;
+mod session;
 pub mod snapshot;
 mod spare;
 pub mod state;

@@ -34,7 +34,7 @@ pub enum Account {
 
 /// All users' use of the helper.
 #[derive(Debug, Clone)]
-pub struct Quotas {
+pub(crate) struct Quotas {
     limits: Limits,
     users: Rc<RefCell<BTreeMap<Account, Usage>>>,
 }
@@ -52,7 +52,7 @@ struct Usage {
 impl Quotas {
     /// Nobody uses anything.
     #[must_use]
-    pub fn new(limits: Limits) -> Self {
+    pub(crate) fn new(limits: Limits) -> Self {
         Self {
             limits,
             users: Rc::default(),
@@ -61,7 +61,7 @@ impl Quotas {
 
     /// Counts a connection for as long as the returned value lives; none if the user has too many.
     #[must_use]
-    pub fn connect(&self, account: Account) -> Option<Slot> {
+    pub(crate) fn connect(&self, account: Account) -> Option<Slot> {
         let mut users = self.users.borrow_mut();
         let now = Instant::now();
         // Who is gone and owes nothing is forgotten.
@@ -111,7 +111,7 @@ impl Quotas {
 
 /// The place of one of the connections that a user may have.
 #[derive(Debug)]
-pub struct Slot {
+pub(crate) struct Slot {
     account: Account,
     quotas: Quotas,
 }
@@ -119,7 +119,7 @@ pub struct Slot {
 impl Slot {
     /// What the buffer of this connection counts against.
     #[must_use]
-    pub fn budget(&self) -> impl Budget + use<> {
+    pub(crate) fn budget(&self) -> impl Budget + use<> {
         Bytes {
             account: self.account,
             quotas: self.quotas.clone(),
@@ -128,7 +128,7 @@ impl Slot {
 
     /// Waits until a message of this length may be dealt with. Others get their turn in any case: they have
     /// had it if the message was `waited` for.
-    pub async fn admit(&self, bytes: usize, waited: bool) {
+    pub(crate) async fn admit(&self, bytes: usize, waited: bool) {
         let at = self.quotas.charge(self.account, bytes);
         if at > Instant::now() {
             sleep_until(at).await;
@@ -138,7 +138,7 @@ impl Slot {
     }
 
     /// Counts the processor time that a call has taken.
-    pub fn spent(&self, taken: Duration) {
+    pub(crate) fn spent(&self, taken: Duration) {
         self.quotas.charge_time(self.account, taken);
     }
 }

@@ -2,11 +2,11 @@
 
 /// What was last said of something that may fail.
 #[derive(Debug, Default)]
-pub struct Said(Option<String>);
+pub(crate) struct Said(Option<String>);
 
 impl Said {
     /// Whether that is not what was said last. It is said now.
-    pub fn is_news(&mut self, what: &str) -> bool {
+    pub(crate) fn is_news(&mut self, what: &str) -> bool {
         let news = self.0.as_deref() != Some(what);
         if news {
             self.0 = Some(what.to_owned());
@@ -15,7 +15,7 @@ impl Said {
     }
 
     /// It works: however it fails next is news. Returns whether it had failed.
-    pub fn works(&mut self) -> bool {
+    pub(crate) fn works(&mut self) -> bool {
         self.0.take().is_some()
     }
 }

@@ -49,7 +49,7 @@ pub(crate) enum Error {
 }
 
 /// One connection's side of the interface.
-pub struct Session<K = Linux> {
+pub(crate) struct Session<K = Linux> {
     peer: Peer,
     slot: Slot,
     id: ConnectionId,
@@ -63,7 +63,12 @@ pub struct Session<K = Linux> {
 impl<K: Kernel> Session<K> {
     /// Serves `peer`, whose connection is `id`.
     #[must_use]
-    pub fn new(peer: Peer, slot: Slot, id: ConnectionId, state: Rc<RefCell<State<K>>>) -> Self {
+    pub(crate) fn new(
+        peer: Peer,
+        slot: Slot,
+        id: ConnectionId,
+        state: Rc<RefCell<State<K>>>,
+    ) -> Self {
         Self {
             peer,
             slot,
@@ -76,7 +81,7 @@ impl<K: Kernel> Session<K> {
 
     /// Has the session look whether its peer is still there, before a policy comes into force.
     #[must_use]
-    pub fn with_peer_probe(mut self, probe: PeerProbe) -> Self {
+    pub(crate) fn with_peer_probe(mut self, probe: PeerProbe) -> Self {
         self.peer_probe = Some(probe);
         self
     }
