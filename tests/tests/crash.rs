@@ -402,13 +402,19 @@ fn a_table_of_another_layout_is_replaced() {
             take(&mut Session::of(&user), &user);
             helper.stop();
             assert_nothing_left(sb);
-            sb.nft("table inet cgtproxy {\n chain version-1-ff000000 {\n }\n }");
-            let mut helper = sb.helper().config(config).start();
-            assert!(
-                !helper.log().contains("another program"),
-                "{}",
-                helper.log()
+            sb.nft(
+                "table inet cgtproxy {
+                     chain version-1-ff000000 { }
+                     chain proxy-1001-mihomo { }
+                 }",
             );
+            let mut helper = sb.helper().config(config).start();
+            let log = helper.log();
+            assert!(!log.contains("another program"), "{log}");
+            let gone =
+                "that of 1 user is not in a snapshot: it is removed until their agents are back";
+            assert!(log.contains(gone), "{log}");
+            assert!(sb.objects_of(1001).is_empty());
             helper.stop();
         }
     });

@@ -441,7 +441,7 @@ const SPOILT: [(&str, &str, &str); 5] = [
     (
         "of another layout",
         "nft \"delete element inet cgtproxy stamps { $2 }; add element inet cgtproxy stamps { $2 : 0x1 }\"",
-        "that of 1 users is not in a snapshot: it is replaced as a whole",
+        "that of 1 user is not in a snapshot: it is replaced as a whole",
     ),
 ];
 

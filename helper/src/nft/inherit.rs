@@ -5,6 +5,7 @@ use std::ffi::{CStr, CString};
 use std::rc::Rc;
 
 use cgtproxy_proto::name::ProxyName;
+use cgtproxy_proto::text;
 use rustix::io::Errno;
 
 use super::ffi::Comment;
@@ -153,7 +154,8 @@ impl Contents {
 }
 
 impl Nftables {
-    /// What an earlier helper left of users, and what they have together, in a table that stays or is made anew.
+    /// What an earlier helper left of users, and what they have together, in a table that stays. One that is made anew
+    /// is not searched for what no snapshot describes: none of that stays.
     pub(super) fn inherited(
         &self,
         snapshot: &Records,
@@ -182,11 +184,16 @@ impl Nftables {
             inherited.insert(uid, found);
         }
         if !left.is_empty() {
-            self.remnants(&contents, &mut left)?;
+            let becomes = if stays {
+                self.remnants(&contents, &mut left)?;
+                "replaced as a whole"
+            } else {
+                "removed until their agents are back"
+            };
             // One line, however many users there are.
             tracing::info!(
-                "of what an earlier helper left, that of {} users is not in a snapshot: it is replaced as a whole",
-                left.len()
+                "of what an earlier helper left, that of {} is not in a snapshot: it is {becomes}",
+                text::count(left.len(), "user")
             );
         }
         Ok((inherited, Shared::found(layouts, left)))
@@ -254,7 +261,7 @@ impl Nftables {
         for (&uid, proxies) in &contents.proxies {
             marks.extend(proxies.values().map(|mark| (mark.value(), uid)));
         }
-        // The marks of DNS queries too, whatever the mask was with which they were made.
+        // The marks of DNS queries too.
         for found in self.elements(ruleset::RESOLVE)? {
             if let (Value::Chain(chain), Some(mark)) = (&found.value, found.number()) {
                 marks.extend(names::owner(chain).map(|uid| (mark, uid)));
