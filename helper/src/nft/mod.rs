@@ -186,10 +186,10 @@ impl Nftables {
         let adopted = this.adopt()?;
         let (mut inherited, shared) = this.inherited(snapshot, adopted)?;
         if adopted {
-            let mut base = this.transaction();
-            base.base(&this.base(), &shared, false);
-            this.socket.transact(&base.finish()).map_err(Error::Base)?;
             this.shared = shared;
+            let mut base = this.transaction();
+            base.base(&this.base(), &this.shared, false);
+            this.socket.transact(&base.finish()).map_err(Error::Base)?;
         } else {
             // Policies that are not fully known go with the old table.
             inherited.retain(|_, left| matches!(left, Inherited::Known(_)));
@@ -240,7 +240,7 @@ impl Nftables {
     /// # Errors
     /// If the kernel refuses; it holds what it held before. After [`Error::Unknown`] it may be either.
     pub fn rebuild(&mut self, plans: &[Plan]) -> Result<(), Error> {
-        let mut transaction = self.transaction();
+        let mut transaction = self.transaction_on(&self.table);
         // There must be a table to delete.
         transaction.add_table(self.flags());
         transaction.delete_table();
@@ -263,7 +263,7 @@ impl Nftables {
         let has_work = |step: &Step| step.has_work(plan, &elements);
         let steps: Vec<Step> = Step::ALL.into_iter().filter(has_work).collect();
         if steps.is_empty() {
-            self.carry_out(|transaction| transaction.plan(plan, &self.shared))?;
+            self.carry_out(|transaction, shared| transaction.plan(plan, shared))?;
         } else {
             self.commit_steps(plan, &elements, &steps)?;
         }
@@ -271,31 +271,34 @@ impl Nftables {
         Ok(())
     }
 
-    /// Carries out one transaction, and takes back what it changed in [`Shared`] if the kernel does not.
-    fn carry_out(&self, fill: impl FnOnce(&mut Transaction<'_>)) -> Result<(), Failure> {
-        self.shared.begin();
+    /// Carries out one transaction, and notes what the rules look at after it.
+    fn carry_out(
+        &mut self,
+        fill: impl FnOnce(&mut Transaction<'_>, &Shared),
+    ) -> Result<(), Failure> {
         let mut transaction = self.transaction();
-        fill(&mut transaction);
-        self.socket
-            .carry_out(&transaction.finish())
-            .inspect_err(|_| self.shared.take_back())
+        fill(&mut transaction, &self.shared);
+        let looked_at = transaction.looked_at.clone();
+        self.socket.carry_out(&transaction.finish())?;
+        self.shared.looked_at = looked_at;
+        Ok(())
     }
 
     /// Carries out several transactions. In between, what the user has is neither the one layout nor the other, and has
     /// no stamp: a helper that is started then takes it over as it takes over what no snapshot knows.
     fn commit_steps(
-        &self,
+        &mut self,
         plan: &Plan,
         elements: &ElementChanges<'_>,
         steps: &[Step],
     ) -> Result<(), Error> {
         let mut done = Vec::new();
         for &step in steps {
-            let carried_out = self.carry_out(|transaction| {
+            let carried_out = self.carry_out(|transaction, shared| {
                 if done.is_empty() {
                     transaction.unstamp(plan);
                 }
-                transaction.step(plan, elements, step, &self.shared);
+                transaction.step(plan, elements, step, shared);
                 if steps.last() == Some(&step) {
                     transaction.stamp(plan);
                 }
@@ -315,8 +318,8 @@ impl Nftables {
                 return Err(Error::Unknown(refusal));
             }
             if !done.is_empty() {
-                let taken_back = self.carry_out(|transaction| {
-                    transaction.take_back(plan, elements, &done, &self.shared);
+                let taken_back = self.carry_out(|transaction, shared| {
+                    transaction.take_back(plan, elements, &done, shared);
                 });
                 match taken_back {
                     Ok(()) => {}
@@ -369,10 +372,14 @@ impl Nftables {
         }
     }
 
+    /// A transaction on the table as it is.
     fn transaction(&self) -> Transaction<'_> {
-        self.transaction_on(&self.table)
+        let mut transaction = self.transaction_on(&self.table);
+        transaction.looked_at.clone_from(&self.shared.looked_at);
+        transaction
     }
 
+    /// A transaction on a table that has nothing yet, or is made anew.
     fn transaction_on<'t>(&self, table: &'t Table) -> Transaction<'t> {
         Transaction::new(table, self.settings.marks, self.settings.udp_verdicts)
     }
@@ -406,7 +413,7 @@ impl Nftables {
 
     /// Makes the table anew in place of one of another layout.
     fn recreate(&mut self, plans: &[Plan]) -> Result<(), Error> {
-        let mut transaction = self.transaction();
+        let mut transaction = self.transaction_on(&self.table);
         transaction.delete_table();
         let shared = self.add_all(&mut transaction, plans);
         match self.socket.transact(&transaction.finish()) {
@@ -426,6 +433,7 @@ impl Nftables {
             transaction.plan(plan, &shared);
             shared.carried_out(plan);
         }
+        shared.looked_at = transaction.looked_at.clone();
         shared
     }
 

@@ -22,10 +22,10 @@ impl Transaction<'_> {
     /// between what the system's policy enforces and what else it says, if there is one.
     ///
     /// While nothing is dropped or held, no verdict changes anything for an open connection, and none is looked up.
-    pub(super) fn first_rules(&mut self, looked_at: &LookedAt, system: bool) {
+    pub(super) fn first_rules(&mut self, system: bool) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
         let begun = self.marks.begun_by_proxy();
-        let levels = &looked_at.levels;
+        let LookedAt { levels, open } = self.looked_at.clone();
         let chains = [
             OUTPUT,
             MARKED,
@@ -38,7 +38,7 @@ impl Transaction<'_> {
         for chain in chains {
             self.flush_chain(chain);
         }
-        if !looked_at.open {
+        if !open {
             // ct mark & MASK == 0 …: return
             self.open_connection_rules(OUTPUT, |rule| rule.ct_mark_lacks(mask));
         }
@@ -62,11 +62,11 @@ impl Transaction<'_> {
             ENFORCED
         } else {
             // Every packet of the machine comes by, so the rules are in this chain itself, which saves a jump.
-            self.user_verdict_rules(OUTPUT, levels, system);
+            self.user_verdict_rules(OUTPUT, &levels, system);
             USER_VERDICTS
         };
-        self.user_verdict_rules(USER_VERDICTS, levels, system);
-        self.deep_level_rules(USER_VERDICTS_DEEP, levels, own_verdict);
+        self.user_verdict_rules(USER_VERDICTS, &levels, system);
+        self.deep_level_rules(USER_VERDICTS_DEEP, &levels, own_verdict);
         if system {
             // goto system
             self.add_rules(USER_VERDICTS_DEEP, [&|rule| rule.goto(SYSTEM)]);
@@ -126,7 +126,7 @@ impl Transaction<'_> {
                 &|rule| rule.drop(),
             ],
         );
-        if looked_at.open {
+        if open {
             // jump enforced, or user-verdicts
             self.add_rules(OPEN, [&|rule| rule.jump(first)]);
         }
@@ -152,10 +152,18 @@ impl Transaction<'_> {
         );
     }
 
-    /// Writes [`Self::first_rules`] anew if they have to look at something else.
-    pub(super) fn first_rules_at(&mut self, looked_at: Option<LookedAt>, shared: &Shared) {
-        if let Some(looked_at) = looked_at {
-            self.first_rules(&looked_at, shared.has_system());
+    /// Writes [`Self::first_rules`] anew if they do not do for what is needed from now on.
+    pub(super) fn look_at(&mut self, needed: LookedAt, shared: &Shared) {
+        if !self.looked_at.does_for(&needed) {
+            self.look_only_at(needed, shared);
+        }
+    }
+
+    /// Writes [`Self::first_rules`] anew if they look at anything else than what is needed from now on.
+    pub(super) fn look_only_at(&mut self, needed: LookedAt, shared: &Shared) {
+        if self.looked_at != needed {
+            self.looked_at = needed;
+            self.first_rules(shared.has_system());
         }
     }
 

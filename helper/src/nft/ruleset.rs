@@ -250,7 +250,7 @@ impl Transaction<'_> {
         let mangle = PRIORITY_MANGLE;
         self.add_base_chain(OUTPUT, ChainType::Route, Hook::Out, mangle);
         self.add_base_chain(FORWARD, ChainType::Filter, Hook::Forward, mangle);
-        self.first_rules(&shared.looked_at(), shared.has_system());
+        self.first_rules(shared.has_system());
         self.drop_and_refuse_rules();
         self.kernel_rules();
         self.first_packet_rules();

@@ -1,7 +1,6 @@
 //! What users share in the table: rules that look at every level at which any of them has a verdict, and chains that
 //! name no object of any of them.
 
-use std::cell::{Ref, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::rc::Rc;
@@ -31,6 +30,9 @@ pub(super) struct Remnants {
 }
 
 /// What the rules of the output hook look up, for all users together.
+///
+/// The table's is in [`Shared`]. A transaction begins with that and has its own, which is the table's once the
+/// transaction is carried out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct LookedAt {
     /// The levels at which some user's control group has a verdict.
@@ -45,26 +47,32 @@ pub(super) struct LookedAt {
 pub(super) struct Shared {
     layouts: BTreeMap<Uid, Rc<Layout>>,
     left: BTreeMap<Uid, Remnants>,
-    /// What rules look at once the transaction in the making is carried out.
-    looked_at: RefCell<LookedAt>,
-    /// What rules look at before that transaction, if it changes that.
-    looked_at_before: RefCell<Option<LookedAt>>,
+    /// What the rules look at.
+    pub(super) looked_at: LookedAt,
+}
+
+impl LookedAt {
+    /// Whether rules that look at this do for what is needed: one level more does no harm, and may be needed again by
+    /// the next control group. To write the rules takes longer than all else that a new control group needs.
+    pub(super) fn does_for(&self, needed: &Self) -> bool {
+        let spare = self.levels.difference(&needed.levels).count();
+        spare <= 1 && needed.levels.is_subset(&self.levels) && needed.open == self.open
+    }
 }
 
 impl Shared {
     /// What is shared in a table that has these layouts and remnants.
     pub(super) fn found(layouts: BTreeMap<Uid, Rc<Layout>>, left: BTreeMap<Uid, Remnants>) -> Self {
-        let shared = Self {
+        let mut shared = Self {
             layouts,
             left,
-            ..Self::default()
+            looked_at: LookedAt::default(),
         };
-        let needed = shared.needed(None, None);
-        shared.looked_at.replace(needed);
+        shared.looked_at = shared.needed(None, None);
         shared
     }
 
-    /// Notes that the table is now as this plan makes it.
+    /// Notes that the user has now what this plan makes. What the rules look at is noted with each transaction.
     pub(super) fn carried_out(&mut self, plan: &Plan) {
         self.left.remove(&plan.uid);
         match &plan.after {
@@ -86,8 +94,16 @@ impl Shared {
         self.left.get(&uid).unwrap_or(&NOTHING)
     }
 
-    /// What rules have to look at for all users, if `uid` needs `own` and everybody else what they need now. With `None`,
-    /// what all need now.
+    /// What rules have to look at for all users, if `uid` needs `own` and everybody else what they need now.
+    pub(super) fn needed_with(&self, uid: Uid, own: &Looks<'_>) -> LookedAt {
+        self.needed(Some(uid), Some(own))
+    }
+
+    /// What rules have to look at for everybody but this user.
+    pub(super) fn needed_without(&self, uid: Uid) -> LookedAt {
+        self.needed(Some(uid), None)
+    }
+
     fn needed(&self, uid: Option<Uid>, own: Option<&Looks<'_>>) -> LookedAt {
         let mut needed = LookedAt::default();
         if let Some(own) = own {
@@ -112,53 +128,6 @@ impl Shared {
             }
         }
         needed
-    }
-
-    /// What the rules look at.
-    pub(super) fn looked_at(&self) -> Ref<'_, LookedAt> {
-        self.looked_at.borrow()
-    }
-
-    /// What the rules have to look at from now on, if `uid` needs `own`. None if they can stay as they are: one
-    /// level more does no harm, and may be needed again by the next control group. To write the rules takes longer than
-    /// all else that a new control group needs.
-    pub(super) fn look_at(&self, uid: Uid, own: &Looks<'_>) -> Option<LookedAt> {
-        let needed = self.needed(Some(uid), Some(own));
-        {
-            let LookedAt { levels, open } = &*self.looked_at.borrow();
-            let spare = levels.difference(&needed.levels).count();
-            if spare <= 1 && needed.levels.is_subset(levels) && needed.open == *open {
-                return None;
-            }
-        }
-        self.replace(needed)
-    }
-
-    /// What the rules have to look at from now on, and nothing else, if `uid` needs `own`. None if they do so
-    /// already.
-    pub(super) fn look_only_at(&self, uid: Uid, own: Option<&Looks<'_>>) -> Option<LookedAt> {
-        self.replace(self.needed(Some(uid), own))
-    }
-
-    fn replace(&self, needed: LookedAt) -> Option<LookedAt> {
-        if *self.looked_at.borrow() == needed {
-            return None;
-        }
-        let before = self.looked_at.replace(needed.clone());
-        self.looked_at_before.borrow_mut().get_or_insert(before);
-        Some(needed)
-    }
-
-    /// Begins another transaction, to which all changes from here on belong.
-    pub(super) fn begin(&self) {
-        self.looked_at_before.replace(None);
-    }
-
-    /// Takes back what the transaction changed, since it was not carried out.
-    pub(super) fn take_back(&self) {
-        if let Some(before) = self.looked_at_before.take() {
-            self.looked_at.replace(before);
-        }
     }
 
     /// Whether the system has a policy.

@@ -37,7 +37,7 @@ impl Transaction<'_> {
                 if names.is_system() {
                     self.system_level_rules(names, &looks.levels, looks.enforced);
                 }
-                self.first_rules_at(shared.look_at(names.uid, &looks), shared);
+                self.look_at(shared.needed_with(names.uid, &looks), shared);
                 self.add_verdicts(names, after, &elements.added);
             }
             Step::Changes => {
@@ -64,8 +64,7 @@ impl Transaction<'_> {
                 if names.is_system() {
                     self.system_level_rules(names, &after.levels, after.enforced);
                 }
-                let changed = shared.look_only_at(names.uid, Some(&after.looks()));
-                self.first_rules_at(changed, shared);
+                self.look_only_at(shared.needed_with(names.uid, &after.looks()), shared);
                 let wanted = self.layout_elements(names, after);
                 let gone = left.map_keys.iter().filter(|key| !wanted.contains_key(key));
                 self.delete_map_elements(gone);
@@ -138,7 +137,7 @@ impl Transaction<'_> {
             }
         } else {
             self.delete_verdicts(names, left.cgroups.iter().copied());
-            self.first_rules_at(shared.look_only_at(names.uid, None), shared);
+            self.look_only_at(shared.needed_without(names.uid), shared);
         }
         self.delete_map_elements(&left.map_keys);
         self.delete_chains(&left.chains);

@@ -9,6 +9,7 @@ use nftnl::{
 use super::ffi::{Content, Element, FlaggedTable, FlushSet, KeyType, Set};
 use super::policy::UdpVerdicts;
 use super::rule::RuleBuilder;
+use super::shared::LookedAt;
 use crate::mark::MarkRange;
 
 /// A batch in the making, in the order in which the kernel will carry it out.
@@ -17,16 +18,20 @@ pub(super) struct Transaction<'a> {
     table: &'a Table,
     pub(super) marks: MarkRange,
     pub(super) udp_verdicts: UdpVerdicts,
+    /// What the rules of the output hook look at once all of this is carried out.
+    pub(super) looked_at: LookedAt,
     next_set_id: u32,
 }
 
 impl<'a> Transaction<'a> {
+    /// A transaction on a table that has nothing yet.
     pub(super) fn new(table: &'a Table, marks: MarkRange, udp_verdicts: UdpVerdicts) -> Self {
         Self {
             batch: Batch::new(),
             table,
             marks,
             udp_verdicts,
+            looked_at: LookedAt::default(),
             next_set_id: 1,
         }
     }

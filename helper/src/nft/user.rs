@@ -41,13 +41,17 @@ impl Transaction<'_> {
         shared: &Shared,
     ) {
         self.add_map_elements(&names.drop_element(layout));
-        let changed = shared.look_at(names.uid, &layout.looks());
+        let needed = shared.needed_with(names.uid, &layout.looks());
         if names.is_system() {
             self.system_level_rules(names, &layout.levels, layout.enforced);
-            self.first_rules(&shared.looked_at(), true);
+            if !self.looked_at.does_for(&needed) {
+                self.looked_at = needed;
+            }
+            // They lead to the system's policy now, whatever they look at.
+            self.first_rules(true);
             self.gateway(names, layout);
         } else {
-            self.first_rules_at(changed, shared);
+            self.look_at(needed, shared);
         }
         self.add_verdicts(names, layout, &elements.added);
     }
@@ -67,7 +71,7 @@ impl Transaction<'_> {
         if names.is_system() && !same {
             self.system_level_rules(names, &to.levels, to.enforced);
         }
-        self.first_rules_at(shared.look_at(names.uid, to), shared);
+        self.look_at(shared.needed_with(names.uid, to), shared);
     }
 
     /// Chains `enforced` and `system`, with what there is of them for deep sockets.
@@ -126,7 +130,7 @@ impl Transaction<'_> {
         } else {
             self.delete_map_elements(names.drop_element(layout).keys());
             self.delete_verdicts(names, elements.deleted.iter().copied());
-            self.first_rules_at(shared.look_only_at(names.uid, None), shared);
+            self.look_only_at(shared.needed_without(names.uid), shared);
         }
         self.delete_layout(names, layout, shared);
     }
@@ -157,8 +161,8 @@ impl Transaction<'_> {
         }
         self.nothing_is_enforced();
         self.no_gateway();
-        shared.look_only_at(Uid::ROOT, None);
-        self.first_rules(&shared.looked_at(), false);
+        self.looked_at = shared.needed_without(Uid::ROOT);
+        self.first_rules(false);
     }
 
     /// Adds the maps that only the system's policy has.
