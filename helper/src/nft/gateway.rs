@@ -2,16 +2,18 @@
 //!
 //! They need no detour over lo: they are where TPROXY takes them already, before they are routed.
 
+use std::ffi::CStr;
+
 use cgtproxy_proto::interface::InterfaceName;
 use nftnl::MsgType;
 
+use super::common_rules::to_proxy_of_answer;
 use super::ffi::{Content, Element, KeyType};
 use super::names::Names;
 use super::plan::Layout;
 use super::policy::{Gateway, Proxy};
-use super::proxy::to_proxy_of_answer;
 use super::rule::{Protocol, RuleBuilder};
-use super::ruleset::{DELIVER, DIVERT, FORWARDED, GATEWAY, INTERFACES};
+use super::ruleset::{DELIVER, DIVERT, FORWARDED, GATEWAY, INTERFACES, REFUSE};
 use super::transaction::Transaction;
 
 /// `IFNAMSIZ` (linux/if.h): nftables' keys are that long.
@@ -137,6 +139,28 @@ impl Transaction<'_> {
                     rule if reject_udp => rule.reject(),
                     rule => rule.goto(&divert),
                 },
+            ],
+        );
+    }
+
+    /// Chain `divert-0-NAME`: what is forwarded is marked here, and delivered by the chain `gateway`. The system's proxies are
+    /// all TPROXY servers: the helper accepts no `redirect` from root.
+    pub(super) fn divert_rules(&mut self, chain: &CStr, proxy: &Proxy) {
+        let (mask, mark) = (self.marks.mask(), proxy.mark.value());
+        self.add_rules(
+            chain,
+            [
+                // ct mark set ct mark & ~MASK | MARK meta mark set meta mark & ~MASK | MARK return
+                &|rule| {
+                    rule.ct_mark_set(mask, mark)
+                        .meta_mark_set(mask, mark)
+                        .return_()
+                },
+                // What belongs to no connection, as in `new_rules`.
+                // tcp flags ! syn drop
+                &|rule| rule.tcp_without_syn().drop(),
+                // goto refuse
+                &|rule| rule.goto(REFUSE),
             ],
         );
     }

@@ -1,23 +1,17 @@
-//! The chains of one proxy: which packets are diverted to it, how they are delivered, and where its DNS
-//! queries go.
+//! The chains of one proxy: which packets are diverted to it, and how they are delivered.
 
 use std::ffi::CStr;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use cgtproxy_proto::name::ProxyName;
 
+use super::common_rules::to_proxy_of_answer;
 use super::names::Names;
 use super::plan::Layout;
-use super::policy::{Delivery, DnsHijack, Exceptions, Proxy, UdpVerdicts};
+use super::policy::{Delivery, Exceptions, Proxy};
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::REFUSE;
 use super::transaction::Transaction;
-use crate::cgroup::Slices;
-use crate::mark::Mark;
-use crate::route::Family;
-
-/// The port of DNS (RFC 1035, 4.2).
-const DNS_PORT: u16 = 53;
 
 impl Transaction<'_> {
     /// A proxy's chains, and the elements that lead from its mark and its number to them.
@@ -130,7 +124,7 @@ impl Transaction<'_> {
     /// Rules for the packets of open connections that `of` matches: `own` if they are the user's own. Those of others
     /// are refused, since the mark may have been another user's when the connection began. In the system's policy,
     /// `own` is for all.
-    fn whose_rules(
+    pub(super) fn whose_rules(
         &mut self,
         chain: &CStr,
         names: &Names,
@@ -255,163 +249,6 @@ impl Transaction<'_> {
         );
     }
 
-    /// Packets of open connections that `of` matches leave the chain. One of TCP is not open that is only beginning:
-    /// somebody else may have begun one between these ports in vain. Of one of UDP nobody can tell, so that none of its
-    /// packets leaves the chain if each datagram has a verdict.
-    pub(super) fn open_connection_rules(
-        &mut self,
-        chain: &CStr,
-        of: impl Fn(RuleBuilder<'_>) -> RuleBuilder<'_>,
-    ) {
-        let udp_verdicts = self.udp_verdicts;
-        self.add_rules(
-            chain,
-            [
-                // … ct status confirmed meta l4proto != tcp return, or … meta l4proto != udp return
-                &|rule| {
-                    let rule = of(rule).ct_confirmed().l4proto_not(Protocol::Tcp);
-                    match udp_verdicts {
-                        UdpVerdicts::PerConversation => rule.return_(),
-                        UdpVerdicts::PerDatagram => rule.l4proto_not(Protocol::Udp).return_(),
-                    }
-                },
-                // … ct status confirmed tcp flags & (syn | ack) != syn return
-                &|rule| of(rule).ct_confirmed().tcp_but_syn().return_(),
-            ],
-        );
-    }
-
-    /// What begins a connection that the kernel knows already is refused if it can't be taken.
-    pub(super) fn begun_by_others_rules(&mut self, chain: &CStr, delivery: Delivery) {
-        match delivery {
-            // The delivery guard looks at each datagram, but only at connections of TCP that nobody has answered.
-            // ct status seen-reply goto refuse
-            Delivery::Tproxy(_) => {
-                self.add_rules(
-                    chain,
-                    [&|rule| rule.l4proto(Protocol::Tcp).ct_answered().goto(REFUSE)],
-                );
-            }
-            // Only the first packet that the kernel knows of can be translated.
-            // ct status confirmed goto refuse
-            Delivery::Redirect(_) => {
-                self.add_rules(chain, [&|rule| rule.ct_confirmed().goto(REFUSE)]);
-            }
-        }
-    }
-
-    /// Destinations that no proxy could reach leave the chain.
-    pub(super) fn unreachable_rules(&mut self, chain: &CStr) {
-        self.add_rules(
-            chain,
-            [
-                // The machine itself, broadcast and multicast.
-                // fib daddr type 2-5 return
-                &|rule| rule.daddr_local_or_many().return_(),
-                // `fib` says multicast only where the kernel finds a route to the group.
-                // ip6 daddr ff00::/8 return
-                &|rule| rule.daddr_multicast6().return_(),
-                // A link-local address means nothing without an interface.
-                // ip6 daddr fe80::/10 return
-                &|rule| rule.daddr_link_local().return_(),
-            ],
-        );
-    }
-
-    /// DNS queries of the family of this address go to the chain `dns`.
-    pub(super) fn query_rules(&mut self, chain: &CStr, address: &IpAddr, tcp: bool, dns: &CStr) {
-        let family = Family::of(address);
-        let protocols = [(Protocol::Udp, true), (Protocol::Tcp, tcp)];
-        for (protocol, _) in protocols.into_iter().filter(|(_, wanted)| *wanted) {
-            // meta nfproto FAMILY PROTOCOL dport 53 goto dns-UID-NAME
-            self.add_rules(
-                chain,
-                [&|rule| rule.nfproto(family).dport(protocol, DNS_PORT).goto(dns)],
-            );
-        }
-    }
-
-    /// What goes to a fake address by a protocol that the proxy leaves out is refused: it would reach nobody, and what
-    /// it says could be read on its way.
-    pub(super) fn fake_rules(&mut self, chain: &CStr, proxy: &Proxy) {
-        let Exceptions {
-            no_tcp,
-            no_udp,
-            no_ipv4,
-            no_ipv6,
-        } = proxy.settings.exceptions;
-        let ipv4 = proxy
-            .settings
-            .fakes
-            .ipv4
-            .map(|(ip, prefix)| (ip.into(), prefix));
-        let ipv6 = proxy
-            .settings
-            .fakes
-            .ipv6
-            .map(|(ip, prefix)| (ip.into(), prefix));
-        for (network, left_out) in [(ipv4, no_ipv4), (ipv6, no_ipv6)] {
-            let Some((address, prefix)) = network else {
-                continue;
-            };
-            let protocols = [(Protocol::Tcp, no_tcp), (Protocol::Udp, no_udp)];
-            let takes = |(_, no): &(Protocol, bool)| !left_out && !no;
-            // meta l4proto != tcp meta l4proto != udp ip daddr NETWORK goto refuse, with the protocols that it takes
-            self.add_rules(
-                chain,
-                [&|rule| {
-                    let others = protocols.into_iter().filter(takes);
-                    others
-                        .fold(rule, |rule, (protocol, _)| rule.l4proto_not(protocol))
-                        .daddr_within(address, prefix)
-                        .goto(REFUSE)
-                }],
-            );
-        }
-    }
-
-    /// Families and protocols that the proxy does not take leave the chain.
-    pub(super) fn exception_rules(&mut self, chain: &CStr, exceptions: Exceptions) {
-        let families = [
-            (exceptions.no_ipv4, Family::Ipv4),
-            (exceptions.no_ipv6, Family::Ipv6),
-        ];
-        for (_, family) in families.into_iter().filter(|(left_out, _)| *left_out) {
-            // meta nfproto FAMILY return
-            self.add_rules(chain, [&|rule| rule.nfproto(family).return_()]);
-        }
-        let protocols = [
-            (exceptions.no_tcp, Protocol::Tcp),
-            (exceptions.no_udp, Protocol::Udp),
-        ];
-        for (_, protocol) in protocols.into_iter().filter(|(left_out, _)| *left_out) {
-            // meta l4proto PROTOCOL return
-            self.add_rules(chain, [&|rule| rule.l4proto(protocol).return_()]);
-        }
-    }
-
-    /// Chain `divert-0-NAME`: what is forwarded is marked here, and delivered by the chain `gateway`. The system's proxies are
-    /// all TPROXY servers: the helper accepts no `redirect` from root.
-    fn divert_rules(&mut self, chain: &CStr, proxy: &Proxy) {
-        let (mask, mark) = (self.marks.mask(), proxy.mark.value());
-        self.add_rules(
-            chain,
-            [
-                // ct mark set ct mark & ~MASK | MARK meta mark set meta mark & ~MASK | MARK return
-                &|rule| {
-                    rule.ct_mark_set(mask, mark)
-                        .meta_mark_set(mask, mark)
-                        .return_()
-                },
-                // What belongs to no connection, as in `new_rules`.
-                // tcp flags ! syn drop
-                &|rule| rule.tcp_without_syn().drop(),
-                // goto refuse
-                &|rule| rule.goto(REFUSE),
-            ],
-        );
-    }
-
     /// Chain `redirect-UID-NAME`: the translation to the proxy's port.
     fn redirect_rules(&mut self, chain: &CStr, port: u16) {
         for address in [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()] {
@@ -466,126 +303,6 @@ impl Transaction<'_> {
             ],
         );
     }
-
-    /// Chain `receive-UID-NAME`, for DNS queries. A DNS server is often a service of the machine's, in whatever control
-    /// group, and a user may have an own one in any session. None is below a slice of another user's. In the system's
-    /// policy, it is whoever has the server's address and port: the mark may have been a user's when the conversation
-    /// began.
-    fn answerer_rules(
-        &mut self,
-        names: &Names,
-        layout: &Layout,
-        name: &ProxyName,
-        mark: Mark,
-        hijack: &DnsHijack,
-    ) {
-        let chain = &names.receive(name);
-        let (mask, value) = (self.marks.mask(), self.marks.dns_value(mark));
-        if let Some(Slices { users, own }) = layout.subtree.slices() {
-            let (users, own) = (users.to_bytes(), own.to_bytes());
-            self.add_rules(
-                chain,
-                [
-                    // ct mark & MASK == DNS-MARK socket cgroupv2 level 2 user-UID.slice return
-                    &|rule| {
-                        rule.ct_mark_is(mask, value)
-                            .socket_cgroupv2(2, &own)
-                            .return_()
-                    },
-                    // ct mark & MASK == DNS-MARK socket cgroupv2 level 1 user.slice goto refuse
-                    &|rule| {
-                        rule.ct_mark_is(mask, value)
-                            .socket_cgroupv2(1, &users)
-                            .goto(REFUSE)
-                    },
-                ],
-            );
-        }
-        if !names.is_system() {
-            // ct mark & MASK == DNS-MARK return
-            return self.add_rules(chain, [&|rule| rule.ct_mark_is(mask, value).return_()]);
-        }
-        for address in &hijack.addresses {
-            for protocol in [Protocol::Udp, Protocol::Tcp] {
-                // ct mark & MASK == DNS-MARK ip daddr ADDRESS PROTOCOL dport PORT return
-                self.add_rules(
-                    chain,
-                    [&|rule| {
-                        rule.ct_mark_is(mask, value)
-                            .daddr(*address)
-                            .dport(protocol, hijack.port.get())
-                            .return_()
-                    }],
-                );
-            }
-        }
-        // What the kernel says of such a conversation (ICMP) is not looked at.
-        for protocol in [Protocol::Udp, Protocol::Tcp] {
-            // ct mark & MASK == DNS-MARK meta l4proto PROTOCOL goto refuse
-            self.add_rules(
-                chain,
-                [&|rule| rule.ct_mark_is(mask, value).l4proto(protocol).goto(REFUSE)],
-            );
-        }
-    }
-
-    /// Chain `dns-UID-NAME`: the first packet of a DNS query is marked for translation, unless it goes to the hijacker
-    /// itself. Later ones come here by that mark, which may have been another user's when the conversation began.
-    fn dns_rules(
-        &mut self,
-        names: &Names,
-        layout: &Layout,
-        name: &ProxyName,
-        mark: Mark,
-        hijack: &DnsHijack,
-    ) {
-        let chain = &names.dns(name);
-        let (mask, value) = (self.marks.mask(), self.marks.dns_value(mark));
-        // ct status confirmed ct mark & MASK != 0 …: return
-        self.whose_rules(
-            chain,
-            names,
-            layout,
-            |rule| rule.ct_confirmed().ct_mark_has(mask),
-            |rule| rule.return_(),
-        );
-        for address in &hijack.addresses {
-            if hijack.port.get() == DNS_PORT {
-                // ip daddr ADDRESS return, ip6 daddr ADDRESS return
-                self.add_rules(chain, [&|rule| rule.daddr(*address).return_()]);
-            }
-            // A query to a stub on the loopback interface has a loopback source address, with which
-            // nothing can leave the machine (__mkroute_output, net/ipv4/route.c).
-            if !hijack.loopback || !address.is_loopback() {
-                // ip daddr 127.0.0.0/8 return, ip6 daddr ::1 return
-                self.add_rules(
-                    chain,
-                    [&|rule| rule.daddr_loopback(Family::of(address)).return_()],
-                );
-            }
-        }
-        self.add_rules(
-            chain,
-            [
-                // As in `new_rules`.
-                // ct status confirmed goto refuse
-                &|rule| rule.ct_confirmed().goto(REFUSE),
-                // ct mark set ct mark & ~MASK | DNS-MARK accept
-                &|rule| rule.ct_mark_set(mask, value).accept(),
-                // What is not tracked can't be translated.
-                // goto refuse
-                &|rule| rule.goto(REFUSE),
-            ],
-        );
-    }
-
-    /// Chain `resolve-UID-NAME`: the translation of DNS queries.
-    fn resolve_rules(&mut self, chain: &CStr, hijack: &DnsHijack) {
-        for address in &hijack.addresses {
-            // dnat ip to ADDRESS:PORT, dnat ip6 to [ADDRESS]:PORT
-            self.add_rules(chain, [&|rule| rule.dnat(*address, hijack.port.get())]);
-        }
-    }
 }
 
 /// What becomes of packets of a connection that goes to this proxy.
@@ -596,19 +313,6 @@ fn go_on<'a>(rule: RuleBuilder<'a>, proxy: &Proxy, mask: u32) -> RuleBuilder<'a>
         // Nobody listens yet.
         Delivery::Redirect(None) => rule.goto(REFUSE),
     }
-}
-
-/// Writes into the priority which proxy an answer goes to. The packet keeps the mark of its connection, so that other
-/// programs may save and restore marks; and the connection keeps a mark that is no proxy's, since its answers may go to
-/// another proxy later.
-pub(super) fn to_proxy_of_answer<'a>(
-    rule: RuleBuilder<'a>,
-    proxy: &Proxy,
-    mask: u32,
-    begun: u32,
-) -> RuleBuilder<'a> {
-    rule.priority_set(proxy.mark.value())
-        .meta_mark_set(mask, begun)
 }
 
 /// What becomes of the first packet of a connection that is to go to this proxy.

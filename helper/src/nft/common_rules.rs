@@ -1,0 +1,147 @@
+//! Rules that several chains have, each for other packets: what leaves the chain, and what is refused, before anything goes
+//! to a proxy.
+
+use std::ffi::CStr;
+
+use super::policy::{Delivery, Exceptions, Proxy, UdpVerdicts};
+use super::rule::{Protocol, RuleBuilder};
+use super::ruleset::REFUSE;
+use super::transaction::Transaction;
+use crate::route::Family;
+
+impl Transaction<'_> {
+    /// Packets of open connections that `of` matches leave the chain. One of TCP is not open that is only beginning:
+    /// somebody else may have begun one between these ports in vain. Of one of UDP nobody can tell, so that none of its
+    /// packets leaves the chain if each datagram has a verdict.
+    pub(super) fn open_connection_rules(
+        &mut self,
+        chain: &CStr,
+        of: impl Fn(RuleBuilder<'_>) -> RuleBuilder<'_>,
+    ) {
+        let udp_verdicts = self.udp_verdicts;
+        self.add_rules(
+            chain,
+            [
+                // … ct status confirmed meta l4proto != tcp return, or … meta l4proto != udp return
+                &|rule| {
+                    let rule = of(rule).ct_confirmed().l4proto_not(Protocol::Tcp);
+                    match udp_verdicts {
+                        UdpVerdicts::PerConversation => rule.return_(),
+                        UdpVerdicts::PerDatagram => rule.l4proto_not(Protocol::Udp).return_(),
+                    }
+                },
+                // … ct status confirmed tcp flags & (syn | ack) != syn return
+                &|rule| of(rule).ct_confirmed().tcp_but_syn().return_(),
+            ],
+        );
+    }
+
+    /// What begins a connection that the kernel knows already is refused if it can't be taken.
+    pub(super) fn begun_by_others_rules(&mut self, chain: &CStr, delivery: Delivery) {
+        match delivery {
+            // The delivery guard looks at each datagram, but only at connections of TCP that nobody has answered.
+            // ct status seen-reply goto refuse
+            Delivery::Tproxy(_) => {
+                self.add_rules(
+                    chain,
+                    [&|rule| rule.l4proto(Protocol::Tcp).ct_answered().goto(REFUSE)],
+                );
+            }
+            // Only the first packet that the kernel knows of can be translated.
+            // ct status confirmed goto refuse
+            Delivery::Redirect(_) => {
+                self.add_rules(chain, [&|rule| rule.ct_confirmed().goto(REFUSE)]);
+            }
+        }
+    }
+
+    /// Destinations that no proxy could reach leave the chain.
+    pub(super) fn unreachable_rules(&mut self, chain: &CStr) {
+        self.add_rules(
+            chain,
+            [
+                // The machine itself, broadcast and multicast.
+                // fib daddr type 2-5 return
+                &|rule| rule.daddr_local_or_many().return_(),
+                // `fib` says multicast only where the kernel finds a route to the group.
+                // ip6 daddr ff00::/8 return
+                &|rule| rule.daddr_multicast6().return_(),
+                // A link-local address means nothing without an interface.
+                // ip6 daddr fe80::/10 return
+                &|rule| rule.daddr_link_local().return_(),
+            ],
+        );
+    }
+
+    /// What goes to a fake address by a protocol that the proxy leaves out is refused: it would reach nobody, and what
+    /// it says could be read on its way.
+    pub(super) fn fake_rules(&mut self, chain: &CStr, proxy: &Proxy) {
+        let Exceptions {
+            no_tcp,
+            no_udp,
+            no_ipv4,
+            no_ipv6,
+        } = proxy.settings.exceptions;
+        let ipv4 = proxy
+            .settings
+            .fakes
+            .ipv4
+            .map(|(ip, prefix)| (ip.into(), prefix));
+        let ipv6 = proxy
+            .settings
+            .fakes
+            .ipv6
+            .map(|(ip, prefix)| (ip.into(), prefix));
+        for (network, left_out) in [(ipv4, no_ipv4), (ipv6, no_ipv6)] {
+            let Some((address, prefix)) = network else {
+                continue;
+            };
+            let protocols = [(Protocol::Tcp, no_tcp), (Protocol::Udp, no_udp)];
+            let takes = |(_, no): &(Protocol, bool)| !left_out && !no;
+            // meta l4proto != tcp meta l4proto != udp ip daddr NETWORK goto refuse, with the protocols that it takes
+            self.add_rules(
+                chain,
+                [&|rule| {
+                    let others = protocols.into_iter().filter(takes);
+                    others
+                        .fold(rule, |rule, (protocol, _)| rule.l4proto_not(protocol))
+                        .daddr_within(address, prefix)
+                        .goto(REFUSE)
+                }],
+            );
+        }
+    }
+
+    /// Families and protocols that the proxy does not take leave the chain.
+    pub(super) fn exception_rules(&mut self, chain: &CStr, exceptions: Exceptions) {
+        let families = [
+            (exceptions.no_ipv4, Family::Ipv4),
+            (exceptions.no_ipv6, Family::Ipv6),
+        ];
+        for (_, family) in families.into_iter().filter(|(left_out, _)| *left_out) {
+            // meta nfproto FAMILY return
+            self.add_rules(chain, [&|rule| rule.nfproto(family).return_()]);
+        }
+        let protocols = [
+            (exceptions.no_tcp, Protocol::Tcp),
+            (exceptions.no_udp, Protocol::Udp),
+        ];
+        for (_, protocol) in protocols.into_iter().filter(|(left_out, _)| *left_out) {
+            // meta l4proto PROTOCOL return
+            self.add_rules(chain, [&|rule| rule.l4proto(protocol).return_()]);
+        }
+    }
+}
+
+/// Writes into the priority which proxy an answer goes to. The packet keeps the mark of its connection, so that other
+/// programs may save and restore marks; and the connection keeps a mark that is no proxy's, since its answers may go to
+/// another proxy later.
+pub(super) fn to_proxy_of_answer<'a>(
+    rule: RuleBuilder<'a>,
+    proxy: &Proxy,
+    mask: u32,
+    begun: u32,
+) -> RuleBuilder<'a> {
+    rule.priority_set(proxy.mark.value())
+        .meta_mark_set(mask, begun)
+}
