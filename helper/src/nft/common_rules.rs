@@ -76,37 +76,19 @@ impl Transaction<'_> {
     /// What goes to a fake address by a protocol that the proxy leaves out is refused: it would reach nobody, and what
     /// it says could be read on its way.
     pub(super) fn fake_rules(&mut self, chain: &CStr, proxy: &Proxy) {
-        let Exceptions {
-            no_tcp,
-            no_udp,
-            no_ipv4,
-            no_ipv6,
-        } = proxy.settings.exceptions;
-        let ipv4 = proxy
-            .settings
-            .fakes
-            .ipv4
-            .map(|(ip, prefix)| (ip.into(), prefix));
-        let ipv6 = proxy
-            .settings
-            .fakes
-            .ipv6
-            .map(|(ip, prefix)| (ip.into(), prefix));
-        for (network, left_out) in [(ipv4, no_ipv4), (ipv6, no_ipv6)] {
-            let Some((address, prefix)) = network else {
-                continue;
-            };
-            let protocols = [(Protocol::Tcp, no_tcp), (Protocol::Udp, no_udp)];
-            let takes = |(_, no): &(Protocol, bool)| !left_out && !no;
+        let exceptions = proxy.settings.exceptions;
+        for (address, prefix) in proxy.settings.fakes.networks() {
+            let family_taken = exceptions.takes_family(Family::of(&address));
             // meta l4proto != tcp meta l4proto != udp ip daddr NETWORK goto refuse, with the protocols that it takes
             self.add_rules(
                 chain,
-                [&|rule| {
-                    let others = protocols.into_iter().filter(takes);
-                    others
-                        .fold(rule, |rule, (protocol, _)| rule.l4proto_not(protocol))
-                        .daddr_within(address, prefix)
-                        .goto(REFUSE)
+                [&|mut rule| {
+                    for protocol in [Protocol::Tcp, Protocol::Udp] {
+                        if family_taken && exceptions.takes(protocol) {
+                            rule = rule.l4proto_not(protocol);
+                        }
+                    }
+                    rule.daddr_within(address, prefix).goto(REFUSE)
                 }],
             );
         }
@@ -114,21 +96,17 @@ impl Transaction<'_> {
 
     /// Families and protocols that the proxy does not take leave the chain.
     pub(super) fn exception_rules(&mut self, chain: &CStr, exceptions: Exceptions) {
-        let families = [
-            (exceptions.no_ipv4, Family::Ipv4),
-            (exceptions.no_ipv6, Family::Ipv6),
-        ];
-        for (_, family) in families.into_iter().filter(|(left_out, _)| *left_out) {
-            // meta nfproto FAMILY return
-            self.add_rules(chain, [&|rule| rule.nfproto(family).return_()]);
+        for family in [Family::Ipv4, Family::Ipv6] {
+            if !exceptions.takes_family(family) {
+                // meta nfproto FAMILY return
+                self.add_rules(chain, [&|rule| rule.nfproto(family).return_()]);
+            }
         }
-        let protocols = [
-            (exceptions.no_tcp, Protocol::Tcp),
-            (exceptions.no_udp, Protocol::Udp),
-        ];
-        for (_, protocol) in protocols.into_iter().filter(|(left_out, _)| *left_out) {
-            // meta l4proto PROTOCOL return
-            self.add_rules(chain, [&|rule| rule.l4proto(protocol).return_()]);
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            if !exceptions.takes(protocol) {
+                // meta l4proto PROTOCOL return
+                self.add_rules(chain, [&|rule| rule.l4proto(protocol).return_()]);
+            }
         }
     }
 }

@@ -22,8 +22,11 @@ impl Transaction<'_> {
     /// DNS queries of the family of this address go to the chain `dns`.
     pub(super) fn query_rules(&mut self, chain: &CStr, address: &IpAddr, tcp: bool, dns: &CStr) {
         let family = Family::of(address);
-        let protocols = [(Protocol::Udp, true), (Protocol::Tcp, tcp)];
-        for (protocol, _) in protocols.into_iter().filter(|(_, wanted)| *wanted) {
+        let protocols: &[Protocol] = match tcp {
+            true => &[Protocol::Udp, Protocol::Tcp],
+            false => &[Protocol::Udp],
+        };
+        for &protocol in protocols {
             // meta nfproto FAMILY PROTOCOL dport 53 goto dns-UID-NAME
             self.add_rules(
                 chain,

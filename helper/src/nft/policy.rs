@@ -8,8 +8,10 @@ use std::rc::Rc;
 use cgtproxy_proto::interface::InterfaceName;
 use cgtproxy_proto::name::ProxyName;
 
+use super::rule::Protocol;
 use crate::cgroup::DEEPEST_LEVEL;
 use crate::mark::Mark;
+use crate::route::Family;
 
 /// What happens to packets of a control group's sockets.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -174,6 +176,24 @@ pub struct Exceptions {
     pub no_ipv6: bool,
 }
 
+impl Exceptions {
+    /// Whether the proxy takes this protocol.
+    pub(super) fn takes(self, protocol: Protocol) -> bool {
+        match protocol {
+            Protocol::Tcp => !self.no_tcp,
+            Protocol::Udp => !self.no_udp,
+        }
+    }
+
+    /// Whether the proxy takes this family.
+    pub(super) fn takes_family(self, family: Family) -> bool {
+        match family {
+            Family::Ipv4 => !self.no_ipv4,
+            Family::Ipv6 => !self.no_ipv6,
+        }
+    }
+}
+
 /// Networks of fake addresses, which stand for names and which only their proxy knows: an address and the length of the
 /// prefix.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -182,6 +202,15 @@ pub struct Fakes {
     pub ipv4: Option<(Ipv4Addr, u8)>,
     /// The IPv6 network.
     pub ipv6: Option<(Ipv6Addr, u8)>,
+}
+
+impl Fakes {
+    /// Those that there are.
+    pub(super) fn networks(self) -> impl Iterator<Item = (IpAddr, u8)> {
+        let ipv4 = self.ipv4.map(|(address, prefix)| (address.into(), prefix));
+        let ipv6 = self.ipv6.map(|(address, prefix)| (address.into(), prefix));
+        [ipv4, ipv6].into_iter().flatten()
+    }
 }
 
 /// What the machine forwards from these interfaces goes to a proxy too. In the system's policy only.

@@ -8,7 +8,7 @@ use cgtproxy_proto::name::ProxyName;
 use super::common_rules::to_proxy_of_answer;
 use super::names::Names;
 use super::plan::Layout;
-use super::policy::{Delivery, Exceptions, Proxy};
+use super::policy::{Delivery, Proxy};
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::REFUSE;
 use super::transaction::Transaction;
@@ -167,11 +167,10 @@ impl Transaction<'_> {
             chain,
             [&|rule| rule.ct_mark_is(mask, begun).daddr_local_or_many().return_()],
         );
-        let Exceptions { no_tcp, no_udp, .. } = proxy.settings.exceptions;
-        for (protocol, _) in [(Protocol::Tcp, no_tcp), (Protocol::Udp, no_udp)]
-            .into_iter()
-            .filter(|(_, left_out)| !left_out)
-        {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            if !proxy.settings.exceptions.takes(protocol) {
+                continue;
+            }
             // ct mark & MASK == DIVERT meta l4proto PROTOCOL
             //   meta priority set MARK meta mark set meta mark & ~MASK | DIVERT accept, or goto refuse
             self.add_rules(
