@@ -426,14 +426,55 @@ unsafe impl NlMsg for FlushSet<'_> {
     }
 }
 
-/// An expression of this kind with 32-bit attributes.
-fn expression(kind: &CStr, attributes: &[(u32, u32)]) -> NonNull<sys::nftnl_expr> {
-    // SAFETY: `kind` is NUL-terminated; the expression is fresh from the allocator, and all
-    // attributes that are set through this function are words in libnftnl's src/expr.
+/// Kinds of expressions of which every attribute has room for a word (libnftnl's src/expr).
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Kind {
+    ByteOrder,
+    Conntrack,
+    Fib,
+    Meta,
+    Payload,
+    Tproxy,
+}
+
+impl Kind {
+    /// Its name in nf_tables.
+    fn name(self) -> &'static CStr {
+        match self {
+            Self::ByteOrder => c"byteorder",
+            Self::Conntrack => c"ct",
+            Self::Fib => c"fib",
+            Self::Meta => c"meta",
+            Self::Payload => c"payload",
+            Self::Tproxy => c"tproxy",
+        }
+    }
+}
+
+/// An expression of this kind with these attributes.
+pub(super) fn expression(kind: Kind, attributes: &[(u32, u32)]) -> NonNull<sys::nftnl_expr> {
+    // SAFETY: the name is NUL-terminated, the expression fresh from the allocator. A setter copies a word at most, for which
+    // the attribute has room, and passes over attributes that the kind does not have.
     unsafe {
-        let expression = allocated(sys::nftnl_expr_alloc(kind.as_ptr()));
+        let expression = allocated(sys::nftnl_expr_alloc(kind.name().as_ptr()));
         for &(attribute, value) in attributes {
             sys::nftnl_expr_set_u32(expression.as_ptr(), attribute as u16, value);
+        }
+        expression
+    }
+}
+
+/// An expression that looks a register up in a named set or map, and puts what is found into another, if any.
+pub(super) fn lookup(set: &CStr, from: u32, to: Option<u32>) -> NonNull<sys::nftnl_expr> {
+    // SAFETY: both names are NUL-terminated, and that of the set is copied; the expression is fresh from the allocator,
+    // and registers are words.
+    unsafe {
+        let expression = allocated(sys::nftnl_expr_alloc(c"lookup".as_ptr()));
+        let raw = expression.as_ptr();
+        sys::nftnl_expr_set_u32(raw, sys::NFTNL_EXPR_LOOKUP_SREG as u16, from);
+        sys::nftnl_expr_set_str(raw, sys::NFTNL_EXPR_LOOKUP_SET as u16, set.as_ptr());
+        if let Some(to) = to {
+            sys::nftnl_expr_set_u32(raw, sys::NFTNL_EXPR_LOOKUP_DREG as u16, to);
         }
         expression
     }
@@ -460,24 +501,12 @@ pub(super) struct Lookup<'a> {
 
 impl Expression for Lookup<'_> {
     fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
-        let expr = expression(
-            c"lookup",
-            &[(sys::NFTNL_EXPR_LOOKUP_SREG, Register::Reg1.to_raw())],
-        );
         let to = match self.found {
             Found::Key => None,
             Found::Verdict => Some(libc::NFT_REG_VERDICT as u32),
             Found::Value => Some(Register::Reg1.to_raw()),
         };
-        // SAFETY: the expression is alive, the name NUL-terminated and copied.
-        unsafe {
-            let set = self.set.as_ptr();
-            sys::nftnl_expr_set_str(expr.as_ptr(), sys::NFTNL_EXPR_LOOKUP_SET as u16, set);
-            if let Some(to) = to {
-                sys::nftnl_expr_set_u32(expr.as_ptr(), sys::NFTNL_EXPR_LOOKUP_DREG as u16, to);
-            }
-        }
-        expr
+        lookup(self.set, Register::Reg1.to_raw(), to)
     }
 }
 
@@ -496,7 +525,7 @@ impl Expression for PacketMark {
             Self::Store(register) => (sys::NFTNL_EXPR_META_SREG, register),
         };
         expression(
-            c"meta",
+            Kind::Meta,
             &[
                 (sys::NFTNL_EXPR_META_KEY, libc::NFT_META_MARK as u32),
                 (attribute, register.to_raw()),
@@ -520,7 +549,7 @@ impl Expression for PacketPriority {
             Self::Store => sys::NFTNL_EXPR_META_SREG,
         };
         expression(
-            c"meta",
+            Kind::Meta,
             &[
                 (sys::NFTNL_EXPR_META_KEY, libc::NFT_META_PRIORITY as u32),
                 (attribute, Register::Reg1.to_raw()),
@@ -535,7 +564,7 @@ pub(super) struct OwnerBehind;
 impl Expression for OwnerBehind {
     fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
         expression(
-            c"meta",
+            Kind::Meta,
             &[
                 (sys::NFTNL_EXPR_META_KEY, libc::NFT_META_SKUID as u32),
                 (sys::NFTNL_EXPR_META_DREG, libc::NFT_REG32_01 as u32),
@@ -550,7 +579,7 @@ pub(super) struct TcpFlags;
 impl Expression for TcpFlags {
     fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
         expression(
-            c"payload",
+            Kind::Payload,
             &[
                 (sys::NFTNL_EXPR_PAYLOAD_DREG, Register::Reg1.to_raw()),
                 (
@@ -570,7 +599,7 @@ pub(super) struct Tproxy;
 impl Expression for Tproxy {
     fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
         expression(
-            c"tproxy",
+            Kind::Tproxy,
             &[
                 (sys::NFTNL_EXPR_TPROXY_FAMILY, ProtoFamily::Unspec as u32),
                 (sys::NFTNL_EXPR_TPROXY_REG_PORT, Register::Reg1.to_raw()),
@@ -606,7 +635,7 @@ impl Expression for AddressType {
             Self::Destination => FIB_F_DADDR,
         };
         expression(
-            c"fib",
+            Kind::Fib,
             &[
                 (sys::NFTNL_EXPR_FIB_DREG, Register::Reg1.to_raw()),
                 (sys::NFTNL_EXPR_FIB_RESULT, FIB_RESULT_ADDRTYPE),
@@ -625,7 +654,7 @@ pub(super) struct InterfaceKind;
 impl Expression for InterfaceKind {
     fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
         expression(
-            c"meta",
+            Kind::Meta,
             &[
                 (sys::NFTNL_EXPR_META_DREG, Register::Reg1.to_raw()),
                 (sys::NFTNL_EXPR_META_KEY, META_OIFKIND),
@@ -642,7 +671,7 @@ impl Expression for NetworkByteOrder {
     fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
         let word = size_of::<u32>() as u32;
         expression(
-            c"byteorder",
+            Kind::ByteOrder,
             &[
                 (sys::NFTNL_EXPR_BYTEORDER_SREG, Register::Reg1.to_raw()),
                 (sys::NFTNL_EXPR_BYTEORDER_DREG, Register::Reg1.to_raw()),
@@ -663,7 +692,7 @@ pub(super) struct ConntrackDirection;
 impl Expression for ConntrackDirection {
     fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
         expression(
-            c"ct",
+            Kind::Conntrack,
             &[
                 (sys::NFTNL_EXPR_CT_DREG, Register::Reg1.to_raw()),
                 (sys::NFTNL_EXPR_CT_KEY, libc::NFT_CT_DIRECTION as u32),
