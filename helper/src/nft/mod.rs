@@ -4,14 +4,15 @@
 //! changes, and `take_over` what of an earlier helper's it replaces, which `inherit` has read back. In the table,
 //! `ruleset`, `output` and `delivery` are nobody's, `shared` and `bypass` are all users', `user`, `proxy`, `dns`,
 //! `verdicts` and `map_elements` are one user's, and `gateway` is root's; `common_rules` are in chains of several of these.
-//! They are written as commands (`transaction`), with rules (`rule`) and names (`names`), and sent by `socket`, over `ffi`.
-//! `probe` and `foreign` look at what the kernel can do and at what other programs do to marks.
+//! They are written as commands (`transaction`), with rules (`rule`, of `expression`s) and names (`names`), and sent by
+//! `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can do and at what other programs do to marks.
 
 mod bypass;
 mod change;
 mod common_rules;
 mod delivery;
 mod dns;
+mod expression;
 mod ffi;
 mod foreign;
 mod gateway;

@@ -13,7 +13,7 @@ use nftnl::{Chain, ProtoFamily, Rule};
 
 use crate::route::{Family, LOOPBACK_INDEX};
 
-use super::ffi::{
+use super::expression::{
     AddressType, ConntrackDirection, Found, InterfaceKind, Lookup, NetworkByteOrder, OwnerBehind,
     PacketMark, PacketPriority, TcpFlags, Tproxy,
 };
