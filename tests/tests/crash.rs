@@ -594,6 +594,51 @@ fn a_refused_transaction_changes_neither_the_kernel_nor_what_the_helper_knows() 
     });
 }
 
+/// Each transaction of a change is refused in turn, as by a kernel that lacks memory. Those before it are taken back, and
+/// what the rules look at then is noted: the same change is in force once it is taken.
+#[test]
+fn what_came_before_a_refused_transaction_is_taken_back() {
+    sandbox(|sb| {
+        const BELOW: &str = "app.slice/app-a.scope/a/b";
+        let helper = sb.helper().config("own-table: false").start();
+        let user = sb.user(1001);
+        let app = user.cgroup(BELOW).app();
+        let mihomo = json!({ "name": "mihomo", "port": 7890 });
+        let change = json!({
+            "proxies": [mihomo, { "name": "other", "port": 7000 }],
+            "bypass": [],
+            "assignments": [to_proxy(APP, "other"), verdict(BELOW, "dropAll")],
+        });
+        let mut session = Session::of(&user);
+        for message in 1.. {
+            session.replace(json!([mihomo]), json!([]), json!([verdict(APP, "direct")]));
+            let before = sb.run(&["nft", "list", "ruleset"]);
+            let answer = {
+                let when = format!("error=ENOMEM:when={message}");
+                let _refused = Injection::of(&helper, "sendto", &when);
+                session.0.send(&json!({
+                    "method": "org.cgtproxy.Helper.ReplacePolicy",
+                    "parameters": change,
+                }));
+                session.0.receive()
+            };
+            // The answer itself did not get through.
+            let Some(answer) = answer else {
+                assert!(message > 3, "it took {} transactions", message - 1);
+                break;
+            };
+            assert_eq!(answer["error"], "org.cgtproxy.Helper.KernelRefused");
+            assert_eq!(sb.run(&["nft", "list", "ruleset"]), before, "{message}");
+            for to in sb.destinations() {
+                assert_eq!(app.udp(to), direct(to));
+            }
+            session.call("ReplacePolicy", change.clone());
+            sb.expect_dropped(&app);
+            session.call("RemovePolicy", json!({}));
+        }
+    });
+}
+
 /// The system's policy comes and goes in several transactions.
 #[test]
 fn users_verdicts_outlive_a_helper_that_is_killed_within_a_change_of_the_systems_policy() {
