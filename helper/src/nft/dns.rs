@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use cgtproxy_proto::name::ProxyName;
 
-use super::names::Names;
+use super::names::{Names, ProxyChain};
 use super::plan::Layout;
 use super::policy::DnsHijack;
 use super::rule::Protocol;
@@ -45,7 +45,7 @@ impl Transaction<'_> {
         mark: Mark,
         hijack: &DnsHijack,
     ) {
-        let chain = &names.dns(name);
+        let chain = &names.chain(ProxyChain::Dns, name);
         let (mask, value) = (self.marks.mask(), self.marks.dns_value(mark));
         // ct status confirmed ct mark & MASK != 0 …: return
         self.whose_rules(
@@ -105,7 +105,7 @@ impl Transaction<'_> {
         mark: Mark,
         hijack: &DnsHijack,
     ) {
-        let chain = &names.receive(name);
+        let chain = &names.chain(ProxyChain::Receive, name);
         let (mask, value) = (self.marks.mask(), self.marks.dns_value(mark));
         if let Some(Slices { users, own }) = layout.subtree.slices() {
             let (users, own) = (users.to_bytes(), own.to_bytes());

@@ -9,7 +9,7 @@ use nftnl::MsgType;
 
 use super::common_rules::to_proxy_of_answer;
 use super::ffi::{Content, Element, KeyType};
-use super::names::Names;
+use super::names::{Names, ProxyChain};
 use super::plan::Layout;
 use super::policy::{Gateway, Proxy};
 use super::rule::{Protocol, RuleBuilder};
@@ -116,7 +116,7 @@ impl Transaction<'_> {
         self.write_elements(&interfaces, MsgType::Add);
         self.unreachable_rules(FORWARDED);
         if let Some(hijack) = &proxy.settings.dns_hijack {
-            let dns = names.dns(&gateway.proxy);
+            let dns = names.chain(ProxyChain::Dns, &gateway.proxy);
             // Nothing from elsewhere may go to a loopback address.
             for address in hijack.addresses.iter().filter(|a| !a.is_loopback()) {
                 self.query_rules(FORWARDED, address, hijack.tcp, &dns);
@@ -124,7 +124,10 @@ impl Transaction<'_> {
         }
         self.fake_rules(FORWARDED, proxy);
         self.exception_rules(FORWARDED, proxy.settings.exceptions);
-        let (divert, reject_udp) = (names.divert(&gateway.proxy), proxy.settings.reject_udp);
+        let (divert, reject_udp) = (
+            names.chain(ProxyChain::Divert, &gateway.proxy),
+            proxy.settings.reject_udp,
+        );
         if let Some(list) = &layout.bypass {
             self.bypass_rules(list, FORWARDED);
         }

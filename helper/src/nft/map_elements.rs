@@ -6,7 +6,7 @@ use std::ffi::{CStr, CString};
 use cgtproxy_proto::name::ProxyName;
 
 use super::ffi::Element;
-use super::names::{ListNames, Names};
+use super::names::{ListNames, Names, ProxyChain};
 use super::plan::Layout;
 use super::policy::{BypassList, Delivery, Hold, Proxy};
 use super::ruleset::{
@@ -58,7 +58,7 @@ impl Names {
         proxy: &Proxy,
     ) -> MapElements {
         let mark = proxy.mark.value().to_ne_bytes();
-        let chain = || ElementData::Goto(self.proxy(name));
+        let chain = || ElementData::Goto(self.chain(ProxyChain::Proxy, name));
         let number = of_proxy(marks, proxy).to_ne_bytes();
         let maps = self.choices_maps().iter();
         let mut elements: MapElements =
@@ -68,7 +68,11 @@ impl Names {
         };
         add(MARKS, &mark, chain());
         if self.is_system() {
-            add(DIVERT, &mark, ElementData::Goto(self.divert(name)));
+            add(
+                DIVERT,
+                &mark,
+                ElementData::Goto(self.chain(ProxyChain::Divert, name)),
+            );
         } else {
             let uid = self.uid.value().to_ne_bytes();
             add(OWNERS, &[mark, uid].concat(), ElementData::Nothing);
@@ -86,17 +90,37 @@ impl Names {
             }
             Delivery::Redirect(port) => {
                 if port.is_some() {
-                    add(RESOLVE, &mark, ElementData::Goto(self.redirect(name)));
+                    add(
+                        RESOLVE,
+                        &mark,
+                        ElementData::Goto(self.chain(ProxyChain::Redirect, name)),
+                    );
                 }
-                add(RECEIVE, &mark, ElementData::Goto(self.receive(name)));
+                add(
+                    RECEIVE,
+                    &mark,
+                    ElementData::Goto(self.chain(ProxyChain::Receive, name)),
+                );
             }
         }
         if proxy.settings.dns_hijack.is_some() {
             let dns = marks.dns_value(proxy.mark).to_ne_bytes();
-            add(RESOLVE, &dns, ElementData::Goto(self.resolve(name)));
-            add(RECEIVE, &dns, ElementData::Goto(self.receive(name)));
+            add(
+                RESOLVE,
+                &dns,
+                ElementData::Goto(self.chain(ProxyChain::Resolve, name)),
+            );
+            add(
+                RECEIVE,
+                &dns,
+                ElementData::Goto(self.chain(ProxyChain::Receive, name)),
+            );
             if !self.is_system() {
-                add(MARKS, &dns, ElementData::Goto(self.dns(name)));
+                add(
+                    MARKS,
+                    &dns,
+                    ElementData::Goto(self.chain(ProxyChain::Dns, name)),
+                );
             }
         }
         elements

@@ -14,19 +14,40 @@ use super::ruleset::{
 };
 use crate::peer::Uid;
 
-/// The prefix of a chain that every proxy has.
-const PROXY_PREFIX: &str = "proxy-";
+/// A chain of a proxy's.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum ProxyChain {
+    Proxy,
+    Divert,
+    Dns,
+    Resolve,
+    Redirect,
+    Receive,
+}
 
-/// What the names of chains begin with that are one user's.
-const PREFIXES: [&str; 7] = [
-    PROXY_PREFIX,
-    "divert-",
-    "dns-",
-    "resolve-",
-    "redirect-",
-    "receive-",
-    HOLD_PREFIX,
-];
+impl ProxyChain {
+    const ALL: [Self; 6] = [
+        Self::Proxy,
+        Self::Divert,
+        Self::Dns,
+        Self::Resolve,
+        Self::Redirect,
+        Self::Receive,
+    ];
+
+    /// What its name begins with.
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Proxy => "proxy-",
+            Self::Divert => "divert-",
+            Self::Dns => "dns-",
+            Self::Resolve => "resolve-",
+            Self::Redirect => "redirect-",
+            Self::Receive => "receive-",
+        }
+    }
+}
+
 /// What the name of a hold's chain begins with.
 const HOLD_PREFIX: &str = "hold-";
 /// What the name of a hold before users' own policies has in place of a verdict. No proxy's name begins like that.
@@ -124,47 +145,29 @@ impl Names {
         }
     }
 
-    pub(super) fn proxy(&self, proxy: &ProxyName) -> CString {
-        name(format!("{PROXY_PREFIX}{}-{proxy}", self.uid))
-    }
-
-    pub(super) fn divert(&self, proxy: &ProxyName) -> CString {
-        name(format!("divert-{}-{proxy}", self.uid))
-    }
-
-    pub(super) fn dns(&self, proxy: &ProxyName) -> CString {
-        name(format!("dns-{}-{proxy}", self.uid))
-    }
-
-    pub(super) fn resolve(&self, proxy: &ProxyName) -> CString {
-        name(format!("resolve-{}-{proxy}", self.uid))
-    }
-
-    pub(super) fn redirect(&self, proxy: &ProxyName) -> CString {
-        name(format!("redirect-{}-{proxy}", self.uid))
-    }
-
-    pub(super) fn receive(&self, proxy: &ProxyName) -> CString {
-        name(format!("receive-{}-{proxy}", self.uid))
+    /// A chain of a proxy's.
+    pub(super) fn chain(&self, chain: ProxyChain, proxy: &ProxyName) -> CString {
+        name(format!("{}{}-{proxy}", chain.prefix(), self.uid))
     }
 
     /// All chains of a proxy. The kernel goes over every chain of the machine with every transaction
     /// (nf_tables_commit, net/netfilter/nf_tables_api.c): there is none that has nothing to do.
     pub(super) fn of_proxy(&self, name: &ProxyName, proxy: &Proxy) -> Vec<CString> {
-        let mut chains = vec![self.proxy(name)];
+        let mut chains = vec![ProxyChain::Proxy];
         if self.is_system() {
-            chains.push(self.divert(name));
+            chains.push(ProxyChain::Divert);
         }
         if proxy.settings.dns_hijack.is_some() {
-            chains.extend([self.dns(name), self.resolve(name)]);
+            chains.extend([ProxyChain::Dns, ProxyChain::Resolve]);
         }
         if matches!(proxy.settings.delivery, Delivery::Redirect(Some(_))) {
-            chains.push(self.redirect(name));
+            chains.push(ProxyChain::Redirect);
         }
         if proxy.is_translated() {
-            chains.push(self.receive(name));
+            chains.push(ProxyChain::Receive);
         }
-        chains
+        let chains = chains.into_iter();
+        chains.map(|chain| self.chain(chain, name)).collect()
     }
 
     /// All chains that a layout needs of this user's alone, and those of its holds.
@@ -203,9 +206,11 @@ pub(super) fn list_of(chain: &str) -> Option<u32> {
 
 /// Whose chain this is, if it is one user's alone.
 pub(super) fn owner(chain: &str) -> Option<Uid> {
-    let rest = PREFIXES
-        .iter()
-        .find_map(|prefix| chain.strip_prefix(prefix))?;
+    let mut prefixes = ProxyChain::ALL
+        .into_iter()
+        .map(ProxyChain::prefix)
+        .chain([HOLD_PREFIX]);
+    let rest = prefixes.find_map(|prefix| chain.strip_prefix(prefix))?;
     let (uid, rest) = rest.split_once('-').unwrap_or((rest, ""));
     // `hold-LEVEL-VERDICT` is everybody's.
     if chain.starts_with(HOLD_PREFIX) {
@@ -229,21 +234,18 @@ fn held(verdict: &Verdict) -> &str {
 /// The hold whose chain this is, if all users have it together.
 pub(super) fn hold_of(chain: &str) -> Option<Hold> {
     let (level, verdict) = chain.strip_prefix(HOLD_PREFIX)?.split_once('-')?;
-    let verdicts = [
-        Verdict::Direct,
-        Verdict::Drop,
-        Verdict::DropAll,
-        Verdict::Undecided,
-    ];
+    let mut verdicts = Verdict::COMMON.into_iter();
     Some(Hold {
         level: level.parse().ok()?,
-        verdict: Some(verdicts.into_iter().find(|known| held(known) == verdict)?),
+        verdict: Some(verdicts.find(|known| held(known) == verdict)?),
     })
 }
 
 /// Whose proxy's chain this is, and which proxy's.
 pub(super) fn proxy_of(chain: &str) -> Option<(Uid, ProxyName)> {
-    let (uid, name) = chain.strip_prefix(PROXY_PREFIX)?.split_once('-')?;
+    let (uid, name) = chain
+        .strip_prefix(ProxyChain::Proxy.prefix())?
+        .split_once('-')?;
     Some((Uid::from_name(uid)?, name.parse().ok()?))
 }
 
@@ -273,12 +275,7 @@ mod tests {
         ] {
             assert_eq!(owner(chain), uid.map(Uid::for_test), "{chain}");
         }
-        for verdict in [
-            Verdict::Direct,
-            Verdict::Drop,
-            Verdict::DropAll,
-            Verdict::Undecided,
-        ] {
+        for verdict in Verdict::COMMON {
             let hold = Hold {
                 level: 12,
                 verdict: Some(verdict),

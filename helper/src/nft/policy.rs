@@ -29,6 +29,11 @@ pub enum Verdict {
     Undecided,
 }
 
+impl Verdict {
+    /// Those that every policy has, whatever its proxies are.
+    pub(super) const COMMON: [Self; 4] = [Self::Direct, Self::Drop, Self::DropAll, Self::Undecided];
+}
+
 /// What UDP that no proxy has taken goes by. That which a proxy has taken stays with it in any case.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum UdpVerdicts {

@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use cgtproxy_proto::name::ProxyName;
 
 use super::common_rules::to_proxy_of_answer;
-use super::names::Names;
+use super::names::{Names, ProxyChain};
 use super::plan::Layout;
 use super::policy::{Delivery, Proxy};
 use super::rule::{Protocol, RuleBuilder};
@@ -81,10 +81,10 @@ impl Transaction<'_> {
         self.open_rules(names, layout, name, proxy);
         self.new_rules(names, layout, name, proxy);
         if names.is_system() {
-            self.divert_rules(&names.divert(name), proxy);
+            self.divert_rules(&names.chain(ProxyChain::Divert, name), proxy);
         }
         if let Delivery::Redirect(Some(port)) = proxy.settings.delivery {
-            self.redirect_rules(&names.redirect(name), port.get());
+            self.redirect_rules(&names.chain(ProxyChain::Redirect, name), port.get());
         }
         if proxy.is_translated() {
             self.receive_rules(names, layout, name, proxy);
@@ -92,7 +92,7 @@ impl Transaction<'_> {
         if let Some(hijack) = &proxy.settings.dns_hijack {
             self.nat_chains();
             self.dns_rules(names, layout, name, proxy.mark, hijack);
-            self.resolve_rules(&names.resolve(name), hijack);
+            self.resolve_rules(&names.chain(ProxyChain::Resolve, name), hijack);
         }
     }
 
@@ -100,7 +100,7 @@ impl Transaction<'_> {
     /// verdict is by now. A packet comes here from its control group's verdict, or by its mark alone: then it has to be
     /// of the user whose proxy this is, for the mark may have been another user's when the connection began.
     fn open_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
-        let chain = names.proxy(name);
+        let chain = names.chain(ProxyChain::Proxy, name);
         let (mask, mark) = (self.marks.mask(), proxy.mark.value());
         if matches!(proxy.settings.delivery, Delivery::Redirect(_)) {
             // A connection that was open before this proxy was what it is now: its packets would leave as they
@@ -190,7 +190,7 @@ impl Transaction<'_> {
 
     /// Chain `proxy-UID-NAME`, for new connections: whether one is diverted is decided at its first packet.
     fn new_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
-        let chain = names.proxy(name);
+        let chain = names.chain(ProxyChain::Proxy, name);
         self.answer_rules(&chain, proxy);
         // See `replies`: it is open, and can't be taken any more.
         // ct direction reply tcp flags & (syn | ack) == syn goto refuse
@@ -212,7 +212,7 @@ impl Transaction<'_> {
             );
         }
         if let Some(hijack) = &proxy.settings.dns_hijack {
-            let dns = names.dns(name);
+            let dns = names.chain(ProxyChain::Dns, name);
             for address in &hijack.addresses {
                 self.query_rules(&chain, address, hijack.tcp, &dns);
             }
@@ -262,7 +262,7 @@ impl Transaction<'_> {
     /// Unlike a packet that `tproxy` delivers, a translated one does not have its socket yet, so `skuid` knows nothing;
     /// `socket` looks for it, and knows its control group.
     fn receive_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
-        let chain = &names.receive(name);
+        let chain = &names.chain(ProxyChain::Receive, name);
         // meta l4proto tcp ct state != new return
         self.add_rules(
             chain,

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 
 use super::map_elements::{MapElements, MapKey};
-use super::names::Names;
+use super::names::{Names, ProxyChain};
 use super::plan::{ElementChanges, Layout, Looks, Step};
 use super::shared::{Remnants, Shared};
 use super::transaction::Transaction;
@@ -45,7 +45,7 @@ impl Transaction<'_> {
                 self.delete_verdicts(names, changed);
                 self.add_verdicts(names, after, &elements.changed);
                 for (name, proxy) in &after.proxies {
-                    if left.chains.contains(&names.proxy(name)) {
+                    if left.chains.contains(&names.chain(ProxyChain::Proxy, name)) {
                         self.proxy_rules(names, after, name, proxy);
                     }
                 }
@@ -100,7 +100,7 @@ impl Transaction<'_> {
         }
         let mut elements = MapElements::new();
         for (name, proxy) in &after.proxies {
-            if !left.chains.contains(&names.proxy(name)) {
+            if !left.chains.contains(&names.chain(ProxyChain::Proxy, name)) {
                 self.proxy_rules(names, after, name, proxy);
                 elements.extend(names.proxy_elements(self.marks, name, proxy));
             }

@@ -15,7 +15,7 @@ use nftnl::MsgType;
 
 use super::ffi::{Comment, Content, Element, KeyType};
 use super::map_elements::MapKey;
-use super::names::Names;
+use super::names::{Names, ProxyChain};
 use super::plan::Layout;
 use super::policy::{self, Enforced, Hold, Proxy, Verdict};
 use super::ruleset::{CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, SYSTEM, USER_VERDICTS};
@@ -63,14 +63,7 @@ pub(super) fn meaning(
 ) -> Option<(Verdict, Option<u32>)> {
     let (verdict, level) = (number & !0xff, number & 0xff);
     let proxies = layout.proxies.keys().cloned().map(Verdict::Proxy);
-    let mut verdicts = [
-        Verdict::Direct,
-        Verdict::Drop,
-        Verdict::DropAll,
-        Verdict::Undecided,
-    ]
-    .into_iter()
-    .chain(proxies);
+    let mut verdicts = Verdict::COMMON.into_iter().chain(proxies);
     let verdict = verdicts.find(|known| of_verdict(marks, layout, known, None) == verdict)?;
     Some((verdict, Some(level).filter(|&level| level != 0)))
 }
@@ -263,7 +256,7 @@ fn decision(names: &Names, verdict: &Verdict) -> Decision {
         Verdict::Direct => Decision::Return,
         Verdict::Drop => Decision::Goto(names.dropping().to_owned()),
         Verdict::DropAll => Decision::Drop,
-        Verdict::Proxy(proxy) => Decision::Goto(names.proxy(proxy)),
+        Verdict::Proxy(proxy) => Decision::Goto(names.chain(ProxyChain::Proxy, proxy)),
         // A user's packets go on to the system's policy; after that there is nothing.
         Verdict::Undecided if names.is_system() => Decision::Return,
         Verdict::Undecided => Decision::Goto(SYSTEM.to_owned()),
