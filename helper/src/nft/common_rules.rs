@@ -1,5 +1,5 @@
-//! Rules that several chains have, each for other packets: what leaves the chain, and what is refused, before anything goes
-//! to a proxy.
+//! Rules that several chains have, each for other packets: what leaves the chain, and what is refused, before anything
+//! goes to a proxy.
 
 use std::ffi::CStr;
 
@@ -44,7 +44,7 @@ impl Transaction<'_> {
             Delivery::Tproxy(_) => {
                 self.add_rules(
                     chain,
-                    [&|rule| rule.l4proto(Protocol::Tcp).ct_answered().goto(REFUSE)],
+                    [&|rule| rule.l4proto(Protocol::Tcp).ct_seen_reply().goto(REFUSE)],
                 );
             }
             // Only the first packet that the kernel knows of can be translated.

@@ -18,7 +18,7 @@ const PRIORITY_LAST: i32 = i32::MAX;
 
 /// Before `dstnat` (NF_IP_PRI_NAT_DST), where other programs' chains are. Of chains with one priority, the one that was
 /// made last is first (nf_hook_entries_grow, net/netfilter/core.c), and the first that translates decides.
-const PRIORITY_DSTNAT: i32 = -101;
+const PRIORITY_BEFORE_DSTNAT: i32 = -101;
 
 impl Transaction<'_> {
     /// Chains `deliver` and `deliver-answers`, or the system's. Once the packet has its socket, the delivery guard
@@ -109,7 +109,7 @@ impl Transaction<'_> {
         let mask = self.marks.mask();
         let hooks = [(OUTPUT_NAT, Hook::Out), (PREROUTING_NAT, Hook::PreRouting)];
         for (chain, hook) in hooks {
-            self.add_base_chain(chain, ChainType::Nat, hook, PRIORITY_DSTNAT);
+            self.add_base_chain(chain, ChainType::Nat, hook, PRIORITY_BEFORE_DSTNAT);
             // ct mark & MASK vmap @resolve
             self.add_rules(chain, [&|rule| rule.ct_mark_vmap(mask, RESOLVE)]);
         }
@@ -188,7 +188,7 @@ impl Transaction<'_> {
                 },
                 // A translated packet that another program's rules have given the mark of its connection.
                 // iif lo ct mark & DIVERT != 0 ct status dnat return
-                &|rule| rule.iif_lo().ct_mark_has(divert).ct_redirected().return_(),
+                &|rule| rule.iif_lo().ct_mark_has(divert).ct_dnat().return_(),
                 // What is diverted to nobody reaches nobody.
                 // iif lo drop
                 &|rule| rule.iif_lo().drop(),
@@ -312,14 +312,14 @@ impl Transaction<'_> {
                 &|rule| {
                     rule.iif_not_lo()
                         .ct_direction_original()
-                        .ct_redirected()
+                        .ct_dnat()
                         .ct_mark_lacks(divert)
                         .ct_mark_vmap(mask, RECEIVE)
                 },
                 // ct direction original ct status dnat ct mark & MASK != 0 goto refuse
                 &|rule| {
                     rule.ct_direction_original()
-                        .ct_redirected()
+                        .ct_dnat()
                         .ct_mark_has(mask)
                         .goto(REFUSE)
                 },

@@ -451,8 +451,8 @@ impl Kind {
 
 /// An expression of this kind with these attributes.
 pub(super) fn expression(kind: Kind, attributes: &[(u32, u32)]) -> NonNull<sys::nftnl_expr> {
-    // SAFETY: the name is NUL-terminated, the expression fresh from the allocator. A setter copies a word at most, for which
-    // the attribute has room, and passes over attributes that the kind does not have.
+    // SAFETY: the name is NUL-terminated, the expression fresh from the allocator. A setter copies a word at most, for
+    // which the attribute has room, and passes over attributes that the kind does not have.
     unsafe {
         let expression = allocated(sys::nftnl_expr_alloc(kind.name().as_ptr()));
         for &(attribute, value) in attributes {

@@ -3,9 +3,10 @@
 //! `policy` is what users and root say of control groups, `plan` what the kernel is to have of it, `change` what that
 //! changes, and `take_over` what of an earlier helper's it replaces, which `inherit` has read back. In the table,
 //! `ruleset`, `output` and `delivery` are nobody's, `shared` and `bypass` are all users', `user`, `proxy`, `dns`,
-//! `verdicts` and `map_elements` are one user's, and `gateway` is root's; `common_rules` are in chains of several of these.
-//! They are written as commands (`transaction`), with rules (`rule`, of `expression`s) and names (`names`), and sent by
-//! `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can do and at what other programs do to marks.
+//! `verdicts` and `map_elements` are one user's, and `gateway` is root's; `common_rules` are in chains of several of
+//! these. They are written as commands (`transaction`), with rules (`rule`, of `expression`s) and names (`names`), and
+//! sent by `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can do and at what other programs do to
+//! marks.
 
 mod bypass;
 mod change;

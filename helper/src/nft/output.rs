@@ -84,7 +84,7 @@ impl Transaction<'_> {
             [
                 // A conversation with a DNS server, which has no divert bit.
                 // ct status & (confirmed | dnat) == confirmed | dnat goto open
-                &|rule| rule.ct_known_redirected().goto(OPEN),
+                &|rule| rule.ct_confirmed_dnat().goto(OPEN),
                 // Not one of this table's.
                 // goto enforced, or user-verdicts
                 &|rule| rule.goto(first),
@@ -117,7 +117,7 @@ impl Transaction<'_> {
                 &|rule| rule.skuid_known().goto(first),
                 // The last packets of a closed socket, which has no owner any more.
                 // socket wildcard 0 goto enforced, or user-verdicts
-                &|rule| rule.socket_has_address().goto(first),
+                &|rule| rule.socket_wildcard_0().goto(first),
                 // Sockets of the kernel's own, to which other programs speak.
                 // meta l4proto udp return
                 &|rule| rule.l4proto(Protocol::Udp).return_(),
@@ -267,7 +267,7 @@ impl Transaction<'_> {
             // socket cgroupv2 level 9 != 0 goto DEEP
             self.add_rules(
                 chain,
-                [&|rule| rule.socket_as_deep_as(SHALLOW + 1).goto(deep)],
+                [&|rule| rule.socket_level_exists(SHALLOW + 1).goto(deep)],
             );
         }
         let shallow = levels.range(..=SHALLOW).copied().collect();
@@ -318,13 +318,13 @@ impl Transaction<'_> {
             KERNEL,
             [
                 // socket cgroupv2 level 1 != 0 return
-                &|rule| rule.socket_as_deep_as(1).return_(),
+                &|rule| rule.socket_level_exists(1).return_(),
                 // meta skuid >= 0 return
                 &|rule| rule.skuid_known().return_(),
                 // ct status & (confirmed | dnat) == confirmed
                 //   ct mark set ct mark & ~MASK meta mark set meta mark & ~MASK accept
                 &|rule| {
-                    rule.ct_not_redirected()
+                    rule.ct_confirmed_without_dnat()
                         .ct_mark_set(mask, 0)
                         .meta_mark_set(mask, 0)
                         .accept()

@@ -146,7 +146,7 @@ pub struct LeftBehind {
     pub proxies: BTreeMap<ProxyName, Mark>,
     /// Whether anything is dropped or held.
     pub holds_back: bool,
-    /// The name of their layout, if it has one.
+    /// Their stamp, if they have one.
     pub stamp: Option<Stamp>,
     /// The numbers of the bypass lists that the table had, one of which may be this user's.
     pub lists: BTreeSet<u32>,

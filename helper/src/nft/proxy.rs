@@ -108,7 +108,11 @@ impl Transaction<'_> {
             // ct mark & MASK == MARK ct status & (confirmed | dnat) == confirmed goto refuse
             self.add_rules(
                 &chain,
-                [&|rule| rule.ct_mark_is(mask, mark).ct_not_redirected().goto(REFUSE)],
+                [&|rule| {
+                    rule.ct_mark_is(mask, mark)
+                        .ct_confirmed_without_dnat()
+                        .goto(REFUSE)
+                }],
             );
         }
         // ct mark & MASK == MARK …: meta mark set meta mark & ~MASK | MARK accept
@@ -141,7 +145,7 @@ impl Transaction<'_> {
                     &|rule| own(of(rule).socket_cgroupv2(level, &id)),
                     // A service's has no level that deep, and nothing is equal or not to what is not there.
                     // … socket cgroupv2 level 1 != 0 goto refuse
-                    &|rule| of(rule).socket_as_deep_as(1).goto(REFUSE),
+                    &|rule| of(rule).socket_level_exists(1).goto(REFUSE),
                     // At the root are the kernel's own sockets too, which nobody has open.
                     // … meta skuid >= 0 goto refuse
                     &|rule| of(rule).skuid_known().goto(REFUSE),
@@ -290,13 +294,17 @@ impl Transaction<'_> {
                 // meta l4proto tcp socket wildcard { 0, 1 } reject with tcp reset
                 &|rule| {
                     rule.l4proto(Protocol::Tcp)
-                        .socket_is_full()
+                        .socket_wildcard_any()
                         .reject_with_tcp_reset()
                 },
                 // The rest of an earlier connection from the same port, which was let in (TIME-WAIT). It makes way for
                 // this one, whose listener can't be told here: it may be another one by now.
                 // meta l4proto tcp socket transparent { 0, 1 } return
-                &|rule| rule.l4proto(Protocol::Tcp).socket_exists().return_(),
+                &|rule| {
+                    rule.l4proto(Protocol::Tcp)
+                        .socket_transparent_any()
+                        .return_()
+                },
                 // goto refuse
                 &|rule| rule.goto(REFUSE),
             ],

@@ -1,4 +1,5 @@
-//! Rules of nftables: one method for each expression, named as nft names it.
+//! Rules of nftables: one method for each thing that a rule can ask or do, named after what nft calls it. The comments
+//! have it as nft writes it.
 
 use std::ffi::CStr;
 use std::net::{IpAddr, Ipv6Addr};
@@ -140,23 +141,23 @@ impl<'a> RuleBuilder<'a> {
     }
 
     /// `ct status seen-reply`: somebody has answered.
-    pub(super) fn ct_answered(self) -> Self {
+    pub(super) fn ct_seen_reply(self) -> Self {
         self.ct_status(SEEN_REPLY, CmpOp::Neq, 0)
     }
 
     /// `ct status dnat`: the connection's destination was changed.
-    pub(super) fn ct_redirected(self) -> Self {
+    pub(super) fn ct_dnat(self) -> Self {
         self.ct_status(DNAT, CmpOp::Neq, 0)
     }
 
     /// `ct status & (confirmed | dnat) == confirmed`: the connection is known, and its destination was not changed.
-    pub(super) fn ct_not_redirected(self) -> Self {
+    pub(super) fn ct_confirmed_without_dnat(self) -> Self {
         self.ct_status(CONFIRMED | DNAT, CmpOp::Eq, CONFIRMED)
     }
 
     /// `ct status & (confirmed | dnat) == confirmed | dnat`: the connection is known, and its destination was
     /// changed.
-    pub(super) fn ct_known_redirected(self) -> Self {
+    pub(super) fn ct_confirmed_dnat(self) -> Self {
         self.ct_status(CONFIRMED | DNAT, CmpOp::Eq, CONFIRMED | DNAT)
     }
 
@@ -186,20 +187,20 @@ impl<'a> RuleBuilder<'a> {
     }
 
     /// `socket wildcard { 0, 1 }`: there is a socket, which is not the rest of a closed connection.
-    pub(super) fn socket_is_full(self) -> Self {
+    pub(super) fn socket_wildcard_any(self) -> Self {
         self.with(&Socket::new(SocketKey::Wildcard, 0))
             .compare(CmpOp::Lte, 1u8)
     }
 
     /// `socket wildcard 0`: the sender's socket is connected or bound to an address. Those by which the kernel itself
     /// sends resets and the like are neither.
-    pub(super) fn socket_has_address(self) -> Self {
+    pub(super) fn socket_wildcard_0(self) -> Self {
         self.with(&Socket::new(SocketKey::Wildcard, 0))
             .compare(CmpOp::Eq, 0u8)
     }
 
     /// `socket transparent { 0, 1 }`: there is a socket of whatever kind.
-    pub(super) fn socket_exists(self) -> Self {
+    pub(super) fn socket_transparent_any(self) -> Self {
         self.with(&Socket::new(SocketKey::Transparent, 0))
             .compare(CmpOp::Lte, 1u8)
     }
@@ -239,7 +240,7 @@ impl<'a> RuleBuilder<'a> {
 
     /// `socket cgroupv2 level LEVEL != 0`: the socket's control group is that deep, or deeper. No control group has the
     /// id 0.
-    pub(super) fn socket_as_deep_as(self, level: u32) -> Self {
+    pub(super) fn socket_level_exists(self, level: u32) -> Self {
         self.with(&Socket::new(SocketKey::CgroupV2, level))
             .compare(CmpOp::Neq, &[0_u8; 8][..])
     }

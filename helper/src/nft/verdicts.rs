@@ -145,7 +145,7 @@ impl Transaction<'_> {
             &chain,
             [
                 // socket cgroupv2 level LEVEL != 0 drop
-                &|rule| rule.socket_as_deep_as(hold.level).drop(),
+                &|rule| rule.socket_level_exists(hold.level).drop(),
                 // goto CHAIN, return or drop
                 &|rule| match &decided {
                     Decision::Goto(chain) => rule.goto(chain),
