@@ -77,11 +77,11 @@ impl Conntrack {
             match message.refusal() {
                 Some(refusal) if refusal.errno == Errno::NOENT => return Ok(None),
                 Some(refusal) => return Err(refusal),
-                None if message.kind >> 8 == SUBSYSTEM => {
-                    // After struct nfgenmsg.
-                    return Ok(entry(message.payload.get(4..).unwrap_or_default()));
+                None => {
+                    if let Some((SUBSYSTEM, _, attributes)) = message.netfilter() {
+                        return Ok(entry(attributes));
+                    }
                 }
-                None => {}
             }
         }
         Ok(None)
@@ -111,10 +111,15 @@ fn request(from: SocketAddr, to: SocketAddr) -> Option<Vec<u8>> {
     let mut tuple = Vec::new();
     push_attribute(&mut tuple, TUPLE_ADDRESSES | NLA_F_NESTED, &addresses);
     push_attribute(&mut tuple, TUPLE_PROTOCOL | NLA_F_NESTED, &protocol);
-    // struct nfgenmsg: family, version 0, resource 0
-    let mut body = vec![family, 0, 0, 0];
-    push_attribute(&mut body, TUPLE_REPLY | NLA_F_NESTED, &tuple);
-    Some(netlink::request((SUBSYSTEM << 8) | GET, 0, &body))
+    let mut attributes = Vec::new();
+    push_attribute(&mut attributes, TUPLE_REPLY | NLA_F_NESTED, &tuple);
+    Some(netlink::netfilter_request(
+        SUBSYSTEM,
+        GET,
+        0,
+        family,
+        &attributes,
+    ))
 }
 
 /// Takes what may be an answer apart.

@@ -33,10 +33,10 @@ pub fn netlink(bytes: &[u8]) {
         for found in attributes(message.payload) {
             let _ = attribute(message.payload, found.kind()).map(string);
         }
-        // After struct nfgenmsg.
-        let payload = message.payload.get(4..).unwrap_or_default();
-        crate::conntrack::fuzz(payload);
-        crate::nft::fuzz(payload);
+        if let Some((_, _, attributes)) = message.netfilter() {
+            crate::conntrack::fuzz(attributes);
+            crate::nft::fuzz(attributes);
+        }
     }
 }
 

@@ -147,9 +147,10 @@ impl Monitor {
 
 /// Whether a message is about our nftables table.
 fn is_about_table(message: &Message<'_>) -> bool {
-    // A struct nfgenmsg of four bytes comes first.
-    let attributes = message.payload.get(4..).unwrap_or_default();
-    attribute(attributes, TABLE_NAME).map(string).as_deref() == TABLE.to_str().ok()
+    let name = message
+        .netfilter()
+        .and_then(|(_, _, attributes)| attribute(attributes, TABLE_NAME));
+    name.map(string).as_deref() == TABLE.to_str().ok()
 }
 
 /// Listens to these multicast groups, but not to what our own socket changes.

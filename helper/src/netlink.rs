@@ -54,6 +54,19 @@ pub(crate) fn request(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
     request
 }
 
+/// A request of this type to a subsystem of netfilter (linux/netfilter/nfnetlink.h).
+pub(crate) fn netfilter_request(
+    subsystem: u16,
+    kind: u16,
+    flags: u16,
+    family: u8,
+    attributes: &[u8],
+) -> Vec<u8> {
+    // struct nfgenmsg: family, version 0, resource 0
+    let body = [&[family, 0, 0, 0], attributes].concat();
+    request((subsystem << 8) | kind, flags, &body)
+}
+
 /// Adds an attribute (struct nlattr, linux/netlink.h) to a request's body or to the value of a nested attribute.
 pub(crate) fn push_attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
     bytes.extend_from_slice(&((4 + value.len()) as u16).to_ne_bytes());
@@ -83,7 +96,14 @@ pub(crate) struct Message<'a> {
     flags: u16,
 }
 
-impl Message<'_> {
+impl<'a> Message<'a> {
+    /// The subsystem, the family and the attributes, if it may be a message of netfilter's: these stand in its type and
+    /// after struct nfgenmsg.
+    pub(crate) fn netfilter(&self) -> Option<(u16, u8, &'a [u8])> {
+        let ([family, ..], attributes) = self.payload.split_first_chunk::<4>()?;
+        Some((self.kind >> 8, *family, attributes))
+    }
+
     /// Whether this is part of a dump that others changed while it was made.
     pub(crate) fn is_interrupted(&self) -> bool {
         self.kind != NLMSG_ERROR && self.flags & NLM_F_DUMP_INTR != 0

@@ -13,6 +13,7 @@ use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLMSG_DONE};
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use nftnl::FinalizedBatch;
+use nftnl::nftnl_sys::libc;
 use rustix::io::Errno;
 use rustix::net::sockopt::{
     set_socket_recv_buffer_size, set_socket_recv_buffer_size_force, set_socket_send_buffer_size,
@@ -140,14 +141,13 @@ impl NetfilterSocket {
         attributes: &[u8],
         mut each: impl FnMut(u8, &[u8]) -> ControlFlow<()>,
     ) -> Result<(), Refusal> {
-        let (kind, family): (u16, u8) = match what {
-            Dump::Chains => (4, INET),
-            Dump::Elements => (13, INET),
-            Dump::Rules => (7, UNSPECIFIED),
+        let (kind, family) = match what {
+            Dump::Chains => (libc::NFT_MSG_GETCHAIN, INET),
+            Dump::Elements => (libc::NFT_MSG_GETSETELEM, INET),
+            Dump::Rules => (libc::NFT_MSG_GETRULE, UNSPECIFIED),
         };
-        // struct nfgenmsg: family, version 0, resource 0
-        let body = [&[family, 0, 0, 0], attributes].concat();
-        let request = netlink::request((SUBSYSTEM << 8) | kind, NLM_F_DUMP, &body);
+        let request =
+            netlink::netfilter_request(SUBSYSTEM, kind as u16, NLM_F_DUMP, family, attributes);
         self.socket.send(&request, 0)?;
         let mut refused = None;
         self.receive(|message| {
@@ -155,9 +155,7 @@ impl NetfilterSocket {
                 refused.get_or_insert(refusal);
             } else if message.is_interrupted() {
                 refused.get_or_insert(Refusal::from(io::Error::from(io::ErrorKind::Interrupted)));
-            } else if message.kind >> 8 == SUBSYSTEM
-                && let Some((&[family, ..], object)) = message.payload.split_first_chunk::<4>()
-            {
+            } else if let Some((SUBSYSTEM, family, object)) = message.netfilter() {
                 return each(family, object).is_break();
             }
             message.kind == NLMSG_DONE
