@@ -159,7 +159,7 @@ fn changed_bits(expressions: &[u8], mask: u32) -> u32 {
             Some(name) => {
                 let destination = match name {
                     "lookup" => 3,
-                    "byteorder" | "hash" => 2,
+                    "byteorder" | "hash" | "socket" | "tunnel" => 2,
                     _ => 1,
                 };
                 if let Some(register) = number(data, destination) {
@@ -346,6 +346,16 @@ mod tests {
                 0xff00_0000,
             ),
             ("mark set ct mark", [load("ct"), store("meta")].concat(), 0),
+            (
+                "mark set socket wildcard, where the mark was",
+                [
+                    load("meta"),
+                    expression("socket", &[word(1, 2), word(2, 1)]),
+                    store("meta"),
+                ]
+                .concat(),
+                0xff00_0000,
+            ),
             (
                 "ct mark set mark",
                 [load("meta"), store("ct")].concat(),
