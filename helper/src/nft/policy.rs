@@ -104,7 +104,7 @@ impl Hold {
     }
 
     /// The chain that the number of an element at `level` leads to, if it needs one: where nothing leaves anyway
-    /// there is nothing to hold, and what is too deep for nftables is never told apart from its parent.
+    /// there is nothing to hold, and what is deeper than `DEEPEST_LEVEL` is never told apart from its parent.
     #[must_use]
     pub fn of(level: u32, element: &Element) -> Option<Self> {
         let leaves = || element.verdict != Verdict::DropAll || element.enforced == Enforced::Hold;
