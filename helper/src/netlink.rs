@@ -159,12 +159,20 @@ pub(crate) fn attributes(bytes: &[u8]) -> impl Iterator<Item = NlaBuffer<&[u8]>>
     NlasIterator::new(bytes).map_while(Result::ok)
 }
 
+/// The values of all attributes.
+pub(crate) fn values(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    attributes(bytes).filter_map(value)
+}
+
 /// The value of the first attribute of this kind.
 pub(crate) fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
-    let found = attributes(bytes).find(|a| a.kind() == kind)?;
-    let length = found.value_length();
-    // The value borrows from the buffer, not from `found`.
-    found.into_inner().get(4..4 + length)
+    attributes(bytes).find(|a| a.kind() == kind).and_then(value)
+}
+
+/// The value of an attribute, which borrows from the buffer and not from the attribute.
+fn value(attribute: NlaBuffer<&[u8]>) -> Option<&[u8]> {
+    let length = attribute.value_length();
+    attribute.into_inner().get(4..4 + length)
 }
 
 /// A NUL-terminated string attribute.

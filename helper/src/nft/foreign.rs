@@ -7,15 +7,10 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use super::attributes::{RULE_EXPRESSIONS, RULE_TABLE, expressions};
 use super::socket::{Dump, NetfilterSocket};
 use super::{Nftables, Refusal, TABLE};
-use crate::netlink::{attribute, attributes, string};
-
-/// enum nft_rule_attributes, nft_list_attributes, nft_expr_attributes
-const RULE_TABLE: u16 = 1;
-const RULE_EXPRESSIONS: u16 = 4;
-const EXPRESSION_NAME: u16 = 1;
-const EXPRESSION_DATA: u16 = 2;
+use crate::netlink::{attribute, string};
 
 /// enum nft_meta_attributes, nft_ct_attributes: destination, key, source
 const META: (u16, u16, u16) = (1, 2, 3);
@@ -142,21 +137,18 @@ pub(super) fn fuzz(rule: &[u8]) {
 }
 
 /// The bits of `mask` that a rule's expressions may change in a mark.
-fn changed_bits(expressions: &[u8], mask: u32) -> u32 {
+fn changed_bits(list: &[u8], mask: u32) -> u32 {
     let mut registers: BTreeMap<u32, Register> = BTreeMap::new();
     let mut bits = 0;
-    for expression in attributes(expressions) {
-        let expression = expression.value();
-        let name = attribute(expression, EXPRESSION_NAME).map(string);
-        let data = attribute(expression, EXPRESSION_DATA).unwrap_or_default();
-        match name.as_deref() {
-            Some("meta") => bits |= load_or_store(data, META, Place::Packet, &mut registers),
-            Some("ct") => bits |= load_or_store(data, CT, Place::Connection, &mut registers),
-            Some("bitwise") => bitwise(data, &mut registers),
-            Some("target") => bits |= target(data),
-            Some("cmp" | "range") | None => {}
+    for (name, data) in expressions(list) {
+        match name.as_str() {
+            "meta" => bits |= load_or_store(data, META, Place::Packet, &mut registers),
+            "ct" => bits |= load_or_store(data, CT, Place::Connection, &mut registers),
+            "bitwise" => bitwise(data, &mut registers),
+            "target" => bits |= target(data),
+            "cmp" | "range" => {}
             // Whatever else fills a register fills it with something that is no mark.
-            Some(name) => {
+            name => {
                 let destination = match name {
                     "lookup" => 3,
                     "byteorder" | "hash" | "socket" | "tunnel" => 2,
@@ -268,6 +260,7 @@ fn canonical(register: u32) -> u32 {
 mod tests {
     use super::*;
     use crate::netlink::push_attribute;
+    use crate::nft::attributes::{EXPRESSION_DATA, EXPRESSION_NAME};
     use proptest::prelude::*;
 
     fn attr(kind: u16, value: &[u8]) -> Vec<u8> {

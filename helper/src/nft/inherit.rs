@@ -8,6 +8,7 @@ use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::text;
 use rustix::io::Errno;
 
+use super::attributes::{RULE_CHAIN, RULE_EXPRESSIONS, RULE_TABLE, expressions};
 use super::ffi::Comment;
 use super::names::{self, ListNames, Names};
 use super::plan::{Inherited, Known, Layout, LeftBehind, Stamp, Stamped};
@@ -18,7 +19,7 @@ use super::verdicts::{holds_back, meaning, what_is_enforced};
 use super::{Error, Nftables, TABLE, map_elements, ruleset};
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::mark::{Mark, MarkRange};
-use crate::netlink::{Refusal, attribute, attributes, push_attribute, string};
+use crate::netlink::{Refusal, attribute, push_attribute, string, values};
 use crate::peer::Uid;
 use crate::snapshot::Records;
 
@@ -331,12 +332,7 @@ impl Nftables {
 
     /// The levels that the rules of each of these chains look at.
     fn levels_of<const N: usize>(&self, chains: [&CStr; N]) -> Result<[BTreeSet<u32>; N], Error> {
-        // enum nft_rule_attributes, nft_list_attributes, nft_expr_attributes, nft_socket_attributes
-        const RULE_TABLE: u16 = 1;
-        const RULE_CHAIN: u16 = 2;
-        const RULE_EXPRESSIONS: u16 = 4;
-        const EXPRESSION_NAME: u16 = 1;
-        const EXPRESSION_DATA: u16 = 2;
+        /// enum nft_socket_attributes
         const SOCKET_LEVEL: u16 = 3;
         let is =
             |value: Option<&[u8]>, name: &CStr| value.map(string).as_deref() == name.to_str().ok();
@@ -351,12 +347,10 @@ impl Nftables {
             let Some((_, levels)) = each.find(|(name, _)| is(chain, name)) else {
                 continue;
             };
-            for expression in attributes(attribute(&rule, RULE_EXPRESSIONS).unwrap_or_default()) {
-                let expression = expression.value();
-                let name = attribute(expression, EXPRESSION_NAME).map(string);
-                let data = attribute(expression, EXPRESSION_DATA).unwrap_or_default();
+            let list = attribute(&rule, RULE_EXPRESSIONS).unwrap_or_default();
+            for (name, data) in expressions(list) {
                 let level = attribute(data, SOCKET_LEVEL).and_then(<[u8]>::first_chunk);
-                if let (Some("socket"), Some(level)) = (name.as_deref(), level) {
+                if let ("socket", Some(level)) = (name.as_str(), level) {
                     levels.insert(u32::from_be_bytes(*level));
                 }
             }
@@ -399,8 +393,7 @@ impl Nftables {
         let mut elements = Vec::new();
         for page in pages {
             let list = attribute(&page, LIST_ELEMENTS).unwrap_or_default();
-            for element in attributes(list) {
-                let element = element.value();
+            for element in values(list) {
                 let key =
                     attribute(element, ELEMENT_KEY).and_then(|key| attribute(key, DATA_VALUE));
                 let data = attribute(element, ELEMENT_DATA).unwrap_or_default();

@@ -6,8 +6,9 @@
 //! `verdicts` and `map_elements` are one user's, and `gateway` is root's; `common_rules` are in chains of several of
 //! these. They are written as commands (`transaction`), with rules (`rule`, of `expression`s) and names (`names`), and
 //! sent by `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can do and at what other programs do to
-//! marks.
+//! marks; `attributes` has what rules look like where they are dumped.
 
+mod attributes;
 mod bypass;
 mod change;
 mod common_rules;
