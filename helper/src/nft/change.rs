@@ -34,6 +34,21 @@ impl Transaction<'_> {
         self.stamp(plan);
     }
 
+    /// How many messages the steps would write that have no work, which are left out: none, if all that a step does is
+    /// said in [`Step::has_work`] too.
+    pub(super) fn left_out(
+        mut self,
+        plan: &Plan,
+        elements: &ElementChanges<'_>,
+        shared: &Shared,
+    ) -> usize {
+        let idle = |step: &Step| !step.has_work(plan, elements);
+        for step in Step::ALL.into_iter().filter(idle) {
+            self.step(plan, elements, step, shared);
+        }
+        self.messages()
+    }
+
     /// The layout that the kernel has is not that of before any more.
     pub(super) fn unstamp(&mut self, plan: &Plan) {
         if !plan.keeps_layout() && plan.before.stamp().is_some() {
@@ -183,24 +198,17 @@ impl Transaction<'_> {
 
     /// What a user's layout has in both, and says otherwise.
     fn change_layout(&mut self, names: &Names, before: &Layout, after: &Layout) {
-        // What proxies' rules say besides what their proxies are.
-        let elsewhere = before.subtree != after.subtree || before.bypass != after.bypass;
-        for (name, proxy) in &after.proxies {
+        let around = before.proxies_surroundings_change(after);
+        for (name, old, new) in before.proxies_that_stay(after) {
             // Its mark is the same: a proxy keeps it for as long as the policy has its name.
-            match before.proxies.get(name) {
-                Some(old) if old != proxy || elsewhere => {
-                    self.change_proxy(names, after, name, old, proxy);
-                }
-                _ => {}
+            if old != new || around {
+                self.change_proxy(names, after, name, old, new);
             }
         }
         if before.bypass != after.bypass {
             self.system_drop_rules(names, after);
         }
-        if before.gateway != after.gateway
-            || (after.gateway.is_some() && before.proxies != after.proxies)
-            || (after.gateway.is_some() && elsewhere)
-        {
+        if before.gateway_changes(after) {
             self.gateway(names, after);
         }
         self.change_map_elements(&names.drop_element(before), &names.drop_element(after));

@@ -265,6 +265,8 @@ impl Nftables {
             return Ok(());
         }
         let elements = plan.element_changes(&self.shared);
+        let left_out = || self.transaction().left_out(plan, &elements, &self.shared);
+        debug_assert_eq!(left_out(), 0, "a step that is left out has work");
         let has_work = |step: &Step| step.has_work(plan, &elements);
         let steps: Vec<Step> = Step::ALL.into_iter().filter(has_work).collect();
         if steps.is_empty() {

@@ -113,6 +113,26 @@ impl Layout {
             holds_back: self.holds_back || other.holds_back,
         }
     }
+
+    /// What is here of each proxy that a later layout has too, and what is there.
+    pub(super) fn proxies_that_stay<'a>(
+        &'a self,
+        after: &'a Self,
+    ) -> impl Iterator<Item = (&'a ProxyName, &'a Proxy, &'a Proxy)> {
+        let proxies = after.proxies.iter();
+        proxies.filter_map(|(name, new)| Some((name, self.proxies.get(name)?, new)))
+    }
+
+    /// Whether what proxies' rules say besides what their proxies are is another thing in a later layout.
+    pub(super) fn proxies_surroundings_change(&self, after: &Self) -> bool {
+        self.subtree != after.subtree || self.bypass != after.bypass
+    }
+
+    /// Whether the rules for what is forwarded are others in a later layout.
+    pub(super) fn gateway_changes(&self, after: &Self) -> bool {
+        let around = self.proxies != after.proxies || self.proxies_surroundings_change(after);
+        self.gateway != after.gateway || (after.gateway.is_some() && around)
+    }
 }
 
 #[cfg(any(test, fuzzing))]
@@ -276,14 +296,12 @@ impl Step {
                     || (after.holds_back && !before.holds_back)
             }
             Self::Changes => {
-                let changed = |(name, old): (&ProxyName, &Proxy)| {
-                    after.proxies.get(name).is_some_and(|new| new != old)
-                };
                 !elements.changed.is_empty()
-                    || before.proxies.iter().any(changed)
+                    || before
+                        .proxies_that_stay(after)
+                        .any(|(_, old, new)| old != new)
                     || before.bypass != after.bypass
-                    || before.gateway != after.gateway
-                    || (after.gateway.is_some() && before.proxies != after.proxies)
+                    || before.gateway_changes(after)
                     || before.subtree != after.subtree
             }
             Self::Deletions => {

@@ -414,6 +414,10 @@ fn whole_lives_of_policies() {
             if let Before::LeftBehind(_) = plan.before {
                 shared = left(uid);
             }
+            let elements = plan.element_changes(&shared);
+            let table = Table::new(TABLE, ProtoFamily::Inet);
+            let idle = Transaction::new(&table, marks(), UdpVerdicts::default());
+            assert_eq!(idle.left_out(&plan, &elements, &shared), 0);
             let found = transaction(|transaction| transaction.plan(&plan, &shared));
             shared.carried_out(&plan);
             let maps = if uid == Uid::ROOT { 2 } else { 1 };

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 
 use nftnl::{
-    Batch, Chain, ChainType, FinalizedBatch, Hook, MsgType, Policy, Priority, Rule, Table,
+    Batch, Chain, ChainType, FinalizedBatch, Hook, MsgType, NlMsg, Policy, Priority, Rule, Table,
 };
 
 use super::ffi::{Content, Element, FlaggedTable, FlushSet, KeyType, Set};
@@ -20,6 +20,8 @@ pub(super) struct Transaction<'a> {
     pub(super) udp_verdicts: UdpVerdicts,
     /// What the rules of the output hook look at once all of this is carried out.
     pub(super) looked_at: LookedAt,
+    /// How many messages it has by now.
+    messages: usize,
     next_set_id: u32,
 }
 
@@ -32,6 +34,7 @@ impl<'a> Transaction<'a> {
             marks,
             udp_verdicts,
             looked_at: LookedAt::default(),
+            messages: 0,
             next_set_id: 1,
         }
     }
@@ -40,9 +43,19 @@ impl<'a> Transaction<'a> {
         self.batch.finalize()
     }
 
+    fn add(&mut self, message: &impl NlMsg, kind: MsgType) {
+        self.batch.add(message, kind);
+        self.messages += 1;
+    }
+
+    /// How many messages it has by now.
+    pub(super) fn messages(&self) -> usize {
+        self.messages
+    }
+
     /// `add table inet cgtproxy { flags … }`
     pub(super) fn add_table(&mut self, flags: u32) {
-        self.batch.add(
+        self.add(
             &FlaggedTable {
                 table: self.table,
                 flags,
@@ -53,15 +66,15 @@ impl<'a> Transaction<'a> {
 
     /// `delete table inet cgtproxy`
     pub(super) fn delete_table(&mut self) {
-        self.batch.add(self.table, MsgType::Del);
+        self.add(self.table, MsgType::Del);
     }
 
     pub(super) fn add_chain(&mut self, chain: &CStr) {
-        self.batch.add(&Chain::new(chain, self.table), MsgType::Add);
+        self.add(&Chain::new(chain, self.table), MsgType::Add);
     }
 
     pub(super) fn delete_chain(&mut self, chain: &CStr) {
-        self.batch.add(&Chain::new(chain, self.table), MsgType::Del);
+        self.add(&Chain::new(chain, self.table), MsgType::Del);
     }
 
     /// Deletes chains, which may lead to each other.
@@ -80,7 +93,7 @@ impl<'a> Transaction<'a> {
     /// `flush chain`: a deletion that names no rule deletes all of a chain.
     pub(super) fn flush_chain(&mut self, chain: &CStr) {
         let chain = Chain::new(chain, self.table);
-        self.batch.add(&Rule::new(&chain), MsgType::Del);
+        self.add(&Rule::new(&chain), MsgType::Del);
     }
 
     /// Adds a base chain, which may be there already, and flushes it.
@@ -95,7 +108,7 @@ impl<'a> Transaction<'a> {
         base.set_type(kind);
         base.set_hook(hook, priority);
         base.set_policy(Policy::Accept);
-        self.batch.add(&base, MsgType::Add);
+        self.add(&base, MsgType::Add);
         self.flush_chain(name);
     }
 
@@ -107,8 +120,7 @@ impl<'a> Transaction<'a> {
     ) {
         let chain = Chain::new(chain, self.table);
         for rule in rules {
-            self.batch
-                .add(&rule(RuleBuilder::new(&chain)).finish(), MsgType::Add);
+            self.add(&rule(RuleBuilder::new(&chain)).finish(), MsgType::Add);
         }
     }
 
@@ -121,24 +133,24 @@ impl<'a> Transaction<'a> {
 
     pub(super) fn add_set(&mut self, name: &CStr, key: KeyType, content: Content) {
         let set = self.set(name, key, content);
-        self.batch.add(&set, MsgType::Add);
+        self.add(&set, MsgType::Add);
     }
 
     pub(super) fn delete_set(&mut self, name: &CStr) {
         let set = self.set(name, KeyType::Mark, Content::Keys);
-        self.batch.add(&set, MsgType::Del);
+        self.add(&set, MsgType::Del);
     }
 
     pub(super) fn flush_set(&mut self, name: &CStr) {
         let set = self.set(name, KeyType::Mark, Content::Keys);
-        self.batch.add(&FlushSet(&set), MsgType::Add);
+        self.add(&FlushSet(&set), MsgType::Add);
     }
 
     /// Adds the set's elements, or deletes them.
     pub(super) fn write_elements(&mut self, set: &Set<'_>, message: MsgType) {
         let mut messages = set.elements();
         while let Some(elements) = messages.next() {
-            self.batch.add(&elements, message);
+            self.add(&elements, message);
         }
     }
 
