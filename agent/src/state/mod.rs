@@ -316,6 +316,6 @@ impl Observer for State {
 
     fn lost_track(&mut self) {
         self.news = true;
-        self.ledger.replace_all();
+        self.ledger.doubt_all();
     }
 }

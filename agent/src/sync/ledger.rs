@@ -129,6 +129,15 @@ impl Ledger {
         self.replace = true;
     }
 
+    /// Has the whole policy sent again, since any control group may be another one than before.
+    pub fn doubt_all(&mut self) {
+        let sent = self.flight.iter_mut().flat_map(|f| f.assigned.values_mut());
+        for held in self.held.values_mut().chain(sent) {
+            held.stale = true;
+        }
+        self.replace = true;
+    }
+
     /// Forgets what the helper holds: it holds nothing, or nobody knows what.
     pub fn lost(&mut self) {
         *self = Self {

@@ -3,12 +3,14 @@
 //! The kernel forgets a watch when its file is deleted, but not on cgroupfs, where directories never
 //! lose their last link: they keep their watch, and the memory behind it, until it is taken away.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::rc::Rc;
 
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
 use tokio::net::unix::pipe::Receiver;
@@ -21,7 +23,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 const BUFFER_BYTES: usize = 16 * 1024;
 
 /// How many events are taken at once; those that were read together with the last one come on top.
-pub(super) const BATCH: usize = 1024;
+const BATCH: usize = 1024;
 
 /// How many bytes an event has without its name. The length of the name is a multiple of it (struct inotify_event).
 const EVENT_BYTES: usize = 16;
@@ -40,11 +42,17 @@ pub struct Event {
     pub name: Vec<u8>,
 }
 
+/// The queue of an inotify instance, which may be read without waiting.
+#[derive(Debug)]
+pub(super) struct Queue {
+    inotify: Inotify,
+    buffer: Vec<u8>,
+}
+
 /// The events of an inotify instance.
 #[derive(Debug)]
 pub struct Events {
-    inotify: Inotify,
-    buffer: Vec<u8>,
+    queue: Rc<RefCell<Queue>>,
     waiting: Waiting,
 }
 
@@ -98,10 +106,13 @@ impl Events {
     pub fn new(inotify: Inotify) -> io::Result<Self> {
         let mut waiting = Waiting::Lost;
         waiting.wait(&inotify)?;
+        let queue = Queue {
+            inotify,
+            buffer: vec![0; BUFFER_BYTES],
+        };
         Ok(Self {
             waiting,
-            buffer: vec![0; BUFFER_BYTES],
-            inotify,
+            queue: Rc::new(RefCell::new(queue)),
         })
     }
 
@@ -110,11 +121,11 @@ impl Events {
     /// # Errors
     /// If they can't be read.
     pub async fn next(&mut self) -> io::Result<Vec<Event>> {
-        let waiting = self.waiting.wait(&self.inotify)?;
+        let waiting = self.waiting.wait(&self.queue.borrow().inotify)?;
         loop {
             waiting.readable().await?;
             let mut batch = Vec::new();
-            let read = waiting.try_io(|| read(&mut self.inotify, &mut self.buffer, &mut batch));
+            let read = waiting.try_io(|| self.queue.borrow_mut().read(&mut batch));
             match read {
                 Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
                 _ if batch.is_empty() => {}
@@ -146,40 +157,47 @@ impl Events {
     /// # Errors
     /// If they can't be read.
     pub fn fetch(&mut self) -> io::Result<Vec<Event>> {
+        self.queue.borrow_mut().fetch()
+    }
+}
+
+impl Queue {
+    /// The events that there are now, at most some [`BATCH`].
+    fn fetch(&mut self) -> io::Result<Vec<Event>> {
         let mut batch = Vec::new();
-        match read(&mut self.inotify, &mut self.buffer, &mut batch) {
+        match self.read(&mut batch) {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
             _ => Ok(batch),
         }
     }
-}
 
-/// Adds the events in the queue to a batch, until it has some [`BATCH`]. The error is `WouldBlock` if the queue is empty.
-/// That is known without asking the kernel again: it stops where the next event does not fit into the buffer, so there is
-/// no next event if the longest one would have fitted.
-fn read(inotify: &mut Inotify, buffer: &mut [u8], batch: &mut Vec<Event>) -> io::Result<()> {
-    while batch.len() < BATCH {
-        let events = match inotify.read_events(buffer) {
-            Ok(events) => events,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        };
-        let mut bytes = 0;
-        for event in events {
-            let name = event.name.map(OsStr::as_bytes).unwrap_or_default();
-            // A name ends with a NUL, and is filled up with more of them.
-            bytes += EVENT_BYTES + (name.len() + 1).next_multiple_of(EVENT_BYTES);
-            batch.push(Event {
-                watch: event.wd.get_watch_descriptor_id(),
-                mask: event.mask,
-                name: name.to_vec(),
-            });
+    /// Adds the events in the queue to a batch, until it has some [`BATCH`]. The error is `WouldBlock` if the queue is
+    /// empty. That is known without asking the kernel again: it stops where the next event does not fit into the
+    /// buffer, so there is no next event if the longest one would have fitted.
+    fn read(&mut self, batch: &mut Vec<Event>) -> io::Result<()> {
+        while batch.len() < BATCH {
+            let events = match self.inotify.read_events(&mut self.buffer) {
+                Ok(events) => events,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            let mut bytes = 0;
+            for event in events {
+                let name = event.name.map(OsStr::as_bytes).unwrap_or_default();
+                // A name ends with a NUL, and is filled up with more of them.
+                bytes += EVENT_BYTES + (name.len() + 1).next_multiple_of(EVENT_BYTES);
+                batch.push(Event {
+                    watch: event.wd.get_watch_descriptor_id(),
+                    mask: event.mask,
+                    name: name.to_vec(),
+                });
+            }
+            if bytes + LONGEST_EVENT <= BUFFER_BYTES {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
         }
-        if bytes + LONGEST_EVENT <= BUFFER_BYTES {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
+        Ok(())
     }
-    Ok(())
 }
 
 fn mask() -> WatchMask {
@@ -205,6 +223,8 @@ enum Watched {
 #[derive(Debug)]
 pub(super) struct Watches {
     inner: inotify::Watches,
+    /// Where their events are.
+    queue: Rc<RefCell<Queue>>,
     /// The watches on the directories above the subtree's root.
     ancestors: Vec<Option<WatchDescriptor>>,
     watched: HashMap<i32, Watched>,
@@ -218,12 +238,29 @@ impl Watches {
     pub(super) fn open() -> io::Result<(Events, Self)> {
         let inotify = Inotify::init()?;
         let inner = inotify.watches();
+        let events = Events::new(inotify)?;
         let watches = Self {
             inner,
+            queue: Rc::clone(&events.queue),
             ancestors: Vec::new(),
             watched: HashMap::new(),
         };
-        Ok((Events::new(inotify)?, watches))
+        Ok((events, watches))
+    }
+
+    /// How many events there are now, at most.
+    pub(super) fn waiting(&self) -> usize {
+        let bytes = rustix::io::ioctl_fionread(&self.queue.borrow().inotify);
+        let bytes = bytes.ok().and_then(|bytes| usize::try_from(bytes).ok());
+        bytes.map_or(usize::MAX, |bytes| bytes / EVENT_BYTES)
+    }
+
+    /// The events that there are now, at most some [`BATCH`].
+    ///
+    /// # Errors
+    /// If they can't be read.
+    pub(super) fn fetch(&self) -> io::Result<Vec<Event>> {
+        self.queue.borrow_mut().fetch()
     }
 
     /// Watches a directory, which may be watched already.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::dbus::{Follower, Report};
-use super::inotify::{BATCH, Event, Events, Watches};
+use super::inotify::{Event, Events, Watches};
 use super::{Error, Monitor, Observer, Watcher, Watching};
 use crate::state::Agent;
 use crate::subtree::Subtree;
@@ -64,8 +64,6 @@ pub struct Sources {
     unusable: String,
     /// When everything was looked at the last time, and how long that took.
     looked: (Instant, Duration),
-    /// Something has happened since everything was looked at.
-    hinted: bool,
     /// How often in a row systemd could not be reached.
     losses: u32,
     said_unusable: bool,
@@ -86,7 +84,6 @@ pub fn open(subtree: Subtree, monitor: Monitor) -> (Sources, Watcher) {
         lost: String::new(),
         unusable: String::new(),
         looked: (Instant::now(), Duration::ZERO),
-        hinted: false,
         losses: 0,
         said_unusable: false,
     };
@@ -233,21 +230,7 @@ impl Sources {
 
     /// Takes events from inotify.
     fn notice(&mut self, batch: Vec<Event>, watcher: &RefCell<Watcher>, agent: &Agent) {
-        {
-            let mut watcher = watcher.borrow_mut();
-            let mut state = agent.state_mut();
-            let was_all = batch.len() < BATCH;
-            for event in batch {
-                let watches = watcher.watches.as_ref();
-                if let Some(hint) = watches.and_then(|w| w.hint(&watcher.subtree, &event)) {
-                    watcher.hint(hint, &mut *state);
-                }
-            }
-            if was_all {
-                watcher.ahead.clear();
-            }
-        }
-        self.hinted = true;
+        watcher.borrow_mut().take(batch, &mut *agent.state_mut());
         agent.wake();
     }
 
@@ -380,7 +363,6 @@ impl Sources {
         watcher.borrow_mut().scan(&mut *agent.state_mut());
         let end = Instant::now();
         self.looked = (end, end - start);
-        self.hinted = false;
         agent.wake();
     }
 
@@ -391,7 +373,7 @@ impl Sources {
             return None;
         }
         let (looked, took) = self.looked;
-        let after = match (self.hinted && incomplete, self.connected) {
+        let after = match (watcher.hinted && incomplete, self.connected) {
             (true, _) => RESCAN_SOON.max(took * REST.1),
             (false, false) => RESCAN.0.max(took * REST.0),
             (false, true) => RESCAN.1.max(took * REST.0),

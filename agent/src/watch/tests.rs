@@ -7,12 +7,15 @@ use std::rc::Rc;
 use cgtproxy_proto::helper::SkipReason;
 use tempfile::TempDir;
 
+use super::inotify::Event;
 use super::run::LOOKS;
 use super::*;
 use crate::config::{self, Scope};
 use crate::state::{Agent, Source};
 use crate::subtree::Subtree;
 use crate::sync::Call;
+
+mod model;
 
 /// An agent that drops `drop-…`, and knows what is in its subtree but watches nothing below that yet.
 struct Start {
@@ -69,6 +72,30 @@ impl Start {
     fn make_again(&self, path: &str) {
         self.remove(path);
         self.make(path);
+    }
+
+    /// Takes the events in inotify's queue.
+    fn hear(&mut self) {
+        let events = self.events();
+        self.take(events);
+    }
+
+    fn events(&self) -> Vec<Event> {
+        self.watcher.watches.as_ref().unwrap().fetch().unwrap()
+    }
+
+    fn take(&mut self, events: Vec<Event>) {
+        self.watcher.take(events, &mut *self.agent.state_mut());
+    }
+
+    fn look(&mut self, path: &str) {
+        let path = ControlGroupPath::from_wire(path).unwrap();
+        self.watcher.look(&path, &mut *self.agent.state_mut());
+    }
+
+    fn in_force(&self, path: &str) -> bool {
+        let path = ControlGroupPath::from_wire(path).unwrap();
+        self.agent.state().in_force(&path)
     }
 
     /// Looks at so many of those that wait for it.
@@ -202,18 +229,75 @@ async fn word_that_one_is_gone_is_not_about_another_that_was_seen_since() {
     let mut start = Start::with(&["a/drop-1"]);
     start.watch();
     start.said(&[]);
-    // The events of this are not read yet.
     start.make_again("groups/a/drop-1");
-    let path = ControlGroupPath::from_wire("a/drop-1").unwrap();
-    start.watcher.look(&path, &mut *start.agent.state_mut());
+    start.look("a/drop-1");
     assert_eq!(start.said(&[]), ["a/drop-1"]);
-    let gone = || Hint::Gone(path.clone());
-    start.watcher.hint(gone(), &mut *start.agent.state_mut());
+    start.hear();
+    start.watch();
     assert_eq!(start.said(&[]), [] as [&str; 0]);
-    // By now they are.
-    start.watcher.ahead.clear();
-    start.watcher.hint(gone(), &mut *start.agent.state_mut());
+    start.remove("groups/a/drop-1");
+    start.hear();
     assert_eq!(start.said(&[]), ["-a/drop-1"]);
+}
+
+#[tokio::test]
+async fn one_made_again_before_it_is_watched_is_not_in_force_by_what_was_said_before() {
+    let mut start = Start::with(&["a"]);
+    start.watch();
+    start.said(&[]);
+    start.make("groups/a/drop-1");
+    start.hear();
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+    // It is told of, and not watched yet. The events of this are not read.
+    start.make_again("groups/a/drop-1");
+    start.look("a/drop-1");
+    assert!(!start.in_force("a/drop-1"));
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+    assert!(start.in_force("a/drop-1"));
+    start.hear();
+    start.watch();
+    assert_eq!(start.said(&[]), [] as [&str; 0]);
+    assert!(start.in_force("a/drop-1"));
+}
+
+#[tokio::test]
+async fn nothing_is_in_force_by_what_was_said_before_events_were_lost() {
+    let mut start = Start::with(&["a/drop-1"]);
+    start.watch();
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+    assert!(start.in_force("a/drop-1"));
+    let lost = Hint::LostTrack;
+    start.watcher.hint(lost, &mut *start.agent.state_mut());
+    assert!(!start.in_force("a/drop-1"));
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+    assert!(start.in_force("a/drop-1"));
+}
+
+#[tokio::test]
+async fn one_made_again_before_it_is_watched_is_not_in_force_where_events_are_lost() {
+    let mut start = Start::with(&["a/drop-1"]);
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+    start.make_again("groups/a/drop-1");
+    let lost = Hint::LostTrack;
+    start.watcher.hint(lost, &mut *start.agent.state_mut());
+    start.look("a/drop-1");
+    assert!(!start.in_force("a/drop-1"));
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+    assert!(start.in_force("a/drop-1"));
+}
+
+/// Who waits for a verdict waits for no second call.
+#[tokio::test]
+async fn one_that_is_looked_at_before_it_is_watched_is_said_once() {
+    let mut start = Start::with(&["a"]);
+    start.watch();
+    start.said(&[]);
+    start.make("groups/a/drop-1");
+    start.hear();
+    assert_eq!(start.said(&[]), ["a/drop-1"]);
+    start.look("a/drop-1");
+    assert!(start.in_force("a/drop-1"));
+    assert_eq!(start.said(&[]), [] as [&str; 0]);
 }
 
 /// Who tells the helper and who answers need not wait until everything is watched.

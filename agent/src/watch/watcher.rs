@@ -15,6 +15,7 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 
 use super::directory::HOME;
+use super::inotify::Event;
 use super::listing::contains_more_than;
 use super::{Hint, Monitor, Observer, inotify};
 use crate::said::{Kind, Said};
@@ -50,9 +51,6 @@ pub struct Watcher {
     pub(super) blind: bool,
     /// Control groups that were announced and not looked at yet.
     pub(super) pending: VecDeque<ControlGroupPath>,
-    /// Control groups that were looked at ahead of the events in inotify's queue, and were new: an event by which they are
-    /// gone may be about another one at the same path.
-    pub(super) ahead: BTreeSet<ControlGroupPath>,
     /// What was found in control groups that are to be watched later, with inodes and in order.
     pub(super) noted: BTreeMap<ControlGroupPath, Vec<(ControlGroupPath, u64)>>,
     /// This process's working directory; none if it can't be opened.
@@ -61,6 +59,10 @@ pub struct Watcher {
     pub(super) here: Option<ControlGroupPath>,
     /// What was logged of control groups that users have made so.
     pub(super) said: Said,
+    /// Something has happened since everything was looked at.
+    pub(super) hinted: bool,
+    /// Events were lost since everything was looked at.
+    pub(super) lost: bool,
     /// It was logged that events were lost.
     pub(super) said_lost: bool,
     /// It was logged that there are no watches left.
@@ -82,11 +84,12 @@ impl Watcher {
             unlisted_why: String::new(),
             blind: false,
             pending: VecDeque::new(),
-            ahead: BTreeSet::new(),
             noted: BTreeMap::new(),
             home: rustix::fs::open(".", HOME, Mode::empty()).ok(),
             here: None,
             said: Said::default(),
+            hinted: false,
+            lost: false,
             said_lost: false,
             said_exhausted: false,
             said_unlisted: false,
@@ -162,17 +165,23 @@ impl Watcher {
         self.pending.extend(empty);
     }
 
-    /// Looks at the whole subtree. What is gone is reported as well.
+    /// Looks at the whole subtree. What is gone is reported as well. If events were lost, so is what was only
+    /// announced: nothing but an event would tell that there is another one at the same path.
     pub fn scan(&mut self, observer: &mut dyn Observer) {
+        self.hinted = false;
         self.check_visibility();
         if self.blind {
             return;
         }
+        let lost = std::mem::take(&mut self.lost);
         self.watch_ancestors();
         let mut seen = HashSet::new();
         let mut stack = vec![ControlGroupPath::root()];
         while let Some(path) = stack.pop() {
             self.approach(&path);
+            if lost && !self.groups.contains_key(&path) {
+                self.gone(&path, observer);
+            }
             if let Some(path) = self.enter(&path, observer) {
                 if !self.list(&path, &mut stack, observer) {
                     // What is in it is as good as seen.
@@ -183,20 +192,34 @@ impl Watcher {
             }
         }
         self.go_home();
-        let gone: Vec<ControlGroupPath> = self
-            .groups
-            .keys()
-            .filter(|path| !seen.contains(*path))
-            .cloned()
-            .collect();
+        let is_gone = |path: &&ControlGroupPath| !seen.contains(*path);
+        let mut gone: Vec<_> = self.groups.keys().filter(is_gone).cloned().collect();
+        if lost {
+            let announced = |path: &&ControlGroupPath| !self.groups.contains_key(*path);
+            let unlisted =
+                |path: &&ControlGroupPath| self.unlisted.iter().any(|above| path.is_within(above));
+            let pending = self.pending.iter().filter(announced);
+            gone.extend(pending.filter(|path| !unlisted(path)).cloned());
+        }
         for path in gone {
             self.gone(&path, observer);
         }
     }
 
     /// Looks at one control group and, if it is new or not watched, at everything below it. Its ancestors are looked at
-    /// before: if one of them was made again, what is known of the control group is forgotten.
+    /// before: if one of them was made again, what is known of the control group is forgotten. Then takes the events in
+    /// inotify's queue: only they tell whether one that is not watched yet is the one that was there before.
     pub fn look(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) {
+        self.look_down_to(path, observer);
+        let found = self.groups.contains_key(path);
+        self.take_events(observer);
+        if found && !self.groups.contains_key(path) {
+            self.look_down_to(path, observer);
+        }
+    }
+
+    /// Looks at one control group and those above it, whatever is in inotify's queue.
+    pub(super) fn look_down_to(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) {
         if self.blind {
             return;
         }
@@ -207,26 +230,39 @@ impl Watcher {
             self.approach(&path);
             if self.enter(&path, observer).is_some() && before != self.identity(&path) {
                 self.list(&path, &mut stack, observer);
-                self.note_ahead(path);
             }
         }
         stack.push(path.clone());
         while let Some(path) = stack.pop() {
-            let before = self.identity(&path);
             self.approach(&path);
             self.look_at(&path, &mut stack, observer);
-            if before != self.identity(&path) {
-                self.note_ahead(path);
-            }
         }
         self.go_home();
     }
 
-    /// Notes that a control group was looked at ahead of the events that tell of it, if there are any.
-    fn note_ahead(&mut self, path: ControlGroupPath) {
-        if self.is_watched(&path) {
-            self.ahead.insert(path);
+    /// Takes the events that are in inotify's queue now; of those that come meanwhile, not without end.
+    fn take_events(&mut self, observer: &mut dyn Observer) {
+        let mut left = self.watches.as_ref().map_or(0, inotify::Watches::waiting);
+        while left > 0
+            && let Some(watches) = &self.watches
+            // If they can't be read, whoever waits for them finds out.
+            && let Ok(batch) = watches.fetch()
+            && !batch.is_empty()
+        {
+            left = left.saturating_sub(batch.len());
+            self.take(batch, observer);
         }
+    }
+
+    /// Takes these events of inotify.
+    pub(super) fn take(&mut self, batch: Vec<Event>, observer: &mut dyn Observer) {
+        for event in batch {
+            let watches = self.watches.as_ref();
+            if let Some(hint) = watches.and_then(|watches| watches.hint(&self.subtree, &event)) {
+                self.hint(hint, observer);
+            }
+        }
+        self.hinted = true;
     }
 
     /// Looks at one control group, and adds what is in it to `found` if it is new or not watched.
@@ -293,6 +329,7 @@ impl Watcher {
                     false => tracing::info!("{text}"),
                     true => tracing::debug!("{text}"),
                 }
+                self.lost = true;
                 self.scan(observer);
                 observer.lost_track();
             }
@@ -301,15 +338,12 @@ impl Watcher {
                     self.gone(&ControlGroupPath::root(), observer);
                 }
                 self.watch_ancestors();
-                self.look(&ControlGroupPath::root(), observer);
+                self.look_down_to(&ControlGroupPath::root(), observer);
             }
             // Which control group has gone can't be told from the event. If there is another one, it was made
             // later, and is told of next: the helper must look the path up again. To look for it now would be to wait
-            // for who removes others in the same directory; so that is done only if it was looked at before already.
-            Hint::Gone(path) => match self.ahead.contains(&path) {
-                true => self.look(&path, observer),
-                false => self.gone(&path, observer),
-            },
+            // for who removes others in the same directory.
+            Hint::Gone(path) => self.gone(&path, observer),
             Hint::Made(path) => {
                 observer.added(path.clone());
                 self.pending.push_back(path);
@@ -512,8 +546,8 @@ impl Watcher {
 
     /// Uses these watches from now on, or none.
     pub(super) fn replace_watches(&mut self, watches: Option<inotify::Watches>) {
-        self.watches = watches;
-        self.ahead.clear();
+        let former = std::mem::replace(&mut self.watches, watches);
+        self.lost |= former.is_some();
         for known in self.groups.values_mut() {
             known.watch = None;
         }
