@@ -50,11 +50,11 @@ impl Watcher {
         }
     }
 
-    /// Adds the control groups in one to `found`. Returns whether it is known what is in it.
+    /// Adds the control groups in one to `found`, with their inodes. Returns whether it is known what is in it.
     pub(super) fn list(
         &mut self,
         path: &ControlGroupPath,
-        found: &mut Vec<ControlGroupPath>,
+        found: &mut Vec<(ControlGroupPath, u64)>,
         observer: &mut dyn Observer,
     ) -> bool {
         let mut children = Vec::new();
@@ -89,15 +89,20 @@ impl Watcher {
                 if !there {
                     self.gone(&child, observer);
                 } else if !watched {
-                    // Without a watch, nothing reports what happens before it is looked at itself.
-                    let id = Some(inode);
-                    let known = self.groups.entry(child);
-                    known.or_insert(Known { watch: None, id });
+                    self.note_inode(child, inode);
                 }
             }
         }
-        found.extend(children.into_iter().map(|(child, _)| child));
+        found.append(&mut children);
         listed.is_ok()
+    }
+
+    /// Notes the inode of a control group that was announced, and that is in one without a watch: nothing reports what
+    /// happens before it is looked at itself.
+    pub(super) fn note_inode(&mut self, path: ControlGroupPath, inode: u64) {
+        let id = Some(inode);
+        let known = self.groups.entry(path);
+        known.or_insert(Known { watch: None, id });
     }
 
     /// The control groups in one, with their inodes.

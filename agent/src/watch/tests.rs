@@ -197,6 +197,27 @@ async fn without_watches_the_inode_that_was_noted_counts() {
     assert_eq!(start.said(&[]), ["a/drop-1"]);
 }
 
+/// No event tells of it.
+#[tokio::test]
+async fn without_watches_one_made_again_after_its_directory_was_listed_is_assigned_again() {
+    let mut start = Start::with(&["a"]);
+    start.watch();
+    start.said(&[]);
+    start.watcher.replace_watches(None);
+    start.make("groups/a/b");
+    start.make("groups/a/b/drop-1");
+    start
+        .watcher
+        .pending
+        .push_back(ControlGroupPath::from_wire("a/b").unwrap());
+    // What it is in, and nothing more.
+    start.look_at(1);
+    assert_eq!(start.said(&[]), ["a/b/drop-1"]);
+    start.make_again("groups/a/b/drop-1");
+    start.watch();
+    assert_eq!(start.said(&[]), ["a/b/drop-1"]);
+}
+
 #[tokio::test]
 async fn what_is_in_a_directory_that_was_made_again_is_not_in_force_by_what_was_said_before() {
     let mut start = Start::with(&["a/drop-1/b"]);

@@ -177,18 +177,20 @@ impl Watcher {
         self.watch_ancestors();
         let mut seen = HashSet::new();
         let mut stack = vec![ControlGroupPath::root()];
+        let mut found = Vec::new();
         while let Some(path) = stack.pop() {
             self.approach(&path);
             if lost && !self.groups.contains_key(&path) {
                 self.gone(&path, observer);
             }
             if let Some(path) = self.enter(&path, observer) {
-                if !self.list(&path, &mut stack, observer) {
+                if !self.list(&path, &mut found, observer) {
                     // What is in it is as good as seen.
                     let below = self.groups.keys().filter(|other| other.is_within(&path));
                     seen.extend(below.cloned());
                 }
                 seen.insert(path);
+                stack.extend(found.drain(..).map(|(path, _)| path));
             }
         }
         self.go_home();
@@ -223,19 +225,21 @@ impl Watcher {
         if self.blind {
             return;
         }
-        let mut stack = Vec::new();
+        let mut found = Vec::new();
         let mut around = Vec::from_iter(successors(path.parent(), ControlGroupPath::parent));
         while let Some(path) = around.pop() {
             let before = self.identity(&path);
             self.approach(&path);
             if self.enter(&path, observer).is_some() && before != self.identity(&path) {
-                self.list(&path, &mut stack, observer);
+                self.list(&path, &mut found, observer);
             }
         }
+        let mut stack = Vec::from_iter(found.drain(..).map(|(path, _)| path));
         stack.push(path.clone());
         while let Some(path) = stack.pop() {
             self.approach(&path);
-            self.look_at(&path, &mut stack, observer);
+            self.look_at(&path, &mut found, observer);
+            stack.extend(found.drain(..).map(|(path, _)| path));
         }
         self.go_home();
     }
@@ -265,11 +269,11 @@ impl Watcher {
         self.hinted = true;
     }
 
-    /// Looks at one control group, and adds what is in it to `found` if it is new or not watched.
+    /// Looks at one control group, and adds what is in it to `found`, with inodes, if it is new or not watched.
     pub(super) fn look_at(
         &mut self,
         path: &ControlGroupPath,
-        found: &mut Vec<ControlGroupPath>,
+        found: &mut Vec<(ControlGroupPath, u64)>,
         observer: &mut dyn Observer,
     ) {
         let before = self.identity(path);
@@ -308,9 +312,13 @@ impl Watcher {
             let path = self.first_unknown(&path);
             self.go_beside(&path);
             self.look_at(&path, &mut found, observer);
-            for child in found.drain(..) {
+            let watched = self.is_watched(&path);
+            for (child, inode) in found.drain(..) {
                 if !self.groups.contains_key(&child) {
-                    observer.added(child.clone());
+                    let child = observer.added(child);
+                    if !watched {
+                        self.note_inode(child.clone(), inode);
+                    }
                     self.pending.push_back(child);
                 }
             }
