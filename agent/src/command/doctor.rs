@@ -34,7 +34,7 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
     // Without control groups of version 2 there is no subtree, and that is what is to be said then.
     let hierarchy = facts::hierarchy(arguments.cgroup_root.as_deref());
     let subtree = match super::own_subtree(arguments) {
-        Err(Error::NoRoot(_)) => super::subtree_at("/sys/fs/cgroup".into())?,
+        Err(Error::NoRoot(_)) => super::usual_subtree(arguments)?,
         subtree => subtree?,
     };
     let file = super::config_file(arguments)?;

@@ -266,7 +266,7 @@ fn options(arguments: &Arguments) -> Result<Options, Error> {
     Ok(Options {
         subtree: match own_subtree(arguments) {
             // systemd may tell what can't be seen.
-            Err(Error::NoRoot(_)) => subtree_at(subtree::USUAL_ROOT.into())?.unseen(),
+            Err(Error::NoRoot(_)) => usual_subtree(arguments)?.unseen(),
             subtree => subtree?,
         },
         config,
@@ -276,22 +276,26 @@ fn options(arguments: &Arguments) -> Result<Options, Error> {
     })
 }
 
-/// The control groups of the user that this program runs as.
+/// The control groups that this program is about.
 fn own_subtree(arguments: &Arguments) -> Result<Subtree, Error> {
     let root = match &arguments.cgroup_root {
         Some(root) => root.clone(),
         None => subtree::find_root()?,
     };
-    if arguments.system {
-        return Ok(Subtree::of_machine(root));
-    }
-    subtree_at(root)
+    subtree_at(arguments, root)
 }
 
-/// The same, below this control group root.
-fn subtree_at(root: PathBuf) -> Result<Subtree, Error> {
-    let uid = rustix::process::getuid().as_raw();
-    Ok(Subtree::of_user(root, uid)?)
+/// The same where nobody knows the control group root.
+fn usual_subtree(arguments: &Arguments) -> Result<Subtree, Error> {
+    subtree_at(arguments, subtree::USUAL_ROOT.into())
+}
+
+/// The same below this control group root: the machine's, or those of the user that this program runs as.
+fn subtree_at(arguments: &Arguments, root: PathBuf) -> Result<Subtree, Error> {
+    match arguments.scope() {
+        Scope::System => Ok(Subtree::of_machine(root)),
+        Scope::User => Ok(Subtree::of_user(root, rustix::process::getuid().as_raw())?),
+    }
 }
 
 /// The configuration file that is meant.
@@ -327,5 +331,20 @@ fn config(arguments: &Arguments) -> Result<(Config, Option<PathBuf>), Error> {
             Ok((Config::without_file(file.scope), None))
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[test]
+    fn the_systems_agent_is_about_the_machine_wherever_control_groups_are() {
+        let system = Arguments::parse_from(["cgtproxy-agent", "--system"]);
+        assert_eq!(usual_subtree(&system).unwrap().prefix(), b"");
+        let user = Arguments::parse_from(["cgtproxy-agent"]);
+        assert_ne!(usual_subtree(&user).unwrap().prefix(), b"");
     }
 }
