@@ -279,4 +279,20 @@ mod tests {
         assert_eq!(accept(&mut state), ["old"]);
         assert!(state.is_postponed());
     }
+
+    /// It may be another control group by now that the helper is to hang the policy on.
+    #[test]
+    fn all_is_said_again_of_a_root_made_again_during_the_first_call() {
+        let subtree = Subtree::of_user("/sys/fs/cgroup".into(), 1000).unwrap();
+        let mut state = State::new(subtree, source("old"), None);
+        let path = |text| ControlGroupPath::from_wire(text).unwrap();
+        state.added(path("old"));
+        let (call, _) = next(&mut state);
+        state.removed(&ControlGroupPath::root());
+        state.added(path("old"));
+        let sent = state.source().clone();
+        state.acknowledged(&call, 1, Vec::new(), &sent);
+        assert_eq!(accept(&mut state), ["old"]);
+        assert!(state.is_settled());
+    }
 }

@@ -292,11 +292,10 @@ impl State {
 
 impl Observer for State {
     fn added(&mut self, path: ControlGroupPath) -> ControlGroupPath {
-        let (ledger, accepted) = (&mut self.ledger, self.accepted.is_some());
-        let news = &mut self.news;
+        let (ledger, news) = (&mut self.ledger, &mut self.news);
         self.tree.take_in(path, &mut |path, element| {
             *news = true;
-            if path.as_bytes().is_empty() && accepted {
+            if path.as_bytes().is_empty() {
                 // The helper hangs everything on this one control group.
                 ledger.replace_all();
             } else if element {
