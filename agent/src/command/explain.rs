@@ -58,7 +58,7 @@ pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<Exi
     } else {
         let texts = replies
             .iter()
-            .map(|reply| sentences(reply, status.is_some(), system_policy == Some(true)));
+            .map(|reply| sentences(reply, scope, status.is_some(), system_policy == Some(true)));
         let mut text = texts.collect::<Vec<_>>().join("\n");
         if let Some(older) = status.as_ref().and_then(|s| super::older(s, scope)) {
             text += &format!("\n{older}\n");
@@ -251,15 +251,16 @@ fn rule(reply: &Explain_Reply) -> String {
 }
 
 /// `system_policy`: root has a policy for the machine as well.
-fn sentences(reply: &Explain_Reply, running: bool, system_policy: bool) -> String {
-    let group = &reply.controlGroup;
+fn sentences(reply: &Explain_Reply, scope: Scope, running: bool, system_policy: bool) -> String {
+    let (group, agent) = (&reply.controlGroup, super::program(scope));
     let is_relay = group.relay == Some(true);
     let undecided = group.rule.is_none() && !group.execSlice && !is_relay;
     if system_policy && undecided {
         let path = printable(&group.path);
         return format!(
             "{path}\n  is left to the system policy\n  No rule of yours matches it or anything above \
-             it.\n  'sudo cgtproxy-agent --system explain {path}' says what happens to it.\n"
+             it.\n  '{} explain {path}' says what happens to it.\n",
+            super::program(Scope::System)
         );
     }
     let what = match group.target.as_str() {
@@ -281,8 +282,9 @@ fn sentences(reply: &Explain_Reply, running: bool, system_policy: bool) -> Strin
     let force = match (running, &group.skipped, group.inForce) {
         (false, ..) => "cgtproxy-agent is not running: nothing of this is in force.".to_owned(),
         (_, Some(reason), _) if reason == view::NO_ROOM => {
-            "It is not in force: there is no room for another verdict; see 'cgtproxy-agent status'."
-                .to_owned()
+            format!(
+                "It is not in force: there is no room for another verdict; see '{agent} status'."
+            )
         }
         (_, Some(reason), _) => {
             format!(
@@ -292,7 +294,7 @@ fn sentences(reply: &Explain_Reply, running: bool, system_policy: bool) -> Strin
         }
         (_, None, true) => "The kernel holds this verdict.".to_owned(),
         (_, None, false) => {
-            "The kernel does not hold this verdict; see 'cgtproxy-agent status'.".to_owned()
+            format!("The kernel does not hold this verdict; see '{agent} status'.")
         }
     };
     let path = printable(&group.path);
@@ -350,8 +352,24 @@ mod tests {
             ("later\x1b", "(later\\u{1b})"),
         ] {
             reply.controlGroup.skipped = Some(reason.into());
-            let text = sentences(&reply, true, false);
+            let text = sentences(&reply, Scope::User, true, false);
             assert!(text.contains(said), "{text}");
+        }
+    }
+
+    #[test]
+    fn names_the_agent_that_was_asked() {
+        let subtree = Subtree::of_machine("/sys/fs/cgroup".into());
+        let mut reply = Explain_Reply {
+            controlGroup: view::judged(&subtree, &ControlGroupPath::root(), None),
+            rule: None,
+            config: None,
+        };
+        for skipped in [None, Some(view::NO_ROOM.to_owned())] {
+            reply.controlGroup.skipped = skipped;
+            let text = |scope| sentences(&reply, scope, true, false);
+            assert!(text(Scope::System).contains("see 'sudo cgtproxy-agent --system status'"));
+            assert!(text(Scope::User).contains("see 'cgtproxy-agent status'"));
         }
     }
 }

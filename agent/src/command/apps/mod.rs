@@ -15,6 +15,7 @@ use super::Error;
 use super::client::Agent;
 use super::table::{dash, table};
 use crate::cli::Arguments;
+use crate::config::Scope;
 use crate::policy::{Subject, application_ids, unit_name};
 use crate::subtree::Subtree;
 use crate::text::{count, printable};
@@ -27,6 +28,8 @@ const SELECTOR_CHARACTERS: usize = 40;
 /// The verdicts, whoever gave them.
 #[derive(Debug)]
 struct Verdicts {
+    /// Whose agent gave them.
+    scope: Scope,
     /// From an agent that runs, not from the configuration alone.
     running: bool,
     /// What is wrong with the file on disk, if they are not by it.
@@ -87,6 +90,7 @@ fn ask(agent: &mut Agent, arguments: &Arguments, subtree: &Subtree) -> Result<Ve
     let groups = status.controlGroups.into_iter();
     let rules = status.rules.unwrap_or_default();
     Ok(Verdicts {
+        scope: arguments.scope(),
         running: true,
         config_error: status.configError,
         older,
@@ -109,6 +113,7 @@ fn compute(arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> 
     let groups = subtree.control_groups().into_iter().map(judged).collect();
     let rules = config.rules.rules.iter();
     Ok(Verdicts {
+        scope: arguments.scope(),
         running: false,
         config_error: None,
         older: None,
@@ -205,6 +210,7 @@ fn print(
     shared: &[Shared],
     all: bool,
 ) -> io::Result<()> {
+    let agent = super::program(verdicts.scope);
     let shown: Vec<&Running> = running
         .iter()
         .filter(|r| all || r.is_of_interest())
@@ -228,10 +234,7 @@ fn print(
             "\ncgtproxy-agent is not running: nothing of this is in force."
         )?;
     } else if shown.iter().any(|r| !r.group.inForce) {
-        writeln!(
-            out,
-            "\nNot all of this is in force; see 'cgtproxy-agent status'."
-        )?;
+        writeln!(out, "\nNot all of this is in force; see '{agent} status'.")?;
     }
     if let Some(older) = &verdicts.older {
         writeln!(out, "\n{older}")?;
@@ -241,7 +244,7 @@ fn print(
         let others = count(others, "other unit");
         writeln!(
             out,
-            "\n{others}, of no application: 'cgtproxy-agent apps --all' shows them."
+            "\n{others}, of no application: '{agent} apps --all' shows them."
         )?;
     }
     shared::print(out, shared)
@@ -320,7 +323,8 @@ mod tests {
             in_reach: false,
             executables: ["fire\x1bfox", "xterm"].map(str::to_owned).into(),
         }];
-        let verdicts = Verdicts {
+        let mut verdicts = Verdicts {
+            scope: Scope::User,
             running: true,
             config_error: None,
             older: None,
@@ -348,5 +352,12 @@ mod tests {
             "{rest}"
         );
         assert!(rest.contains("cgtproxy-exec"), "{rest}");
+        let system = "'sudo cgtproxy-agent --system apps --all'";
+        assert!(!rest.contains(system), "{rest}");
+        verdicts.scope = Scope::System;
+        let mut out = Vec::new();
+        print(&mut out, &verdicts, &list, &shared, false).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert!(text.contains(system), "{text}");
     }
 }
