@@ -66,7 +66,6 @@ pub struct Sources {
     looked: (Instant, Duration),
     /// How often in a row systemd could not be reached.
     losses: u32,
-    said_unusable: bool,
 }
 
 /// The control groups of a subtree, none of which is known yet, and where word of them comes from.
@@ -85,7 +84,6 @@ pub fn open(subtree: Subtree, monitor: Monitor) -> (Sources, Watcher) {
         unusable: String::new(),
         looked: (Instant::now(), Duration::ZERO),
         losses: 0,
-        said_unusable: false,
     };
     sources.open_inotify(&mut watcher);
     (sources, watcher)
@@ -324,8 +322,9 @@ impl Sources {
             Ok((events, watches)) => {
                 self.events = Some(events);
                 watcher.replace_watches(Some(watches));
+                watcher.said_unusable = false;
             }
-            Err(error) => self.say_unusable(&error),
+            Err(error) => self.say_unusable(&error, watcher),
         }
     }
 
@@ -335,14 +334,13 @@ impl Sources {
         self.events = None;
         watcher.borrow_mut().replace_watches(None);
         agent.state_mut().lost_track();
-        self.say_unusable(error);
+        self.say_unusable(error, &mut watcher.borrow_mut());
         self.look_at_everything(watcher, agent);
     }
 
-    fn say_unusable(&mut self, error: &io::Error) {
+    fn say_unusable(&mut self, error: &io::Error, watcher: &mut Watcher) {
         self.unusable = chain(error);
-        if !self.said_unusable {
-            self.said_unusable = true;
+        if !std::mem::replace(&mut watcher.said_unusable, true) {
             tracing::warn!(
                 "can't use inotify: {}; if that is 'too many open files', raise \
                  fs.inotify.max_user_instances with sysctl; until then control groups are looked at \

@@ -65,6 +65,8 @@ pub struct Watcher {
     pub(super) lost: bool,
     /// It was logged that events were lost.
     pub(super) said_lost: bool,
+    /// It was logged that inotify can't be used.
+    pub(super) said_unusable: bool,
     /// It was logged that there are no watches left.
     pub(super) said_exhausted: bool,
     /// It was logged that control groups can't be listed.
@@ -91,6 +93,7 @@ impl Watcher {
             hinted: false,
             lost: false,
             said_lost: false,
+            said_unusable: false,
             said_exhausted: false,
             said_unlisted: false,
         };
@@ -116,6 +119,7 @@ impl Watcher {
     pub fn forget_what_was_said(&mut self) {
         self.said.forget();
         self.said_lost = false;
+        self.said_unusable = false;
         self.said_exhausted = false;
         self.said_unlisted = false;
     }
