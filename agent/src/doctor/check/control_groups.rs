@@ -120,6 +120,7 @@ fn limits(facts: &Facts, groups: usize) -> Option<Finding> {
         );
     }
     (limits.watches < needed).then(|| {
+        let enough = needed.next_power_of_two().max(65536);
         Finding::warning(
             "inotify-watches",
             format!(
@@ -129,7 +130,7 @@ fn limits(facts: &Facts, groups: usize) -> Option<Finding> {
             ),
         )
         .effect("Of new applications in what is not watched the agent hears over D-Bus, or looks for them every few seconds, and their own verdict comes late.")
-        .command("sudo sysctl -w fs.inotify.max_user_watches=65536")
+        .command(format!("sudo sysctl -w fs.inotify.max_user_watches={enough}"))
         .advice("a line in /etc/sysctl.d keeps it")
     })
 }

@@ -778,6 +778,20 @@ fn what_is_wrong_has_no_summary_that_says_it_is_right() {
 }
 
 #[test]
+fn as_many_watches_are_advised_as_are_needed() {
+    let mut facts = fine();
+    let advised = |facts: &Facts| {
+        let found = only(facts, super::control_groups::check);
+        format!("{found:?}")
+    };
+    facts.inotify.as_mut().unwrap().watches = 60;
+    assert!(advised(&facts).contains("max_user_watches=65536"));
+    facts.manager.groups = Ok(vec![(1, format!("{MANAGER}/app-a.scope")); 70_000]);
+    facts.inotify.as_mut().unwrap().watches = 70_000;
+    assert!(advised(&facts).contains("max_user_watches=131072"));
+}
+
+#[test]
 fn what_is_kept_of_an_agent_that_is_gone_does_not_pass_for_direct() {
     let mut facts = fine();
     facts.agent = Agent::NotRunning;
