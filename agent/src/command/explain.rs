@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use cgtproxy_proto::agent::{ErrorKind, Explain_Args, Explain_Reply, GetStatus_Reply};
 use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::path::ControlGroupPath;
+use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::Error;
@@ -18,7 +19,7 @@ use crate::config::Scope;
 use crate::doctor::facts;
 use crate::policy;
 use crate::subtree::{self, Subtree};
-use crate::text::printable;
+use crate::text::{chain, printable};
 use crate::view;
 
 /// What somebody wants to know about.
@@ -98,7 +99,7 @@ fn subject(subtree: &Subtree, what: &[u8]) -> Result<Subject, Error> {
     if !what.is_empty() && what.iter().all(u8::is_ascii_digit) {
         let pid = String::from_utf8_lossy(what);
         let file = std::fs::read(format!("/proc/{pid}/cgroup"))
-            .map_err(|_| Error::NotFound(format!("there is no process {pid}")))?;
+            .map_err(|error| Error::NotFound(no_process(&pid, &error)))?;
         return subtree::of_process(&file)
             .map(|path| Subject::Absolute(path.to_vec()))
             .ok_or_else(|| Error::NotFound(format!("process {pid} is in no control group of v2")));
@@ -111,6 +112,15 @@ fn subject(subtree: &Subtree, what: &[u8]) -> Result<Subject, Error> {
         }));
     }
     Ok(Subject::Name(what.to_vec()))
+}
+
+/// Why nobody knows in which control group a process is.
+fn no_process(pid: &str, error: &io::Error) -> String {
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    match errno {
+        Some(Errno::NOENT | Errno::SRCH) => format!("there is no process {pid}"),
+        _ => format!("can't look at process {pid}: {}", chain(error)),
+    }
 }
 
 /// The path in the subtree that an absolute one names.
@@ -337,6 +347,14 @@ mod tests {
             absolute("/user.slice")
         );
         assert!(super::subject(&subtree, b"4294967295").is_err());
+    }
+
+    #[test]
+    fn tells_a_process_that_is_hidden_from_one_that_is_not_there() {
+        let why = |errno: Errno| no_process("7", &errno.into());
+        assert_eq!(why(Errno::NOENT), "there is no process 7");
+        assert_eq!(why(Errno::SRCH), "there is no process 7");
+        assert!(why(Errno::ACCESS).starts_with("can't look at process 7: "));
     }
 
     #[test]
