@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -184,18 +185,24 @@ impl Subtree {
         // What can't be listed is there all the same.
         let _ = self.walk(|path, _| {
             found.insert(path);
+            ControlFlow::Continue(())
         });
         found
     }
 
-    /// Tells of each control group and its id, those above before those below.
+    /// Tells of each control group and its id, those above before those below, until `tell` breaks off.
     ///
     /// # Errors
     /// If one of them can't be listed, after all others.
-    pub fn walk(&self, mut tell: impl FnMut(ControlGroupPath, u64)) -> io::Result<()> {
+    pub fn walk(
+        &self,
+        mut tell: impl FnMut(ControlGroupPath, u64) -> ControlFlow<()>,
+    ) -> io::Result<()> {
         let root = ControlGroupPath::root();
         let id = std::fs::metadata(self.directory(&root))?.ino();
-        tell(root.clone(), id);
+        if tell(root.clone(), id).is_break() {
+            return Ok(());
+        }
         let mut failure = None;
         let mut stack = vec![root];
         while let Some(path) = stack.pop() {
@@ -210,7 +217,9 @@ impl Subtree {
             };
             for entry in entries.filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir())) {
                 if let Ok(path) = path.join(entry.file_name().as_bytes()) {
-                    tell(path.clone(), entry.ino());
+                    if tell(path.clone(), entry.ino()).is_break() {
+                        return Ok(());
+                    }
                     stack.push(path);
                 }
             }

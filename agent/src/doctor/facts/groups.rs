@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -48,8 +49,10 @@ const MOST_GROUPS: usize = 100_000;
 fn groups(subtree: &Subtree) -> io::Result<Vec<(u64, String)>> {
     let mut found = Vec::new();
     subtree.walk(|path, id| {
-        if found.len() < MOST_GROUPS {
-            found.push((id, subtree.to_wire(&path)));
+        found.push((id, subtree.to_wire(&path)));
+        match found.len() < MOST_GROUPS {
+            true => ControlFlow::Continue(()),
+            false => ControlFlow::Break(()),
         }
     })?;
     Ok(found)
