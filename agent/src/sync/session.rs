@@ -187,14 +187,9 @@ impl<'a> Session<'a> {
             ErrorKind::TooManyConnections(_)
             | ErrorKind::TooManyBytes(_)
             | ErrorKind::MessageTooLarge(_) => return Some(End::Lost(why)),
+            // It has forgotten us, and takes everything anew.
+            ErrorKind::NoSession(_) => return Some(End::Lost(why)),
             _ if fault.is_permission_denied() => return Some(End::Lost(why)),
-            ErrorKind::NoSession(_) => {
-                // It has forgotten us, and takes everything anew.
-                let mut state = self.agent.state_mut();
-                state.refused(call, &why, true, source);
-                state.disconnected(why);
-                return None;
-            }
             _ => {}
         }
         let passing = matches!(

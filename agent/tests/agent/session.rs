@@ -318,3 +318,18 @@ fn remembers_what_was_passed_over() {
     world.helper.wait_for(&[("drop-1", "drop")]);
     assert!(agent.explain("drop-1").skipped.is_none());
 }
+
+#[test]
+fn a_session_that_the_helper_has_ended_is_a_loss_like_any_other() {
+    let mut world = World::new(CONFIG);
+    world.helper.start();
+    let mut agent = world.agent();
+    world.notified("READY=1");
+    world.helper.books().session = false;
+    world.make(&["drop-1"]);
+    let why = "the helper has ended the session";
+    assert!(agent.says(why).starts_with("<4>"));
+    world.notified(&format!("STATUS={why}"));
+    world.helper.wait_for(&[("drop-1", "drop")]);
+    agent.in_force("drop-1");
+}
