@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::io;
-use std::ops::ControlFlow;
+use std::ops::{Bound, ControlFlow};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -244,6 +244,24 @@ impl Subtree {
     pub fn root(&self) -> &Path {
         &self.root
     }
+}
+
+/// All control groups below one in a map, parents before children.
+pub(crate) fn descendants<'a, V>(
+    groups: &'a BTreeMap<ControlGroupPath, V>,
+    path: &'a ControlGroupPath,
+) -> impl Iterator<Item = &'a ControlGroupPath> + 'a {
+    // Not from the path itself on: between it and its children come all the siblings whose
+    // names begin with its name. No name is smaller than this one. A path that is too long for
+    // a child has none.
+    let first = path.join(b"\x01").ok().into_iter();
+    first
+        .flat_map(move |first| {
+            groups
+                .range::<ControlGroupPath, _>((Bound::Included(&first), Bound::Unbounded))
+                .map(|(path, _)| path)
+        })
+        .take_while(move |other| other.is_within(path))
 }
 
 /// Whether a unit is a session of logind's.

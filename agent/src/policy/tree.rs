@@ -2,12 +2,12 @@
 //! be in the kernel so that all the others inherit what is meant for them.
 
 use std::collections::BTreeMap;
-use std::ops::Bound;
 use std::rc::Rc;
 
 use cgtproxy_proto::path::ControlGroupPath;
 
 use super::{Choice, Element, Hold, Rules, Start, Verdict};
+use crate::subtree::descendants;
 
 /// One control group.
 #[derive(Debug, Clone)]
@@ -155,20 +155,7 @@ impl Tree {
         path: &'a ControlGroupPath,
     ) -> impl Iterator<Item = &'a ControlGroupPath> + 'a {
         let this = self.groups.get_key_value(path).map(|(path, _)| path);
-        // Not from the path itself on: between it and its children come all the siblings whose
-        // names begin with its name. No name is smaller than this one. A path that is too long for
-        // a child has none.
-        let descendants = path
-            .join(b"\x01")
-            .ok()
-            .into_iter()
-            .flat_map(move |first| {
-                self.groups
-                    .range::<ControlGroupPath, _>((Bound::Included(&first), Bound::Unbounded))
-                    .map(|(path, _)| path)
-            })
-            .take_while(move |other| other.is_within(path));
-        this.into_iter().chain(descendants)
+        this.into_iter().chain(descendants(&self.groups, path))
     }
 
     /// Judges every control group anew.

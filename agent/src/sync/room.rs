@@ -145,7 +145,11 @@ impl Waiting {
     }
 
     pub(super) fn contains(&self, path: &ControlGroupPath) -> bool {
-        self.paths.values().any(|paths| paths.contains(path))
+        if self.paths.is_empty() {
+            return false;
+        }
+        let paths = self.paths.get(&maker(path).map(Maker::from));
+        paths.is_some_and(|paths| paths.contains(path))
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -19,7 +19,7 @@ use super::inotify::Event;
 use super::listing::contains_more_than;
 use super::{Hint, Monitor, Observer, inotify};
 use crate::said::{Kind, Said};
-use crate::subtree::Subtree;
+use crate::subtree::{Subtree, descendants};
 use crate::text::chain;
 
 /// A control group that is known.
@@ -190,8 +190,7 @@ impl Watcher {
             if let Some(path) = self.enter(&path, observer) {
                 if !self.list(&path, &mut found, observer) {
                     // What is in it is as good as seen.
-                    let below = self.groups.keys().filter(|other| other.is_within(&path));
-                    seen.extend(below.cloned());
+                    seen.extend(descendants(&self.groups, &path).cloned());
                 }
                 seen.insert(path);
                 stack.extend(found.drain(..).map(|(path, _)| path));
