@@ -1,17 +1,13 @@
 //! Keeps the helper in step with the control groups.
 
 mod announce;
-#[cfg(test)]
-mod closed;
 mod connect;
-// The bounds are of such builds.
-#[cfg(test)]
-#[cfg(all(debug_assertions, target_arch = "x86_64"))]
-mod counts;
 mod ledger;
 mod proxy;
 mod room;
 mod session;
+#[cfg(test)]
+mod tests;
 mod text;
 mod wire;
 

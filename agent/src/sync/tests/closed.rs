@@ -8,10 +8,10 @@ use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::path::ControlGroupPath;
 use proptest::prelude::*;
 
-use super::{Call, Ledger};
 use crate::policy::{
     Element, ExecSlices, Hold, Names, Pattern, Rule, Rules, Selector, Start, Target, Tree, Verdict,
 };
+use crate::sync::{Call, Ledger};
 
 const PREFIX: &[u8] = b"/u";
 
