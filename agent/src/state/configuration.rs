@@ -150,7 +150,7 @@ impl State {
         self.postponed = None;
     }
 
-    pub(super) fn replace_config(&mut self, source: Source) {
+    pub(crate) fn replace_config(&mut self, source: Source) {
         self.unconfigured = false;
         self.file_error = None;
         self.postponed = None;

@@ -102,7 +102,8 @@ pub struct State {
 }
 
 impl State {
-    fn new(subtree: Subtree, source: Source, config_error: Option<String>) -> Self {
+    /// What the agent knows at the beginning: see [`Agent::new`].
+    pub(crate) fn new(subtree: Subtree, source: Source, config_error: Option<String>) -> Self {
         let tree = Tree::new(subtree.prefix(), source.config.rules.clone());
         let mut ledger = Ledger::default();
         ledger.make_room_for(length_of(&source.config));
@@ -139,6 +140,11 @@ impl State {
     #[must_use]
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
+    }
+
+    #[cfg(test)]
+    pub(crate) fn ledger_mut(&mut self) -> &mut Ledger {
+        &mut self.ledger
     }
 
     /// Whether the user's service manager has a control group.

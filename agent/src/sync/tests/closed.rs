@@ -8,12 +8,16 @@ use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::path::ControlGroupPath;
 use proptest::prelude::*;
 
+use crate::config::{Config, Scope};
 use crate::policy::{
-    Element, ExecSlices, Hold, Names, Pattern, Rule, Rules, Selector, Start, Target, Tree, Verdict,
+    Element, ExecSlices, Hold, Names, Pattern, Rule, Rules, Selector, Start, Target, Verdict,
 };
-use crate::sync::{Call, Ledger};
+use crate::state::{Source, State};
+use crate::subtree::Subtree;
+use crate::sync::Call;
+use crate::watch::Observer;
 
-const PREFIX: &[u8] = b"/u";
+const PREFIX: &[u8] = b"/user.slice/user-5.slice/user@5.service";
 
 /// Path to identity: another one each time it is made.
 type Disk = BTreeMap<ControlGroupPath, u64>;
@@ -120,12 +124,12 @@ fn meant(rules: &Rules, path: &ControlGroupPath) -> Verdict {
     }
 }
 
-/// What the agent is still to hear.
+/// What the agent is still to hear of a call, which it made with this configuration.
 enum Reply {
-    /// With the rules by which everything was replaced, if it was.
-    Done(Vec<(ControlGroupPath, SkipReason)>, Option<Rc<Rules>>),
-    /// What was said by these rules was refused.
-    Refused(Rc<Rules>),
+    /// It was carried out, but for what was passed over.
+    Done(Call, Rc<Source>, Vec<(ControlGroupPath, SkipReason)>),
+    /// It was refused.
+    Refused(Call, Rc<Source>),
     /// There is not so much room.
     TooMany,
 }
@@ -161,7 +165,8 @@ fn any_rules(users: bool) -> impl Strategy<Value = Rc<Rules>> {
             _ => Target::Proxy(Rc::new("p".parse().unwrap())),
         })
     };
-    let pattern = "(\\^/u)?(/|a|b|x|\\.s|\\.\\*|[ab]\\+|\\.slice){0,3}(/|\\$|\\.\\*\\$)?";
+    let pattern = "(\\^/user\\.slice/user-5\\.slice/user@5\\.service)?\
+        (/|a|b|x|\\.s|\\.\\*|[ab]\\+|\\.slice){0,3}(/|\\$|\\.\\*\\$)?";
     let names = |kind: fn(Names) -> Selector| {
         "(a|b|x)?\\*?(\\.slice)?".prop_map(move |name| kind(Names::new(vec![name])))
     };
@@ -224,44 +229,36 @@ fn any_history() -> impl Strategy<Value = (Rc<Rules>, Vec<Event>)> {
     })
 }
 
-/// The agent, as [`crate::state::State`] puts it together.
-struct Agent {
-    tree: Tree,
-    ledger: Ledger,
+/// A configuration with these rules.
+fn source(rules: Rc<Rules>) -> Source {
+    let config = Config {
+        rules,
+        ..Config::without_file(Scope::User)
+    };
+    Source { config, file: None }
 }
 
-impl Agent {
-    fn added(&mut self, path: ControlGroupPath) {
-        let ledger = &mut self.ledger;
-        self.tree.take_in(path, &mut |path, element| {
-            if element {
-                ledger.touch(path);
-            }
-        });
+/// Looks at everything, since events were lost.
+fn scan(state: &mut State, disk: &Disk) {
+    let known = state.tree().iter();
+    let gone: Vec<_> = known
+        .filter(|path| !disk.contains_key(*path))
+        .cloned()
+        .collect();
+    for path in gone {
+        state.removed(&path);
     }
+    for path in disk.keys() {
+        state.added(path.clone());
+    }
+    state.lost_track();
+}
 
-    fn removed(&mut self, path: &ControlGroupPath) {
-        for path in self.tree.remove(path) {
-            self.ledger.renew(&path);
-        }
-    }
-
-    /// Looks at everything.
-    fn scan(&mut self, disk: &Disk) {
-        let gone: Vec<_> = self
-            .tree
-            .iter()
-            .filter(|path| !disk.contains_key(*path))
-            .cloned()
-            .collect();
-        for path in gone {
-            self.removed(&path);
-        }
-        for path in disk.keys() {
-            self.added(path.clone());
-        }
-        self.ledger.replace_all();
-    }
+/// The next call, as a session makes it.
+fn next_call(state: &mut State) -> Option<(Call, Rc<Source>)> {
+    state.try_postponed();
+    let source = state.source().clone();
+    Some((state.next_call()?, source))
 }
 
 proptest! {
@@ -273,18 +270,17 @@ proptest! {
         most in prop_oneof![Just(1000), 1usize..12],
     ) {
         let root = ControlGroupPath::root();
-        let mut agent = Agent { tree: Tree::new(PREFIX.to_vec(), first.clone()), ledger: Ledger::default() };
-        agent.ledger.limit = limit;
+        let subtree = Subtree::of_user("/sys/fs/cgroup".into(), 5).unwrap();
+        let mut state = State::new(subtree, source(first), None);
+        state.ledger_mut().limit = limit;
         let mut disk = Disk::from([(root.clone(), 0)]);
         let mut kernel = Kernel::default();
         // What the kernel's elements were made of; none before the agent has said anything.
         let mut in_force: Option<Rc<Rules>> = None;
-        // Those that the helper has said it holds, in this session.
-        let mut accepted: Option<Rc<Rules>> = None;
         let mut identity = 0;
         let mut unheard: VecDeque<(bool, ControlGroupPath)> = VecDeque::new();
         let mut reply = None;
-        agent.added(root);
+        state.added(root);
         let settle = [Event::Receive, Event::Hear(1000), Event::Send, Event::Receive];
         let rounds = std::iter::repeat_n(settle, 60).flatten();
         for event in events.into_iter().chain(rounds) {
@@ -309,59 +305,51 @@ proptest! {
                 Event::Hear(count) => {
                     for _ in 0..count {
                         match unheard.pop_front() {
-                            Some((true, path)) => agent.added(path),
-                            Some((false, path)) => agent.removed(&path),
+                            Some((true, path)) => _ = state.added(path),
+                            Some((false, path)) => _ = state.removed(&path),
                             None => {}
                         }
                     }
                 }
                 Event::Send => {
-                    if let Some(call) = agent.ledger.next(&agent.tree) {
+                    if let Some((call, source)) = next_call(&mut state) {
                         if !kernel.has_room(&call, most) {
                             reply = Some(Reply::TooMany);
                             continue;
                         }
-                        let replaced = matches!(call, Call::Replace(_)).then(|| agent.tree.rules().clone());
-                        if let Some(rules) = &replaced {
-                            in_force = Some(rules.clone());
+                        if matches!(call, Call::Replace(_)) {
+                            in_force = Some(source.config.rules.clone());
                         }
-                        reply = Some(Reply::Done(kernel.carry_out(&call, &disk), replaced));
+                        let skipped = kernel.carry_out(&call, &disk);
+                        reply = Some(Reply::Done(call, source, skipped));
                     }
                 }
                 Event::Receive => match reply.take() {
-                    Some(Reply::Done(skipped, replaced)) => {
-                        agent.ledger.acknowledge(skipped);
-                        accepted = replaced.or(accepted);
+                    Some(Reply::Done(call, source, skipped)) => {
+                        state.acknowledged(&call, 1, skipped, &source);
                     }
-                    Some(Reply::Refused(sent)) => {
-                        let current = Rc::ptr_eq(&sent, agent.tree.rules());
-                        // It is taken back.
-                        if let Some(old) = accepted.as_ref().filter(|old| current && !Rc::ptr_eq(old, &sent)) {
-                            agent.tree.replace_rules(old.clone());
-                        }
-                        agent.ledger.refuse();
+                    Some(Reply::Refused(call, source)) => {
+                        state.refused(&call, "no", false, &source);
                     }
                     // Nobody says too much twice.
-                    Some(Reply::TooMany) => assert!(agent.ledger.bound(most)),
+                    Some(Reply::TooMany) => assert!(state.bound(most)),
                     None => {}
                 },
                 Event::Refuse => {
-                    if agent.ledger.next(&agent.tree).is_some() {
-                        reply = Some(Reply::Refused(agent.tree.rules().clone()));
+                    if let Some((call, source)) = next_call(&mut state) {
+                        reply = Some(Reply::Refused(call, source));
                     }
                 }
                 Event::Lose => {
                     reply = None;
-                    accepted = None;
-                    agent.ledger.lost();
+                    state.disconnected("lost".to_owned());
                 }
                 Event::Rescan => {
                     unheard.clear();
-                    agent.scan(&disk);
+                    scan(&mut state, &disk);
                 }
                 Event::Replace(rules) => {
-                    agent.tree.replace_rules(rules);
-                    agent.ledger.replace_all();
+                    state.replace_config(source(rules));
                 }
             }
             if let Some(rules) = &in_force {
@@ -374,21 +362,21 @@ proptest! {
                 }
             }
         }
-        prop_assert!(agent.ledger.is_settled());
-        prop_assert_eq!(agent.ledger.shortage().is_none(), agent.tree.cover().count() <= most);
-        if agent.ledger.shortage().is_some() {
+        prop_assert!(state.is_settled());
+        prop_assert_eq!(state.ledger().shortage().is_none(), state.tree().cover().count() <= most);
+        if state.ledger().shortage().is_some() {
             prop_assert_eq!(kernel.0.len(), most);
             return Ok(());
         }
         // And in the end nobody is held for whom there is room.
         for path in disk.keys() {
-            let meant = meant(agent.tree.rules(), path);
+            let meant = meant(state.tree().rules(), path);
             let has = kernel.element(path, &disk);
             let free = has.as_ref().is_none_or(|element| element.hold == Hold::None);
             prop_assert!(free, "{:?}", path);
-            let verdict = has.map_or_else(|| agent.tree.rules().undecided(), |element| element.verdict);
+            let verdict = has.map_or_else(|| state.tree().rules().undecided(), |element| element.verdict);
             prop_assert_eq!(&verdict, &meant, "{:?}", path);
-            prop_assert_eq!(agent.ledger.held_target(path), Some(meant.target));
+            prop_assert_eq!(state.ledger().held_target(path), Some(meant.target));
         }
     }
 }
