@@ -14,6 +14,7 @@ mod dbus;
 mod directory;
 pub mod inotify;
 mod listing;
+mod pace;
 mod run;
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,7 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::dbus::{Follower, Report};
 use super::inotify::{Event, Events, Watches};
+use super::pace::Pace;
 use super::{Error, Monitor, Observer, Watcher, Watching};
 use crate::state::Agent;
 use crate::subtree::Subtree;
@@ -18,15 +19,21 @@ use crate::text::{chain, printable};
 /// groups does not keep the next one waiting.
 pub(super) const LOOKS: usize = 32;
 
-/// How often everything is looked at while something is not watched: without systemd's signals, and with them.
-const RESCAN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
+/// How often everything is looked at while something is not watched.
+const RESCAN: Duration = Duration::from_secs(1);
+
+/// The same with systemd's signals.
+const RESCAN_SIGNALLED: Duration = Duration::from_secs(5);
 
 /// How soon everything is looked at again at the earliest, when something has happened nearby.
 const RESCAN_SOON: Duration = Duration::from_millis(50);
 
 /// How many times as long as it took to look at everything there is a rest, so that looking takes a small part of a
-/// processor: usually, and when something has happened nearby.
-const REST: (u32, u32) = (50, 10);
+/// processor.
+const REST: u32 = 50;
+
+/// The same when something has happened nearby.
+const REST_SOON: u32 = 10;
 
 /// How long systemd may take at the start to tell which control groups there are, when nobody else can.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -34,26 +41,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How many attempts in a row to reach systemd fail before that is logged.
 const LOSSES: u32 = 3;
 
-/// How long events are left in inotify's queue while a call to the helper is under way. A call that takes longer is no
-/// reason not to know what there is.
-const CALL: Duration = Duration::from_millis(100);
-
-/// In how many calls in a row something has to happen until events are gathered before the next call. To be woken by
-/// each event costs those who make control groups more than the waiting does.
-const CROWD: u32 = 8;
-
-/// How long events are gathered.
-const GATHER: Duration = Duration::from_millis(1);
-
 /// Where hints come from.
 pub struct Sources {
     events: Option<Events>,
-    /// Until when events are left in inotify's queue while the call is under way.
-    call: Option<Instant>,
-    /// In how many calls in a row something has happened.
-    crowded: u32,
-    /// Until when events are left in inotify's queue because so much happens.
-    rest: Option<Instant>,
+    pace: Pace,
     alarm: Alarm,
     follower: Option<Follower>,
     /// systemd has told of everything.
@@ -74,9 +65,7 @@ pub fn open(subtree: Subtree, monitor: Monitor) -> (Sources, Watcher) {
     let mut watcher = Watcher::new(subtree, monitor);
     let mut sources = Sources {
         events: None,
-        call: None,
-        crowded: 0,
-        rest: None,
+        pace: Pace::default(),
         alarm: Alarm(None),
         follower: None,
         connected: false,
@@ -147,7 +136,7 @@ impl Sources {
                 self.rescan(watcher, agent);
                 continue;
             }
-            let quiet = self.quiet(agent);
+            let quiet = self.keep_pace(agent);
             if quiet.is_none() && self.fetch(watcher, agent) {
                 // What is known by now goes out before the new directories are looked into.
                 tokio::task::yield_now().await;
@@ -175,7 +164,7 @@ impl Sources {
                 _ = changed.changed() => {}
                 () = std::future::ready(()), if !idle => {}
             }
-            if agent.is_calling() && self.quiet(agent).is_some() {
+            if agent.is_calling() && self.keep_pace(agent).is_some() {
                 continue;
             }
             let looked = {
@@ -190,20 +179,12 @@ impl Sources {
         }
     }
 
-    /// Until when events are left in inotify's queue: while a call is under way that does not take too long, and a little
-    /// longer when something has happened during many calls in a row.
-    fn quiet(&mut self, agent: &Agent) -> Option<Instant> {
+    /// Until when events are left in inotify's queue from now on.
+    fn keep_pace(&mut self, agent: &Agent) -> Option<Instant> {
         let now = Instant::now();
-        if agent.is_calling() {
-            let until = *self.call.get_or_insert_with(|| now + CALL);
-            return (until > now).then_some(until);
-        }
-        if self.call.take().is_some() && self.events.as_ref().is_some_and(Events::are_left) {
-            self.crowded = self.crowded.saturating_add(1);
-            self.rest = (self.crowded >= CROWD).then(|| now + GATHER);
-        }
-        self.rest = self.rest.filter(|rest| *rest > now);
-        self.rest
+        let left = self.events.as_ref().is_some_and(Events::are_left);
+        self.pace.update(agent.is_calling(), left, now);
+        self.pace.quiet(now)
     }
 
     /// Takes events that were left in inotify's queue. False if there are none.
@@ -219,7 +200,7 @@ impl Sources {
             }
         };
         if batch.is_empty() {
-            self.crowded = 0;
+            self.pace.nothing_left();
             return false;
         }
         self.notice(batch, watcher, agent);
@@ -372,9 +353,9 @@ impl Sources {
         }
         let (looked, took) = self.looked;
         let after = match (watcher.hinted && incomplete, self.connected) {
-            (true, _) => RESCAN_SOON.max(took * REST.1),
-            (false, false) => RESCAN.0.max(took * REST.0),
-            (false, true) => RESCAN.1.max(took * REST.0),
+            (true, _) => RESCAN_SOON.max(took * REST_SOON),
+            (false, false) => RESCAN.max(took * REST),
+            (false, true) => RESCAN_SIGNALLED.max(took * REST),
         };
         Some(looked + after)
     }
