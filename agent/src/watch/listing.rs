@@ -111,7 +111,7 @@ impl Watcher {
         path: &ControlGroupPath,
         found: &mut Vec<(ControlGroupPath, u64)>,
     ) -> io::Result<()> {
-        let directory = self.directory(path);
+        let directory = self.working_directory.directory(&self.subtree, path);
         // Each directory in it is a link to it, beside the two that every directory has. (File
         // systems that do not count so say 1.)
         match std::fs::symlink_metadata(&directory) {

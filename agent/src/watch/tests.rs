@@ -7,6 +7,7 @@ use std::rc::Rc;
 use cgtproxy_proto::helper::SkipReason;
 use tempfile::TempDir;
 
+use super::directory::WorkingDirectory;
 use super::inotify::Event;
 use super::run::LOOKS;
 use super::*;
@@ -44,7 +45,7 @@ impl Start {
         let agent = Agent::new(subtree.clone(), source, None);
         let (sources, mut watcher) = open(subtree, Monitor::Inotify);
         // The working directory is that of all tests.
-        watcher.home = None;
+        watcher.working_directory = WorkingDirectory::fixed();
         watcher.discover(&mut *agent.state_mut());
         Self {
             root,

@@ -4,17 +4,15 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::ffi::OsStr;
 use std::io;
 use std::iter::successors;
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use ::inotify::WatchDescriptor;
 use cgtproxy_proto::path::ControlGroupPath;
-use rustix::fs::Mode;
 use rustix::io::Errno;
 
-use super::directory::HOME;
+use super::directory::WorkingDirectory;
 use super::inotify::Event;
 use super::listing::contains_more_than;
 use super::{Hint, Monitor, Observer, inotify};
@@ -53,10 +51,7 @@ pub struct Watcher {
     pub(super) pending: VecDeque<ControlGroupPath>,
     /// What was found in control groups that are to be watched later, with inodes and in order.
     pub(super) noted: BTreeMap<ControlGroupPath, Vec<(ControlGroupPath, u64)>>,
-    /// This process's working directory; none if it can't be opened.
-    pub(super) home: Option<OwnedFd>,
-    /// The control group whose directory is the working directory at the moment; none if `home` is.
-    pub(super) here: Option<ControlGroupPath>,
+    pub(super) working_directory: WorkingDirectory,
     /// What was logged of control groups that users have made so.
     pub(super) said: Said,
     /// Something has happened since everything was looked at.
@@ -87,8 +82,7 @@ impl Watcher {
             blind: false,
             pending: VecDeque::new(),
             noted: BTreeMap::new(),
-            home: rustix::fs::open(".", HOME, Mode::empty()).ok(),
-            here: None,
+            working_directory: WorkingDirectory::new(),
             said: Said::default(),
             hinted: false,
             lost: false,
@@ -183,7 +177,7 @@ impl Watcher {
         let mut stack = vec![ControlGroupPath::root()];
         let mut found = Vec::new();
         while let Some(path) = stack.pop() {
-            self.approach(&path);
+            self.working_directory.approach(&self.subtree, &path);
             if lost && !self.groups.contains_key(&path) {
                 self.gone(&path, observer);
             }
@@ -196,7 +190,7 @@ impl Watcher {
                 stack.extend(found.drain(..).map(|(path, _)| path));
             }
         }
-        self.go_home();
+        self.working_directory.go_home();
         let is_gone = |path: &&ControlGroupPath| !seen.contains(*path);
         let mut gone: Vec<_> = self.groups.keys().filter(is_gone).cloned().collect();
         if lost {
@@ -232,7 +226,7 @@ impl Watcher {
         let mut around = Vec::from_iter(successors(path.parent(), ControlGroupPath::parent));
         while let Some(path) = around.pop() {
             let before = self.identity(&path);
-            self.approach(&path);
+            self.working_directory.approach(&self.subtree, &path);
             if self.enter(&path, observer).is_some() && before != self.identity(&path) {
                 self.list(&path, &mut found, observer);
             }
@@ -240,11 +234,11 @@ impl Watcher {
         let mut stack = Vec::from_iter(found.drain(..).map(|(path, _)| path));
         stack.push(path.clone());
         while let Some(path) = stack.pop() {
-            self.approach(&path);
+            self.working_directory.approach(&self.subtree, &path);
             self.look_at(&path, &mut found, observer);
             stack.extend(found.drain(..).map(|(path, _)| path));
         }
-        self.go_home();
+        self.working_directory.go_home();
     }
 
     /// Takes the events that are in inotify's queue now; of those that come meanwhile, not without end.
@@ -313,7 +307,7 @@ impl Watcher {
                 continue;
             }
             let path = self.first_unknown(&path);
-            self.go_beside(&path);
+            self.working_directory.go_beside(&self.subtree, &path);
             self.look_at(&path, &mut found, observer);
             let watched = self.is_watched(&path);
             for (child, inode) in found.drain(..) {
@@ -326,7 +320,7 @@ impl Watcher {
                 }
             }
         }
-        self.go_home();
+        self.working_directory.go_home();
         looked
     }
 
@@ -394,7 +388,7 @@ impl Watcher {
         observer: &mut dyn Observer,
     ) -> Option<ControlGroupPath> {
         tracing::trace!("looking at {path:?}");
-        let directory = self.directory(path);
+        let directory = self.working_directory.directory(&self.subtree, path);
         let watch = match self.watch(path, &directory) {
             Ok(watch) => watch,
             Err(Vanished) => {
