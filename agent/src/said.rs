@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use cgtproxy_proto::path::ControlGroupPath;
+use tracing::Level;
 
 use crate::sync::{Maker, maker};
 
@@ -33,6 +34,15 @@ impl Said {
     /// Everything is news again.
     pub fn forget(&mut self) {
         self.0.clear();
+    }
+}
+
+/// Logs what is news at this level, and what is not only for who looks for mistakes. The text is not made for nobody.
+pub fn say(is_news: bool, level: Level, text: impl FnOnce() -> String) {
+    match is_news {
+        true if level == Level::WARN => tracing::warn!("{}", text()),
+        true => tracing::info!("{}", text()),
+        false => tracing::debug!("{}", text()),
     }
 }
 

@@ -10,6 +10,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::service::Fault;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tracing::Level;
 
 use super::Call;
 use super::announce::{announce, finish_reload, say_problem};
@@ -17,7 +18,7 @@ use super::text::refusal;
 use super::wire::{Reply, send};
 use crate::policy::Start;
 use crate::relay::Relay;
-use crate::said::Kind;
+use crate::said::{Kind, say};
 use crate::state::{Agent, Link, Refused, Source};
 use crate::text::{chain, printable};
 use crate::timing::sleep_until;
@@ -153,16 +154,10 @@ impl<'a> Session<'a> {
             // It was gone before the helper looked, as short-lived ones are.
             let is_news =
                 reason != SkipReason::missing && state.said.is_news(Kind::PassedOver(why), &path);
-            let text = || {
-                format!(
-                    "the helper passed over '{}': {why}",
-                    state.subtree.shown(&path)
-                )
-            };
-            match is_news {
-                true => tracing::warn!("{}", text()),
-                false => tracing::debug!("{}", text()),
-            }
+            say(is_news, Level::WARN, || {
+                let name = state.subtree.shown(&path);
+                format!("the helper passed over '{name}': {why}")
+            });
         }
         self.agent.tell();
     }

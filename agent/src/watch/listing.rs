@@ -7,10 +7,11 @@ use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::Path;
 
 use cgtproxy_proto::path::{ControlGroupPath, InvalidPath};
+use tracing::Level;
 
 use super::Observer;
 use super::watcher::{Known, Watcher, is_absence, is_lasting};
-use crate::said::Kind;
+use crate::said::{Kind, say};
 use crate::text::{chain, printable};
 
 impl Watcher {
@@ -18,15 +19,11 @@ impl Watcher {
     /// again and again would change nothing.
     pub(super) fn say_closed(&mut self, path: &ControlGroupPath, error: &io::Error) {
         let is_news = self.said.is_news(Kind::Closed, path);
-        let text = || {
+        say(is_news, Level::INFO, || {
             let name = self.subtree.shown(path);
             let why = chain(error);
             format!("can't look into '{name}': {why}; what is in it has its verdict")
-        };
-        match is_news {
-            true => tracing::info!("{}", text()),
-            false => tracing::debug!("{}", text()),
-        }
+        });
     }
 
     /// A control group can't be named.
@@ -37,17 +34,13 @@ impl Watcher {
         why: InvalidPath,
     ) {
         let is_news = self.said.is_news(Kind::Unnameable, parent);
-        let text = || {
+        say(is_news, Level::WARN, || {
             let name = printable(&String::from_utf8_lossy(name));
             let above = self.subtree.shown(parent);
             format!(
                 "can't follow '{name}' in '{above}': {why}; it has the verdict of what it is in"
             )
-        };
-        match is_news {
-            true => tracing::warn!("{}", text()),
-            false => tracing::debug!("{}", text()),
-        }
+        });
     }
 
     /// Adds the control groups in one to `found`, with their inodes. Returns whether it is known what is in it.

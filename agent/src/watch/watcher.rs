@@ -11,12 +11,13 @@ use std::path::Path;
 use ::inotify::WatchDescriptor;
 use cgtproxy_proto::path::ControlGroupPath;
 use rustix::io::Errno;
+use tracing::Level;
 
 use super::directory::WorkingDirectory;
 use super::inotify::Event;
 use super::listing::contains_more_than;
 use super::{Hint, Monitor, Observer, inotify};
-use crate::said::{Kind, Said};
+use crate::said::{Kind, Said, say};
 use crate::subtree::{Subtree, descendants};
 use crate::text::chain;
 
@@ -328,12 +329,12 @@ impl Watcher {
     pub(super) fn hint(&mut self, hint: Hint, observer: &mut dyn Observer) {
         match hint {
             Hint::LostTrack => {
-                let text = "more happened at once than inotify could tell: looking at everything";
                 // Whoever makes enough control groups brings this about again and again.
-                match std::mem::replace(&mut self.said_lost, true) {
-                    false => tracing::info!("{text}"),
-                    true => tracing::debug!("{text}"),
-                }
+                let is_news = !std::mem::replace(&mut self.said_lost, true);
+                say(is_news, Level::INFO, || {
+                    "more happened at once than inotify could tell: looking at everything"
+                        .to_owned()
+                });
                 self.lost = true;
                 self.scan(observer);
                 observer.lost_track();
@@ -498,14 +499,10 @@ impl Watcher {
                 self.unwatched_why = format!("control groups can't be watched ({})", chain(&error));
                 if !self.unwatched.contains(path) {
                     let is_news = self.said.is_news(Kind::Unwatched, path);
-                    let text = || {
+                    say(is_news, Level::WARN, || {
                         let name = self.subtree.shown(path);
                         format!("can't watch '{name}': {}", chain(&error))
-                    };
-                    match is_news {
-                        true => tracing::warn!("{}", text()),
-                        false => tracing::debug!("{}", text()),
-                    }
+                    });
                 }
             }
         }
