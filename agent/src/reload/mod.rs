@@ -1,6 +1,7 @@
 //! Loads the configuration: at the start, when the file changes and when the agent is told to.
 
 mod changes;
+mod way;
 
 use std::cell::RefCell;
 use std::io;
