@@ -99,16 +99,16 @@ impl Loader {
     fn reload(&mut self, agent: &Agent, always: bool) {
         let path = &self.file.path;
         // Whoever saves one again that was taken back means it to be tried.
-        let known = !always && !agent.state().is_postponed();
+        let unchanged_is_fine = !always && !agent.state().is_postponed();
         let bytes = match config::read_file(path) {
-            Ok(bytes) if known && self.last.as_ref() == Some(&bytes) => return,
+            Ok(bytes) if unchanged_is_fine && self.last.as_ref() == Some(&bytes) => return,
             Ok(bytes) => bytes,
             Err(error) => {
-                let known = agent.state().file_error().map(str::to_owned);
+                let said = agent.state().file_error().map(str::to_owned);
                 match &error {
                     // There is none still.
-                    LoadError::Missing(_) if self.last.is_none() && known.is_none() => return,
-                    error if !always && known.is_some_and(|known| known == chain(error)) => return,
+                    LoadError::Missing(_) if self.last.is_none() && said.is_none() => return,
+                    error if !always && said.is_some_and(|said| said == chain(error)) => return,
                     _ => {}
                 }
                 // To go direct because an editor took the file away for a moment would be a leak.
