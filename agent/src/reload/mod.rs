@@ -180,10 +180,8 @@ pub async fn run(
                 if received.is_none() {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
-                // Before it was ready there is nothing that it could be ready with again.
-                if agent.state().ready {
+                if agent.state_mut().readiness.begin_reload() {
                     notify::reloading();
-                    agent.state_mut().reloading = true;
                 }
                 // Whoever asks for a reload may have raised a limit of inotify's.
                 {

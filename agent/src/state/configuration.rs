@@ -7,7 +7,7 @@ use std::time::Duration;
 use cgtproxy_proto::back_off::BackOff;
 use tokio::time::Instant;
 
-use super::{Awaited, State};
+use super::{Awaited, Link, State};
 use crate::config::Config;
 use crate::sync::{Call, length_of};
 
@@ -70,6 +70,13 @@ impl State {
         self.postponed.as_ref().map(|postponed| &*postponed.why)
     }
 
+    /// Whether a call was refused for this reason already, and nothing has become of that since.
+    #[must_use]
+    pub fn was_refused(&self, why: &str) -> bool {
+        let said = [self.refusal.as_deref(), self.postponed_why()];
+        said.into_iter().flatten().any(|said| said == why)
+    }
+
     /// What is wrong with the configuration that was to replace the one in force, or to be the first one.
     #[must_use]
     pub fn config_error(&self) -> Option<&str> {
@@ -103,6 +110,10 @@ impl State {
             }
             _ => {
                 self.ledger.refuse();
+                if let Link::Broken(reason) = &mut self.link {
+                    why.clone_into(reason);
+                }
+                self.refusal = Some(why.to_owned());
                 Refused::Again
             }
         }

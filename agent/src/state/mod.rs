@@ -13,7 +13,7 @@ use crate::policy::{Start, Tree};
 use crate::relay::Relay;
 use crate::said::Said;
 use crate::subtree::Subtree;
-use crate::sync::{Call, Handling, Ledger, length_of, too_many_control_groups};
+use crate::sync::{Call, Handling, Ledger, Readiness, length_of, too_many_control_groups};
 use crate::watch::{Observer, Watching};
 
 pub use agent::{Agent, Calling};
@@ -75,15 +75,11 @@ pub struct State {
     /// is left of an earlier agent's policy.
     unconfigured: bool,
     /// Why the helper refused the last call, if it did.
-    pub refusal: Option<String>,
-    /// A reload is under way, and the service manager waits for its end.
-    pub reloading: bool,
+    refusal: Option<String>,
     /// What is known of the relay.
     pub relay: Relay,
-    /// It was said that the policy is in force, in this session.
-    pub announced: bool,
-    /// The service manager was told that the policy is in force, in some session.
-    pub ready: bool,
+    /// What the service manager was told.
+    pub readiness: Readiness,
     /// How well control groups are noticed.
     pub watching: Watching,
     /// What was said of control groups that users have made so.
@@ -114,10 +110,8 @@ impl State {
             unconfigured: config_error.is_some(),
             file_error: config_error,
             refusal: None,
-            reloading: false,
             relay: Relay::default(),
-            announced: false,
-            ready: false,
+            readiness: Readiness::default(),
             watching: Watching::default(),
             said: Said::default(),
             news: false,
@@ -247,6 +241,7 @@ impl State {
         sent: &Rc<Source>,
     ) -> Vec<(ControlGroupPath, cgtproxy_proto::helper::SkipReason)> {
         self.generation = generation;
+        self.refusal = None;
         if matches!(call, Call::Replace(_)) {
             let is_first = self.accepted.replace(sent.clone()).is_none();
             self.held_last = Some(sent.clone());
@@ -286,7 +281,7 @@ impl State {
         }
         self.generation = 0;
         self.refusal = None;
-        self.announced = false;
+        self.readiness.is_not_in_force();
         self.ledger.lost();
     }
 

@@ -4,18 +4,54 @@ use crate::notify;
 use crate::state::Agent;
 use crate::text::count;
 
+/// What the service manager was told.
+#[derive(Debug, Default)]
+pub struct Readiness {
+    /// That the policy is in force, in this session.
+    announced: bool,
+    /// The same, in some session.
+    ready: bool,
+    /// That a reload is under way: it waits for its end.
+    reloading: bool,
+}
+
+impl Readiness {
+    /// Notes that not all is in force: when it is, that is said again.
+    pub(crate) fn is_not_in_force(&mut self) {
+        self.announced = false;
+    }
+
+    /// Notes that all is in force. Returns whether that is to be said: once, and at the end of each reload.
+    fn is_in_force(&mut self) -> bool {
+        self.ready = true;
+        let reloaded = self.end_reload();
+        !std::mem::replace(&mut self.announced, true) || reloaded
+    }
+
+    /// Notes that a reload begins. Returns whether that is to be said: an agent that was never ready has nothing to be
+    /// ready with again.
+    pub(crate) fn begin_reload(&mut self) -> bool {
+        self.reloading |= self.ready;
+        self.ready
+    }
+
+    /// Notes that a reload is over. Returns whether one was under way.
+    fn end_reload(&mut self) -> bool {
+        std::mem::take(&mut self.reloading)
+    }
+}
+
 /// Tells the service manager why not all is in force. When it is, that is said again.
 pub(super) fn say_problem(agent: &Agent, why: &str) {
     notify::status(why);
-    agent.state_mut().announced = false;
+    agent.state_mut().readiness.is_not_in_force();
 }
 
 /// Says once that all is in force, and at the end of each reload.
 pub(super) fn announce(agent: &Agent) {
     let text = {
         let mut state = agent.state_mut();
-        let reloaded = std::mem::take(&mut state.reloading);
-        if std::mem::replace(&mut state.announced, true) && !reloaded {
+        if !state.readiness.is_in_force() {
             return;
         }
         let without = state.ledger().shortage().map_or(0, |(count, ..)| count);
@@ -26,12 +62,11 @@ pub(super) fn announce(agent: &Agent) {
     tracing::info!("the policy is in force: {text}");
     notify::status(&format!("In force: {text}"));
     notify::ready();
-    agent.state_mut().ready = true;
 }
 
 /// Ends a reload, if one is under way, as far as the service manager is concerned.
 pub(super) fn finish_reload(agent: &Agent) {
-    if std::mem::take(&mut agent.state_mut().reloading) {
+    if agent.state_mut().readiness.end_reload() {
         notify::ready();
     }
 }

@@ -11,6 +11,7 @@ mod tests;
 mod text;
 mod wire;
 
+pub use announce::Readiness;
 pub use connect::{Error, run};
 pub use ledger::{Call, Handling, Ledger};
 pub(crate) use room::{Maker, maker};

@@ -139,7 +139,6 @@ impl<'a> Session<'a> {
             .collect();
         let (news, mended) = {
             let mut state = self.agent.state_mut();
-            state.refusal = None;
             let postponed = state.is_postponed();
             let news = state.acknowledged(call, reply.generation, skipped, source);
             (news, postponed && !state.is_postponed())
@@ -193,16 +192,8 @@ impl<'a> Session<'a> {
         );
         let (refused, repeated) = {
             let mut state = self.agent.state_mut();
-            let said = [state.refusal.as_deref(), state.postponed_why()];
-            let repeated = said.into_iter().flatten().any(|said| said == why);
-            let refused = state.refused(call, &why, passing, source);
-            if refused == Refused::Again {
-                if let Link::Broken(reason) = &mut state.link {
-                    reason.clone_from(&why);
-                }
-                state.refusal = Some(why.clone());
-            }
-            (refused, repeated)
+            let repeated = state.was_refused(&why);
+            (state.refused(call, &why, passing, source), repeated)
         };
         match refused {
             Refused::TakenBack if repeated => {}
