@@ -21,6 +21,12 @@ pub enum ConnectError {
     },
 }
 
+/// Whether an error of connecting to a socket says that nobody listens on it.
+pub(crate) fn nobody_listens(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error.kind(), NotFound | ConnectionRefused)
+}
+
 /// A connection to an agent.
 #[derive(Debug)]
 pub struct Connection(Client);
@@ -33,14 +39,7 @@ impl Connection {
     pub async fn open(socket: PathBuf) -> Result<Self, ConnectError> {
         match Client::connect(&socket).await {
             Ok(client) => Ok(Self(client)),
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-                ) =>
-            {
-                Err(ConnectError::NotRunning)
-            }
+            Err(error) if nobody_listens(&error) => Err(ConnectError::NotRunning),
             Err(source) => Err(ConnectError::Failed { socket, source }),
         }
     }

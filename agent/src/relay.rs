@@ -18,6 +18,7 @@ pub use cgtproxy_proto::socket::of_relay as default_socket;
 use tokio::time::{sleep, timeout};
 
 use crate::config::{Config, Means, Network, Proxy, Scheme};
+use crate::connection::nobody_listens;
 use crate::policy::Target;
 use crate::state::{Agent, Source, State};
 use crate::text::{chain, printable};
@@ -89,6 +90,13 @@ pub fn lacks(state: &State, target: &Target) -> Option<String> {
         let problem = state.problem();
         problem.unwrap_or_else(|| "the helper does not know yet where the relay listens".into())
     })
+}
+
+/// Whether to ask the relay how it is doing, by what the agent says: asking starts it, so only who has one asks it.
+#[must_use]
+pub fn is_to_be_asked(status: &cgtproxy_proto::agent::GetStatus_Reply) -> bool {
+    let mut targets = status.targets.iter();
+    targets.any(|target| target.relayed == Some(true))
 }
 
 /// How the relay and its proxies are doing.
@@ -304,12 +312,12 @@ fn preferred(ports: &Ports, proxy: &str) -> (Option<i64>, Option<i64>) {
 
 fn unreachable(socket: &Path, error: &io::Error) -> String {
     let socket = printable(&socket.to_string_lossy());
-    match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => format!(
+    match nobody_listens(error) {
+        true => format!(
             "no relay listens on {socket}: is cgtproxy-relay.socket running? (systemctl --user start \
              cgtproxy-relay.socket)"
         ),
-        _ => format!("can't connect to the relay at {socket}: {}", chain(error)),
+        false => format!("can't connect to the relay at {socket}: {}", chain(error)),
     }
 }
 

@@ -141,8 +141,21 @@ pub fn rules(config: &Config) -> Vec<Rule> {
 /// The rule of a configuration that gives a control group its verdict, if one does.
 #[must_use]
 pub fn rule(config: &Config, group: &ControlGroup) -> Option<Rule> {
-    let index = usize::try_from(group.rule?).ok()?.checked_sub(1)?;
-    config.rules.rules.get(index).map(shown)
+    config.rules.rules.get(rule_index(group)?).map(shown)
+}
+
+/// The place in the list of the rule that decides about a control group; none if no rule does.
+#[must_use]
+pub fn rule_index(group: &ControlGroup) -> Option<usize> {
+    usize::try_from(group.rule?).ok()?.checked_sub(1)
+}
+
+/// A control group with the verdict that a configuration means for it, without an agent.
+#[must_use]
+pub fn meant(config: &Config, subtree: &Subtree, path: &ControlGroupPath) -> ControlGroup {
+    let given = config.rules.explain(&subtree.prefix(), path);
+    let given = given.as_ref().map(|(choice, giver)| (giver, choice));
+    judged(subtree, path, given)
 }
 
 fn shown(rule: &policy::Rule) -> Rule {

@@ -45,9 +45,8 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
             facts::ask_helper(&arguments.socket),
             facts::ask_agent(&agent_socket)
         );
-        // Only who has a relay asks it: asking starts it.
         let relayed = match &agent {
-            Agent::Answers(status) => status.targets.iter().any(|t| t.relayed == Some(true)),
+            Agent::Answers(status) => relay::is_to_be_asked(status),
             _ => false,
         };
         let relay = match relayed {

@@ -188,9 +188,7 @@ fn compute(
         }
     };
     let explained = |path: ControlGroupPath| {
-        let given = config.rules.explain(&subtree.prefix(), &path);
-        let given = given.as_ref().map(|(choice, giver)| (giver, choice));
-        let group = view::judged(subtree, &path, given);
+        let group = view::meant(&config, subtree, &path);
         let rule = view::rule(&config, &group);
         let file = file.as_ref().filter(|_| rule.is_some());
         Explain_Reply {

@@ -29,12 +29,7 @@ struct WithRelay<'a> {
 pub(super) fn run(arguments: &Arguments, json: bool) -> Result<ExitCode, Error> {
     let mut status = Agent::connect(arguments.scope())?.status(arguments)?;
     ports(&mut status);
-    // Only who has a relay asks it: asking starts it.
-    let relayed = status
-        .targets
-        .iter()
-        .any(|target| target.relayed == Some(true));
-    let relay = match relayed {
+    let relay = match relay::is_to_be_asked(&status) {
         true => Some(relay_status()?),
         false => None,
     };

@@ -7,16 +7,15 @@ use std::path::Path;
 use cgtproxy_proto::helper::ErrorKind;
 use cgtproxy_proto::service::Fault;
 
+use crate::connection::nobody_listens;
 use crate::text::{chain, printable};
 
 /// That nobody answers at the helper's socket.
 pub(super) fn unreachable(socket: &Path, error: &io::Error) -> String {
     let socket = printable(&socket.to_string_lossy());
-    match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-            format!("no helper listens on {socket}")
-        }
-        _ => format!("can't connect to the helper at {socket}: {}", chain(error)),
+    match nobody_listens(error) {
+        true => format!("no helper listens on {socket}"),
+        false => format!("can't connect to the helper at {socket}: {}", chain(error)),
     }
 }
 

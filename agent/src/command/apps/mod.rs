@@ -105,9 +105,7 @@ fn ask(agent: &mut Agent, arguments: &Arguments, subtree: &Subtree) -> Result<Ve
 fn compute(arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> {
     let (config, _) = super::config(arguments)?;
     let judged = |path: ControlGroupPath| {
-        let given = config.rules.explain(&subtree.prefix(), &path);
-        let given = given.as_ref().map(|(choice, giver)| (giver, choice));
-        let group = view::judged(subtree, &path, given);
+        let group = view::meant(&config, subtree, &path);
         (path, group)
     };
     let groups = subtree.control_groups().into_iter().map(judged).collect();
@@ -166,8 +164,7 @@ fn ids(subject: &Subject) -> Vec<String> {
 }
 
 fn selector(verdicts: &Verdicts, group: &ControlGroup) -> Option<String> {
-    let index = usize::try_from(group.rule?).ok()?.checked_sub(1)?;
-    verdicts.selectors.get(index).cloned()
+    verdicts.selectors.get(view::rule_index(group)?).cloned()
 }
 
 fn to_json(verdicts: &Verdicts, running: &[Running], shared: &[Shared], all: bool) -> Value {
