@@ -11,7 +11,9 @@
 //!
 //! What a unit makes below its own control group, systemd does not know.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+mod units;
+
+use std::collections::HashMap;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::pin::Pin;
 use std::task::Poll;
@@ -29,6 +31,7 @@ use zbus::{Connection, MessageStream, OwnedObjectPath, Variant};
 use super::Hint;
 use crate::subtree::Subtree;
 use crate::systemd::{Address, MANAGER, MANAGER_PATH, Manager, SYSTEMD, runtime_directory, said};
+use units::Units;
 
 /// The interface that all units have.
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
@@ -157,7 +160,7 @@ async fn follow(subtree: Subtree, addresses: Vec<Address>, reports: mpsc::Sender
                     let Err(end) = session.run().await;
                     match end {
                         End::Stopped => return,
-                        End::Lost(why) if session.announced => {
+                        End::Lost(why) if session.units.were_reported() => {
                             back_off.reset();
                             failures = vec![format!("{}: {why}", address.0)];
                             break;
@@ -194,32 +197,6 @@ enum Question {
     Id(String),
 }
 
-/// How far it is known which control group a unit has.
-#[derive(Debug, Default, PartialEq, Eq)]
-enum Asked {
-    /// What is known is up to date.
-    #[default]
-    No,
-    /// The unit is to be asked about.
-    Queued,
-    /// The unit has been asked about.
-    Sent,
-    /// The unit has changed since it was asked about.
-    Again,
-}
-
-/// A unit of a kind that has a control group.
-#[derive(Debug, Default)]
-struct Unit {
-    object: String,
-    group: Option<(ControlGroupPath, Option<u64>)>,
-    /// The path that came with the last answer, whose id has not come yet.
-    answered: Option<ControlGroupPath>,
-    asked: Asked,
-    /// Whether it is certainly loaded.
-    loaded: bool,
-}
-
 /// One connection to systemd.
 struct Session<'a> {
     subtree: &'a Subtree,
@@ -227,16 +204,9 @@ struct Session<'a> {
     reports: &'a mpsc::Sender<Report>,
     /// systemd's unique name on the bus; what others send is ignored.
     owner: Option<String>,
-    /// All units of these kinds, by name.
-    units: HashMap<String, Unit>,
+    units: Units,
     questions: HashMap<NonZeroU32, Question>,
-    queue: VecDeque<String>,
     outgoing: Vec<Message>,
-    hints: Vec<Hint>,
-    /// Units whose control groups are still to be known before all are reported; none if all were reported.
-    missing: Option<HashSet<String>>,
-    /// All control groups have been reported.
-    announced: bool,
 }
 
 impl<'a> Session<'a> {
@@ -246,13 +216,9 @@ impl<'a> Session<'a> {
             connection: &manager.connection,
             reports,
             owner: None,
-            units: HashMap::new(),
+            units: Units::default(),
             questions: HashMap::new(),
-            queue: VecDeque::new(),
             outgoing: Vec::new(),
-            hints: Vec::new(),
-            missing: None,
-            announced: false,
         }
     }
 
@@ -282,22 +248,8 @@ impl<'a> Session<'a> {
 
     /// Sends the report that is due, if one is.
     async fn report(&mut self) -> Result<(), End> {
-        let report = match &self.missing {
-            // Not before all of it is known.
-            Some(missing) if !missing.is_empty() => return Ok(()),
-            Some(_) => {
-                self.missing = None;
-                self.announced = true;
-                self.hints.clear();
-                Report::All(
-                    self.units
-                        .values()
-                        .filter_map(|u| u.group.clone())
-                        .collect(),
-                )
-            }
-            None if self.hints.is_empty() => return Ok(()),
-            None => Report::Hints(std::mem::take(&mut self.hints)),
+        let Some(report) = self.units.take_report() else {
+            return Ok(());
         };
         let sent = self.reports.send(report).await;
         sent.map_err(|_| End::Stopped)
@@ -336,28 +288,25 @@ impl<'a> Session<'a> {
 
     /// Asks for all units.
     fn list(&mut self) -> zbus::Result<()> {
-        // Until the list is there, something is missing.
-        self.missing = Some(HashSet::from([String::new()]));
+        self.units.list();
         self.ask_manager("ListUnits", &(), Question::List)
     }
 
     /// Asks about as many units as may be asked about.
     fn ask_queued(&mut self) -> zbus::Result<()> {
         while self.questions.len() < QUESTIONS
-            && let Some(name) = self.queue.pop_front()
+            && let Some(unit) = self.units.next_question()
         {
-            // Removed since.
-            let Some(unit) = self.units.get_mut(&name) else {
-                self.missing_no_more(&name);
-                continue;
-            };
-            unit.asked = Asked::Sent;
-            let (object, loaded) = (unit.object.clone(), unit.loaded);
-            if !loaded {
+            let units::Question {
+                name,
+                object,
+                loaded,
+            } = unit;
+            if loaded {
+                self.ask_group(name, &object)?;
+            } else {
                 self.ask_manager("GetUnit", &name, Question::Loaded(name.clone()))?;
-                continue;
             }
-            self.ask_group(name, &object)?;
         }
         Ok(())
     }
@@ -371,42 +320,6 @@ impl<'a> Session<'a> {
         self.ask(group, Question::Group(name.clone()));
         self.ask(id, Question::Id(name));
         Ok(())
-    }
-
-    /// A unit may have another control group than is known.
-    fn changed(&mut self, name: &str, object: Option<&str>, loaded: bool) {
-        if interface(name).is_none() {
-            return;
-        }
-        let unit = self.units.entry(name.to_owned()).or_default();
-        if let Some(object) = object {
-            object.clone_into(&mut unit.object);
-        }
-        unit.loaded = loaded && !unit.object.is_empty();
-        match unit.asked {
-            Asked::No => {
-                unit.asked = Asked::Queued;
-                self.queue.push_back(name.to_owned());
-            }
-            Asked::Sent => unit.asked = Asked::Again,
-            Asked::Queued | Asked::Again => {}
-        }
-    }
-
-    /// systemd has forgotten a unit.
-    fn removed(&mut self, name: &str) {
-        self.missing_no_more(name);
-        if let Some(unit) = self.units.remove(name)
-            && let Some((path, _)) = unit.group
-        {
-            self.hints.push(Hint::NoUnit(path));
-        }
-    }
-
-    fn missing_no_more(&mut self, name: &str) {
-        if let Some(missing) = &mut self.missing {
-            missing.remove(name);
-        }
     }
 
     fn take(&mut self, message: &Message) -> Result<(), End> {
@@ -470,17 +383,17 @@ impl<'a> Session<'a> {
         match (interface, member) {
             (MANAGER, "UnitNew") => {
                 let (name, object): (&str, OwnedObjectPath) = body.deserialize()?;
-                if !self.units.contains_key(name) {
-                    self.changed(name, Some(object.as_str()), false);
+                if !self.units.contains(name) {
+                    self.units.changed(name, Some(object.as_str()), false);
                 }
             }
             (MANAGER, "UnitRemoved") => {
                 let (name, _): (&str, OwnedObjectPath) = body.deserialize()?;
-                self.removed(name);
+                self.units.removed(name);
             }
             (MANAGER, "JobRemoved") => {
                 let (_, _, name, _): (u32, OwnedObjectPath, &str, &str) = body.deserialize()?;
-                self.changed(name, None, false);
+                self.units.changed(name, None, false);
             }
             // Units may be others now, or have others' names.
             (MANAGER, "Reloading") => {
@@ -499,7 +412,7 @@ impl<'a> Session<'a> {
                     let state = changes.get("ActiveState");
                     let state = state.and_then(|s| s.downcast_ref::<&str>().ok());
                     let ended = matches!(state, None | Some("inactive" | "failed"));
-                    self.changed(&name, Some(object), !ended);
+                    self.units.changed(&name, Some(object), !ended);
                 }
             }
             _ => {}
@@ -518,14 +431,32 @@ impl<'a> Session<'a> {
                 return Err(End::Lost(why));
             }
             Question::Setup => {}
-            Question::List => self.listed(&body)?,
+            Question::List => {
+                type Listed<'b> = (
+                    &'b str,
+                    &'b str,
+                    &'b str,
+                    &'b str,
+                    &'b str,
+                    &'b str,
+                    OwnedObjectPath,
+                    u32,
+                    &'b str,
+                    OwnedObjectPath,
+                );
+                let listed: Vec<Listed<'_>> = body.deserialize()?;
+                let units = listed.iter().map(|(name, _, _, active, _, _, object, ..)| {
+                    (*name, object.as_str(), *active != "inactive")
+                });
+                self.units.listed(units);
+            }
             Question::Loaded(name) if refused => {
                 // It is gone, and its `UnitRemoved` has been seen or is on its way.
-                self.removed(&name);
+                self.units.removed(&name);
             }
             Question::Loaded(name) => {
                 let object: OwnedObjectPath = body.deserialize()?;
-                if self.units.contains_key(&name) {
+                if self.units.contains(&name) {
                     self.ask_group(name, object.as_str())?;
                 }
             }
@@ -533,78 +464,17 @@ impl<'a> Session<'a> {
                 let path = body.deserialize::<Variant<'_>>().ok();
                 let path = path.as_ref().and_then(|p| p.downcast_ref::<&str>().ok());
                 let path = path.filter(|path| !path.is_empty() && !refused);
-                if let Some(unit) = self.units.get_mut(&name) {
-                    unit.answered = path.and_then(|path| self.subtree.relative(path.as_bytes()));
-                }
+                let path = path.and_then(|path| self.subtree.relative(path.as_bytes()));
+                self.units.answered_path(&name, path);
             }
             Question::Id(name) => {
                 // systemd has the property since version 252.
                 let id = body.deserialize::<Variant<'_>>().ok();
                 let id = id.and_then(|id| id.downcast_ref::<u64>().ok());
-                self.answered(&name, id.filter(|_| !refused));
+                self.units.answered_id(&name, id.filter(|_| !refused));
             }
         }
         Ok(())
-    }
-
-    /// All units that there are.
-    fn listed(&mut self, body: &Body) -> Result<(), End> {
-        type Listed<'b> = (
-            &'b str,
-            &'b str,
-            &'b str,
-            &'b str,
-            &'b str,
-            &'b str,
-            OwnedObjectPath,
-            u32,
-            &'b str,
-            OwnedObjectPath,
-        );
-        let listed: Vec<Listed<'_>> = body.deserialize()?;
-        let mut there = HashSet::new();
-        for (name, _, _, active, _, _, object, ..) in listed {
-            if interface(name).is_none() {
-                continue;
-            }
-            let known = self.units.contains_key(name);
-            if active != "inactive" || known {
-                self.changed(name, Some(object.as_str()), active != "inactive");
-                there.insert(name.to_owned());
-            }
-        }
-        let gone = self.units.keys().filter(|name| !there.contains(*name));
-        for name in gone.cloned().collect::<Vec<_>>() {
-            self.removed(&name);
-        }
-        self.missing = Some(there);
-        Ok(())
-    }
-
-    /// Notes which control group a unit has.
-    fn answered(&mut self, name: &str, id: Option<u64>) {
-        let Some(unit) = self.units.get_mut(name) else {
-            return;
-        };
-        let group = unit.answered.take().map(|path| (path, id));
-        let before = std::mem::replace(&mut unit.group, group.clone());
-        let again = unit.asked == Asked::Again;
-        unit.asked = match again {
-            true => Asked::Queued,
-            false => Asked::No,
-        };
-        if again {
-            self.queue.push_back(name.to_owned());
-        }
-        if let Some((path, _)) = before
-            && group.as_ref().map(|(new, _)| new) != Some(&path)
-        {
-            self.hints.push(Hint::NoUnit(path));
-        }
-        if let Some((path, id)) = group {
-            self.hints.push(Hint::Unit { path, id });
-        }
-        self.missing_no_more(name);
     }
 }
 
