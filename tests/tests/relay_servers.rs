@@ -1,6 +1,10 @@
 //! The relay and real servers of others': sshd, stunnel, dante.
 
-#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -11,6 +15,7 @@ use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, config};
 use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, Outcome, Program, Sandbox, User, sandbox};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::{Afterwards, Speech};
+use serde_json::Value;
 
 fn bed(sb: &Sandbox, uid: u32, upstream: &str, certificates: &str) -> Relayed {
     let builder = Relayed::builder(sb).uid(uid).certificates(certificates);
@@ -205,6 +210,42 @@ fn a_server_may_end_first_within_tls() {
         // Only that: where the application ends first, stunnel throws away what it has not read from a proxy that ends
         // afterwards ('Read socket closed (HUP)').
         bed.assert_servers_may_end_first(sb);
+    });
+}
+
+#[test]
+fn an_application_that_is_gone_is_not_waited_for_within_tls() {
+    sandbox(|sb| {
+        // How long the kernel remembers a silent connection of which one side has ended, and one that nobody has open.
+        for (file, seconds) in [
+            ("netfilter/nf_conntrack_tcp_timeout_close_wait", "4"),
+            ("ipv4/tcp_fin_timeout", "1"),
+        ] {
+            fs::write(format!("/proc/sys/net/{file}"), seconds).expect("the network is ours");
+        }
+        let _helper = sb.helper().start();
+        let _servers = stunnel(sb);
+        // It takes the connection, and then says and reads nothing.
+        let speech = Speech {
+            say: b"HTTP/1.1 200 OK\r\n\r\n".to_vec(),
+            then: Afterwards::Hold,
+        };
+        let _stuck = sb.speaker(SocketAddr::new(INTERNET_V4, 3129), &speech);
+        let bed = bed(sb, 1001, "https://192.0.2.2:8445", "/run/tls/ours.pem");
+        let [to, _] = sb.destinations();
+        let open = || {
+            let status = bed.user.run("cgtproxy-agent", &["status", "--json"]);
+            let status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
+            status["relay"]["upstreams"][0]["connections"].as_u64()
+        };
+        let connection = bed.app.open_tcp(to).expect("the relay is there");
+        connection.say("hello");
+        wait_until("bytes to have got there", || {
+            sb.unread_connections(3129) > 0
+        });
+        assert_eq!(open(), Some(1));
+        drop(connection);
+        wait_until("it to be over", || open() == Some(0));
     });
 }
 

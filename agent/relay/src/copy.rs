@@ -7,19 +7,24 @@
 //! Where much comes at once, more will: it goes through a pipe by splice(2), which moves pages instead of bytes. Pipes
 //! are shared in the same way: a direction has one of its own only while something is left in it. There are no more than
 //! [`PIPES`], since a user may have only so much memory of the kernel's in pipes; whoever finds none copies.
+//!
+//! Within TLS it is the same without pipes, and what the server does not take is kept within TLS.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::pin::pin;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustix::io::ioctl_fionread;
 use rustix::net::Shutdown;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
-use tokio::io::Interest;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::task::coop::consume_budget;
+use tokio_rustls::client::TlsStream;
 
 use crate::upstream::Stream;
 
@@ -28,9 +33,6 @@ const BUFFER: usize = 16 * 1024;
 
 /// How much a pipe holds, in bytes.
 const PIPE: usize = 128 * 1024;
-
-/// How much a direction of a connection within TLS holds, in bytes.
-const TLS_BUFFER: usize = 16 * 1024;
 
 /// How much has to come at once, in bytes, for what comes next to go through a pipe.
 const BULK: usize = BUFFER;
@@ -123,23 +125,29 @@ enum Step {
 /// # Errors
 /// If either side breaks off; then the other is to be told as well.
 pub(crate) async fn carry(client: &mut TcpStream, server: &mut Stream) -> io::Result<()> {
+    tokio::select! {
+        carried = carry_both_ways(client, server) => carried,
+        error = given_up(client) => Err(error),
+    }
+}
+
+async fn carry_both_ways(client: &TcpStream, server: &mut Stream) -> io::Result<()> {
+    let tells = Cell::new(true);
     match server {
         Stream::Tcp(server) => {
-            tokio::select! {
-                carried = both_ways(client, server) => carried,
-                error = given_up(client) => Err(error),
-            }
+            let up = pin!(one_way(client, server, &tells));
+            let down = pin!(one_way(server, client, &tells));
+            both_ways(up, down, &tells).await
         }
+        // On the heap, since most connections are not within TLS.
         Stream::Tls(server) => {
-            // Its copier has the client for itself. What it waits for when the server takes no more is the server alone.
-            tokio::io::copy_bidirectional_with_sizes(
-                client,
-                server.as_mut(),
-                TLS_BUFFER,
-                TLS_BUFFER,
-            )
-            .await
-            .map(drop)
+            let carried = async {
+                let server = Tls(RefCell::new(server.as_mut()));
+                let up = pin!(into_tls(client, &server, &tells));
+                let down = pin!(out_of_tls(&server, client, &tells));
+                both_ways(up, down, &tells).await
+            };
+            Box::pin(carried).await
         }
     }
 }
@@ -160,27 +168,30 @@ async fn given_up(client: &TcpStream) -> io::Error {
     io::ErrorKind::ConnectionReset.into()
 }
 
-async fn both_ways(client: &TcpStream, server: &TcpStream) -> io::Result<()> {
-    let (mut up, mut down) = (pin!(one_way(client, server)), pin!(one_way(server, client)));
-    let (first, other) = tokio::select! {
-        first = &mut up => ((first, server), (down, client)),
-        first = &mut down => ((first, client), (up, server)),
+/// Waits for both directions, which tell no end of what comes where that is no end.
+async fn both_ways(
+    mut up: Pin<&mut impl Future<Output = Result<(), Broken>>>,
+    mut down: Pin<&mut impl Future<Output = Result<(), Broken>>>,
+    tells: &Cell<bool>,
+) -> io::Result<()> {
+    let (ended, other): (_, Pin<&mut dyn Future<Output = _>>) = tokio::select! {
+        ended = &mut up => (ended, down),
+        ended = &mut down => (ended, up),
     };
-    let ((ended, to), (other, other_to)) = (first, other);
     match ended {
-        Ok(()) => end(to)?,
+        Ok(()) => {}
         Err(Broken::From(error)) => return Err(error),
         // It takes nothing more, but may have said something before, as a server does that refuses what an application
         // is sending. Where that ends says nothing, so nobody is told that it is the end. On the heap, as above.
         Err(Broken::To(error)) => {
+            tells.set(false);
             let _ = Box::pin(tokio::time::timeout(LAST_WORDS, other)).await;
             return Err(error);
         }
     }
-    match other.await {
-        Ok(()) => end(other_to),
-        Err(Broken::From(error) | Broken::To(error)) => Err(error),
-    }
+    other
+        .await
+        .map_err(|(Broken::From(error) | Broken::To(error))| error)
 }
 
 /// Which end of a direction has broken.
@@ -189,24 +200,27 @@ enum Broken {
     To(io::Error),
 }
 
-/// Says that there will be nothing more.
-fn end(to: &TcpStream) -> io::Result<()> {
+/// Says that there will be nothing more, if that is to be told.
+fn end(to: &TcpStream, tells: &Cell<bool>) -> Result<(), Broken> {
+    if !tells.get() {
+        return Ok(());
+    }
     match rustix::net::shutdown(to, Shutdown::Write) {
         // It is gone altogether, which its own direction finds out.
         Err(rustix::io::Errno::NOTCONN) => Ok(()),
-        result => Ok(result?),
+        result => result.map_err(|error| Broken::To(error.into())),
     }
 }
 
-/// Carries what comes until there will be nothing more.
-async fn one_way(from: &TcpStream, to: &TcpStream) -> Result<(), Broken> {
+/// Carries what comes until there will be nothing more, and says so.
+async fn one_way(from: &TcpStream, to: &TcpStream, tells: &Cell<bool>) -> Result<(), Broken> {
     let mut bulk = false;
     loop {
         from.readable().await.map_err(Broken::From)?;
         let pipe = if bulk { Pipe::take() } else { None };
         let step = match pipe {
             Some(pipe) => step_by_pipe(pipe, from, to)?,
-            None => step(from, to)?,
+            None => step(|buffer| read(from, buffer), |bytes| to.try_write(bytes))?,
         };
         match step {
             Step::Passed(length) => {
@@ -215,7 +229,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream) -> Result<(), Broken> {
             }
             Step::Nothing => {}
             Step::NothingForPipe => bulk = false,
-            Step::End => return Ok(()),
+            Step::End => return end(to, tells),
             Step::Left(bytes) => finish(to, &bytes).await.map_err(Broken::To)?,
             Step::LeftInPipe(pipe, left) => {
                 finish_pipe(to, pipe, left).await.map_err(Broken::To)?;
@@ -224,20 +238,19 @@ async fn one_way(from: &TcpStream, to: &TcpStream) -> Result<(), Broken> {
     }
 }
 
-fn step(from: &TcpStream, to: &TcpStream) -> Result<Step, Broken> {
+/// Reads what there is and writes it, as far as both can be done at once.
+fn step(
+    read: impl FnOnce(&mut [u8]) -> io::Result<usize>,
+    write: impl FnOnce(&[u8]) -> io::Result<usize>,
+) -> Result<Step, Broken> {
     SHARED.with_borrow_mut(|buffer| {
-        let read = match from.try_read(buffer) {
+        let read = match read(buffer) {
             Ok(0) => return Ok(Step::End),
-            Ok(read) => {
-                if read < BUFFER && !is_more(from) {
-                    forget_readable(from);
-                }
-                buffer.get(..read).unwrap_or_default()
-            }
+            Ok(read) => buffer.get(..read).unwrap_or_default(),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Step::Nothing),
             Err(error) => return Err(Broken::From(error)),
         };
-        let written = match to.try_write(read) {
+        let written = match write(read) {
             Ok(written) => written,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
             Err(error) => return Err(Broken::To(error)),
@@ -247,6 +260,14 @@ fn step(from: &TcpStream, to: &TcpStream) -> Result<Step, Broken> {
             Some(left) => Step::Left(left.to_vec()),
         })
     })
+}
+
+fn read(from: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    let read = from.try_read(buffer)?;
+    if (1..buffer.len()).contains(&read) && !is_more(from) {
+        forget_readable(from);
+    }
+    Ok(read)
 }
 
 /// To be called when there was less than was asked for: the runtime would take it that there may be more, and one read(2)
@@ -327,12 +348,97 @@ async fn finish(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// A connection within TLS, either direction of which can be used while the other one waits.
+struct Tls<'a>(RefCell<&'a mut TlsStream<TcpStream>>);
+
+impl Tls<'_> {
+    fn try_read(&self, context: &mut Context<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut buffer = ReadBuf::new(buffer);
+        let read = Pin::new(&mut **self.0.borrow_mut()).poll_read(context, &mut buffer);
+        at_once(read).map(|()| buffer.filled().len())
+    }
+
+    fn poll_write(&self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut **self.0.borrow_mut()).poll_write(context, bytes)
+    }
+
+    async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        poll_fn(|context| self.poll_write(context, bytes)).await
+    }
+
+    /// Returns when the kernel has all that was written.
+    async fn flush(&self) -> io::Result<()> {
+        poll_fn(|context| Pin::new(&mut **self.0.borrow_mut()).poll_flush(context)).await
+    }
+
+    async fn end(&self) -> io::Result<()> {
+        poll_fn(|context| Pin::new(&mut **self.0.borrow_mut()).poll_shutdown(context)).await
+    }
+}
+
+/// What can't be done at once is an error, as of sockets; who asked is woken when it can.
+fn at_once<T>(poll: Poll<io::Result<T>>) -> io::Result<T> {
+    match poll {
+        Poll::Ready(result) => result,
+        Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
+/// As [`one_way`], to a server within TLS.
+async fn into_tls(from: &TcpStream, to: &Tls<'_>, tells: &Cell<bool>) -> Result<(), Broken> {
+    loop {
+        from.readable().await.map_err(Broken::From)?;
+        let step = poll_fn(|context| {
+            let write = |bytes: &[u8]| at_once(to.poll_write(context, bytes));
+            Poll::Ready(step(|buffer| read(from, buffer), write))
+        });
+        match step.await? {
+            Step::Left(bytes) => {
+                let mut left = bytes.as_slice();
+                while !left.is_empty() {
+                    let written = to.write(left).await.map_err(Broken::To)?;
+                    left = left.get(written..).unwrap_or_default();
+                }
+            }
+            Step::End if tells.get() => return to.end().await.map_err(Broken::To),
+            Step::End => return Ok(()),
+            _ => {}
+        }
+        to.flush().await.map_err(Broken::To)?;
+        consume_budget().await;
+    }
+}
+
+/// As [`one_way`], from a server within TLS.
+async fn out_of_tls(from: &Tls<'_>, to: &TcpStream, tells: &Cell<bool>) -> Result<(), Broken> {
+    loop {
+        let step = poll_fn(|context| {
+            let read = |buffer: &mut [u8]| from.try_read(context, buffer);
+            match step(read, |bytes| to.try_write(bytes)) {
+                Ok(Step::Nothing) => Poll::Pending,
+                step => Poll::Ready(step),
+            }
+        });
+        match step.await? {
+            Step::Left(bytes) => finish(to, &bytes).await.map_err(Broken::To)?,
+            Step::End => return end(to, tells),
+            _ => {}
+        }
+        consume_budget().await;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tls::tests::{Ends, connect_within, ends};
     use rustix::net::{SendFlags, send};
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
     use tokio::net::TcpListener;
+
+    /// A server's end of a connection.
+    trait Theirs: AsyncRead + AsyncWrite + Unpin {}
+    impl<T: AsyncRead + AsyncWrite + Unpin> Theirs for T {}
 
     /// The ends of a connection; the second one has the options that the relay's own have.
     async fn pair() -> (TcpStream, TcpStream) {
@@ -341,6 +447,16 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let (ours, theirs) = tokio::join!(TcpStream::connect(address), listener.accept());
         (ours.unwrap(), theirs.unwrap().0)
+    }
+
+    /// A connection to a server, and its end.
+    async fn connect(tls: Option<&Ends>) -> (Stream, Box<dyn Theirs>) {
+        let (ours, theirs) = pair().await;
+        let Some(tls) = tls else {
+            return (Stream::Tcp(ours), Box::new(theirs));
+        };
+        let (ours, theirs) = connect_within(tls, ours, theirs).await;
+        (ours, Box::new(theirs))
     }
 
     /// Bytes of which none can be where another one should.
@@ -356,33 +472,71 @@ mod tests {
 
     #[tokio::test]
     async fn much_arrives_in_order_both_ways_and_ends_are_passed_on() {
-        let (mut client, mut ours) = pair().await;
-        let (server, mut theirs) = pair().await;
-        let mut stream = Stream::Tcp(server);
-        let carried = carry(&mut ours, &mut stream);
-        let (up, down) = (much(1), much(2));
-        let application = async {
-            client.write_all(&up).await.unwrap();
-            client.shutdown().await.unwrap();
-            // The other way is still open, and its reader is slower than who writes.
-            let mut received = Vec::new();
-            client.read_to_end(&mut received).await.unwrap();
-            received
-        };
-        let destination = async {
-            let mut received = Vec::new();
-            theirs.read_to_end(&mut received).await.unwrap();
-            theirs.write_all(&down).await.unwrap();
-            theirs.shutdown().await.unwrap();
-            received
-        };
-        let (carried, at_application, at_destination) =
-            tokio::join!(carried, application, destination);
-        carried.unwrap();
-        assert!(at_destination == up);
-        assert!(at_application == down);
-        // No direction keeps a pipe when nothing is left in it, and more than a few are not kept at all.
-        assert!(SPARE.with_borrow(|pipes| !pipes.is_empty() && pipes.len() <= SPARE_PIPES));
+        let tls = ends();
+        for tls in [None, Some(&tls)] {
+            let (mut client, mut ours) = pair().await;
+            let (mut stream, mut theirs) = connect(tls).await;
+            let carried = carry(&mut ours, &mut stream);
+            let (up, down) = (much(1), much(2));
+            let application = async {
+                client.write_all(&up).await.unwrap();
+                client.shutdown().await.unwrap();
+                // The other way is still open, and its reader is slower than who writes.
+                let mut received = Vec::new();
+                client.read_to_end(&mut received).await.unwrap();
+                received
+            };
+            let destination = async {
+                let mut received = Vec::new();
+                theirs.read_to_end(&mut received).await.unwrap();
+                theirs.write_all(&down).await.unwrap();
+                theirs.shutdown().await.unwrap();
+                received
+            };
+            let (carried, at_application, at_destination) =
+                tokio::join!(carried, application, destination);
+            carried.unwrap();
+            assert!(at_destination == up);
+            assert!(at_application == down);
+            // No direction keeps a pipe when nothing is left in it, and more than a few are not kept at all.
+            assert!(SPARE.with_borrow(|pipes| !pipes.is_empty() && pipes.len() <= SPARE_PIPES));
+        }
+    }
+
+    /// A server may read nothing more until somebody has heard it out.
+    #[tokio::test]
+    async fn who_has_ended_hears_a_server_that_takes_the_end_late() {
+        let tls = ends();
+        for tls in [None, Some(&tls)] {
+            let (mut client, mut ours) = pair().await;
+            let (mut stream, mut theirs) = connect(tls).await;
+            let (up, down) = (much(1), much(2));
+            let (mut reads, mut writes) = client.split();
+            let application = async {
+                let say = async {
+                    writes.write_all(&up).await.unwrap();
+                    writes.shutdown().await.unwrap();
+                };
+                let mut received = Vec::new();
+                tokio::join!(say, reads.read_to_end(&mut received))
+                    .1
+                    .unwrap();
+                received
+            };
+            let destination = async {
+                theirs.write_all(&down).await.unwrap();
+                theirs.shutdown().await.unwrap();
+                let mut received = Vec::new();
+                theirs.read_to_end(&mut received).await.unwrap();
+                received
+            };
+            let carried = carry(&mut ours, &mut stream);
+            let (carried, at_application, at_destination) =
+                tokio::join!(carried, application, destination);
+            carried.unwrap();
+            assert!(at_destination == up);
+            assert!(at_application == down);
+        }
     }
 
     /// Waits until its peer has broken it off, and everything that was said before is there.
@@ -392,7 +546,7 @@ mod tests {
     }
 
     /// What there is to be heard before a reset.
-    async fn heard(mut stream: TcpStream) -> Vec<u8> {
+    async fn heard(mut stream: impl AsyncRead + Unpin) -> Vec<u8> {
         let mut heard = Vec::new();
         let error = stream.read_to_end(&mut heard).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
@@ -428,6 +582,30 @@ mod tests {
             }
             assert_eq!(heard(talks).await, b"enough");
         }
+    }
+
+    #[tokio::test]
+    async fn who_uploads_within_tls_hears_what_the_server_said_before_it_broke_off() {
+        let (mut client, mut ours) = pair().await;
+        let (server, theirs) = pair().await;
+        let (mut stream, mut theirs) = connect_within(&ends(), server, theirs).await;
+        // What is unread when it closes makes a reset of that.
+        stream.tcp().try_write(b"unread").unwrap();
+        theirs.get_ref().0.readable().await.unwrap();
+        theirs.write_all(b"enough").await.unwrap();
+        theirs.flush().await.unwrap();
+        drop(theirs);
+        until_broken(stream.tcp()).await;
+        // However much there is of it.
+        let said = client.try_write(&vec![b'x'; 1 << 20]).unwrap();
+        assert!(said > BUFFER);
+        ours.readable().await.unwrap();
+
+        let error = carry(&mut ours, &mut stream).await.unwrap_err();
+        assert!(crate::upstream::has_ended(&error), "{error}");
+        ours.set_zero_linger().unwrap();
+        drop(ours);
+        assert_eq!(heard(&mut client).await, b"enough");
     }
 
     /// Time stands still but for who waits for it.
@@ -475,12 +653,13 @@ mod tests {
     /// Time stands still but for who waits for it.
     #[tokio::test(start_paused = true)]
     async fn an_application_that_gives_up_is_not_waited_for() {
-        for bytes in [0, 100, 1 << 26] {
+        let tls = ends();
+        let all = |bytes| [(bytes, None), (bytes, Some(&tls))];
+        for (bytes, tls) in [0, 100, 1 << 26].into_iter().flat_map(all) {
             for ends in [false, true] {
                 let (client, mut ours) = pair().await;
                 // It neither reads nor says anything.
-                let (server, _theirs) = pair().await;
-                let mut stream = Stream::Tcp(server);
+                let (mut stream, _theirs) = connect(tls).await;
                 let carried = carry(&mut ours, &mut stream);
                 let application = async {
                     let mut left = bytes;

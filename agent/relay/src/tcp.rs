@@ -198,14 +198,8 @@ pub(crate) fn reset(stream: &TcpStream) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::Command;
-    use std::sync::Arc;
+    use crate::tls::tests::{Ends, connect_within, ends};
     use tokio::io::AsyncReadExt;
-    use tokio_rustls::rustls::crypto::ring;
-    use tokio_rustls::rustls::pki_types::pem::PemObject;
-    use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
-    use tokio_rustls::{TlsAcceptor, TlsConnector};
 
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -214,45 +208,14 @@ mod tests {
         (ours.unwrap(), theirs.unwrap().0)
     }
 
-    /// Both ends of TLS for `localhost`.
-    fn tls() -> (TlsConnector, TlsAcceptor) {
-        let made = Command::new("openssl")
-            .args("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2".split(' '))
-            .args("-subj /CN=localhost -addext subjectAltName=DNS:localhost".split(' '))
-            .args("-addext basicConstraints=critical,CA:FALSE -keyout - -out -".split(' '))
-            .output()
-            .unwrap();
-        let certificate = CertificateDer::from_pem_slice(&made.stdout).unwrap();
-        let key = PrivateKeyDer::from_pem_slice(&made.stdout).unwrap();
-        let mut roots = RootCertStore::empty();
-        roots.add(certificate.clone()).unwrap();
-        let provider = Arc::new(ring::default_provider());
-        let client = ClientConfig::builder_with_provider(provider.clone())
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        let server = ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate], key)
-            .unwrap();
-        (Arc::new(client).into(), Arc::new(server).into())
-    }
-
     /// A connection to a server, and what the server's end of it goes over.
-    async fn connect(tls: Option<&(TlsConnector, TlsAcceptor)>) -> (Stream, TcpStream) {
+    async fn connect(tls: Option<&Ends>) -> (Stream, TcpStream) {
         let (ours, theirs) = pair().await;
-        let Some((connector, acceptor)) = tls else {
+        let Some(tls) = tls else {
             return (Stream::Tcp(ours), theirs);
         };
-        let name = "localhost".try_into().unwrap();
-        let (ours, theirs) = tokio::join!(connector.connect(name, ours), acceptor.accept(theirs));
-        (
-            Stream::Tls(Box::new(ours.unwrap())),
-            theirs.unwrap().into_inner().0,
-        )
+        let (ours, theirs) = connect_within(tls, ours, theirs).await;
+        (ours, theirs.into_inner().0)
     }
 
     /// How a connection ends, whatever is said before.
@@ -274,7 +237,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_broken_off_is_reset_for_both() {
-        let tls = tls();
+        let tls = ends();
         for tls in [None, Some(&tls)] {
             for by_application in [true, false] {
                 let (mut client, mut ours) = pair().await;

@@ -55,3 +55,55 @@ impl Tls {
             .await
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::upstream::Stream;
+    use std::process::Command;
+    use tokio_rustls::rustls::ServerConfig;
+    use tokio_rustls::rustls::pki_types::pem::PemObject;
+    use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use tokio_rustls::{TlsAcceptor, server};
+
+    /// What both ends of TLS know.
+    pub(crate) type Ends = (TlsConnector, TlsAcceptor);
+
+    /// Both ends of TLS for `localhost`.
+    pub(crate) fn ends() -> Ends {
+        let made = Command::new("openssl")
+            .args("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2".split(' '))
+            .args("-subj /CN=localhost -addext subjectAltName=DNS:localhost".split(' '))
+            .args("-addext basicConstraints=critical,CA:FALSE -keyout - -out -".split(' '))
+            .output()
+            .unwrap();
+        let certificate = CertificateDer::from_pem_slice(&made.stdout).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(&made.stdout).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate.clone()).unwrap();
+        let provider = Arc::new(ring::default_provider());
+        let client = ClientConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let server = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .unwrap();
+        (Arc::new(client).into(), Arc::new(server).into())
+    }
+
+    /// Both ends of TLS over a connection.
+    pub(crate) async fn connect_within(
+        (connector, acceptor): &Ends,
+        ours: TcpStream,
+        theirs: TcpStream,
+    ) -> (Stream, server::TlsStream<TcpStream>) {
+        let name = "localhost".try_into().unwrap();
+        let (ours, theirs) = tokio::join!(connector.connect(name, ours), acceptor.accept(theirs));
+        (Stream::Tls(Box::new(ours.unwrap())), theirs.unwrap())
+    }
+}
