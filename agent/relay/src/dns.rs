@@ -2,13 +2,13 @@
 //! name up.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
-use simple_dns::rdata::{A, AAAA, PTR, RData};
-use simple_dns::{CLASS, Name, OPCODE, Packet, PacketFlag, QTYPE, RCODE, ResourceRecord, TYPE};
+use simple_dns::rdata::{A, AAAA, RData};
+use simple_dns::{CLASS, OPCODE, Packet, PacketFlag, QTYPE, RCODE, ResourceRecord, TYPE};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::timeout;
@@ -29,11 +29,9 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// How long to wait after accept(2) failed.
 const BACK_OFF: Duration = Duration::from_millis(50);
 
-/// Where addresses are looked up.
-const REVERSE: [&str; 2] = ["in-addr.arpa", "ip6.arpa"];
-
-/// Names that exist only where the network has something to offer: another way to ask for names (RFC 9462), NAT64 (RFC 7050).
-const UNKNOWN: [&str; 2] = ["resolver.arpa", "ipv4only.arpa"];
+/// Names that are no hosts'. Names of addresses would tell each application what all others have asked for. Others exist
+/// only where the network has something to offer: another way to ask for names (RFC 9462), NAT64 (RFC 7050).
+const UNKNOWN: [&str; 4] = ["in-addr.arpa", "ip6.arpa", "resolver.arpa", "ipv4only.arpa"];
 
 /// How long a query's header is, in bytes (RFC 1035, 4.1.1).
 const HEADER_BYTES: usize = 12;
@@ -249,14 +247,6 @@ fn records(
     if UNKNOWN.into_iter().any(is_in) {
         return None;
     }
-    if REVERSE.into_iter().any(is_in) {
-        let name = fakes.name(reverse(&lower)?)?;
-        let pointer = Name::new(&name).ok()?.into_owned();
-        return Some(match wants(TYPE::PTR) {
-            true => vec![RData::PTR(PTR(pointer))],
-            false => Vec::new(),
-        });
-    }
     // RFC 6761, 6.3: it never means another machine.
     let ((ipv4, ipv6), left_out) = match is_in("localhost") {
         true => {
@@ -278,30 +268,6 @@ fn records(
     Some(records)
 }
 
-/// The address that a name below `in-addr.arpa` or `ip6.arpa` is about (RFC 1035, 3.5, and RFC 3596, 2.5).
-fn reverse(name: &str) -> Option<IpAddr> {
-    if let Some(labels) = name.strip_suffix(".in-addr.arpa") {
-        let mut octets = [0; 4];
-        let mut labels = labels.split('.');
-        for octet in octets.iter_mut().rev() {
-            *octet = labels.next()?.parse().ok()?;
-        }
-        return labels.next().is_none().then(|| IpAddr::from(octets));
-    }
-    let labels = name.strip_suffix(".ip6.arpa")?;
-    let mut bits = 0_u128;
-    let mut count = 0;
-    for label in labels.split('.') {
-        let digit = u128::from_str_radix(label, 16).ok().filter(|d| *d < 16)?;
-        if count == 32 {
-            return None;
-        }
-        bits |= digit << (4 * count);
-        count += 1;
-    }
-    (count == 32).then(|| Ipv6Addr::from_bits(bits).into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -310,7 +276,8 @@ mod tests {
     use crate::upstream::{Protocol, Upstream};
     use proptest::prelude::*;
     use simple_dns::rdata::OPT;
-    use simple_dns::{QCLASS, Question};
+    use simple_dns::{Name, QCLASS, Question};
+    use std::net::IpAddr;
     use tokio::task::LocalSet;
 
     /// Nothing is left out.
@@ -392,8 +359,9 @@ mod tests {
         }
     }
 
+    /// They would tell each application what all others have asked for.
     #[test]
-    fn addresses_lead_back_to_names() {
+    fn addresses_lead_nobody_back_to_names() {
         let mut fakes = Fakes::new(None);
         let number = fakes.number("example.org").unwrap();
         let (ipv4, ipv6) = fakes.addresses(number);
@@ -401,16 +369,14 @@ mod tests {
         let nibbles: Vec<String> = (0..32)
             .map(|n| format!("{:x}", ipv6.to_bits() >> (4 * n) & 15))
             .collect();
-        for (name, address) in [
-            (format!("{d}.{c}.{b}.{a}.in-addr.arpa"), IpAddr::from(ipv4)),
-            (format!("{}.ip6.arpa", nibbles.join(".")), ipv6.into()),
+        let missing = (RCODE::NameError, Vec::new());
+        for name in [
+            format!("{d}.{c}.{b}.{a}.in-addr.arpa"),
+            format!("{}.ip6.arpa", nibbles.join(".")),
         ] {
-            assert_eq!(reverse(&name), Some(address));
-            let records = records(&name, TYPE::PTR.into(), &mut fakes, ALL).unwrap();
-            let [RData::PTR(PTR(pointer))] = records.as_slice() else {
-                panic!("{records:?}");
-            };
-            assert_eq!(pointer.to_string(), "example.org");
+            for kind in [TYPE::PTR, TYPE::A] {
+                assert_eq!(ask(&mut fakes, &name, kind, ALL), missing, "{name}");
+            }
         }
     }
 
@@ -491,7 +457,6 @@ mod tests {
         fn no_query_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut fakes = Fakes::new(None);
             let _ = answer(&bytes, &mut fakes, ALL);
-            let _ = reverse(&String::from_utf8_lossy(&bytes));
         }
     }
 }

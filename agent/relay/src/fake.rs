@@ -200,12 +200,6 @@ impl Fakes {
         (self.networks.ipv4(number), self.networks.ipv6(number))
     }
 
-    /// The name that an address stands for.
-    pub(crate) fn name(&self, address: IpAddr) -> Option<Rc<str>> {
-        let entry = self.entries.get(&self.networks.number(address)?)?;
-        Some(entry.name.clone())
-    }
-
     /// What a destination means; none if its address stands for a name that is not known any more.
     pub(crate) fn target(&mut self, destination: SocketAddr) -> Option<Target> {
         let Some(number) = self.networks.number(destination.ip()) else {
