@@ -36,6 +36,9 @@ const UNKNOWN: [&str; 4] = ["in-addr.arpa", "ip6.arpa", "resolver.arpa", "ipv4on
 /// How long a query's header is, in bytes (RFC 1035, 4.1.1).
 const HEADER_BYTES: usize = 12;
 
+/// The bit of the header's third byte that a response has (RFC 1035, 4.1.1).
+const RESPONSE: u8 = 0x80;
+
 /// How many queries may wait for the helper at once.
 const WAITING: usize = 256;
 
@@ -158,6 +161,10 @@ fn answer_for(entry: &Entry, query: &[u8]) -> Option<Vec<u8>> {
 
 /// The answer to a query; none if there is nothing to say to that.
 pub(crate) fn answer(query: &[u8], fakes: &mut Fakes, left_out: LeftOut) -> Option<Vec<u8>> {
+    // Whether the rest of it can be read or not.
+    if query.get(2).is_some_and(|flags| flags & RESPONSE != 0) {
+        return None;
+    }
     let Some((known, place)) = with_known_type(query) else {
         return answer_known(query, fakes, left_out);
     };
@@ -203,9 +210,6 @@ fn answer_known(query: &[u8], fakes: &mut Fakes, left_out: LeftOut) -> Option<Ve
         *answer.rcode_mut() = RCODE::FormatError;
         return answer.build_bytes_vec().ok();
     };
-    if query.has_flags(PacketFlag::RESPONSE) {
-        return None;
-    }
     let mut answer = Packet::new_reply(query.id());
     answer.set_flags(PacketFlag::RECURSION_AVAILABLE);
     if query.has_flags(PacketFlag::RECURSION_DESIRED) {
@@ -415,7 +419,9 @@ mod tests {
         let refused = Packet::parse(&refused).unwrap();
         assert_eq!(refused.rcode(), RCODE::FormatError);
         let reply = Packet::new_reply(1).build_bytes_vec().unwrap();
-        assert_eq!(answer(&reply, &mut fakes, ALL), None);
+        for length in 3..=reply.len() {
+            assert_eq!(answer(&reply[..length], &mut fakes, ALL), None);
+        }
     }
 
     #[tokio::test]
