@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use simple_dns::rdata::{A, AAAA, RData};
-use simple_dns::{CLASS, OPCODE, Packet, PacketFlag, QTYPE, RCODE, ResourceRecord, TYPE};
+use simple_dns::{CLASS, OPCODE, Packet, PacketFlag, QCLASS, QTYPE, RCODE, ResourceRecord, TYPE};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::timeout;
@@ -36,8 +36,12 @@ const UNKNOWN: [&str; 4] = ["in-addr.arpa", "ip6.arpa", "resolver.arpa", "ipv4on
 /// How long a query's header is, in bytes (RFC 1035, 4.1.1).
 const HEADER_BYTES: usize = 12;
 
-/// The bit of the header's third byte that a response has (RFC 1035, 4.1.1).
+/// What bits of the header's third byte mean (RFC 1035, 4.1.1): a response, and what kind of query.
 const RESPONSE: u8 = 0x80;
+const OPCODE_BITS: u8 = 0x78;
+
+/// The bit of the header's fourth byte that is reserved.
+const RESERVED: u8 = 0x40;
 
 /// How many queries may wait for the helper at once.
 const WAITING: usize = 256;
@@ -161,10 +165,24 @@ fn answer_for(entry: &Entry, query: &[u8]) -> Option<Vec<u8>> {
 
 /// The answer to a query; none if there is nothing to say to that.
 pub(crate) fn answer(query: &[u8], fakes: &mut Fakes, left_out: LeftOut) -> Option<Vec<u8>> {
+    let flags = query.get(2).copied().unwrap_or_default();
     // Whether the rest of it can be read or not.
-    if query.get(2).is_some_and(|flags| flags & RESPONSE != 0) {
+    if flags & RESPONSE != 0 {
         return None;
     }
+    // [`Packet`] refuses to read what has it.
+    let mut query = query.to_vec();
+    if let Some(flags) = query.get_mut(3) {
+        *flags &= !RESERVED;
+    }
+    let mut answer = answer_any_type(&query, fakes, left_out)?;
+    if let Some(in_answer) = answer.get_mut(2) {
+        *in_answer = *in_answer & !OPCODE_BITS | flags & OPCODE_BITS;
+    }
+    Some(answer)
+}
+
+fn answer_any_type(query: &[u8], fakes: &mut Fakes, left_out: LeftOut) -> Option<Vec<u8>> {
     let Some((known, place)) = with_known_type(query) else {
         return answer_known(query, fakes, left_out);
     };
@@ -224,6 +242,10 @@ fn answer_known(query: &[u8], fakes: &mut Fakes, left_out: LeftOut) -> Option<Ve
         *answer.rcode_mut() = RCODE::NotImplemented;
         return answer.build_bytes_vec().ok();
     }
+    if !matches!(question.qclass, QCLASS::CLASS(CLASS::IN) | QCLASS::ANY) {
+        *answer.rcode_mut() = RCODE::Refused;
+        return answer.build_bytes_vec().ok();
+    }
     let name = question.qname.to_string();
     match records(&name, question.qtype, fakes, left_out) {
         Some(records) => {
@@ -250,6 +272,10 @@ fn records(
     };
     if UNKNOWN.into_iter().any(is_in) {
         return None;
+    }
+    // It exists, and has nothing itself. What does not exist would have nothing below it either (RFC 8020).
+    if name.is_empty() {
+        return Some(Vec::new());
     }
     // RFC 6761, 6.3: it never means another machine.
     let ((ipv4, ipv6), left_out) = match is_in("localhost") {
@@ -280,7 +306,7 @@ mod tests {
     use crate::upstream::{Protocol, Upstream};
     use proptest::prelude::*;
     use simple_dns::rdata::OPT;
-    use simple_dns::{Name, QCLASS, Question};
+    use simple_dns::{Name, Question};
     use std::net::IpAddr;
     use tokio::task::LocalSet;
 
@@ -422,6 +448,59 @@ mod tests {
         for length in 3..=reply.len() {
             assert_eq!(answer(&reply[..length], &mut fakes, ALL), None);
         }
+    }
+
+    /// A query's bytes, which can be any in a class of any.
+    fn query_of(name: &'static str, kind: TYPE, class: CLASS) -> Vec<u8> {
+        let mut query = Packet::new_query(7);
+        let question = Question::new(Name::new_unchecked(name), kind.into(), class.into(), false);
+        query.questions.push(question);
+        query.build_bytes_vec().unwrap()
+    }
+
+    /// What does not exist has nothing below it either (RFC 8020).
+    #[test]
+    fn the_root_exists() {
+        for kind in [TYPE::NS, TYPE::A] {
+            let query = query_of("", kind, CLASS::IN);
+            let answer = answer(&query, &mut Fakes::new(None), ALL).unwrap();
+            let answer = Packet::parse(&answer).unwrap();
+            assert_eq!((answer.rcode(), answer.answers.len()), (RCODE::NoError, 0));
+        }
+    }
+
+    #[test]
+    fn another_class_is_refused_and_takes_no_name() {
+        let mut fakes = Fakes::new(None);
+        for class in [CLASS::CH, CLASS::HS] {
+            let query = query_of("version.bind", TYPE::A, class);
+            let answer = answer(&query, &mut fakes, ALL).unwrap();
+            let answer = Packet::parse(&answer).unwrap();
+            assert_eq!((answer.rcode(), answer.answers.len()), (RCODE::Refused, 0));
+            assert_eq!(answer.questions.len(), 1);
+        }
+        assert_eq!(fakes.len(), 0);
+    }
+
+    /// RFC 1035, 4.1.1.
+    #[test]
+    fn an_answer_is_to_the_same_kind_of_query() {
+        for opcode in [1, 2, 4, 5, 6, 15] {
+            let mut query = query_of("example.org", TYPE::A, CLASS::IN);
+            query[2] |= opcode << 3;
+            let answer = answer(&query, &mut Fakes::new(None), ALL).unwrap();
+            assert_eq!((answer[2] >> 3 & 15, answer[3] & 15), (opcode, 4));
+        }
+    }
+
+    #[test]
+    fn a_reserved_bit_means_nothing() {
+        let mut query = query_of("example.org", TYPE::A, CLASS::IN);
+        query[3] |= RESERVED;
+        let answer = answer(&query, &mut Fakes::new(None), ALL).unwrap();
+        assert_eq!(answer[3] & RESERVED, 0);
+        let answer = Packet::parse(&answer).unwrap();
+        assert_eq!((answer.rcode(), answer.answers.len()), (RCODE::NoError, 1));
     }
 
     #[tokio::test]

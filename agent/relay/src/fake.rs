@@ -228,6 +228,12 @@ impl Fakes {
         self.entries.insert(number, entry);
     }
 
+    /// How many names there are.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
     /// How many names there may be.
     fn most(&self) -> usize {
         NAMES.min(self.networks.size() / 2) as usize
