@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::timeout;
 
-use crate::fake::Fakes;
+use crate::fake::{Fakes, is_host};
 use crate::relay::Entry;
 use crate::tcp::{self, reset};
 
@@ -248,22 +248,22 @@ fn answer_known(query: &[u8], fakes: &mut Fakes, left_out: LeftOut) -> Option<Ve
     }
     let name = question.qname.to_string();
     match records(&name, question.qtype, fakes, left_out) {
-        Some(records) => {
+        Ok(records) => {
             let record = |rdata| ResourceRecord::new(question.qname.clone(), CLASS::IN, TTL, rdata);
             answer.answers = records.into_iter().map(record).collect();
         }
-        None => *answer.rcode_mut() = RCODE::NameError,
+        Err(why) => *answer.rcode_mut() = why,
     }
     answer.build_bytes_vec_compressed().ok()
 }
 
-/// What there is of a name; none if there is no such name.
+/// What there is of a name, or why there is nothing.
 fn records(
     name: &str,
     kind: QTYPE,
     fakes: &mut Fakes,
     left_out: LeftOut,
-) -> Option<Vec<RData<'static>>> {
+) -> Result<Vec<RData<'static>>, RCODE> {
     let wants = |this| kind == QTYPE::TYPE(this) || kind == QTYPE::ANY;
     let lower = name.to_ascii_lowercase();
     let is_in = |zone: &str| {
@@ -271,11 +271,11 @@ fn records(
         below.is_some_and(|below| below.is_empty() || below.ends_with('.'))
     };
     if UNKNOWN.into_iter().any(is_in) {
-        return None;
+        return Err(RCODE::NameError);
     }
     // It exists, and has nothing itself. What does not exist would have nothing below it either (RFC 8020).
     if name.is_empty() {
-        return Some(Vec::new());
+        return Ok(Vec::new());
     }
     // RFC 6761, 6.3: it never means another machine.
     let ((ipv4, ipv6), left_out) = match is_in("localhost") {
@@ -284,7 +284,11 @@ fn records(
             (addresses, LeftOut::default())
         }
         false => {
-            let number = fakes.number(name)?;
+            if !is_host(name) {
+                return Err(RCODE::NameError);
+            }
+            // There is no room, or nothing random.
+            let number = fakes.number(name).ok_or(RCODE::ServerFailure)?;
             (fakes.addresses(number), left_out)
         }
     };
@@ -295,12 +299,13 @@ fn records(
     if wants(TYPE::AAAA) && !left_out.ipv6 {
         records.push(RData::AAAA(AAAA::from(ipv6)));
     }
-    Some(records)
+    Ok(records)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fake::Networks;
     use crate::original::Originals;
     use crate::relay::{Relay, Shared, Wanted};
     use crate::upstream::{Protocol, Upstream};
@@ -359,6 +364,19 @@ mod tests {
         for name in ["1.2.0.192.in-addr.arpa", "x.ip6.arpa", "a b.org"] {
             assert_eq!(ask(&mut fakes, name, TYPE::PTR, ALL), missing, "{name}");
         }
+    }
+
+    /// One that exists is not to be taken for one that does not.
+    #[test]
+    fn a_name_that_there_is_no_room_for_is_to_be_asked_for_again() {
+        let mut fakes = Fakes::new(None);
+        fakes.set_networks(Networks::parse(Some("10.0.0.0/30"), None).unwrap());
+        for name in ["a.example", "b.example"] {
+            assert_eq!(ask(&mut fakes, name, TYPE::A, ALL).0, RCODE::NoError);
+        }
+        let no_room = (RCODE::ServerFailure, Vec::new());
+        assert_eq!(ask(&mut fakes, "c.example", TYPE::A, ALL), no_room);
+        assert_eq!(ask(&mut fakes, "b.example", TYPE::A, ALL).1.len(), 1);
     }
 
     /// Names of a home network (RFC 8375) are among those of hosts. What tells of resolvers and of NAT64 (RFC 9462 and

@@ -22,8 +22,17 @@ const NAMES: u32 = 65536;
 /// How long a name keeps its addresses that nobody asks for or uses, in seconds.
 const EXPIRY: u64 = 24 * 60 * 60;
 
+/// How long it keeps them whoever else wants to have one, in seconds: longer than an application may keep an answer.
+const KEPT: u64 = 30;
+
+/// How long after its last use an address stands for no other name, in seconds.
+const HELD: u64 = 60;
+
 /// How much later a name's last use may be than the file says, in seconds.
 const WRITTEN: u64 = 60 * 60;
+
+/// What stands for the name of an address that has none, in the file.
+const NO_NAME: &str = ".";
 
 /// The longest name (RFC 1035, 2.3.4, without the last dot).
 const NAME_BYTES: usize = 253;
@@ -115,11 +124,13 @@ pub struct Fakes {
     networks: Networks,
     numbers: HashMap<Rc<str>, u32>,
     entries: HashMap<u32, Entry>,
-    /// Numbers whose names have made room, the oldest first: whoever still has such an address is not to be sent to the
-    /// host of another name.
-    freed: VecDeque<u32>,
+    /// Numbers whose names have made room, the oldest first, and when they were last used: whoever still has such an
+    /// address is not to be sent to the host of another name.
+    freed: VecDeque<(u32, u64)>,
     /// The same, to be found soon.
     is_freed: HashSet<u32>,
+    /// When there was no room, in seconds since 1970.
+    full: u64,
     /// Where this is written down.
     file: Option<PathBuf>,
     /// The file was read, if there was one.
@@ -137,6 +148,7 @@ impl Fakes {
             entries: HashMap::new(),
             freed: VecDeque::new(),
             is_freed: HashSet::new(),
+            full: 0,
             file,
             loaded: false,
             changed: false,
@@ -151,6 +163,7 @@ impl Fakes {
             self.entries.clear();
             self.freed.clear();
             self.is_freed.clear();
+            self.full = 0;
             self.changed = true;
         }
         if !std::mem::replace(&mut self.loaded, true)
@@ -164,7 +177,7 @@ impl Fakes {
         }
     }
 
-    /// The number of a name, which it gets now if it has none. None if it is no name of a host.
+    /// The number of a name, which it gets now if it has none. None if it is no name of a host, or there is no room.
     pub(crate) fn number(&mut self, name: &str) -> Option<u32> {
         self.number_at(name, now())
     }
@@ -180,8 +193,8 @@ impl Fakes {
         }
         let size = self.networks.size();
         // Half of them stay free, and half of these were not freed lately, so that one is found at random soon.
-        if self.entries.len() >= self.most() {
-            self.make_room();
+        if self.entries.len() >= self.most() && !self.make_room(now) {
+            return None;
         }
         let number = loop {
             // Neither the first nor the last: in IPv4 these are not for hosts.
@@ -239,31 +252,60 @@ impl Fakes {
         NAMES.min(self.networks.size() / 2) as usize
     }
 
-    /// Forgets the names that were not used for the longest time, an eighth of all.
-    fn make_room(&mut self) {
+    /// How many numbers may be out of use because of the names that they had.
+    fn most_freed(&self) -> usize {
+        // With four addresses, there would be none left for the next name.
+        match self.most() {
+            0..=2 => 0,
+            names => names / 2,
+        }
+    }
+
+    /// Forgets the names that were not used for the longest time, an eighth of all, or as many as may be forgotten. Says
+    /// whether there is room now.
+    fn make_room(&mut self, now: u64) -> bool {
+        // Whoever floods this does not have all of them looked at each time.
+        if self.full == now {
+            return false;
+        }
         let mut times: Vec<u64> = self.entries.values().map(|entry| entry.used).collect();
         let eighth = times.len() / 8;
-        let mut left = eighth + 1;
         let (_, &mut oldest, _) = times.select_nth_unstable(eighth);
+        let most = self.most_freed();
+        let is_held = |used| is_within(HELD, used, now);
+        let is_kept = |used| is_within(KEPT, used, now);
+        let mut left = eighth + 1;
         let freed = &mut self.freed;
-        self.entries.retain(|number, entry| {
-            let keep = entry.used > oldest || left == 0;
+        let mut excess = (freed.len() + left).saturating_sub(most);
+        freed.retain(|(_, used)| {
+            let keep = excess == 0 || is_held(*used);
             if !keep {
-                left -= 1;
-                freed.push_back(*number);
+                excess -= 1;
             }
             keep
         });
-        // With four addresses, there would be none left for the next name.
-        let most = match self.most() {
-            0..=2 => 0,
-            names => names / 2,
-        };
-        self.freed.drain(..self.freed.len().saturating_sub(most));
-        self.is_freed = self.freed.iter().copied().collect();
+        let before = self.entries.len();
+        self.entries.retain(|number, entry| {
+            let used = entry.used;
+            let has_place = freed.len() < most;
+            let keep = used > oldest || left == 0 || is_kept(used) || is_held(used) && !has_place;
+            if !keep {
+                left -= 1;
+                if has_place {
+                    freed.push_back((*number, used));
+                }
+            }
+            keep
+        });
+        self.is_freed = self.freed.iter().map(|(number, _)| *number).collect();
         let entries = &self.entries;
         self.numbers
             .retain(|_, number| entries.contains_key(number));
+        let has_room = self.entries.len() < before;
+        if !has_room {
+            self.full = now;
+        }
+        has_room
     }
 
     /// Writes down what has changed, if there is a file for it.
@@ -296,6 +338,11 @@ impl Fakes {
                 let _ = writeln!(text, "{number} {used} {name}");
             }
         }
+        for (number, used) in &self.freed {
+            if is_within(HELD, *used, now) {
+                let _ = writeln!(text, "{number} {used} {NO_NAME}");
+            }
+        }
         text
     }
 
@@ -306,7 +353,7 @@ impl Fakes {
             return;
         }
         let size = self.networks.size();
-        for line in lines.take(self.most()) {
+        for line in lines.take(self.most() + self.most_freed()) {
             let mut words = line.split(' ');
             let (Some(number), Some(used), Some(name), None) =
                 (words.next(), words.next(), words.next(), words.next())
@@ -316,19 +363,31 @@ impl Fakes {
             if let (Ok(number), Ok(used)) = (number.parse::<u32>(), used.parse::<u64>())
                 && (1..size - 1).contains(&number)
                 && used.saturating_add(EXPIRY) > now
-                && is_host(name)
-                && let name = name.to_ascii_lowercase()
                 && !self.entries.contains_key(&number)
-                && !self.numbers.contains_key(name.as_str())
+                && !self.is_freed.contains(&number)
             {
-                self.insert(number, name.into(), used.min(now));
+                let name = name.to_ascii_lowercase();
+                if name == NO_NAME && self.freed.len() < self.most_freed() {
+                    self.freed.push_back((number, used.min(now)));
+                    self.is_freed.insert(number);
+                } else if is_host(&name)
+                    && !self.numbers.contains_key(name.as_str())
+                    && self.entries.len() < self.most()
+                {
+                    self.insert(number, name.into(), used.min(now));
+                }
             }
         }
     }
 }
 
+/// Whether so little time has passed since then. What lies ahead was written by a clock that was set back.
+fn is_within(seconds: u64, then: u64, now: u64) -> bool {
+    (then..then.saturating_add(seconds)).contains(&now)
+}
+
 /// Whether it can be the name of a host: nothing in it means anything to a proxy's protocol.
-fn is_host(name: &str) -> bool {
+pub(crate) fn is_host(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= NAME_BYTES
         && name.split('.').all(|label| {
@@ -455,15 +514,16 @@ mod tests {
         fakes.set_networks(Networks::parse(Some("10.0.0.0/26"), None).unwrap());
         for n in 0..200 {
             let name = format!("host-{n}");
-            assert!(fakes.number_at(&name, 1000 + n).is_some());
+            assert!(fakes.number_at(&name, 1000 + HELD * n).is_some());
             assert!(fakes.entries.len() <= 32);
             assert_eq!(fakes.numbers.len(), fakes.entries.len());
             assert!(fakes.numbers.contains_key(name.as_str()));
         }
         assert!(!fakes.numbers.contains_key("host-0"));
         // An expired name is not written down.
-        assert_eq!(fakes.text(1200 + EXPIRY).lines().count(), 1);
-        assert!(fakes.text(1200).lines().count() > 20);
+        let last = 1000 + HELD * 200;
+        assert_eq!(fakes.text(last + EXPIRY).lines().count(), 1);
+        assert!(fakes.text(last).lines().count() > 20);
     }
 
     /// Whoever keeps an address for longer than it was told to is not sent to another host.
@@ -477,7 +537,7 @@ mod tests {
             fakes.set_networks(Networks::parse(Some(&network), None).unwrap());
             let (mut freed, mut known) = (Vec::new(), Vec::new());
             for n in 0..1000 {
-                let number = fakes.number_at(&format!("host-{n}"), n).unwrap();
+                let number = fakes.number_at(&format!("host-{n}"), HELD * n).unwrap();
                 known.retain(|number| {
                     let keep = fakes.entries.contains_key(number);
                     if !keep {
@@ -489,6 +549,52 @@ mod tests {
                 let recent = freed.iter().rev().take(last);
                 assert!(!recent.copied().any(|f| f == number), "{prefix}: {number}");
             }
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a minute, for what the others do as well")]
+    fn no_address_changes_hands_within_a_minute() {
+        for (prefix, pause) in [(26, 0), (26, 1), (28, 5), (30, 20), (26, 100)] {
+            let mut fakes = Fakes::new(None);
+            let network = format!("10.0.0.0/{prefix}");
+            fakes.set_networks(Networks::parse(Some(&network), None).unwrap());
+            let mut last = HashMap::new();
+            let mut given = 0;
+            for n in 0..1000 {
+                let now = 1000 + n * pause + n / 8;
+                if let Some(number) = fakes.number_at(&format!("host-{n}"), now) {
+                    given += 1;
+                    if let Some(before) = last.insert(number, now) {
+                        assert!(before + 60 <= now, "{prefix}: {before} and {now}");
+                    }
+                }
+            }
+            // Whoever asks so many times in a minute has no answer each time.
+            assert!(given > 1 << (32 - prefix), "{prefix}: {given}");
+            assert!(pause < 100 || given == 1000, "{prefix}: {given}");
+        }
+    }
+
+    #[test]
+    fn an_address_that_was_freed_stands_for_nothing_after_a_restart_either() {
+        let networks = Networks::parse(Some("10.0.0.0/26"), None).unwrap();
+        let mut fakes = Fakes::new(None);
+        fakes.set_networks(networks);
+        let first: Vec<u32> = (0..32)
+            .map(|n| fakes.number_at(&format!("first-{n}"), 1000).unwrap())
+            .collect();
+        for n in 0..5 {
+            fakes.number_at(&format!("second-{n}"), 1030).unwrap();
+        }
+        let text = fakes.text(1031);
+        let mut fakes = Fakes::new(None);
+        fakes.set_networks(networks);
+        fakes.load(&text, 1032);
+        assert_eq!((fakes.entries.len(), fakes.freed.len()), (32, 5));
+        for n in 0..11 {
+            let number = fakes.number_at(&format!("third-{n}"), 1033).unwrap();
+            assert!(!first.contains(&number));
         }
     }
 
