@@ -9,7 +9,7 @@ mod association;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use crate::original::{Original, Unknown};
 use crate::relay::Entry;
 use crate::socks;
 use crate::target::Target;
+use crate::upstream::{Error, Upstream};
 use association::{Association, Associations, Route};
 
 /// The largest datagram, and the largest header before one.
@@ -98,6 +99,8 @@ struct Flow {
     original: Cell<Option<Original>>,
     /// When the helper was last asked.
     asked: Cell<Instant>,
+    /// When it began.
+    began: Instant,
     /// When it is over, unless something happens.
     deadline: Cell<Instant>,
     _permit: OwnedSemaphorePermit,
@@ -113,6 +116,8 @@ enum State {
         header: Vec<u8>,
         /// By what answers are known.
         key: Option<SocketAddr>,
+        /// Whose association it is.
+        upstream: Weak<Upstream>,
     },
     /// It does not: they go nowhere until this flow is over.
     Failed,
@@ -179,6 +184,43 @@ impl Flow {
         }
     }
 
+    /// Whether its association has ended before it brought anybody an answer.
+    fn was_in_vain(&self) -> bool {
+        match &*self.state.borrow() {
+            State::Ready { association, .. } => association.was_in_vain(),
+            _ => false,
+        }
+    }
+
+    /// Whether it is over. One whose association was in vain has failed like one that the proxy did not take: it begins
+    /// anew when it would have been over, and not with each datagram.
+    fn is_over(&self, entry: &Entry) -> bool {
+        let again = self.began + self.timeouts.short;
+        if self.was_in_vain() && again > Instant::now() {
+            if let Some(upstream) = self.fail() {
+                entry.reached_for_udp(&upstream, self.began, Err(&Error::Ended));
+            }
+            self.deadline.set(again);
+        }
+        self.deadline.get() <= Instant::now() || self.is_dead()
+    }
+
+    /// Gives up what it has, until it is over. Returns whose that was, if it is the same still.
+    fn fail(&self) -> Option<Rc<Upstream>> {
+        let before = self.state.replace(State::Failed);
+        let State::Ready {
+            association,
+            key,
+            upstream,
+            ..
+        } = before
+        else {
+            return None;
+        };
+        association.remove_route(key, self);
+        upstream.upgrade()
+    }
+
     /// Notes that an answer has come.
     fn answered(&self) {
         if self.first_answer.get().is_none() {
@@ -240,8 +282,7 @@ pub(crate) async fn run(listener: Rc<UdpSocket>, entry: Rc<Entry>) {
             }
             // Opening an association may take longer than the flow that wanted it lasts.
             _ = sweep.tick(), if counted > 0 || !associations.is_empty() => {
-                let now = Instant::now();
-                flows.borrow_mut().retain(|_, flow| flow.deadline.get() > now && !flow.is_dead());
+                flows.borrow_mut().retain(|_, flow| !flow.is_over(&entry));
                 associations.forget_unused();
             }
             () = entry.gone.cancelled() => return,
@@ -269,8 +310,7 @@ fn receive(
         let datagram = buffer.get(..length).unwrap_or_default();
         let known = flows.borrow().get(&client).cloned();
         if let Some(flow) = known
-            && flow.deadline.get() > Instant::now()
-            && !flow.is_dead()
+            && !flow.is_over(entry)
         {
             flow.touch();
             flow.send(datagram);
@@ -292,6 +332,7 @@ fn receive(
             first_answer: Cell::new(None),
             original: Cell::new(None),
             asked: Cell::new(Instant::now()),
+            began: Instant::now(),
             deadline: Cell::new(Instant::now()),
             _permit: permit,
         });
@@ -419,6 +460,7 @@ async fn begin(
         association: association.clone(),
         header,
         key,
+        upstream: Rc::downgrade(&upstream),
     };
     if let State::Waiting(waiting) = flow.state.replace(ready) {
         for datagram in waiting.datagrams {

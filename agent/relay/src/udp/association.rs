@@ -32,6 +32,8 @@ pub(super) struct Association {
     routes: Routes,
     /// The proxy has ended it.
     dead: Rc<Cell<bool>>,
+    /// It has brought an answer.
+    answered: Rc<Cell<bool>>,
     _end: DropGuard,
 }
 
@@ -49,13 +51,15 @@ impl Association {
             socket: socket.clone(),
             routes: Routes::default(),
             dead: Rc::default(),
+            answered: Rc::default(),
             _end: end.clone().drop_guard(),
         });
         let routes = association.routes.clone();
         let dead = association.dead.clone();
+        let answered = association.answered.clone();
         tokio::task::spawn_local(async move {
             tokio::select! {
-                () = answers(&socket, &routes) => {}
+                () = answers(&socket, &routes, &answered) => {}
                 () = ended(control) => {}
                 () = end.cancelled() => {}
             }
@@ -75,6 +79,11 @@ impl Association {
     /// Whether the proxy has ended it.
     pub(super) fn is_dead(&self) -> bool {
         self.dead.get()
+    }
+
+    /// Whether it has ended before there was an answer.
+    pub(super) fn was_in_vain(&self) -> bool {
+        self.is_dead() && !self.answered.get()
     }
 
     /// Brings answers from there back by this way from now on.
@@ -101,7 +110,11 @@ async fn ended(mut control: TcpStream) {
 }
 
 /// Brings answers back, for ever.
-async fn answers(socket: &UdpSocket, routes: &RefCell<HashMap<Option<SocketAddr>, Route>>) {
+async fn answers(
+    socket: &UdpSocket,
+    routes: &RefCell<HashMap<Option<SocketAddr>, Route>>,
+    answered: &Cell<bool>,
+) {
     while socket.readable().await.is_ok() {
         SHARED.with_borrow_mut(|buffer| {
             // An error is what became of a datagram that was sent before.
@@ -126,6 +139,7 @@ async fn answers(socket: &UdpSocket, routes: &RefCell<HashMap<Option<SocketAddr>
                 return;
             }
             flow.answered();
+            answered.set(true);
         });
         tokio::task::coop::consume_budget().await;
     }
@@ -289,10 +303,12 @@ mod tests {
                         association: association.clone(),
                         header: Vec::new(),
                         key,
+                        upstream: Weak::new(),
                     }),
                     first_answer: Cell::new(None),
                     original: Cell::new(None),
                     asked: Cell::new(Instant::now()),
+                    began: Instant::now(),
                     deadline: Cell::new(Instant::now()),
                     _permit: permits.clone().try_acquire_owned().unwrap(),
                 });

@@ -3,8 +3,7 @@ use crate::dns::LeftOut;
 use crate::fake::Fakes;
 use crate::original::Originals;
 use crate::relay::{Relay, Shared, Wanted};
-use crate::upstream::{Error, Protocol, Upstream};
-use std::rc::Weak;
+use crate::upstream::Protocol;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::LocalSet;
 
@@ -225,6 +224,70 @@ async fn one_that_failed_begins_anew_in_time_however_much_is_sent() {
         }
         let seconds: Vec<_> = attempts.iter().map(|(second, _)| *second).collect();
         assert_eq!(seconds, [0, 30, 60]);
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+/// Time stands still but for who waits for it.
+#[tokio::test(start_paused = true)]
+async fn an_association_that_is_ended_at_once_is_not_asked_for_with_each_datagram() {
+    let test = async {
+        let directory = tempfile::tempdir().unwrap();
+        let known = Known::default();
+        let originals = helper(directory.path(), &known);
+        let relay = Relay::new(Shared::new(2, originals, Fakes::new(None)));
+        let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = server.local_addr().unwrap().port();
+        let asked = Rc::new(Cell::new(0));
+        let count = asked.clone();
+        tokio::task::spawn_local(async move {
+            while let Ok((mut control, _)) = server.accept().await {
+                let asked = count.clone();
+                tokio::task::spawn_local(async move {
+                    control.read_exact(&mut [0; 3]).await.unwrap();
+                    control.write_all(&[5, 0]).await.unwrap();
+                    // A connection that is made for who comes next may ask for nothing.
+                    if control.read_exact(&mut [0; 10]).await.is_ok() {
+                        asked.set(asked.get() + 1);
+                        let granted = [5, 0, 0, 1, 127, 0, 0, 1, 0, 9];
+                        control.write_all(&granted).await.unwrap();
+                    }
+                });
+            }
+        });
+        let host = "127.0.0.1".into();
+        let upstream = Upstream::new("own".into(), Protocol::Socks5, host, port, None);
+        let (entry, listener, application) = bed_of(&relay, upstream).await;
+        let client = application.local_addr().unwrap();
+        known
+            .borrow_mut()
+            .insert(client, "192.0.2.1:1".parse().unwrap());
+        let (flows, associations) = (Flows::default(), Rc::default());
+        let mut attempts = Vec::new();
+        for second in 0..90 {
+            let before = asked.get();
+            application.send(b"are you there?").await.unwrap();
+            listener.readable().await.unwrap();
+            receive(&listener, &entry, TIMEOUTS, &flows, &associations);
+            let flow = flows.borrow()[&client].clone();
+            let is_over = || match &*flow.state.borrow() {
+                State::Waiting(_) => false,
+                State::Ready { .. } => flow.is_dead(),
+                State::Failed => true,
+            };
+            while !is_over() {
+                tokio::task::yield_now().await;
+            }
+            if asked.get() > before {
+                attempts.push(second);
+            }
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        assert_eq!(attempts, [0, 30, 60]);
+        let report = &relay.reports()[0];
+        assert_eq!(report.problem, None);
+        let problem = report.udp_problem.as_deref();
+        assert_eq!(problem, Some("it ended the connection"));
     };
     LocalSet::new().run_until(test).await;
 }
