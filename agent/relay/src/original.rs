@@ -3,10 +3,15 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::helper::{ErrorKind, FindRedirected_Args, FindRedirected_Reply};
 use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::time::timeout;
+
+/// How long the helper may take for an answer: everybody else waits meanwhile.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// A connection to the helper, made when it is first needed.
 #[derive(Debug)]
@@ -71,6 +76,19 @@ impl Originals {
     /// As [`Self::find`], for who has the turn.
     pub(crate) async fn find_in(
         &self,
+        turn: Turn,
+        listener: SocketAddr,
+        client: SocketAddr,
+    ) -> Result<Original, Unknown> {
+        let asked = timeout(ANSWER, self.ask(turn, listener, client));
+        asked.await.unwrap_or_else(|_| {
+            tracing::debug!("the helper does not answer in time");
+            Err(Unknown::NoAnswer)
+        })
+    }
+
+    async fn ask(
+        &self,
         Turn(mut connection): Turn,
         listener: SocketAddr,
         client: SocketAddr,
@@ -116,5 +134,28 @@ impl Originals {
             }
         }
         Err(Unknown::NoAnswer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn a_helper_that_says_nothing_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("helper.sock");
+        // The kernel connects; nobody answers.
+        let _helper = tokio::net::UnixListener::bind(&path).unwrap();
+        let originals = Originals::new(path);
+        let (listener, client) = (
+            "127.0.0.1:1".parse().unwrap(),
+            "127.0.0.1:2".parse().unwrap(),
+        );
+        for _ in 0..2 {
+            let found = timeout(Duration::from_secs(60), originals.find(listener, client));
+            assert_eq!(found.await.unwrap(), Err(Unknown::NoAnswer));
+        }
     }
 }
