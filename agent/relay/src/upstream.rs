@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::client::TlsStream;
 
 use crate::http;
@@ -27,6 +27,9 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// How much of the first of these looking up its name may take: a little less than [`SILENCE`], after which it is the
 /// proxy that is blamed.
 const LOOK_UP: Duration = Duration::from_secs(9);
+
+/// How long certificates that could not be read are not looked for again.
+const CERTIFICATES: Duration = Duration::from_secs(10);
 
 /// How much earlier than the next one an address of a proxy is tried (RFC 8305, 5).
 const HEAD_START: Duration = Duration::from_millis(250);
@@ -67,7 +70,7 @@ pub struct Upstream {
     /// Who to say that one is.
     pub credentials: Option<Credentials>,
     look_up: LookUp,
-    tls: RefCell<Option<Tls>>,
+    tls: RefCell<Option<Certificates>>,
     spares: Spares,
 }
 
@@ -262,19 +265,37 @@ impl Upstream {
         if self.protocol != Protocol::Https {
             return Ok(Stream::Tcp(stream));
         }
-        let known = self.tls.borrow().clone();
-        let tls = match known {
-            Some(tls) => tls,
-            None => {
-                let tls = Tls::load().map_err(down)?;
-                self.tls.borrow_mut().insert(tls).clone()
-            }
-        };
+        let tls = self.tls(Tls::load).map_err(down)?;
         match timeout(CONNECT, tls.connect(&self.host, stream)).await {
             Ok(stream) => Ok(Stream::Tls(Box::new(stream.map_err(down)?))),
             Err(_) => Err(Error::Down("it does not answer".into())),
         }
     }
+
+    /// What TLS needs to know, which is read when nobody did, or in vain some time ago.
+    fn tls(&self, load: impl FnOnce() -> io::Result<Tls>) -> io::Result<Tls> {
+        let mut known = self.tls.borrow_mut();
+        match &*known {
+            Some(Certificates::Known(tls)) => return Ok(tls.clone()),
+            Some(Certificates::Missing(why, at)) if at.elapsed() < CERTIFICATES => {
+                return Err(io::Error::other(why.clone()));
+            }
+            _ => {}
+        }
+        let loaded = load();
+        *known = Some(match &loaded {
+            Ok(tls) => Certificates::Known(tls.clone()),
+            Err(error) => Certificates::Missing(error.to_string(), Instant::now()),
+        });
+        loaded
+    }
+}
+
+/// What TLS needs to know, or why and when that could not be read.
+#[derive(Debug, Clone)]
+enum Certificates {
+    Known(Tls),
+    Missing(String, Instant),
 }
 
 /// What a name's addresses are; none while that is being looked up.
@@ -408,7 +429,6 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::io::AsyncWriteExt;
     use tokio::sync::Notify;
-    use tokio::time::Instant;
 
     /// Somebody who answers nobody, once there is a connection.
     fn silent() -> (tokio::net::TcpListener, SocketAddr) {
@@ -501,6 +521,25 @@ mod tests {
         let error = find().await.map(Iterator::collect::<Vec<_>>).unwrap_err();
         assert_eq!(error.to_string(), "no such name");
         assert_eq!(counted.load(Ordering::Relaxed), 2);
+    }
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn certificates_that_are_not_there_are_not_looked_for_each_time() {
+        let upstream = Upstream::new("own".into(), Protocol::Https, "there".into(), 1, None);
+        let tries = std::cell::Cell::new(0);
+        let load = || {
+            tries.set(tries.get() + 1);
+            Err(io::Error::other("there are none"))
+        };
+        for _ in 0..10 {
+            let error = upstream.tls(load).unwrap_err();
+            assert_eq!(error.to_string(), "there are none");
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!(tries.get(), 1);
+        upstream.tls(load).unwrap_err();
+        assert_eq!(tries.get(), 2);
     }
 
     /// Time stands still but for who waits for it.
