@@ -28,6 +28,9 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// proxy that is blamed.
 const LOOK_UP: Duration = Duration::from_secs(9);
 
+/// How many look-ups of one name there may be at once. Each keeps one of the few threads that there are for all proxies.
+const LOOK_UPS: usize = 3;
+
 /// How long certificates that could not be read are not looked for again.
 const CERTIFICATES: Duration = Duration::from_secs(10);
 
@@ -301,27 +304,34 @@ enum Certificates {
 /// What a name's addresses are; none while that is being looked up.
 type Found = Option<Result<Vec<SocketAddr>, String>>;
 
-/// Looking up a name: once for all who wait for it. It can't be ended, and may take longer than anybody waits.
+/// Looking up a name: once for all who wait for it. It can't be ended, and may take longer than anybody waits; another one
+/// begins then, in case that the network is there by now. These are the ones that go on, and when they began.
 #[derive(Debug, Default)]
-struct LookUp(RefCell<Option<watch::Receiver<Found>>>);
+struct LookUp(RefCell<Vec<(Instant, watch::Receiver<Found>)>>);
 
 impl LookUp {
+    /// The latest one that is going on, unless it has been for so long that another one is due.
+    fn going_on(&self) -> Option<watch::Receiver<Found>> {
+        let mut all = self.0.borrow_mut();
+        all.retain(|(_, found)| found.borrow().is_none() && found.has_changed().is_ok());
+        let (began, found) = all.last()?;
+        (began.elapsed() < LOOK_UP || all.len() >= LOOK_UPS).then(|| found.clone())
+    }
+
     /// What is being looked up already, or what this finds.
     async fn find(
         &self,
         look: impl Future<Output = io::Result<Vec<SocketAddr>>> + Send + 'static,
     ) -> io::Result<impl Iterator<Item = SocketAddr>> {
-        let going_on = self.0.borrow().clone();
-        let going_on =
-            going_on.filter(|found| found.borrow().is_none() && found.has_changed().is_ok());
-        let mut found = going_on.unwrap_or_else(|| {
+        let mut found = self.going_on().unwrap_or_else(|| {
             let (tell, found) = watch::channel(None);
             tokio::spawn(async move {
                 let found = look.await.map_err(|error| error.to_string());
                 // Nobody need be waiting any more.
                 let _ = tell.send(Some(found));
             });
-            self.0.borrow_mut().insert(found).clone()
+            self.0.borrow_mut().push((Instant::now(), found.clone()));
+            found
         });
         let found = found.wait_for(Option::is_some).await;
         let found = found.ok().and_then(|found| found.clone());
@@ -521,6 +531,33 @@ mod tests {
         let error = find().await.map(Iterator::collect::<Vec<_>>).unwrap_err();
         assert_eq!(error.to_string(), "no such name");
         assert_eq!(counted.load(Ordering::Relaxed), 2);
+    }
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn who_comes_later_does_not_wait_for_a_look_up_that_hangs() {
+        let look_up = LookUp::default();
+        let begun = Arc::new(AtomicUsize::new(0));
+        let hangs = || {
+            let begun = begun.clone();
+            look_up.find(async move {
+                begun.fetch_add(1, Ordering::Relaxed);
+                std::future::pending().await
+            })
+        };
+        // Each thread that looks names up may be kept for long, and there are few.
+        for expected in [1, 2, 3, 3, 3] {
+            for _ in 0..5 {
+                assert!(timeout(LOOK_UP / 5, hangs()).await.is_err());
+            }
+            assert_eq!(begun.load(Ordering::Relaxed), expected);
+        }
+        let look_up = LookUp::default();
+        let hangs = look_up.find(std::future::pending());
+        assert!(timeout(LOOK_UP, hangs).await.is_err());
+        let found = look_up.find(async { Ok(vec!["192.0.2.1:1".parse().unwrap()]) });
+        let found = timeout(LOOK_UP, found).await.expect("DNS works again");
+        assert_eq!(found.unwrap().count(), 1);
     }
 
     /// Time stands still but for who waits for it.
