@@ -6,6 +6,7 @@
     reason = "a panic is a failed test"
 )]
 
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use cgtproxy_tests::agent::Agent;
@@ -20,6 +21,9 @@ const BASE: u64 = 16 * 1024;
 const CONNECTION: u64 = 40;
 /// And for all datagrams that wait for a proxy.
 const WAITING: u64 = 8 * 1024;
+
+/// And for names that have addresses.
+const NAMES: u64 = 16 * 1024;
 
 /// What a SOCKS5 server says that does whatever it is asked for.
 const GRANTED: [u8; 12] = [5, 0, 5, 0, 0, 1, 0, 0, 0, 0, 0, 0];
@@ -268,5 +272,23 @@ fn whoever_gives_up_before_the_proxy_answers_leaves_nothing_behind() {
             wait_until("it to be over", || upstream(&bed)["connections"] == 0);
             sb.assert_nothing_left_for(to.ip());
         }
+    });
+}
+
+#[test]
+fn names_stay_within_the_bound() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let bed = Relayed::through(sb, "socks5h://192.0.2.2:1080");
+        // More than there may be, and as long as can be (RFC 1035, 2.3.4).
+        let rest = [&*"x".repeat(59); 4].join(".");
+        let names: String = (0..66_000).map(|n| format!("{n:013}.{rest}\n")).collect();
+        fs::write("/run/names", names).expect("/run is ours");
+        let server = format!("@{}", sb.fresh_v4());
+        let cgroup = bed.user.cgroup("app.slice/app-a.scope/dig");
+        let options = "+tcp +keepopen +tries=1 +noall -f /run/names".split(' ');
+        let argv: Vec<_> = ["dig", &server].into_iter().chain(options).collect();
+        bed.user.output(&cgroup, &argv);
+        assert_memory(&bed, BASE + NAMES);
     });
 }

@@ -5,8 +5,7 @@
 //! over restarts of the relay too.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::fmt::Write as _;
-use std::io;
+use std::io::{self, BufWriter, Read as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -18,6 +17,12 @@ use crate::target::Target;
 
 /// How many names there may be, if the networks are twice as large.
 const NAMES: u32 = 65536;
+
+/// How many bytes they may have all in all: twice what so many have that people use.
+const BYTES: usize = 4 << 20;
+
+/// What a line of the file has beside a name, in bytes, at most.
+const LINE_BYTES: usize = 40;
 
 /// How long a name keeps its addresses that nobody asks for or uses, in seconds.
 const EXPIRY: u64 = 24 * 60 * 60;
@@ -124,6 +129,8 @@ pub struct Fakes {
     networks: Networks,
     numbers: HashMap<Rc<str>, u32>,
     entries: HashMap<u32, Entry>,
+    /// How many bytes the names have.
+    bytes: usize,
     /// Numbers whose names have made room, the oldest first, and when they were last used: whoever still has such an
     /// address is not to be sent to the host of another name.
     freed: VecDeque<(u32, u64)>,
@@ -146,6 +153,7 @@ impl Fakes {
             networks: Networks::default(),
             numbers: HashMap::new(),
             entries: HashMap::new(),
+            bytes: 0,
             freed: VecDeque::new(),
             is_freed: HashSet::new(),
             full: 0,
@@ -161,6 +169,7 @@ impl Fakes {
             self.networks = networks;
             self.numbers.clear();
             self.entries.clear();
+            self.bytes = 0;
             self.freed.clear();
             self.is_freed.clear();
             self.full = 0;
@@ -169,7 +178,7 @@ impl Fakes {
         if !std::mem::replace(&mut self.loaded, true)
             && let Some(file) = self.file.clone()
         {
-            match std::fs::read_to_string(&file) {
+            match read(&file) {
                 Ok(text) => self.load(&text, now()),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => tracing::warn!("can't read {}: {error}", file.display()),
@@ -193,8 +202,10 @@ impl Fakes {
         }
         let size = self.networks.size();
         // Half of them stay free, and half of these were not freed lately, so that one is found at random soon.
-        if self.entries.len() >= self.most() && !self.make_room(now) {
-            return None;
+        while self.is_full(&name) {
+            if !self.make_room(now) {
+                return None;
+            }
         }
         let number = loop {
             // Neither the first nor the last: in IPv4 these are not for hosts.
@@ -232,6 +243,7 @@ impl Fakes {
 
     fn insert(&mut self, number: u32, name: Rc<str>, used: u64) {
         self.numbers.insert(name.clone(), number);
+        self.bytes += name.len();
         let written = used;
         let entry = Entry {
             name,
@@ -250,6 +262,11 @@ impl Fakes {
     /// How many names there may be.
     fn most(&self) -> usize {
         NAMES.min(self.networks.size() / 2) as usize
+    }
+
+    /// Whether there is no room for that name.
+    fn is_full(&self, name: &str) -> bool {
+        self.entries.len() >= self.most() || self.bytes + name.len() > BYTES
     }
 
     /// How many numbers may be out of use because of the names that they had.
@@ -285,12 +302,14 @@ impl Fakes {
             keep
         });
         let before = self.entries.len();
+        let bytes = &mut self.bytes;
         self.entries.retain(|number, entry| {
             let used = entry.used;
             let has_place = freed.len() < most;
             let keep = used > oldest || left == 0 || is_kept(used) || is_held(used) && !has_place;
             if !keep {
                 left -= 1;
+                *bytes = bytes.saturating_sub(entry.name.len());
                 if has_place {
                     freed.push_back((*number, used));
                 }
@@ -316,7 +335,7 @@ impl Fakes {
         if !std::mem::take(&mut self.changed) {
             return;
         }
-        match write(file, &self.text(now())) {
+        match write(file, |file| self.write(file, now())) {
             Ok(()) => self
                 .entries
                 .values_mut()
@@ -330,20 +349,26 @@ impl Fakes {
         format!("cgtproxy-relay names 1 {v4}/{p4} {v6}/{p6}")
     }
 
-    fn text(&self, now: u64) -> String {
-        let mut text = self.header();
-        text.push('\n');
+    fn write(&self, mut file: impl io::Write, now: u64) -> io::Result<()> {
+        writeln!(file, "{}", self.header())?;
         for (number, Entry { name, used, .. }) in &self.entries {
             if used.saturating_add(EXPIRY) > now {
-                let _ = writeln!(text, "{number} {used} {name}");
+                writeln!(file, "{number} {used} {name}")?;
             }
         }
         for (number, used) in &self.freed {
             if is_within(HELD, *used, now) {
-                let _ = writeln!(text, "{number} {used} {NO_NAME}");
+                writeln!(file, "{number} {used} {NO_NAME}")?;
             }
         }
-        text
+        file.flush()
+    }
+
+    #[cfg(test)]
+    fn text(&self, now: u64) -> String {
+        let mut text = Vec::new();
+        self.write(&mut text, now).unwrap();
+        String::from_utf8(text).unwrap()
     }
 
     /// What makes no sense is left out: it is a cache.
@@ -372,7 +397,7 @@ impl Fakes {
                     self.is_freed.insert(number);
                 } else if is_host(&name)
                     && !self.numbers.contains_key(name.as_str())
-                    && self.entries.len() < self.most()
+                    && !self.is_full(&name)
                 {
                     self.insert(number, name.into(), used.min(now));
                 }
@@ -413,8 +438,21 @@ fn now() -> u64 {
         .map_or(0, |time| time.as_secs())
 }
 
+/// Reads a file, and no more of it than it can have.
+fn read(file: &Path) -> io::Result<String> {
+    let most = BYTES + LINE_BYTES * 2 * NAMES as usize;
+    let mut text = String::new();
+    std::fs::File::open(file)?
+        .take(most as u64)
+        .read_to_string(&mut text)?;
+    Ok(text)
+}
+
 /// Replaces a file at once, for its owner's eyes only.
-fn write(file: &Path, text: &str) -> io::Result<()> {
+fn write(
+    file: &Path,
+    content: impl FnOnce(BufWriter<std::fs::File>) -> io::Result<()>,
+) -> io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
     if let Some(directory) = file.parent() {
         std::fs::create_dir_all(directory)?;
@@ -422,7 +460,7 @@ fn write(file: &Path, text: &str) -> io::Result<()> {
     let fresh = file.with_extension("new");
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o600);
-    io::Write::write_all(&mut options.open(&fresh)?, text.as_bytes())?;
+    content(BufWriter::new(options.open(&fresh)?))?;
     std::fs::rename(&fresh, file)
 }
 
@@ -596,6 +634,34 @@ mod tests {
             let number = fakes.number_at(&format!("third-{n}"), 1033).unwrap();
             assert!(!first.contains(&number));
         }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "a minute, for what the others do as well")]
+    fn names_have_no_more_bytes_than_there_is_room_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("names");
+        let mut fakes = Fakes::new(Some(file.clone()));
+        fakes.set_networks(Networks::default());
+        let bytes = |fakes: &Fakes| -> usize { fakes.numbers.keys().map(|name| name.len()).sum() };
+        let now = now();
+        for n in 0..70_000 {
+            let long = "a".repeat(60);
+            let name = format!("{n:09}.{long}.{long}.{long}.{long}");
+            fakes.number_at(&name, now - 70_000 + n);
+            fakes.number_at("example.org", now - 70_000 + n).unwrap();
+        }
+        assert!(
+            (3 << 20..=4 << 20).contains(&bytes(&fakes)),
+            "{}",
+            bytes(&fakes)
+        );
+        let before = fakes.entries.len();
+        fakes.save();
+        let mut fakes = Fakes::new(Some(file));
+        fakes.set_networks(Networks::default());
+        assert_eq!(fakes.entries.len(), before);
+        assert!(bytes(&fakes) <= 4 << 20);
     }
 
     proptest! {

@@ -21,9 +21,13 @@ use clap::Parser;
 use listenfd::ListenFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::LocalSet;
+use tokio::time::Instant;
 
 /// How often what stands for which name is written down.
 const SAVE: Duration = Duration::from_secs(5);
+
+/// How many times as long as that takes nothing is written again: everything else waits meanwhile.
+const SAVE_PAUSE: u32 = 20;
 
 /// How many threads look up names of proxies, which is all that blocks.
 const LOOKUPS: usize = 8;
@@ -78,9 +82,12 @@ async fn serve(arguments: &Arguments, handed_over: Option<UnixListener>) -> Resu
     let relay = Rc::new(Relay::new(shared));
     notify::ready();
     let save = async {
+        let mut pause = SAVE;
         loop {
-            tokio::time::sleep(SAVE).await;
+            tokio::time::sleep(pause).await;
+            let began = Instant::now();
             relay.save();
+            pause = SAVE.max(SAVE_PAUSE * began.elapsed());
         }
     };
     tokio::select! {
