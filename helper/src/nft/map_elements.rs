@@ -58,21 +58,18 @@ impl Names {
         proxy: &Proxy,
     ) -> MapElements {
         let mark = proxy.mark.value().to_ne_bytes();
-        let chain = || ElementData::Goto(self.chain(ProxyChain::Proxy, name));
+        let goto = |chain| ElementData::Goto(self.chain(chain, name));
         let number = of_proxy(marks, proxy).to_ne_bytes();
         let maps = self.choices_maps().iter();
-        let mut elements: MapElements =
-            maps.map(|map| ((*map, number.to_vec()), chain())).collect();
+        let mut elements: MapElements = maps
+            .map(|map| ((*map, number.to_vec()), goto(ProxyChain::Proxy)))
+            .collect();
         let mut add = |map, key: &[u8], element| {
             elements.insert((map, key.to_vec()), element);
         };
-        add(MARKS, &mark, chain());
+        add(MARKS, &mark, goto(ProxyChain::Proxy));
         if self.is_system() {
-            add(
-                DIVERT,
-                &mark,
-                ElementData::Goto(self.chain(ProxyChain::Divert, name)),
-            );
+            add(DIVERT, &mark, goto(ProxyChain::Divert));
         } else {
             let uid = self.uid.value().to_ne_bytes();
             add(OWNERS, &[mark, uid].concat(), ElementData::Nothing);
@@ -90,37 +87,17 @@ impl Names {
             }
             Delivery::Redirect(port) => {
                 if port.is_some() {
-                    add(
-                        RESOLVE,
-                        &mark,
-                        ElementData::Goto(self.chain(ProxyChain::Redirect, name)),
-                    );
+                    add(RESOLVE, &mark, goto(ProxyChain::Redirect));
                 }
-                add(
-                    RECEIVE,
-                    &mark,
-                    ElementData::Goto(self.chain(ProxyChain::Receive, name)),
-                );
+                add(RECEIVE, &mark, goto(ProxyChain::Receive));
             }
         }
         if proxy.settings.dns_hijack.is_some() {
             let dns = marks.dns_value(proxy.mark).to_ne_bytes();
-            add(
-                RESOLVE,
-                &dns,
-                ElementData::Goto(self.chain(ProxyChain::Resolve, name)),
-            );
-            add(
-                RECEIVE,
-                &dns,
-                ElementData::Goto(self.chain(ProxyChain::Receive, name)),
-            );
+            add(RESOLVE, &dns, goto(ProxyChain::Resolve));
+            add(RECEIVE, &dns, goto(ProxyChain::Receive));
             if !self.is_system() {
-                add(
-                    MARKS,
-                    &dns,
-                    ElementData::Goto(self.chain(ProxyChain::Dns, name)),
-                );
+                add(MARKS, &dns, goto(ProxyChain::Dns));
             }
         }
         elements
