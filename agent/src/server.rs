@@ -7,7 +7,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use cgtproxy_proto::agent::{
-    self as wire, AwaitTarget_Args, AwaitTarget_Reply, Explain_Args, Explain_Reply, GetStatus_Reply,
+    self as wire, AwaitTarget_Args, AwaitTarget_Reply, Explain_Args, Explain_Reply,
+    GetStatus_Reply, GetTargets_Reply,
 };
 use cgtproxy_proto::limits::PATH_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
@@ -115,6 +116,15 @@ impl Connection {
             targets: view::targets(&source.config, &state.relay, &groups),
             controlGroups: groups,
             rules: Some(view::rules(&source.config)),
+        }
+    }
+
+    fn targets(&self) -> GetTargets_Reply {
+        let state = self.agent.state();
+        GetTargets_Reply {
+            targets: state.source().config.target_names(),
+            problem: state.link.problem(),
+            configError: state.config_error().map(str::to_owned),
         }
     }
 
@@ -261,6 +271,10 @@ impl Service for Connection {
             "GetStatus" => {
                 no_parameters(arguments)?;
                 reply(self.status())
+            }
+            "GetTargets" => {
+                no_parameters(arguments)?;
+                reply(self.targets())
             }
             "Explain" => {
                 let Explain_Args { controlGroup } = parameters(arguments)?;

@@ -212,8 +212,7 @@ impl Config {
 }
 
 /// The names of all targets, given those of the proxies: the first one has another name, unless that is taken.
-#[must_use]
-pub fn target_names(proxies: Vec<String>) -> Vec<String> {
+fn target_names(proxies: Vec<String>) -> Vec<String> {
     let mut names: Vec<_> = ["direct", "drop"].map(str::to_owned).into();
     if !proxies.is_empty() && proxies.iter().all(|name| name != DEFAULT_PROXY) {
         names.push(DEFAULT_PROXY.to_owned());

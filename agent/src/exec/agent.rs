@@ -5,12 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use cgtproxy_proto::agent::{
-    AwaitTarget_Args, AwaitTarget_Reply, Awaited, ErrorKind, GetStatus_Args, GetStatus_Reply,
+    AwaitTarget_Args, AwaitTarget_Reply, ErrorKind, GetTargets_Args, GetTargets_Reply,
 };
 use cgtproxy_proto::client::CallError;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::config::target_names;
 use crate::connection::{ConnectError, Connection};
 
 /// How long the agent may take to answer, and to get a verdict into the kernel.
@@ -97,17 +96,6 @@ impl From<ConnectError> for Error {
     }
 }
 
-/// The targets there are.
-#[derive(Debug)]
-pub(crate) struct Targets {
-    /// All their names.
-    pub(crate) known: Vec<String>,
-    /// Why they are not in force, if they are not.
-    pub(crate) problem: Option<String>,
-    /// The file on disk is wrong: those in force are an older one's, or there are none of a file's yet.
-    pub(crate) config_is_wrong: bool,
-}
-
 /// What is asked of the user's agent.
 #[derive(Debug)]
 pub(crate) struct Agent {
@@ -124,29 +112,11 @@ impl Agent {
         })
     }
 
-    /// What the agent says of targets.
-    pub(crate) async fn targets(&mut self) -> Result<Targets, Error> {
-        let status = self.status().await?;
-        let proxies = status.targets.into_iter().filter(|t| t.port.is_some());
-        let known = target_names(proxies.map(|t| t.name).collect());
-        let config_is_wrong = status.configError.is_some();
-        let problem = status.problem.unwrap_or_else(|| "not yet".to_owned());
-        let problem = match (status.awaits, status.configError) {
-            (Some(Awaited::configuration), Some(error)) => format!("{problem}: {error}"),
-            _ => problem,
-        };
-        Ok(Targets {
-            known,
-            problem: (!status.connected).then_some(problem),
-            config_is_wrong,
-        })
-    }
-
-    /// What the agent says of everything. As many programs may be connected to it as there may be, but mostly not for long.
-    async fn status(&mut self) -> Result<GetStatus_Reply, Error> {
+    /// What the agent says of targets. As many programs may be connected to it as there may be, but mostly not for long.
+    pub(crate) async fn targets(&mut self) -> Result<GetTargets_Reply, Error> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let call = self.connection.call("GetStatus", GetStatus_Args {});
+            let call = self.connection.call("GetTargets", GetTargets_Args {});
             let answer = timeout_at(deadline, call).await;
             match answer.map_err(|_| Error::NoAnswer)?.map_err(fault) {
                 Err(Error::TooManyConnections(_)) if Instant::now() + AGAIN < deadline => {
@@ -162,13 +132,13 @@ impl Agent {
     pub(crate) async fn check_target(&mut self, name: &str) -> Result<(), Error> {
         let deadline = Instant::now() + HELPER_PATIENCE;
         loop {
-            let Targets {
-                known,
+            let GetTargets_Reply {
+                targets: known,
                 problem,
-                config_is_wrong,
+                configError: config_error,
             } = self.targets().await?;
             // A wrong name is wrong with or without a helper, and the more useful thing to hear.
-            let to_come = config_is_wrong && problem.is_some();
+            let to_come = config_error.is_some() && problem.is_some();
             if !to_come && !known.iter().any(|known| known == name) {
                 let name = name.to_owned();
                 return Err(Error::UnknownTarget { name, known });

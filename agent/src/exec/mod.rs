@@ -160,7 +160,7 @@ fn run(options: Options) -> Result<(), Error> {
 /// Prints all targets.
 async fn list() -> Result<(), Error> {
     let mut agent = Agent::connect(default_socket(config::Scope::User)).await?;
-    let mut targets = agent.targets().await?.known;
+    let mut targets = agent.targets().await?.targets;
     targets.push(String::new());
     let lines = targets.join("\n");
     io::stdout()

@@ -398,6 +398,11 @@ fn one_that_is_wrong_at_the_start_is_waited_for() {
     };
     world.notified("STATUS=waiting for the configuration to be fixed: ");
     agent.wait("what it waits for", |s| waits(s, "config.yaml:2:1"));
+    let told = agent.targets();
+    assert_eq!(told.targets, ["direct", "drop"]);
+    let error = told.configError.unwrap();
+    let waits_for = format!("waiting for the configuration to be fixed: {error}");
+    assert_eq!(told.problem, Some(waits_for));
     // Another mistake, and another file name.
     world.write("version: 1\nrules:\n  - match: '('\n    drop: true\n");
     agent.wait("the other mistake", |s| waits(s, "config.yaml:3:13"));
@@ -417,6 +422,8 @@ fn one_that_is_wrong_at_the_start_is_waited_for() {
     assert_eq!(world.helper.books().calls, ["ReplacePolicy"]);
     let status = agent.wait("it to be in force", |s| s.connected);
     assert_eq!((status.configError, status.problem), (None, None));
+    let told = agent.targets();
+    assert_eq!((told.configError, told.problem), (None, None));
     // From then on it is as with any other.
     world.write(WRONG);
     agent.says("the old configuration stays in force");

@@ -11,7 +11,8 @@ use std::thread;
 use std::time::Instant;
 
 use cgtproxy_proto::agent::{
-    ControlGroup, Explain_Args, Explain_Reply, GetStatus_Args, GetStatus_Reply,
+    ControlGroup, Explain_Args, Explain_Reply, GetStatus_Args, GetStatus_Reply, GetTargets_Args,
+    GetTargets_Reply,
 };
 use cgtproxy_proto::client::{CallError, Client};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
@@ -302,6 +303,10 @@ impl Agent {
 
     pub(crate) fn status(&self) -> GetStatus_Reply {
         self.call("GetStatus", GetStatus_Args {}).unwrap()
+    }
+
+    pub(crate) fn targets(&self) -> GetTargets_Reply {
+        self.call("GetTargets", GetTargets_Args {}).unwrap()
     }
 
     pub(crate) fn explain(&self, name: &str) -> ControlGroup {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use cgtproxy_proto::agent::{
-    AwaitTarget_Args, AwaitTarget_Reply, DESCRIPTION, GetStatus_Reply, INTERFACE, Target,
+    AwaitTarget_Args, AwaitTarget_Reply, DESCRIPTION, GetTargets_Reply, INTERFACE,
 };
 use cgtproxy_proto::path::CGROUP2_MOUNTS;
 use cgtproxy_proto::service::{
@@ -24,7 +24,7 @@ use zbus::{Message, MessageStream, OwnedObjectPath, OwnedVariant};
 /// What the program asked for.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Asked {
-    Status,
+    Targets,
     Start { slice: String, pid: u32 },
     Await { target: String },
 }
@@ -319,34 +319,14 @@ impl Service for Pretender {
     };
 
     async fn call(&mut self, method: &str, arguments: Parameters<'_>) -> Result<Answer, Fault> {
-        let target = |name: &str, port| Target {
-            name: name.into(),
-            port,
-            relayed: None,
-            controlGroups: 0,
-        };
         match method {
-            "GetStatus" => {
-                self.note(Asked::Status);
-                reply(GetStatus_Reply {
-                    version: "0".into(),
-                    connected: self.behaviour.connected,
+            "GetTargets" => {
+                self.note(Asked::Targets);
+                let targets = ["direct", "drop", "proxy", "mihomo", "my-proxy"];
+                reply(GetTargets_Reply {
+                    targets: targets.map(str::to_owned).into(),
                     problem: (!self.behaviour.connected).then(|| "no such socket".into()),
-                    awaits: None,
-                    generation: 1,
-                    config: None,
                     configError: None,
-                    monitors: None,
-                    monitorProblem: None,
-                    targets: vec![
-                        target("direct", None),
-                        target("drop", None),
-                        target("drop-all", None),
-                        target("mihomo", Some(7890)),
-                        target("my-proxy", Some(7891)),
-                    ],
-                    controlGroups: Vec::new(),
-                    rules: None,
                 })
             }
             "AwaitTarget" => {

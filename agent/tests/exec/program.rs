@@ -67,7 +67,7 @@ fn starts_the_command_only_when_the_verdict_is_in_the_kernel() {
     assert_eq!(
         session.asked(),
         [
-            Asked::Status,
+            Asked::Targets,
             Asked::Start {
                 slice: "cgtproxy-mihomo.slice".into(),
                 pid: child.id(),
@@ -341,7 +341,7 @@ fn without_a_helper_it_says_so() {
     // More than once: the helper may be just starting.
     let asked = session.asked();
     assert!(asked.len() > 1, "{asked:?}");
-    let moved = asked.iter().any(|asked| *asked != Asked::Status);
+    let moved = asked.iter().any(|asked| *asked != Asked::Targets);
     assert!(!moved, "nothing was moved: {asked:?}");
 }
 
@@ -351,7 +351,7 @@ fn a_wrong_target_lists_the_right_ones() {
     for target in ["mihom", "drop-all", "../x", ""] {
         let output = session.run([target, "echo", "ran"]);
         assert_refused(&output, 125, &["direct, drop, proxy, mihomo, my-proxy"]);
-        assert_eq!(session.asked(), [Asked::Status], "nothing was moved");
+        assert_eq!(session.asked(), [Asked::Targets], "nothing was moved");
     }
     let output = session.run(["--no-wait", "../x", "echo", "ran"]);
     assert_refused(&output, 125, &["'../x' is no target"]);
@@ -433,8 +433,8 @@ fn an_agent_with_as_many_programs_as_it_takes_is_asked_again() {
     std::thread::spawn(move || {
         let fault =
             r#"{"error":"org.cgtproxy.Agent.TooManyConnections","parameters":{"limit":64}}"#;
-        let status = r#"{"parameters":{"version":"0","connected":true,"generation":1,"targets":[],"controlGroups":[]}}"#;
-        for answer in [fault, fault, fault, status] {
+        let targets = r#"{"parameters":{"targets":["direct","drop"]}}"#;
+        for answer in [fault, fault, fault, targets] {
             let (mut stream, _) = full.accept().unwrap();
             stream.write_all(format!("{answer}\0").as_bytes()).unwrap();
         }
@@ -494,7 +494,7 @@ fn lists_targets_for_completion() {
     let mut session = Session::new(Behaviour::default());
     let output = session.run(["--list"]);
     assert_eq!(stdout(&output), "direct\ndrop\nproxy\nmihomo\nmy-proxy\n");
-    assert_eq!(session.asked(), [Asked::Status]);
+    assert_eq!(session.asked(), [Asked::Targets]);
 }
 
 #[test]
