@@ -306,7 +306,7 @@ fn what_the_machines_own_policy_drops_is_kept_too() {
                     verdict("system.slice/tracker.service", "drop"),
                     {
                         "controlGroup": "user.slice", "verdict": "proxy", "proxy": "company",
-                        "enforced": true,
+                        "enforce": true,
                     },
                 ]),
             );
