@@ -65,7 +65,8 @@ enum Error {
 }
 
 impl Error {
-    /// Whether it will be so the next time: with this configuration, this kernel, these rights or another helper.
+    /// Whether it will be so if it is tried again at once: with this configuration, these databases, this kernel, these
+    /// rights or another helper.
     fn is_lasting(&self) -> bool {
         matches!(
             self,

@@ -104,7 +104,7 @@ pub enum Ensured {
     /// (`net.ipv6.conf.lo.disable_ipv6`): then nothing that is diverted could come in, until an address of the family
     /// appears on lo.
     NoFamily,
-    /// Both were there.
+    /// There was something in both places. What is there now is ours.
     AsItWas,
     /// One of them was not, and is now.
     Restored,

@@ -242,7 +242,12 @@ fn an_open_conversation_of_datagrams_follows_the_verdict_to_a_proxy() {
     sandbox(|sb| {
         let _helper = sb.helper().config("udp-verdicts: per-datagram").start();
         let mut bed = bed(sb);
-        for to in destinations(sb, ANSWERED) {
+        // While something is dropped, and while nothing is.
+        let targets = ["dropAll", "direct"].into_iter();
+        let each = targets.flat_map(|target| destinations(sb, ANSWERED).map(|to| (target, to)));
+        for (target, to) in each {
+            bed.session
+                .assign(json!([verdict(DROPPED, target), verdict(FREE, "direct")]));
             let [first, second] = [(); 2].map(|()| bed.free.open_udp(to));
             for conversation in [&first, &second] {
                 assert_eq!(conversation.ask(), direct(to));
@@ -254,29 +259,53 @@ fn an_open_conversation_of_datagrams_follows_the_verdict_to_a_proxy() {
             let before = sb.deliveries(to.ip());
             assert_eq!(second.ask(), Outcome::Forbidden);
             assert_eq!(sb.deliveries(to.ip()), before);
+            assert_eq!(first.ask(), proxied("mihomo", to));
             bed.session.assign(json!([verdict(FREE, "direct")]));
             assert_eq!(first.ask(), proxied("mihomo", to));
         }
     });
 }
 
-/// Nor what is forwarded, where somebody in another network has pretended to be the host.
+/// Nor does it go where another user has had a conversation between the same ports go, which the kernel may translate.
 #[test]
-fn a_forwarded_conversation_of_datagrams_is_nobody_elses() {
+fn where_a_conversation_of_datagrams_goes_is_for_nobody_else_to_choose() {
     sandbox(|sb| {
         let _helper = sb.helper().config("udp-verdicts: per-datagram").start();
-        let _proxy = sb.tproxy("company").uid(0).port(7890).start();
-        let [host, other] = ["lan0", "lan1"].map(|interface| sb.host_behind(interface));
-        let _root = divert(sb);
-        for to in destinations(sb, UNANSWERED) {
-            let own = SocketAddr::new(host.addresses()[usize::from(to.is_ipv6())], PORT);
-            other.pretend_to_be(own);
-            host.use_one_port(PORT);
-            assert_eq!(other.app().claim(Udp, own, to), Ok(()));
-            sb.settle();
-            let before = sb.deliveries(to.ip());
-            assert_eq!(host.app().udp(to), proxied("company", to));
-            assert_eq!(sb.deliveries(to.ip()), before);
+        let mut bed = bed(sb);
+        let user = sb.user(OTHER);
+        let [diverted, translated] = ["a", "b"].map(|name| {
+            let path = format!("app.slice/app-{name}.scope");
+            (user.cgroup(&path).app(), path)
+        });
+        let servers = user.cgroup("app.slice/servers.service");
+        let service = |name| sb.service(name).uid(OTHER).cgroup(&servers);
+        let tproxy = sb.tproxy("theirs").uid(OTHER).cgroup(&servers).port(7893);
+        let _servers = [tproxy.start(), service("evil").port(7894).start()];
+        let mut session = Session::of(&user);
+        session.replace(
+            json!([
+                { "name": "theirs", "port": 7893 },
+                { "name": "evil", "port": 7894, "redirect": true },
+            ]),
+            json!([]),
+            json!([
+                to_proxy(&diverted.1, "theirs"),
+                to_proxy(&translated.1, "evil")
+            ]),
+        );
+        let mut from = PORT;
+        // While something is dropped, and while nothing is.
+        for target in ["dropAll", "direct"] {
+            bed.session.assign(json!([verdict(DROPPED, target)]));
+            for hostile in [&diverted.0, &translated.0] {
+                for to in destinations(sb, ANSWERED) {
+                    from += 1;
+                    sb.use_one_port(from);
+                    assert!(!matches!(hostile.udp(to), Outcome::Direct { .. }));
+                    assert_eq!(bed.proxied.udp(to), Outcome::Forbidden, "{target}, {to}");
+                    sb.assert_nothing_left_for(to.ip());
+                }
+            }
         }
     });
 }

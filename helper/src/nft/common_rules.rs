@@ -16,13 +16,13 @@ impl Transaction<'_> {
     pub(super) fn open_connection_rules(
         &mut self,
         chain: &CStr,
+        udp_verdicts: UdpVerdicts,
         of: impl Fn(RuleBuilder<'_>) -> RuleBuilder<'_>,
     ) {
-        let udp_verdicts = self.udp_verdicts;
         self.add_rules(
             chain,
             [
-                // … ct status confirmed meta l4proto != tcp return, or … meta l4proto != udp return
+                // … ct status confirmed meta l4proto != tcp return, or … meta l4proto != tcp meta l4proto != udp return
                 &|rule| {
                     let rule = of(rule).ct_confirmed().l4proto_not(Protocol::Tcp);
                     match udp_verdicts {
@@ -40,7 +40,7 @@ impl Transaction<'_> {
     pub(super) fn begun_by_others_rules(&mut self, chain: &CStr, delivery: Delivery) {
         match delivery {
             // The delivery guard looks at each datagram, but only at connections of TCP that nobody has answered.
-            // ct status seen-reply goto refuse
+            // meta l4proto tcp ct status seen-reply goto refuse
             Delivery::Tproxy(_) => {
                 self.add_rules(
                     chain,

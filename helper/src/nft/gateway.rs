@@ -11,7 +11,7 @@ use super::common_rules::to_proxy_of_answer;
 use super::ffi::{Content, Element, KeyType};
 use super::names::{Names, ProxyChain};
 use super::plan::Layout;
-use super::policy::{Gateway, Proxy};
+use super::policy::{Gateway, Proxy, UdpVerdicts};
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::{DELIVER, DIVERT, FORWARDED, GATEWAY, INTERFACES, REFUSE};
 use super::transaction::Transaction;
@@ -98,7 +98,8 @@ impl Transaction<'_> {
                 &|rule| rule.ct_mark_vmap(mask, DIVERT),
             ],
         );
-        self.open_connection_rules(FORWARDED, |rule| rule);
+        // The kernel may have given it the machine's address, with which a proxy would see it.
+        self.open_connection_rules(FORWARDED, UdpVerdicts::PerConversation, |rule| rule);
     }
 
     /// Chain `forwarded`, for new connections.

@@ -40,7 +40,7 @@ impl Transaction<'_> {
         }
         if !open {
             // ct mark & MASK == 0 …: return
-            self.open_connection_rules(OUTPUT, |rule| rule.ct_mark_lacks(mask));
+            self.open_connection_rules(OUTPUT, self.udp_verdicts, |rule| rule.ct_mark_lacks(mask));
         }
         self.add_rules(
             OUTPUT,

@@ -34,7 +34,7 @@ impl Verdict {
     pub(super) const COMMON: [Self; 4] = [Self::Direct, Self::Drop, Self::DropAll, Self::Undecided];
 }
 
-/// What UDP that no proxy has taken goes by. That which a proxy has taken stays with it in any case.
+/// What the machine's own UDP goes by that no proxy has taken. That which a proxy has taken stays with it in any case.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum UdpVerdicts {
     /// The verdict at the first datagram that the kernel knows of, whoever sent it. Later ones cost no look-up.

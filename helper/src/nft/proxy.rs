@@ -8,7 +8,7 @@ use cgtproxy_proto::name::ProxyName;
 use super::common_rules::to_proxy_of_answer;
 use super::names::{Names, ProxyChain};
 use super::plan::Layout;
-use super::policy::{Delivery, Proxy};
+use super::policy::{Delivery, Proxy, UdpVerdicts};
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::REFUSE;
 use super::transaction::Transaction;
@@ -203,7 +203,22 @@ impl Transaction<'_> {
             [&|rule| rule.ct_direction_reply().tcp_syn().goto(REFUSE)],
         );
         // A connection that is open goes on directly, or to another proxy.
-        self.open_connection_rules(&chain, |rule| rule);
+        self.open_connection_rules(&chain, self.udp_verdicts, |rule| rule);
+        if self.udp_verdicts == UdpVerdicts::PerDatagram {
+            // One that another proxy has taken stays there, or is refused there if it is another user's: it may be
+            // translated already, to wherever that user likes.
+            // ct mark & MASK != 0 ct status confirmed meta l4proto udp return
+            let mask = self.marks.mask();
+            self.add_rules(
+                &chain,
+                [&|rule| {
+                    rule.ct_mark_has(mask)
+                        .ct_confirmed()
+                        .l4proto(Protocol::Udp)
+                        .return_()
+                }],
+            );
+        }
         if !names.is_system() {
             // No verdict of one user's is about another's control groups. Should ever an element be wrong, then
             // nobody's packets get to this proxy by it. What comes here has that level: an element was found no less
