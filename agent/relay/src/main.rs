@@ -29,8 +29,8 @@ const SAVE: Duration = Duration::from_secs(5);
 /// How many times as long as that takes nothing is written again: everything else waits meanwhile.
 const SAVE_PAUSE: u32 = 20;
 
-/// How many threads look up names of proxies, which is all that blocks.
-const LOOKUPS: usize = 8;
+/// How many threads look up names of proxies, which is all that blocks. Some of them may hang; there are none without need.
+const LOOKUPS: usize = 32;
 
 /// Why the relay can't run.
 #[derive(Debug, thiserror::Error)]

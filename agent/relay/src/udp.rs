@@ -184,7 +184,7 @@ impl Flow {
         }
     }
 
-    /// Whether its association has ended before it brought anybody an answer.
+    /// Whether the proxy has ended its association at once.
     fn was_in_vain(&self) -> bool {
         match &*self.state.borrow() {
             State::Ready { association, .. } => association.was_in_vain(),

@@ -4,15 +4,21 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
+use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::OnceCell;
+use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Flow, SHARED};
 use crate::socks;
 use crate::upstream::{Error, Upstream, any_of_family};
+
+/// How soon after granting it a proxy ends an association that is of no use to anybody. Later, it may have waited in vain
+/// for datagrams, which some go one way only.
+const AT_ONCE: Duration = Duration::from_secs(2);
 
 /// What an answer needs to get back.
 #[derive(Debug, Clone)]
@@ -34,6 +40,8 @@ pub(super) struct Association {
     dead: Rc<Cell<bool>>,
     /// It has brought an answer.
     answered: Rc<Cell<bool>>,
+    /// It was ended at once, before it had brought an answer.
+    in_vain: Rc<Cell<bool>>,
     _end: DropGuard,
 }
 
@@ -52,17 +60,21 @@ impl Association {
             routes: Routes::default(),
             dead: Rc::default(),
             answered: Rc::default(),
+            in_vain: Rc::default(),
             _end: end.clone().drop_guard(),
         });
         let routes = association.routes.clone();
         let dead = association.dead.clone();
         let answered = association.answered.clone();
+        let in_vain = association.in_vain.clone();
+        let granted = Instant::now();
         tokio::task::spawn_local(async move {
             tokio::select! {
                 () = answers(&socket, &routes, &answered) => {}
                 () = ended(control) => {}
                 () = end.cancelled() => {}
             }
+            in_vain.set(!answered.get() && granted.elapsed() < AT_ONCE);
             dead.set(true);
         });
         Ok(association)
@@ -81,9 +93,9 @@ impl Association {
         self.dead.get()
     }
 
-    /// Whether it has ended before there was an answer.
+    /// Whether the proxy has ended it at once, before there was an answer.
     pub(super) fn was_in_vain(&self) -> bool {
-        self.is_dead() && !self.answered.get()
+        self.in_vain.get()
     }
 
     /// Brings answers from there back by this way from now on.
