@@ -23,6 +23,9 @@ use crate::strict::Strict;
 /// What a caller is told who may not do something.
 const PERMISSION_DENIED: &str = "org.varlink.service.PermissionDenied";
 
+/// What a caller is told who calls a method that there is not.
+const METHOD_NOT_FOUND: &str = "org.varlink.service.MethodNotFound";
+
 /// A declared error, as it is sent to the caller.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fault {
@@ -81,14 +84,19 @@ impl Fault {
         self.name == PERMISSION_DENIED
     }
 
+    /// Whether it is `org.varlink.service.MethodNotFound`.
+    #[must_use]
+    pub fn is_method_not_found(&self) -> bool {
+        self.name == METHOD_NOT_FOUND
+    }
+
     /// `org.varlink.service.MethodNotFound`: the interface has no such method.
     #[must_use]
     pub fn method_not_found(method: &str) -> Self {
-        Self::new(
-            "org.varlink.service",
-            "MethodNotFound",
-            json!({ "method": shortened(method) }),
-        )
+        Self {
+            name: METHOD_NOT_FOUND.into(),
+            parameters: json!({ "method": shortened(method) }),
+        }
     }
 }
 
@@ -189,8 +197,8 @@ pub fn parameters<T: DeserializeOwned>(parameters: Parameters<'_>) -> Result<T, 
 /// As [`parameters`].
 pub fn no_parameters(arguments: Parameters<'_>) -> Result<(), Fault> {
     #[derive(Deserialize)]
-    struct None {}
-    parameters(arguments).map(|None {}| ())
+    struct Nothing {}
+    parameters(arguments).map(|Nothing {}| ())
 }
 
 fn wrong_parameter(error: &serde_path_to_error::Error<serde_json::Error>) -> Fault {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::net::{SendFlags, send};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
@@ -139,9 +140,15 @@ impl Socket {
     }
 }
 
-/// Says why, and closes with the connection. Its buffer is empty, so that there is room, and nobody to wait for.
+/// Says why, and closes with the connection. Its buffer is empty, so that there is room, and nobody to wait for: the runtime,
+/// which may not know that yet, is not asked.
 fn refuse(stream: &UnixStream, fault: Fault) {
-    if let Err(error) = stream.try_write(fault.into_message().as_bytes()) {
+    let message = fault.into_message();
+    if let Err(error) = send(
+        stream,
+        message.as_bytes(),
+        SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+    ) {
         tracing::debug!("can't refuse a connection: {error}");
     }
 }
