@@ -37,7 +37,8 @@ impl Said {
     }
 }
 
-/// Logs what is news at this level, and what is not only for who looks for mistakes. The text is not made for nobody.
+/// Logs a text at this level, which is that of warnings or of information, if it is news, else for debugging. The text is
+/// made only if somebody wants it.
 pub fn say(is_news: bool, level: Level, text: impl FnOnce() -> String) {
     match is_news {
         true if level == Level::WARN => tracing::warn!("{}", text()),

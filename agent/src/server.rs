@@ -175,8 +175,7 @@ impl Connection {
     async fn await_target(&self, name: &str, target: &str) -> Result<AwaitTarget_Reply, Fault> {
         let path = self.agent.state().subtree.from_wire(name);
         let path = path.ok_or_else(|| not_found(name))?;
-        // The slice that the verdict is from may be gone, and another one may have its path: inotify's queue says so, which
-        // nobody else reads during a call to the helper.
+        // The slice that the verdict is from may be gone, and another one may have its path: inotify's queue says so.
         self.look(&path);
         let mut changed = self.agent.subscribe();
         let started = Instant::now();

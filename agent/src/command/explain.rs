@@ -288,7 +288,7 @@ fn sentences(reply: &Explain_Reply, scope: Scope, running: bool, system_policy: 
         (None, _) => "No rule matches it or anything above it.".to_owned(),
     };
     let force = match (running, &group.skipped, group.inForce) {
-        (false, ..) => "cgtproxy-agent is not running: nothing of this is in force.".to_owned(),
+        (false, ..) => super::nothing_is_in_force(scope),
         (_, Some(reason), _) if reason == view::NO_ROOM => {
             format!(
                 "It is not in force: there is no room for another verdict; see '{agent} status'."
@@ -387,5 +387,7 @@ mod tests {
             assert!(text(Scope::System).contains("see 'sudo cgtproxy-agent --system status'"));
             assert!(text(Scope::User).contains("see 'cgtproxy-agent status'"));
         }
+        let text = sentences(&reply, Scope::System, false, false);
+        assert!(text.contains("the system's cgtproxy-agent is not running"));
     }
 }

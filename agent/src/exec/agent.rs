@@ -81,6 +81,12 @@ pub enum Error {
     /// As many programs are connected to it as may be.
     #[error("cgtproxy-agent serves no more than {0} programs at once")]
     TooManyConnections(i64),
+    /// The agent does not know what this program wants.
+    #[error(
+        "the cgtproxy-agent that runs is of another version; 'systemctl --user try-restart \
+         cgtproxy-agent' runs the one that is installed"
+    )]
+    OtherVersion,
     /// The agent gave no usable answer.
     #[error("cgtproxy-agent gave no answer")]
     Call(#[source] CallError),
@@ -206,6 +212,7 @@ fn fault(error: CallError) -> Error {
             name: args.name,
             known: args.known,
         },
+        _ if fault.is_method_not_found() => Error::OtherVersion,
         _ => Error::Call(CallError::Fault(fault)),
     }
 }

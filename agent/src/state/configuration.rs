@@ -70,7 +70,7 @@ impl State {
         self.postponed.as_ref().map(|postponed| &*postponed.why)
     }
 
-    /// Whether a call was refused for this reason already, and nothing has become of that since.
+    /// Whether a call was refused for this reason already, and none was accepted since.
     #[must_use]
     pub fn was_refused(&self, why: &str) -> bool {
         let said = [self.refusal.as_deref(), self.postponed_why()];

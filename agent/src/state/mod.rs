@@ -281,7 +281,7 @@ impl State {
         }
         self.generation = 0;
         self.refusal = None;
-        self.readiness.is_not_in_force();
+        self.readiness.note_not_in_force();
         self.ledger.lost();
     }
 

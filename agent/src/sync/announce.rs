@@ -17,12 +17,12 @@ pub struct Readiness {
 
 impl Readiness {
     /// Notes that not all is in force: when it is, that is said again.
-    pub(crate) fn is_not_in_force(&mut self) {
+    pub(crate) fn note_not_in_force(&mut self) {
         self.announced = false;
     }
 
     /// Notes that all is in force. Returns whether that is to be said: once, and at the end of each reload.
-    fn is_in_force(&mut self) -> bool {
+    fn note_in_force(&mut self) -> bool {
         self.ready = true;
         let reloaded = self.end_reload();
         !std::mem::replace(&mut self.announced, true) || reloaded
@@ -44,14 +44,14 @@ impl Readiness {
 /// Tells the service manager why not all is in force. When it is, that is said again.
 pub(super) fn say_problem(agent: &Agent, why: &str) {
     notify::status(why);
-    agent.state_mut().readiness.is_not_in_force();
+    agent.state_mut().readiness.note_not_in_force();
 }
 
 /// Says once that all is in force, and at the end of each reload.
 pub(super) fn announce(agent: &Agent) {
     let text = {
         let mut state = agent.state_mut();
-        if !state.readiness.is_in_force() {
+        if !state.readiness.note_in_force() {
             return;
         }
         let without = state.ledger().shortage().map_or(0, |(count, ..)| count);

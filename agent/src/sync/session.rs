@@ -177,12 +177,11 @@ impl<'a> Session<'a> {
         let why = refusal(fault, source.config.rules.start == Start::Closed);
         match kind {
             ErrorKind::SessionExists(_) => return Some(End::SessionExists),
-            // The helper closes the connection after these.
+            // The helper closes the connection after these, or has forgotten the session: the next one begins anew.
             ErrorKind::TooManyConnections(_)
             | ErrorKind::TooManyBytes(_)
-            | ErrorKind::MessageTooLarge(_) => return Some(End::Lost(why)),
-            // It has forgotten us, and takes everything anew.
-            ErrorKind::NoSession(_) => return Some(End::Lost(why)),
+            | ErrorKind::MessageTooLarge(_)
+            | ErrorKind::NoSession(_) => return Some(End::Lost(why)),
             _ if fault.is_permission_denied() => return Some(End::Lost(why)),
             _ => {}
         }

@@ -44,7 +44,7 @@ pub struct Event {
 
 /// The queue of an inotify instance, which may be read without waiting.
 #[derive(Debug)]
-pub(super) struct Queue {
+struct Queue {
     inotify: Inotify,
     buffer: Vec<u8>,
 }

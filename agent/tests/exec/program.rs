@@ -421,6 +421,27 @@ fn an_agent_that_does_not_say_which_targets_there_are_is_not_waited_for_forever(
     assert_eq!((output.status.code(), &*stderr(&output)), (Some(125), said));
 }
 
+#[test]
+fn an_agent_of_another_version_is_to_be_restarted() {
+    let mut session = Session::new(Behaviour {
+        agent: false,
+        ..Behaviour::default()
+    });
+    let socket = session.directory.path().join("cgtproxy/agent.sock");
+    let other = std::os::unix::net::UnixListener::bind(socket).unwrap();
+    std::thread::spawn(move || {
+        let (mut stream, _) = other.accept().unwrap();
+        let fault = r#"{"error":"org.varlink.service.MethodNotFound","parameters":{"method":"x"}}"#;
+        stream.write_all(format!("{fault}\0").as_bytes()).unwrap();
+    });
+    let output = session.run(["mihomo", "echo", "ran"]);
+    assert_refused(
+        &output,
+        125,
+        &["another version", "systemctl --user try-restart"],
+    );
+}
+
 /// Others that are done make room.
 #[test]
 fn an_agent_with_as_many_programs_as_it_takes_is_asked_again() {

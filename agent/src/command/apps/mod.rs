@@ -226,10 +226,8 @@ fn print(
         table(out, &["APP", "TARGET", "BY", "UNIT"], rows)?;
     }
     if !verdicts.running {
-        writeln!(
-            out,
-            "\ncgtproxy-agent is not running: nothing of this is in force."
-        )?;
+        let nothing = super::nothing_is_in_force(verdicts.scope);
+        writeln!(out, "\n{nothing}")?;
     } else if shown.iter().any(|r| !r.group.inForce) {
         writeln!(out, "\nNot all of this is in force; see '{agent} status'.")?;
     }

@@ -96,6 +96,20 @@ fn running(facts: &Facts) -> Option<Finding> {
                 .command(words.restart),
             );
         }
+        Agent::Full(limit) => {
+            return Some(
+                Finding::error(
+                    "agent-unreachable",
+                    format!(
+                        "{} serves no more than {limit} programs at once",
+                        words.agent
+                    ),
+                )
+                .effect("cgtproxy-exec and 'cgtproxy-agent status' don't work.")
+                // A restart would not end them.
+                .advice("end programs that keep connections to its socket open"),
+            );
+        }
         Agent::Answers(status) => status,
     };
     match (status.connected, &status.problem) {

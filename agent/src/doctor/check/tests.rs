@@ -276,6 +276,7 @@ const BROKEN: &[(&str, Severity, Break)] = {
         ("agent-unreachable", Error, |f| {
             f.agent = Agent::Unreachable("no".into());
         }),
+        ("agent-unreachable", Error, |f| f.agent = Agent::Full(64)),
         ("agent-version", Warning, |f| agent(f).version = "2".into()),
         ("agent-disconnected", Error, |f| agent(f).connected = false),
         ("agent-refused", Error, |f| {

@@ -4,7 +4,9 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use cgtproxy_proto::agent::{GetStatus_Args as AgentArgs, GetStatus_Reply as AgentStatus};
+use cgtproxy_proto::agent::{
+    ErrorKind as AgentErrorKind, GetStatus_Args as AgentArgs, GetStatus_Reply as AgentStatus,
+};
 use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::helper::{
     self as wire, Diagnose_Args, Diagnose_Reply, GetStatus_Args, GetStatus_Reply,
@@ -114,8 +116,22 @@ pub async fn ask_agent(socket: &Path) -> Agent {
     let call = connection.call::<_, AgentStatus>("GetStatus", AgentArgs {});
     match timeout(PATIENCE, call).await {
         Ok(Ok(status)) => Agent::Answers(Box::new(status)),
-        Ok(Err(error)) => Agent::Unreachable(chain(&error)),
+        Ok(Err(error)) => match full(&error) {
+            Some(limit) => Agent::Full(limit),
+            None => Agent::Unreachable(chain(&error)),
+        },
         Err(_) => Agent::Unreachable(no_answer()),
+    }
+}
+
+/// How many programs the agent serves at once, if that is why it does not answer.
+fn full(error: &CallError) -> Option<i64> {
+    match error {
+        CallError::Fault(fault) => match fault.kind() {
+            AgentErrorKind::TooManyConnections(Some(args)) => Some(args.limit),
+            _ => None,
+        },
+        _ => None,
     }
 }
 

@@ -92,6 +92,8 @@ pub enum Agent {
     NotRunning,
     /// It can't be asked.
     Unreachable(String),
+    /// It serves no more programs than these at once.
+    Full(i64),
     /// It answered.
     Answers(Box<AgentStatus>),
 }
