@@ -285,7 +285,7 @@ impl Nftables {
     ) -> Result<(), Failure> {
         let mut transaction = self.transaction();
         fill(&mut transaction, &self.shared);
-        let looked_at = transaction.looked_at.clone();
+        let looked_at = std::mem::take(&mut transaction.looked_at);
         self.socket.carry_out(&transaction.finish())?;
         self.shared.looked_at = looked_at;
         Ok(())
