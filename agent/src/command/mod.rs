@@ -190,11 +190,10 @@ fn program(scope: Scope) -> &'static str {
 
 /// What is said where no agent runs, of what is shown all the same.
 fn nothing_is_in_force(scope: Scope) -> String {
-    let agent = match scope {
-        Scope::User => "cgtproxy-agent",
-        Scope::System => "the system's cgtproxy-agent",
-    };
-    format!("{agent} is not running: nothing of this is in force.")
+    format!(
+        "{} is not running: nothing of this is in force.",
+        scope.agent()
+    )
 }
 
 /// What there is to say to somebody who takes what is in force for what the file says; none if it is that.

@@ -38,6 +38,17 @@ pub enum Scope {
     System,
 }
 
+impl Scope {
+    /// What to call its agent.
+    #[must_use]
+    pub fn agent(self) -> &'static str {
+        match self {
+            Self::User => "cgtproxy-agent",
+            Self::System => "the system's cgtproxy-agent",
+        }
+    }
+}
+
 /// The file that the configuration is in.
 #[derive(Debug, Clone)]
 pub struct ConfigFile {

@@ -8,9 +8,8 @@ use crate::config::Scope;
 use crate::doctor::facts::{Agent, ConfigState, Facts, Helper};
 use crate::doctor::{Finding, Group};
 
-/// What to call the agent, and the commands about it.
+/// The commands about the agent.
 struct Words {
-    agent: &'static str,
     enable: &'static str,
     restart: &'static str,
     /// What comes before it if the unit may be another than the manager knows.
@@ -23,7 +22,6 @@ struct Words {
 fn words(scope: Scope) -> Words {
     match scope {
         Scope::User => Words {
-            agent: "cgtproxy-agent",
             enable: "systemctl --user enable --now cgtproxy-agent",
             restart: "systemctl --user restart cgtproxy-agent",
             new_unit: Some("systemctl --user daemon-reload"),
@@ -31,7 +29,6 @@ fn words(scope: Scope) -> Words {
             idle: "Everything of yours goes direct.",
         },
         Scope::System => Words {
-            agent: "the system's cgtproxy-agent",
             enable: "systemctl enable --now cgtproxy-agent-system",
             restart: "systemctl restart cgtproxy-agent-system",
             // Packages have told the system's manager.
@@ -77,7 +74,7 @@ fn running(facts: &Facts) -> Option<Finding> {
             return Some(
                 Finding::error(
                     "agent-not-running",
-                    format!("{} is not running", words.agent),
+                    format!("{} is not running", facts.scope.agent()),
                 )
                 .effect(match keeps(facts) {
                     true => KEPT,
@@ -90,7 +87,7 @@ fn running(facts: &Facts) -> Option<Finding> {
             return Some(
                 Finding::error(
                     "agent-unreachable",
-                    format!("{} can't be asked: {why}", words.agent),
+                    format!("{} can't be asked: {why}", facts.scope.agent()),
                 )
                 .effect("cgtproxy-exec and 'cgtproxy-agent status' don't work.")
                 .command(words.restart),
@@ -102,7 +99,7 @@ fn running(facts: &Facts) -> Option<Finding> {
                     "agent-unreachable",
                     format!(
                         "{} serves no more than {limit} programs at once",
-                        words.agent
+                        facts.scope.agent()
                     ),
                 )
                 .effect("cgtproxy-exec and 'cgtproxy-agent status' don't work.")
