@@ -124,6 +124,15 @@ fn ssh_is_a_proxy_and_nothing_goes_direct_without_it() {
     });
 }
 
+/// An HTTP proxy on the internet that grants everything, and then says and reads nothing. It is within TLS at port 8445.
+fn stuck(sb: &Sandbox) -> Program {
+    let speech = Speech {
+        say: b"HTTP/1.1 200 OK\r\n\r\n".to_vec(),
+        then: Afterwards::Hold,
+    };
+    sb.speaker(SocketAddr::new(INTERNET_V4, 3129), &speech)
+}
+
 /// tinyproxy on the internet within TLS: at port 8443 with a certificate for its address, at 8444 for another.
 fn stunnel(sb: &Sandbox) -> [Program; 2] {
     let certificates = "mkdir -p /run/tls; cd /run/tls
@@ -225,12 +234,7 @@ fn an_application_that_is_gone_is_not_waited_for_within_tls() {
         }
         let _helper = sb.helper().start();
         let _servers = stunnel(sb);
-        // It takes the connection, and then says and reads nothing.
-        let speech = Speech {
-            say: b"HTTP/1.1 200 OK\r\n\r\n".to_vec(),
-            then: Afterwards::Hold,
-        };
-        let _stuck = sb.speaker(SocketAddr::new(INTERNET_V4, 3129), &speech);
+        let _stuck = stuck(sb);
         let bed = bed(sb, 1001, "https://192.0.2.2:8445", "/run/tls/ours.pem");
         let [to, _] = sb.destinations();
         let open = || {
@@ -258,12 +262,7 @@ fn connections_within_tls_stay_within_the_bound() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
         let _servers = stunnel(sb);
-        // It grants everything, and then reads nothing.
-        let speech = Speech {
-            say: b"HTTP/1.1 200 OK\r\n\r\n".to_vec(),
-            then: Afterwards::Hold,
-        };
-        let _stuck = sb.speaker(SocketAddr::new(INTERNET_V4, 3129), &speech);
+        let _stuck = stuck(sb);
         let bed = bed(sb, 1001, "https://192.0.2.2:8445", "/run/tls/ours.pem");
         let [to, _] = sb.destinations();
         let buffers =

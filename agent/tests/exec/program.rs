@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -408,14 +409,31 @@ fn an_agent_that_does_not_answer_is_not_waited_for_forever() {
     assert_refused(&output, 125, &["within 5 seconds", "cgtproxy-agent status"]);
 }
 
-#[test]
-fn an_agent_that_does_not_say_which_targets_there_are_is_not_waited_for_forever() {
-    let mut session = Session::new(Behaviour {
+/// A session with a listener in an agent's place.
+fn listening() -> (Session, UnixListener) {
+    let session = Session::new(Behaviour {
         agent: false,
         ..Behaviour::default()
     });
     let socket = session.directory.path().join("cgtproxy/agent.sock");
-    let _silent = std::os::unix::net::UnixListener::bind(socket).unwrap();
+    (session, UnixListener::bind(socket).unwrap())
+}
+
+/// A session in which an agent's place is taken by whoever says this, one message to each connection, whatever is asked.
+fn answering<const N: usize>(answers: [&'static str; N]) -> Session {
+    let (session, listener) = listening();
+    std::thread::spawn(move || {
+        for answer in answers {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(format!("{answer}\0").as_bytes()).unwrap();
+        }
+    });
+    session
+}
+
+#[test]
+fn an_agent_that_does_not_say_which_targets_there_are_is_not_waited_for_forever() {
+    let (mut session, _silent) = listening();
     let output = session.run(["--list"]);
     let said = "cgtproxy-exec: cgtproxy-agent gave no answer within 5 seconds\n";
     assert_eq!((output.status.code(), &*stderr(&output)), (Some(125), said));
@@ -423,17 +441,9 @@ fn an_agent_that_does_not_say_which_targets_there_are_is_not_waited_for_forever(
 
 #[test]
 fn an_agent_of_another_version_is_to_be_restarted() {
-    let mut session = Session::new(Behaviour {
-        agent: false,
-        ..Behaviour::default()
-    });
-    let socket = session.directory.path().join("cgtproxy/agent.sock");
-    let other = std::os::unix::net::UnixListener::bind(socket).unwrap();
-    std::thread::spawn(move || {
-        let (mut stream, _) = other.accept().unwrap();
-        let fault = r#"{"error":"org.varlink.service.MethodNotFound","parameters":{"method":"x"}}"#;
-        stream.write_all(format!("{fault}\0").as_bytes()).unwrap();
-    });
+    let mut session = answering([
+        r#"{"error":"org.varlink.service.MethodNotFound","parameters":{"method":"x"}}"#,
+    ]);
     let output = session.run(["mihomo", "echo", "ran"]);
     assert_refused(
         &output,
@@ -445,21 +455,9 @@ fn an_agent_of_another_version_is_to_be_restarted() {
 /// Others that are done make room.
 #[test]
 fn an_agent_with_as_many_programs_as_it_takes_is_asked_again() {
-    let mut session = Session::new(Behaviour {
-        agent: false,
-        ..Behaviour::default()
-    });
-    let socket = session.directory.path().join("cgtproxy/agent.sock");
-    let full = std::os::unix::net::UnixListener::bind(socket).unwrap();
-    std::thread::spawn(move || {
-        let fault =
-            r#"{"error":"org.cgtproxy.Agent.TooManyConnections","parameters":{"limit":64}}"#;
-        let targets = r#"{"parameters":{"targets":["direct","drop"]}}"#;
-        for answer in [fault, fault, fault, targets] {
-            let (mut stream, _) = full.accept().unwrap();
-            stream.write_all(format!("{answer}\0").as_bytes()).unwrap();
-        }
-    });
+    let fault = r#"{"error":"org.cgtproxy.Agent.TooManyConnections","parameters":{"limit":64}}"#;
+    let targets = r#"{"parameters":{"targets":["direct","drop"]}}"#;
+    let mut session = answering([fault, fault, fault, targets]);
     let output = session.run(["--list"]);
     assert_eq!(
         (&*stdout(&output), &*stderr(&output)),
