@@ -11,14 +11,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
-use serde_path_to_error::Segment;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use varlink::{GetInterfaceDescriptionReply, ServiceInfo};
 
 use crate::message::{Budget, MessageReader, ReadError};
 use crate::stream::Stream;
-use crate::strict::Strict;
+use crate::strict::{self, Refused};
 
 /// What a caller is told who may not do something.
 const PERMISSION_DENIED: &str = "org.varlink.service.PermissionDenied";
@@ -182,13 +181,7 @@ pub trait Service {
 /// null.
 pub fn parameters<T: DeserializeOwned>(parameters: Parameters<'_>) -> Result<T, Fault> {
     // It is the whole text of one value.
-    let mut json = serde_json::Deserializer::from_str(parameters.0);
-    // Where in it something is wrong is found out once something is.
-    T::deserialize(Strict::new(&mut json)).or_else(|_| {
-        let mut json = serde_json::Deserializer::from_str(parameters.0);
-        serde_path_to_error::deserialize(Strict::new(&mut json))
-            .map_err(|error| wrong_parameter(&error))
-    })
+    strict::from_str(parameters.0).map_err(wrong_parameter)
 }
 
 /// Insists that a method that has no parameters was given none.
@@ -201,20 +194,13 @@ pub fn no_parameters(arguments: Parameters<'_>) -> Result<(), Fault> {
     parameters(arguments).map(|Nothing {}| ())
 }
 
-fn wrong_parameter(error: &serde_path_to_error::Error<serde_json::Error>) -> Fault {
-    let shown = error.path().to_string();
-    let path = match error.path().iter().next_back() {
-        None => "",
-        // A name that can't be read: what it is in is wrong.
-        Some(Segment::Unknown) => shown.trim_end_matches('?').trim_end_matches('.'),
-        Some(_) => &shown,
-    };
+fn wrong_parameter(Refused { path, error }: Refused) -> Fault {
     // serde reports a field that is missing or there twice at its parent, with the name in the message alone.
-    let message = error.inner().to_string();
+    let message = error.to_string();
     let field = ["missing field `", "duplicate field `"]
         .iter()
         .find_map(|prefix| message.strip_prefix(prefix)?.split('`').next());
-    Fault::invalid_parameter(match (field, path) {
+    Fault::invalid_parameter(match (field, &*path) {
         (Some(field), "") => field.to_owned(),
         (Some(field), path) => format!("{path}.{field}"),
         (None, "") => "parameters".to_owned(),
