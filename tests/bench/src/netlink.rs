@@ -1,6 +1,7 @@
 //! Just enough of nf_tables' netlink for the floor and for counting: elements of a map from control groups to
 //! verdicts. Numbers are those of linux/netfilter/nf_tables.h and linux/netfilter/nfnetlink.h.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -185,11 +186,12 @@ impl Counter {
         })
     }
 
-    /// How many there are now.
+    /// How many there are now. A map that grows while it is listed has some listed twice (rhashtable_walk_start(),
+    /// lib/rhashtable.c), so that what counts is how many different ones there are.
     pub(crate) fn count(&self) -> io::Result<usize> {
         send(self.socket.as_raw_fd(), &self.request, MsgFlags::empty())?;
         let mut buffer = vec![0; 1 << 16];
-        let mut count = 0;
+        let mut keys = HashSet::new();
         loop {
             let length = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
             let mut rest = &buffer[..length];
@@ -198,12 +200,12 @@ impl Counter {
                     |at: usize| u32::from_ne_bytes(rest[at..at + 4].try_into().expect("four"));
                 let (length, kind) = (word(0) as usize, word(4) as u16);
                 match kind {
-                    DONE => return Ok(count),
+                    DONE => return Ok(keys.len()),
                     ERROR => {
                         let error = word(16).cast_signed();
                         return Err(io::Error::from_raw_os_error(-error));
                     }
-                    _ => count += elements(&rest[HEADER..length]),
+                    _ => keys.extend(elements(&rest[HEADER..length])),
                 }
                 rest = &rest[length.next_multiple_of(4).min(rest.len())..];
             }
@@ -211,12 +213,16 @@ impl Counter {
     }
 }
 
-/// How many elements a message lists.
-fn elements(attributes: &[u8]) -> usize {
-    each(attributes)
-        .filter(|(kind, _)| *kind == 3)
-        .map(|(_, list)| each(list).count())
-        .sum()
+/// The keys of the elements that a message lists: ids of control groups.
+fn elements(attributes: &[u8]) -> impl Iterator<Item = u64> {
+    let lists = each(attributes).filter(|(kind, _)| *kind == 3);
+    let elements = lists.flat_map(|(_, list)| each(list));
+    elements.map(|(_, element)| {
+        let within = |value, wanted| each(value).find(|(kind, _)| *kind == wanted);
+        let key = within(element, 1).and_then(|(_, key)| within(key, 1));
+        let id = key.and_then(|(_, id)| id.try_into().ok());
+        u64::from_ne_bytes(id.expect("an element has a key of eight bytes"))
+    })
 }
 
 fn each(mut attributes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {

@@ -30,11 +30,12 @@ impl Site<'_> {
         let start = now();
         self.make(&made);
         let mkdir = now() - start;
-        let has = self.poll(start, |count| count >= before + groups);
+        self.poll(start, |count| count >= before + groups);
         let in_force = now() - start;
         let cpu = self.computed() - computed_before;
 
         self.wait_idle();
+        let has = self.elements();
         let computed_before = self.computed();
         let start = now();
         let directories: Vec<&PathBuf> = made.iter().rev().collect();
@@ -42,10 +43,11 @@ impl Site<'_> {
             self.remove(directory);
         }
         let rmdir = now() - start;
-        let left = self.poll(start, |count| count <= before);
+        self.poll(start, |count| count <= before);
         let gone = now() - start;
         let cpu_removal = self.computed() - computed_before;
         self.wait_idle();
+        let left = self.elements();
         Burst {
             mkdir,
             in_force,

@@ -29,7 +29,8 @@ impl Site<'_> {
             }
             match loss {
                 Loss::Ruleset | Loss::Table => {
-                    self.poll(start, |count| count >= elements);
+                    let back = self.poll(start, |count| count >= elements);
+                    assert!(back >= elements, "{back} of {elements} elements are back");
                 }
                 Loss::Rules => await_families(|family| !self.sandbox.mark_rules(family).is_empty()),
                 Loss::Routes | Loss::Loopback => {

@@ -1,7 +1,7 @@
 //! A sandbox with one of the things that are compared running in it.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::net::UdpSocket;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -101,8 +101,9 @@ fn layout() -> String {
     )
 }
 
+/// The kernel tracks connections wherever a rule asks for one; no packet of these machines is forwarded.
 const CONNTRACK: &str = "table inet conntrack {
-    chain output { type route hook output priority mangle; ct direction reply return; }
+    chain forward { type filter hook forward priority mangle; ct direction reply return; }
 }";
 
 /// What runs, and what was made so far.
@@ -288,9 +289,14 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// How many elements the kernel has.
+    /// How many elements the kernel has: none where there is no table.
     pub(super) fn elements(&self) -> usize {
-        self.counter.as_ref().map_or(0, |c| c.count().unwrap_or(0))
+        match self.counter.as_ref().map(Counter::count) {
+            None => 0,
+            Some(Ok(count)) => count,
+            Some(Err(error)) if error.kind() == ErrorKind::NotFound => 0,
+            Some(Err(error)) => panic!("can't count the elements: {error}"),
+        }
     }
 
     /// Waits until the kernel has so many.
@@ -388,6 +394,14 @@ pub(super) fn nft(script: &str) {
     input.write_all(script.as_bytes()).expect("nft reads");
     drop(input);
     assert!(child.wait().expect("it ends").success(), "nft -f: {script}");
+}
+
+/// This very program, started in a control group.
+pub(super) fn launched_in(directory: &Path) -> Command {
+    let mut command = Command::new("/run/testbed/bin/cgtproxy-testapp");
+    command.arg("launch").arg(directory);
+    command.arg(this_program().get_program());
+    command
 }
 
 /// This very program, inside.
