@@ -163,8 +163,10 @@ pub(crate) enum Order {
     Users { users: u32, groups: usize },
     /// Change a verdict of one simulated user's, over and over: microseconds each.
     Updates { count: usize },
-    /// Have another user flood the helper, or stop doing so.
-    Flood { on: bool },
+    /// Have another user flood the helper.
+    BeginFlood,
+    /// Have them stop: how many calls were answered a second.
+    EndFlood,
     /// Take something away and look when it is back, over and over: nanoseconds from before that is begun.
     Restore { loss: Loss, count: usize },
     /// What the daemons use.

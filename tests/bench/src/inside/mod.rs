@@ -49,7 +49,8 @@ pub(crate) fn measure(sandbox: &Sandbox, kind: Kind) -> ExitCode {
             Order::Idle { milliseconds } => say(&site.idle(milliseconds)),
             Order::Users { users, groups } => say(&site.add_users(users, groups)),
             Order::Updates { count } => say(&site.updates(count)),
-            Order::Flood { on } => say(&site.flood(on)),
+            Order::BeginFlood => say(&site.begin_flood()),
+            Order::EndFlood => say(&site.end_flood()),
             Order::Restore { loss, count } => say(&site.restore(loss, count)),
             Order::Use => say(&site.idle(0)),
         }

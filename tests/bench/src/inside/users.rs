@@ -5,8 +5,9 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::chown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustix::process::Uid;
@@ -31,7 +32,10 @@ pub(super) struct Users {
 
 struct Flood {
     stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<u64>>,
+    /// Of all connections together.
+    answered: Arc<AtomicU64>,
+    since: Instant,
+    threads: Vec<JoinHandle<()>>,
 }
 
 /// A user's connection to the helper.
@@ -130,44 +134,51 @@ impl Site<'_> {
         times
     }
 
-    /// Begins or ends a flood: one user changes verdicts as fast as the helper answers, and asks for its status over
-    /// all connections that it may have. Returns how many calls were answered.
-    pub(super) fn flood(&mut self, on: bool) -> u64 {
-        if on {
-            make_subtree(HOSTILE, 2000);
-            let stop = Arc::new(AtomicBool::new(false));
-            let mut threads = Vec::new();
-            for n in 0..16 {
-                let mut session = Session::connect(HOSTILE);
-                if n == 0 {
-                    session.replace(2000);
-                }
-                let stop = Arc::clone(&stop);
-                threads.push(std::thread::spawn(move || {
-                    let messages = match n {
-                        0 => [update(0, "direct"), update(0, "drop")],
-                        _ => [(); 2].map(|()| message("org.cgtproxy.Helper.GetStatus", json!({}))),
-                    };
-                    let mut answered = 0;
-                    while !stop.load(Ordering::Relaxed) {
-                        session.exchange(&messages[answered as usize % 2]);
-                        answered += 1;
+    /// Begins a flood: one user changes verdicts as fast as the helper answers, and asks for its status over all
+    /// connections that it may have.
+    pub(super) fn begin_flood(&mut self) {
+        make_subtree(HOSTILE, 2000);
+        let mut sessions: Vec<_> = (0..16).map(|_| Session::connect(HOSTILE)).collect();
+        sessions[0].replace(2000);
+        let stop = Arc::new(AtomicBool::new(false));
+        let answered = Arc::new(AtomicU64::new(0));
+        let since = Instant::now();
+        let flooding = sessions.into_iter().enumerate().map(|(n, mut session)| {
+            let messages = match n {
+                0 => [update(0, "direct"), update(0, "drop")],
+                _ => [(); 2].map(|()| message("org.cgtproxy.Helper.GetStatus", json!({}))),
+            };
+            let (stop, answered) = (Arc::clone(&stop), Arc::clone(&answered));
+            std::thread::spawn(move || {
+                for message in messages.iter().cycle() {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
                     }
-                    answered
-                }));
-            }
-            self.users.flood = Some(Flood { stop, threads });
-            return 0;
-        }
-        let Some(flood) = self.users.flood.take() else {
-            return 0;
-        };
+                    session.exchange(message);
+                    answered.fetch_add(1, Ordering::Relaxed);
+                }
+            })
+        });
+        let threads = flooding.collect();
+        self.users.flood = Some(Flood {
+            stop,
+            answered,
+            since,
+            threads,
+        });
+    }
+
+    /// Ends the flood: how many of its calls were answered a second.
+    pub(super) fn end_flood(&mut self) -> f64 {
+        let flood = self.users.flood.take().expect("there is a flood");
+        // Those that wait now are answered later.
+        let answered = flood.answered.load(Ordering::Relaxed);
+        let rate = answered as f64 / flood.since.elapsed().as_secs_f64();
         flood.stop.store(true, Ordering::Relaxed);
-        let answered = flood
-            .threads
-            .into_iter()
-            .map(|t| t.join().expect("no panic"));
-        answered.sum()
+        for thread in flood.threads {
+            thread.join().expect("no panic");
+        }
+        rate
     }
 }
 

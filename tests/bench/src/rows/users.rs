@@ -1,7 +1,5 @@
 //! Many users, and one who means harm.
 
-use std::time::Instant;
-
 use crate::cli::Options;
 use crate::order::{Idle, Kind, Order, Place};
 use crate::report::Report;
@@ -15,52 +13,44 @@ pub(super) fn many(options: &Options, report: &mut Report) {
     let users = options.number(1000, 20);
     let groups = 50;
     let (rounds, count, blocks) = options.number((20, 50, 100), (1, 10, 20));
-    let mut alone = Yard::start(Kind::Ours);
-    let mut crowd = Yard::start(Kind::Ours);
+    let mut none = Yard::start(Kind::None);
+    let mut yards = [Yard::start(Kind::Ours), Yard::start(Kind::Ours)];
+    let [alone, crowd] = &mut yards;
     alone.order::<()>(&Order::Users { users: 1, groups });
     crowd.order::<()>(&Order::Users { users, groups });
-    let crowded = format!("one of {users}");
-    let (mut times, mut costs) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
-    for round in 0..rounds {
-        for (n, yard) in [&mut alone, &mut crowd].into_iter().enumerate() {
+    let (mut times, mut added) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    for sender in 0..rounds {
+        let packets = Order::Packets {
+            place: Place::Direct,
+            blocks,
+            sender,
+        };
+        let without = median(&none.order::<Vec<f64>>(&packets));
+        for (n, yard) in yards.iter_mut().enumerate() {
             times[n].extend(yard.order::<Vec<f64>>(&Order::Updates { count }));
-            let packets = Order::Packets {
-                place: Place::Direct,
-                blocks,
-                sender: round,
-            };
-            let blocks: Vec<f64> = yard.order(&packets);
-            costs[n].push(median(&blocks));
+            let costs: Vec<f64> = yard.order(&packets);
+            added[n].push(median(&costs) - without);
         }
     }
-    let mut summaries = Vec::new();
-    for (n, what) in ["the only user", &crowded].into_iter().enumerate() {
-        let on = Kind::Ours.name();
-        summaries.push(report.add(USERS, format!("update, {what}"), on, " µs", &times[n]));
-        report.add(
-            USERS,
-            format!("packet of a direct application, {what}"),
-            on,
-            " ns",
-            &costs[n],
-        );
-    }
-    let ratio = summaries[1].median / summaries[0].median;
-    report.at_most(
-        USERS,
-        format!("median of updates, {crowded} against alone"),
-        ratio,
-        2.0,
-        "×",
-    );
-    let ratio = median(&costs[1]) / median(&costs[0]);
-    report.at_most(
-        USERS,
-        format!("packet, {crowded} against alone"),
-        ratio,
-        1.1,
-        "×",
-    );
+    let crowded = format!("one of {users}");
+    let on = Kind::Ours.name();
+    let [updates, packets] = [
+        ("update", " µs", &times),
+        ("added: packet of a direct application", " ns", &added),
+    ]
+    .map(|(what, unit, samples)| {
+        ["the only user", &crowded]
+            .map(|whose| format!("{what}, {whose}"))
+            .into_iter()
+            .zip(samples)
+            .map(|(what, samples)| report.add(USERS, what, on, unit, samples).median)
+            .collect::<Vec<_>>()
+    });
+    let what = format!("median of updates, {crowded} against alone");
+    report.at_most(USERS, what, updates[1] / updates[0], 2.0, "×");
+    let what = format!("added to a packet, {crowded} against alone");
+    report.at_most(USERS, what, packets[1] / packets[0], 1.1, "×");
+    let [_, crowd] = &mut yards;
     for process in crowd.order::<Vec<Idle>>(&Order::Use) {
         if process.name == "helper" {
             let resident = process.resident as f64 / f64::from(1 << 20);
@@ -71,56 +61,62 @@ pub(super) fn many(options: &Options, report: &mut Report) {
     }
 }
 
+/// Whoever floods has 20 seconds' worth of calls at first, which the first round uses up, and then as many as the limit
+/// lets by. With the highest limit each round is a flood.
 pub(super) fn flood(options: &Options, report: &mut Report) {
-    // Whoever floods has 20 seconds' worth of calls at first, and then as many as the limit lets by.
-    for kind in [Kind::Ours, Kind::Unlimited] {
-        flood_one(options, report, kind);
+    let (rounds, count) = options.number((15, 40), (1, 10));
+    let mut floods = [Kind::Ours, Kind::Unlimited].map(|kind| Flooded {
+        yard: Yard::start(kind),
+        updates: Vec::new(),
+        rates: Vec::new(),
+    });
+    for Flooded { yard, .. } in &mut floods {
+        let (users, groups) = (1, 50);
+        yard.order::<()>(&Order::Users { users, groups });
+    }
+    let updates = Order::Updates { count };
+    let mut quiet = Vec::new();
+    for _ in 0..rounds {
+        for flooded in &mut floods {
+            quiet.extend(flooded.yard.order::<Vec<f64>>(&updates));
+            flooded.yard.order::<()>(&Order::BeginFlood);
+            let times: Vec<f64> = flooded.yard.order(&updates);
+            flooded.updates.extend(times);
+            flooded.rates.push(flooded.yard.order(&Order::EndFlood));
+        }
+    }
+    let on = Kind::Ours.name();
+    let quiet = report.add(FLOOD, "update, quiet", on, " µs", &quiet);
+    for Flooded {
+        yard,
+        updates,
+        rates,
+    } in &floods
+    {
+        let on = yard.kind.name();
+        let what = "calls of the flood answered a second";
+        let rate = report.add(FLOOD, what, on, "", rates);
+        assert!(rate.min > 0.0, "the flood did not reach the helper");
+        let what = "update, while another user floods";
+        let flooded = report.add(FLOOD, what, on, " µs", updates);
+        let what = match yard.kind {
+            Kind::Unlimited => "p99 of updates, flooded without a limit against quiet",
+            _ => "p99 of updates, flooded against quiet",
+        };
+        report.at_most(
+            FLOOD,
+            what,
+            flooded.nearly_all() / quiet.nearly_all(),
+            3.0,
+            "×",
+        );
     }
 }
 
-fn flood_one(options: &Options, report: &mut Report, kind: Kind) {
-    let (rounds, count) = options.number((15, 40), (1, 10));
-    let mut yard = Yard::start(kind);
-    yard.order::<()>(&Order::Users {
-        users: 1,
-        groups: 50,
-    });
-    let (mut quiet, mut flooded, mut rates) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        quiet.extend(yard.order::<Vec<f64>>(&Order::Updates { count }));
-        yard.order::<u64>(&Order::Flood { on: true });
-        let start = Instant::now();
-        flooded.extend(yard.order::<Vec<f64>>(&Order::Updates { count }));
-        let lasted = start.elapsed().as_secs_f64();
-        let answered: u64 = yard.order(&Order::Flood { on: false });
-        assert!(answered > 0, "the flood did not reach the helper");
-        rates.push(answered as f64 / lasted);
-    }
-    let on = kind.name();
-    report.add(
-        FLOOD,
-        "calls of the flood answered a second",
-        on,
-        "",
-        &rates,
-    );
-    let quiet = report.add(FLOOD, "update, quiet", on, " µs", &quiet);
-    let flooded = report.add(
-        FLOOD,
-        "update, while another user floods",
-        on,
-        " µs",
-        &flooded,
-    );
-    let ratio = flooded.p99 / quiet.p99;
-    report.at_most(
-        FLOOD,
-        match kind {
-            Kind::Unlimited => "p99 of updates, flooded without a limit against quiet",
-            _ => "p99 of updates, flooded against quiet",
-        },
-        ratio,
-        3.0,
-        "×",
-    );
+/// A machine on which one user floods, now and then.
+struct Flooded {
+    yard: Yard,
+    /// What another user's updates took meanwhile.
+    updates: Vec<f64>,
+    rates: Vec<f64>,
 }
