@@ -6,15 +6,20 @@ use crate::inside::Errand;
 use crate::order::Kind;
 use crate::yard::MEASURE;
 
-pub(crate) const HELP: &str = "\
+pub(crate) fn help() -> String {
+    format!(
+        "\
 usage: cgtproxy-bench [--quick] [--out DIR] [ROW…]
 
 Measures cgtproxy in sandboxes and prints a table. Without ROWs it measures all of them:
-  latency first-send burst start packets relay socks idle users flood restore
+  {}
 
   --quick    a few samples of each, in less than a minute: shows that the bench works
   --out DIR  writes bench.json and plots there
-";
+",
+        ROWS.join(" ")
+    )
+}
 
 /// What the bench is to do.
 #[derive(Clone, Debug, Default)]

@@ -55,7 +55,7 @@ fn main() -> ExitCode {
         }
         Ok(Role::Become(words)) => inside::become_program(&words),
         Ok(Role::Help) => {
-            print!("{}", cli::HELP);
+            print!("{}", cli::help());
             ExitCode::SUCCESS
         }
         Ok(Role::Bench(options)) => bench(&options),

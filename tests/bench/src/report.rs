@@ -207,7 +207,7 @@ impl Report {
     pub(crate) fn markdown(&self) -> String {
         let mut text = format!(
             "# Results of `make bench`\n\n{}. `make bench` has written this; [Performance](../performance.md) says what it \
-             means.\nWhere there are fewer than 100 samples, p99 is the largest of them.\n",
+             means.\nOf fewer than 100 samples there is no p99.\n",
             self.machine()
         );
         let mut row = "";
@@ -244,16 +244,11 @@ const TARGETS: [&str; 4] = ["", "must reach", "measured", ""];
 impl Series {
     fn cells(&self) -> [String; 5] {
         let value = |value| format!("{}{}", number(value), self.unit);
-        // Of one number there is no more to say.
-        let p99 = match self.quantiles.len() {
-            1 => String::new(),
-            _ => value(self.summary.p99),
-        };
         [
             format!("{}: {}", self.row, self.what),
             self.on.to_owned(),
             value(self.summary.median),
-            p99,
+            self.summary.p99.map(value).unwrap_or_default(),
             self.summary.n.to_string(),
         ]
     }
@@ -350,7 +345,7 @@ mod tests {
             tables,
             "latency\n\n\
              |  | on | median | p99 | N |\n|---|---|---:|---:|---:|\n\
-             | mkdir | floor | 2.00 µs | 3.00 µs | 3 |\n\
+             | mkdir | floor | 2.00 µs |  | 3 |\n\
              \n## first-send\n\n\
              |  | on | median | p99 | N |\n|---|---|---:|---:|---:|\n\
              | leaks | cgtproxy | 0.50 % |  | 200 |\n\

@@ -14,24 +14,37 @@ impl Site<'_> {
         std::thread::sleep(Duration::from_millis(milliseconds));
         let uses = processes.iter().zip(before).map(|(&(name, pid), before)| {
             let after = scheduled(pid);
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it is alive");
-            let field = |name: &str| -> u64 {
-                let line = status.lines().find_map(|line| line.strip_prefix(name));
-                let value = line.and_then(|l| l.split_whitespace().next());
-                value
-                    .and_then(|v| v.parse().ok())
-                    .expect("the kernel says it")
-            };
+            let status = Status::of(pid);
             Idle {
                 name: name.to_owned(),
-                resident: field("VmRSS:") << 10,
-                anonymous: field("RssAnon:") << 10,
-                threads: field("Threads:"),
+                resident: status.bytes("VmRSS:"),
+                anonymous: status.bytes("RssAnon:"),
+                threads: status.number("Threads:"),
                 wakeups: after.1 - before.1,
                 cpu: after.0 - before.0,
             }
         });
         uses.collect()
+    }
+}
+
+/// A process's `status`, proc_pid_status(5).
+pub(super) struct Status(String);
+
+impl Status {
+    pub(super) fn of(pid: u32) -> Self {
+        Self(fs::read_to_string(format!("/proc/{pid}/status")).expect("it is alive"))
+    }
+
+    fn number(&self, name: &str) -> u64 {
+        let line = self.0.lines().find_map(|line| line.strip_prefix(name));
+        let value = line.and_then(|line| line.split_whitespace().next());
+        let value = value.and_then(|value| value.parse().ok());
+        value.expect("the kernel says it")
+    }
+
+    pub(super) fn bytes(&self, name: &str) -> u64 {
+        self.number(name) << 10
     }
 }
 

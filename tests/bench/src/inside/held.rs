@@ -3,15 +3,16 @@
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::client::Errand;
+use super::daemons::Status;
 use super::relay::ELSEWHERE;
-use super::site::{Site, this_program};
+use super::site::{Site, launched_in};
 use crate::order::{Held, Place, Task};
 
 /// The port of connections on which each end says one byte, and nothing more.
@@ -107,10 +108,7 @@ impl Site<'_> {
             through: None,
             task: Task::Hold { connections },
         };
-        let mut child = Command::new("/run/testbed/bin/cgtproxy-testapp")
-            .arg("launch")
-            .arg(self.place(Place::Proxied))
-            .arg(this_program().get_program())
+        let mut child = launched_in(&self.place(Place::Proxied))
             .arg("--errand")
             .arg(serde_json::to_string(&errand).expect("JSON"))
             .stdin(Stdio::piped())
@@ -121,16 +119,10 @@ impl Site<'_> {
         let mut output = child.stdout.take().expect("piped");
         output.read_exact(&mut said).expect("it holds them");
         let relay = self.carrier.as_ref().expect("this is about the relay");
-        let status = fs::read_to_string(format!("/proc/{}/status", relay.pid())).expect("it runs");
-        let field = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name));
-            let value = line.and_then(|line| line.split_whitespace().next());
-            let value = value.and_then(|value| value.parse::<u64>().ok());
-            value.expect("the kernel says it") << 10
-        };
+        let status = Status::of(relay.pid());
         let held = Held {
-            resident: field("VmRSS:"),
-            anonymous: field("RssAnon:"),
+            resident: status.bytes("VmRSS:"),
+            anonymous: status.bytes("RssAnon:"),
         };
         drop(child.stdin.take());
         assert!(child.wait().expect("a child").success());

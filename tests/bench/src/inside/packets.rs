@@ -2,12 +2,12 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::UdpSocket;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
-use super::site::{Site, this_program};
+use super::site::{Site, launched_in};
 use crate::birth::now;
 use crate::order::Place;
 
@@ -54,10 +54,7 @@ impl Site<'_> {
     }
 
     fn sender(&mut self, place: Place, number: usize) -> Sender {
-        let mut child = Command::new("/run/testbed/bin/cgtproxy-testapp")
-            .arg("launch")
-            .arg(self.place(place))
-            .arg(this_program().get_program())
+        let mut child = launched_in(&self.place(place))
             .arg("--packets")
             .arg(number.to_string())
             .stdin(Stdio::piped())

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::thread;
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -16,7 +16,7 @@ use nix::sys::socket::{
 use nix::unistd::Pid;
 
 use super::client::Errand;
-use super::site::{Site, this_program};
+use super::site::{Site, launched_in, this_program};
 use super::socks;
 use crate::order::{Cores, Kind, Place, Task, Way};
 
@@ -77,10 +77,7 @@ impl Site<'_> {
         let errand = Errand { to, through, task };
         // What is started inherits it.
         sched_setaffinity(Pid::from_raw(0), &first).expect("a processor that is there");
-        let output = Command::new("/run/testbed/bin/cgtproxy-testapp")
-            .arg("launch")
-            .arg(directory)
-            .arg(this_program().get_program())
+        let output = launched_in(&directory)
             .arg("--errand")
             .arg(serde_json::to_string(&errand).expect("JSON"))
             .stderr(Stdio::inherit())

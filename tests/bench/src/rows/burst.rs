@@ -3,7 +3,7 @@
 use crate::cli::Options;
 use crate::order::{Burst, Kind, Order};
 use crate::report::Report;
-use crate::stats::median;
+use crate::stats::median_ratio;
 
 const BURST: &str = "burst";
 
@@ -25,7 +25,6 @@ pub(super) fn run(options: &Options, report: &mut Report) {
             }
         }
         let unwatched: Vec<f64> = bursts[0].iter().map(|b| b.mkdir as f64).collect();
-        let unwatched = median(&unwatched);
         let mut each = Vec::new();
         for (yard, bursts) in yards.iter().zip(&bursts) {
             let name = yard.kind.name();
@@ -59,7 +58,7 @@ pub(super) fn run(options: &Options, report: &mut Report) {
             add("never in force", "", &|b| b.missing as f64);
             add("left for ever", "", &|b| b.stale as f64);
             if yard.kind == Kind::Ours {
-                targets(report, shape, bursts, unwatched);
+                targets(report, shape, bursts, &unwatched);
             }
         }
         let of = |kind| each.iter().find(|(k, _)| *k == kind).map(|(_, each)| each);
@@ -70,7 +69,7 @@ pub(super) fn run(options: &Options, report: &mut Report) {
     }
 }
 
-fn targets(report: &mut Report, shape: &str, bursts: &[Burst], unwatched: f64) {
+fn targets(report: &mut Report, shape: &str, bursts: &[Burst], unwatched: &[f64]) {
     let of = |field: fn(&Burst) -> f64| -> Vec<f64> { bursts.iter().map(field).collect() };
     let mut at_most = |what: &str, measured, most, unit| {
         report.at_most(BURST, format!("{shape}, {what}"), measured, most, unit);
@@ -87,9 +86,10 @@ fn targets(report: &mut Report, shape: &str, bursts: &[Burst], unwatched: f64) {
         0.0,
         "",
     );
-    let ratio = median(&of(|b| b.in_force as f64 / b.mkdir as f64));
+    let in_force = of(|b| b.in_force as f64);
+    let ratio = median_ratio(&in_force, &of(|b| b.mkdir as f64));
     at_most("all in force against mkdir", ratio, 1.5, "×");
-    let ratio = median(&of(|b| b.in_force as f64)) / unwatched;
+    let ratio = median_ratio(&in_force, unwatched);
     at_most(
         "all in force against mkdir that nobody watches",
         ratio,

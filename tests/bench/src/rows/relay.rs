@@ -3,7 +3,7 @@
 use crate::cli::Options;
 use crate::order::{Cores, Kind, Order, Task, Way};
 use crate::report::Report;
-use crate::stats::median;
+use crate::stats::{median, median_ratio};
 use crate::yard::Yard;
 
 const RELAY: &str = "relay";
@@ -24,45 +24,34 @@ pub(super) fn run(options: &Options, report: &mut Report) {
                 yard.order(&Order::Errand { way, cores, task })
             };
             bulk[n].extend(errand(Task::Bulk { bytes }));
-            requests[n].extend(errand(Task::Requests { count }));
+            requests[n].push(errand(Task::Requests { count }));
         }
     }
     for (n, (yard, way)) in yards.iter().enumerate() {
         let name = match way {
-            Way::Straight => "connected to the relay",
+            Way::Straight => "connected to the relay, no ruleset",
             _ => yard.kind.name(),
         };
         report.add(RELAY, "bulk", name, " MB/s", &bulk[n]);
-        report.add(RELAY, "connect, ask, answer", name, " µs", &requests[n]);
+        report.add(
+            RELAY,
+            "connect, ask, answer",
+            name,
+            " µs",
+            &requests[n].concat(),
+        );
     }
-    let [straight, theirs, ours] = [0, 1, 2].map(|n| median(&bulk[n]));
-    report.at_least(
-        RELAY,
-        "bulk, against the original's layout",
-        ours / theirs,
-        1.0,
-        "×",
-    );
-    report.at_least(
-        RELAY,
-        "bulk, against a connection to the relay",
-        ours / straight,
-        0.85,
-        "×",
-    );
-    let [straight, theirs, ours] = [0, 1, 2].map(|n| 1.0 / median(&requests[n]));
-    report.at_least(
-        RELAY,
-        "requests, against the original's layout",
-        ours / theirs,
-        1.0,
-        "×",
-    );
-    report.at_least(
-        RELAY,
-        "requests, against connections to the relay",
-        ours / straight,
-        0.85,
-        "×",
-    );
+    let rates: Vec<Vec<f64>> = requests
+        .iter()
+        .map(|rounds| rounds.iter().map(|times| 1.0 / median(times)).collect())
+        .collect();
+    for (what, rates) in [("bulk", &bulk), ("requests", &rates)] {
+        let [straight, theirs, ours] = [0, 1, 2].map(|n| &rates[n]);
+        let mut at_least = |against, most, least| {
+            let what = format!("{what}, against {against}");
+            report.at_least(RELAY, what, median_ratio(ours, most), least, "×");
+        };
+        at_least("the original's layout", theirs, 1.0);
+        at_least("connecting to the relay", straight, 0.85);
+    }
 }
