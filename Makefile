@@ -1,6 +1,6 @@
 # make              build the programs, their manual pages, the shells' completions and the licences of what is linked
 # make test         install what is missing, build, run every test
-# make soak         run the tests of many starts and much data again, with far more of both
+# make soak         run the tests of many starts and much data again with far more of both, and the others per datagram
 # make fuzz         fuzz what comes from outside: FUZZ='session path', SECONDS_EACH=600; needs a nightly compiler
 # make miri         look for undefined behaviour where Miri can; needs a nightly compiler
 # make valgrind     look for misuse of memory by what writes messages to nftables
@@ -63,6 +63,8 @@ soak:
 	$(CARGO) build --workspace --locked
 	CGTPROXY_TEST_STARTS=$(STARTS) CGTPROXY_TEST_BULK=$(BULK) \
 		$(CARGO) $(AS_ROOT) test --workspace --locked --test closed --test relay_load
+	CGTPROXY_TEST_UDP_VERDICTS=per-datagram \
+		$(CARGO) $(AS_ROOT) test --locked --no-fail-fast -p cgtproxy-tests
 
 # `make test` does a bounded run of the same.
 FUZZ ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))

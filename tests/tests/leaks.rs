@@ -375,7 +375,7 @@ fn rules_that_translate_for_everybody_come_afterwards() {
 #[test]
 fn a_tunnel_is_the_kernels_again_when_the_kernel_speaks_through_it() {
     sandbox(|sb| {
-        let _helper = sb.helper().start();
+        let _helper = sb.helper().config("udp-verdicts: per-conversation").start();
         sb.build_tunnel();
         let behind = |host: u8| IpAddr::from([10, 99, 0, host]);
         let left = || left_through_tunnel(sb);

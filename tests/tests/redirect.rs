@@ -221,7 +221,7 @@ fn what_is_left_out_of_networks_that_stand_for_names_is_refused() {
 #[test]
 fn open_connections_go_on_as_they_began_or_end() {
     sandbox(|sb| {
-        let _helper = sb.helper().start();
+        let _helper = sb.helper().config("udp-verdicts: per-conversation").start();
         let user = sb.user(1001);
         let start = |name: &str, port: u16| {
             sb.service(name)

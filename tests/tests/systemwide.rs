@@ -288,7 +288,7 @@ fn open(sb: &Sandbox, app: &App) -> Vec<(SocketAddr, Connection)> {
 #[test]
 fn open_connections_go_on_as_they_began_whoever_began_them() {
     sandbox(|sb| {
-        let _helper = sb.helper().start();
+        let _helper = sb.helper().config("udp-verdicts: per-conversation").start();
         let _company = sb.tproxy("company").uid(0).port(7890).start();
         let alice = sb.user(1001);
         let _own = sb.tproxy("own").uid(1001).port(7891).start();

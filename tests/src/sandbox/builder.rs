@@ -1,5 +1,6 @@
 //! The product's daemons, as a test wants them: configured, then started.
 
+use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -131,7 +132,7 @@ impl Daemon for Helper {
         fs::create_dir_all(directory).expect("/run is ours");
         chown(directory, Some(HELPER_UID), Some(HELPER_UID)).expect("root may give away");
         let mut arguments: Vec<OsString> = vec!["--socket".into(), SOCKET.into()];
-        let config = self.config.map(|text| {
+        let config = with_udp_verdicts(self.config).map(|text| {
             let path = state_dir("etc").join("helper.yaml");
             write_atomically(&path, &text, 0);
             arguments.extend(["--config".into(), path.clone().into()]);
@@ -155,6 +156,18 @@ impl Daemon for Helper {
             wrapper,
         }
     }
+}
+
+/// A configuration with the `udp-verdicts` that the tests are to be run with, where a test doesn't say which.
+fn with_udp_verdicts(config: Option<String>) -> Option<String> {
+    let Ok(verdicts) = env::var("CGTPROXY_TEST_UDP_VERDICTS") else {
+        return config;
+    };
+    let config = config.unwrap_or_default();
+    if config.contains("udp-verdicts") {
+        return Some(config);
+    }
+    Some(format!("{}\nudp-verdicts: {verdicts}\n", config.trim_end()))
 }
 
 /// An agent.
