@@ -16,6 +16,9 @@ use crate::state::{Agent, Source};
 use crate::subtree::Subtree;
 use crate::sync::Call;
 
+// The bounds are of such builds.
+#[cfg(all(debug_assertions, target_arch = "x86_64"))]
+mod counts;
 mod model;
 
 /// An agent that drops `drop-…`, and knows what is in its subtree but watches nothing below that yet.
