@@ -14,11 +14,18 @@ pub(super) fn many(options: &Options, report: &mut Report) {
     let groups = 50;
     let (rounds, count, blocks) = options.number((20, 50, 100), (1, 10, 20));
     let mut none = Yard::start(Kind::None);
-    let mut yards = [Yard::start(Kind::Ours), Yard::start(Kind::Ours)];
-    let [alone, crowd] = &mut yards;
-    alone.order::<()>(&Order::Users { users: 1, groups });
-    crowd.order::<()>(&Order::Users { users, groups });
-    let (mut times, mut added) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    let crowded = format!("one of {users}");
+    let [mut alone, mut crowd] =
+        [(1, "the only user"), (users, &*crowded)].map(|(users, whose)| {
+            let mut yard = Yard::start(Kind::Ours);
+            yard.order::<()>(&Order::Users { users, groups });
+            User {
+                whose,
+                yard,
+                updates: Vec::new(),
+                added: Vec::new(),
+            }
+        });
     for sender in 0..rounds {
         let packets = Order::Packets {
             place: Place::Direct,
@@ -26,32 +33,29 @@ pub(super) fn many(options: &Options, report: &mut Report) {
             sender,
         };
         let without = median(&none.order::<Vec<f64>>(&packets));
-        for (n, yard) in yards.iter_mut().enumerate() {
-            times[n].extend(yard.order::<Vec<f64>>(&Order::Updates { count }));
-            let costs: Vec<f64> = yard.order(&packets);
-            added[n].push(median(&costs) - without);
+        for user in [&mut alone, &mut crowd] {
+            let updates: Vec<f64> = user.yard.order(&Order::Updates { count });
+            user.updates.extend(updates);
+            let costs: Vec<f64> = user.yard.order(&packets);
+            user.added.push(median(&costs) - without);
         }
     }
-    let crowded = format!("one of {users}");
-    let on = Kind::Ours.name();
-    let [updates, packets] = [
-        ("update", " µs", &times),
-        ("added: packet of a direct application", " ns", &added),
-    ]
-    .map(|(what, unit, samples)| {
-        ["the only user", &crowded]
-            .map(|whose| format!("{what}, {whose}"))
-            .into_iter()
-            .zip(samples)
-            .map(|(what, samples)| report.add(USERS, what, on, unit, samples).median)
-            .collect::<Vec<_>>()
+    let [alone_takes, crowd_takes] = [&alone, &crowd].map(|user| {
+        let mut add = |what: &str, unit, samples| {
+            let what = format!("{what}, {}", user.whose);
+            report
+                .add(USERS, what, Kind::Ours.name(), unit, samples)
+                .median
+        };
+        let update = add("update", " µs", &user.updates);
+        let packet = "added: packet of a direct application";
+        (update, add(packet, " ns", &user.added))
     });
     let what = format!("median of updates, {crowded} against alone");
-    report.at_most(USERS, what, updates[1] / updates[0], 2.0, "×");
+    report.at_most(USERS, what, crowd_takes.0 / alone_takes.0, 2.0, "×");
     let what = format!("added to a packet, {crowded} against alone");
-    report.at_most(USERS, what, packets[1] / packets[0], 1.1, "×");
-    let [_, crowd] = &mut yards;
-    for process in crowd.order::<Vec<Idle>>(&Order::Use) {
+    report.at_most(USERS, what, crowd_takes.1 / alone_takes.1, 1.1, "×");
+    for process in crowd.yard.order::<Vec<Idle>>(&Order::Use) {
         if process.name == "helper" {
             let resident = process.resident as f64 / f64::from(1 << 20);
             let what = format!("helper's memory, {users} users with {groups} control groups each");
@@ -59,6 +63,14 @@ pub(super) fn many(options: &Options, report: &mut Report) {
             report.at_most(USERS, what, resident, 64.0, " MB");
         }
     }
+}
+
+/// A user, alone or among many.
+struct User<'a> {
+    whose: &'a str,
+    yard: Yard,
+    updates: Vec<f64>,
+    added: Vec<f64>,
 }
 
 /// Whoever floods has 20 seconds' worth of calls at first, which the first round uses up, and then as many as the limit
