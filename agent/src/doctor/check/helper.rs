@@ -72,7 +72,7 @@ pub(super) fn check(facts: &Facts) -> Group {
             "original-runs",
             "cgtproxy.service runs, the daemon of the original cgtproxy",
         )
-        .effect("It and the helper use the same nftables table, which each of them replaces when it starts.")
+        .effect("It and the helper use the same nftables table, which each of them takes away from the other.")
         .advice("its configuration loads here as it is: see 'migrate' in cgtproxy-agent(1)")
         .command("sudo systemctl disable --now cgtproxy.service")
     }));
