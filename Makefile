@@ -124,7 +124,9 @@ install:
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
 		systemd-sysusers "$$(packaging/install list | grep '/cgtproxy\.conf$$')" && systemctl daemon-reload && \
-		{ systemctl kill --kill-whom=main --signal=SIGHUP 'user@*.service' || :; } && \
+		{ systemctl list-units --plain --no-legend --state=active 'user@*.service' | \
+			sed -n 's/^\(user@[0-9]*\.service\) .*/\1/p' | \
+			xargs -r systemctl kill --kill-whom=main --signal=SIGHUP || :; } && \
 		systemctl try-restart cgtproxy-helper.service cgtproxy-agent-system.service; \
 	fi
 	if [ -d /run/systemd/system ] && systemctl is-active --quiet cgtproxy.service; then \

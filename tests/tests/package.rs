@@ -335,9 +335,14 @@ fn installing_puts_directories_where_files_name_them() {
     });
 }
 
-/// In place of systemctl and systemd-sysusers, which says what it is asked. The original's daemon runs.
+/// In place of systemctl and systemd-sysusers, which says what it is asked. The original's daemon runs, and of two users'
+/// managers one is just starting.
 const SAYS: &str = r#"#!/bin/sh
-[ "$1" = list-units ] || echo "${0##*/} $*" >>/run/said
+case "$*" in
+*--state=active*) echo 'user@1001.service loaded active running of a user' ;;
+list-units*) printf 'user@%s.service loaded %s of a user\n' 1001 'active running' 1002 'activating start' ;;
+*) echo "${0##*/} $*" >>/run/said ;;
+esac
 "#;
 
 /// As the scripts of packages do.
@@ -362,7 +367,7 @@ fn installing_from_source_tells_managers_of_it_and_restarts_what_runs() {
             said(),
             "systemd-sysusers /usr/local/lib/sysusers.d/cgtproxy.conf\n\
              systemctl daemon-reload\n\
-             systemctl kill --kill-whom=main --signal=SIGHUP user@*.service\n\
+             systemctl kill --kill-whom=main --signal=SIGHUP user@1001.service\n\
              systemctl try-restart cgtproxy-helper.service cgtproxy-agent-system.service\n\
              systemctl is-active --quiet cgtproxy.service\n"
         );
@@ -393,6 +398,24 @@ fn write_tool(name: &str, script: &str) {
     std::fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
 }
 
+/// The manager of a user who is just logging in ends by a signal that it does not know yet what to do with.
+#[test]
+fn every_package_tells_managers_that_run_of_its_units_and_no_others() {
+    for script in [
+        "Makefile",
+        "packaging/debian/postinst",
+        "packaging/cgtproxy.spec",
+    ] {
+        let text = std::fs::read_to_string(workspace().join(script)).unwrap();
+        let (before, _) = text.split_once("--signal=SIGHUP").unwrap();
+        let (_, asked) = before.rsplit_once("systemctl list-units").unwrap();
+        assert!(
+            asked.contains(" --state=active 'user@*.service' "),
+            "{script}: {asked}"
+        );
+    }
+}
+
 /// The scripts that run when a package is removed.
 const REMOVING: [&str; 4] = [
     "Makefile",
@@ -404,7 +427,9 @@ const REMOVING: [&str; 4] = [
 /// How one of these scripts stops users' agents, in words.
 fn stopping_of_users(script: &str) -> String {
     let text = std::fs::read_to_string(workspace().join(script)).unwrap();
-    let start = text.find("systemctl list-units --plain").unwrap();
+    let start = text
+        .find("systemctl list-units --plain --no-legend 'user@")
+        .unwrap();
     let rest = &text[start..];
     let end = rest.find("wait").expect("it waits for what it begins") + "wait".len();
     // Make has `$` twice, and everything on one line.
