@@ -66,7 +66,7 @@ enum Error {
 
 impl Error {
     /// Whether it will be so if it is tried again at once: with this configuration, these databases, this kernel, these
-    /// rights or another helper.
+    /// rights and limits, or another helper.
     fn is_lasting(&self) -> bool {
         matches!(
             self,
@@ -79,6 +79,8 @@ impl Error {
                         | nft::Error::Base(_)
                 )
                 | Self::Route(_)
+                | Self::Monitor(_)
+                | Self::Runtime(_)
         )
     }
 }
