@@ -44,7 +44,7 @@ pub struct Arguments {
     #[arg(long, value_name = "DIR")]
     pub cgroup_root: Option<PathBuf>,
 
-    /// Say what is wrong with the configuration, and exit: with 0 if nothing is, else with 78
+    /// Say the first thing that is wrong with the configuration, and exit: with 0 if nothing is, else with 78
     ///
     /// Touches nothing, and needs no privilege. The helper that runs goes on with the configuration that it has.
     #[arg(long, conflicts_with = "remove")]
