@@ -8,7 +8,11 @@ use regex_syntax::hir::Hir;
 
 use super::automaton::{Automaton, Compiler};
 use super::below::Outlook;
+use super::outside::{self, Outside};
 use super::{Below, Names, Subject, unit_name};
+
+/// What all that is users' is below.
+const USERS: &[u8] = b"/user.slice";
 
 /// Which control groups a rule is about.
 #[derive(Debug, Clone)]
@@ -100,6 +104,7 @@ pub struct Pattern {
     text: String,
     catch_all: bool,
     outlook: Outlook,
+    named: Option<Outside>,
     automaton: Box<Automaton>,
 }
 
@@ -141,6 +146,7 @@ impl PatternCompiler {
         Ok(Pattern {
             catch_all: is_catch_all(pattern, &hir),
             outlook: Outlook::new(&hir),
+            named: outside::named(&hir),
             automaton: Box::new(automaton),
             text: expanded.into_owned(),
         })
@@ -164,6 +170,19 @@ impl Pattern {
             true => Below::Everything,
             false => self.outlook.below(path, &self.automaton),
         }
+    }
+
+    /// What it is about, if it selects nothing below a user's service manager, as far as that can be told.
+    #[must_use]
+    pub fn outside(&self) -> Option<Outside> {
+        let others = || (!self.is_about_users()).then_some(Outside::Elsewhere);
+        self.named.or_else(others)
+    }
+
+    /// Whether it may match something of a user's.
+    #[must_use]
+    pub fn is_about_users(&self) -> bool {
+        self.below(USERS) != Below::Nothing
     }
 
     /// Whether it matches somewhere in `path`.

@@ -56,14 +56,8 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node) -> Strin
                     if let (Value::Text(pattern), "match") =
                         (&value.value, reader.written(key).as_str())
                     {
-                        if pattern.replace('\\', "").contains("/system.slice") {
-                            reader
-                                .warning(key.place, "this rule is about the machine's own services")
-                                .help = Some(
-                                "no user's agent can decide about them: it has an effect in \
-                                 /etc/cgtproxy/config.yaml, with 'cgtproxy-agent --system', only"
-                                    .into(),
-                            );
+                        if let Ok(pattern) = reader.patterns.compile(pattern) {
+                            reader.warn_if_outside(key.place, &pattern);
                         }
                         let selector = pattern::selector(pattern);
                         let edit = selector.and_then(|s| Some((extent(text, key, value)?, s)));

@@ -4,7 +4,7 @@ use crate::config::Scope;
 use crate::config::finding::Place;
 use crate::config::reader::{Reader, list, nearest};
 use crate::config::yaml::{Node, Value};
-use crate::policy::{Rule, Target};
+use crate::policy::{Rule, Selector, Target};
 use crate::text::printable;
 
 use super::tproxy::Proxies;
@@ -81,6 +81,11 @@ impl Reader<'_> {
     ) -> Option<Rule> {
         let entries = self.entries(node, "a rule", RULE_KEYS)?;
         let selector = self.selector(node, &entries);
+        if let (Scope::User, Some(Selector::Match(pattern)), Some(node)) =
+            (scope, &selector, entries.get("match"))
+        {
+            self.warn_if_outside(node.place, pattern);
+        }
         let mut targets: Vec<(&str, Option<Target>)> = Vec::new();
         for key in ["tproxy", "proxy"] {
             if let Some(name) = entries.get(key) {

@@ -3,7 +3,7 @@
 use crate::config::finding::{Excerpt, Place};
 use crate::config::reader::{Entries, Reader, list};
 use crate::config::yaml::{Node, Value};
-use crate::policy::{Names, Pattern, PatternError, Selector, application_ids, unescape};
+use crate::policy::{Names, Outside, Pattern, PatternError, Selector, application_ids, unescape};
 use crate::text::printable;
 
 /// The keys that say which control groups a rule is about.
@@ -190,6 +190,30 @@ impl Reader<'_> {
                 None
             }
         }
+    }
+
+    /// Warns of a pattern that selects nothing of a user's.
+    pub(in crate::config) fn warn_if_outside(&mut self, place: Place, pattern: &Pattern) {
+        let what = match pattern.outside() {
+            None => return,
+            Some(Outside::Services) => "the machine's own services",
+            Some(Outside::Sessions) => "login sessions",
+            Some(Outside::Elsewhere) => {
+                let message = "this rule matches nothing below a user's service manager";
+                self.warning(place, message).help = Some(
+                    "paths there begin with '/user.slice/user-UID.slice/user@UID.service', and others are for \
+                     /etc/cgtproxy/config.yaml, with 'cgtproxy-agent --system'"
+                        .into(),
+                );
+                return;
+            }
+        };
+        self.warning(place, format!("this rule is about {what}"))
+            .help = Some(
+            "no user's agent can decide about them: it has an effect in /etc/cgtproxy/config.yaml, with \
+             'cgtproxy-agent --system', only"
+                .into(),
+        );
     }
 
     /// Where in the file the part of a scalar after `before` stands, if it is written there as it is.

@@ -448,6 +448,67 @@ fn warns_of_proxies_that_nothing_uses() {
 }
 
 #[test]
+fn warns_of_rules_that_select_nothing_of_a_users() {
+    let file =
+        |pattern: &str| format!("version: 1\nrules:\n  - {{match: '{pattern}', drop: true}}\n");
+    let elsewhere =
+        "it has an effect in /etc/cgtproxy/config.yaml, with 'cgtproxy-agent --system', only";
+    for pattern in [
+        r"^/system\.slice/cron\.service",
+        r"\/system\.slice\/(?:one\.)?clash-meta\.service",
+        r"/system\.slice",
+        r"(/system\.slice/a|/system\.slice/b)\.service",
+    ] {
+        let services = format!(
+            "warning 3:13: this rule is about the machine's own services; no user's agent can decide about them: \
+             {elsewhere}"
+        );
+        assert_eq!(found(&file(pattern)), [services], "{pattern}");
+    }
+    for pattern in [
+        r"/session-1\.scope",
+        r"/session-c2\.scope",
+        r"/session-\d+\.scope",
+        r"^/user\.slice/user-\d+\.slice/session-[^/]*\.scope$",
+        r"session-\w+\.scope",
+    ] {
+        let sessions = format!(
+            "warning 3:13: this rule is about login sessions; no user's agent can decide about them: {elsewhere}"
+        );
+        assert_eq!(found(&file(pattern)), [sessions], "{pattern}");
+    }
+    for pattern in [
+        r"^/machine\.slice/",
+        r"^/init\.scope$",
+        r"^app\.slice",
+        "^/$",
+        "^$",
+    ] {
+        let others = "warning 3:13: this rule matches nothing below a user's service manager; paths there begin with \
+                      '/user.slice/user-UID.slice/user@UID.service', and others are for \
+                      /etc/cgtproxy/config.yaml, with 'cgtproxy-agent --system'";
+        assert_eq!(found(&file(pattern)), [others], "{pattern}");
+    }
+    for pattern in [
+        "",
+        "system",
+        r"/app\.slice/",
+        r"^/user\.slice/user-1000\.slice",
+        r"(/system\.slice/|/app\.slice/)x",
+        r"/user@\d+\.service/.*/session-1\.scope",
+        r"/session-migration\.service",
+        r"/session-(a|b)",
+        r"(/system\.slice)?/x",
+        r"/session\.slice/",
+    ] {
+        assert_eq!(found(&file(pattern)), [""; 0], "{pattern}");
+        // In root's file any of them may be meant.
+        let system = read(Path::new("c.yaml"), file(pattern).as_bytes(), Scope::System);
+        assert_eq!(lines(system), [""; 0], "{pattern}");
+    }
+}
+
+#[test]
 fn what_no_proxy_gets_stands_for_no_name() {
     let error = |column, network, left_out| {
         format!(
