@@ -4,7 +4,7 @@ use crate::config::Scope;
 use crate::config::finding::Place;
 use crate::config::reader::{Reader, list, nearest};
 use crate::config::yaml::{Node, Value};
-use crate::policy::{Rule, Selector, Target};
+use crate::policy::{Outside, Rule, Selector, Target};
 use crate::text::printable;
 
 use super::tproxy::Proxies;
@@ -27,15 +27,51 @@ impl Reader<'_> {
         };
         let mut rules: Vec<Rule> = Vec::new();
         let mut numbers: Vec<usize> = Vec::new();
+        let mut places: Vec<Place> = Vec::new();
         for (item, number) in items.iter().zip(1usize..) {
             let Some(rule) = self.rule(item, proxies, used, scope) else {
                 continue;
             };
             self.warn_if_unreachable(item.place, &rule, numbers.iter().zip(&rules));
             numbers.push(number);
+            places.push(item.place);
             rules.push(rule);
         }
+        self.warn_of_ways_out(&rules, &numbers, &places);
         rules
+    }
+
+    /// Warns of rules that let go what users may call their own units, before one that is enforced on users.
+    fn warn_of_ways_out(&mut self, rules: &[Rule], numbers: &[usize], places: &[Place]) {
+        let is_enforced = |(rule, _): &(&Rule, &usize)| {
+            let of_users = match &rule.selector {
+                Selector::Match(pattern) => pattern.is_about_users(),
+                Selector::App(_) | Selector::Unit(_) | Selector::Slice(_) => true,
+            };
+            rule.enforce && rule.target != Target::Direct && of_users
+        };
+        let mut enforced = rules.iter().zip(numbers).enumerate();
+        let Some((last, (_, number))) = enforced.rfind(|(_, rule)| is_enforced(rule)) else {
+            return;
+        };
+        for (rule, place) in rules.iter().zip(places).take(last) {
+            let is_way_out = match &rule.selector {
+                // Of one that names a user's manager, or nothing at all, somebody has thought.
+                Selector::Match(pattern) => {
+                    pattern.outside() == Some(Outside::Services) && pattern.is_about_users()
+                }
+                Selector::App(_) | Selector::Unit(_) | Selector::Slice(_) => true,
+            };
+            if is_way_out && rule.target == Target::Direct {
+                let message = format!(
+                    "users name their own units, and so get out of rule {number}, which is enforced"
+                );
+                self.warning(*place, message).help = Some(
+                    "write 'match' with the whole path, as in 'match: ^/system\\.slice/NAME\\.service$'"
+                        .into(),
+                );
+            }
+        }
     }
 
     pub(super) fn warn_of_unused(&mut self, proxies: &Proxies, used: &[String]) {

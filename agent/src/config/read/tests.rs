@@ -508,6 +508,56 @@ fn warns_of_rules_that_select_nothing_of_a_users() {
     }
 }
 
+/// Users choose the names of their units, and with that whom a rule of root's file is about.
+#[test]
+fn warns_of_names_by_which_users_get_out_of_what_root_enforces() {
+    let rule = |rule: &str| format!("  - {{{rule}}}\n");
+    let file = |rules: &[&str]| {
+        let rules: String = rules.iter().map(|text| rule(text)).collect();
+        let text = format!("version: 1\nrules:\n{rules}");
+        lines(read(Path::new("c.yaml"), text.as_bytes(), Scope::System))
+    };
+    let enforced = "match: '', drop: true, enforce: true";
+    for exempt in [
+        "unit: clash-meta, direct: true",
+        "app: firefox, direct: true",
+        "slice: trusted, direct: true, enforce: true",
+        r"match: '/system\.slice/clash-meta\.service', direct: true",
+    ] {
+        assert_eq!(
+            file(&["slice: x, drop: true", exempt, enforced]),
+            [
+                "warning 4:5: users name their own units, and so get out of rule 3, which is enforced; write \
+                 'match' with the whole path, as in 'match: ^/system\\.slice/NAME\\.service$'"
+            ],
+            "{exempt}"
+        );
+        assert_eq!(
+            file(&[enforced.trim_end_matches(", enforce: true"), exempt]).len(),
+            1
+        );
+    }
+    for rules in [
+        // Nothing is enforced, or nothing of users'.
+        ["unit: clash-meta, direct: true", "match: '', drop: true"],
+        [
+            "unit: clash-meta, direct: true",
+            r"match: '^/system\.slice/', drop: true, enforce: true",
+        ],
+        [
+            r"match: '^/system\.slice/clash-meta\.service', direct: true",
+            enforced,
+        ],
+        [
+            r"match: '^/user\.slice/user-1001\.slice/', direct: true",
+            enforced,
+        ],
+        ["unit: cron, drop: true", enforced],
+    ] {
+        assert_eq!(file(&rules), [""; 0], "{rules:?}");
+    }
+}
+
 #[test]
 fn what_no_proxy_gets_stands_for_no_name() {
     let error = |column, network, left_out| {
