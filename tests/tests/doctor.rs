@@ -345,6 +345,42 @@ rules:
 }
 
 #[test]
+fn knows_a_proxy_on_this_machine_that_the_relay_can_not_use() {
+    const RELAYED: &str = r"
+version: 1
+proxies:
+  ss: {upstream: 'socks5h://127.0.0.1:1080'}
+rules:
+  - {slice: app, proxy: ss}
+";
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let alice = sb.user(1001);
+        let _relay = alice.relay().start();
+        let agent = alice.agent(RELAYED).start();
+        wait_for(&alice, &["upstream-not-listening"]);
+        let socks = || sb.service("socks").uid(1001);
+        // Where nobody looks for it.
+        let elsewhere = socks().at("[::1]:1080".parse().expect("an address"));
+        let elsewhere = elsewhere.start();
+        wait_for(&alice, &["upstream-not-listening"]);
+        agent.write_config(&RELAYED.replace("127.0.0.1", "localhost"));
+        wait_for(&alice, &[]);
+        drop(elsewhere);
+        // In a session, which goes direct.
+        let outside = socks().port(1080).start();
+        wait_for(&alice, &[]);
+        drop(outside);
+        let cgroup = alice.cgroup("app.slice/mysocks.service");
+        let _server = socks().port(1080).cgroup(&cgroup).start();
+        wait_for(&alice, &["proxy-loop"]);
+        let rule = "rules:\n  - {unit: mysocks, direct: true}";
+        agent.write_config(&RELAYED.replace("rules:", rule));
+        wait_for(&alice, &[]);
+    });
+}
+
+#[test]
 fn finds_routing_rules_in_the_way_and_mends_them() {
     sandbox(|sb| {
         let (_helper, alice, proxy, _agent) = fine(sb);

@@ -17,7 +17,7 @@ pub(super) fn check(facts: &Facts) -> Group {
     // The relay's own answers need no server, but queries have to come by as well.
     let relay = proxies
         .iter()
-        .any(|proxy| proxy.server == Server::Relay { fake_dns: true });
+        .any(|proxy| matches!(proxy.server, Server::Relay { fake_dns: true, .. }));
     let unasked = match &facts.relay {
         Some(Ok(_)) => None,
         Some(Err(_)) => Some("the relay is of no use"),

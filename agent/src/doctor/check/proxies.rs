@@ -6,7 +6,7 @@ use cgtproxy_proto::SYSTEM_UIDS;
 
 use super::count;
 use crate::config::Scope;
-use crate::doctor::facts::{Agent, Facts, Family, Listener, Proxy, Server, Transport};
+use crate::doctor::facts::{Agent, Facts, Family, Here, Listener, Proxy, Server, Transport};
 use crate::doctor::{Finding, Group};
 
 pub(super) fn check(facts: &Facts) -> Group {
@@ -17,15 +17,80 @@ pub(super) fn check(facts: &Facts) -> Group {
         .filter_map(|proxy| Some((proxy, proxy.server.port()?)))
         .collect();
     if let Some(listeners) = group.see("who listens where", &facts.listeners) {
-        group.summary = match servers.len() {
-            0 => "no tproxies or redirects in the configuration".to_owned(),
+        let relayed: Vec<(&Proxy, Here)> = proxies.iter().filter_map(of_relay).collect();
+        group.summary = match servers.len() + relayed.len() {
+            0 => "none on this machine in the configuration".to_owned(),
             number => format!("{} ready", count(number, "proxy")),
         };
         for (proxy, port) in servers {
             group.found(one(facts, proxy, port, listeners));
         }
+        for (proxy, here) in relayed {
+            let found = at(here, listeners);
+            group.found(match found.is_empty() {
+                true => Some(unreached(proxy, here)),
+                false => loops(facts, proxy, &found),
+            });
+        }
     }
     group
+}
+
+/// A proxy on this machine that the relay carries connections on to, and where it is.
+fn of_relay(proxy: &Proxy) -> Option<(&Proxy, Here)> {
+    match proxy.server {
+        Server::Relay { here, .. } => Some((proxy, here?)),
+        Server::Tproxy(_) | Server::Redirect(_) => None,
+    }
+}
+
+/// Whether nobody listens where the relay would reach a proxy on this machine.
+pub(super) fn is_unreached(facts: &Facts, name: &str) -> bool {
+    let (proxies, Ok(listeners)) = (facts.proxies(), &facts.listeners) else {
+        return false;
+    };
+    let mut relayed = proxies.iter().filter_map(of_relay);
+    relayed.any(|(proxy, here)| proxy.name == name && at(here, listeners).is_empty())
+}
+
+/// Who takes TCP connections there.
+fn at(here: Here, listeners: &[Listener]) -> Vec<&Listener> {
+    let ways: [(Family, Option<IpAddr>); 2] = [
+        (Family::Ipv4, here.ipv4.map(Into::into)),
+        (Family::Ipv6, here.ipv6.map(Into::into)),
+    ];
+    let takes_any = |listener: &&Listener| {
+        let mut ways = ways.iter();
+        ways.any(|(family, address)| address.is_some_and(|at| takes(listener, *family, at)))
+    };
+    let mut found: Vec<&Listener> = listeners
+        .iter()
+        .filter(|listener| listener.transport == Transport::Tcp && listener.port == here.port)
+        .filter(takes_any)
+        .collect();
+    // Who listens on the very address comes before who listens on all.
+    if found.iter().any(|taker| !taker.address.is_unspecified()) {
+        found.retain(|taker| !taker.address.is_unspecified());
+    }
+    found
+}
+
+fn unreached(proxy: &Proxy, here: Here) -> Finding {
+    let port = here.port;
+    let addresses = [here.ipv4.map(IpAddr::from), here.ipv6.map(IpAddr::from)];
+    let addresses: Vec<_> = addresses.into_iter().flatten().collect();
+    let names: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+    Finding::error(
+        "upstream-not-listening",
+        format!(
+            "nobody listens on port {port} of {}, which is the 'upstream' of the proxy '{}'",
+            names.join(" or "),
+            proxy.name
+        ),
+    )
+    .effect("Connections that go through it are reset; none goes direct.")
+    .advice("start the proxy, or correct 'upstream' in the configuration")
+    .command(format!("ss -lnt 'sport = :{port}'"))
 }
 
 /// Whether what is sent to this address, or is diverted and delivered there, finds this socket.

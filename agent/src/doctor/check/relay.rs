@@ -3,6 +3,7 @@
 use cgtproxy_proto::relay::{GetStatus_Reply, UpstreamStatus};
 
 use super::count;
+use super::proxies::is_unreached;
 use crate::doctor::facts::Facts;
 use crate::doctor::{Finding, Group};
 use crate::text::printable;
@@ -46,7 +47,12 @@ pub(super) fn check(facts: &Facts) -> Group {
         .command("systemctl --user daemon-reload")
         .command("systemctl --user restart cgtproxy-relay.service")]);
     }
-    group.found(status.upstreams.iter().filter_map(down));
+    // What is known better already.
+    let elsewhere = status
+        .upstreams
+        .iter()
+        .filter(|upstream| !is_unreached(facts, &upstream.name));
+    group.found(elsewhere.filter_map(down));
     group.found(full(status));
     group.found(status.upstreams.iter().filter_map(without_udp));
     group

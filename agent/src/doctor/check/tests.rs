@@ -119,9 +119,28 @@ fn redirect(facts: &mut Facts) {
 /// The relay carries them on.
 fn relayed(fake_dns: bool) -> Proxy {
     Proxy {
-        server: Server::Relay { fake_dns },
+        server: Server::Relay {
+            fake_dns,
+            here: None,
+        },
         dns: None,
         ..proxy()
+    }
+}
+
+/// They are on this machine.
+fn relayed_here(ipv4: Option<Ipv4Addr>, ipv6: Option<Ipv6Addr>) -> Proxy {
+    Proxy {
+        name: "there".into(),
+        server: Server::Relay {
+            fake_dns: false,
+            here: Some(Here {
+                ipv4,
+                ipv6,
+                port: 7890,
+            }),
+        },
+        ..relayed(false)
     }
 }
 
@@ -441,6 +460,20 @@ const BROKEN: &[(&str, Severity, Break)] = {
             listeners(f).retain(|l| l.port != 1053)
         }),
         ("proxy-loop", Error, send_the_proxy_through_itself),
+        ("proxy-loop", Error, |f| {
+            f.config = ConfigState::Read(vec![relayed_here(Some(Ipv4Addr::LOCALHOST), None)]);
+            send_the_proxy_through_itself(f);
+            agent(f).controlGroups[0].target = "there".into();
+        }),
+        ("upstream-not-listening", Error, |f| {
+            f.config = ConfigState::Read(vec![relayed_here(Some(Ipv4Addr::LOCALHOST), None)]);
+            // Another transport, and another address.
+            listeners(f)[0].address = Ipv6Addr::LOCALHOST.into();
+        }),
+        ("upstream-not-listening", Error, |f| {
+            f.config = ConfigState::Read(vec![relayed_here(None, Some(Ipv6Addr::LOCALHOST))]);
+            listeners(f)[0].address = Ipv4Addr::UNSPECIFIED.into();
+        }),
         ("relay-missing", Error, |f| {
             f.relay = Some(Err("no relay listens".into()));
         }),
@@ -533,6 +566,15 @@ const HARMLESS: &[(&str, Break)] = &[
     ("a proxy elsewhere, of which nobody listens here", |f| {
         f.config = ConfigState::Read(vec![relayed(true)]);
         listeners(f).clear();
+    }),
+    ("a proxy here that goes through another", |f| {
+        f.config = ConfigState::Read(vec![relayed_here(Some(Ipv4Addr::LOCALHOST), None)]);
+        send_the_proxy_through_itself(f);
+    }),
+    ("a proxy on one of the addresses of localhost", |f| {
+        let (ipv4, ipv6) = (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST);
+        f.config = ConfigState::Read(vec![relayed_here(Some(ipv4), Some(ipv6))]);
+        listeners(f)[0].address = ipv6.into();
     }),
     ("nss-resolve where the relay answers no queries", |f| {
         f.config = ConfigState::Read(vec![relayed(false)]);
@@ -803,6 +845,17 @@ fn what_is_kept_of_an_agent_that_is_gone_does_not_pass_for_direct() {
     assert_eq!(effect(&facts), "Everything of yours goes direct.");
     helper(&mut facts).0.session = GetStatus_Reply_session::kept;
     assert!(effect(&facts).contains("still dropped"));
+}
+
+/// Whoever knows that nobody listens need not be told that the relay has found nobody.
+#[test]
+fn a_proxy_that_nobody_is_is_said_once() {
+    let mut facts = fine();
+    facts.config = ConfigState::Read(vec![relayed_here(Some(Ipv4Addr::LOCALHOST), None)]);
+    relay(&mut facts).upstreams[0].problem = Some("Connection refused".into());
+    assert_eq!(ids(&facts), ["upstream-down"]);
+    listeners(&mut facts).clear();
+    assert_eq!(ids(&facts), ["upstream-not-listening"]);
 }
 
 /// The one finding of a check.

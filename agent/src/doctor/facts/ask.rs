@@ -1,6 +1,7 @@
 //! What the helper, the agent and the configuration file say.
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use cgtproxy_proto::helper::{
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use super::{Agent, ConfigState, Dns, Helper, Proxy, Server};
+use super::{Agent, ConfigState, Dns, Helper, Here, Proxy, Server};
 use crate::config::{self, ConfigFile, LoadError};
 use crate::connection::{ConnectError, Connection};
 use crate::doctor::Look;
@@ -158,7 +159,13 @@ fn configured(proxy: &config::Proxy) -> Proxy {
         server: match proxy.means {
             config::Means::Tproxy(port) => Server::Tproxy(port.get()),
             config::Means::Redirect(port) => Server::Redirect(port.get()),
-            config::Means::Relay { fake_dns, .. } => Server::Relay { fake_dns },
+            config::Means::Relay {
+                fake_dns,
+                ref upstream,
+            } => Server::Relay {
+                fake_dns,
+                here: here(upstream),
+            },
         },
         tcp: !proxy.no_tcp,
         udp: !proxy.no_udp,
@@ -171,6 +178,20 @@ fn configured(proxy: &config::Proxy) -> Proxy {
             tcp: dns.tcp,
         }),
     }
+}
+
+/// Where an upstream is, if that is at a loopback address.
+fn here(upstream: &config::Upstream) -> Option<Here> {
+    let (ipv4, ipv6) = match upstream.host.trim_end_matches('.') {
+        "localhost" => (Some(Ipv4Addr::LOCALHOST), Some(Ipv6Addr::LOCALHOST)),
+        host => match host.parse().ok()? {
+            IpAddr::V4(address) => (Some(address), None),
+            IpAddr::V6(address) => (None, Some(address)),
+        },
+    };
+    let port = upstream.port.get();
+    let is_here = ipv4.is_none_or(|a| a.is_loopback()) && ipv6.is_none_or(|a| a.is_loopback());
+    is_here.then_some(Here { ipv4, ipv6, port })
 }
 
 /// A TPROXY server of the policy that the helper holds; none if it is another: whether it is the relay, only the
@@ -196,4 +217,31 @@ pub(super) fn in_force(proxy: &wire::Proxy) -> Option<Proxy> {
         ipv6: !proxy.noIpv6.unwrap_or(false),
         dns,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn knows_which_upstreams_are_here() {
+        let here = |text: &str| here(&text.parse().unwrap());
+        let at = |ipv4: Option<&str>, ipv6: Option<&str>, port| {
+            let ipv4 = ipv4.map(|address| address.parse().unwrap());
+            let ipv6 = ipv6.map(|address| address.parse().unwrap());
+            Some(Here { ipv4, ipv6, port })
+        };
+        for (upstream, is) in [
+            ("socks5://127.0.0.1", at(Some("127.0.0.1"), None, 1080)),
+            ("http://127.3.2.1:8", at(Some("127.3.2.1"), None, 8)),
+            ("socks5h://[::1]:9", at(None, Some("::1"), 9)),
+            ("http://localhost:8", at(Some("127.0.0.1"), Some("::1"), 8)),
+            ("http://localhost.:8", at(Some("127.0.0.1"), Some("::1"), 8)),
+            ("http://192.0.2.1:8", None),
+            ("http://[2001:db8::1]:8", None),
+            ("http://proxy.example:8", None),
+        ] {
+            assert_eq!(here(upstream), is, "{upstream}");
+        }
+    }
 }

@@ -139,7 +139,20 @@ pub enum Server {
     Relay {
         /// It answers DNS queries itself.
         fake_dns: bool,
+        /// Where the proxy is that it carries connections on to, if that is at a loopback address.
+        here: Option<Here>,
     },
+}
+
+/// Where a proxy is that the relay reaches on this machine: at one of these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Here {
+    /// Its address of IPv4.
+    pub ipv4: Option<Ipv4Addr>,
+    /// Its address of IPv6.
+    pub ipv6: Option<Ipv6Addr>,
+    /// Its port.
+    pub port: u16,
 }
 
 impl Server {
