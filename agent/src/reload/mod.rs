@@ -113,7 +113,7 @@ impl Loader {
                 }
                 // To go direct because an editor took the file away for a moment would be a leak.
                 self.last = None;
-                return refuse(agent, say(&error));
+                return refuse(agent, &error);
             }
         };
         let loaded = config::parse(path, &bytes, self.file.scope);
@@ -128,7 +128,7 @@ impl Loader {
                     file: Some(path.clone()),
                 });
             }
-            Err(error) => refuse(agent, say(&error)),
+            Err(error) => refuse(agent, &error),
         }
     }
 }
@@ -154,16 +154,31 @@ pub fn log(findings: &Findings) {
     }
 }
 
-/// Keeps the old configuration, if there is one, for a reason that has been logged.
-fn refuse(agent: &Agent, why: String) {
-    agent.state_mut().keep_config(why);
-    match agent.state().awaited_configuration() {
-        // It tells the service manager.
-        Some(_) => agent.wake(),
-        None => {
-            tracing::error!("the old configuration stays in force");
-            agent.tell();
-        }
+/// Logs why there is no other configuration, and keeps the old one, if there is one.
+fn refuse(agent: &Agent, error: &LoadError) {
+    let why = say(error);
+    agent.state_mut().keep_config(why, mistake(error));
+    if agent.state().awaited_configuration().is_none() {
+        tracing::error!("the old configuration stays in force");
+    }
+    // The session tells the service manager.
+    agent.wake();
+}
+
+/// What is wrong with a file, in a few words: the first of all mistakes.
+fn mistake(error: &LoadError) -> String {
+    let LoadError::Invalid(findings) = error else {
+        return chain(error);
+    };
+    let file = findings.file.file_name().unwrap_or_default();
+    let file = printable(&file.to_string_lossy());
+    let mut errors = findings
+        .list
+        .iter()
+        .filter(|f| f.severity == Severity::Error);
+    match errors.find_map(|finding| finding.place) {
+        Some(place) => format!("{file} has a mistake in line {}", place.line),
+        None => format!("{file} has a mistake"),
     }
 }
 

@@ -64,6 +64,12 @@ impl State {
         self.file_error.as_deref()
     }
 
+    /// That something is wrong with the configuration on disk, in a few words, if one is in force that is not it.
+    #[must_use]
+    pub fn mistake(&self) -> Option<&str> {
+        self.mistake.as_deref()
+    }
+
     /// Why a configuration was taken back, if it did.
     #[must_use]
     pub fn postponed_why(&self) -> Option<&str> {
@@ -155,15 +161,17 @@ impl State {
         }
     }
 
-    /// Keeps the configuration in force, since there is something wrong with the one on disk.
-    pub fn keep_config(&mut self, why: String) {
+    /// Keeps the configuration in force, since there is something wrong with the one on disk: all of it, and in a few words.
+    pub fn keep_config(&mut self, why: String, mistake: String) {
         self.file_error = Some(why);
+        self.mistake = Some(mistake);
         self.postponed = None;
     }
 
     pub(crate) fn replace_config(&mut self, source: Source) {
         self.unconfigured = false;
         self.file_error = None;
+        self.mistake = None;
         self.postponed = None;
         self.put(Rc::new(source));
     }
@@ -266,7 +274,7 @@ mod tests {
         let mistake = Some("a mistake");
         // While the call with the one before it is under way.
         let (call, _) = next(&mut state);
-        state.keep_config("a mistake".into());
+        state.keep_config("a mistake".into(), "a mistake".into());
         let sent = state.source().clone();
         state.refused(&call, "no", true, &sent);
         assert_eq!(state.config_error(), mistake);

@@ -71,6 +71,8 @@ pub struct State {
     pub generation: i64,
     /// What is wrong with the configuration on disk, which was to replace the one in force or to be the first one.
     file_error: Option<String>,
+    /// The same in a few words.
+    mistake: Option<String>,
     /// There was no configuration yet that is right: nothing may be said to the helper, since it would take away what
     /// is left of an earlier agent's policy.
     unconfigured: bool,
@@ -109,6 +111,7 @@ impl State {
             generation: 0,
             unconfigured: config_error.is_some(),
             file_error: config_error,
+            mistake: None,
             refusal: None,
             relay: Relay::default(),
             readiness: Readiness::default(),

@@ -1,14 +1,14 @@
 //! Tells the service manager what is in force.
 
 use crate::notify;
-use crate::state::Agent;
+use crate::state::{Agent, State};
 use crate::text::count;
 
 /// What the service manager was told.
 #[derive(Debug, Default)]
 pub struct Readiness {
-    /// That the policy is in force, in this session.
-    announced: bool,
+    /// That the policy is in force, in this session: in these words.
+    announced: Option<String>,
     /// The same, in some session.
     ready: bool,
     /// That a reload is under way: it waits for its end.
@@ -18,14 +18,17 @@ pub struct Readiness {
 impl Readiness {
     /// Notes that not all is in force: when it is, that is said again.
     pub(crate) fn note_not_in_force(&mut self) {
-        self.announced = false;
+        self.announced = None;
     }
 
-    /// Notes that all is in force. Returns whether that is to be said: once, and at the end of each reload.
-    fn note_in_force(&mut self) -> bool {
+    /// Notes that all is in force, in these words. Returns whether that is to be said: once, and at the end of each reload;
+    /// and whether the words are, which may have changed.
+    fn note_in_force(&mut self, words: &str) -> (bool, bool) {
         self.ready = true;
         let reloaded = self.end_reload();
-        !std::mem::replace(&mut self.announced, true) || reloaded
+        let before = self.announced.replace(words.to_owned());
+        let changed = before.as_deref() != Some(words);
+        (before.is_none() || reloaded, changed || reloaded)
     }
 
     /// Notes that a reload begins. Returns whether that is to be said: an agent that was never ready has nothing to be
@@ -47,21 +50,38 @@ pub(super) fn say_problem(agent: &Agent, why: &str) {
     agent.state_mut().readiness.note_not_in_force();
 }
 
-/// Says once that all is in force, and at the end of each reload.
+/// Says once that all is in force, and at the end of each reload; and whenever there is something else to say of the file.
 pub(super) fn announce(agent: &Agent) {
-    let text = {
+    let (words, ready, changed) = {
         let mut state = agent.state_mut();
-        if !state.readiness.note_in_force() {
-            return;
-        }
+        let words = in_force(&state);
+        let (ready, changed) = state.readiness.note_in_force(&words);
+        (words, ready, changed)
+    };
+    if changed {
+        notify::status(&words);
+    }
+    if !ready {
+        return;
+    }
+    let text = {
+        let state = agent.state();
         let without = state.ledger().shortage().map_or(0, |(count, ..)| count);
         let mapped = state.tree().cover().count().saturating_sub(without);
         let all = count(state.tree().len(), "control group");
         format!("{all}, {mapped} of them with a verdict of their own")
     };
     tracing::info!("the policy is in force: {text}");
-    notify::status(&format!("In force: {text}"));
     notify::ready();
+}
+
+/// That all is in force, and what is not in force of the file. It stays so while control groups come and go.
+fn in_force(state: &State) -> String {
+    match (state.mistake(), state.postponed_why()) {
+        (Some(mistake), _) => format!("In force; {mistake}"),
+        (None, Some(why)) => format!("In force, and not what the file says now: {why}"),
+        (None, None) => "In force".to_owned(),
+    }
 }
 
 /// Ends a reload, if one is under way, as far as the service manager is concerned.

@@ -201,6 +201,38 @@ fn a_signal_reloads_and_the_service_manager_hears_of_it() {
 }
 
 #[test]
+fn the_service_manager_is_told_of_a_file_that_is_not_in_force() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1"]);
+    world.helper.start();
+    let agent = world.agent();
+    world.status_becomes("In force");
+    let mistake = "In force; config.yaml has a mistake in line 3";
+    // Nobody has asked for it to be loaded.
+    world.write("version: 1\nrules:\n  - match: '('\n    drop: true\n  - nonsense: 1\n");
+    world.status_becomes(mistake);
+    agent.signal(Signal::HUP);
+    world.notified("RELOADING=1");
+    world.status_becomes(mistake);
+    world.notified("READY=1");
+    world.write("version: 1\nrules: []\n\nnonsense: 1\n");
+    world.status_becomes(&mistake.replace('3', "4"));
+    world.write(OTHER);
+    world.status_becomes("In force");
+    std::fs::remove_file(&world.config).unwrap();
+    let file = world.config.display();
+    world.status_becomes(&format!("In force; there is no file {file}"));
+    // One that the helper refuses.
+    world.helper.books().faults.push_back(too_many_proxies());
+    world.write(CONFIG);
+    world.status_becomes(
+        "In force, and not what the file says now: the administrator allows no more than 3 proxies per user",
+    );
+    agent.signal(Signal::HUP);
+    world.status_becomes("In force");
+}
+
+#[test]
 fn without_a_file_all_goes_direct_until_there_is_one() {
     let mut world = World::new("");
     world.make(&[

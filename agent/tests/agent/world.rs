@@ -194,6 +194,17 @@ impl World {
         }
     }
 
+    /// Waits until the service manager is told that this, and no more, is the status.
+    pub(crate) fn status_becomes(&self, status: &str) {
+        loop {
+            match self.notify.recv_timeout(PATIENCE) {
+                Ok(message) if message == format!("STATUS={status}") => return,
+                Ok(_) => {}
+                Err(_) => panic!("the status never became '{status}'"),
+            }
+        }
+    }
+
     /// Whether a message with this line is there already.
     pub(crate) fn is_notified(&self, line: &str) -> bool {
         let mut messages = self.notify.try_iter();
