@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use cgtproxy_proto::agent::{ControlGroup, GetStatus_Reply};
+use cgtproxy_proto::agent::{ControlGroup, GetStatus_Reply, Target};
 use cgtproxy_proto::relay::GetStatus_Reply as RelayStatus;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -138,7 +138,7 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
         status.targets.iter().map(|target| {
             [
                 printable(&target.name),
-                target.port.map_or_else(dash, |p| p.to_string()),
+                port(target),
                 target.controlGroups.to_string(),
             ]
         }),
@@ -156,6 +156,14 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
             ]
         }),
     )
+}
+
+/// Where a proxy listens. Of what is relayed that is a port of the relay's, which says nothing to anybody.
+fn port(target: &Target) -> String {
+    match target.relayed {
+        Some(true) => "relay".to_owned(),
+        _ => target.port.map_or_else(dash, |port| port.to_string()),
+    }
 }
 
 /// What gives a control group its verdict, in a word.
@@ -182,8 +190,6 @@ fn in_force(group: &ControlGroup) -> String {
 
 #[cfg(test)]
 mod tests {
-    use cgtproxy_proto::agent::Target;
-
     use super::*;
 
     #[test]
@@ -253,6 +259,15 @@ mod tests {
         status.controlGroups[0].skipped = Some("notOwned".into());
         let text = shown(&status);
         assert!(text.contains("none, everything goes direct\n"), "{text}");
+        // The port is one of the relay's own, and not that of the proxy.
+        status.targets.push(Target {
+            name: "there".into(),
+            port: Some(56005),
+            relayed: Some(true),
+            controlGroups: 0,
+        });
+        let text = shown(&status);
+        assert!(text.contains("there   relay  0\n"), "{text}");
         assert!(text.contains("no: it belongs to another user"), "{text}");
     }
 }

@@ -321,7 +321,7 @@ fn a_port_that_nobody_has_told_yet_is_not_shown() {
         .find(|line| line.starts_with("there "))
         .unwrap();
     let cells: Vec<_> = line.split_whitespace().collect();
-    assert_eq!(cells, ["there", "-", "0"], "{text}");
+    assert_eq!(cells, ["there", "relay", "0"], "{text}");
     let json: Value = serde_json::from_str(&status(&["--json"])).unwrap();
     let targets = json["targets"].as_array().unwrap();
     let there = targets.iter().find(|target| target["name"] == "there");
