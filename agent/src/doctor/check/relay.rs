@@ -69,7 +69,9 @@ fn down(upstream: &UpstreamStatus) -> Option<Finding> {
                 printable(problem)
             ),
         )
-        .effect("Connections to it are reset, after a minute at most if it says nothing; none goes direct.")
+        .effect(
+            "Connections to it are reset, at once, or when their time is over; none goes direct.",
+        )
         .advice(
             "start it, or correct 'upstream' in the configuration; the next connection finds out",
         ),

@@ -858,6 +858,19 @@ fn a_proxy_that_nobody_is_is_said_once() {
     assert_eq!(ids(&facts), ["upstream-not-listening"]);
 }
 
+/// Each step has a time of its own: see docs/configuration.md.
+#[test]
+fn a_proxy_that_is_down_has_no_time_limit_that_is_another() {
+    let mut facts = fine();
+    relay(&mut facts).upstreams[0].problem = Some("Connection refused".into());
+    let effect = only(&facts, super::relay::check).effect;
+    assert!(!effect.contains("minute"), "{effect}");
+    assert!(
+        effect.contains("at once, or when their time is over"),
+        "{effect}"
+    );
+}
+
 /// The one finding of a check.
 fn only(facts: &Facts, check: fn(&Facts) -> Group) -> Finding {
     let findings = check(facts).findings;
