@@ -77,12 +77,17 @@ fn to_json(
     system_policy: Option<bool>,
 ) -> Value {
     let first = replies.first();
+    // An agent names it where a rule decides.
+    let file = match status {
+        Some(status) => status.config.as_ref(),
+        None => first.and_then(|reply| reply.config.as_ref()),
+    };
     json!({
         "agentRunning": status.is_some(),
         "configError": status.and_then(|status| status.configError.as_ref()),
         "controlGroup": first.map(|reply| &reply.controlGroup),
         "rule": first.map(|reply| &reply.rule),
-        "config": first.map(|reply| &reply.config),
+        "config": file,
         "systemPolicy": system_policy,
         "others": replies.get(1..).unwrap_or_default(),
     })
@@ -190,9 +195,10 @@ fn compute(
     let explained = |path: ControlGroupPath| {
         let group = view::meant(&config, subtree, &path);
         let rule = view::rule(&config, &group);
-        let file = file.as_ref().filter(|_| rule.is_some());
         Explain_Reply {
-            config: file.map(|file| file.to_string_lossy().into_owned()),
+            config: file
+                .as_ref()
+                .map(|file| file.to_string_lossy().into_owned()),
             rule,
             controlGroup: group,
         }

@@ -246,7 +246,8 @@ fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCod
         Err(Error::Config(LoadError::Missing(_))) if !file.explicit => {
             not_roots_own(arguments)?;
             let name = printable(&file.path.to_string_lossy());
-            print(format!("there is no file {name}: everything goes direct\n").as_bytes())?;
+            let holds = file.scope.without_file();
+            print(format!("there is no file {name}: {holds}\n").as_bytes())?;
             Ok(ExitCode::SUCCESS)
         }
         checked => checked,

@@ -12,6 +12,7 @@ use super::Error;
 use super::client::Agent;
 use super::table::{dash, table};
 use crate::cli::Arguments;
+use crate::config::Scope;
 use crate::relay;
 use crate::text::printable;
 use crate::view;
@@ -46,7 +47,7 @@ pub(super) fn run(arguments: &Arguments, json: bool) -> Result<ExitCode, Error> 
         serde_json::to_writer_pretty(&mut out, &all).map_err(io::Error::from)?;
         writeln!(out)?;
     } else {
-        print(&mut out, &status)?;
+        print(&mut out, &status, arguments.scope())?;
         if let Some(relay) = relay {
             print_relay(&mut out, relay.as_ref())?;
         }
@@ -94,7 +95,7 @@ fn print_relay(out: &mut impl Write, status: Result<&RelayStatus, &String>) -> i
     )
 }
 
-fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
+fn print(out: &mut impl Write, status: &GetStatus_Reply, scope: Scope) -> io::Result<()> {
     let problem = status.problem.as_deref().map(printable);
     match (status.connected, problem) {
         (true, None) => writeln!(out, "Helper:         connected")?,
@@ -107,16 +108,8 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply) -> io::Result<()> {
     }
     writeln!(out, "Generation:     {}", status.generation)?;
     let config = status.config.as_deref();
-    // The environment may have named one.
-    let proxied = status
-        .targets
-        .iter()
-        .any(|target| target.port.is_some() || target.relayed == Some(true));
-    let none = match proxied {
-        true => "none, everything goes direct but for 'cgtproxy-exec proxy'",
-        false => "none, everything goes direct",
-    };
-    let config = config.map_or_else(|| none.to_owned(), printable);
+    let none = || format!("none, {}", scope.without_file());
+    let config = config.map_or_else(none, printable);
     writeln!(out, "Configuration:  {config}")?;
     if let Some(error) = &status.configError {
         writeln!(out, "  not in force: {}", printable(error))?;
@@ -169,9 +162,9 @@ fn port(target: &Target) -> String {
 /// What gives a control group its verdict, in a word.
 fn by(group: &ControlGroup) -> String {
     let what = match (group.execSlice, group.rule) {
-        (true, _) => "exec".to_owned(),
+        (true, _) => "cgtproxy-exec".to_owned(),
         (false, Some(number)) => format!("rule {number}"),
-        (false, None) if group.relay == Some(true) => "relay".to_owned(),
+        (false, None) if group.relay == Some(true) => "the relay".to_owned(),
         (false, None) => return dash(),
     };
     match group.inheritedFrom {
@@ -228,14 +221,14 @@ mod tests {
         };
         let shown = |status: &GetStatus_Reply| {
             let mut out = Vec::new();
-            print(&mut out, status).unwrap();
+            print(&mut out, status, Scope::User).unwrap();
             String::from_utf8(out).unwrap()
         };
         assert_eq!(
             shown(&status),
             "Helper:         connected\n\
              Generation:     3\n\
-             Configuration:  none, everything goes direct but for 'cgtproxy-exec proxy'\n\
+             Configuration:  none, everything goes direct unless cgtproxy-exec says otherwise\n\
              Monitor:        inotify, dbus\n\
              \x20 degraded: no watches\n\
              \n\
@@ -258,7 +251,9 @@ mod tests {
         status.targets.clear();
         status.controlGroups[0].skipped = Some("notOwned".into());
         let text = shown(&status);
-        assert!(text.contains("none, everything goes direct\n"), "{text}");
+        assert!(
+            text.contains("none, everything goes direct unless cgtproxy-exec says otherwise\n")
+        );
         // The port is one of the relay's own, and not that of the proxy.
         status.targets.push(Target {
             name: "there".into(),

@@ -115,12 +115,19 @@ fn status_and_explain_show_what_is_in_force() {
         "{out}"
     );
     let (_, out, _) = run(&["status"]);
-    assert!(out.contains("direct  relay "), "{out}");
+    // As 'apps' has it.
+    assert!(out.contains("direct  the relay "), "{out}");
+    let file = world.config.to_str().unwrap();
+    // No rule has anything to do with that one.
+    let (_, out, _) = run(&["explain", "--json", "_io.github.Foo.service"]);
+    let explained: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(explained["config"], file);
     let (_, out, _) = run(&["explain", "--json", "a.scope"]);
     let explained: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(explained["agentRunning"], true);
     assert_eq!(explained["controlGroup"]["rule"], 3);
     assert_eq!(explained["rule"]["line"], 9);
+    assert_eq!(explained["config"], file);
     for (name, said) in [
         (
             "nothing.scope",
@@ -160,7 +167,7 @@ fn check_of_no_file_is_no_failure_unless_it_was_named() {
         output(command)
     };
     let said = format!(
-        "there is no file {}: everything goes direct\n",
+        "there is no file {}: everything goes direct unless cgtproxy-exec says otherwise\n",
         world.config.display()
     );
     assert_eq!(check(&[]), (Some(0), said, String::new()));

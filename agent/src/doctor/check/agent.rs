@@ -199,7 +199,7 @@ fn configuration(facts: &Facts) -> Option<Finding> {
         ConfigState::Missing => Some(
             Finding::note("config-missing", format!("there is no file {file}"))
                 .effect(match facts.scope {
-                    Scope::User => "Everything goes direct, but for what cgtproxy-exec drops.",
+                    Scope::User => "Everything goes direct unless cgtproxy-exec says otherwise.",
                     Scope::System => words(facts.scope).idle,
                 })
                 .advice("write one: see cgtproxy.yaml(5)"),
