@@ -90,6 +90,7 @@ impl Selector {
 impl fmt::Display for Selector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Match(pattern) if pattern.text.is_empty() => f.write_str("match: \"\""),
             Self::Match(pattern) => write!(f, "match: {pattern}"),
             Self::App(names) => write!(f, "app: {names}"),
             Self::Unit(names) => write!(f, "unit: {names}"),
@@ -403,6 +404,13 @@ mod tests {
             let found = [&app, &unit, &slice].map(|selector| selector.below(&group(path)));
             assert_eq!(found, below, "{path}");
         }
+    }
+
+    #[test]
+    fn an_expression_that_can_not_be_seen_is_quoted() {
+        let shown = |pattern| Selector::Match(Pattern::new(pattern).unwrap()).to_string();
+        assert_eq!(shown(""), "match: \"\"");
+        assert_eq!(shown("^/x"), "match: ^/x");
     }
 
     fn is_all(pattern: &str) -> bool {
