@@ -16,6 +16,13 @@ pub(super) fn check(facts: &Facts, group: &mut Group) {
     group.found(bridged(facts, gateway));
 }
 
+/// What has a value, and its verb.
+fn are(names: &[impl AsRef<str>]) -> String {
+    let verb = if names.len() == 1 { "is" } else { "are" };
+    let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
+    format!("{} {verb}", names.join(" and "))
+}
+
 /// The finding about variables of sysctl that are off, of the families that the proxy takes.
 fn not_forwarding(proxy: Option<&Proxy>, off: &[String]) -> Option<Finding> {
     let takes = |name: &&String| match (proxy, name.starts_with("net.ipv6.")) {
@@ -28,7 +35,7 @@ fn not_forwarding(proxy: Option<&Proxy>, off: &[String]) -> Option<Finding> {
         let names: Vec<&str> = off.iter().map(|name| name.as_str()).collect();
         let finding = Finding::warning(
             "gateway-forwarding",
-            format!("the machine does not forward: {} is 0", names.join(" and ")),
+            format!("the machine does not forward: {} 0", are(&names)),
         )
         .effect("Of what hosts behind the 'gateway' send, only what goes to its proxy gets anywhere: neither ping nor what 'bypass' lists.")
         .advice("a line for each in /etc/sysctl.d keeps it");
@@ -45,8 +52,8 @@ fn source_checked(proxy: Option<&Proxy>, on: &[String]) -> Option<Finding> {
         let finding = Finding::error(
             "gateway-src-valid-mark",
             format!(
-                "the kernel takes senders behind the 'gateway' for itself: {} is 1, as wg-quick sets it",
-                on.join(" and ")
+                "the kernel takes senders behind the 'gateway' for itself: {} 1, as wg-quick sets it",
+                are(on)
             ),
         )
         .effect("What the 'gateway' diverts over IPv4 is dropped; nothing of it leaves directly.")

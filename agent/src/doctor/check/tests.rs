@@ -847,6 +847,18 @@ fn what_is_kept_of_an_agent_that_is_gone_does_not_pass_for_direct() {
     assert!(effect(&facts).contains("still dropped"));
 }
 
+#[test]
+fn each_of_several_variables_is_0() {
+    let mut facts = fine();
+    let problem = |facts: &mut Facts, off: &[&str]| {
+        gateway(facts).forwarding_off = Ok(off.iter().map(|&name| name.to_owned()).collect());
+        only(facts, super::routing::check).problem
+    };
+    let (v4, v6) = ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding");
+    assert!(problem(&mut facts, &[v4]).ends_with(": net.ipv4.ip_forward is 0"));
+    assert!(problem(&mut facts, &[v4, v6]).ends_with(" and net.ipv6.conf.all.forwarding are 0"));
+}
+
 /// Whoever knows that nobody listens need not be told that the relay has found nobody.
 #[test]
 fn a_proxy_that_nobody_is_is_said_once() {
