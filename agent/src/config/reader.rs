@@ -113,6 +113,7 @@ impl<'t> Reader<'t> {
         };
         let mut entries: Vec<(&'static str, &Node)> = Vec::new();
         let mut places: Vec<Place> = Vec::new();
+        let mut listed = false;
         for (key, value) in map {
             let name = self.written(key);
             match known.iter().find(|k| **k == name) {
@@ -121,10 +122,16 @@ impl<'t> Reader<'t> {
                         key.place,
                         format!("unknown key '{}' in {what}", printable(&name)),
                     );
-                    finding.help = Some(match nearest(&name, known.iter().copied()) {
-                        Some(near) => format!("did you mean '{near}'?"),
-                        None => format!("known are {}", list(known)),
-                    });
+                    finding.help = match nearest(&name, known.iter().copied()) {
+                        Some(near) => Some(format!("did you mean '{near}'?")),
+                        // Of another program's file, none of the keys may be known.
+                        None if listed => None,
+                        None => Some(format!("known are {}", list(known))),
+                    };
+                    listed |= finding
+                        .help
+                        .as_ref()
+                        .is_some_and(|help| help.starts_with("known"));
                 }
                 Some(known) => {
                     let first = entries.iter().position(|(k, _)| k == known);

@@ -692,6 +692,16 @@ proptest! {
 }
 
 #[test]
+fn all_keys_are_listed_once() {
+    // As from another program's file.
+    let found = found("version: 1\nexternal-controller: x\nallow-lan: true\nproxy-groups: []\n");
+    assert_eq!(found.len(), 3, "{found:?}");
+    let lists = |line: &&String| line.contains("known are 'version', ");
+    assert_eq!(found.iter().filter(lists).count(), 1, "{found:?}");
+    assert!(lists(&&found[0]), "{found:?}");
+}
+
+#[test]
 fn the_monitor_is_one_of_three() {
     use crate::watch::Monitor;
     let monitor = |text: &str| {
