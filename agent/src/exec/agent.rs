@@ -30,6 +30,9 @@ pub enum Error {
     /// Nobody listens.
     #[error("cgtproxy-agent is not running; {START}, or use --no-wait to do without it")]
     NotRunning,
+    /// The same, for who wants to know what only an agent knows.
+    #[error("cgtproxy-agent is not running; {START}")]
+    NotRunningToList,
     /// Root has no agent for cgtproxy-exec.
     #[error(
         "root has no targets of its own, and no cgtproxy-agent that knows any: as a user, say \

@@ -159,7 +159,11 @@ fn run(options: Options) -> Result<(), Error> {
 
 /// Prints all targets.
 async fn list() -> Result<(), Error> {
-    let mut agent = Agent::connect(default_socket(config::Scope::User)).await?;
+    let connected = Agent::connect(default_socket(config::Scope::User)).await;
+    let mut agent = connected.map_err(|error| match error {
+        AgentError::NotRunning => AgentError::NotRunningToList,
+        error => error,
+    })?;
     let mut targets = agent.targets().await?.targets;
     targets.push(String::new());
     let lines = targets.join("\n");

@@ -516,6 +516,25 @@ fn lists_targets_for_completion() {
     assert_eq!(session.asked(), [Asked::Targets]);
 }
 
+/// Without an agent nobody knows them.
+#[test]
+fn who_lists_targets_is_not_told_to_do_without_an_agent() {
+    let mut session = Session::new(Behaviour {
+        agent: false,
+        ..Behaviour::default()
+    });
+    session.release = None;
+    let mut command = session.wrapped("unshare", ["--user", "--map-user=1000"], ["--list"]);
+    let output = command.output().unwrap();
+    assert_refused(
+        &output,
+        125,
+        &["not running", "enable --now cgtproxy-agent"],
+    );
+    let said = stderr(&output);
+    assert!(!said.contains("--no-wait"), "{said}");
+}
+
 #[test]
 fn a_reader_of_the_list_that_is_gone_is_no_error() {
     let session = Session::new(Behaviour::default());
