@@ -39,7 +39,7 @@ impl Head<'_> {
     pub(crate) fn paper(&self, text: &str) -> Paper {
         Paper {
             path: format!("man{0}/{1}.{0}", self.section, self.name),
-            text: tidy(text),
+            text: tidy(&spelled(text)),
         }
     }
 
@@ -61,6 +61,13 @@ pub(crate) fn see_also(roff: &mut Roff, own: &str) {
         line.extend([bold(name), roman(format!("({section})"))]);
     }
     roff.text(line);
+}
+
+/// Writes what groff can't show in the C locale in other characters, by which no line becomes a request.
+fn spelled(text: &str) -> String {
+    [("…", "\\&..."), ("−", "\\-"), ("ⁿ", "\\(han")]
+        .iter()
+        .fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
 /// Makes lines as they should be: short, none blank in running text, and no paragraph begun twice.

@@ -96,6 +96,35 @@ fn no_manual_page_is_worth_a_remark() {
     }
 }
 
+/// groff has no character for others in the C locale, where man warns of each.
+#[test]
+fn manual_pages_are_read_in_every_locale() {
+    for paper in papers().iter().filter(|p| p.path.starts_with("man")) {
+        let others = paper.text.lines().filter(|line| !line.is_ascii());
+        assert_eq!(others.collect::<Vec<_>>(), [""; 0], "{}", paper.path);
+    }
+}
+
+/// What a section calls "it" is in its heading, which the page has in another place.
+#[test]
+fn a_files_page_begins_with_where_the_file_is() {
+    for (path, file) in [
+        (
+            "man5/cgtproxy.yaml.5",
+            "The file is config.yaml in $XDG_CONFIG_HOME/cgtproxy",
+        ),
+        (
+            "man5/cgtproxy-helper.yaml.5",
+            "The helper reads /etc/cgtproxy/helper.yaml when it starts",
+        ),
+    ] {
+        let page = page(path);
+        let (_, description) = page.split_once("DESCRIPTION\n").unwrap();
+        let first = description.trim_start();
+        assert!(first.starts_with(file), "{path}: {}", &first[..100]);
+    }
+}
+
 #[test]
 fn every_paper_is_installed() {
     let (papers, directory) = written();
