@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use cgtproxy_proto::nearest::nearest;
-use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
+use cgtproxy_proto::{HELP_COLUMNS, HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
 
@@ -36,6 +36,7 @@ const ENVIRONMENT: &str = "Environment:\n\
 #[command(
     name = "cgtproxy-agent",
     version,
+    max_term_width = HELP_COLUMNS,
     after_help = EXIT_STATUS,
     after_long_help = format!("{EXIT_STATUS}\n\n{ENVIRONMENT}")
 )]

@@ -60,5 +60,8 @@ pub const HELPER_SOCKET: &str = "/run/cgtproxy/helper.sock";
 /// The environment variable that names another socket of the helper: for the helper itself, the agent and the relay.
 pub const HELPER_SOCKET_VARIABLE: &str = "CGTPROXY_SOCKET";
 
+/// How wide what `--help` prints may be, in a terminal that is wider than that and where there is none.
+pub const HELP_COLUMNS: usize = 100;
+
 /// The uids of system users, from the first to the last of each range: systemd's uids-gids document.
 pub const SYSTEM_UIDS: [(u32, u32); 2] = [(1, 999), (61184, 65519)];

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use cgtproxy_proto::{HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
+use cgtproxy_proto::{HELP_COLUMNS, HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
 use clap::Parser;
 
 /// What ends every help.
@@ -31,6 +31,7 @@ const ENVIRONMENT: &str = "Environment:\n\
 #[command(
     name = "cgtproxy-relay",
     version,
+    max_term_width = HELP_COLUMNS,
     after_help = EXIT_STATUS,
     after_long_help = format!("{EXIT_STATUS}\n\n{ENVIRONMENT}")
 )]

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 
+use cgtproxy_proto::HELP_COLUMNS;
 use clap::Parser;
 
 /// What ends every help.
@@ -28,6 +29,7 @@ const ENVIRONMENT: &str = "Environment:\n\
 #[command(
     name = "cgtproxy-exec",
     version,
+    max_term_width = HELP_COLUMNS,
     override_usage = "cgtproxy-exec [--no-wait] TARGET COMMAND [ARGUMENT]...\n       \
                       cgtproxy-exec [--no-wait] --pid PID TARGET\n       \
                       cgtproxy-exec --list",

@@ -126,6 +126,35 @@ fn a_files_page_begins_with_where_the_file_is() {
 }
 
 #[test]
+fn no_help_is_wider_than_a_page() {
+    for mut command in [
+        cgtproxy_helper::cli::Arguments::command(),
+        cgtproxy_relay::cli::Arguments::command(),
+        cgtproxy_agent::cli::Arguments::command(),
+        cgtproxy_agent::exec::Options::command(),
+    ] {
+        command.build();
+        assert_narrow(&mut command);
+    }
+}
+
+/// Insists on that for a command and all of its own.
+fn assert_narrow(command: &mut clap::Command) {
+    for help in [command.render_help(), command.render_long_help()] {
+        for line in help.to_string().lines() {
+            assert!(
+                line.chars().count() <= 100,
+                "{}: {line}",
+                command.get_name()
+            );
+        }
+    }
+    for sub in command.get_subcommands_mut() {
+        assert_narrow(sub);
+    }
+}
+
+#[test]
 fn every_paper_is_installed() {
     let (papers, directory) = written();
     let output = run(Command::new(workspace().join("packaging/install"))
