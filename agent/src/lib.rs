@@ -11,6 +11,10 @@ pub mod cli;
 pub mod command;
 pub mod config;
 pub mod connection;
+// The bounds are of such builds.
+#[cfg(all(test, debug_assertions, target_arch = "x86_64"))]
+#[path = "../../tests/counts/counter.rs"]
+mod counter;
 pub mod doctor;
 pub mod exec;
 #[cfg(any(test, fuzzing))]

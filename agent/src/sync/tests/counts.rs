@@ -1,16 +1,13 @@
 //! The agent's hot paths, from a control group to the text of a call, whose instructions are counted.
 
-#[path = "../../../../tests/counts/counter.rs"]
-mod counter;
-
 use std::hint::black_box;
 use std::rc::Rc;
 
 use cgtproxy_proto::path::ControlGroupPath;
 
+use crate::counter::{counted, within_bound};
 use crate::policy::{Element, Pattern, Rule, Rules, Selector, Start, Target, Tree};
 use crate::sync::{Call, Ledger, wire};
-use counter::{counted, within_bound};
 
 const PREFIX: &[u8] = b"/user.slice/user-1000.slice/user@1000.service";
 

@@ -1,10 +1,7 @@
 //! The agent's hot path from inotify's events to a tree that is watched, whose instructions are counted.
 
-#[path = "../../../../tests/counts/counter.rs"]
-mod counter;
-
 use super::*;
-use counter::{counted, within_bound};
+use crate::counter::{counted, within_bound};
 
 /// Applications in slices of their own, as many as one read(2) has events of.
 #[tokio::test]
