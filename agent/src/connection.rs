@@ -7,6 +7,8 @@ use cgtproxy_proto::client::{CallError, Client};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::config::Scope;
+
 /// Why there is no connection.
 #[derive(Debug)]
 pub enum ConnectError {
@@ -25,6 +27,11 @@ pub enum ConnectError {
 pub(crate) fn nobody_listens(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionRefused, NotFound};
     matches!(error.kind(), NotFound | ConnectionRefused)
+}
+
+/// Whether an error of connecting to an agent's socket says that only root may, since it is the system's.
+pub(crate) fn is_roots(scope: Scope, error: &io::Error) -> bool {
+    scope == Scope::System && error.kind() == io::ErrorKind::PermissionDenied
 }
 
 /// A connection to an agent.

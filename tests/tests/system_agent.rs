@@ -247,6 +247,14 @@ fn it_tells(system: &System, alice: &SystemUser) {
     // Without its own agent a user is told by 'doctor' and asked to start it; root's is not the user's.
     let output = system.output_as(alice, &["cgtproxy-agent", "--system", "status"]);
     assert!(!output.status.success(), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("only root may ask"), "{said}");
+    let doctor = system.output_as(alice, &["cgtproxy-agent", "--system", "doctor"]);
+    let said = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert!(
+        said.contains("only root may ask it") && !said.contains("[agent-"),
+        "{said}"
+    );
 }
 
 /// What a user's own commands say of what the system policy decides.

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use super::Error;
 use crate::cli::Arguments;
 use crate::config::Scope;
-use crate::connection::{ConnectError, Connection};
+use crate::connection::{ConnectError, Connection, is_roots};
 use crate::server;
 
 /// How long the agent may take to answer.
@@ -38,6 +38,9 @@ impl Agent {
                 Scope::User => Error::NotRunning,
                 Scope::System => Error::SystemNotRunning,
             }),
+            Err(ConnectError::Failed { source, .. }) if is_roots(scope, &source) => {
+                Err(Error::SystemIsAskedByRoot)
+            }
             Err(ConnectError::Failed { socket, source }) => Err(Error::Connect {
                 path: socket,
                 source,

@@ -43,7 +43,7 @@ fn gather(arguments: &Arguments) -> Result<Facts, Error> {
     let (helper, agent, relay) = super::runtime()?.block_on(async {
         let (helper, agent) = tokio::join!(
             facts::ask_helper(&arguments.socket),
-            facts::ask_agent(&agent_socket)
+            facts::ask_agent(&agent_socket, arguments.scope())
         );
         let relayed = match &agent {
             Agent::Answers(status) => relay::is_to_be_asked(status),

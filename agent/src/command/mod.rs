@@ -71,6 +71,9 @@ pub enum Error {
     /// The helper would take it for the user's own.
     #[error("only root runs the system's agent; leave out --system")]
     SystemIsRoots,
+    /// Its directory is root's.
+    #[error("only root may ask the system's cgtproxy-agent: use 'sudo cgtproxy-agent --system'")]
+    SystemIsAskedByRoot,
     /// The agent's socket is of no use.
     #[error("can't connect to cgtproxy-agent at {}", .path.display())]
     Connect {

@@ -17,6 +17,8 @@ struct Words {
     reload: &'static str,
     /// What it means that no rule is in force.
     idle: &'static str,
+    /// What it means that it can't be asked.
+    mute: &'static str,
 }
 
 fn words(scope: Scope) -> Words {
@@ -27,6 +29,7 @@ fn words(scope: Scope) -> Words {
             new_unit: Some("systemctl --user daemon-reload"),
             reload: "systemctl --user reload cgtproxy-agent",
             idle: "Everything of yours goes direct.",
+            mute: "cgtproxy-exec and 'cgtproxy-agent status' don't work.",
         },
         Scope::System => Words {
             enable: "systemctl enable --now cgtproxy-agent-system",
@@ -35,6 +38,7 @@ fn words(scope: Scope) -> Words {
             new_unit: None,
             reload: "systemctl reload cgtproxy-agent-system",
             idle: "Everything goes direct but for what users say themselves.",
+            mute: "'cgtproxy-agent --system status' does not work.",
         },
     }
 }
@@ -53,6 +57,13 @@ fn keeps(facts: &Facts) -> bool {
 
 pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("agent");
+    if matches!(facts.agent, Agent::Roots) {
+        group.unseen.push(format!(
+            "{}: only root may ask it, with 'sudo {}'",
+            facts.scope.agent(),
+            facts.command("doctor")
+        ));
+    }
     group.found(running(facts));
     group.found(configuration(facts));
     if let Agent::Answers(status) = &facts.agent {
@@ -83,13 +94,15 @@ fn running(facts: &Facts) -> Option<Finding> {
                 .command(words.enable),
             );
         }
+        // That is no fault of the agent's.
+        Agent::Roots => return None,
         Agent::Unreachable(why) => {
             return Some(
                 Finding::error(
                     "agent-unreachable",
                     format!("{} can't be asked: {why}", facts.scope.agent()),
                 )
-                .effect("cgtproxy-exec and 'cgtproxy-agent status' don't work.")
+                .effect(words.mute)
                 .command(words.restart),
             );
         }
@@ -102,7 +115,7 @@ fn running(facts: &Facts) -> Option<Finding> {
                         facts.scope.agent()
                     ),
                 )
-                .effect("cgtproxy-exec and 'cgtproxy-agent status' don't work.")
+                .effect(words.mute)
                 // A restart would not end them.
                 .advice("end programs that keep connections to its socket open"),
             );

@@ -883,6 +883,26 @@ fn a_proxy_that_is_down_has_no_time_limit_that_is_another() {
     );
 }
 
+/// The system's agent is well, and a restart would change nothing.
+#[test]
+fn nobody_but_root_is_told_to_mend_the_systems_agent() {
+    let mut facts = fine();
+    facts.scope = Scope::System;
+    facts.agent = Agent::Roots;
+    let group = super::agent::check(&facts);
+    assert_eq!(group.findings, []);
+    assert_eq!(
+        group.unseen,
+        [
+            "the system's cgtproxy-agent: only root may ask it, with 'sudo cgtproxy-agent --system doctor'"
+        ]
+    );
+    // cgtproxy-exec does not ask it.
+    facts.agent = Agent::Unreachable("reset".into());
+    let finding = only(&facts, super::agent::check);
+    assert!(!finding.effect.contains("cgtproxy-exec"), "{finding:?}");
+}
+
 /// The one finding of a check.
 fn only(facts: &Facts, check: fn(&Facts) -> Group) -> Finding {
     let findings = check(facts).findings;

@@ -16,8 +16,8 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use super::{Agent, ConfigState, Dns, Helper, Here, Proxy, Server};
-use crate::config::{self, ConfigFile, LoadError};
-use crate::connection::{ConnectError, Connection};
+use crate::config::{self, ConfigFile, LoadError, Scope};
+use crate::connection::{ConnectError, Connection, is_roots};
 use crate::doctor::Look;
 use crate::text::chain;
 
@@ -107,10 +107,13 @@ async fn ask_status(socket: &Path) -> Result<(Client, GetStatus_Reply), Helper> 
 }
 
 /// Asks the agent for its state.
-pub async fn ask_agent(socket: &Path) -> Agent {
+pub async fn ask_agent(socket: &Path, scope: Scope) -> Agent {
     let mut connection = match timeout(PATIENCE, Connection::open(socket.to_owned())).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(ConnectError::NotRunning)) => return Agent::NotRunning,
+        Ok(Err(ConnectError::Failed { source, .. })) if is_roots(scope, &source) => {
+            return Agent::Roots;
+        }
         Ok(Err(ConnectError::Failed { source, .. })) => return Agent::Unreachable(chain(&source)),
         Err(_) => return Agent::Unreachable(no_answer()),
     };

@@ -90,6 +90,8 @@ pub enum Helper {
 pub enum Agent {
     /// It is not running.
     NotRunning,
+    /// It is the system's, and only root may ask it.
+    Roots,
     /// It can't be asked.
     Unreachable(String),
     /// It serves no more programs than these at once.
