@@ -19,6 +19,7 @@ pub mod doctor;
 pub mod exec;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+pub mod otherwise;
 pub mod policy;
 pub mod relay;
 pub mod reload;

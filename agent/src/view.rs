@@ -163,5 +163,6 @@ fn shown(rule: &policy::Rule) -> Rule {
         selector: rule.selector.to_string(),
         target: rule.target.name().to_owned(),
         line: i64::try_from(rule.line).ok(),
+        enforce: rule.enforce.then_some(true),
     }
 }

@@ -265,6 +265,20 @@ fn users_are_told(system: &System, alice: &SystemUser) {
         of_nobody.contains("is left to the system policy"),
         "{of_nobody}"
     );
+    let status = system.run_as(alice, &["cgtproxy-agent", "status"]);
+    let row = status
+        .lines()
+        .find(|line| line.ends_with("/app-gnome-firefox-7.scope"));
+    assert!(
+        row.is_some_and(|row| row.starts_with("system policy ")),
+        "{status}"
+    );
+    // To root they come before what is not enforced.
+    let seen = system.run(&["cgtproxy-agent", "--system", "explain", "app-own-1.scope"]);
+    assert!(
+        seen.contains("unless that user's own rules decide"),
+        "{seen}"
+    );
     let of_rule = explain("app-own-1.scope");
     assert!(
         of_rule.contains("goes through 'own'\n")

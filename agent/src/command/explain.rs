@@ -16,7 +16,7 @@ use super::Error;
 use super::client::Agent;
 use crate::cli::Arguments;
 use crate::config::Scope;
-use crate::doctor::facts;
+use crate::otherwise::{Otherwise, UNLESS};
 use crate::policy;
 use crate::subtree::{self, Subtree};
 use crate::text::{chain, printable};
@@ -36,32 +36,36 @@ pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<Exi
     let scope = arguments.scope();
     let subtree = super::own_subtree(arguments)?;
     let subject = subject(&subtree, what.as_bytes())?;
-    let (replies, status) = match Agent::connect(scope) {
+    let agent = match Agent::connect(scope) {
         Ok(mut agent) => {
             let status = agent.status(arguments)?;
-            let replies = ask(&mut agent, &status, &subtree, &subject, scope)?;
-            (replies, Some(status))
+            Some((agent, status))
         }
-        Err(Error::NotRunning | Error::SystemNotRunning) => {
-            (compute(arguments, &subtree, &subject)?, None)
-        }
+        Err(Error::NotRunning | Error::SystemNotRunning) => None,
         Err(error) => return Err(error),
     };
-    let system_policy = match scope {
-        Scope::User => system_policy(arguments)?,
-        Scope::System => None,
+    let otherwise = super::otherwise(arguments)?;
+    let (replies, status) = match agent {
+        Some((mut agent, status)) => {
+            let replies = ask(&mut agent, &status, &subtree, &subject, &otherwise)?;
+            (replies, Some(status))
+        }
+        None => (compute(arguments, &subtree, &subject)?, None),
     };
     let mut out = io::stdout().lock();
     if json {
-        let value = to_json(&replies, status.as_ref(), system_policy);
+        let value = to_json(&replies, status.as_ref(), otherwise.system_policy());
         serde_json::to_writer_pretty(&mut out, &value).map_err(io::Error::from)?;
         writeln!(out)?;
     } else {
         let texts = replies
             .iter()
-            .map(|reply| sentences(reply, scope, status.is_some(), system_policy == Some(true)));
+            .map(|reply| sentences(reply, status.is_some(), &otherwise));
         let mut text = texts.collect::<Vec<_>>().join("\n");
-        if let Some(older) = status.as_ref().and_then(|s| super::older(s, scope)) {
+        if let Some(older) = status
+            .as_ref()
+            .and_then(|status| super::older(status, &otherwise))
+        {
             text += &format!("\n{older}\n");
         }
         out.write_all(text.as_bytes())?;
@@ -91,12 +95,6 @@ fn to_json(
         "systemPolicy": system_policy,
         "others": replies.get(1..).unwrap_or_default(),
     })
-}
-
-/// Whether root has a policy for the machine; none if nobody can tell.
-fn system_policy(arguments: &Arguments) -> Result<Option<bool>, Error> {
-    let status = super::runtime()?.block_on(facts::helper_status(&arguments.socket));
-    Ok(status.and_then(|status| status.systemPolicy))
 }
 
 /// Makes out what was typed.
@@ -145,8 +143,9 @@ fn ask(
     status: &GetStatus_Reply,
     subtree: &Subtree,
     subject: &Subject,
-    scope: Scope,
+    otherwise: &Otherwise,
 ) -> Result<Vec<Explain_Reply>, Error> {
+    let scope = otherwise.scope();
     let paths = match subject {
         Subject::Absolute(path) => vec![relative(subtree, path)?],
         Subject::Name(name) => {
@@ -264,25 +263,27 @@ fn rule(reply: &Explain_Reply) -> String {
     }
 }
 
-/// `system_policy`: root has a policy for the machine as well.
-fn sentences(reply: &Explain_Reply, scope: Scope, running: bool, system_policy: bool) -> String {
-    let (group, agent) = (&reply.controlGroup, super::program(scope));
-    let is_relay = group.relay == Some(true);
-    let undecided = group.rule.is_none() && !group.execSlice && !is_relay;
-    if system_policy && undecided {
-        let path = printable(&group.path);
+/// What a person is told of one control group.
+fn sentences(reply: &Explain_Reply, running: bool, otherwise: &Otherwise) -> String {
+    let (group, agent) = (&reply.controlGroup, super::program(otherwise.scope()));
+    let path = printable(&group.path);
+    if otherwise.is_left_to_system(group) {
+        let system = super::program(Scope::System);
         return format!(
             "{path}\n  is left to the system policy\n  No rule of yours matches it or anything above \
-             it.\n  '{} explain {path}' says what happens to it.\n",
-            super::program(Scope::System)
+             it.\n  '{system} explain {path}' says what happens to it.\n"
         );
     }
-    let what = match group.target.as_str() {
+    let is_relay = group.relay == Some(true);
+    let mut what = match group.target.as_str() {
         "direct" => "goes direct".to_owned(),
         "drop" => "is dropped, but for bypassed destinations".to_owned(),
         "drop-all" => "is dropped altogether".to_owned(),
         name => format!("goes through '{}'", printable(name)),
     };
+    if otherwise.yields(group, reply.rule.as_ref()) {
+        what += &format!(", {UNLESS}");
+    }
     let from = group.inheritedFrom.as_deref().map(printable);
     let why = match (group.rule, &from) {
         _ if group.execSlice => "It is in a slice of cgtproxy-exec.".to_owned(),
@@ -294,7 +295,7 @@ fn sentences(reply: &Explain_Reply, scope: Scope, running: bool, system_policy: 
         (None, _) => "No rule matches it or anything above it.".to_owned(),
     };
     let force = match (running, &group.skipped, group.inForce) {
-        (false, ..) => super::nothing_is_in_force(scope),
+        (false, ..) => super::nothing_is_in_force(otherwise),
         (_, Some(reason), _) if reason == view::NO_ROOM => {
             format!(
                 "It is not in force: there is no room for another verdict; see '{agent} status'."
@@ -311,10 +312,9 @@ fn sentences(reply: &Explain_Reply, scope: Scope, running: bool, system_policy: 
             format!("The kernel does not hold this verdict; see '{agent} status'.")
         }
     };
-    let path = printable(&group.path);
-    let system = match system_policy {
-        true => "  The system policy wins over this only where it has 'enforce: true'.\n",
-        false => "",
+    let system = match otherwise.system_policy() {
+        Some(true) => "  The system policy wins over this only where it has 'enforce: true'.\n",
+        _ => "",
     };
     let rule = rule(reply);
     format!("{path}\n  {what}\n  {why}\n{rule}  {force}\n{system}")
@@ -323,6 +323,10 @@ fn sentences(reply: &Explain_Reply, scope: Scope, running: bool, system_policy: 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn otherwise(scope: Scope) -> Otherwise {
+        Otherwise::new(scope, None)
+    }
 
     #[test]
     fn makes_out_what_is_meant() {
@@ -374,7 +378,7 @@ mod tests {
             ("later\x1b", "(later\\u{1b})"),
         ] {
             reply.controlGroup.skipped = Some(reason.into());
-            let text = sentences(&reply, Scope::User, true, false);
+            let text = sentences(&reply, true, &otherwise(Scope::User));
             assert!(text.contains(said), "{text}");
         }
     }
@@ -389,11 +393,11 @@ mod tests {
         };
         for skipped in [None, Some(view::NO_ROOM.to_owned())] {
             reply.controlGroup.skipped = skipped;
-            let text = |scope| sentences(&reply, scope, true, false);
+            let text = |scope| sentences(&reply, true, &otherwise(scope));
             assert!(text(Scope::System).contains("see 'sudo cgtproxy-agent --system status'"));
             assert!(text(Scope::User).contains("see 'cgtproxy-agent status'"));
         }
-        let text = sentences(&reply, Scope::System, false, false);
+        let text = sentences(&reply, false, &otherwise(Scope::System));
         assert!(text.contains("the system's cgtproxy-agent is not running"));
     }
 }

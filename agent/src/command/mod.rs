@@ -21,6 +21,8 @@ use tokio::runtime::Runtime;
 
 use crate::cli::{Arguments, Check, Command};
 use crate::config::{self, Config, ConfigFile, LoadError, Scope};
+use crate::doctor::facts;
+use crate::otherwise::Otherwise;
 use crate::relay;
 use crate::run::{self, Options};
 use crate::server;
@@ -191,18 +193,24 @@ fn program(scope: Scope) -> &'static str {
     }
 }
 
+/// What becomes of what no rule of this agent's decides, as far as the helper tells.
+fn otherwise(arguments: &Arguments) -> Result<Otherwise, Error> {
+    let helper = runtime()?.block_on(facts::helper_status(&arguments.socket));
+    Ok(Otherwise::new(arguments.scope(), helper.as_ref()))
+}
+
 /// What is said where no agent runs, of what is shown all the same.
-fn nothing_is_in_force(scope: Scope) -> String {
+fn nothing_is_in_force(otherwise: &Otherwise) -> String {
     format!(
         "{} is not running: nothing of this is in force.",
-        scope.agent()
+        otherwise.scope().agent()
     )
 }
 
 /// What there is to say to somebody who takes what is in force for what the file says; none if it is that.
-fn older(status: &GetStatus_Reply, scope: Scope) -> Option<String> {
+fn older(status: &GetStatus_Reply, otherwise: &Otherwise) -> Option<String> {
     status.configError.as_ref()?;
-    let agent = program(scope);
+    let agent = program(otherwise.scope());
     Some(match status.awaits {
         Some(Awaited::configuration) => format!(
             "The configuration file has a mistake, and none of its rules is in force: see '{agent} check'."
@@ -249,7 +257,8 @@ fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCod
         Err(Error::Config(LoadError::Missing(_))) if !file.explicit => {
             not_roots_own(arguments)?;
             let name = printable(&file.path.to_string_lossy());
-            let holds = file.scope.without_file();
+            // Nobody is asked, so that it can be said where nothing runs.
+            let holds = Otherwise::new(file.scope, None).without_file();
             print(format!("there is no file {name}: {holds}\n").as_bytes())?;
             Ok(ExitCode::SUCCESS)
         }

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use cgtproxy_proto::agent::{ControlGroup, GetStatus_Reply, Target};
+use cgtproxy_proto::agent::{ControlGroup, GetStatus_Reply, Rule, Target};
 use cgtproxy_proto::relay::GetStatus_Reply as RelayStatus;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ use super::Error;
 use super::client::Agent;
 use super::table::{dash, table};
 use crate::cli::Arguments;
-use crate::config::Scope;
+use crate::otherwise::{self, Otherwise, SYSTEM_POLICY, is_enforced};
 use crate::relay;
 use crate::text::printable;
 use crate::view;
@@ -22,6 +22,9 @@ use crate::view;
 struct WithRelay<'a> {
     #[serde(flatten)]
     agent: &'a GetStatus_Reply,
+    /// Whether root has a policy for the machine besides; none if nobody can tell.
+    #[serde(rename = "systemPolicy")]
+    system_policy: Option<bool>,
     /// Of those who have one: its own answer, or why there is none.
     relay: Option<Value>,
 }
@@ -30,6 +33,7 @@ struct WithRelay<'a> {
 pub(super) fn run(arguments: &Arguments, json: bool) -> Result<ExitCode, Error> {
     let mut status = Agent::connect(arguments.scope())?.status(arguments)?;
     ports(&mut status);
+    let otherwise = super::otherwise(arguments)?;
     let relay = match relay::is_to_be_asked(&status) {
         true => Some(relay_status()?),
         false => None,
@@ -42,12 +46,13 @@ pub(super) fn run(arguments: &Arguments, json: bool) -> Result<ExitCode, Error> 
         });
         let all = WithRelay {
             agent: &status,
+            system_policy: otherwise.system_policy(),
             relay,
         };
         serde_json::to_writer_pretty(&mut out, &all).map_err(io::Error::from)?;
         writeln!(out)?;
     } else {
-        print(&mut out, &status, arguments.scope())?;
+        print(&mut out, &status, &otherwise)?;
         if let Some(relay) = relay {
             print_relay(&mut out, relay.as_ref())?;
         }
@@ -95,7 +100,7 @@ fn print_relay(out: &mut impl Write, status: Result<&RelayStatus, &String>) -> i
     )
 }
 
-fn print(out: &mut impl Write, status: &GetStatus_Reply, scope: Scope) -> io::Result<()> {
+fn print(out: &mut impl Write, status: &GetStatus_Reply, otherwise: &Otherwise) -> io::Result<()> {
     let problem = status.problem.as_deref().map(printable);
     match (status.connected, problem) {
         (true, None) => writeln!(out, "Helper:         connected")?,
@@ -108,7 +113,7 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply, scope: Scope) -> io::Re
     }
     writeln!(out, "Generation:     {}", status.generation)?;
     let config = status.config.as_deref();
-    let none = || format!("none, {}", scope.without_file());
+    let none = || format!("none, {}", otherwise.without_file());
     let config = config.map_or_else(none, printable);
     writeln!(out, "Configuration:  {config}")?;
     if let Some(error) = &status.configError {
@@ -128,13 +133,7 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply, scope: Scope) -> io::Re
     table(
         out,
         &["TARGET", "PORT", "CONTROL GROUPS"],
-        status.targets.iter().map(|target| {
-            [
-                printable(&target.name),
-                port(target),
-                target.controlGroups.to_string(),
-            ]
-        }),
+        targets(status, otherwise).into_iter(),
     )?;
     writeln!(out)?;
     table(
@@ -142,13 +141,36 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply, scope: Scope) -> io::Re
         &["TARGET", "BY", "IN FORCE", "CONTROL GROUP"],
         status.controlGroups.iter().map(|group| {
             [
-                printable(&group.target),
-                by(group),
+                printable(otherwise.target(group)),
+                by(group, rule(status, group)),
                 in_force(group),
                 printable(&group.path),
             ]
         }),
-    )
+    )?;
+    let mut groups = status.controlGroups.iter();
+    if groups.any(|group| otherwise.yields(group, rule(status, group))) {
+        writeln!(out, "\n{}", otherwise::note())?;
+    }
+    Ok(())
+}
+
+/// The rows of the targets, with what is left to the system policy as one of them.
+fn targets(status: &GetStatus_Reply, otherwise: &Otherwise) -> Vec<[String; 3]> {
+    let groups = &status.controlGroups;
+    let count = |name: &str| {
+        let shown = groups.iter().filter(|g| otherwise.target(g) == name);
+        shown.count()
+    };
+    let row = |name: &str, port| [printable(name), port, count(name).to_string()];
+    let known = status.targets.iter().map(|t| row(&t.name, port(t)));
+    let system = (count(SYSTEM_POLICY) > 0).then(|| row(SYSTEM_POLICY, dash()));
+    known.chain(system).collect()
+}
+
+/// The rule that gives a control group its verdict.
+fn rule<'s>(status: &'s GetStatus_Reply, group: &ControlGroup) -> Option<&'s Rule> {
+    status.rules.as_ref()?.get(view::rule_index(group)?)
 }
 
 /// Where a proxy listens. Of what is relayed that is a port of the relay's, which says nothing to anybody.
@@ -160,16 +182,18 @@ fn port(target: &Target) -> String {
 }
 
 /// What gives a control group its verdict, in a word.
-fn by(group: &ControlGroup) -> String {
+fn by(group: &ControlGroup, rule: Option<&Rule>) -> String {
     let what = match (group.execSlice, group.rule) {
         (true, _) => "cgtproxy-exec".to_owned(),
         (false, Some(number)) => format!("rule {number}"),
         (false, None) if group.relay == Some(true) => "the relay".to_owned(),
         (false, None) => return dash(),
     };
-    match group.inheritedFrom {
-        Some(_) => format!("{what} (inherited)"),
-        None => what,
+    match (is_enforced(rule), &group.inheritedFrom) {
+        (true, Some(_)) => format!("{what} (enforced, inherited)"),
+        (true, None) => format!("{what} (enforced)"),
+        (false, Some(_)) => format!("{what} (inherited)"),
+        (false, None) => what,
     }
 }
 
@@ -184,6 +208,7 @@ fn in_force(group: &ControlGroup) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Scope;
 
     #[test]
     fn shows_names_of_others_harmlessly_and_in_columns() {
@@ -219,16 +244,17 @@ mod tests {
             ],
             rules: None,
         };
+        let otherwise = Otherwise::knowing(Scope::User, false);
         let shown = |status: &GetStatus_Reply| {
             let mut out = Vec::new();
-            print(&mut out, status, Scope::User).unwrap();
+            print(&mut out, status, &otherwise).unwrap();
             String::from_utf8(out).unwrap()
         };
         assert_eq!(
             shown(&status),
             "Helper:         connected\n\
              Generation:     3\n\
-             Configuration:  none, everything goes direct unless cgtproxy-exec says otherwise\n\
+             Configuration:  none, everything goes direct, unless cgtproxy-exec says otherwise\n\
              Monitor:        inotify, dbus\n\
              \x20 degraded: no watches\n\
              \n\
@@ -252,7 +278,7 @@ mod tests {
         status.controlGroups[0].skipped = Some("notOwned".into());
         let text = shown(&status);
         assert!(
-            text.contains("none, everything goes direct unless cgtproxy-exec says otherwise\n")
+            text.contains("none, everything goes direct, unless cgtproxy-exec says otherwise\n")
         );
         // The port is one of the relay's own, and not that of the proxy.
         status.targets.push(Target {
@@ -264,5 +290,58 @@ mod tests {
         let text = shown(&status);
         assert!(text.contains("there   relay  0\n"), "{text}");
         assert!(text.contains("no: it belongs to another user"), "{text}");
+    }
+
+    #[test]
+    fn what_users_decide_before_the_system_policy_is_not_said_to_hold() {
+        let group = |path: &str, rule| ControlGroup {
+            path: path.into(),
+            target: "drop".into(),
+            rule: Some(rule),
+            inheritedFrom: None,
+            execSlice: false,
+            inForce: true,
+            skipped: None,
+            relay: None,
+        };
+        let rule = |enforce| Rule {
+            selector: "app: a".into(),
+            target: "drop".into(),
+            line: None,
+            enforce,
+        };
+        let base = "/user.slice/user-5.slice/user@5.service";
+        let status = |groups| GetStatus_Reply {
+            version: "1".into(),
+            connected: true,
+            problem: None,
+            awaits: None,
+            generation: 3,
+            config: None,
+            configError: None,
+            monitors: None,
+            monitorProblem: None,
+            targets: Vec::new(),
+            controlGroups: groups,
+            rules: Some(vec![rule(None), rule(Some(true))]),
+        };
+        let shown = |scope, groups| {
+            let mut out = Vec::new();
+            print(&mut out, &status(groups), &Otherwise::knowing(scope, true)).unwrap();
+            String::from_utf8(out).unwrap()
+        };
+        let (app, service) = (format!("{base}/a.scope"), "/system.slice/a.service");
+        let note = otherwise::note();
+        let text = shown(Scope::System, vec![group(&app, 1), group(&app, 2)]);
+        assert!(text.contains("drop    rule 2 (enforced)  yes"), "{text}");
+        assert!(text.contains("drop    rule 1             yes"), "{text}");
+        assert!(text.ends_with(&format!("\n\n{note}\n")), "{text}");
+        for (scope, groups) in [
+            (Scope::System, vec![group(&app, 2), group(service, 1)]),
+            (Scope::User, vec![group(&app, 1)]),
+        ] {
+            let text = shown(scope, groups);
+            assert!(!text.contains(&note), "{text}");
+        }
     }
 }

@@ -47,15 +47,6 @@ impl Scope {
             Self::System => "the system's cgtproxy-agent",
         }
     }
-
-    /// What holds without a file, for a person.
-    #[must_use]
-    pub fn without_file(self) -> &'static str {
-        match self {
-            Self::User => "everything goes direct unless cgtproxy-exec says otherwise",
-            Self::System => "everything goes direct",
-        }
-    }
 }
 
 /// The file that the configuration is in.

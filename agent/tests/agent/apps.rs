@@ -72,7 +72,8 @@ fn apps_lists_what_runs_with_and_without_an_agent() {
     let shared = format!(
         "Without a control group of their own, so that no rule can tell them apart:\n  \
          session-9.scope: {name}\n  vte-spawn-1.scope: {name}\n  org.gnome.Shell@wayland.service: {name}\n\
-         A login session (session-*.scope) is out of reach of your rules altogether: it goes direct.\n\
+         A login session (session-*.scope) is out of reach of your rules altogether: it goes direct, or as the \
+         system policy says.\n\
          Start such programs so that each gets one:\n"
     );
     let without = apps(&[]);

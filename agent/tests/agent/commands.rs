@@ -167,7 +167,7 @@ fn check_of_no_file_is_no_failure_unless_it_was_named() {
         output(command)
     };
     let said = format!(
-        "there is no file {}: everything goes direct unless cgtproxy-exec says otherwise\n",
+        "there is no file {}: everything goes direct, or as the system policy says, unless cgtproxy-exec says otherwise\n",
         world.config.display()
     );
     assert_eq!(check(&[]), (Some(0), said, String::new()));

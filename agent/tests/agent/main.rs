@@ -15,6 +15,7 @@ mod configuration;
 mod control_groups;
 mod documents;
 mod fake;
+mod otherwise;
 mod relay;
 mod session;
 mod target;

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use cgtproxy_proto::agent::ControlGroup;
+use cgtproxy_proto::agent::{ControlGroup, Rule};
 use cgtproxy_proto::path::ControlGroupPath;
 use serde_json::{Value, json};
 
@@ -15,7 +15,7 @@ use super::Error;
 use super::client::Agent;
 use super::table::{dash, table};
 use crate::cli::Arguments;
-use crate::config::Scope;
+use crate::otherwise::{self, Otherwise, is_enforced};
 use crate::policy::{Subject, application_ids, unit_name};
 use crate::subtree::Subtree;
 use crate::text::{count, printable};
@@ -28,8 +28,8 @@ const SELECTOR_CHARACTERS: usize = 40;
 /// The verdicts, whoever gave them.
 #[derive(Debug)]
 struct Verdicts {
-    /// Whose agent gave them.
-    scope: Scope,
+    /// What becomes of the rest.
+    otherwise: Otherwise,
     /// From an agent that runs, not from the configuration alone.
     running: bool,
     /// What is wrong with the file on disk, if they are not by it.
@@ -37,8 +37,8 @@ struct Verdicts {
     /// The same for a person, with what to do.
     older: Option<String>,
     groups: Vec<(ControlGroupPath, ControlGroup)>,
-    /// The selectors of the rules, in their order.
-    selectors: Vec<String>,
+    /// The rules, in their order.
+    rules: Vec<Rule>,
 }
 
 /// Something that runs.
@@ -50,7 +50,7 @@ struct Running {
     /// subtree's root.
     path: ControlGroupPath,
     group: ControlGroup,
-    selector: Option<String>,
+    rule: Option<Rule>,
     executables: BTreeSet<String>,
 }
 
@@ -86,18 +86,18 @@ pub(super) fn run(arguments: &Arguments, all: bool, json: bool) -> Result<ExitCo
 /// What the running agent says.
 fn ask(agent: &mut Agent, arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> {
     let status = agent.status(arguments)?;
-    let older = super::older(&status, arguments.scope());
+    let otherwise = super::otherwise(arguments)?;
+    let older = super::older(&status, &otherwise);
     let groups = status.controlGroups.into_iter();
-    let rules = status.rules.unwrap_or_default();
     Ok(Verdicts {
-        scope: arguments.scope(),
+        otherwise,
         running: true,
         config_error: status.configError,
         older,
         groups: groups
             .filter_map(|group| Some((subtree.from_wire(&group.path)?, group)))
             .collect(),
-        selectors: rules.into_iter().map(|rule| rule.selector).collect(),
+        rules: status.rules.unwrap_or_default(),
     })
 }
 
@@ -109,14 +109,13 @@ fn compute(arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> 
         (path, group)
     };
     let groups = subtree.control_groups().into_iter().map(judged).collect();
-    let rules = config.rules.rules.iter();
     Ok(Verdicts {
-        scope: arguments.scope(),
+        otherwise: super::otherwise(arguments)?,
         running: false,
         config_error: None,
         older: None,
         groups,
-        selectors: rules.map(|rule| rule.selector.to_string()).collect(),
+        rules: view::rules(&config),
     })
 }
 
@@ -143,7 +142,7 @@ fn running(subtree: &Subtree, verdicts: &Verdicts) -> Vec<Running> {
             ids: ids(&subject),
             path: shown,
             group: group.clone(),
-            selector: selector(verdicts, group),
+            rule: view::rule_index(group).and_then(|index| verdicts.rules.get(index).cloned()),
             executables: BTreeSet::new(),
         });
         entry.executables.extend(executables);
@@ -163,20 +162,17 @@ fn ids(subject: &Subject) -> Vec<String> {
         .unwrap_or_default()
 }
 
-fn selector(verdicts: &Verdicts, group: &ControlGroup) -> Option<String> {
-    verdicts.selectors.get(view::rule_index(group)?).cloned()
-}
-
 fn to_json(verdicts: &Verdicts, running: &[Running], shared: &[Shared], all: bool) -> Value {
     let shown = running.iter().filter(|r| all || r.is_of_interest());
     json!({
         "agentRunning": verdicts.running,
         "configError": verdicts.config_error,
+        "systemPolicy": verdicts.otherwise.system_policy(),
         "applications": shown.map(|r| json!({
             "id": r.ids.first(),
             "otherIds": r.ids.get(1..).unwrap_or_default(),
             "unit": unit(r),
-            "selector": r.selector,
+            "selector": r.rule.as_ref().map(|rule| &rule.selector),
             "executables": r.executables,
             "controlGroup": r.group,
         })).collect::<Vec<_>>(),
@@ -207,7 +203,8 @@ fn print(
     shared: &[Shared],
     all: bool,
 ) -> io::Result<()> {
-    let agent = super::program(verdicts.scope);
+    let otherwise = &verdicts.otherwise;
+    let agent = super::program(otherwise.scope());
     let shown: Vec<&Running> = running
         .iter()
         .filter(|r| all || r.is_of_interest())
@@ -218,15 +215,19 @@ fn print(
         let rows = shown.iter().map(|r| {
             [
                 r.ids.first().map_or_else(dash, |id| printable(id)),
-                printable(&r.group.target),
+                printable(otherwise.target(&r.group)),
                 by(r),
                 printable(&unit(r)),
             ]
         });
         table(out, &["APP", "TARGET", "BY", "UNIT"], rows)?;
     }
+    let yields = |r: &&Running| otherwise.yields(&r.group, r.rule.as_ref());
+    if shown.iter().any(yields) {
+        writeln!(out, "\n{}", otherwise::note())?;
+    }
     if !verdicts.running {
-        let nothing = super::nothing_is_in_force(verdicts.scope);
+        let nothing = super::nothing_is_in_force(otherwise);
         writeln!(out, "\n{nothing}")?;
     } else if shown.iter().any(|r| !r.group.inForce) {
         writeln!(out, "\nNot all of this is in force; see '{agent} status'.")?;
@@ -242,7 +243,7 @@ fn print(
             "\n{others}, of no application: '{agent} apps --all' shows them."
         )?;
     }
-    shared::print(out, shared)
+    shared::print(out, shared, otherwise)
 }
 
 /// What gives the verdict.
@@ -252,14 +253,18 @@ fn by(running: &Running) -> String {
         (true, _) => "cgtproxy-exec".to_owned(),
         (false, None) if group.relay == Some(true) => "the relay".to_owned(),
         (false, None) => return dash(),
-        (false, Some(number)) => match &running.selector {
+        (false, Some(number)) => match &running.rule {
             None => format!("rule {number}"),
-            Some(selector) => format!("rule {number} ({})", shortened(&printable(selector))),
+            Some(rule) => format!("rule {number} ({})", shortened(&printable(&rule.selector))),
         },
     };
+    let enforced = match is_enforced(running.rule.as_ref()) {
+        true => ", enforced",
+        false => "",
+    };
     match group.inheritedFrom {
-        Some(_) => format!("{what}, inherited"),
-        None => what,
+        Some(_) => format!("{what}{enforced}, inherited"),
+        None => format!("{what}{enforced}"),
     }
 }
 
@@ -277,6 +282,7 @@ fn shortened(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Scope;
 
     fn running(path: &str, rule: Option<i64>, selector: Option<&str>) -> Running {
         let path = ControlGroupPath::from_wire(path).unwrap();
@@ -294,7 +300,12 @@ mod tests {
                 relay: None,
             },
             path,
-            selector: selector.map(str::to_owned),
+            rule: selector.map(|selector| Rule {
+                selector: selector.into(),
+                target: "mihomo".into(),
+                line: None,
+                enforce: None,
+            }),
             executables: BTreeSet::new(),
         }
     }
@@ -319,12 +330,12 @@ mod tests {
             executables: ["fire\x1bfox", "xterm"].map(str::to_owned).into(),
         }];
         let mut verdicts = Verdicts {
-            scope: Scope::User,
+            otherwise: Otherwise::new(Scope::User, None),
             running: true,
             config_error: None,
             older: None,
             groups: Vec::new(),
-            selectors: Vec::new(),
+            rules: Vec::new(),
         };
         let mut out = Vec::new();
         print(&mut out, &verdicts, &list, &shared, false).unwrap();
@@ -349,7 +360,7 @@ mod tests {
         assert!(rest.contains("cgtproxy-exec"), "{rest}");
         let system = "'sudo cgtproxy-agent --system apps --all'";
         assert!(!rest.contains(system), "{rest}");
-        verdicts.scope = Scope::System;
+        verdicts.otherwise = Otherwise::new(Scope::System, None);
         let mut out = Vec::new();
         print(&mut out, &verdicts, &list, &shared, false).unwrap();
         let text = String::from_utf8(out).unwrap();

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io::{self, Write};
 
 use super::{Running, processes, unit};
+use crate::otherwise::Otherwise;
 use crate::policy::Names;
 use crate::subtree::{Subtree, is_session};
 use crate::text::printable;
@@ -88,7 +89,11 @@ fn names(list: &str) -> Names {
 }
 
 /// Says what shares a control group, and what to do.
-pub(super) fn print(out: &mut impl Write, shared: &[Shared]) -> io::Result<()> {
+pub(super) fn print(
+    out: &mut impl Write,
+    shared: &[Shared],
+    otherwise: &Otherwise,
+) -> io::Result<()> {
     if shared.is_empty() {
         return Ok(());
     }
@@ -103,7 +108,8 @@ pub(super) fn print(out: &mut impl Write, shared: &[Shared]) -> io::Result<()> {
     if shared.iter().any(|shared| !shared.in_reach) {
         writeln!(
             out,
-            "A login session (session-*.scope) is out of reach of your rules altogether: it goes direct."
+            "A login session (session-*.scope) is out of reach of your rules altogether: it {}.",
+            otherwise.goes()
         )?;
     }
     writeln!(

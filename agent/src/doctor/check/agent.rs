@@ -15,8 +15,6 @@ struct Words {
     /// What comes before it if the unit may be another than the manager knows.
     new_unit: Option<&'static str>,
     reload: &'static str,
-    /// What it means that no rule is in force.
-    idle: &'static str,
     /// What it means that it can't be asked.
     mute: &'static str,
 }
@@ -28,7 +26,6 @@ fn words(scope: Scope) -> Words {
             restart: "systemctl --user restart cgtproxy-agent",
             new_unit: Some("systemctl --user daemon-reload"),
             reload: "systemctl --user reload cgtproxy-agent",
-            idle: "Everything of yours goes direct.",
             mute: "cgtproxy-exec and 'cgtproxy-agent status' don't work.",
         },
         Scope::System => Words {
@@ -37,7 +34,6 @@ fn words(scope: Scope) -> Words {
             // Packages have told the system's manager.
             new_unit: None,
             reload: "systemctl reload cgtproxy-agent-system",
-            idle: "Everything goes direct but for what users say themselves.",
             mute: "'cgtproxy-agent --system status' does not work.",
         },
     }
@@ -88,8 +84,8 @@ fn running(facts: &Facts) -> Option<Finding> {
                     format!("{} is not running", facts.scope.agent()),
                 )
                 .effect(match keeps(facts) {
-                    true => KEPT,
-                    false => words.idle,
+                    true => KEPT.to_owned(),
+                    false => facts.otherwise().idle(),
                 })
                 .command(words.enable),
             );
@@ -212,8 +208,10 @@ fn configuration(facts: &Facts) -> Option<Finding> {
         ConfigState::Missing => Some(
             Finding::note("config-missing", format!("there is no file {file}"))
                 .effect(match facts.scope {
-                    Scope::User => "Everything goes direct unless cgtproxy-exec says otherwise.",
-                    Scope::System => words(facts.scope).idle,
+                    Scope::User => {
+                        format!("Without it, {}.", facts.otherwise().without_file())
+                    }
+                    Scope::System => facts.otherwise().idle(),
                 })
                 .advice("write one: see cgtproxy.yaml(5)"),
         ),

@@ -3,7 +3,8 @@
 use crate::doctor::facts::{Facts, Helper};
 use crate::doctor::{Finding, Group};
 
-const NOTHING_IN_FORCE: &str = "No rule of yours can be put into force: everything goes direct.";
+const NOTHING_IN_FORCE: &str =
+    "No rule of yours can be put into force: everything goes direct, or as the system policy says.";
 const START: &str = "sudo systemctl enable --now cgtproxy-helper.socket";
 
 pub(super) fn check(facts: &Facts) -> Group {

@@ -842,7 +842,14 @@ fn what_is_kept_of_an_agent_that_is_gone_does_not_pass_for_direct() {
         let findings = super::agent::check(facts).findings;
         findings[0].effect.clone()
     };
+    let status = &mut helper(&mut facts).0;
+    (status.session, status.systemPolicy) = (GetStatus_Reply_session::none, Some(false));
     assert_eq!(effect(&facts), "Everything of yours goes direct.");
+    helper(&mut facts).0.systemPolicy = Some(true);
+    assert_eq!(
+        effect(&facts),
+        "Everything of yours goes as the system policy says."
+    );
     helper(&mut facts).0.session = GetStatus_Reply_session::kept;
     assert!(effect(&facts).contains("still dropped"));
 }

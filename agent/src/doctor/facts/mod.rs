@@ -14,6 +14,7 @@ use cgtproxy_proto::relay::GetStatus_Reply as RelayStatus;
 
 use super::Look;
 use crate::config::Scope;
+use crate::otherwise::Otherwise;
 
 pub use ask::{ask_agent, ask_helper, helper_status, read_config};
 pub use groups::{hierarchy, manager, session};
@@ -377,6 +378,12 @@ impl Facts {
             Helper::Answers(_, diagnosis) => diagnosis.as_ref().map_err(Clone::clone),
             _ => Err("only the helper can look at it".to_owned()),
         }
+    }
+
+    /// What becomes of what no rule of the agent's decides.
+    #[must_use]
+    pub fn otherwise(&self) -> Otherwise {
+        Otherwise::new(self.scope, self.helper_status())
     }
 
     /// What the helper says about itself and this user.
