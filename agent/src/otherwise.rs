@@ -1,14 +1,17 @@
-//! What becomes of what no rule of the agent's decides: root may have a policy for the machine. All commands say it in
-//! these words.
+//! What becomes of what no rule of the running agent's decides: root may have a policy for the machine, and the helper may
+//! hold something of an agent that is gone. All commands say it in these words.
 
-use cgtproxy_proto::agent::{ControlGroup, Rule};
-use cgtproxy_proto::helper::GetStatus_Reply as HelperStatus;
+use cgtproxy_proto::agent::{Awaited, ControlGroup, GetStatus_Reply as AgentStatus, Rule};
+use cgtproxy_proto::helper::{GetStatus_Reply as HelperStatus, GetStatus_Reply_session as Session};
 use cgtproxy_proto::path::manager_path;
 
 use crate::config::Scope;
 
 /// What is shown for a target where the system policy decides. No proxy has a name with a space.
 pub const SYSTEM_POLICY: &str = "system policy";
+
+/// What is shown for a target where there is none.
+const NO_TARGET: &str = "-";
 
 /// What is said of the system policy where users come first.
 pub const UNLESS: &str = "unless that user's own rules decide";
@@ -20,20 +23,35 @@ pub fn note() -> String {
 }
 
 /// What is known of it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Otherwise {
     scope: Scope,
     /// Root has a policy for the machine; none: nobody can tell.
     system_policy: Option<bool>,
+    /// What the helper holds for the agent; none: nobody can tell.
+    session: Option<Session>,
+    /// The agent has no configuration yet, and what it shows of verdicts means nothing.
+    waits: bool,
 }
 
 impl Otherwise {
-    /// What the helper says.
+    /// What the helper says to the user `uid`, and the agent of this scope.
     #[must_use]
-    pub fn new(scope: Scope, helper: Option<&HelperStatus>) -> Self {
+    pub fn new(
+        scope: Scope,
+        uid: u32,
+        helper: Option<&HelperStatus>,
+        agent: Option<&AgentStatus>,
+    ) -> Self {
+        // The helper speaks of whoever asks, and the system's agent is root's.
+        let is_own = scope == Scope::User || uid == 0;
         Self {
             scope,
             system_policy: helper.and_then(|helper| helper.systemPolicy),
+            session: helper
+                .filter(|_| is_own)
+                .map(|helper| helper.session.clone()),
+            waits: agent.is_some_and(|agent| agent.awaits == Some(Awaited::configuration)),
         }
     }
 
@@ -49,6 +67,12 @@ impl Otherwise {
         self.system_policy.filter(|_| self.scope == Scope::User)
     }
 
+    /// Whether the agent has no configuration yet.
+    #[must_use]
+    pub fn waits(&self) -> bool {
+        self.waits
+    }
+
     /// Where something goes that no rule in force is about, in words that follow its name.
     #[must_use]
     pub fn goes(&self) -> &'static str {
@@ -59,12 +83,32 @@ impl Otherwise {
         }
     }
 
+    /// What is in force of another agent's, if this one has nothing there.
+    #[must_use]
+    pub fn left(&self) -> Option<&'static str> {
+        match self.session.as_ref()? {
+            Session::none => None,
+            Session::active => Some("Another agent's rules are in force."),
+            Session::grace => Some(
+                "What the last agent had in force still is, until grace-seconds in /etc/cgtproxy/helper.yaml are \
+                 over.",
+            ),
+            Session::kept => Some(
+                "What the last agent dropped is still dropped, or everything is: on-agent-loss in \
+                 /etc/cgtproxy/helper.yaml. Nothing goes to a proxy.",
+            ),
+        }
+    }
+
     /// What it means that the agent has nothing in force.
     #[must_use]
     pub fn idle(&self) -> String {
-        match self.scope {
-            Scope::User => format!("Everything of yours {}.", self.goes()),
-            Scope::System => "Everything goes direct but for what users say themselves.".to_owned(),
+        match (self.left(), self.scope) {
+            (Some(left), _) => left.to_owned(),
+            (None, Scope::User) => format!("Everything of yours {}.", self.goes()),
+            (None, Scope::System) => {
+                "Everything goes direct but for what users say themselves.".to_owned()
+            }
         }
     }
 
@@ -88,7 +132,9 @@ impl Otherwise {
     /// What is shown for the target of a control group.
     #[must_use]
     pub fn target<'g>(&self, group: &'g ControlGroup) -> &'g str {
-        if self.is_left_to_system(group) {
+        if self.waits {
+            NO_TARGET
+        } else if self.is_left_to_system(group) {
             SYSTEM_POLICY
         } else {
             &group.target
@@ -126,13 +172,25 @@ fn is_of_user(path: &str) -> bool {
 mod tests {
     use super::*;
 
+    fn helper(session: Session, system_policy: bool) -> HelperStatus {
+        HelperStatus {
+            version: "1".into(),
+            session,
+            generation: 1,
+            proxies: Vec::new(),
+            controlGroups: 1,
+            ipv6: true,
+            tableOwned: true,
+            proxyUids: Vec::new(),
+            systemPolicy: Some(system_policy),
+        }
+    }
+
     impl Otherwise {
-        /// What it is if the helper says this.
+        /// What the helper says where it holds nothing of another agent's.
         pub(crate) fn knowing(scope: Scope, system_policy: bool) -> Self {
-            Self {
-                scope,
-                system_policy: Some(system_policy),
-            }
+            let helper = helper(Session::none, system_policy);
+            Self::new(scope, 0, Some(&helper), None)
         }
     }
 
@@ -151,5 +209,24 @@ mod tests {
         ] {
             assert_eq!(is_of_user(path), is, "{path}");
         }
+    }
+
+    #[test]
+    fn nobody_else_is_told_what_the_helper_holds_for_root() {
+        let helper = helper(Session::kept, true);
+        let left = |scope, uid| Otherwise::new(scope, uid, Some(&helper), None).left();
+        assert_eq!(left(Scope::System, 1000), None);
+        assert!(left(Scope::System, 0).is_some() && left(Scope::User, 1000).is_some());
+        let system = Otherwise::new(Scope::System, 0, Some(&helper), None);
+        assert_eq!(
+            (system.system_policy(), system.goes()),
+            (None, "goes direct")
+        );
+        // Without the helper nobody can tell.
+        let unknown = Otherwise::new(Scope::User, 1000, None, None);
+        assert_eq!(
+            unknown.idle(),
+            "Everything of yours goes direct, or as the system policy says."
+        );
     }
 }

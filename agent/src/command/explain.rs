@@ -44,7 +44,7 @@ pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<Exi
         Err(Error::NotRunning | Error::SystemNotRunning) => None,
         Err(error) => return Err(error),
     };
-    let otherwise = super::otherwise(arguments)?;
+    let otherwise = super::otherwise(arguments, agent.as_ref().map(|(_, status)| status))?;
     let (replies, status) = match agent {
         Some((mut agent, status)) => {
             let replies = ask(&mut agent, &status, &subtree, &subject, &otherwise)?;
@@ -267,11 +267,20 @@ fn rule(reply: &Explain_Reply) -> String {
 fn sentences(reply: &Explain_Reply, running: bool, otherwise: &Otherwise) -> String {
     let (group, agent) = (&reply.controlGroup, super::program(otherwise.scope()));
     let path = printable(&group.path);
+    if otherwise.waits() {
+        return format!(
+            "{path}\n  has no verdict of the agent's, which waits for the configuration\n"
+        );
+    }
     if otherwise.is_left_to_system(group) {
         let system = super::program(Scope::System);
+        let left = match (running, otherwise.left()) {
+            (false, Some(_)) => format!("  {}\n", super::nothing_is_in_force(otherwise)),
+            _ => String::new(),
+        };
         return format!(
             "{path}\n  is left to the system policy\n  No rule of yours matches it or anything above \
-             it.\n  '{system} explain {path}' says what happens to it.\n"
+             it.\n  '{system} explain {path}' says what happens to it.\n{left}"
         );
     }
     let is_relay = group.relay == Some(true);
@@ -325,7 +334,7 @@ mod tests {
     use super::*;
 
     fn otherwise(scope: Scope) -> Otherwise {
-        Otherwise::new(scope, None)
+        Otherwise::new(scope, 0, None, None)
     }
 
     #[test]

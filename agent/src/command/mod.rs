@@ -13,7 +13,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use cgtproxy_proto::agent::{Awaited, GetStatus_Reply};
+use cgtproxy_proto::agent::GetStatus_Reply;
 use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::file;
 use cgtproxy_proto::path::InvalidPath;
@@ -194,28 +194,36 @@ fn program(scope: Scope) -> &'static str {
 }
 
 /// What becomes of what no rule of this agent's decides, as far as the helper tells.
-fn otherwise(arguments: &Arguments) -> Result<Otherwise, Error> {
+fn otherwise(arguments: &Arguments, agent: Option<&GetStatus_Reply>) -> Result<Otherwise, Error> {
     let helper = runtime()?.block_on(facts::helper_status(&arguments.socket));
-    Ok(Otherwise::new(arguments.scope(), helper.as_ref()))
+    let uid = rustix::process::getuid().as_raw();
+    Ok(Otherwise::new(
+        arguments.scope(),
+        uid,
+        helper.as_ref(),
+        agent,
+    ))
 }
 
 /// What is said where no agent runs, of what is shown all the same.
 fn nothing_is_in_force(otherwise: &Otherwise) -> String {
-    format!(
-        "{} is not running: nothing of this is in force.",
-        otherwise.scope().agent()
-    )
+    let agent = otherwise.scope().agent();
+    match otherwise.left() {
+        Some(left) => format!("{agent} is not running: this is not in force. {left}"),
+        None => format!("{agent} is not running: nothing of this is in force."),
+    }
 }
 
 /// What there is to say to somebody who takes what is in force for what the file says; none if it is that.
 fn older(status: &GetStatus_Reply, otherwise: &Otherwise) -> Option<String> {
     status.configError.as_ref()?;
     let agent = program(otherwise.scope());
-    Some(match status.awaits {
-        Some(Awaited::configuration) => format!(
-            "The configuration file has a mistake, and none of its rules is in force: see '{agent} check'."
+    Some(match otherwise.waits() {
+        true => format!(
+            "The agent waits for the configuration file to be fixed: see '{agent} check'. {}",
+            otherwise.idle()
         ),
-        _ => format!(
+        false => format!(
             "The configuration file is not in force: this is what was loaded before. '{agent} status' says why."
         ),
     })

@@ -33,7 +33,7 @@ struct WithRelay<'a> {
 pub(super) fn run(arguments: &Arguments, json: bool) -> Result<ExitCode, Error> {
     let mut status = Agent::connect(arguments.scope())?.status(arguments)?;
     ports(&mut status);
-    let otherwise = super::otherwise(arguments)?;
+    let otherwise = super::otherwise(arguments, Some(&status))?;
     let relay = match relay::is_to_be_asked(&status) {
         true => Some(relay_status()?),
         false => None,
@@ -118,6 +118,9 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply, otherwise: &Otherwise) 
     writeln!(out, "Configuration:  {config}")?;
     if let Some(error) = &status.configError {
         writeln!(out, "  not in force: {}", printable(error))?;
+    }
+    if otherwise.waits() {
+        writeln!(out, "  {}", otherwise.idle())?;
     }
     if let Some(monitors) = &status.monitors {
         let by = match monitors.is_empty() {

@@ -1,4 +1,5 @@
-//! What the commands say of what no rule in force decides: root may have a policy for the machine.
+//! What the commands say of what no rule in force decides: root may have a policy for the machine, and the helper may
+//! hold something of an agent that is gone.
 
 use std::process::{Child, Command, Stdio};
 
@@ -6,6 +7,10 @@ use serde_json::Value;
 
 use crate::CONFIG;
 use crate::world::{World, output};
+
+/// What the last agent dropped.
+const KEPT: &str = "What the last agent dropped is still dropped, or everything is: on-agent-loss in \
+                    /etc/cgtproxy/helper.yaml. Nothing goes to a proxy.";
 
 /// A process that waits, killed in the end.
 struct Process(Child);
@@ -160,4 +165,81 @@ fn the_machines_own_commands_know_that_users_rules_come_first() {
     // A user's own says nothing of that.
     let apps = run(&world, &["apps"]);
     assert!(!apps.contains("that user"), "{apps}");
+}
+
+#[test]
+fn what_an_earlier_agent_left_is_told_of_while_a_file_is_waited_for() {
+    let mut world = World::new("version: 2");
+    let app = "app-firefox-1.scope";
+    world.make(&[app]);
+    let _process = Process::start_in(&[&world.subtree.join(app)]);
+    world.helper.start();
+    let _agent = world.agent();
+    world.notified("STATUS=waiting for the configuration to be fixed: ");
+    let grace = "What the last agent had in force still is, until grace-seconds in /etc/cgtproxy/helper.yaml are over.";
+    for (session, system_policy, means) in [
+        ("kept", false, KEPT),
+        ("kept", true, KEPT),
+        ("grace", false, grace),
+        ("none", false, "Everything of yours goes direct."),
+        (
+            "none",
+            true,
+            "Everything of yours goes as the system policy says.",
+        ),
+    ] {
+        says(&world, session, system_policy);
+        let waits = format!(
+            "The agent waits for the configuration file to be fixed: see 'cgtproxy-agent check'. {means}\n"
+        );
+        let explained = run(&world, &["explain", app]);
+        assert_eq!(
+            explained,
+            format!(
+                "{}/{app}\n  has no verdict of the agent's, which waits for the configuration\n\n{waits}",
+                world.prefix
+            )
+        );
+        let apps = run(&world, &["apps"]);
+        assert!(apps.contains(&waits), "{apps}");
+        assert_eq!(row(&apps, app), ["firefox", "-", "-", app], "{apps}");
+        let status = run(&world, &["status"]);
+        assert!(status.contains(&format!("  {means}\n")), "{status}");
+        assert!(status.contains("\ndirect  -     0\n"), "{status}");
+        assert_eq!(row(&status, app)[..3], ["-", "-", "no"], "{status}");
+        let doctor = run(&world, &["doctor"]);
+        assert!(
+            doctor.contains(&format!(
+                "    The agent waits for the file to be fixed. {means}\n"
+            )),
+            "{doctor}"
+        );
+    }
+}
+
+#[test]
+fn what_an_earlier_agent_left_is_told_of_while_none_runs() {
+    let mut world = World::new(CONFIG);
+    world.make(&["drop-1"]);
+    world.helper.start();
+    for (session, said) in [
+        (
+            "kept",
+            format!("cgtproxy-agent is not running: this is not in force. {KEPT}\n"),
+        ),
+        (
+            "none",
+            "cgtproxy-agent is not running: nothing of this is in force.\n".to_owned(),
+        ),
+    ] {
+        says(&world, session, true);
+        for arguments in [&["explain", "drop-1"][..], &["apps"]] {
+            let text = run(&world, arguments);
+            assert!(text.contains(&said), "{text}");
+        }
+        // What no rule is about, too.
+        let text = run(&world, &["explain", &world.prefix]);
+        assert!(text.contains("is left to the system policy"), "{text}");
+        assert_eq!(text.contains(KEPT), session == "kept", "{text}");
+    }
 }

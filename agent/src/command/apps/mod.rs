@@ -86,7 +86,7 @@ pub(super) fn run(arguments: &Arguments, all: bool, json: bool) -> Result<ExitCo
 /// What the running agent says.
 fn ask(agent: &mut Agent, arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> {
     let status = agent.status(arguments)?;
-    let otherwise = super::otherwise(arguments)?;
+    let otherwise = super::otherwise(arguments, Some(&status))?;
     let older = super::older(&status, &otherwise);
     let groups = status.controlGroups.into_iter();
     Ok(Verdicts {
@@ -110,7 +110,7 @@ fn compute(arguments: &Arguments, subtree: &Subtree) -> Result<Verdicts, Error> 
     };
     let groups = subtree.control_groups().into_iter().map(judged).collect();
     Ok(Verdicts {
-        otherwise: super::otherwise(arguments)?,
+        otherwise: super::otherwise(arguments, None)?,
         running: false,
         config_error: None,
         older: None,
@@ -229,7 +229,7 @@ fn print(
     if !verdicts.running {
         let nothing = super::nothing_is_in_force(otherwise);
         writeln!(out, "\n{nothing}")?;
-    } else if shown.iter().any(|r| !r.group.inForce) {
+    } else if !otherwise.waits() && shown.iter().any(|r| !r.group.inForce) {
         writeln!(out, "\nNot all of this is in force; see '{agent} status'.")?;
     }
     if let Some(older) = &verdicts.older {
@@ -330,7 +330,7 @@ mod tests {
             executables: ["fire\x1bfox", "xterm"].map(str::to_owned).into(),
         }];
         let mut verdicts = Verdicts {
-            otherwise: Otherwise::new(Scope::User, None),
+            otherwise: Otherwise::new(Scope::User, 0, None, None),
             running: true,
             config_error: None,
             older: None,
@@ -360,7 +360,7 @@ mod tests {
         assert!(rest.contains("cgtproxy-exec"), "{rest}");
         let system = "'sudo cgtproxy-agent --system apps --all'";
         assert!(!rest.contains(system), "{rest}");
-        verdicts.otherwise = Otherwise::new(Scope::System, None);
+        verdicts.otherwise = Otherwise::new(Scope::System, 0, None, None);
         let mut out = Vec::new();
         print(&mut out, &verdicts, &list, &shared, false).unwrap();
         let text = String::from_utf8(out).unwrap();

@@ -1,11 +1,10 @@
 //! Is the agent running, with the configuration that is on disk?
 
 use cgtproxy_proto::agent::Awaited;
-use cgtproxy_proto::helper::GetStatus_Reply_session;
 
 use super::count;
 use crate::config::Scope;
-use crate::doctor::facts::{Agent, ConfigState, Facts, Helper};
+use crate::doctor::facts::{Agent, ConfigState, Facts};
 use crate::doctor::{Finding, Group};
 
 /// The commands about the agent.
@@ -36,18 +35,6 @@ fn words(scope: Scope) -> Words {
             reload: "systemctl reload cgtproxy-agent-system",
             mute: "'cgtproxy-agent --system status' does not work.",
         },
-    }
-}
-
-/// What it means when the helper keeps something of an agent that is gone.
-const KEPT: &str = "What the last one dropped is still dropped, or everything is: on-agent-loss in \
-                    /etc/cgtproxy/helper.yaml. Nothing goes to a proxy.";
-
-/// Whether the helper keeps something of an agent that is gone.
-fn keeps(facts: &Facts) -> bool {
-    match &facts.helper {
-        Helper::Answers(helper, _) => helper.session == GetStatus_Reply_session::kept,
-        _ => false,
     }
 }
 
@@ -83,10 +70,7 @@ fn running(facts: &Facts) -> Option<Finding> {
                     "agent-not-running",
                     format!("{} is not running", facts.scope.agent()),
                 )
-                .effect(match keeps(facts) {
-                    true => KEPT.to_owned(),
-                    false => facts.otherwise().idle(),
-                })
+                .effect(facts.otherwise().idle())
                 .command(words.enable),
             );
         }
@@ -151,7 +135,12 @@ fn running(facts: &Facts) -> Option<Finding> {
                     problem.as_deref().unwrap_or("it is about to try")
                 ),
             )
-            .effect("None of your rules is in force.")
+            .effect(
+                facts
+                    .otherwise()
+                    .left()
+                    .unwrap_or("None of your rules is in force."),
+            )
             // A restarted agent would get the same answer.
             .advice("when that is fixed, the agent connects by itself within seconds"),
         ),
@@ -165,11 +154,12 @@ fn configuration(facts: &Facts) -> Option<Finding> {
         && let Some(error) = &status.configError
     {
         let effect = match status.connected {
-            true => "The configuration that was there before it is still in force.",
-            false if status.awaits == Some(Awaited::configuration) => {
-                "The agent waits for the file to be fixed, and none of your rules is in force."
-            }
-            false => "The agent keeps to the configuration that was there before it.",
+            true => "The configuration that was there before it is still in force.".to_owned(),
+            false if status.awaits == Some(Awaited::configuration) => format!(
+                "The agent waits for the file to be fixed. {}",
+                facts.otherwise().idle()
+            ),
+            false => "The agent keeps to the configuration that was there before it.".to_owned(),
         };
         return Some(match &facts.config {
             ConfigState::Read(_) => {
@@ -183,7 +173,7 @@ fn configuration(facts: &Facts) -> Option<Finding> {
             ConfigState::Missing => {
                 Finding::error("config-not-in-force", format!("the configuration was removed: {error}"))
                     .effect(match status.connected {
-                        true => "What it said is still in force.",
+                        true => "What it said is still in force.".to_owned(),
                         false => effect,
                     })
                     .advice("put it back, or restart the agent to go without")

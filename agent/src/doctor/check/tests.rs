@@ -852,6 +852,13 @@ fn what_is_kept_of_an_agent_that_is_gone_does_not_pass_for_direct() {
     );
     helper(&mut facts).0.session = GetStatus_Reply_session::kept;
     assert!(effect(&facts).contains("still dropped"));
+    // Nor while there is an agent that has nothing in force.
+    facts.agent = fine().agent;
+    let status = agent(&mut facts);
+    (status.connected, status.problem) = (false, Some("no helper listens".into()));
+    assert!(effect(&facts).contains("still dropped"));
+    helper(&mut facts).0.session = GetStatus_Reply_session::none;
+    assert_eq!(effect(&facts), "None of your rules is in force.");
 }
 
 #[test]
@@ -1025,7 +1032,7 @@ fn a_file_that_was_removed_has_no_mistake() {
     agent(&mut facts).connected = false;
     agent(&mut facts).awaits = Some(Awaited::configuration);
     let removed = only(&facts, super::agent::check);
-    assert!(removed.effect.contains("none of your rules"), "{removed:?}");
+    assert!(removed.effect.contains("waits for the file"), "{removed:?}");
 }
 
 #[test]

@@ -383,7 +383,11 @@ impl Facts {
     /// What becomes of what no rule of the agent's decides.
     #[must_use]
     pub fn otherwise(&self) -> Otherwise {
-        Otherwise::new(self.scope, self.helper_status())
+        let agent = match &self.agent {
+            Agent::Answers(status) => Some(status.as_ref()),
+            _ => None,
+        };
+        Otherwise::new(self.scope, self.uid, self.helper_status(), agent)
     }
 
     /// What the helper says about itself and this user.
