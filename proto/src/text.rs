@@ -18,6 +18,16 @@ pub fn printable(text: &str) -> String {
     shown
 }
 
+/// The text as one word of a shell's command.
+#[must_use]
+pub fn quoted(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+@:".contains(c);
+    match !text.is_empty() && text.chars().all(is_plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    }
+}
+
 /// An error and everything that caused it, in one line.
 #[must_use]
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
@@ -49,7 +59,7 @@ fn plural(what: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{count, printable};
+    use super::{count, printable, quoted};
 
     #[test]
     fn counts_as_english_does() {
@@ -64,6 +74,18 @@ mod tests {
             ["1 proxy", "0 proxies", "2 processes", "3 control groups"]
         );
         assert_eq!(count(2, "key"), "2 keys");
+    }
+
+    #[test]
+    fn a_shell_takes_it_for_one_word() {
+        for (text, word) in [
+            ("/a/user@5.service", "/a/user@5.service"),
+            (r"a\x2db", r"'a\x2db'"),
+            ("it's", r"'it'\''s'"),
+            ("", "''"),
+        ] {
+            assert_eq!(quoted(text), word);
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::config::Scope;
 use crate::otherwise::{Otherwise, UNLESS};
 use crate::policy;
 use crate::subtree::{self, Subtree};
-use crate::text::{chain, printable};
+use crate::text::{chain, printable, quoted};
 use crate::view;
 
 /// What somebody wants to know about.
@@ -263,6 +263,14 @@ fn rule(reply: &Explain_Reply) -> String {
     }
 }
 
+/// What a person types for the path of a control group.
+fn typed(path: &str) -> String {
+    let wire = path.strip_prefix('/').unwrap_or(path);
+    let bytes = ControlGroupPath::from_wire(wire).map(|path| path.as_bytes().to_vec());
+    let name = bytes.ok().and_then(|bytes| String::from_utf8(bytes).ok());
+    quoted(&name.map_or_else(|| path.to_owned(), |name| format!("/{name}")))
+}
+
 /// What a person is told of one control group.
 fn sentences(reply: &Explain_Reply, running: bool, otherwise: &Otherwise) -> String {
     let (group, agent) = (&reply.controlGroup, super::program(otherwise.scope()));
@@ -273,14 +281,17 @@ fn sentences(reply: &Explain_Reply, running: bool, otherwise: &Otherwise) -> Str
         );
     }
     if otherwise.is_left_to_system(group) {
-        let system = super::program(Scope::System);
+        let (system, typed) = (
+            super::program(Scope::System),
+            printable(&typed(&group.path)),
+        );
         let left = match (running, otherwise.left()) {
             (false, Some(_)) => format!("  {}\n", super::nothing_is_in_force(otherwise)),
             _ => String::new(),
         };
         return format!(
             "{path}\n  is left to the system policy\n  No rule of yours matches it or anything above \
-             it.\n  '{system} explain {path}' says what happens to it.\n{left}"
+             it. This says what happens to it:\n  $ {system} explain {typed}\n{left}"
         );
     }
     let is_relay = group.relay == Some(true);

@@ -243,3 +243,25 @@ fn what_an_earlier_agent_left_is_told_of_while_none_runs() {
         assert_eq!(text.contains(KEPT), session == "kept", "{text}");
     }
 }
+
+#[test]
+fn commands_that_are_offered_can_be_pasted() {
+    let mut world = World::new(CONFIG);
+    let name = r"app-app\x2dbar.slice";
+    world.make(&[name]);
+    world.helper.start();
+    let agent = world.agent();
+    world.notified("READY=1");
+    agent.in_force(name);
+    says(&world, "active", true);
+    let text = run(&world, &["explain", name]);
+    let offered = text
+        .lines()
+        .find_map(|line| line.strip_prefix("  $ sudo cgtproxy-agent --system "));
+    let offered = offered.unwrap_or_else(|| panic!("none: {text}"));
+    // A shell takes it for the path.
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("printf '%s\\n' {offered}")]);
+    let (_, words, _) = output(shell);
+    assert_eq!(words, format!("explain\n{}/{name}\n", world.prefix));
+}

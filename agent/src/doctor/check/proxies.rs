@@ -8,6 +8,7 @@ use super::count;
 use crate::config::Scope;
 use crate::doctor::facts::{Agent, Facts, Family, Here, Listener, Proxy, Server, Transport};
 use crate::doctor::{Finding, Group};
+use crate::text::quoted;
 
 pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("proxies");
@@ -337,7 +338,7 @@ fn loops(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
         .advice("write a rule with direct: true for its unit, before the rule that catches it")
         .command(facts.command(&format!(
             "explain {}",
-            path.rsplit('/').next().unwrap_or(path)
+            quoted(path.rsplit('/').next().unwrap_or(path))
         ))),
     )
 }

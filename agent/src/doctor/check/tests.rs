@@ -917,6 +917,19 @@ fn nobody_but_root_is_told_to_mend_the_systems_agent() {
     assert!(!finding.effect.contains("cgtproxy-exec"), "{finding:?}");
 }
 
+#[test]
+fn commands_that_are_offered_can_be_pasted() {
+    let mut facts = fine();
+    send_the_proxy_through_itself(&mut facts);
+    let path = format!(r"{MANAGER}/app.slice/app-clash\x2dmeta.service");
+    agent(&mut facts).controlGroups[0].path = path.clone();
+    facts.manager.groups = Ok(vec![(7, path)]);
+    assert_eq!(
+        only(&facts, super::proxies::check).commands,
+        [r"cgtproxy-agent explain 'app-clash\x2dmeta.service'"]
+    );
+}
+
 /// The one finding of a check.
 fn only(facts: &Facts, check: fn(&Facts) -> Group) -> Finding {
     let findings = check(facts).findings;

@@ -15,6 +15,7 @@ use cgtproxy_proto::relay::GetStatus_Reply as RelayStatus;
 use super::Look;
 use crate::config::Scope;
 use crate::otherwise::Otherwise;
+use crate::text::quoted;
 
 pub use ask::{ask_agent, ask_helper, helper_status, read_config};
 pub use groups::{hierarchy, manager, session};
@@ -397,14 +398,5 @@ impl Facts {
             Helper::Answers(status, _) => Some(status),
             _ => None,
         }
-    }
-}
-
-/// A text as one word of a shell's command.
-fn quoted(text: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
-    match text.chars().all(is_plain) {
-        true => text.to_owned(),
-        false => format!("'{}'", text.replace('\'', r"'\''")),
     }
 }
