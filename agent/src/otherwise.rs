@@ -156,7 +156,7 @@ pub fn is_enforced(rule: Option<&Rule>) -> bool {
 
 /// Whether a path from the control group root leads to a user's service manager, or to what is below.
 #[must_use]
-fn is_of_user(path: &str) -> bool {
+pub fn is_of_user(path: &str) -> bool {
     let uid = path
         .strip_prefix("/user.slice/user-")
         .and_then(|rest| rest.split_once(".slice/")?.0.parse().ok());

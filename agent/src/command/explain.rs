@@ -16,7 +16,7 @@ use super::Error;
 use super::client::Agent;
 use crate::cli::Arguments;
 use crate::config::Scope;
-use crate::otherwise::{Otherwise, UNLESS};
+use crate::otherwise::{Otherwise, UNLESS, is_of_user};
 use crate::policy;
 use crate::subtree::{self, Subtree};
 use crate::text::{chain, printable, quoted};
@@ -50,7 +50,7 @@ pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<Exi
             let replies = ask(&mut agent, &status, &subtree, &subject, &otherwise)?;
             (replies, Some(status))
         }
-        None => (compute(arguments, &subtree, &subject)?, None),
+        None => (compute(arguments, &subtree, &subject, &otherwise)?, None),
     };
     let mut out = io::stdout().lock();
     if json {
@@ -127,12 +127,24 @@ fn no_process(pid: &str, error: &io::Error) -> String {
 }
 
 /// The path in the subtree that an absolute one names.
-fn relative(subtree: &Subtree, absolute: &[u8]) -> Result<ControlGroupPath, Error> {
+fn relative(
+    subtree: &Subtree,
+    absolute: &[u8],
+    otherwise: &Otherwise,
+) -> Result<ControlGroupPath, Error> {
     subtree.relative(absolute).ok_or_else(|| {
-        let name = printable(&String::from_utf8_lossy(absolute));
+        let name = String::from_utf8_lossy(absolute);
         let root = subtree.to_wire(&ControlGroupPath::root());
+        let who = match is_of_user(&name) {
+            true => "that user's may".to_owned(),
+            false => format!(
+                "it {}; 'cgtproxy-exec TARGET COMMAND' gives a command a target",
+                otherwise.goes()
+            ),
+        };
+        let name = printable(&name);
         Error::NotFound(format!(
-            "{name} is not below {root}: your agent does not decide about it"
+            "{name} is not below {root}, and your agent does not decide about it: {who}"
         ))
     })
 }
@@ -147,7 +159,7 @@ fn ask(
 ) -> Result<Vec<Explain_Reply>, Error> {
     let scope = otherwise.scope();
     let paths = match subject {
-        Subject::Absolute(path) => vec![relative(subtree, path)?],
+        Subject::Absolute(path) => vec![relative(subtree, path, otherwise)?],
         Subject::Name(name) => {
             let groups = status.controlGroups.iter();
             let groups: Vec<_> = groups.filter_map(|g| subtree.from_wire(&g.path)).collect();
@@ -182,10 +194,11 @@ fn compute(
     arguments: &Arguments,
     subtree: &Subtree,
     subject: &Subject,
+    otherwise: &Otherwise,
 ) -> Result<Vec<Explain_Reply>, Error> {
     let (config, file) = super::config(arguments)?;
     let paths = match subject {
-        Subject::Absolute(path) => vec![relative(subtree, path)?],
+        Subject::Absolute(path) => vec![relative(subtree, path, otherwise)?],
         Subject::Name(name) => {
             let groups: Vec<_> = subtree.control_groups().into_iter().collect();
             meant(subtree, &groups, name, arguments.scope())?

@@ -265,3 +265,37 @@ fn commands_that_are_offered_can_be_pasted() {
     let (_, words, _) = output(shell);
     assert_eq!(words, format!("explain\n{}/{name}\n", world.prefix));
 }
+
+#[test]
+fn explain_says_where_a_login_session_goes_and_what_to_do() {
+    let mut world = World::new(CONFIG);
+    world.helper.start();
+    let session = format!(
+        "{}/session-1.scope",
+        world.prefix.rsplit_once('/').unwrap().0
+    );
+    let exec = "'cgtproxy-exec TARGET COMMAND' gives a command a target";
+    for (system_policy, goes) in [
+        (true, "it goes as the system policy says"),
+        (false, "it goes direct"),
+    ] {
+        says(&world, "none", system_policy);
+        for path in [session.as_str(), "/system.slice/cron.service"] {
+            let said = run(&world, &["explain", path]);
+            assert!(
+                said.contains(&format!("does not decide about it: {goes}; {exec}")),
+                "{said}"
+            );
+        }
+        // Another user's agent may decide about it.
+        let said = run(
+            &world,
+            &["explain", "/user.slice/user-5.slice/user@5.service/a"],
+        );
+        assert!(
+            said.contains("does not decide about it: that user's may"),
+            "{said}"
+        );
+        assert!(!said.contains("goes"), "{said}");
+    }
+}
