@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use cgtproxy_tests::proxies::{dante, microsocks, tinyproxy};
 use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, came_from_the_internet, config};
-use cgtproxy_tests::sandbox::{INTERNET_V4, Outcome, Sandbox, direct, sandbox};
+use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, Outcome, Sandbox, direct, sandbox};
 use cgtproxy_tests::wait::wait_until;
 use serde_json::Value;
 
@@ -117,6 +117,30 @@ fn nothing_goes_direct_without_an_upstream_or_a_relay() {
         let doctor = bed.agent("doctor");
         assert!(!doctor.contains("[upstream-down]"), "{doctor}");
         assert!(!doctor.contains("[relay-missing]"), "{doctor}");
+    });
+}
+
+#[test]
+fn a_reload_leads_what_begins_then_to_another_proxy() {
+    sandbox(|sb| {
+        let mut server = sb.socks_server(SocketAddr::new(INTERNET_V4, 1080));
+        let _helper = sb.helper().start();
+        let bed = Relayed::through(sb, "socks5h://192.0.2.2:1080");
+        let [to, _] = sb.destinations();
+        assert_from_the_internet(&bed.tcp(to), to);
+        // At another address, at another port, and another one there that knows names as well.
+        for (scheme, port) in [("socks5h", 1080), ("socks5h", 1081), ("http", 1081)] {
+            server.kill();
+            let at = SocketAddr::new(INTERNET_V6, port);
+            server = match scheme {
+                "http" => sb.http_proxy(at),
+                _ => sb.socks_server(at),
+            };
+            let upstream = format!("{scheme}://{at}");
+            bed.agent
+                .write_config(&config(&format!("upstream: '{upstream}'")));
+            wait_until(&upstream, || came_from_the_internet(&bed.app.tcp(to), to));
+        }
     });
 }
 

@@ -440,6 +440,33 @@ mod tests {
     use tokio::io::AsyncWriteExt;
     use tokio::sync::Notify;
 
+    /// What a reload keeps is the proxy that is the same in all of this.
+    #[test]
+    fn one_that_is_elsewhere_or_spoken_to_otherwise_is_another_proxy() {
+        let credentials = |password: &str| {
+            Some(Credentials {
+                user: "me".into(),
+                password: password.into(),
+            })
+        };
+        let of = |name: &str, protocol, host: &str, port, credentials| {
+            Upstream::new(name.into(), protocol, host.into(), port, credentials)
+        };
+        let own = of("own", Protocol::Http, "there", 1, credentials("p"));
+        assert!(own.is_same_as(&of("own", Protocol::Http, "there", 1, credentials("p"))));
+        for other in [
+            of("own", Protocol::Https, "there", 1, credentials("p")),
+            of("own", Protocol::Socks5, "there", 1, credentials("p")),
+            of("own", Protocol::Http, "elsewhere", 1, credentials("p")),
+            of("own", Protocol::Http, "there", 2, credentials("p")),
+            of("own", Protocol::Http, "there", 1, credentials("q")),
+            of("own", Protocol::Http, "there", 1, None),
+        ] {
+            assert!(!own.is_same_as(&other), "{other:?}");
+            assert!(!other.is_same_as(&own), "{other:?}");
+        }
+    }
+
     /// Somebody who answers nobody, once there is a connection.
     fn silent() -> (tokio::net::TcpListener, SocketAddr) {
         // Nobody calls accept(2), and one may wait for it.
