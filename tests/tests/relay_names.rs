@@ -18,6 +18,8 @@ use cgtproxy_tests::wait::wait_until;
 /// What only those on the internet know, with an address of each family.
 const V4_NAME: &str = "four.example";
 const V6_NAME: &str = "six.example";
+/// Who looks names up.
+const UPSTREAM: &str = "upstream: 'socks5h://192.0.2.2:1080'";
 
 /// An application whose names a SOCKS5 server looks up.
 struct Bed {
@@ -39,7 +41,7 @@ impl Bed {
 
     /// With more options of the proxy's, and that.
     fn of(sb: &Sandbox, options: &str, line: &str) -> Self {
-        let options = format!("upstream: 'socks5h://192.0.2.2:1080'{options}");
+        let options = format!("{UPSTREAM}{options}");
         sb.count_queries();
         let to = sb.destinations();
         let hosts = format!("{} {V4_NAME}\n{} {V6_NAME}\n", to[0].ip(), to[1].ip());
@@ -142,18 +144,30 @@ fn addresses_of_both_families_stand_for_a_name_and_no_query_leaves() {
     });
 }
 
-/// With this option, a name has no address of one kind, and one of the other.
+/// With this option, a name has no address of one kind, and one of the other; without it, of both. It is the same whether
+/// the relay has had it from the beginning or after a reload.
 fn left_out(option: &str, none: &str, some: &str) {
     sandbox(|sb| {
-        let bed = Bed::of(sb, &format!(", {option}: true"), "");
+        let option = format!(", {option}: true");
+        let bed = Bed::of(sb, &option, "");
+        let cgroup = bed.relayed.user.cgroup("app.slice/app-a.scope/dig");
+        let servers = [sb.fresh_v4(), sb.fresh_v6()].map(|server| format!("@{server}"));
+        let answers = || {
+            servers.each_ref().map(|server| {
+                let argv = ["dig", "+short", "+tries=1", server, V4_NAME, none];
+                !bed.relayed.user.output(&cgroup, &argv).is_empty()
+            })
+        };
+        let reload = |options: &str, expected| {
+            let options = format!("{UPSTREAM}{options}");
+            bed.relayed.agent.write_config(&config(&options));
+            wait_until("the reload", || answers() == [expected; 2]);
+        };
+        assert_eq!(answers(), [false; 2]);
+        reload("", true);
+        reload(&option, false);
         let fake = bed.look_up(sb, V4_NAME, some);
         assert_eq!(bed.tcp(fake), Outcome::Redirected { to: bed.to[0] });
-        let cgroup = bed.relayed.user.cgroup("app.slice/app-a.scope/dig");
-        for server in [sb.fresh_v4(), sb.fresh_v6()] {
-            let server = format!("@{server}");
-            let argv = ["dig", "+short", "+tries=1", &server, V4_NAME, none];
-            assert_eq!(bed.relayed.user.output(&cgroup, &argv), "");
-        }
     });
 }
 
