@@ -474,6 +474,13 @@ fn only_root_may_enforce_and_forward() {
             );
         }
         refused(&mut root, gateway(json!([]), "no proxy"), "gateway.proxy");
+        // What is translated reaches only sockets of the caller's, and root's are the system's.
+        let redirect = json!([{ "name": "redir", "port": 7892, "redirect": true }]);
+        refused(
+            &mut root,
+            json!({ "proxies": redirect, "bypass": [], "assignments": [] }),
+            "proxies[0].redirect",
+        );
         assert_eq!(
             root.refusal("ReplacePolicy", gateway(json!(["br0"]), "other")),
             ("UnknownProxy".to_owned(), json!({ "name": "other" })),
