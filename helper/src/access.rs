@@ -363,6 +363,17 @@ mod tests {
             allows(&all_but, daemon) && !allows(&all_but, games) && !allows(&all_but, nobody_there)
         );
         assert_eq!(all_but.decides(nobody_there), None);
+        // Who is not known at the moment is not let in, and keeps what there is.
+        let spare = Spare::of(&std::fs::File::open("/").unwrap().into());
+        let mut gate = Gate::new(all_but, spare);
+        for (uid, allowed, keeps) in [
+            (daemon, true, true),
+            (games, false, false),
+            (nobody_there, false, true),
+        ] {
+            assert_eq!(gate.allows(Account::User(uid), uid), allowed, "{uid:?}");
+            assert_eq!(gate.may_keep(uid), keeps, "{uid:?}");
+        }
         let none = Access {
             allow: Some(Accounts::default()),
             deny: accounts(&[0], &[]),
