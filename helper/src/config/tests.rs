@@ -112,6 +112,33 @@ fn takes_every_limit() {
 }
 
 #[test]
+fn numbers_have_their_bounds() {
+    for (key, good, bad) in [
+        ("mark-mask", 3, 2),
+        ("route-table", 1, 0),
+        ("route-table", 252, 253),
+        ("route-table", 256, 255),
+        ("route-table", u32::MAX.into(), 1 << 32),
+        ("rule-priority", 1, 0),
+        ("rule-priority", 32_765, 32_766),
+        ("grace-seconds", u32::MAX.into(), 1 << 32),
+        ("message-bytes", 4_259_840, 4_259_839),
+        ("calls-per-second", 1, 0),
+        ("calls-per-second", 1_000_000, 1_000_001_u64),
+    ] {
+        let with = |value: u64| {
+            parse(&match key {
+                "message-bytes" | "calls-per-second" => format!("limits: {{{key}: {value}}}"),
+                _ => format!("{key}: {value}"),
+            })
+        };
+        assert!(with(good).is_ok(), "{key}: {good}");
+        let message = with(bad).unwrap_err().to_string();
+        assert!(message.contains(key), "{key}: {bad}: {message}");
+    }
+}
+
+#[test]
 #[cfg_attr(miri, ignore = "asks the user database")]
 fn says_what_is_wrong() {
     for (text, part) in [
