@@ -123,6 +123,11 @@ fn whoever_speaks_as_a_stranger_makes_nobody_answer() {
             // Who has nobody's verdict is not kept from what others may do.
             assert_eq!(claims(&bed.free).ask(), direct(to));
         }
+        // Root may, where the kernel lets anybody.
+        let [_, to] = destinations(sb, ANSWERED);
+        let peer = bed.free.open_udp(to);
+        let root = sb.user(OTHER).cgroup(FREE).app_as(0);
+        assert_eq!(root.claim(Udp, to, peer.local()), Ok(()));
         // Between addresses that the machine has, anybody speaks.
         for address in [MACHINE_V4, MACHINE_V6] {
             let to = SocketAddr::new(address, PORT);
@@ -379,24 +384,54 @@ fn a_connection_that_somebody_else_has_left_open_is_not_an_open_one() {
     });
 }
 
-/// The same of what is forwarded, where somebody in another network has pretended to be the host.
+/// The same of what is forwarded: where somebody in another network has pretended to be the host, and has given up a
+/// connection or left it open, and where somebody elsewhere has begun one with the host.
 #[test]
-fn a_forwarded_connection_that_somebody_else_has_given_up_is_not_an_open_one() {
+fn a_forwarded_connection_is_not_one_that_somebody_else_has_begun() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
         let _proxy = sb.tproxy("company").uid(0).port(7890).start();
         let [host, other] = ["lan0", "lan1"].map(|interface| sb.host_behind(interface));
         let _root = divert(sb);
+        let (app, hostile) = (host.app(), other.app());
+        let own = |to: SocketAddr| {
+            let address = host.addresses()[usize::from(to.is_ipv6())];
+            SocketAddr::new(address, PORT)
+        };
+        host.use_one_port(PORT);
         for to in destinations(sb, ANSWERED) {
-            let own = SocketAddr::new(host.addresses()[usize::from(to.is_ipv6())], PORT);
-            other.pretend_to_be(own);
-            host.use_one_port(PORT);
+            other.pretend_to_be(own(to));
             deafen(sb, to);
-            other.app().begin_in_vain(own, to);
+            hostile.begin_in_vain(own(to), to);
             let before = sb.deliveries(to.ip());
-            assert_eq!(host.app().tcp(to), proxied("company", to));
+            assert_eq!(app.tcp(to), proxied("company", to));
             assert_eq!(sb.deliveries(to.ip()), before);
             sb.nft("delete table netdev deaf");
+        }
+        // Somebody in between has the answers led there.
+        for to in destinations(sb, ANSWERED) {
+            let gateway = other.addresses()[usize::from(to.is_ipv6())];
+            let route = format!("{} via {gateway} dev lan1", own(to).ip());
+            sb.run(&["sh", "-ec", &format!("ip route add {route}")]);
+            let open = hostile.open_tcp(to).expect("it opens");
+            assert_eq!(open.ask(), host.direct(to));
+            sb.run(&["sh", "-ec", &format!("ip route del {route}")]);
+            let before = sb.deliveries(to.ip());
+            assert_eq!(app.tcp(to), Outcome::Refused, "{to}");
+            assert_eq!(sb.deliveries(to.ip()), before);
+        }
+        // The host's answer would end it.
+        sb.nft(
+            "add table inet quiet
+             add chain inet quiet in { type filter hook prerouting priority raw; }
+             add rule inet quiet in iifname lan0 tcp flags rst drop",
+        );
+        let outside = sb.internet_app();
+        for to in destinations(sb, UNANSWERED) {
+            assert_eq!(outside.claim(Tcp, to, own(to)), Ok(()));
+            sb.settle();
+            assert!(app.tcp(to).is_dropped(), "{to}");
+            sb.assert_nothing_left_for(to.ip());
         }
     });
 }
