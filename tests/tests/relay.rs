@@ -45,6 +45,13 @@ fn short_flows(sb: &Sandbox) {
     sb.run(&["sh", "-ec", short]);
 }
 
+/// How many flows of UDP the relay has, by what the agent says.
+fn flows_of(bed: &Relayed) -> Option<u64> {
+    let status = bed.user.run("cgtproxy-agent", &["status", "--json"]);
+    let status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
+    status.pointer("/relay/upstreams/0/flows")?.as_u64()
+}
+
 #[test]
 fn a_flow_that_failed_begins_anew_while_the_application_goes_on() {
     sandbox(|sb| {
@@ -69,18 +76,13 @@ fn a_flow_is_forgotten_before_the_kernel_forgets_it() {
         let _server = dante(sb, INTERNET_V4);
         let _helper = sb.helper().start();
         let bed = Relayed::through(sb, "socks5://192.0.2.2:1080");
-        let flows = || {
-            let status = bed.user.run("cgtproxy-agent", &["status", "--json"]);
-            let status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
-            status["relay"]["upstreams"][0]["flows"].as_u64()
-        };
         let [to, _] = sb.destinations();
         let socket = bed.app.open_udp(to);
         // The same socket begins another one afterwards.
         for _ in 0..2 {
             assert_from_the_internet(&Outcome::in_the_end(|| socket.ask()), to);
-            assert_eq!(flows(), Some(1));
-            wait_until("the flow to be over", || flows() == Some(0));
+            assert_eq!(flows_of(&bed), Some(1));
+            wait_until("the flow to be over", || flows_of(&bed) == Some(0));
         }
     });
 }
@@ -252,7 +254,7 @@ fn names_are_left_to_the_proxy() {
 #[test]
 fn there_are_no_more_connections_than_allowed() {
     sandbox(|sb| {
-        let _server = microsocks(sb, &[]);
+        let _server = sb.socks_server(SocketAddr::new(INTERNET_V4, 1080));
         let _helper = sb.helper().start();
         let bed = Relayed::builder(sb)
             .connections(3)
@@ -271,5 +273,13 @@ fn there_are_no_more_connections_than_allowed() {
         wait_until("room for another connection", || {
             came_from_the_internet(&bed.app.tcp(to), to)
         });
+        // Nor flows of UDP. The relay has had the datagram of the last one when it answers one of the others.
+        let flows: Vec<_> = (0..3).map(|_| bed.app.open_udp(to)).collect();
+        for flow in &flows {
+            assert_from_the_internet(&Outcome::in_the_end(|| flow.ask()), to);
+        }
+        assert_eq!(bed.app.udp(to), Outcome::Silent);
+        assert_from_the_internet(&Outcome::in_the_end(|| flows[0].ask()), to);
+        assert_eq!(flows_of(&bed), Some(3));
     });
 }

@@ -470,6 +470,15 @@ mod tests {
             .collect()
     }
 
+    #[test]
+    fn there_are_no_more_pipes_than_may_be() {
+        let pipes: Vec<_> = std::iter::from_fn(Pipe::take).take(PIPES + 1).collect();
+        assert_eq!(pipes.len(), PIPES);
+        pipes.into_iter().for_each(Pipe::put_back);
+        let kept = SPARE.with_borrow(Vec::len);
+        assert_eq!((kept, COUNT.get()), (SPARE_PIPES, SPARE_PIPES));
+    }
+
     #[tokio::test]
     async fn much_arrives_in_order_both_ways_and_ends_are_passed_on() {
         let tls = ends();

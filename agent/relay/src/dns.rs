@@ -307,12 +307,14 @@ mod tests {
     use super::*;
     use crate::fake::Networks;
     use crate::original::Originals;
+    use crate::original::tests::{Known, tell};
     use crate::relay::{Relay, Shared, Wanted};
     use crate::upstream::{Protocol, Upstream};
     use proptest::prelude::*;
     use simple_dns::rdata::OPT;
     use simple_dns::{Name, Question};
     use std::net::IpAddr;
+    use tokio::net::UnixListener;
     use tokio::task::LocalSet;
 
     /// Nothing is left out.
@@ -521,26 +523,99 @@ mod tests {
         assert_eq!((answer.rcode(), answer.answers.len()), (RCODE::NoError, 1));
     }
 
+    /// A relay with one proxy, which asks that helper.
+    fn relay(originals: Originals) -> Relay {
+        let relay = Relay::new(Shared::new(1, originals, Fakes::new(None)));
+        let wanted = Wanted {
+            upstream: Upstream::new("own".into(), Protocol::Http, "there".into(), 1, None),
+            fake_dns: true,
+            left_out: ALL,
+            preferred_port: None,
+            preferred_dns_port: None,
+        };
+        relay.configure(vec![wanted]).unwrap();
+        relay
+    }
+
+    /// An application's connection that it serves.
+    async fn served(relay: &Relay) -> TcpStream {
+        let entry = relay.entry("own").unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let application = TcpStream::connect(address).await.unwrap();
+        let (mut stream, _) = listener.accept().await.unwrap();
+        tokio::task::spawn_local(async move { serve(&mut stream, &entry).await });
+        application
+    }
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_says_nothing_more_ends() {
+        let test = async {
+            let relay = relay(Originals::new("/nonexistent".into()));
+            // Nothing, and a part of a length and of a query.
+            for said in [&[][..], &[0], &[0, 12], &[0, 12, 1]] {
+                let mut application = served(&relay).await;
+                application.write_all(said).await.unwrap();
+                let began = tokio::time::Instant::now();
+                let ended = timeout(2 * SILENCE, application.read_u8()).await;
+                ended.expect("it ends").unwrap_err();
+                assert_eq!(began.elapsed().as_secs(), SILENCE.as_secs(), "{said:?}");
+            }
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn no_more_queries_wait_for_the_helper_than_may() {
+        let test = async {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("helper.sock");
+            // The kernel connects; nobody answers yet.
+            let helper = UnixListener::bind(&path).unwrap();
+            let relay = relay(Originals::new(path));
+            let entry = relay.entry("own").unwrap();
+            let socket = Rc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+            let application = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            application
+                .connect(socket.local_addr().unwrap())
+                .await
+                .unwrap();
+            let client = application.local_addr().unwrap();
+            tokio::task::spawn_local(run_udp(socket.clone(), entry));
+            let query = query_of("example.org", TYPE::A, CLASS::IN);
+            for _ in 0..WAITING + 50 {
+                application.send(&query).await.unwrap();
+                while rustix::io::ioctl_fionread(&*socket).unwrap() > 0 {
+                    tokio::task::yield_now().await;
+                }
+            }
+            let known = Known::default();
+            known
+                .borrow_mut()
+                .insert(client, "192.0.2.1:53".parse().unwrap());
+            tokio::task::spawn_local(tell(helper, known));
+            let mut answer = [0; 100];
+            let mut answers = 0;
+            while let Ok(answer) = timeout(SILENCE, application.recv(&mut answer)).await {
+                answer.unwrap();
+                answers += 1;
+            }
+            assert_eq!(answers, WAITING);
+            // There is room again.
+            application.send(&query).await.unwrap();
+            let answer = timeout(SILENCE, application.recv(&mut answer)).await;
+            answer.expect("it is answered").unwrap();
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
     #[tokio::test]
     async fn a_connection_ends_with_its_proxy() {
         let test = async {
-            let originals = Originals::new("/nonexistent".into());
-            let relay = Relay::new(Shared::new(1, originals, Fakes::new(None)));
-            let wanted = Wanted {
-                upstream: Upstream::new("own".into(), Protocol::Http, "there".into(), 1, None),
-                fake_dns: true,
-                left_out: ALL,
-                preferred_port: None,
-                preferred_dns_port: None,
-            };
-            relay.configure(vec![wanted]).unwrap();
-            let entry = relay.entry("own").unwrap();
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let address = listener.local_addr().unwrap();
-            let mut application = TcpStream::connect(address).await.unwrap();
-            let (mut stream, _) = listener.accept().await.unwrap();
-            tokio::task::spawn_local(async move { serve(&mut stream, &entry).await });
-
+            let relay = relay(Originals::new("/nonexistent".into()));
+            let mut application = served(&relay).await;
             let query = Packet::new_query(7).build_bytes_vec().unwrap();
             let length = u16::try_from(query.len()).unwrap();
             application.write_u16(length).await.unwrap();

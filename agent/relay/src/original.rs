@@ -138,8 +138,58 @@ impl Originals {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use std::cell::RefCell;
+    use std::collections::HashMap;
+    use std::path::Path;
+    use std::rc::Rc;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixListener;
+
+    /// What a helper knows: where datagrams were sent, by the client that the kernel shows.
+    pub(crate) type Known = Rc<RefCell<HashMap<SocketAddr, SocketAddr>>>;
+
+    /// A helper that tells that.
+    pub(crate) fn helper(directory: &Path, known: &Known) -> Originals {
+        let path = directory.join("helper.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        tokio::task::spawn_local(tell(listener, known.clone()));
+        Originals::new(path)
+    }
+
+    /// Tells that to whoever asks there.
+    pub(crate) async fn tell(listener: UnixListener, known: Known) {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let known = known.clone();
+            tokio::task::spawn_local(async move {
+                let mut call = Vec::new();
+                while let Ok(byte) = stream.read_u8().await {
+                    if byte != 0 {
+                        call.push(byte);
+                        continue;
+                    }
+                    let asked: serde_json::Value =
+                        serde_json::from_slice(&std::mem::take(&mut call)).unwrap();
+                    let client = asked["parameters"]["client"].as_str().unwrap();
+                    let client: SocketAddr = client.parse().unwrap();
+                    let destination = known.borrow().get(&client).copied();
+                    let answer = match destination {
+                        Some(destination) => serde_json::json!({ "parameters": {
+                            "source": "192.0.2.9:9",
+                            "destination": destination.to_string(),
+                        }}),
+                        None => serde_json::json!({
+                            "error": "org.cgtproxy.Helper.NotRedirected",
+                            "parameters": {},
+                        }),
+                    };
+                    let answer = format!("{answer}\0");
+                    stream.write_all(answer.as_bytes()).await.unwrap();
+                }
+            });
+        }
+    }
 
     /// Time stands still but for who waits for it.
     #[tokio::test(start_paused = true)]

@@ -2,52 +2,11 @@ use super::*;
 use crate::dns::LeftOut;
 use crate::fake::Fakes;
 use crate::original::Originals;
+use crate::original::tests::{Known, helper};
 use crate::relay::{Relay, Shared, Wanted};
 use crate::upstream::Protocol;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::LocalSet;
-
-/// What a helper knows: where datagrams were sent, by the client that the kernel shows.
-type Known = Rc<RefCell<HashMap<SocketAddr, SocketAddr>>>;
-
-/// A helper that tells that.
-fn helper(directory: &std::path::Path, known: &Known) -> Originals {
-    let path = directory.join("helper.sock");
-    let listener = tokio::net::UnixListener::bind(&path).unwrap();
-    let known = known.clone();
-    tokio::task::spawn_local(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let known = known.clone();
-            tokio::task::spawn_local(async move {
-                let mut call = Vec::new();
-                while let Ok(byte) = stream.read_u8().await {
-                    if byte != 0 {
-                        call.push(byte);
-                        continue;
-                    }
-                    let asked: serde_json::Value =
-                        serde_json::from_slice(&std::mem::take(&mut call)).unwrap();
-                    let client = asked["parameters"]["client"].as_str().unwrap();
-                    let client: SocketAddr = client.parse().unwrap();
-                    let destination = known.borrow().get(&client).copied();
-                    let answer = match destination {
-                        Some(destination) => serde_json::json!({ "parameters": {
-                            "source": "192.0.2.9:9",
-                            "destination": destination.to_string(),
-                        }}),
-                        None => serde_json::json!({
-                            "error": "org.cgtproxy.Helper.NotRedirected",
-                            "parameters": {},
-                        }),
-                    };
-                    let answer = format!("{answer}\0");
-                    stream.write_all(answer.as_bytes()).await.unwrap();
-                }
-            });
-        }
-    });
-    Originals::new(path)
-}
 
 /// A relay for that server, its listener, and a socket that is connected to it.
 async fn bed(
@@ -156,6 +115,42 @@ async fn a_flow_that_goes_elsewhere_now_begins_anew() {
         assert_eq!(entry.shared.flows.available_permits(), 1);
     };
     LocalSet::new().run_until(test).await;
+}
+
+#[test]
+fn datagrams_that_wait_have_room_for_one_flow_and_for_all() {
+    let originals = Originals::new("/nonexistent".into());
+    let shared = Shared::new(1, originals, Fakes::new(None));
+    let held = |waiting: &Waiting| {
+        waiting
+            .bytes
+            .as_ref()
+            .map_or(0, |bytes| bytes.num_permits())
+    };
+    let fill = |bytes| {
+        let mut waiting = Waiting::new(shared.waiting.clone());
+        for _ in 0..2 * WAITING {
+            waiting.push(&vec![0; bytes]);
+        }
+        waiting
+    };
+    // Many small ones, few large ones, and one of the largest with another.
+    assert_eq!(fill(0).datagrams.len(), WAITING);
+    for (bytes, expected) in [(10_000, 13), (60_000, 2), (DATAGRAM - OVERHEAD, 2)] {
+        let waiting = fill(bytes);
+        assert_eq!(waiting.datagrams.len(), expected, "{bytes}");
+        assert_eq!(held(&waiting), expected * (bytes + OVERHEAD));
+        assert!(held(&waiting) <= FLOW_BYTES);
+    }
+    assert_eq!(shared.waiting.available_permits(), WAITING_BYTES);
+    // So many flows that are full, and none more.
+    let mut flows: Vec<_> = (0..WAITING_BYTES / FLOW_BYTES)
+        .map(|_| fill(DATAGRAM - OVERHEAD))
+        .collect();
+    assert_eq!(flows.iter().map(held).sum::<usize>(), WAITING_BYTES);
+    assert!(fill(0).datagrams.is_empty());
+    flows.pop();
+    assert_eq!(fill(DATAGRAM - OVERHEAD).datagrams.len(), 2);
 }
 
 #[tokio::test]
