@@ -9,7 +9,7 @@
 use cgtproxy_tests::installed::{AGENT, HELPER, Installed};
 use cgtproxy_tests::sandbox::{by, sandbox};
 use cgtproxy_tests::session::SOCKET;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const CONFIG: &str = r"
 version: 1
@@ -154,5 +154,30 @@ fn an_ordinary_user_reaches_the_one_socket_and_nothing_else() {
 
         // All is as it was.
         installed.expect(&browser, by("mihomo"));
+    });
+}
+
+/// Whatever becomes of the permissions of directories and sockets.
+#[test]
+fn an_agent_and_a_relay_serve_their_user_and_root_alone() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let users = [1001, 1002, 0].map(|uid| sb.user(uid));
+        let _relay = users[0].relay().start();
+        let _agent = users[0].agent(CONFIG).start();
+        sb.run(&["chmod", "-R", "a+rwX", "/run/user/1001"]);
+        for (interface, path) in [
+            ("org.cgtproxy.Agent", "cgtproxy/agent.sock"),
+            ("org.cgtproxy.Relay", "cgtproxy-relay.sock"),
+        ] {
+            let call = json!({ "method": format!("{interface}.GetStatus"), "parameters": {} });
+            for (user, served) in users.iter().zip([true, false, true]) {
+                let mut varlink = user.varlink(format!("/run/user/1001/{path}"));
+                varlink.send(&call);
+                let reply = varlink.receive();
+                let answered = reply.is_some_and(|reply| reply.get("error").is_none());
+                assert_eq!(answered, served, "{interface}: {}", user.uid());
+            }
+        }
     });
 }
