@@ -246,6 +246,7 @@ fn knows_a_proxy_that_can_not_have_packets() {
         for (at, finding) in [
             (&["192.0.2.1:7890"][..], "proxy-address"),
             (&["0.0.0.0:7890"], "proxy-incomplete"),
+            (&["[::]:7890"], "proxy-incomplete"),
         ] {
             let mut server = sb.tproxy("mihomo").uid(1001);
             for address in at {
@@ -397,6 +398,26 @@ fn finds_routing_rules_in_the_way_and_mends_them() {
             opinion.mend(sb, "rule-before");
             Opinion::of(&alice).expect(&[]);
             assert_eq!(app.tcp(to), proxied("mihomo", to));
+        }
+        // Those that say nothing of what is diverted are in nobody's way, and one that says it by a mark is.
+        for (words, found) in [
+            ("iif uplink lookup main", &[][..]),
+            ("uidrange 5-5 lookup main", &[]),
+            ("ipproto sctp lookup main", &[]),
+            ("lookup main suppress_prefixlength 0", &[]),
+            ("fwmark 0x1/0x80000001 lookup main", &[]),
+            ("not fwmark 0x1/0x80000001 lookup main", &["rule-before"]),
+        ] {
+            let rule = |verb| format!("ip rule {verb} priority 100 {words}");
+            sb.run(&["sh", "-ec", &rule("add")]);
+            Opinion::of(&alice).expect(found);
+            let [to, _] = sb.destinations();
+            assert_eq!(
+                app.tcp(to) == proxied("mihomo", to),
+                found.is_empty(),
+                "{words}"
+            );
+            sb.run(&["sh", "-ec", &rule("del")]);
         }
         // One that looks for a mark that is ours.
         let mark = ["fwmark", "0x90000000/0xf0000000"];
