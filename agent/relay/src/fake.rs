@@ -468,6 +468,7 @@ fn write(
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_name_keeps_its_addresses() {
@@ -510,6 +511,9 @@ mod tests {
         fakes.set_networks(Networks::default());
         let number = fakes.number("example.org");
         fakes.save();
+        // It tells where its owner goes.
+        let mode = file.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
         let mut fakes = Fakes::new(Some(file.clone()));
         fakes.set_networks(Networks::default());
         assert_eq!(fakes.number("example.org"), number);
