@@ -1,6 +1,10 @@
 //! Peers of the helper's who are not what an agent is: they send what nobody wants, come as many, or are gone already.
 
-#![allow(clippy::expect_used, reason = "a panic is a failed test")]
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a panic is a failed test"
+)]
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -9,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use cgtproxy_tests::sandbox::{HelperBuilder, Sandbox, User, sandbox};
 use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, mapped_ids_now, verdict};
+use cgtproxy_tests::wait::wait_until;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 const LOUD: u32 = 1001;
@@ -161,7 +167,8 @@ fn messages_that_wait_hold_no_more_than_a_user_may_have() {
     });
 }
 
-/// As of an agent that is stopped before systemd has started the helper: what it asked for waits in the socket.
+/// As of an agent that is stopped before systemd has started the helper, or while the helper has no time: what it asked
+/// for waits in the socket.
 #[test]
 fn what_somebody_wants_who_is_gone_is_not_brought_into_force() {
     sandbox(|sb| {
@@ -177,9 +184,32 @@ fn what_somebody_wants_who_is_gone_is_not_brought_into_force() {
         gone.write_all(message.as_bytes()).expect("there is room");
         drop(gone);
         let config = "grace-seconds: 0";
-        let _helper = sb.helper().config(config).listener(listener).start();
+        let helper = sb.helper().config(config).listener(listener).start();
         // Connections are served in turn.
         one_change(sb, &sb.user(QUIET));
+        assert_eq!(mapped_ids_now(sb, 0), None);
+        // Nor is what is only to be changed.
+        let nothing = json!({
+            "method": "org.cgtproxy.Helper.ReplacePolicy",
+            "parameters": { "proxies": [], "bypass": [], "assignments": [] },
+        });
+        let change = json!({
+            "method": "org.cgtproxy.Helper.UpdateAssignments",
+            "parameters": { "assign": [verdict("system.slice", "drop")], "remove": [] },
+        });
+        let mut gone = UnixStream::connect(SOCKET).expect("somebody listens");
+        write!(gone, "{nothing}\0").expect("there is room");
+        let mut reply = [0; 200];
+        let length = gone.read(&mut reply).expect("it is served");
+        assert!(reply[..length].ends_with(b"}\0"));
+        helper.signal(Signal::SIGSTOP);
+        write!(gone, "{change}\0").expect("there is room");
+        drop(gone);
+        helper.signal(Signal::SIGCONT);
+        let root = sb.user(0);
+        wait_until("the session to be over", || {
+            Session::of(&root).status()["session"] == "none"
+        });
         assert_eq!(mapped_ids_now(sb, 0), None);
         // Who has only said all that there is to say hears the answer.
         let mut waits = UnixStream::connect(SOCKET).expect("somebody listens");
