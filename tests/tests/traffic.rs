@@ -85,7 +85,7 @@ fn what_a_proxy_leaves_out_really_goes_direct() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
         let user = sb.user(1001);
-        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let server = sb.tproxy("mihomo").uid(1001).port(7890).start();
         let _dns = sb.service("dns").port(5353).start();
         // What listens here must not get what the proxy does not take (fault D1 of the original).
         let wrong = sb.service("wrong").port(80).start();
@@ -129,6 +129,14 @@ fn what_a_proxy_leaves_out_really_goes_direct() {
                     }
                 }
             }
+        }
+        // An answer to whom the proxy has brought is UDP like any other.
+        let proxy = json!({ "name": "mihomo", "port": 7890, "noUdp": true });
+        session.replace(json!([proxy]), json!([]), json!([to_proxy(APP, "mihomo")]));
+        for to in sb.destinations() {
+            let peer = app.open_udp(to);
+            server.speak_first(to, peer.local());
+            assert_eq!(peer.ask(), direct(to));
         }
         wrong.assert_idle();
     });
