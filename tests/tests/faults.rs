@@ -124,9 +124,15 @@ fn nobody_is_said_to_have_changed_what_is_as_it_was() {
             }
             assert!(!helper.log().contains("another program"), "{change}");
         }
-        sb.run(&["ip", "rule", "del", "priority", "800"]);
-        helper.wait_log("the routing of diverted packets was changed by another program");
-        wait_for_routing(sb, &["ip", "rule", "del"]);
+        let changed = "the routing of diverted packets was changed by another program";
+        for (family, times) in [("-6", 1), ("-4", 2)] {
+            let wreck = ["ip", family, "rule", "del", "priority", "800"];
+            sb.run(&wreck);
+            wait_until("the helper to say so", || {
+                helper.log().matches(changed).count() == times
+            });
+            wait_for_routing(sb, &wreck);
+        }
     });
 }
 
