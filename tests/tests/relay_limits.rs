@@ -279,7 +279,7 @@ fn whoever_gives_up_before_the_proxy_answers_leaves_nothing_behind() {
 fn names_stay_within_the_bound() {
     sandbox(|sb| {
         let _helper = sb.helper().start();
-        let bed = Relayed::through(sb, "socks5h://192.0.2.2:1080");
+        let mut bed = Relayed::through(sb, "socks5h://192.0.2.2:1080");
         // More than there may be, and as long as can be (RFC 1035, 2.3.4).
         let rest = [&*"x".repeat(59); 4].join(".");
         let names: String = (0..66_000).map(|n| format!("{n:013}.{rest}\n")).collect();
@@ -290,5 +290,11 @@ fn names_stay_within_the_bound() {
         let argv: Vec<_> = ["dig", &server].into_iter().chain(options).collect();
         bed.user.output(&cgroup, &argv);
         assert_memory(&bed, BASE + NAMES);
+        // So many names were given addresses, which it writes down at its end.
+        bed.relay.stop();
+        let file = bed.user.home().join(".local/state/cgtproxy/names");
+        let text = fs::read_to_string(file).expect("it was written");
+        let stored = text.lines().filter(|line| line.ends_with(&rest)).count();
+        assert!(stored > 16_000, "{stored}");
     });
 }
