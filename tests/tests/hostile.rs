@@ -14,11 +14,11 @@ use std::thread;
 
 use cgtproxy_tests::agent::Agent;
 use cgtproxy_tests::sandbox::{Sandbox, direct, proxied, sandbox};
-use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, to_proxy, verdict};
+use cgtproxy_tests::session::{SOCKET, Session, mapped_ids, mapped_ids_now, to_proxy, verdict};
 use cgtproxy_tests::steady::Steady;
 use cgtproxy_tests::wait::wait_until;
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// How many connections one user may have unless the administrator says otherwise.
 const CONNECTIONS: usize = 16;
@@ -494,5 +494,51 @@ fn a_control_group_that_is_replaced_all_the_time_is_nobody_elses() {
             assert_eq!(mapped.intersection(others).next(), None);
         }
         assert_eq!(BTreeSet::from_iter(mapped_ids(sb, QUIET)), of_quiet);
+    });
+}
+
+/// What one user has made is more than root may say in the time that this takes, and comes before what others make in
+/// every order but that of turns.
+#[test]
+fn a_user_who_makes_many_control_groups_delays_nobody_elses_verdict() {
+    sandbox(|sb| {
+        /// So many with paths of 3 KiB are several minutes' worth of calls, if a call is as long as it may be.
+        const MANY: usize = 1_000;
+        const CONFIG: &str = r"
+version: 1
+rules:
+  - {match: '/app-bad[^/]*\.scope$', drop: true, enforce: true}
+";
+        let helper = sb.helper().config("limits: {calls-per-second: 1}").start();
+        let (loud, quiet) = (sb.user(LOUD), sb.user(QUIET));
+        let (slice, root) = (quiet.cgroup("app.slice"), sb.user(0));
+        let directory = loud.cgroup("app.slice").directory();
+        let _agent = root.agent(CONFIG).argument("--system").start();
+        let mut agent = Agent(root.varlink("/run/cgtproxy-agent-system/agent.sock"));
+        // The agent knows all of them when it makes the next call but one.
+        helper.signal(Signal::SIGSTOP);
+        loud.shell(&format!(
+            "cd {}; for n in $(seq 12); do mkdir {deep}; cd {deep}; done
+             seq -f app-bad-%g.scope {MANY} | xargs mkdir",
+            directory.display(),
+            deep = "d".repeat(250),
+        ));
+        wait_until("the agent knows them all", || {
+            let status = agent.status();
+            let list = status["controlGroups"].as_array().expect("a list");
+            let is_bad = |group: &&Value| group["target"] == "drop";
+            list.iter().filter(is_bad).count() == MANY
+        });
+        helper.signal(Signal::SIGCONT);
+        for round in 0..3 {
+            let bad = slice.child(format!("app-bad-{round}.scope"));
+            let mut ids = Vec::new();
+            wait_until("its verdict is in the kernel", || {
+                ids = mapped_ids_now(sb, 0).unwrap_or_default();
+                ids.contains(&bad.id())
+            });
+            assert!(ids.len() < MANY, "others' verdicts came before");
+            sb.expect_dropped(&bad.app());
+        }
     });
 }

@@ -103,7 +103,10 @@ impl State {
     /// What the agent knows at the beginning: see [`Agent::new`].
     pub(crate) fn new(subtree: Subtree, source: Source, config_error: Option<String>) -> Self {
         let tree = Tree::new(subtree.prefix(), source.config.rules.clone());
-        let mut ledger = Ledger::default();
+        let mut ledger = match subtree.path().as_bytes().is_empty() {
+            true => Ledger::of_machine(),
+            false => Ledger::default(),
+        };
         ledger.make_room_for(length_of(&source.config));
         Self {
             subtree,

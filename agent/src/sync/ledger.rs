@@ -7,6 +7,9 @@
 //! The helper takes no more control groups than the administrator allows, and refuses a call that would
 //! make more of them as a whole. Its refusal says how many it takes. From then on, what there is no room
 //! for *waits*: all else is sent, and removals are never kept back.
+//!
+//! The system policy is about control groups of many users, each of whom may make them without end. So they take turns
+//! in what is sent, and a call is short: who has little to say waits for one call, and not for all that others say.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,6 +18,7 @@ use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
 
 use super::room::{Room, Waiting};
+use super::turns::Dirty;
 #[cfg(test)]
 use crate::policy::Target;
 use crate::policy::{Element, Hold, Tree};
@@ -23,6 +27,9 @@ use crate::policy::{Element, Hold, Tree};
 /// policy is replaced at once, and not in parts between which some control groups have the verdict of
 /// others. It takes more than one call only if names are much longer than service managers make them.
 const CALL_BYTES: usize = MESSAGE_BYTES - 4096;
+
+/// The same of a call that changes the policy that users share.
+const SHARED_CALL_BYTES: usize = 64 * 1024;
 
 /// What the helper holds for a path.
 #[derive(Debug, Clone)]
@@ -72,7 +79,7 @@ pub struct Ledger {
     /// The whole policy must be sent.
     replace: bool,
     held: BTreeMap<ControlGroupPath, Held>,
-    dirty: BTreeSet<ControlGroupPath>,
+    dirty: Dirty,
     flight: Option<Flight>,
     skipped: BTreeMap<ControlGroupPath, SkipReason>,
     /// How many control groups the helper takes (any number until it says otherwise), and who has how many of them.
@@ -90,7 +97,7 @@ impl Default for Ledger {
         Self {
             replace: true,
             held: BTreeMap::new(),
-            dirty: BTreeSet::new(),
+            dirty: Dirty::default(),
             flight: None,
             skipped: BTreeMap::new(),
             room: Room::new(usize::MAX),
@@ -102,6 +109,15 @@ impl Default for Ledger {
 }
 
 impl Ledger {
+    /// What the helper holds of the system policy: nothing yet.
+    #[must_use]
+    pub fn of_machine() -> Self {
+        Self {
+            dirty: Dirty::shared(),
+            ..Self::default()
+        }
+    }
+
     /// Marks a control group as dirty.
     pub fn touch(&mut self, path: &ControlGroupPath) {
         // A whole policy has every control group in it, touched or not.
@@ -141,6 +157,7 @@ impl Ledger {
     /// Forgets what the helper holds: it holds nothing, or nobody knows what.
     pub fn lost(&mut self) {
         *self = Self {
+            dirty: self.dirty.anew(),
             limit: self.limit,
             head: self.head,
             ..Self::default()
@@ -212,8 +229,14 @@ impl Ledger {
         let mut bytes = 0;
         // What is removed makes room for the next call: in this one, the helper may know less of it.
         let mut room = self.room.clone();
+        let limit = match self.dirty.is_shared() {
+            true => self.limit.min(SHARED_CALL_BYTES),
+            false => self.limit,
+        };
+        // Who waits has a turn as well, lest they wait for those who always have something to say.
+        self.dirty.extend(self.waiting.first_of_each(&room));
         loop {
-            let path = self.dirty.pop_first();
+            let path = self.dirty.pop();
             let Some(path) = path.or_else(|| self.waiting.pop(&room)) else {
                 break;
             };
@@ -229,7 +252,7 @@ impl Ledger {
             }
             let length = encoded(&path, wanted);
             bytes += length;
-            if bytes > self.limit && bytes > length {
+            if bytes > limit && bytes > length {
                 self.dirty.insert(path);
                 break;
             }
@@ -251,7 +274,7 @@ impl Ledger {
 
     fn next_replace(&mut self, tree: &Tree) -> Call {
         self.replace = false;
-        self.dirty.clear();
+        self.dirty = self.dirty.anew();
         self.waiting.clear();
         let mut flight = Flight {
             replace: true,
@@ -266,11 +289,22 @@ impl Ledger {
                 continue;
             }
             bytes += encoded(path, Some(element));
-            if bytes > self.limit {
-                // Parents go first, so what comes later only narrows down what was said, or releases it.
-                self.dirty.insert(path.clone());
-            } else {
-                assign.push((path.clone(), element.clone()));
+            assign.push((path.clone(), element.clone()));
+        }
+        if bytes > self.limit {
+            // Parents go first, so what comes later only narrows down what was said, or releases it.
+            self.dirty.extend(assign.drain(..).map(|(path, _)| path));
+            bytes = self.head;
+            while let Some(path) = self.dirty.pop() {
+                let Some(element) = tree.element(&path) else {
+                    continue;
+                };
+                bytes += encoded(&path, Some(element));
+                if bytes > self.limit {
+                    self.dirty.insert(path);
+                    break;
+                }
+                assign.push((path, element.clone()));
             }
         }
         // All at once, which takes next to nothing where they are in order.

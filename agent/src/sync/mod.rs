@@ -9,6 +9,7 @@ mod session;
 #[cfg(test)]
 mod tests;
 mod text;
+mod turns;
 mod wire;
 
 pub use announce::Readiness;

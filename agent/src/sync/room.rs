@@ -135,6 +135,16 @@ impl Waiting {
         self.paths.clear();
     }
 
+    /// Takes out one control group of each user for whom there is room now.
+    pub(super) fn first_of_each(&mut self, room: &Room) -> Vec<ControlGroupPath> {
+        let waiting = self.paths.iter();
+        let with_room = waiting.filter(|(maker, _)| room.is_for(maker.as_deref()));
+        let first = with_room.filter_map(|(_, paths)| paths.first().cloned());
+        let first = Vec::from_iter(first);
+        first.iter().for_each(|path| self.remove(path));
+        first
+    }
+
     /// Takes out a control group for which there is room now.
     pub(super) fn pop(&mut self, room: &Room) -> Option<ControlGroupPath> {
         let mut paths = self.paths.iter();
