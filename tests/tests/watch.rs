@@ -152,6 +152,46 @@ fn with_all_watches_used_up_everything_is_still_found() {
     });
 }
 
+/// Root's watches are for other programs too, and for everybody's control groups.
+#[test]
+fn one_user_uses_up_no_more_of_roots_watches_than_are_left_for_others() {
+    sandbox(|sb| {
+        const MOST: usize = 120;
+        /// What is watched besides: the way to the configuration.
+        const BESIDES: usize = 10;
+        let _helper = sb.helper().start();
+        let (root, alice, bob) = (sb.user(0), sb.user(1001), sb.user(1002));
+        let slice = bob.cgroup("app.slice");
+        let most = u32::try_from(MOST).expect("a few");
+        let system = root.agent(DROP_EACH).argument("--system").watches(most);
+        let service = system.start();
+        // The agent has descriptors twice, to wait for them.
+        let list = format!(
+            "sort -u /proc/{}/fdinfo/* | grep '^inotify wd'",
+            service.pid()
+        );
+        let watched = || sb.run(&["sh", "-c", &list]).lines().count();
+        in_slice(&alice, "mkdir $(seq -f other-%g.scope 200) app-last.scope");
+        let mut agent = Agent(root.varlink("/run/cgtproxy-agent-system/agent.sock"));
+        wait_for_status(&mut agent, &["inotify"], Some("than are left for others"));
+        service.wait_log("is looked at every now and then: one user's");
+        // It has its verdict all the same.
+        wait_until("the last one is in the kernel", || {
+            mapped_ids(sb, 0) == applications_below(&alice.service().directory())
+        });
+        let of_alice = watched();
+        assert!(of_alice <= MOST / 2 + BESIDES, "{of_alice}");
+        // There are watches for others.
+        in_slice(&bob, "mkdir -p app.slice/app-other.scope");
+        wait_until("those of another one are watched", || watched() > of_alice);
+        drop(slice);
+        assert_eq!(service.log().matches("is looked at every now").count(), 1);
+        assert!(!service.log().contains(EXHAUSTED));
+        in_slice(&alice, "rmdir other-*.scope");
+        wait_for_status(&mut agent, &["inotify"], None);
+    });
+}
+
 #[test]
 fn without_inotify_and_without_a_bus_everything_is_still_found() {
     sandbox(|sb| {

@@ -21,14 +21,14 @@ pub(crate) fn maker(path: &ControlGroupPath) -> Option<&[u8]> {
 
 /// How many control groups the helper takes, and who has how many of them. Nobody counts where no limit is known.
 #[derive(Debug, Clone)]
-pub(super) struct Room {
+pub(crate) struct Room {
     most: usize,
     taken: usize,
     by: BTreeMap<Maker, usize>,
 }
 
 impl Room {
-    pub(super) fn new(most: usize) -> Self {
+    pub(crate) fn new(most: usize) -> Self {
         Self {
             most,
             taken: 0,
@@ -63,8 +63,18 @@ impl Room {
         left > 0 && has.is_none_or(|has| *has < left)
     }
 
+    /// Whether there is room for another control group of who makes this one; there always is for the system's own.
+    pub(crate) fn is_for_maker_of(&self, path: &ControlGroupPath) -> bool {
+        maker(path).is_none_or(|maker| self.is_for(Some(maker)))
+    }
+
+    /// Changes for how many control groups there is room.
+    pub(crate) fn resize(&mut self, most: usize) {
+        self.most = most;
+    }
+
     /// Counts a control group that is held, whether there was room for it or not.
-    pub(super) fn count(&mut self, path: &ControlGroupPath) {
+    pub(crate) fn count(&mut self, path: &ControlGroupPath) {
         if !self.is_limited() {
             return;
         }
@@ -78,7 +88,7 @@ impl Room {
     }
 
     /// Counts a control group no more.
-    pub(super) fn give_back(&mut self, path: &ControlGroupPath) {
+    pub(crate) fn give_back(&mut self, path: &ControlGroupPath) {
         if !self.is_limited() {
             return;
         }

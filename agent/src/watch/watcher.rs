@@ -19,7 +19,12 @@ use super::listing::contains_more_than;
 use super::{Hint, Monitor, Observer, inotify};
 use crate::said::{Kind, Said, say};
 use crate::subtree::{Subtree, descendants};
+use crate::sync::{Room, maker};
 use crate::text::chain;
+
+/// How many watches a user has at least, unless somebody has lowered that (`inotify_user_setup`,
+/// fs/notify/inotify/inotify_user.c).
+const FEWEST_WATCHES: usize = 8192;
 
 /// A control group that is known.
 #[derive(Debug, Default)]
@@ -38,6 +43,8 @@ pub struct Watcher {
     /// None if inotify is not to be used, or can't be.
     pub(super) watches: Option<inotify::Watches>,
     pub(super) groups: BTreeMap<ControlGroupPath, Known>,
+    /// How many of root's watches users' control groups may have, and have. None if the subtree is a user's own.
+    share: Option<Room>,
     /// Control groups that should be watched and are not.
     pub(super) unwatched: BTreeSet<ControlGroupPath>,
     /// Why one of `unwatched` could not be watched the last time.
@@ -71,11 +78,13 @@ pub struct Watcher {
 
 impl Watcher {
     pub(super) fn new(subtree: Subtree, monitor: Monitor) -> Self {
+        let is_shared = subtree.path().as_bytes().is_empty();
         let mut watcher = Self {
             subtree,
             monitor,
             watches: None,
             groups: BTreeMap::new(),
+            share: is_shared.then(|| Room::new(share_of_watches())),
             unwatched: BTreeSet::new(),
             unwatched_why: String::new(),
             unlisted: BTreeSet::new(),
@@ -168,6 +177,9 @@ impl Watcher {
     /// announced: nothing but an event would tell that there is another one at the same path.
     pub fn scan(&mut self, observer: &mut dyn Observer) {
         self.hinted = false;
+        if let Some(share) = &mut self.share {
+            share.resize(share_of_watches());
+        }
         self.check_visibility();
         if self.blind {
             return;
@@ -460,11 +472,21 @@ impl Watcher {
             }
             None => id,
         };
-        self.groups.insert(kept.clone(), Known { watch, id });
+        let is_watched = watch.is_some();
+        let before = self.groups.insert(kept.clone(), Known { watch, id });
+        let was_watched = before.is_some_and(|before| before.watch.is_some());
+        if let Some(share) = self.share.as_mut().filter(|_| maker(&kept).is_some()) {
+            match (was_watched, is_watched) {
+                (false, true) => share.count(&kept),
+                (true, false) => share.give_back(&kept),
+                _ => {}
+            }
+        }
         Some(kept)
     }
 
-    /// Watches a directory, if inotify is to be used and can.
+    /// Watches a directory, if inotify is to be used and can, and whoever makes the control group has not too many watches
+    /// already.
     pub(super) fn watch(
         &mut self,
         path: &ControlGroupPath,
@@ -473,6 +495,27 @@ impl Watcher {
         let Some(watches) = &mut self.watches else {
             return Ok(None);
         };
+        let known = self.groups.get(path);
+        let is_new = known.is_none_or(|known| known.watch.is_none());
+        if let Some(share) = &self.share
+            && is_new
+            && !share.is_for_maker_of(path)
+        {
+            "one user's control groups may have no more of root's inotify watches than are left for \
+             others (fs.inotify.max_user_watches)"
+                .clone_into(&mut self.unwatched_why);
+            if self.unwatched.insert(path.clone()) {
+                let is_news = self.said.is_news(Kind::Unwatched, path);
+                say(is_news, Level::WARN, || {
+                    let name = self.subtree.shown(path);
+                    format!(
+                        "'{name}' is looked at every now and then: {}",
+                        self.unwatched_why
+                    )
+                });
+            }
+            return Ok(None);
+        }
         let error = match watches.add(directory) {
             Ok(watch) => return Ok(Some(watch)),
             Err(error) => error,
@@ -528,6 +571,9 @@ impl Watcher {
             && let Some(watches) = &mut self.watches
         {
             watches.remove(watch);
+            if let Some(share) = self.share.as_mut().filter(|_| maker(path).is_some()) {
+                share.give_back(path);
+            }
         }
     }
 
@@ -553,8 +599,27 @@ impl Watcher {
         for known in self.groups.values_mut() {
             known.watch = None;
         }
+        self.share = self.share.take().map(|_| Room::new(share_of_watches()));
         self.unwatched.clear();
     }
+}
+
+/// How many watches the agent may have for users' control groups: root's watches are for other programs as well, the
+/// service manager among them, so half of them are. If nobody says how many there are, they are as few as the kernel has
+/// at least.
+fn share_of_watches() -> usize {
+    let limits = [
+        "/proc/sys/fs/inotify/max_user_watches",
+        // The same, but for a user namespace.
+        "/proc/sys/user/max_inotify_watches",
+    ];
+    let read = |file: &str| std::fs::read_to_string(file).ok()?.trim().parse().ok();
+    limits
+        .into_iter()
+        .filter_map(read)
+        .min()
+        .unwrap_or(FEWEST_WATCHES)
+        / 2
 }
 
 /// A control group is not there any more.
