@@ -111,6 +111,48 @@ fn a_machine_that_drops_everything_still_says_what_the_kernel_has_to_say() {
 }
 
 /// As users' own are, whatever users say of the same control groups.
+/// A closed TCP socket has no owner any more, and still sends what was said before.
+#[test]
+fn a_machine_that_drops_everything_drops_what_closed_sockets_have_to_say() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        // The kernel soon gives up what nobody hears.
+        sb.run(&["sh", "-ec", "echo 2 >/proc/sys/net/ipv4/tcp_orphan_retries"]);
+        let drop_all = verdict("", "drop");
+        for assignment in [drop_all.clone(), enforced(drop_all)] {
+            for to in sb.destinations() {
+                let service = sb.cgroup(SERVICE).app();
+                let connection = service.open_tcp(to).expect("it opens");
+                assert_eq!(connection.ask(), direct(to));
+                sb.nft(&format!(
+                    "table netdev deaf {{ chain in {{
+                         type filter hook ingress device uplink priority 0;
+                         {} saddr {} drop; }}; }}",
+                    if to.is_ipv4() { "ip" } else { "ip6" },
+                    to.ip(),
+                ));
+                connection.say("last words");
+                let unheard = || {
+                    let list = sb.run(&["ss", "-Htan", "dst", &to.to_string()]);
+                    let bytes = list.split_whitespace().nth(2).map(str::to_owned);
+                    bytes.is_some_and(|bytes| bytes != "0")
+                };
+                wait_until("it is said", unheard);
+                let mut root = Session::of(&sb.user(0));
+                root.replace(json!([]), json!([]), json!([assignment]));
+                let before = sb.deliveries(to.ip());
+                drop(connection);
+                drop(service);
+                sb.nft("delete table netdev deaf");
+                wait_until("the kernel has given it up", || !unheard());
+                sb.settle();
+                assert_eq!(sb.deliveries(to.ip()), before, "{to}");
+                root.call("RemovePolicy", json!({}));
+            }
+        }
+    });
+}
+
 #[test]
 fn verdicts_are_found_however_deep_control_groups_are() {
     sandbox(|sb| {

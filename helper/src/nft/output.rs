@@ -297,9 +297,20 @@ impl Transaction<'_> {
         for &level in levels.iter().rev() {
             if level == 0 {
                 // The kernel's own sockets are at the root too, and have no owner. What they send (neighbour
-                // discovery, ICMP errors, resets) is left alone, since it is about all users' connections.
-                // meta skuid >= 0 socket cgroupv2 level 0 …
-                self.add_rules(chain, [&|rule| look(rule.skuid_known(), level)]);
+                // discovery, ICMP errors, resets) is left alone, since it is about all users' connections. The rest of
+                // a closed TCP connection has no owner either, but was made in a control group.
+                self.add_rules(
+                    chain,
+                    [
+                        // meta skuid >= 0 socket cgroupv2 level 0 …
+                        &|rule| look(rule.skuid_known(), level),
+                        // meta l4proto tcp socket wildcard 0 socket cgroupv2 level 1 != 0 socket cgroupv2 level 0 …
+                        &|rule| {
+                            let tcp = rule.l4proto(Protocol::Tcp).socket_wildcard_0();
+                            look(tcp.socket_level_exists(1), level)
+                        },
+                    ],
+                );
             } else {
                 // socket cgroupv2 level LEVEL map @cgroups vmap @choices
                 self.add_rules(chain, [&|rule| look(rule, level)]);

@@ -379,7 +379,7 @@ fn a_table_and_its_base() {
             });
             found.has(&[
                 "cgtproxy",
-                "version-14-ff000000",
+                "version-15-ff000000",
                 "output",
                 "forward",
                 "proxy-uids",
