@@ -15,6 +15,7 @@ mod directory;
 pub mod inotify;
 mod listing;
 mod pace;
+mod pending;
 mod run;
 #[cfg(test)]
 mod tests;

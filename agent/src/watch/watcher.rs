@@ -1,6 +1,6 @@
 //! The control groups of a subtree, as far as they are known: looks them up, and watches them.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ffi::OsStr;
 use std::io;
 use std::iter::successors;
@@ -16,6 +16,7 @@ use tracing::Level;
 use super::directory::WorkingDirectory;
 use super::inotify::Event;
 use super::listing::contains_more_than;
+use super::pending::Pending;
 use super::{Hint, Monitor, Observer, inotify};
 use crate::said::{Kind, Said, say};
 use crate::subtree::{Subtree, descendants};
@@ -56,7 +57,7 @@ pub struct Watcher {
     /// cgroupfs can't be read at all.
     pub(super) blind: bool,
     /// Control groups that were announced and not looked at yet.
-    pub(super) pending: VecDeque<ControlGroupPath>,
+    pub(super) pending: Pending,
     /// What was found in control groups that are to be watched later, with inodes and in order.
     pub(super) noted: BTreeMap<ControlGroupPath, Vec<(ControlGroupPath, u64)>>,
     pub(super) working_directory: WorkingDirectory,
@@ -90,7 +91,7 @@ impl Watcher {
             unlisted: BTreeSet::new(),
             unlisted_why: String::new(),
             blind: false,
-            pending: VecDeque::new(),
+            pending: Pending::new(is_shared),
             noted: BTreeMap::new(),
             working_directory: WorkingDirectory::new(),
             said: Said::default(),
@@ -170,7 +171,9 @@ impl Watcher {
                 self.noted.insert(path, found);
             }
         }
-        self.pending.extend(empty);
+        empty
+            .into_iter()
+            .for_each(|path| self.pending.push_back(path));
     }
 
     /// Looks at the whole subtree. What is gone is reported as well. If events were lost, so is what was only
