@@ -405,6 +405,8 @@ fn finds_routing_rules_in_the_way_and_mends_them() {
             ("uidrange 5-5 lookup main", &[]),
             ("ipproto sctp lookup main", &[]),
             ("lookup main suppress_prefixlength 0", &[]),
+            ("fwmark 0x0/0x80000000 lookup main", &[]),
+            ("not fwmark 0x0/0x80000000 lookup main", &["rule-before"]),
             ("fwmark 0x1/0x80000001 lookup main", &[]),
             ("not fwmark 0x1/0x80000001 lookup main", &["rule-before"]),
         ] {

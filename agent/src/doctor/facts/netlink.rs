@@ -143,13 +143,12 @@ fn rule(message: &RuleMessage) -> Rule {
         table: (header.action == RuleAction::ToTable).then_some(header.table.into()),
         ..Rule::default()
     };
-    let mut mark = None;
-    let mut mask = u32::MAX;
+    let (mut mark, mut mask) = (None, None);
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(priority) => rule.priority = *priority,
             RuleAttribute::FwMark(value) => mark = Some(*value),
-            RuleAttribute::FwMask(value) => mask = *value,
+            RuleAttribute::FwMask(value) => mask = Some(*value),
             RuleAttribute::Table(table) if rule.table.is_some() => rule.table = Some(*table),
             RuleAttribute::SuppressPrefixLen(length) => rule.suppressed = *length != u32::MAX,
             RuleAttribute::SuppressIfGroup(group) => rule.suppressed |= *group != u32::MAX,
@@ -164,7 +163,9 @@ fn rule(message: &RuleMessage) -> Rule {
             _ => {}
         }
     }
-    rule.mark = mark.map(|mark| (mark, mask));
+    // The kernel leaves out a mark of zero that has a mask (fib_nl_fill_rule, net/core/fib_rules.c).
+    let mark = mark.or(mask.map(|_| 0));
+    rule.mark = mark.map(|mark| (mark, mask.unwrap_or(u32::MAX)));
     rule
 }
 
