@@ -12,7 +12,8 @@ pub mod command;
 pub mod config;
 pub mod connection;
 // The bounds are of such builds.
-#[cfg(all(test, debug_assertions, target_arch = "x86_64"))]
+#[cfg(test)]
+#[cfg(all(debug_assertions, target_arch = "x86_64"))]
 #[path = "../../tests/counts/counter.rs"]
 mod counter;
 pub mod doctor;

@@ -266,7 +266,8 @@ fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCod
             not_roots_own(arguments)?;
             let name = printable(&file.path.to_string_lossy());
             // Nobody is asked, so that it can be said where nothing runs.
-            let holds = Otherwise::new(file.scope, None).without_file();
+            let uid = rustix::process::getuid().as_raw();
+            let holds = Otherwise::new(file.scope, uid, None, None).without_file();
             print(format!("there is no file {name}: {holds}\n").as_bytes())?;
             Ok(ExitCode::SUCCESS)
         }
