@@ -3,6 +3,7 @@
 mod environment;
 mod finding;
 mod migrate;
+mod mount_point;
 mod read;
 mod reader;
 mod upstream;

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use super::Target;
+use super::{Rule, Target};
 
 /// The name of a proxy that `cgtproxy-proxy.slice` and `cgtproxy-exec proxy` mean before the first one.
 pub const DEFAULT_PROXY: &str = "proxy";
@@ -48,6 +48,17 @@ impl ExecSlices {
         };
         let found = slices.iter().rev().find_map(|name| self.0.get(*name));
         found.cloned()
+    }
+
+    /// The slice that a rule names and does not decide about, for its target here is another than the rule's.
+    #[must_use]
+    pub fn overrules(&self, rule: &Rule) -> Option<(&str, &Target)> {
+        self.0
+            .iter()
+            .filter(|(_, target)| **target != rule.target)
+            .filter_map(|(name, target)| Some((std::str::from_utf8(name).ok()?, target)))
+            .filter(|(name, _)| rule.selector.names_slice(name))
+            .min_by_key(|(name, _)| *name)
     }
 
     /// Whether a control group below this one may be in a slice whose target has this property.

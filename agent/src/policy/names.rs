@@ -19,6 +19,12 @@ impl Names {
         self.0.iter().any(|glob| matches(glob.as_bytes(), name))
     }
 
+    /// Whether one of them is written like this.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.iter().any(|glob| glob == name)
+    }
+
     /// Whether it surely matches all that other names do.
     #[must_use]
     pub fn covers(&self, other: &Self) -> bool {

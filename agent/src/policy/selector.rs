@@ -72,6 +72,16 @@ impl Selector {
         }
     }
 
+    /// Whether it is about this slice by its name, and not about one that systemd puts into it.
+    #[must_use]
+    pub fn names_slice(&self, name: &str) -> bool {
+        match self {
+            Self::Match(pattern) => pattern.names_slice(name),
+            Self::Unit(names) | Self::Slice(names) => names.contains(name),
+            Self::App(_) => false,
+        }
+    }
+
     /// Whether it surely selects all control groups that another one does.
     #[must_use]
     pub fn covers(&self, other: &Self) -> bool {
@@ -184,6 +194,18 @@ impl Pattern {
     #[must_use]
     pub fn is_about_users(&self) -> bool {
         self.below(USERS) != Below::Nothing
+    }
+
+    /// Whether the name of this slice is written in it, and not that of one in it after it. A bare dot stands for
+    /// itself: that is how people write names.
+    fn names_slice(&self, name: &str) -> bool {
+        let plain = self.text.replace('\\', "");
+        let inner = format!("/{}-", name.strip_suffix(".slice").unwrap_or(name));
+        plain.match_indices(name).any(|(at, _)| {
+            let (before, rest) = plain.split_at(at);
+            let after = rest.strip_prefix(name).unwrap_or_default();
+            (before.is_empty() || before.ends_with('/')) && !after.starts_with(&inner)
+        })
     }
 
     /// Whether it matches somewhere in `path`.

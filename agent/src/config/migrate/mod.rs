@@ -25,10 +25,10 @@ pub fn migrate(file: &Path, bytes: &[u8]) -> Result<(String, Findings), Findings
         Some(Kind::Cgproxy) => cgproxy::migrate(&mut reader, &root),
         Some(Kind::Cgtproxy) => {
             let (config, findings) = read::read(file, bytes, Scope::User);
-            if config.is_none() {
+            let Some(config) = config else {
                 return Err(findings);
-            }
-            Some(original::migrate(&mut reader, text, &root))
+            };
+            Some(original::migrate(&mut reader, text, &root, &config))
         }
         None => {
             let finding = reader.error(

@@ -4,46 +4,52 @@
 use std::ops::Range;
 use std::path::Path;
 
-use crate::config::Scope;
+use crate::config::finding::Place;
+use crate::config::mount_point::{self, MOUNT_POINT};
 use crate::config::read;
 use crate::config::reader::Reader;
 use crate::config::yaml::{Node, Value};
+use crate::config::{Config, Scope};
 
 use super::pattern;
+use super::write::scalar;
 
-/// Rewrites the text of a file without errors, of which `root` is the tree.
-pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node) -> String {
+/// Rewrites the text of a file without errors, of which `root` is the tree and `config` the meaning.
+pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node, config: &Config) -> String {
     let mut edits: Vec<(Range<usize>, String)> = Vec::new();
+    // What is said once it is done.
+    let mut left_out: Vec<(Place, &str, &str)> = Vec::new();
     for (key, value) in entries(root) {
         match reader.written(key).as_str() {
             "cgroup-root" => {
+                let Some(edit) = removal(text, key, value) else {
+                    continue;
+                };
                 if reader.written(value) != "AUTO" {
-                    reader.warning(key.place, "'cgroup-root' is left out").help = Some(
-                        "where cgroup v2 is mounted is found out; if it is not, start the daemons with \
-                         '--cgroup-root DIR'"
-                            .into(),
-                    );
+                    let help = "where cgroup v2 is mounted is found out; if it is not, start the daemons with \
+                                '--cgroup-root DIR'";
+                    left_out.push((key.place, "cgroup-root", help));
                 }
-                edits.extend(removal(text, key, value));
+                edits.push(edit);
             }
             "route-table" => {
-                reader.warning(key.place, "'route-table' is left out").help = Some(
-                    "the helper has one of its own; to choose it, write 'route-table' to \
-                     /etc/cgtproxy/helper.yaml"
-                        .into(),
-                );
-                edits.extend(removal(text, key, value));
+                let Some(edit) = removal(text, key, value) else {
+                    continue;
+                };
+                let help = "the helper has one of its own; to choose it, write 'route-table' to \
+                            /etc/cgtproxy/helper.yaml";
+                left_out.push((key.place, "route-table", help));
+                edits.push(edit);
             }
             "tproxies" => {
                 for (_, tproxy) in entries(value) {
                     for (key, value) in entries(tproxy) {
-                        if reader.written(key) == "mark" {
-                            reader.warning(key.place, "'mark' is left out").help = Some(
-                                "the helper allots marks, out of the 'mark-mask' in \
-                                 /etc/cgtproxy/helper.yaml"
-                                    .into(),
-                            );
-                            edits.extend(removal(text, key, value));
+                        if reader.written(key) == "mark"
+                            && let Some(edit) = removal(text, key, value)
+                        {
+                            let help = "the helper allots marks, out of the 'mark-mask' in /etc/cgtproxy/helper.yaml";
+                            left_out.push((key.place, "mark", help));
+                            edits.push(edit);
                         }
                     }
                 }
@@ -52,15 +58,30 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node) -> Strin
                 let Value::List(rules) = &value.value else {
                     continue;
                 };
+                edits.extend(rules_before_slices(reader, text, root, rules, config));
                 for (key, value) in rules.iter().flat_map(entries) {
-                    if let (Value::Text(pattern), "match") =
-                        (&value.value, reader.written(key).as_str())
+                    let written = match &value.value {
+                        Value::Text(text) => Some(text.as_str()),
+                        _ => None,
+                    };
+                    let cut = written.and_then(mount_point::without);
+                    if let (Some(pattern), "match") =
+                        (cut.as_deref().or(written), reader.written(key).as_str())
                     {
                         if let Ok(pattern) = reader.patterns.compile(pattern) {
                             reader.warn_if_outside(key.place, &pattern);
                         }
                         let selector = pattern::selector(pattern);
+                        let selector = selector.or_else(|| {
+                            let line = cut.as_deref().filter(|cut| !cut.contains('\n'))?;
+                            Some(format!("match: {}", scalar(line)))
+                        });
                         let edit = selector.and_then(|s| Some((extent(text, key, value)?, s)));
+                        if let (Some(_), Some(_)) = (&cut, &edit) {
+                            let message = format!("'{MOUNT_POINT}' is left out");
+                            reader.warning(key.place, message).help =
+                                Some("a path begins at the control group root".into());
+                        }
                         edits.extend(edit);
                     }
                 }
@@ -68,18 +89,53 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node) -> Strin
             _ => {}
         }
     }
-    edits.sort_by_key(|(range, _)| range.start);
+    edits.sort_by_key(|(range, _)| (range.start, range.end));
     let mut new = text.to_owned();
+    // Two that are cut out of one line may both want what is between them.
+    let mut next = text.len();
     for (range, with) in edits.into_iter().rev() {
+        let range = range.start..range.end.min(next);
+        next = range.start;
         if new.get(range.clone()).is_some() {
             new.replace_range(range, &with);
         }
     }
-    match says_the_same(text, &new) {
-        true => new,
-        // In a way of writing YAML that nobody has thought of here; it loads as it is.
-        false => text.to_owned(),
+    // In a way of writing YAML that nobody has thought of here; it loads as it is.
+    if !says_the_same(text, &new) {
+        return text.to_owned();
     }
+    for (place, key, help) in left_out {
+        reader.warning(place, format!("'{key}' is left out")).help = Some(help.into());
+    }
+    new
+}
+
+/// The original has no slices that come before rules. Where they would decide otherwise, they are switched off.
+fn rules_before_slices(
+    reader: &mut Reader<'_>,
+    text: &str,
+    root: &Node,
+    rules: &[Node],
+    config: &Config,
+) -> Option<(Range<usize>, String)> {
+    let slices = config.rules.exec_slices.as_ref()?;
+    let (place, (slice, target)) = rules
+        .iter()
+        .zip(&config.rules.rules)
+        .find_map(|(node, rule)| Some((node.place, slices.overrules(rule)?)))?;
+    let is_there = |(key, _): &(Node, Node)| reader.written(key) == "exec-slices";
+    if entries(root).iter().any(is_there) {
+        return None;
+    }
+    let version = entries(root)
+        .iter()
+        .find(|(key, _)| reader.written(key) == "version");
+    let edit =
+        version.and_then(|(key, value)| insertion(text, key, value, "exec-slices: false"))?;
+    reader.warning(place, "'exec-slices: false' is added").help = Some(format!(
+        "what cgtproxy-exec puts into '{slice}' goes where rules say, and not to '{target}' before them"
+    ));
+    Some(edit)
 }
 
 /// Whether there are the same proxies and rules with the same targets as before.
@@ -134,7 +190,28 @@ fn extent(text: &str, key: &Node, value: &Node) -> Option<Range<usize>> {
     Some(key_range.start..end)
 }
 
-/// An entry's lines, if there is nothing else on them.
+/// Another entry of the same map: on a line after this one, or before it on the same line.
+fn insertion(text: &str, key: &Node, value: &Node, entry: &str) -> Option<(Range<usize>, String)> {
+    let range = extent(text, key, value)?;
+    let indent = text.get(..range.start)?.rsplit('\n').next()?;
+    let rest = text
+        .get(range.end..)?
+        .split_inclusive('\n')
+        .next()
+        .unwrap_or_default();
+    let after = rest.trim();
+    if !indent.trim().is_empty() || !(after.is_empty() || after.starts_with('#')) {
+        return Some((range.start..range.start, format!("{entry}, ")));
+    }
+    let end = range.end + rest.len();
+    let line = match rest.ends_with('\n') {
+        true => format!("{indent}{entry}\n"),
+        false => format!("\n{indent}{entry}"),
+    };
+    Some((end..end, line))
+}
+
+/// An entry's lines, if there is nothing else on them, or what it is in a map on one line.
 fn removal(text: &str, key: &Node, value: &Node) -> Option<(Range<usize>, String)> {
     let range = extent(text, key, value)?;
     let start = text.get(..range.start)?.rfind('\n').map_or(0, |at| at + 1);
@@ -143,5 +220,26 @@ fn removal(text: &str, key: &Node, value: &Node) -> Option<(Range<usize>, String
     let after = rest.get(..end)?.trim();
     let alone = text.get(start..range.start)?.trim().is_empty()
         && (after.is_empty() || after.starts_with('#'));
-    alone.then(|| (start..range.end + end, String::new()))
+    let whole = match alone {
+        true => start..range.end + end,
+        false => within_line(text, range)?,
+    };
+    Some((whole, String::new()))
+}
+
+/// An entry of a map in braces, and the comma after it or before it.
+fn within_line(text: &str, range: Range<usize>) -> Option<Range<usize>> {
+    let before = text.get(..range.start)?.trim_end();
+    let after = text.get(range.end..)?;
+    let rest = after.trim_start();
+    let comma = after.len() - rest.len() + 1;
+    if let Some(rest) = rest.strip_prefix(',') {
+        let spaces = rest.len() - rest.trim_start_matches(' ').len();
+        return Some(range.start..range.end + comma + spaces);
+    }
+    if !rest.starts_with('}') {
+        return None;
+    }
+    let start = before.strip_suffix(',').map_or(range.start, str::len);
+    Some(start..range.end)
 }

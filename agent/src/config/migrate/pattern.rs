@@ -36,6 +36,10 @@ static FORM: LazyLock<Option<PikeVM>> = LazyLock::new(|| {
 pub(super) fn selector(expression: &str) -> Option<String> {
     // Whether a group is captured is all the same here, and so is whether a slash is escaped.
     let plain = expression.replace("(?:", "(").replace(r"\/", "/");
+    // A user may have units of the same names as the system's services.
+    if plain.replace('\\', "").contains("system.slice/") {
+        return None;
+    }
     let form = FORM.as_ref()?;
     let mut found = form.create_captures();
     form.captures(&mut form.create_cache(), Input::new(&plain), &mut found);
@@ -106,7 +110,9 @@ mod tests {
             (r"/app-org\.mozilla\.firefox-\d+\.scope".into(), Some("app: org.mozilla.firefox")),
             (r"^/user\.slice/.*/app\.slice/app-steam-.+\.scope$".into(), None),
             (r"app\.slice/app(-gnome)?-code(.+\.scope|(@.+)?\.service)$".into(), Some("app: code")),
-            (r"\/system\.slice\/clash-meta\.service".into(), Some("unit: clash-meta.service")),
+            (r"\/system\.slice\/clash-meta\.service".into(), None),
+            (r"^/system.slice/system-x\.slice/.*".into(), None),
+            (r"/app\.slice/clash-meta\.service".into(), Some("unit: clash-meta.service")),
             (r"\/system\.slice\/(?:one\.metacubex\.)?clash-meta\.service".into(), None),
             (r"\/user\.slice\/user-\d+\.slice/user@\d+\.service\/cgtproxy\.slice\/cgtproxy-direct\.slice\/.*".into(), Some("slice: cgtproxy-direct")),
             ("/background\\.slice/".into(), Some("slice: background")),

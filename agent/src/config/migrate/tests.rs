@@ -227,6 +227,126 @@ fn takes_the_originals_example_with_its_comments() {
 }
 
 #[test]
+fn rules_for_the_slices_of_cgtproxy_exec_go_on_deciding() {
+    const TEXT: &str = r"version: 1 # of the format
+route-table: 300
+tproxies:
+  first: {port: 7893}
+  second: {port: 7894}
+rules:
+  - {match: '/cgtproxy\.slice/cgtproxy-direct\.slice/', direct: true}
+  - match: \/cgtproxy\.slice\/cgtproxy-proxy\.slice\/.*
+    tproxy: second
+  - match: \/.*
+    tproxy: first
+";
+    let (new, said) = migrated(TEXT);
+    assert_eq!(
+        new,
+        TEXT.replace("route-table: 300", "exec-slices: false")
+            .replace(
+                r"match: '/cgtproxy\.slice/cgtproxy-direct\.slice/'",
+                "slice: cgtproxy-direct"
+            )
+            .replace(
+                r"match: \/cgtproxy\.slice\/cgtproxy-proxy\.slice\/.*",
+                "slice: cgtproxy-proxy"
+            )
+    );
+    assert_eq!(
+        said[1],
+        "old:8:5: 'exec-slices: false' is added; what cgtproxy-exec puts into 'cgtproxy-proxy.slice' goes where rules \
+         say, and not to 'first' before them"
+    );
+    let flow = r"version: 1, rules: [{match: '/cgtproxy-direct\.slice/banned', drop: true}]}";
+    let (new, said) = migrated(&format!("{{{flow}"));
+    assert_eq!(new, format!("{{exec-slices: false, {flow}"));
+    assert_eq!(said.len(), 1, "{said:#?}");
+    // Where they say what cgtproxy-exec says, and where somebody has chosen.
+    for same in [
+        r"{version: 1, rules: [{match: '/cgtproxy-direct\.slice/x', direct: true}]}",
+        r"{version: 1, exec-slices: false, rules: [{match: '/cgtproxy-direct\.slice/x', drop: true}]}",
+    ] {
+        assert_eq!(migrated(same), (same.to_owned(), vec![]));
+    }
+}
+
+#[test]
+fn the_mount_point_is_cut_off() {
+    let (new, said) = migrated(
+        r"version: 1
+rules:
+  - match: ^/sys/fs/cgroup/user\.slice/user-1000\.slice/it's-.*
+    drop: true
+  - match: |-
+      \/sys\/fs\/cgroup\/unified\/user\.slice/user-\d+\.slice/user@\d+\.service/app\.slice/app-x-.+\.scope
+    direct: true
+",
+    );
+    assert_eq!(
+        new,
+        r"version: 1
+rules:
+  - match: '^/user\.slice/user-1000\.slice/it''s-.*'
+    drop: true
+  - app: x
+    direct: true
+"
+    );
+    assert_eq!(
+        said,
+        [
+            "old:3:5: '/sys/fs/cgroup' is left out; a path begins at the control group root",
+            "old:5:5: '/sys/fs/cgroup' is left out; a path begins at the control group root",
+        ]
+    );
+}
+
+#[test]
+fn services_of_the_system_are_not_taken_for_a_users() {
+    const TEXT: &str = r"version: 1
+rules:
+  - match: \/system\.slice\/clash-meta\.service
+    direct: true
+";
+    assert_eq!(migrated(TEXT).0, TEXT);
+}
+
+#[test]
+fn what_is_left_out_goes_from_lists_on_one_line_too() {
+    for (text, expected) in [
+        (
+            "version: 1\ntproxies:\n  a: {port: 1, mark: 2}\n  b: {mark: 3, port: 2}\n  c: {\"mark\": 4, \"port\": 3}\n\
+             rules: [{match: a, tproxy: a}]\n",
+            "version: 1\ntproxies:\n  a: {port: 1}\n  b: {port: 2}\n  c: {\"port\": 3}\n\
+             rules: [{match: a, tproxy: a}]\n",
+        ),
+        (
+            "version: 1\ntproxies:\n  a: {\n    mark: 2,\n    port: 1\n  }\n  b: {\n    port: 2,\n    mark: 3\n  }\n",
+            "version: 1\ntproxies:\n  a: {\n    \n    port: 1\n  }\n  b: {\n    port: 2,\n  }\n",
+        ),
+        (
+            "{version: 1, rules: [], cgroup-root: AUTO, route-table: 300}\n",
+            "{version: 1, rules: [], }\n",
+        ),
+        (
+            "{version: 1, cgroup-root: AUTO, route-table: 300, rules: []}\n",
+            "{version: 1, rules: []}\n",
+        ),
+    ] {
+        assert_eq!(migrated(text).0, expected);
+    }
+    // What stays is not said to be left out.
+    for text in [
+        "version: 1\ntproxies:\n  a:\n    port: 1\n    ? mark\n    : 2\n",
+        "version: 1\ntproxies:\n  a: {port: 1, mark: &number 2}\n  b: {port: *number}\n",
+    ] {
+        let (new, findings) = migrate(Path::new("old"), text.as_bytes()).unwrap();
+        assert_eq!((new.as_str(), findings.list.len()), (text, 0), "{findings}");
+    }
+}
+
+#[test]
 fn says_what_is_wrong_with_a_file() {
     for (text, message) in [
         (

@@ -90,9 +90,8 @@ impl Reader<'_> {
                 self.error(root.place, "there is no key 'version'").help =
                     Some("write 'version: 1'".into());
             }
-            Some(node) if node.value.without_quotes().as_ref().is_some_and(is_version) => {
-                self.quoted(node, "'version'", &self.written(node));
-            }
+            // The original's is a string, which may be in quotes.
+            Some(node) if node.value.without_quotes().as_ref().is_some_and(is_version) => {}
             Some(node) if !is_version(&node.value) => {
                 let version = printable(&self.written(node));
                 self.error(node.place, format!("version '{version}' is unknown"))
@@ -145,17 +144,16 @@ impl Reader<'_> {
             self.check_fake_addresses(&proxies, networks, &bypass);
         }
         let mut used = Vec::new();
-        let rules = top
-            .get("rules")
-            .map_or_else(Vec::new, |n| self.rules(n, &proxies, &mut used, scope));
+        let slices = exec_slices.then(|| ExecSlices::new(proxies.list.iter().map(|p| &p.name)));
+        let rules = top.get("rules").map_or_else(Vec::new, |n| {
+            self.rules(n, &proxies, slices.as_ref(), &mut used, scope)
+        });
         let gateway = top
             .get("gateway")
             .and_then(|node| self.gateway(node, &proxies, &mut used, scope));
         if !exec_slices {
             self.warn_of_unused(&proxies, &used);
         }
-        let exec_slices =
-            exec_slices.then(|| ExecSlices::new(proxies.list.iter().map(|p| &p.name)));
         Some(Config {
             proxies: proxies.list,
             fake_addresses: fake_addresses.unwrap_or_default(),
@@ -163,7 +161,7 @@ impl Reader<'_> {
             gateway,
             rules: Rc::new(Rules {
                 users: scope == Scope::User,
-                exec_slices,
+                exec_slices: slices,
                 rules,
                 start,
             }),

@@ -4,7 +4,7 @@ use crate::config::Scope;
 use crate::config::finding::Place;
 use crate::config::reader::{Reader, list, nearest};
 use crate::config::yaml::{Node, Value};
-use crate::policy::{Outside, Rule, Selector, Target};
+use crate::policy::{ExecSlices, Outside, Rule, Selector, Target};
 use crate::text::printable;
 
 use super::tproxy::Proxies;
@@ -18,6 +18,7 @@ impl Reader<'_> {
         &mut self,
         node: &Node,
         proxies: &Proxies,
+        slices: Option<&ExecSlices>,
         used: &mut Vec<String>,
         scope: Scope,
     ) -> Vec<Rule> {
@@ -32,7 +33,7 @@ impl Reader<'_> {
             let Some(rule) = self.rule(item, proxies, used, scope) else {
                 continue;
             };
-            self.warn_if_unreachable(item.place, &rule, numbers.iter().zip(&rules));
+            self.warn_if_unreachable(item.place, &rule, slices, numbers.iter().zip(&rules));
             numbers.push(number);
             places.push(item.place);
             rules.push(rule);
@@ -90,6 +91,7 @@ impl Reader<'_> {
         &mut self,
         place: Place,
         rule: &Rule,
+        slices: Option<&ExecSlices>,
         mut earlier: impl Iterator<Item = (&'r usize, &'r Rule)>,
     ) {
         let hider = earlier.find_map(|(number, other)| {
@@ -104,6 +106,12 @@ impl Reader<'_> {
         if let Some((line, number, why)) = hider {
             self.warning(place, "this rule is never reached").help = Some(format!(
                 "rule {number} in line {line} comes first and {why}"
+            ));
+        } else if let Some((slice, target)) = slices.and_then(|slices| slices.overrules(rule)) {
+            let message = format!("this rule decides about nothing in '{slice}'");
+            self.warning(place, message).help = Some(format!(
+                "the slices of cgtproxy-exec come before rules, and the target of this one is '{target}': write \
+                 'exec-slices: false', or take the rule out"
             ));
         }
     }

@@ -1,6 +1,7 @@
 //! What says which control groups a rule is about.
 
 use crate::config::finding::{Excerpt, Place};
+use crate::config::mount_point::{self, MOUNT_POINT};
 use crate::config::reader::{Entries, Reader, list};
 use crate::config::yaml::{Node, Value};
 use crate::policy::{Names, Outside, Pattern, PatternError, Selector, application_ids, unescape};
@@ -168,7 +169,7 @@ impl Reader<'_> {
     fn pattern(&mut self, node: &Node) -> Option<Pattern> {
         let text = self.text(node, "'match'")?;
         match self.patterns.compile(&text) {
-            Ok(pattern) => Some(pattern),
+            Ok(pattern) => Some(self.without_mount_point(node, &text).unwrap_or(pattern)),
             Err(PatternError { message, span }) => {
                 let span = span.unwrap_or(0..text.len());
                 let before = text.get(..span.start).unwrap_or_default();
@@ -214,6 +215,17 @@ impl Reader<'_> {
              'cgtproxy-agent --system', only"
                 .into(),
         );
+    }
+
+    /// What an expression means that begins with the mount point, where no path begins here.
+    fn without_mount_point(&mut self, node: &Node, text: &str) -> Option<Pattern> {
+        let cut = mount_point::without(text)?;
+        let pattern = self.patterns.compile(&cut).ok()?;
+        let message =
+            format!("a path begins at the control group root, and not with '{MOUNT_POINT}'");
+        self.warning(node.place, message).help =
+            Some(format!("it is taken as '{}'", printable(&cut)));
+        Some(pattern)
     }
 
     /// Where in the file the part of a scalar after `before` stands, if it is written there as it is.
