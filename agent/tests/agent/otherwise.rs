@@ -114,9 +114,7 @@ fn doctor_knows_of_the_system_policy() {
         let doctor = run(&world, &["doctor"]);
         let (effect, missing) = (
             format!("    Everything of yours {goes}.\n"),
-            format!(
-                "    Without it, everything of yours {goes}, but for what cgtproxy-exec starts.\n"
-            ),
+            format!("    Without it, everything {goes}, unless cgtproxy-exec says otherwise.\n"),
         );
         assert!(
             doctor.contains(&effect) && doctor.contains(&missing),
