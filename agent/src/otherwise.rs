@@ -83,6 +83,12 @@ impl Otherwise {
         }
     }
 
+    /// Whether an agent is connected to the helper.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.session == Some(Session::active)
+    }
+
     /// What is in force of another agent's, if this one has nothing there.
     #[must_use]
     pub fn left(&self) -> Option<&'static str> {

@@ -64,6 +64,17 @@ pub(super) fn check(facts: &Facts) -> Group {
 fn running(facts: &Facts) -> Option<Finding> {
     let words = words(facts.scope);
     let status = match &facts.agent {
+        // As where somebody has emptied $XDG_RUNTIME_DIR.
+        Agent::NotRunning if facts.otherwise().is_connected() => {
+            return Some(
+                Finding::error(
+                    "agent-unreachable",
+                    format!("the socket of {}, which runs, is gone", facts.scope.agent()),
+                )
+                .effect(words.mute)
+                .command(words.restart),
+            );
+        }
         Agent::NotRunning => {
             return Some(
                 Finding::error(

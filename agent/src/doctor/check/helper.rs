@@ -11,6 +11,14 @@ pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("helper");
     let socket = facts.helper_socket.display();
     let found = match &facts.helper {
+        Helper::Missing if facts.agent_is_connected() => Some(
+            Finding::error(
+                "helper-missing",
+                format!("the socket {socket} is gone, although cgtproxy-helper runs"),
+            )
+            .effect("What is in force stays so, but whoever is not connected yet can have nothing brought into force.")
+            .command("sudo systemctl restart cgtproxy-helper.socket"),
+        ),
         Helper::Missing => Some(
             Finding::error(
                 "helper-missing",

@@ -291,7 +291,11 @@ const BROKEN: &[(&str, Severity, Break)] = {
             helper(f).0.version = "2".into()
         }),
         ("original-runs", Error, |f| f.system.original = Ok(true)),
-        ("agent-not-running", Error, |f| f.agent = Agent::NotRunning),
+        ("agent-not-running", Error, |f| {
+            helper(f).0.session = GetStatus_Reply_session::none;
+            f.agent = Agent::NotRunning;
+        }),
+        ("agent-unreachable", Error, |f| f.agent = Agent::NotRunning),
         ("agent-unreachable", Error, |f| {
             f.agent = Agent::Unreachable("no".into());
         }),
@@ -927,6 +931,31 @@ fn commands_that_are_offered_can_be_pasted() {
     assert_eq!(
         only(&facts, super::proxies::check).commands,
         [r"cgtproxy-agent explain 'app-clash\x2dmeta.service'"]
+    );
+}
+
+/// Whoever has lost it is not helped by what starts a program that does not run.
+#[test]
+fn a_socket_that_is_gone_is_told_from_a_program_that_does_not_run() {
+    let mut facts = fine();
+    facts.helper = Helper::Missing;
+    let finding = only(&facts, super::helper::check);
+    assert_eq!(
+        finding.commands,
+        ["sudo systemctl restart cgtproxy-helper.socket"]
+    );
+    agent(&mut facts).connected = false;
+    let finding = only(&facts, super::helper::check);
+    assert_ne!(
+        finding.commands,
+        ["sudo systemctl restart cgtproxy-helper.socket"]
+    );
+    let mut facts = fine();
+    facts.agent = Agent::NotRunning;
+    let finding = only(&facts, super::agent::check);
+    assert_eq!(
+        finding.commands,
+        ["systemctl --user restart cgtproxy-agent"]
     );
 }
 

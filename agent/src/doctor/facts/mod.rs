@@ -350,6 +350,12 @@ impl Facts {
         self.command(&format!("--config {file} {command}"))
     }
 
+    /// Whether the agent says that the helper has answered it.
+    #[must_use]
+    pub fn agent_is_connected(&self) -> bool {
+        matches!(&self.agent, Agent::Answers(status) if status.connected)
+    }
+
     /// The proxies that matter: those of the file, or those in force if the file is of no use.
     #[must_use]
     pub fn proxies(&self) -> Vec<Proxy> {
