@@ -600,7 +600,10 @@ fn sees_nothing_it_does_not_use(system: &System) {
     // Its own directory is its root as well, and has a /run for what is bound there.
     let tried = assert_confined(system, HELPER, &["/run"]);
     assert_eq!(tried.of("open:/etc/shadow"), "EACCES");
-    assert_eq!(tried.of("open:/proc/1/stat"), "ENOENT");
+    // Neither other processes nor what is no process's.
+    for what in ["open:/proc/1/stat", "open:/proc/cpuinfo"] {
+        assert_eq!(tried.of(what), "ENOENT", "{what}");
+    }
 }
 
 /// What becomes of what a user's daemons do not do.
