@@ -14,11 +14,18 @@ use crate::config::{Config, Scope};
 use super::pattern;
 use super::write::scalar;
 
+/// What a piece of the text becomes.
+type Edit = (Range<usize>, String);
+
+/// Where something is done, what, and why.
+type Done = (Place, String, String);
+
 /// Rewrites the text of a file without errors, of which `root` is the tree and `config` the meaning.
 pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node, config: &Config) -> String {
-    let mut edits: Vec<(Range<usize>, String)> = Vec::new();
-    // What is said once it is done.
-    let mut left_out: Vec<(Place, &str, &str)> = Vec::new();
+    let mut edits: Vec<Edit> = Vec::new();
+    // It is said once it is done.
+    let mut done: Vec<Done> = Vec::new();
+    let mut adds_slices = false;
     for (key, value) in entries(root) {
         match reader.written(key).as_str() {
             "cgroup-root" => {
@@ -28,7 +35,7 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node, config: 
                 if reader.written(value) != "AUTO" {
                     let help = "where cgroup v2 is mounted is found out; if it is not, start the daemons with \
                                 '--cgroup-root DIR'";
-                    left_out.push((key.place, "cgroup-root", help));
+                    done.push((key.place, "'cgroup-root' is left out".into(), help.into()));
                 }
                 edits.push(edit);
             }
@@ -38,7 +45,7 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node, config: 
                 };
                 let help = "the helper has one of its own; to choose it, write 'route-table' to \
                             /etc/cgtproxy/helper.yaml";
-                left_out.push((key.place, "route-table", help));
+                done.push((key.place, "'route-table' is left out".into(), help.into()));
                 edits.push(edit);
             }
             "tproxies" => {
@@ -48,7 +55,7 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node, config: 
                             && let Some(edit) = removal(text, key, value)
                         {
                             let help = "the helper allots marks, out of the 'mark-mask' in /etc/cgtproxy/helper.yaml";
-                            left_out.push((key.place, "mark", help));
+                            done.push((key.place, "'mark' is left out".into(), help.into()));
                             edits.push(edit);
                         }
                     }
@@ -58,7 +65,11 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node, config: 
                 let Value::List(rules) = &value.value else {
                     continue;
                 };
-                edits.extend(rules_before_slices(reader, text, root, rules, config));
+                if let Some((edit, said)) = rules_before_slices(reader, text, root, rules, config) {
+                    edits.push(edit);
+                    done.push(said);
+                    adds_slices = true;
+                }
                 for (key, value) in rules.iter().flat_map(entries) {
                     let written = match &value.value {
                         Value::Text(text) => Some(text.as_str()),
@@ -79,8 +90,8 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node, config: 
                         let edit = selector.and_then(|s| Some((extent(text, key, value)?, s)));
                         if let (Some(_), Some(_)) = (&cut, &edit) {
                             let message = format!("'{MOUNT_POINT}' is left out");
-                            reader.warning(key.place, message).help =
-                                Some("a path begins at the control group root".into());
+                            let help = "a path begins at the control group root".into();
+                            done.push((key.place, message, help));
                         }
                         edits.extend(edit);
                     }
@@ -101,11 +112,11 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node, config: 
         }
     }
     // In a way of writing YAML that nobody has thought of here; it loads as it is.
-    if !says_the_same(text, &new) {
+    if !says_the_same(config, &new, adds_slices) {
         return text.to_owned();
     }
-    for (place, key, help) in left_out {
-        reader.warning(place, format!("'{key}' is left out")).help = Some(help.into());
+    for (place, what, why) in done {
+        reader.warning(place, what).help = Some(why);
     }
     new
 }
@@ -117,7 +128,7 @@ fn rules_before_slices(
     root: &Node,
     rules: &[Node],
     config: &Config,
-) -> Option<(Range<usize>, String)> {
+) -> Option<(Edit, Done)> {
     let slices = config.rules.exec_slices.as_ref()?;
     let (place, (slice, target)) = rules
         .iter()
@@ -132,23 +143,28 @@ fn rules_before_slices(
         .find(|(key, _)| reader.written(key) == "version");
     let edit =
         version.and_then(|(key, value)| insertion(text, key, value, "exec-slices: false"))?;
-    reader.warning(place, "'exec-slices: false' is added").help = Some(format!(
+    let what = "'exec-slices: false' is added".to_owned();
+    let why = format!(
         "what cgtproxy-exec puts into '{slice}' goes where rules say, and not to '{target}' before them"
-    ));
-    Some(edit)
+    );
+    Some((edit, (place, what, why)))
 }
 
-/// Whether there are the same proxies and rules with the same targets as before.
-fn says_the_same(old: &str, new: &str) -> bool {
-    let read = |text: &str| read::read(Path::new(""), text.as_bytes(), Scope::User).0;
-    let (Some(old), Some(new)) = (read(old), read(new)) else {
+/// Whether there are the same proxies and rules with the same targets as before, and slices of cgtproxy-exec unless they
+/// are switched off.
+fn says_the_same(old: &Config, new: &str, without_slices: bool) -> bool {
+    let Some(new) = read::read(Path::new(""), new.as_bytes(), Scope::User).0 else {
         return false;
     };
-    let targets = |config: &crate::config::Config| -> Vec<String> {
+    let targets = |config: &Config| -> Vec<String> {
         let rules = config.rules.rules.iter();
         rules.map(|rule| rule.target.name().to_owned()).collect()
     };
-    old.proxies == new.proxies && old.bypass == new.bypass && targets(&old) == targets(&new)
+    let has_slices = |config: &Config| config.rules.exec_slices.is_some();
+    old.proxies == new.proxies
+        && old.bypass == new.bypass
+        && targets(old) == targets(&new)
+        && has_slices(&new) == (has_slices(old) && !without_slices)
 }
 
 fn entries(node: &Node) -> &[(Node, Node)] {
@@ -191,7 +207,7 @@ fn extent(text: &str, key: &Node, value: &Node) -> Option<Range<usize>> {
 }
 
 /// Another entry of the same map: on a line after this one, or before it on the same line.
-fn insertion(text: &str, key: &Node, value: &Node, entry: &str) -> Option<(Range<usize>, String)> {
+fn insertion(text: &str, key: &Node, value: &Node, entry: &str) -> Option<Edit> {
     let range = extent(text, key, value)?;
     let indent = text.get(..range.start)?.rsplit('\n').next()?;
     let rest = text
@@ -200,7 +216,8 @@ fn insertion(text: &str, key: &Node, value: &Node, entry: &str) -> Option<(Range
         .next()
         .unwrap_or_default();
     let after = rest.trim();
-    if !indent.trim().is_empty() || !(after.is_empty() || after.starts_with('#')) {
+    let in_braces = text.trim_start().starts_with('{');
+    if in_braces || !indent.trim().is_empty() || !(after.is_empty() || after.starts_with('#')) {
         return Some((range.start..range.start, format!("{entry}, ")));
     }
     let end = range.end + rest.len();
@@ -212,7 +229,7 @@ fn insertion(text: &str, key: &Node, value: &Node, entry: &str) -> Option<(Range
 }
 
 /// An entry's lines, if there is nothing else on them, or what it is in a map on one line.
-fn removal(text: &str, key: &Node, value: &Node) -> Option<(Range<usize>, String)> {
+fn removal(text: &str, key: &Node, value: &Node) -> Option<Edit> {
     let range = extent(text, key, value)?;
     let start = text.get(..range.start)?.rfind('\n').map_or(0, |at| at + 1);
     let rest = text.get(range.end..)?;

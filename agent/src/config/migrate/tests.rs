@@ -262,6 +262,12 @@ rules:
     let (new, said) = migrated(&format!("{{{flow}"));
     assert_eq!(new, format!("{{exec-slices: false, {flow}"));
     assert_eq!(said.len(), 1, "{said:#?}");
+    // In braces over several lines, with nothing after the version.
+    let rules = r"rules: [{match: '/cgtproxy-direct\.slice/banned', drop: true}],";
+    let (new, said) = migrated(&format!("{{\n  {rules}\n  version: 1\n}}\n"));
+    let expected = format!("{{\n  {rules}\n  exec-slices: false, version: 1\n}}\n");
+    assert_eq!(new, expected);
+    assert_eq!(said.len(), 1, "{said:#?}");
     // Where they say what cgtproxy-exec says, and where somebody has chosen.
     for same in [
         r"{version: 1, rules: [{match: '/cgtproxy-direct\.slice/x', direct: true}]}",
