@@ -126,12 +126,11 @@ impl<'t> Reader<'t> {
                         Some(near) => Some(format!("did you mean '{near}'?")),
                         // Of another program's file, none of the keys may be known.
                         None if listed => None,
-                        None => Some(format!("known are {}", list(known))),
+                        None => {
+                            listed = true;
+                            Some(format!("known are {}", list(known)))
+                        }
                     };
-                    listed |= finding
-                        .help
-                        .as_ref()
-                        .is_some_and(|help| help.starts_with("known"));
                 }
                 Some(known) => {
                     let first = entries.iter().position(|(k, _)| k == known);

@@ -22,7 +22,19 @@ pub(super) fn named(hir: &Hir) -> Option<Outside> {
     } else {
         let is_scope = is_in_each_match(hir, &|text| contains(text, b".scope"));
         let names_session = |text: &[u8]| is_of_session(text, is_scope);
-        is_in_each_match(hir, &names_session).then_some(Outside::Sessions)
+        // Who begins with a name means all of it.
+        let begins_with_one =
+            beginning(hir).is_some_and(|text| names_session(&[b"/", text].concat()));
+        (begins_with_one || is_in_each_match(hir, &names_session)).then_some(Outside::Sessions)
+    }
+}
+
+/// The text that an expression begins with, if it does.
+fn beginning(hir: &Hir) -> Option<&[u8]> {
+    match hir.kind() {
+        HirKind::Literal(literal) => Some(&literal.0),
+        HirKind::Concat(parts) => beginning(parts.first()?),
+        _ => None,
     }
 }
 
@@ -42,20 +54,11 @@ fn is_in_each_match(hir: &Hir, is_wanted: &dyn Fn(&[u8]) -> bool) -> bool {
 /// Whether a text names the scope of a login session, as logind does: with the number of the kernel's audit session, or
 /// with `c` and a number of logind's own. Where the text ends before that, it does if the expression is about a scope.
 fn is_of_session(text: &[u8], is_scope: bool) -> bool {
-    const SESSION: &[u8] = b"session-";
-    let mut ends = (0..text.len()).filter(|at| {
-        let is_name = *at == 0 || text.get(at - 1) == Some(&b'/');
-        is_name
-            && text
-                .get(*at..)
-                .is_some_and(|rest| rest.starts_with(SESSION))
-    });
-    ends.any(|at| {
-        let id = text.get(at + SESSION.len()..).unwrap_or_default();
-        match id.strip_prefix(b"c").unwrap_or(id) {
-            [] => is_scope,
-            [first, ..] => first.is_ascii_digit(),
-        }
+    const SESSION: &[u8] = b"/session-";
+    let mut names = (0..text.len()).filter_map(|at| text.get(at..)?.strip_prefix(SESSION));
+    names.any(|id| match id.strip_prefix(b"c").unwrap_or(id) {
+        [] => is_scope,
+        [first, ..] => first.is_ascii_digit(),
     })
 }
 

@@ -52,9 +52,10 @@ impl Reader<'_> {
             rule.enforce && rule.target != Target::Direct && of_users
         };
         let mut enforced = rules.iter().zip(numbers).enumerate();
-        let Some((last, (_, number))) = enforced.rfind(|(_, rule)| is_enforced(rule)) else {
+        let Some((last, (enforced, number))) = enforced.rfind(|(_, rule)| is_enforced(rule)) else {
             return;
         };
+        let drops = !matches!(enforced.target, Target::Proxy(_));
         for (rule, place) in rules.iter().zip(places).take(last) {
             let is_way_out = match &rule.selector {
                 // Of one that names a user's manager, or nothing at all, somebody has thought.
@@ -63,7 +64,12 @@ impl Reader<'_> {
                 }
                 Selector::App(_) | Selector::Unit(_) | Selector::Slice(_) => true,
             };
-            if is_way_out && rule.target == Target::Direct {
+            let lets_out = match rule.target {
+                Target::Direct => true,
+                Target::Proxy(_) => drops,
+                _ => false,
+            };
+            if is_way_out && lets_out {
                 let message = format!(
                     "users name their own units, and so get out of rule {number}, which is enforced"
                 );

@@ -605,6 +605,7 @@ fn warns_of_rules_that_select_nothing_of_a_users() {
         r"/user@\d+\.service/.*/session-1\.scope",
         r"/session-migration\.service",
         r"/session-(a|b)",
+        r"/app-[^/]*session-1\.scope",
         r"(/system\.slice)?/x",
         r"/session\.slice/",
     ] {
@@ -644,6 +645,15 @@ fn warns_of_names_by_which_users_get_out_of_what_root_enforces() {
             1
         );
     }
+    // From what is dropped, a proxy is a way out as well.
+    let file_with = |rules: &[&str]| {
+        let rules: String = rules.iter().map(|text| rule(text)).collect();
+        let text = format!("version: 1\ntproxies: {{a: {{port: 1}}}}\nrules:\n{rules}");
+        lines(read(Path::new("c.yaml"), text.as_bytes(), Scope::System))
+    };
+    let to_proxy = "match: '', tproxy: a, enforce: true";
+    assert_eq!(file_with(&["unit: vpn, tproxy: a", enforced]).len(), 1);
+    assert_eq!(file_with(&["unit: vpn, tproxy: a", to_proxy]), [""; 0]);
     for rules in [
         // Nothing is enforced, or nothing of users'.
         ["unit: clash-meta, direct: true", "match: '', drop: true"],
