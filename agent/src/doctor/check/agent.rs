@@ -64,14 +64,18 @@ pub(super) fn check(facts: &Facts) -> Group {
 fn running(facts: &Facts) -> Option<Finding> {
     let words = words(facts.scope);
     let status = match &facts.agent {
-        // As where somebody has emptied $XDG_RUNTIME_DIR.
+        // As where somebody has emptied $XDG_RUNTIME_DIR, or has another one.
         Agent::NotRunning if facts.otherwise().is_connected() => {
             return Some(
                 Finding::error(
                     "agent-unreachable",
-                    format!("the socket of {}, which runs, is gone", facts.scope.agent()),
+                    format!(
+                        "nobody listens on the socket of {}, which runs",
+                        facts.scope.agent()
+                    ),
                 )
                 .effect(words.mute)
+                .advice("set XDG_RUNTIME_DIR as the agent has it, or restart the agent")
                 .command(words.restart),
             );
         }

@@ -1,5 +1,9 @@
 //! Is there a helper, and does it serve this user?
 
+use std::path::Path;
+
+use cgtproxy_proto::HELPER_SOCKET;
+
 use crate::doctor::facts::{Facts, Helper};
 use crate::doctor::{Finding, Group};
 
@@ -11,12 +15,15 @@ pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("helper");
     let socket = facts.helper_socket.display();
     let found = match &facts.helper {
-        Helper::Missing if facts.agent_is_connected() => Some(
+        Helper::Missing if facts.agent_is_connected() && is_default(facts) => Some(
             Finding::error(
                 "helper-missing",
                 format!("the socket {socket} is gone, although cgtproxy-helper runs"),
             )
-            .effect("What is in force stays so, but whoever is not connected yet can have nothing brought into force.")
+            .effect(
+                "What is in force stays so, but whoever is not connected yet can have nothing brought into force. The \
+                 command takes all of it away, until the agents are back: meanwhile everything goes direct.",
+            )
             .command("sudo systemctl restart cgtproxy-helper.socket"),
         ),
         Helper::Missing => Some(
@@ -91,6 +98,11 @@ pub(super) fn check(facts: &Facts) -> Group {
         }
     }
     group
+}
+
+/// Whether it is the socket that the agents that run are connected to.
+fn is_default(facts: &Facts) -> bool {
+    facts.helper_socket == Path::new(HELPER_SOCKET)
 }
 
 /// The helper is there and does not want this user.

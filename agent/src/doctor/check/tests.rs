@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use cgtproxy_proto::HELPER_SOCKET;
 use cgtproxy_proto::agent::{Awaited, ControlGroup, GetStatus_Reply as AgentStatus};
 use cgtproxy_proto::helper::{
     Diagnose_Reply, GetStatus_Reply as HelperStatus, GetStatus_Reply_session, MarkWriter,
@@ -944,12 +945,12 @@ fn a_socket_that_is_gone_is_told_from_a_program_that_does_not_run() {
         finding.commands,
         ["sudo systemctl restart cgtproxy-helper.socket"]
     );
+    let enable = "sudo systemctl enable --now cgtproxy-helper.socket";
+    facts.helper_socket = "/run/other.sock".into();
+    assert_eq!(only(&facts, super::helper::check).commands, [enable]);
+    facts.helper_socket = HELPER_SOCKET.into();
     agent(&mut facts).connected = false;
-    let finding = only(&facts, super::helper::check);
-    assert_ne!(
-        finding.commands,
-        ["sudo systemctl restart cgtproxy-helper.socket"]
-    );
+    assert_eq!(only(&facts, super::helper::check).commands, [enable]);
     let mut facts = fine();
     facts.agent = Agent::NotRunning;
     let finding = only(&facts, super::agent::check);
