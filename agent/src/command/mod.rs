@@ -208,6 +208,12 @@ fn otherwise(arguments: &Arguments, agent: Option<&GetStatus_Reply>) -> Result<O
 /// What is said where no agent runs, of what is shown all the same.
 fn nothing_is_in_force(otherwise: &Otherwise) -> String {
     let agent = otherwise.scope().agent();
+    if otherwise.is_connected() {
+        return format!(
+            "{agent} runs and can't be asked: what is in force may be something else; see '{} doctor'.",
+            program(otherwise.scope())
+        );
+    }
     match otherwise.left() {
         Some(left) => format!("{agent} is not running: this is not in force. {left}"),
         None => format!("{agent} is not running: nothing of this is in force."),

@@ -121,6 +121,10 @@ fn print(out: &mut impl Write, status: &GetStatus_Reply, otherwise: &Otherwise) 
     }
     if otherwise.waits() {
         writeln!(out, "  {}", otherwise.idle())?;
+    } else if !status.connected
+        && let Some(left) = otherwise.left()
+    {
+        writeln!(out, "  {left}")?;
     }
     if let Some(monitors) = &status.monitors {
         let by = match monitors.is_empty() {

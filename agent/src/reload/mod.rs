@@ -12,6 +12,7 @@ use crate::config::{
     self, Config, ConfigFile, Environment, Findings, LoadError, Loaded, Scope, Severity,
 };
 use crate::notify;
+use crate::otherwise::Otherwise;
 use crate::state::{Agent, Source};
 use crate::text::{chain, printable};
 use crate::watch::Watcher;
@@ -48,6 +49,7 @@ impl Loader {
             Ok(bytes) => bytes,
             Err(LoadError::Missing(_)) if !loader.file.explicit => {
                 let name = printable(&path.to_string_lossy());
+                let goes = Otherwise::new(scope, 0, None, None).goes();
                 // Those are the proxies of users' programs, and the relay that leads to them is a user's.
                 let environment = Environment::read(|name| {
                     let users = scope == Scope::User;
@@ -59,13 +61,13 @@ impl Loader {
                 let config = match environment.proxy {
                     Some((variable, upstream)) => {
                         tracing::info!(
-                            "there is no {name}: everything goes direct, and 'cgtproxy-exec proxy' uses {upstream}, \
+                            "there is no {name}: everything {goes}, and 'cgtproxy-exec proxy' uses {upstream}, \
                              which {variable} names"
                         );
                         Config::with_proxy(upstream)
                     }
                     None => {
-                        tracing::info!("there is no {name}: everything goes direct");
+                        tracing::info!("there is no {name}: everything {goes}");
                         None
                     }
                 };
