@@ -82,6 +82,12 @@ impl Subtree {
         }
     }
 
+    /// Whether it is all of a machine's, and not one user's own.
+    #[must_use]
+    pub fn is_machines(&self) -> bool {
+        self.path.as_bytes().is_empty()
+    }
+
     /// This subtree on a machine where cgroup v2 can't be seen: only systemd can tell what is in it.
     #[must_use]
     pub fn unseen(self) -> Self {

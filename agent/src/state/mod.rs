@@ -103,7 +103,7 @@ impl State {
     /// What the agent knows at the beginning: see [`Agent::new`].
     pub(crate) fn new(subtree: Subtree, source: Source, config_error: Option<String>) -> Self {
         let tree = Tree::new(subtree.prefix(), source.config.rules.clone());
-        let mut ledger = match subtree.path().as_bytes().is_empty() {
+        let mut ledger = match subtree.is_machines() {
             true => Ledger::of_machine(),
             false => Ledger::default(),
         };
@@ -195,7 +195,7 @@ impl State {
         };
         let closed = self.source.config.rules.start == Start::Closed;
         let why = too_many_control_groups(most, closed);
-        match self.subtree.path().as_bytes().is_empty() {
+        match self.subtree.is_machines() {
             true => format!(
                 "{whose}: {why}; one user's may take no more of the machine's than is left for all others"
             ),

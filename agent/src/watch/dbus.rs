@@ -99,7 +99,7 @@ pub(super) struct Follower {
 impl Follower {
     /// Follows the systemd that is in charge of a subtree. To be called within a `LocalSet`.
     pub(super) fn start(subtree: &Subtree) -> Self {
-        let addresses = match subtree.path().as_bytes().is_empty() {
+        let addresses = match subtree.is_machines() {
             true => Address::system(),
             false => {
                 let session_bus = std::env::var("DBUS_SESSION_BUS_ADDRESS").ok();

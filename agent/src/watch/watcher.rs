@@ -79,7 +79,7 @@ pub struct Watcher {
 
 impl Watcher {
     pub(super) fn new(subtree: Subtree, monitor: Monitor) -> Self {
-        let is_shared = subtree.path().as_bytes().is_empty();
+        let is_shared = subtree.is_machines();
         let mut watcher = Self {
             subtree,
             monitor,
