@@ -35,8 +35,8 @@ use tokio_util::sync::CancellationToken;
 const EX_CONFIG: u8 = 78;
 
 /// How long the helper takes to end where systemd has the socket, if starting again would not help. The agents that wait
-/// there have it started again at once, and a socket whose service is started 20 times in two seconds
-/// (`TriggerLimitBurst=`, systemd.socket(5)) is given up, with everything that its unit then removes.
+/// there have it started again at once, and a socket whose service is started too often (`TriggerLimitBurst=`,
+/// systemd.socket(5)) is given up, with everything that its unit then removes.
 const PAUSE: Duration = Duration::from_secs(5);
 
 /// Why the helper can't run.

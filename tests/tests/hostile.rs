@@ -502,7 +502,7 @@ fn a_control_group_that_is_replaced_all_the_time_is_nobody_elses() {
 #[test]
 fn a_user_who_makes_many_control_groups_delays_nobody_elses_verdict() {
     sandbox(|sb| {
-        /// So many with paths of 3 KiB are several minutes' worth of calls, if a call is as long as it may be.
+        /// So many with paths of 3 KiB are many calls, and as much as root may say in twenty seconds.
         const MANY: usize = 1_000;
         const CONFIG: &str = r"
 version: 1

@@ -110,7 +110,6 @@ fn a_machine_that_drops_everything_still_says_what_the_kernel_has_to_say() {
     });
 }
 
-/// As users' own are, whatever users say of the same control groups.
 /// A closed TCP socket has no owner any more, and still sends what was said before.
 #[test]
 fn a_machine_that_drops_everything_drops_what_closed_sockets_have_to_say() {
@@ -153,6 +152,7 @@ fn a_machine_that_drops_everything_drops_what_closed_sockets_have_to_say() {
     });
 }
 
+/// As users' own are, whatever users say of the same control groups.
 #[test]
 fn verdicts_are_found_however_deep_control_groups_are() {
     sandbox(|sb| {

@@ -297,8 +297,8 @@ impl Transaction<'_> {
         for &level in levels.iter().rev() {
             if level == 0 {
                 // The kernel's own sockets are at the root too, and have no owner. What they send (neighbour
-                // discovery, ICMP errors, resets) is left alone, since it is about all users' connections. The rest of
-                // a closed TCP connection has no owner either, but was made in a control group.
+                // discovery, ICMP errors, resets) is left alone, since it is about all users' connections. TCP sockets
+                // that were made in a control group are not: the rest of a closed one has no owner either.
                 self.add_rules(
                     chain,
                     [
