@@ -66,19 +66,23 @@ rules:
     tproxy: clash-meta
 ";
 
-/// The new text and what was said, after `check` found nothing wrong with it but what is not the user's to decide about.
+/// The new text and what was said, after `check` found nothing wrong with it.
 fn migrated(text: &str) -> (String, Vec<String>) {
-    let (new, findings) = migrate(Path::new("old"), text.as_bytes()).unwrap();
-    let (config, mut found) = read::read(Path::new("new"), new.as_bytes(), Scope::User);
-    let outside = "/etc/cgtproxy/config.yaml, with 'cgtproxy-agent --system'";
-    found.list.retain(|finding| {
-        !finding
-            .help
-            .as_ref()
-            .is_some_and(|help| help.contains(outside))
+    let (new, said, found) = checked(text);
+    assert!(found.is_empty(), "{found:#?}\n{new}");
+    (new, said)
+}
+
+/// The new text, what was said, and what `check` says of it.
+fn checked(text: &str) -> (String, Vec<String>, Vec<String>) {
+    let (new, said) = migrate(Path::new("old"), text.as_bytes()).unwrap();
+    let (config, found) = read::read(Path::new("new"), new.as_bytes(), Scope::User);
+    assert!(config.is_some(), "{found}\n{new}");
+    let [said, found] = [said, found].map(|findings| {
+        let lines = findings.lines().map(|(_, line)| line);
+        lines.collect()
     });
-    assert!(config.is_some() && found.list.is_empty(), "{found}\n{new}");
-    (new, findings.lines().map(|(_, line)| line).collect())
+    (new, said, found)
 }
 
 #[test]
@@ -109,7 +113,7 @@ rules:
 
 #[test]
 fn takes_all_that_cgproxy_has() {
-    let (new, said) = migrated(
+    let (new, said, found) = checked(
         r#"{"port": 7893, "program_proxy": ["/usr/bin/firefox"],
             "cgroup_noproxy": "/user.slice/user-1000.slice/user@1000.service/app.slice/clash.service",
             "cgroup_proxy": ["/", "/proxy.slice", "/user.slice/user-1000.slice", "/a.b/c"],
@@ -145,6 +149,10 @@ rules:
   - match: ''
     tproxy: proxy
 "
+    );
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert!(
+        found[0].starts_with("new:24:12: this rule matches nothing below a user's service manager")
     );
     for part in [
         "enable_dns",
@@ -200,7 +208,7 @@ fn what_is_switched_off_is_carried_over() {
 
 #[test]
 fn takes_the_originals_example_with_its_comments() {
-    let (new, said) = migrated(ORIGINAL);
+    let (new, said, found) = checked(ORIGINAL);
     let expected = ORIGINAL
         .replace("cgroup-root: AUTO # path to cgroupfs v2 mount point\nroute-table: 300\n", "")
         .replace("    mark: 3000\n", "")
@@ -220,10 +228,12 @@ fn takes_the_originals_example_with_its_comments() {
     assert_eq!(new, expected);
     assert_eq!(said.len(), 3, "{said:#?}");
     assert!(said[0].starts_with("old:4:1: 'route-table' is left out"));
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert!(found[0].starts_with("new:20:7: this rule is about the machine's own services"));
     assert!(said[1].starts_with("old:12:5: 'mark' is left out"));
     assert!(said[2].starts_with("old:22:5: this rule is about the machine's own services"));
     // What is ours already stays as it is.
-    assert_eq!(migrated(&new).0, new);
+    assert_eq!(checked(&new).0, new);
 }
 
 #[test]
@@ -315,7 +325,10 @@ rules:
   - match: \/system\.slice\/clash-meta\.service
     direct: true
 ";
-    assert_eq!(migrated(TEXT).0, TEXT);
+    let (new, _, found) = checked(TEXT);
+    assert_eq!(new, TEXT);
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert!(found[0].starts_with("new:3:12: this rule is about the machine's own services"));
 }
 
 #[test]
