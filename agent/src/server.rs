@@ -109,7 +109,7 @@ impl Connection {
             awaits,
             problem,
             generation: state.generation,
-            config: source.file.as_ref().map(|f| f.to_string_lossy().into()),
+            config: source.file.as_deref().map(view::file),
             configError: state.config_error().map(str::to_owned),
             monitors: Some(watching.by.iter().map(|&by| by.to_owned()).collect()),
             monitorProblem: watching.problem.clone(),
@@ -134,13 +134,11 @@ impl Connection {
         let group = found.and_then(|path| view::control_group(&state, &path));
         let group = group.ok_or_else(|| not_found(name))?;
         let source = state.source();
-        let rule = view::rule(&source.config, &group);
-        let file = source.file.as_ref().filter(|_| rule.is_some());
-        Ok(Explain_Reply {
-            config: file.map(|file| file.to_string_lossy().into()),
-            rule,
-            controlGroup: group,
-        })
+        Ok(view::explained(
+            &source.config,
+            source.file.as_deref(),
+            group,
+        ))
     }
 
     /// A control group by its path, from the control group root or the subtree's, or its unit.

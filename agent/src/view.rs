@@ -1,6 +1,8 @@
 //! What the agent knows, as its interface shows it.
 
-use cgtproxy_proto::agent::{ControlGroup, Rule, Target};
+use std::path::Path;
+
+use cgtproxy_proto::agent::{ControlGroup, Explain_Reply, Rule, Target};
 use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::path::ControlGroupPath;
 
@@ -136,6 +138,23 @@ pub fn targets(config: &Config, relay: &Relay, groups: &[ControlGroup]) -> Vec<T
 #[must_use]
 pub fn rules(config: &Config) -> Vec<Rule> {
     config.rules.rules.iter().map(shown).collect()
+}
+
+/// A control group, with the rule of a configuration that gives it its verdict, if one does, and the file of that rule.
+#[must_use]
+pub fn explained(config: &Config, from: Option<&Path>, group: ControlGroup) -> Explain_Reply {
+    let rule = rule(config, &group);
+    Explain_Reply {
+        config: from.filter(|_| rule.is_some()).map(file),
+        rule,
+        controlGroup: group,
+    }
+}
+
+/// The name of a file.
+#[must_use]
+pub fn file(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
 }
 
 /// The rule of a configuration that gives a control group its verdict, if one does.

@@ -45,16 +45,19 @@ pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<Exi
         Err(error) => return Err(error),
     };
     let otherwise = super::otherwise(arguments, agent.as_ref().map(|(_, status)| status))?;
-    let (replies, status) = match agent {
+    let (replies, file, status) = match agent {
         Some((mut agent, status)) => {
             let replies = ask(&mut agent, &status, &subtree, &subject, &otherwise)?;
-            (replies, Some(status))
+            (replies, status.config.clone(), Some(status))
         }
-        None => (compute(arguments, &subtree, &subject, &otherwise)?, None),
+        None => {
+            let (replies, file) = compute(arguments, &subtree, &subject, &otherwise)?;
+            (replies, file, None)
+        }
     };
     let mut out = io::stdout().lock();
     if json {
-        let value = to_json(&replies, status.as_ref(), otherwise.system_policy());
+        let value = to_json(&replies, file, status.as_ref(), otherwise.system_policy());
         serde_json::to_writer_pretty(&mut out, &value).map_err(io::Error::from)?;
         writeln!(out)?;
     } else {
@@ -77,15 +80,11 @@ pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<Exi
 /// The first control group that is meant, with the others, if there are any, in a list of their own.
 fn to_json(
     replies: &[Explain_Reply],
+    file: Option<String>,
     status: Option<&GetStatus_Reply>,
     system_policy: Option<bool>,
 ) -> Value {
     let first = replies.first();
-    // An agent names it where a rule decides.
-    let file = match status {
-        Some(status) => status.config.as_ref(),
-        None => first.and_then(|reply| reply.config.as_ref()),
-    };
     json!({
         "agentRunning": status.is_some(),
         "configError": status.and_then(|status| status.configError.as_ref()),
@@ -189,13 +188,13 @@ fn ask(
     }
 }
 
-/// What the configuration means, without an agent.
+/// What the configuration means, without an agent, and its file, if there is one.
 fn compute(
     arguments: &Arguments,
     subtree: &Subtree,
     subject: &Subject,
     otherwise: &Otherwise,
-) -> Result<Vec<Explain_Reply>, Error> {
+) -> Result<(Vec<Explain_Reply>, Option<String>), Error> {
     let (config, file) = super::config(arguments)?;
     let paths = match subject {
         Subject::Absolute(path) => vec![relative(subtree, path, otherwise)?],
@@ -204,18 +203,12 @@ fn compute(
             meant(subtree, &groups, name, arguments.scope())?
         }
     };
-    let explained = |path: ControlGroupPath| {
-        let group = view::meant(&config, subtree, &path);
-        let rule = view::rule(&config, &group);
-        Explain_Reply {
-            config: file
-                .as_ref()
-                .map(|file| file.to_string_lossy().into_owned()),
-            rule,
-            controlGroup: group,
-        }
+    let explained = |path| {
+        let group = view::meant(&config, subtree, path);
+        view::explained(&config, file.as_deref(), group)
     };
-    Ok(paths.into_iter().map(explained).collect())
+    let replies = paths.iter().map(explained).collect();
+    Ok((replies, file.as_deref().map(view::file)))
 }
 
 /// The control groups that a name means: the one with this path or name, or else that of the service of this name, or

@@ -190,7 +190,9 @@ fn explain_knows_what_rules_and_apps_call_things() {
     let mut world = World::new(CONFIG);
     let first = r"app.slice/app-gnome-google\x2dchrome-1.scope";
     let second = r"app.slice/app-gnome-google\x2dchrome-2.scope";
+    let elsewhere = ["app-gnome-bar-1.scope", "app-gnome-bar-2.scope"];
     world.make(&["app.slice", first, second, "app.slice/foo.service"]);
+    world.make(&elsewhere);
     world.helper.start();
     let mut agent = world.agent();
     world.notified("READY=1");
@@ -220,6 +222,14 @@ fn explain_knows_what_rules_and_apps_call_things() {
         assert_eq!(json["agentRunning"], running);
         assert_eq!(json["controlGroup"]["path"], expected[0]);
         assert_eq!(json["others"][0]["controlGroup"]["path"], expected[1]);
+        let file = world.config.to_str().unwrap();
+        assert_eq!(json["config"], file);
+        assert_eq!(json["others"][0]["config"], file);
+        // Whose verdict is no rule's, so that there is no file of one.
+        let (_, out, _) = explain(&["--json", "bar"]);
+        let json: Value = serde_json::from_str(&out).unwrap();
+        assert_eq!(json["config"], file);
+        assert_eq!(json["others"][0]["config"], Value::Null, "{running}");
         let (code, _, said) = explain(&["firefox"]);
         assert_eq!(code, Some(1));
         assert!(said.contains("cgtproxy-agent apps --all"), "{said}");
