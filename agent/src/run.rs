@@ -120,13 +120,13 @@ async fn serve(options: Options) -> Result<(), Error> {
     };
     // One that its socket starts has the time until there is something to say.
     let helper = Client::connect(&options.helper).await.ok();
-    let (loader, source, config_error) = Loader::start(options.config)?;
-    if config_error.is_some() {
+    let (loader, source, file_error) = Loader::start(options.config)?;
+    if file_error.is_some() {
         tracing::error!(
             "waiting for the configuration to be fixed; until then nothing is told to the helper"
         );
     }
-    let agent = Rc::new(Agent::new(options.subtree.clone(), source, config_error));
+    let agent = Rc::new(Agent::new(options.subtree.clone(), source, file_error));
     if let Some(awaited) = agent.state().awaited_configuration() {
         notify::status(&awaited.to_string());
     }

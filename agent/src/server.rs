@@ -295,7 +295,7 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::state::Source;
+    use crate::state::{FileError, Source};
     use crate::subtree::Subtree;
     use crate::watch::{self, Monitor};
 
@@ -321,7 +321,11 @@ mod tests {
             config: Config::without_file(Scope::User),
             file: None,
         };
-        let agent = Rc::new(Agent::new(subtree.clone(), source, Some("wrong".into())));
+        let wrong = FileError {
+            whole: "wrong".into(),
+            short: "wrong".into(),
+        };
+        let agent = Rc::new(Agent::new(subtree.clone(), source, Some(wrong)));
         let (_sources, watcher) = watch::open(subtree, Monitor::Inotify);
         let connection = Connection {
             agent: agent.clone(),

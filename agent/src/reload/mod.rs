@@ -13,7 +13,7 @@ use crate::config::{
 };
 use crate::notify;
 use crate::otherwise::Otherwise;
-use crate::state::{Agent, Source};
+use crate::state::{Agent, FileError, Source};
 use crate::text::{chain, printable};
 use crate::watch::Watcher;
 
@@ -35,7 +35,7 @@ impl Loader {
     ///
     /// # Errors
     /// If the user named a file that is not there.
-    pub fn start(file: ConfigFile) -> Result<(Self, Source, Option<String>), LoadError> {
+    pub fn start(file: ConfigFile) -> Result<(Self, Source, Option<FileError>), LoadError> {
         let changes = Changes::watch(&file.path);
         let mut loader = Self {
             file,
@@ -106,7 +106,7 @@ impl Loader {
             Ok(bytes) if unchanged_is_fine && self.last.as_ref() == Some(&bytes) => return,
             Ok(bytes) => bytes,
             Err(error) => {
-                let said = agent.state().file_error().map(str::to_owned);
+                let said = agent.state().file_error().map(|error| error.whole.clone());
                 match &error {
                     // There is none still.
                     LoadError::Missing(_) if self.last.is_none() && said.is_none() => return,
@@ -135,15 +135,21 @@ impl Loader {
     }
 }
 
-/// Logs why there is no configuration, and returns it in one line.
-fn say(error: &LoadError) -> String {
-    if let LoadError::Invalid(findings) = error {
-        log(findings);
-        return findings.errors_in_one_line();
+/// Logs why there is no configuration, and returns it.
+fn say(error: &LoadError) -> FileError {
+    let LoadError::Invalid(findings) = error else {
+        let why = chain(error);
+        tracing::error!("{why}");
+        return FileError {
+            short: why.clone(),
+            whole: why,
+        };
+    };
+    log(findings);
+    FileError {
+        whole: findings.errors_in_one_line(),
+        short: first_mistake(findings),
     }
-    let why = chain(error);
-    tracing::error!("{why}");
-    why
 }
 
 /// Logs what was found in a file.
@@ -159,7 +165,7 @@ pub fn log(findings: &Findings) {
 /// Logs why there is no other configuration, and keeps the old one, if there is one.
 fn refuse(agent: &Agent, error: &LoadError) {
     let why = say(error);
-    agent.state_mut().keep_config(why, mistake(error));
+    agent.state_mut().keep_config(why);
     if agent.state().awaited_configuration().is_none() {
         tracing::error!("the old configuration stays in force");
     }
@@ -167,11 +173,8 @@ fn refuse(agent: &Agent, error: &LoadError) {
     agent.wake();
 }
 
-/// What is wrong with a file, in a few words: the first of all mistakes.
-fn mistake(error: &LoadError) -> String {
-    let LoadError::Invalid(findings) = error else {
-        return chain(error);
-    };
+/// Where the first of all mistakes is.
+fn first_mistake(findings: &Findings) -> String {
     let file = findings.file.file_name().unwrap_or_default();
     let file = printable(&file.to_string_lossy());
     let mut errors = findings

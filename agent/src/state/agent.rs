@@ -4,7 +4,7 @@ use std::cell::{Cell, Ref, RefCell, RefMut};
 
 use tokio::sync::{Notify, watch};
 
-use super::{Source, State};
+use super::{FileError, Source, State};
 use crate::subtree::Subtree;
 
 /// The state, and who is told of its changes.
@@ -22,9 +22,9 @@ impl Agent {
     /// An agent that knows no control group yet. With an error, `source` only stands for a configuration that is still
     /// to come.
     #[must_use]
-    pub fn new(subtree: Subtree, source: Source, config_error: Option<String>) -> Self {
+    pub fn new(subtree: Subtree, source: Source, file_error: Option<FileError>) -> Self {
         Self {
-            state: RefCell::new(State::new(subtree, source, config_error)),
+            state: RefCell::new(State::new(subtree, source, file_error)),
             work: Notify::new(),
             calling: Cell::new(false),
             changed: watch::Sender::new(()),

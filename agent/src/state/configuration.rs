@@ -23,6 +23,15 @@ pub struct Source {
     pub file: Option<PathBuf>,
 }
 
+/// What is wrong with a file that was to be the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileError {
+    /// All of it.
+    pub whole: String,
+    /// The first mistake, in a few words.
+    pub short: String,
+}
+
 /// A configuration that is right and that the helper refused, so that the old one was kept.
 #[derive(Debug)]
 pub(super) struct Postponed {
@@ -60,14 +69,8 @@ impl State {
 
     /// What is wrong with the configuration on disk, if something is.
     #[must_use]
-    pub fn file_error(&self) -> Option<&str> {
-        self.file_error.as_deref()
-    }
-
-    /// That something is wrong with the configuration on disk, in a few words, if one is in force that is not it.
-    #[must_use]
-    pub fn mistake(&self) -> Option<&str> {
-        self.mistake.as_deref()
+    pub fn file_error(&self) -> Option<&FileError> {
+        self.file_error.as_ref()
     }
 
     /// Why a configuration was taken back, if it did.
@@ -86,13 +89,14 @@ impl State {
     /// What is wrong with the configuration that was to replace the one in force, or to be the first one.
     #[must_use]
     pub fn config_error(&self) -> Option<&str> {
-        self.file_error().or_else(|| self.postponed_why())
+        let on_disk = self.file_error().map(|error| &*error.whole);
+        on_disk.or_else(|| self.postponed_why())
     }
 
     /// A configuration that is right, if there was none yet.
     #[must_use]
     pub fn awaited_configuration(&self) -> Option<Awaited> {
-        let why = || self.file_error.clone().unwrap_or_default();
+        let why = || self.config_error().unwrap_or_default().to_owned();
         self.unconfigured.then(|| Awaited::Configuration(why()))
     }
 
@@ -161,17 +165,15 @@ impl State {
         }
     }
 
-    /// Keeps the configuration in force, since there is something wrong with the one on disk: all of it, and in a few words.
-    pub fn keep_config(&mut self, why: String, mistake: String) {
-        self.file_error = Some(why);
-        self.mistake = Some(mistake);
+    /// Keeps the configuration in force, since there is something wrong with the one on disk.
+    pub fn keep_config(&mut self, error: FileError) {
+        self.file_error = Some(error);
         self.postponed = None;
     }
 
     pub(crate) fn replace_config(&mut self, source: Source) {
         self.unconfigured = false;
         self.file_error = None;
-        self.mistake = None;
         self.postponed = None;
         self.put(Rc::new(source));
     }
@@ -272,9 +274,13 @@ mod tests {
     fn what_is_wrong_on_disk_is_told_whatever_becomes_of_what_was_there_before() {
         let mut state = replacing();
         let mistake = Some("a mistake");
+        let error = FileError {
+            whole: "a mistake".into(),
+            short: "one".into(),
+        };
         // While the call with the one before it is under way.
         let (call, _) = next(&mut state);
-        state.keep_config("a mistake".into(), "a mistake".into());
+        state.keep_config(error);
         let sent = state.source().clone();
         state.refused(&call, "no", true, &sent);
         assert_eq!(state.config_error(), mistake);

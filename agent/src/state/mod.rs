@@ -17,7 +17,7 @@ use crate::sync::{Call, Handling, Ledger, Readiness, length_of, too_many_control
 use crate::watch::{Observer, Watching};
 
 pub use agent::{Agent, Calling};
-pub use configuration::{Refused, Source};
+pub use configuration::{FileError, Refused, Source};
 
 use configuration::Postponed;
 
@@ -70,9 +70,7 @@ pub struct State {
     /// Counts the helper's changes of the policy, those for an earlier agent included.
     pub generation: i64,
     /// What is wrong with the configuration on disk, which was to replace the one in force or to be the first one.
-    file_error: Option<String>,
-    /// The same in a few words.
-    mistake: Option<String>,
+    file_error: Option<FileError>,
     /// There was no configuration yet that is right: nothing may be said to the helper, since it would take away what
     /// is left of an earlier agent's policy.
     unconfigured: bool,
@@ -101,7 +99,7 @@ pub struct State {
 
 impl State {
     /// What the agent knows at the beginning: see [`Agent::new`].
-    pub(crate) fn new(subtree: Subtree, source: Source, config_error: Option<String>) -> Self {
+    pub(crate) fn new(subtree: Subtree, source: Source, file_error: Option<FileError>) -> Self {
         let tree = Tree::new(subtree.prefix(), source.config.rules.clone());
         let mut ledger = match subtree.is_machines() {
             true => Ledger::of_machine(),
@@ -112,9 +110,8 @@ impl State {
             subtree,
             link: Link::Broken("the helper has not answered yet".into()),
             generation: 0,
-            unconfigured: config_error.is_some(),
-            file_error: config_error,
-            mistake: None,
+            unconfigured: file_error.is_some(),
+            file_error,
             refusal: None,
             relay: Relay::default(),
             readiness: Readiness::default(),

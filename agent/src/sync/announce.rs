@@ -77,8 +77,8 @@ pub(super) fn announce(agent: &Agent) {
 
 /// That all is in force, and what is not in force of the file. It stays so while control groups come and go.
 fn in_force(state: &State) -> String {
-    match (state.mistake(), state.postponed_why()) {
-        (Some(mistake), _) => format!("In force; {mistake}"),
+    match (state.file_error(), state.postponed_why()) {
+        (Some(error), _) => format!("In force; {}", error.short),
         (None, Some(why)) => format!("In force, and not what the file says now: {why}"),
         (None, None) => "In force".to_owned(),
     }
