@@ -20,6 +20,7 @@ pub mod doctor;
 pub mod exec;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod makers;
 pub mod otherwise;
 pub mod policy;
 pub mod relay;

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use cgtproxy_proto::path::ControlGroupPath;
 use tracing::Level;
 
-use crate::sync::{Maker, maker};
+use crate::makers::{Maker, maker};
 
 /// What can be said of a control group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -294,10 +294,10 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::config::Config;
+    use crate::config::{Config, Monitor};
     use crate::state::{FileError, Source};
     use crate::subtree::Subtree;
-    use crate::watch::{self, Monitor};
+    use crate::watch;
 
     #[tokio::test]
     async fn leaves_a_directory_as_it_is() {

@@ -20,7 +20,6 @@ use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::network::{FAKE_IPV4, FAKE_IPV6};
 
 use crate::policy::{DEFAULT_PROXY, ExecSlices, Rules, Start, Target};
-use crate::watch::Monitor;
 
 pub use cgtproxy_proto::network::Network;
 pub(crate) use cgtproxy_proto::yaml;
@@ -118,6 +117,18 @@ pub struct DnsHijack {
     pub tcp: bool,
     /// Queries to stubs on the loopback interface too.
     pub loopback: bool,
+}
+
+/// By what control groups are noticed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Monitor {
+    /// By inotify; and where that can't be, by what systemd tells.
+    #[default]
+    Auto,
+    /// By inotify alone.
+    Inotify,
+    /// By what systemd tells over D-Bus alone.
+    Dbus,
 }
 
 /// Networks of addresses that stand for names.

@@ -17,8 +17,9 @@ use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use super::room::{Room, Waiting};
+use super::room::Waiting;
 use super::turns::Dirty;
+use crate::makers::Room;
 #[cfg(test)]
 use crate::policy::Target;
 use crate::policy::{Element, Hold, Tree};

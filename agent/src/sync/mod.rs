@@ -15,6 +15,5 @@ mod wire;
 pub use announce::Readiness;
 pub use connect::{Error, run};
 pub use ledger::{Call, Handling, Ledger};
-pub(crate) use room::{Maker, Room, maker};
 pub use text::too_many_control_groups;
 pub use wire::length_of;

@@ -6,7 +6,7 @@ use std::ops::Bound;
 use cgtproxy_proto::limits::PATH_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use super::room::{Maker, maker};
+use crate::makers::{Maker, maker};
 
 /// After so many bytes of one user's paths it is the next user's turn.
 const TURN_BYTES: usize = PATH_BYTES;

@@ -36,18 +36,6 @@ pub trait Observer {
     fn lost_track(&mut self);
 }
 
-/// By what control groups are noticed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Monitor {
-    /// By inotify; and where that can't be, by what systemd tells.
-    #[default]
-    Auto,
-    /// By inotify alone.
-    Inotify,
-    /// By what systemd tells over D-Bus alone.
-    Dbus,
-}
-
 /// How well control groups are noticed, for those who ask.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Watching {

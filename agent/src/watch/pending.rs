@@ -5,7 +5,7 @@ use std::ops::Bound;
 
 use cgtproxy_proto::path::ControlGroupPath;
 
-use crate::sync::{Maker, maker};
+use crate::makers::{Maker, maker};
 
 /// Control groups that are to be looked at, first announced first. Where there are those of several users, the users take
 /// turns, after what no user makes.

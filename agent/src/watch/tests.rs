@@ -11,7 +11,7 @@ use super::directory::WorkingDirectory;
 use super::inotify::Event;
 use super::run::LOOKS;
 use super::*;
-use crate::config::{self, Scope};
+use crate::config::{self, Monitor, Scope};
 use crate::state::{Agent, Source};
 use crate::subtree::Subtree;
 use crate::sync::Call;

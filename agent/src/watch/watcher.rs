@@ -17,10 +17,11 @@ use super::directory::WorkingDirectory;
 use super::inotify::Event;
 use super::listing::contains_more_than;
 use super::pending::Pending;
-use super::{Hint, Monitor, Observer, inotify};
+use super::{Hint, Observer, inotify};
+use crate::config::Monitor;
+use crate::makers::{Room, maker};
 use crate::said::{Kind, Said, say};
 use crate::subtree::{Subtree, descendants};
-use crate::sync::{Room, maker};
 use crate::text::chain;
 
 /// How many watches a user has at least, unless somebody has lowered that (`inotify_user_setup`,

@@ -14,10 +14,9 @@ use std::rc::Rc;
 use super::finding::{Finding, Findings, Place, Severity};
 use super::reader::Reader;
 use super::yaml::{self, Node, SyntaxError, Value};
-use super::{Config, FakeAddresses, Network, Scope, migrate};
+use super::{Config, FakeAddresses, Monitor, Network, Scope, migrate};
 use crate::policy::{ExecSlices, Rules, Start};
 use crate::text::printable;
-use crate::watch::Monitor;
 use tproxy::{Proxies, Section};
 
 /// The version of the format.

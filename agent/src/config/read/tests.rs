@@ -820,7 +820,7 @@ fn all_keys_are_listed_once() {
 
 #[test]
 fn the_monitor_is_one_of_three() {
-    use crate::watch::Monitor;
+    use crate::config::Monitor;
     let monitor = |text: &str| {
         let config = read_text(&format!("version: 1\n{text}")).0;
         config.map(|config| config.monitor)
