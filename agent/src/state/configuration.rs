@@ -195,8 +195,8 @@ mod tests {
 
     use super::*;
     use crate::config::{self, Scope};
+    use crate::state::Observer;
     use crate::subtree::Subtree;
-    use crate::watch::Observer;
 
     /// A configuration with one name in it.
     fn source(name: &str) -> Source {

@@ -3,6 +3,7 @@
 
 mod agent;
 mod configuration;
+mod observer;
 
 use std::rc::Rc;
 
@@ -14,10 +15,10 @@ use crate::relay::Relay;
 use crate::said::Said;
 use crate::subtree::Subtree;
 use crate::sync::{Call, Handling, Ledger, Readiness, length_of, too_many_control_groups};
-use crate::watch::{Observer, Watching};
 
 pub use agent::{Agent, Calling};
 pub use configuration::{FileError, Refused, Source};
+pub use observer::{Observer, Watching};
 
 use configuration::Postponed;
 

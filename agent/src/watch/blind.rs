@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use cgtproxy_proto::path::ControlGroupPath;
 
-use super::Observer;
 use super::watcher::{Known, Watcher};
+use crate::state::Observer;
 
 impl Watcher {
     /// Takes a control group as there without having seen it.

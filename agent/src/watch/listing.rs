@@ -9,9 +9,9 @@ use std::path::Path;
 use cgtproxy_proto::path::{ControlGroupPath, InvalidPath};
 use tracing::Level;
 
-use super::Observer;
 use super::watcher::{Known, Watcher, is_absence, is_lasting};
 use crate::said::{Kind, say};
+use crate::state::Observer;
 use crate::text::{chain, printable};
 
 impl Watcher {

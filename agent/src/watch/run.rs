@@ -10,9 +10,9 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use super::dbus::{Follower, Report};
 use super::inotify::{Event, Events, Watches};
 use super::pace::Pace;
-use super::{Error, Observer, Watcher, Watching};
+use super::{Error, Watcher};
 use crate::config::Monitor;
-use crate::state::Agent;
+use crate::state::{Agent, Observer, Watching};
 use crate::subtree::Subtree;
 use crate::text::{chain, printable};
 

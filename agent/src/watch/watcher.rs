@@ -17,10 +17,11 @@ use super::directory::WorkingDirectory;
 use super::inotify::Event;
 use super::listing::contains_more_than;
 use super::pending::Pending;
-use super::{Hint, Observer, inotify};
+use super::{Hint, inotify};
 use crate::config::Monitor;
 use crate::makers::{Room, maker};
 use crate::said::{Kind, Said, say};
+use crate::state::Observer;
 use crate::subtree::{Subtree, descendants};
 use crate::text::chain;
 

@@ -12,10 +12,10 @@ use crate::config::{Config, Scope};
 use crate::policy::{
     Element, ExecSlices, Hold, Names, Pattern, Rule, Rules, Selector, Start, Target, Verdict,
 };
+use crate::state::Observer;
 use crate::state::{Source, State};
 use crate::subtree::Subtree;
 use crate::sync::Call;
-use crate::watch::Observer;
 
 const PREFIX: &[u8] = b"/user.slice/user-5.slice/user@5.service";
 
