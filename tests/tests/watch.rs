@@ -281,11 +281,14 @@ fn without_descriptors_to_spare_nothing_is_forgotten() {
         agent.status();
         let open = service.descriptors();
         let usual = service.limit_descriptors(service.descriptors_and(0));
-        // What is made at once with what is in it has to be listed.
+        // What is made at once with what is in it has to be listed. An agent that is quicker than mkdir would hear of
+        // each by inotify.
+        service.signal(Signal::SIGSTOP);
         in_slice(
             &alice,
             "mkdir -p a.slice/b.slice/app-1.scope c.slice/app-2.scope app-3.scope",
         );
+        service.signal(Signal::SIGCONT);
         for _ in 0..20 {
             in_slice(
                 &alice,
