@@ -161,9 +161,10 @@ async fn one_that_is_back_only_after_its_directory_was_listed_is_assigned_again(
     let mut start = Start::with(&["a/drop-1", "a/drop-2"]);
     start.said(&[]);
     start.remove("groups/a/drop-1");
-    // What it is in, and nothing more.
+    // What it is in, and nothing more: that is watched from then on.
     start.look_at(1);
     start.make("groups/a/drop-1");
+    start.hear();
     start.watch();
     assert_eq!(start.said(&[]), ["a/drop-1"]);
 }
@@ -309,6 +310,22 @@ async fn one_made_again_before_it_is_watched_is_not_in_force_where_events_are_lo
     assert!(!start.in_force("a/drop-1"));
     assert_eq!(start.said(&[]), ["a/drop-1"]);
     assert!(start.in_force("a/drop-1"));
+}
+
+/// One user could have the machine's agent grow without end.
+#[tokio::test]
+async fn what_is_gone_before_it_was_looked_at_waits_no_more() {
+    let mut start = Start::with(&["a"]);
+    start.watch();
+    for name in ["b", "c", "b"] {
+        start.make(&format!("groups/a/{name}"));
+        start.hear();
+        assert_eq!(start.watcher.pending.iter().count(), 1);
+        start.remove(&format!("groups/a/{name}"));
+        std::fs::remove_dir(start.root.path().join(format!("removed/groups-a-{name}"))).unwrap();
+        start.hear();
+        assert!(start.watcher.pending.is_empty());
+    }
 }
 
 /// Who waits for a verdict waits for no second call.

@@ -570,6 +570,7 @@ impl Watcher {
         self.unwatched.remove(path);
         self.unlisted.remove(path);
         self.noted.remove(path);
+        self.pending.remove(path);
         if let Some(Known {
             watch: Some(watch), ..
         }) = self.groups.remove(path)
