@@ -5,7 +5,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use cgtproxy_tests::sandbox::{
-    App, INTERNET_V4, Outcome, Sandbox, Server, UPLINK, User, direct, local, proxied, sandbox,
+    App, INTERNET_V4, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, Server, UPLINK, User, direct,
+    local, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
@@ -245,6 +246,90 @@ fn an_application_that_chooses_its_interface_does_not_get_past_the_proxy() {
                 }
             }
         }
+    });
+}
+
+/// An address of each family, with the next hop.
+type Network = [(&'static str, &'static str); 2];
+const HOME: Network = [
+    ("192.0.2.1/24", "192.0.2.2"),
+    ("2001:db8::1/64", "2001:db8::2"),
+];
+const AWAY: Network = [
+    ("10.9.8.1/24", "10.9.8.2"),
+    ("2001:db8:9999::1/64", "2001:db8:9999::2"),
+];
+
+/// Moves the machine from one network to another.
+fn change_networks(sb: &Sandbox, from: Network, to: Network) {
+    for ((before, _), (after, hop)) in from.into_iter().zip(to) {
+        let family = if hop.contains(':') { "-6" } else { "-4" };
+        for words in [
+            format!("address add {after} dev {UPLINK}"),
+            format!("neighbour replace {hop} lladdr 02:00:00:00:00:02 dev {UPLINK} nud permanent"),
+            format!("route replace default via {hop}"),
+            format!("address del {before} dev {UPLINK}"),
+        ] {
+            let command = ["ip", family].into_iter().chain(words.split(' '));
+            sb.run(&command.collect::<Vec<_>>());
+        }
+    }
+}
+
+/// When the machine has come to another network, the address that an application speaks from has gone. What the proxy
+/// still has to say would go there: in plain, and in the name of whom the application has spoken to.
+fn nothing_is_brought_to_an_address_that_has_gone(
+    sb: &Sandbox,
+    app: &App,
+    server: &Server,
+    expected: impl Fn(SocketAddr) -> Outcome,
+    speaks_for_peers: bool,
+) {
+    let opened = sb.destinations().map(|to| {
+        let (tcp, udp) = (app.open_tcp(to).expect("it opens"), app.open_udp(to));
+        for connection in [&tcp, &udp] {
+            assert_eq!(connection.ask(), expected(to));
+        }
+        // One that the server has begun.
+        let peer = app.open_udp(SocketAddr::new(to.ip(), 443));
+        if speaks_for_peers {
+            server.speak_first(SocketAddr::new(to.ip(), 443), peer.local());
+        }
+        (to, tcp, udp, peer)
+    });
+    change_networks(sb, HOME, AWAY);
+    server.speak_up();
+    if speaks_for_peers {
+        for (to, _, udp, peer) in &opened {
+            server.speak_first(*to, udp.local());
+            server.speak_first(SocketAddr::new(to.ip(), 443), peer.local());
+        }
+    }
+    change_networks(sb, AWAY, HOME);
+    sb.settle();
+    for address in [MACHINE_V4, MACHINE_V6] {
+        sb.assert_nothing_left_for(address);
+    }
+    // Back home, they go on.
+    for (to, tcp, udp, _peer) in &opened {
+        for connection in [tcp, udp] {
+            assert_eq!(Outcome::in_the_end(|| connection.ask()), expected(*to));
+        }
+    }
+}
+
+#[test]
+fn what_a_proxy_brings_to_an_address_that_has_gone_does_not_leave() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        {
+            let (_user, app, _session, proxy) = proxied_app(sb);
+            let by_proxy = |to| proxied("mihomo", to);
+            nothing_is_brought_to_an_address_that_has_gone(sb, &app, &proxy, by_proxy, true);
+        }
+        let (_user, app, _session, server) = redirected_app(sb);
+        let by_server = |to| local("redir", at_home(to, 7892));
+        nothing_is_brought_to_an_address_that_has_gone(sb, &app, &server, by_server, false);
     });
 }
 

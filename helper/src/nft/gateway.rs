@@ -13,7 +13,7 @@ use super::names::{Names, ProxyChain};
 use super::plan::Layout;
 use super::policy::{Gateway, Proxy, UdpVerdicts};
 use super::rule::{Protocol, RuleBuilder};
-use super::ruleset::{DELIVER, DIVERT, FORWARDED, GATEWAY, INTERFACES, REFUSE};
+use super::ruleset::{BEHIND, DELIVER, DIVERT, FORWARDED, GATEWAY, INTERFACES, REFUSE};
 use super::transaction::Transaction;
 
 /// `IFNAMSIZ` (linux/if.h): nftables' keys are that long.
@@ -110,11 +110,14 @@ impl Transaction<'_> {
         gateway: &Gateway,
         proxy: &Proxy,
     ) {
-        let mut interfaces = self.set(INTERFACES, KeyType::Interface, Content::Keys);
-        for interface in &gateway.interfaces {
-            interfaces.push(&key(interface), Element::Key);
+        // What is open there outlives the list, and so do its replies.
+        for set in [INTERFACES, BEHIND] {
+            let mut interfaces = self.set(set, KeyType::Interface, Content::Keys);
+            for interface in &gateway.interfaces {
+                interfaces.push(&key(interface), Element::Key);
+            }
+            self.write_elements(&interfaces, MsgType::Add);
         }
-        self.write_elements(&interfaces, MsgType::Add);
         self.unreachable_rules(FORWARDED);
         if let Some(hijack) = &proxy.settings.dns_hijack {
             let dns = names.chain(ProxyChain::Dns, &gateway.proxy);

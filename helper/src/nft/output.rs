@@ -6,8 +6,9 @@ use std::ffi::CStr;
 
 use super::rule::{Protocol, RuleBuilder};
 use super::ruleset::{
-    ANSWERS, CGROUPS, CHOICES, ENFORCED, FIRST_PACKETS, FORGED, INTERFACES, KERNEL, MARKED, MARKS,
-    OPEN, OUTPUT, REFUSE, REPLIES, SYSTEM, USER_VERDICTS, USER_VERDICTS_DEEP,
+    ANSWERS, BEHIND, BROUGHT, CGROUPS, CHOICES, ENFORCED, FIRST_PACKETS, FORGED, INTERFACES,
+    KERNEL, MARKED, MARKS, OPEN, OUTPUT, REFUSE, REPLIES, SYSTEM, USER_VERDICTS,
+    USER_VERDICTS_DEEP,
 };
 use super::shared::{LookedAt, Shared};
 use super::transaction::Transaction;
@@ -96,6 +97,8 @@ impl Transaction<'_> {
                 // Nobody answers so: a connection that somebody has begun in the name of the peer, and nobody has refused.
                 // tcp flags & (syn | ack) == syn goto enforced, or user-verdicts
                 &|rule| rule.tcp_syn().goto(first),
+                // ct mark & DIVERT != 0 goto brought
+                &|rule| rule.ct_mark_has(divert).goto(BROUGHT),
             ],
         );
         self.add_rules(
@@ -108,8 +111,8 @@ impl Transaction<'_> {
         self.add_rules(
             ANSWERS,
             [
-                // ct direction original return
-                &|rule| rule.ct_direction_original().return_(),
+                // ct direction original goto brought
+                &|rule| rule.ct_direction_original().goto(BROUGHT),
                 // Clear bits that other programs may have restored; the chains below set them again.
                 // meta mark set meta mark & ~MASK
                 &|rule| rule.meta_mark_set(mask, 0),
@@ -214,6 +217,27 @@ impl Transaction<'_> {
                         .ct_mark_set(mask, begun)
                         .accept()
                 },
+            ],
+        );
+    }
+
+    /// Chain `brought`. What a proxy says goes to an application of this machine, or to a network behind it. When the
+    /// machine has left the network that the application's address was of, that address is somebody else's: what would go
+    /// there tells what is said, and to whom.
+    pub(super) fn brought_rules(&mut self) {
+        self.flush_chain(BROUGHT);
+        self.add_rules(
+            BROUGHT,
+            [
+                // oif lo return
+                &|rule| rule.oif_lo().return_(),
+                // oifname @behind return
+                &|rule| rule.oifname_in(BEHIND).return_(),
+                // A packet that leaves by a VRF comes by once more, with the interface.
+                // meta oifkind "vrf" return
+                &|rule| rule.oif_is_vrf().return_(),
+                // drop
+                &|rule| rule.drop(),
             ],
         );
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-15-ff000000 { }              # the format of this table, the mask of marks, and what UDP goes by
+//!   chain version-16-ff000000 { }              # the format of this table, the mask of marks, and what UDP goes by
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
 //!   map cgroups-0 { … }  map choices-0 { … }  # the same for the system's policy
@@ -24,6 +24,7 @@
 //!   map stamps  { type uid : mark }           # a user : the stamp of that user's layout, no mark of a packet's
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
 //!   set interfaces { type ifname }            # from where forwarded traffic is diverted
+//!   set behind { type ifname }                # from where it has ever been
 //!   chain output         { type route hook output priority mangle; … goto enforced, or … }
 //!   chain output-nat     { type nat hook output priority -101; … }
 //!   chain prerouting     { type filter hook prerouting priority mangle; … goto gateway }
@@ -42,6 +43,7 @@
 //!   chain kernel   { … }                      # but for what no socket of anybody's sends
 //!   chain answers  { … goto enforced, or … }  # to somebody for whom a proxy has spoken first
 //!   chain replies  { … goto enforced, or … }  # on connections that others have opened
+//!   chain brought  { … drop }                 # by a proxy, to who has asked it
 //!   chain first-packets { … }                 # of TPROXY servers for others
 //!   chain forged   { … drop }                 # first packets from an address that the machine does not have
 //!   chain marked   { … goto open }            # connections that this table knows, or another program has marked so
@@ -99,7 +101,7 @@ use super::transaction::Transaction;
 use crate::mark::MarkRange;
 
 /// The version of the table's layout, which changes with its chains, maps and rules.
-const VERSION: u32 = 15;
+const VERSION: u32 = 16;
 pub(super) const CGROUPS: &CStr = c"cgroups";
 pub(super) const CGROUPS_SYSTEM: &CStr = c"cgroups-0";
 pub(super) const CHOICES: &CStr = c"choices";
@@ -111,6 +113,8 @@ pub(super) const PORTS: &CStr = c"ports";
 pub(super) const OWNERS: &CStr = c"owners";
 pub(super) const USERS: &CStr = c"users";
 pub(super) const INTERFACES: &CStr = c"interfaces";
+pub(super) const BEHIND: &CStr = c"behind";
+pub(super) const BROUGHT: &CStr = c"brought";
 /// A chain, and the map that it looks into: every control group of the system's policy.
 pub(super) const ENFORCED: &CStr = c"enforced";
 pub(super) const USER_VERDICTS: &CStr = c"user-verdicts";
@@ -209,6 +213,7 @@ impl Transaction<'_> {
         self.add_set(USERS, KeyType::Uid, Content::Values(group));
         self.add_set(STAMPS, KeyType::Uid, Content::Values(KeyType::Mark));
         self.add_set(INTERFACES, KeyType::Interface, Content::Keys);
+        self.add_set(BEHIND, KeyType::Interface, Content::Keys);
         self.add_set(PROXY_UIDS, KeyType::Uid, Content::Keys);
         self.flush_set(PROXY_UIDS);
         let mut uids = self.set(PROXY_UIDS, KeyType::Uid, Content::Keys);
@@ -234,6 +239,7 @@ impl Transaction<'_> {
             GUARD_SYSTEM,
             ANSWERS,
             REPLIES,
+            BROUGHT,
             FIRST_PACKETS,
             FORGED,
             MARKED,
@@ -254,6 +260,7 @@ impl Transaction<'_> {
         self.drop_and_refuse_rules();
         self.kernel_rules();
         self.first_packet_rules();
+        self.brought_rules();
         self.forged_rules(base.has_fib);
         self.guard_rules();
         self.forward_rules();
