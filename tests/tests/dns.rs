@@ -2,13 +2,14 @@
 
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use cgtproxy_tests::sandbox::{
-    App, Cgroup, Connection, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, Service, direct, local,
-    proxied, sandbox,
+    App, Cgroup, Connection, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, Service, UPLINK, direct,
+    local, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy};
+use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{Tcp, Udp};
 use serde_json::{Value, json};
 
@@ -81,6 +82,35 @@ fn a_local_server_answers_for_every_other() {
             helper.stop();
         }
         drop(dns);
+    });
+}
+
+/// A router may name its link-local address as that of a DNS server (RFC 8106). The socket that asks it is bound to the
+/// interface, so that the query can't be translated.
+#[test]
+fn a_query_to_a_neighbour_on_the_link_is_refused_at_once() {
+    sandbox(|sb| {
+        let _dns = sb.service("dns").port(5353).start();
+        let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
+        let hijack = json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 5353, "tcp": true });
+        let (_helper, _session, app) = hijacking(sb, &hijack, &json!(["fe80::/10"]));
+        let show = [
+            "ip", "-6", "address", "show", "dev", UPLINK, "scope", "link",
+        ];
+        wait_until("the machine has a link-local address", || {
+            let tentative = sb.run(&[&show[..], &["tentative"]].concat());
+            !sb.run(&show).is_empty() && tentative.is_empty()
+        });
+        let index = std::fs::read_to_string(format!("/sys/class/net/{UPLINK}/ifindex"));
+        let index = index.expect("an uplink").trim().parse();
+        let router: Ipv6Addr = "fe80::ff:fe00:2".parse().expect("an address");
+        let server = SocketAddrV6::new(router, 53, 0, index.expect("a number")).into();
+        assert_eq!(app.tcp(server), Outcome::Refused);
+        assert!(matches!(
+            app.udp(server),
+            Outcome::Refused | Outcome::Forbidden
+        ));
+        sb.assert_nothing_left_for(router.into());
     });
 }
 

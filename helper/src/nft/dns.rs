@@ -70,6 +70,12 @@ impl Transaction<'_> {
                 );
             }
         }
+        if hijack.addresses.iter().any(IpAddr::is_ipv6) {
+            // A link-local address is one of an interface, to which the socket is bound: translated, the query would
+            // be sent there. Its sender should not have to wait before asking the next server.
+            // ip6 daddr fe80::/10 goto refuse
+            self.add_rules(chain, [&|rule| rule.daddr_link_local().goto(REFUSE)]);
+        }
         self.add_rules(
             chain,
             [
