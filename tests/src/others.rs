@@ -18,8 +18,8 @@ pub fn install(root: &Path) {
     configure(root);
 }
 
-/// Where a sandbox has the servers.
-const SERVERS: &str = "/run/servers";
+/// Where a sandbox has the servers, once [`server`] has been called.
+pub const SERVERS: &str = "/run/servers";
 
 /// A command that runs sshd, stunnel, danted or tinyproxy from where the first one has unpacked them all, with their
 /// libraries.

@@ -8,8 +8,9 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 
-use cgtproxy_tests::others::server;
+use cgtproxy_tests::others::{SERVERS, server};
 use cgtproxy_tests::proxies::{dante, tinyproxy};
 use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, config};
 use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, Outcome, Program, Sandbox, User, sandbox};
@@ -46,8 +47,18 @@ impl Ssh {
         );
         sb.run(&["sh", "-euc", &account]);
         let arguments = ["-D", "-e", "-f", "/run/ssh/config"];
+        let mut sshd = server("/usr/sbin/sshd", &arguments);
+        // Since OpenSSH 9.8 it runs others, which it looks for where they would be installed.
+        let parts = [
+            ("SshdSessionPath", "sshd-session"),
+            ("SshdAuthPath", "sshd-auth"),
+        ];
+        let parts = parts.map(|(key, name)| (key, format!("{SERVERS}/usr/lib/openssh/{name}")));
+        let there = parts.iter().filter(|(_, path)| Path::new(path).exists());
+        let options: Vec<_> = there.map(|(key, path)| format!("-o{key}={path}")).collect();
+        sshd.extend(options.iter().map(String::as_str));
         let server = sb
-            .internet_program(&server("/usr/sbin/sshd", &arguments))
+            .internet_program(&sshd)
             .listening(SocketAddr::new(INTERNET_V4, 2222));
         Self {
             _server: server,
