@@ -78,9 +78,15 @@ pub fn build(kind: &str, directory: &str, environment: &[&str]) -> PathBuf {
     let output = output_with_input(&command, "");
     let [said, remarks] =
         [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    // Where Debian 13's libc6 keeps its place in /lib64 is said about every package, and means nothing for this one.
+    let about_libc = |line: &&str| {
+        line.ends_with("diversions involved - output may be incorrect")
+            || line.starts_with(" diversion by libc6 ")
+    };
+    let remarks: Vec<&str> = remarks.lines().filter(|line| !about_libc(line)).collect();
     assert!(
         output.status.success() && remarks.is_empty(),
-        "{builder}: {}: {remarks}",
+        "{builder}: {}: {remarks:?}",
         output.status
     );
     PathBuf::from(said.trim())
