@@ -572,15 +572,18 @@ fn sees_nothing_it_does_not_use(system: &System) {
         "samba",
     ];
     nothing_else_in(system, &pid, "/run", &run);
-    // The last two are systemd's from 256 or so on: which distribution this is.
-    let host = ["userdb", "os-release", ".os-release-stage"];
+    // What follows is newer systemd's: which distribution this is, and where it is told that a service is ready.
+    let host = ["userdb", "os-release", ".os-release-stage", "notify"];
     nothing_else_in(system, &pid, "/run/host", &host);
     nothing_else_in(
         system,
         &pid,
         "/run/systemd",
-        &["incoming", "notify", "userdb"],
+        &["incoming", "notify", "userdb", "journal"],
     );
+    // Newer systemd lets it log.
+    let log = ["dev-log", "socket", "stdout"];
+    nothing_else_in(system, &pid, "/run/systemd/journal", &log);
     for empty in ["/root", "/tmp", "/var/tmp"] {
         nothing_else_in(system, &pid, empty, &[]);
     }
@@ -855,10 +858,11 @@ fn the_helper_may_make_no_system_call_that_it_does_not_make() {
             let without = entry.map(|entry| format!("SystemCallFilter=~{entry}"));
             let without = without.unwrap_or_default();
             // What is not allowed kills, so that nothing is overlooked; but for what the dynamic linker looks for, and
-            // libcap when nss-systemd is loaded, which both do without.
+            // libcap when nss-systemd is loaded, and newer nss-systemd with its sockets (attributes), which do without.
             let script = format!(
                 "mkdir -p /run/systemd/system/{HELPER}.d && printf '%s\\n' '[Service]' \
-                 'Restart=no' 'SystemCallErrorNumber=kill' 'SystemCallFilter=access faccessat prctl' '{without}' \
+                 'Restart=no' 'SystemCallErrorNumber=kill' \
+                 'SystemCallFilter=access faccessat prctl fgetxattr fsetxattr' '{without}' \
                  >/run/systemd/system/{HELPER}.d/without.conf && systemctl daemon-reload && \
                  systemctl reset-failed {HELPER} cgtproxy-helper.socket && \
                  systemctl start cgtproxy-helper.socket && systemctl --no-block start {HELPER}"
