@@ -27,6 +27,29 @@ pub fn configuration(bytes: &[u8]) {
     }
 }
 
+/// A file of cgproxy's or of the original's. What is made of it is a configuration that loads, and of which there is
+/// nothing left to be made.
+pub fn migration(bytes: &[u8]) {
+    let (text, findings) = match config::migrate(Path::new("old"), bytes) {
+        Ok(migrated) => migrated,
+        Err(findings) => {
+            assert!(findings.has_errors());
+            return;
+        }
+    };
+    for (_, line) in findings.lines() {
+        assert!(
+            !line.contains(|c: char| c.is_control() && c != '\n'),
+            "{line:?}"
+        );
+    }
+    let file = Path::new("config.yaml");
+    let loaded = config::parse(file, text.as_bytes(), Scope::User);
+    assert!(loaded.is_ok(), "{text:?}: {loaded:?}");
+    let again = config::migrate(file, text.as_bytes());
+    assert!(again.is_ok_and(|(again, _)| again == text), "{text:?}");
+}
+
 #[cfg(test)]
 #[path = "../../tests/fuzz/variations.rs"]
 mod variations;
@@ -36,5 +59,10 @@ mod tests {
     #[test]
     fn no_configuration_panics() {
         super::variations::run("configuration", super::configuration);
+    }
+
+    #[test]
+    fn what_is_migrated_loads() {
+        super::variations::run("migration", super::migration);
     }
 }

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::Scope;
+use crate::policy::Selector;
 
 /// `config.json` as cgproxy installs it.
 const CGPROXY: &str = r#"{
@@ -195,6 +196,22 @@ fn a_slice_that_is_called_as_a_unit_keeps_its_name() {
         new.contains("slice: [a.timer.slice, b.service.slice]"),
         "{new}"
     );
+}
+
+#[test]
+fn names_keep_characters_that_no_quotes_keep() {
+    let path = "/a\u{1b}[2J/b\nc/\u{2028}\u{9b}\u{feff}\"d'\\e";
+    let written = r#"/a\u001b[2J/b\nc/\u2028\u009b\ufeff\"d'\\e"#;
+    let (new, _) = migrated(&format!(r#"{{"cgroup_proxy": "{written}"}}"#));
+    let (config, _) = read::read(Path::new("new"), new.as_bytes(), Scope::User);
+    let rules = config.unwrap().rules;
+    let [rule] = &rules.rules[..] else {
+        panic!("{new}");
+    };
+    let Selector::Match(pattern) = &rule.selector else {
+        panic!("{new}");
+    };
+    assert!(pattern.matches(path.as_bytes()), "{new}");
 }
 
 #[test]
