@@ -1,6 +1,6 @@
 # make              build the programs, their manual pages, the shells' completions and the licences of what is linked
 # make test         install what is missing, build, run every test
-# make soak         run the tests of many starts and much data again with far more of both, and the others per datagram
+# make soak         run the tests of many starts, much data and long use with far more of each, the others per datagram
 # make fuzz         fuzz what comes from outside: FUZZ='session path', SECONDS_EACH=600; needs a nightly compiler
 # make miri         look for undefined behaviour where Miri can; needs a nightly compiler
 # make valgrind     look for misuse of memory by what writes messages to nftables
@@ -55,14 +55,17 @@ test:
 	$(CARGO) build --workspace --locked
 	$(CARGO) $(AS_ROOT) test --workspace --locked
 
-# What takes too long for each run: programs that are started under `start: closed`, and megabytes through the relay.
+# What takes too long for each run: programs that are started under `start: closed`, megabytes through the relay, and
+# rounds in which everything comes and goes.
 STARTS ?= 10000
 BULK ?= 1024
+ROUNDS ?= 100
 soak:
 	.ci/dependencies test
 	$(CARGO) build --workspace --locked
-	CGTPROXY_TEST_STARTS=$(STARTS) CGTPROXY_TEST_BULK=$(BULK) \
-		$(CARGO) $(AS_ROOT) test --workspace --locked --test closed --test relay_load
+	CGTPROXY_TEST_STARTS=$(STARTS) CGTPROXY_TEST_BULK=$(BULK) CGTPROXY_TEST_ROUNDS=$(ROUNDS) \
+	CGTPROXY_TEST_DEADLINE=3600 \
+		$(CARGO) $(AS_ROOT) test --workspace --locked --test closed --test relay_load --test churn
 	CGTPROXY_TEST_UDP_VERDICTS=per-datagram \
 		$(CARGO) $(AS_ROOT) test --locked --no-fail-fast -p cgtproxy-tests
 

@@ -14,8 +14,15 @@ use crate::host_cgroup::HostCgroup;
 const INSIDE: &str = "CGTPROXY_TEST_SANDBOX";
 /// Printed when the body has run to its end: a filter that matches no test succeeds as well.
 const FINISHED: &str = "the sandboxed body ran to its end";
-/// No test takes so long, however busy the machine is.
+/// No test takes so long, however busy the machine is, unless CGTPROXY_TEST_DEADLINE gives it more seconds.
 const DEADLINE: Duration = Duration::from_secs(300);
+
+fn deadline() -> Duration {
+    match std::env::var("CGTPROXY_TEST_DEADLINE") {
+        Ok(seconds) => Duration::from_secs(seconds.parse().expect("a number of seconds")),
+        Err(_) => DEADLINE,
+    }
+}
 
 pub(crate) fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
@@ -177,8 +184,9 @@ fn run(mut command: Command, cgroup: &Path) -> (String, bool) {
     });
     let mut note = String::new();
     // The output ends when the last process of the sandbox has ended.
-    let output = receiver.recv_timeout(DEADLINE).unwrap_or_else(|_| {
-        note = format!("killed after {DEADLINE:?}\n");
+    let deadline = deadline();
+    let output = receiver.recv_timeout(deadline).unwrap_or_else(|_| {
+        note = format!("killed after {deadline:?}\n");
         let _ = std::fs::write(cgroup.join("cgroup.kill"), "1");
         receiver
             .recv_timeout(Duration::from_secs(10))
