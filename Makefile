@@ -55,17 +55,19 @@ test:
 	$(CARGO) build --workspace --locked
 	$(CARGO) $(AS_ROOT) test --workspace --locked
 
-# What takes too long for each run: programs that are started under `start: closed`, megabytes through the relay, and
-# rounds in which everything comes and goes.
+# What takes too long for each run: programs that are started under `start: closed`, megabytes through the relay,
+# rounds in which everything comes and goes, and policies that are made at random.
 STARTS ?= 10000
 BULK ?= 1024
 ROUNDS ?= 100
+POLICIES ?= 200
 soak:
 	.ci/dependencies test
 	$(CARGO) build --workspace --locked
 	CGTPROXY_TEST_STARTS=$(STARTS) CGTPROXY_TEST_BULK=$(BULK) CGTPROXY_TEST_ROUNDS=$(ROUNDS) \
-	CGTPROXY_TEST_DEADLINE=3600 \
-		$(CARGO) $(AS_ROOT) test --workspace --locked --test closed --test relay_load --test churn
+	CGTPROXY_TEST_POLICIES=$(POLICIES) CGTPROXY_TEST_DEADLINE=3600 \
+		$(CARGO) $(AS_ROOT) test --workspace --locked \
+		--test closed --test relay_load --test churn --test random
 	CGTPROXY_TEST_UDP_VERDICTS=per-datagram \
 		$(CARGO) $(AS_ROOT) test --locked --no-fail-fast -p cgtproxy-tests
 
