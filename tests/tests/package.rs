@@ -225,7 +225,7 @@ const CALLED: &str = r#"
         [ "$1" = "$2" ] && echo 0 && return
         [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ] && echo -1 || echo 1
     }
-    systemctl() { echo "systemctl $*"; }
+    systemctl() { echo "systemctl $*"; return "${FAILING:-0}"; }
     . "$1"
     shift
     "$@"
@@ -260,11 +260,14 @@ fn the_package_for_arch_takes_over_from_the_original_and_restarts_under_its_own_
         let all_users = "systemctl --global disable cgtproxy-agent.service cgtproxy-relay.socket\n";
         assert!(removed.contains(all_users), "{removed}");
         std::fs::create_dir("/run/systemd/system").unwrap();
-        assert_eq!(
-            said(&["post_upgrade", "0.4.1-1", "0.4.0-1"]),
-            "systemctl daemon-reload\n\
-             systemctl try-restart cgtproxy-helper.service cgtproxy-agent-system.service\n"
-        );
+        let restarted = "systemctl daemon-reload\n\
+             systemctl try-restart cgtproxy-helper.service cgtproxy-agent-system.service\n";
+        let upgrade = ["post_upgrade", "0.4.1-1", "0.4.0-1"];
+        assert_eq!(said(&upgrade), restarted);
+        // As where the system policy's configuration has an error: pacman would say that the package's script failed.
+        let mut command = Command::new("bash");
+        command.args(["-c", CALLED, "bash"]).arg(&install);
+        assert_eq!(run(command.args(upgrade).env("FAILING", "1")), restarted);
     });
 }
 
