@@ -433,6 +433,33 @@ fn rules_that_restore_marks_do_no_harm() {
     });
 }
 
+/// Whoever administers the machine may come so.
+#[test]
+fn a_mark_of_others_on_connections_from_outside_does_no_harm() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let (user, _app, _session, _proxy) = proxied_app(sb);
+        let service = sb.service("web").uid(user.uid()).port(8080);
+        let service = service.cgroup(&user.cgroup("app.slice/web.service"));
+        let _service = service.start();
+        sb.nft(&format!(
+            "table inet foreign {{ chain in {{ type filter hook prerouting priority -10; \
+             iifname {UPLINK} ct state new ct mark set 0x81000000; }}; }}"
+        ));
+        let outside = sb.internet_app();
+        for address in [MACHINE_V4, MACHINE_V6] {
+            let at = SocketAddr::new(address, 8080);
+            for transport in TRANSPORTS {
+                assert_eq!(
+                    outside.ask(transport, at),
+                    local("web", at),
+                    "{transport:?}"
+                );
+            }
+        }
+    });
+}
+
 /// Whoever comes later to a hook comes first among those of one priority.
 #[test]
 fn rules_that_translate_for_everybody_come_afterwards() {

@@ -110,7 +110,7 @@ impl Transaction<'_> {
         gateway: &Gateway,
         proxy: &Proxy,
     ) {
-        // What is open there outlives the list, and so do its replies.
+        // What is open there outlives the list, and so do its replies, until the table is made anew.
         for set in [INTERFACES, BEHIND] {
             let mut interfaces = self.set(set, KeyType::Interface, Content::Keys);
             for interface in &gateway.interfaces {

@@ -224,11 +224,18 @@ impl Transaction<'_> {
     /// Chain `brought`. What a proxy says goes to an application of this machine, or to a network behind it. When the
     /// machine has left the network that the application's address was of, that address is somebody else's: what would go
     /// there tells what is said, and to whom.
-    pub(super) fn brought_rules(&mut self) {
+    pub(super) fn brought_rules(&mut self, has_fib: bool) {
         self.flush_chain(BROUGHT);
+        if !has_fib {
+            return;
+        }
         self.add_rules(
             BROUGHT,
             [
+                // A proxy speaks in the name of somebody elsewhere, or is translated so. What a service here answers
+                // has such a mark by another program's doing.
+                // ct status & (confirmed | dnat) == confirmed fib saddr type local return
+                &|rule| rule.ct_confirmed_without_dnat().saddr_is_local().return_(),
                 // oif lo return
                 &|rule| rule.oif_lo().return_(),
                 // oifname @behind return

@@ -24,7 +24,7 @@
 //!   map stamps  { type uid : mark }           # a user : the stamp of that user's layout, no mark of a packet's
 //!   set proxy-uids { type uid }               # root, and whom the administrator allows
 //!   set interfaces { type ifname }            # from where forwarded traffic is diverted
-//!   set behind { type ifname }                # from where it has ever been
+//!   set behind { type ifname }                # from where it has been since the table was made
 //!   chain output         { type route hook output priority mangle; … goto enforced, or … }
 //!   chain output-nat     { type nat hook output priority -101; … }
 //!   chain prerouting     { type filter hook prerouting priority mangle; … goto gateway }
@@ -84,8 +84,9 @@
 //! delivered. A hijacked DNS query carries the same mark without the divert bit, as its conntrack mark only: it is not
 //! diverted but translated. So is what goes to a proxy that is no TPROXY server; its conntrack mark has the divert bit.
 //!
-//! In `output`, replies of local services return first, and connections that are open to a proxy go to `open`, by `marked`. What is
-//! left is not diverted, or not yet; if `enforced`, `user-verdicts` and `system` return a packet, it leaves as it is.
+//! In `output`, replies go to `replies` first, where those of local services return, and connections that are open to a
+//! proxy go to `open`, by `marked`. What is left is not diverted, or not yet; if `enforced`, `user-verdicts` and `system`
+//! return a packet, it leaves as it is.
 
 use std::ffi::{CStr, CString};
 
@@ -260,7 +261,7 @@ impl Transaction<'_> {
         self.drop_and_refuse_rules();
         self.kernel_rules();
         self.first_packet_rules();
-        self.brought_rules();
+        self.brought_rules(base.has_fib);
         self.forged_rules(base.has_fib);
         self.guard_rules();
         self.forward_rules();
