@@ -123,7 +123,7 @@ demo:
 	$(SUDO) $(TARGETDIR)/debug/cgtproxy-demo
 
 # Users' managers read the new units as well, without anybody waiting for them. Restarted, the helper leaves what is in
-# the kernel to its successor.
+# the kernel to its successor. That a service waits for its configuration, systemctl says, and is no failure of this.
 install:
 	packaging/install install
 ifeq ($(DESTDIR),)
@@ -132,7 +132,7 @@ ifeq ($(DESTDIR),)
 		{ systemctl list-units --plain --no-legend --state=active 'user@*.service' | \
 			sed -n 's/^\(user@[0-9]*\.service\) .*/\1/p' | \
 			xargs -r systemctl kill --kill-whom=main --signal=SIGHUP || :; } && \
-		systemctl try-restart cgtproxy-helper.service cgtproxy-agent-system.service; \
+		{ systemctl try-restart cgtproxy-helper.service cgtproxy-agent-system.service || :; }; \
 	fi
 	if [ -d /run/systemd/system ] && systemctl is-active --quiet cgtproxy.service; then \
 		echo 'cgtproxy.service, the daemon of the original cgtproxy, is running, and cgtproxy-helper would replace its'; \
