@@ -63,7 +63,7 @@ const TARGETS: [&str; 5] = [
     "drop: all",
 ];
 
-/// Numbers that are others in each run of a seed, and the same in each run with it (splitmix64).
+/// Numbers that follow from a seed (splitmix64).
 struct Random(u64);
 
 impl Random {
