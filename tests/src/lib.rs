@@ -10,6 +10,7 @@
 )]
 
 pub mod agent;
+pub mod amount;
 mod command;
 pub mod confinement;
 mod host_cgroup;

@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use cgtproxy_tests::agent::Agent;
+use cgtproxy_tests::amount;
 use cgtproxy_tests::relayed::Relayed;
 use cgtproxy_tests::sandbox::{
     App, INTERNET_V4, PORTS, Program, Sandbox, Server, Service, User, sandbox,
@@ -54,10 +55,7 @@ rules:
 ";
 
 fn rounds() -> u32 {
-    match std::env::var("CGTPROXY_TEST_ROUNDS") {
-        Ok(number) => number.parse().expect("a number of rounds"),
-        Err(_) => ROUNDS,
-    }
+    amount::given("CGTPROXY_TEST_ROUNDS").unwrap_or(ROUNDS)
 }
 
 /// Another configuration each time: other proxies, other lists, another start.

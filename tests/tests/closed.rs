@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use cgtproxy_tests::agent::Agent;
+use cgtproxy_tests::amount;
 use cgtproxy_tests::sandbox::{
     Outcome, PORTS, Sandbox, Server, Service, User, by, direct, proxied, sandbox,
 };
@@ -31,8 +32,7 @@ rules:
 ";
 
 fn count() -> u32 {
-    let wanted = std::env::var("CGTPROXY_TEST_STARTS").ok();
-    wanted.map_or(1000, |count| count.parse().expect("a number"))
+    amount::given("CGTPROXY_TEST_STARTS").unwrap_or(1000)
 }
 
 /// Starts programs whose first act is to send to these, as the user's service manager would.

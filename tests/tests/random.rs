@@ -10,6 +10,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::Path;
 
 use cgtproxy_tests::agent::{Agent, wire_path};
+use cgtproxy_tests::amount;
 use cgtproxy_tests::sandbox::{Cgroup, direct, proxied, sandbox};
 use serde_json::json;
 
@@ -99,18 +100,13 @@ impl Random {
 
 /// Another one in each run, unless CGTPROXY_TEST_SEED says which: that of a run that has failed.
 fn seed() -> u64 {
-    match std::env::var("CGTPROXY_TEST_SEED") {
-        Ok(seed) => seed.parse().expect("a number"),
-        Err(_) => RandomState::new().build_hasher().finish(),
-    }
+    let given = amount::given("CGTPROXY_TEST_SEED");
+    given.unwrap_or_else(|| RandomState::new().build_hasher().finish())
 }
 
 #[test]
 fn packets_go_where_the_agent_says() {
-    let policies = match std::env::var("CGTPROXY_TEST_POLICIES") {
-        Ok(number) => number.parse().expect("a number of policies"),
-        Err(_) => POLICIES,
-    };
+    let policies = amount::given("CGTPROXY_TEST_POLICIES").unwrap_or(POLICIES);
     sandbox(|sb| {
         let seed = seed();
         eprintln!("CGTPROXY_TEST_SEED={seed}");

@@ -4,6 +4,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use cgtproxy_tests::amount;
 use cgtproxy_tests::relayed::Relayed;
 use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, PORTS, Sandbox, sandbox};
 use cgtproxy_tests::wire::Transport::Tcp;
@@ -59,10 +60,7 @@ fn ten_thousand_short_connections_are_carried_on() {
 
 #[test]
 fn each_byte_arrives_in_order_and_ends_are_passed_on() {
-    let megabytes = match std::env::var("CGTPROXY_TEST_BULK") {
-        Ok(number) => number.parse().expect("a number of megabytes"),
-        Err(_) => MEGABYTES,
-    };
+    let megabytes = amount::given("CGTPROXY_TEST_BULK").unwrap_or(MEGABYTES);
     sandbox(|sb| {
         let _server = sb.socks_server(SocketAddr::new(INTERNET_V4, 1080));
         let _echo = sb.echo_server(7777);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 
+use crate::amount;
 use crate::host_cgroup::HostCgroup;
 
 /// Set for processes inside a sandbox.
@@ -18,10 +19,7 @@ const FINISHED: &str = "the sandboxed body ran to its end";
 const DEADLINE: Duration = Duration::from_secs(300);
 
 fn deadline() -> Duration {
-    match std::env::var("CGTPROXY_TEST_DEADLINE") {
-        Ok(seconds) => Duration::from_secs(seconds.parse().expect("a number of seconds")),
-        Err(_) => DEADLINE,
-    }
+    amount::given("CGTPROXY_TEST_DEADLINE").map_or(DEADLINE, Duration::from_secs)
 }
 
 pub(crate) fn is_inside() -> bool {
