@@ -124,11 +124,18 @@ impl Agent {
     /// What the agent says of targets. As many programs may be connected to it as there may be, but mostly not for long.
     pub(crate) async fn targets(&mut self) -> Result<GetTargets_Reply, Error> {
         let deadline = Instant::now() + PATIENCE;
+        // What there is to say when there is no more time.
+        let mut without_answer = Error::NoAnswer;
         loop {
             let call = self.connection.call("GetTargets", GetTargets_Args {});
-            let answer = timeout_at(deadline, call).await;
-            match answer.map_err(|_| Error::NoAnswer)?.map_err(fault) {
-                Err(Error::TooManyConnections(_)) if Instant::now() + AGAIN < deadline => {
+            let Ok(answer) = timeout_at(deadline, call).await else {
+                return Err(without_answer);
+            };
+            match answer.map_err(fault) {
+                Err(refused @ Error::TooManyConnections(_))
+                    if Instant::now() + AGAIN < deadline =>
+                {
+                    without_answer = refused;
                     sleep(AGAIN).await;
                     self.connection = Connection::open(self.socket.clone()).await?;
                 }
