@@ -225,9 +225,16 @@ impl Transaction<'_> {
     /// Chain `input`, for what was translated, and for what a gateway has diverted. It is there from the first need on:
     /// what the machine itself diverts to a TPROXY server is looked at where it is delivered.
     fn input_chain(&mut self) {
+        self.add_base_chain(INPUT, ChainType::Filter, Hook::In, PRIORITY_MANGLE);
+        self.input_over_lo();
+        self.input_of_gateway();
+        self.input_of_nobody();
+    }
+
+    /// The first rules of `input`: what is nothing of this table's goes on, and what has come in over lo is looked at.
+    fn input_over_lo(&mut self) {
         let (mask, divert) = (self.marks.mask(), self.marks.divert());
         let begun = self.marks.begun_by_proxy();
-        self.add_base_chain(INPUT, ChainType::Filter, Hook::In, PRIORITY_MANGLE);
         self.add_rules(
             INPUT,
             [
@@ -254,6 +261,16 @@ impl Transaction<'_> {
                 // What is diverted to nobody reaches nobody.
                 // iif lo meta mark & DIVERT != 0 drop
                 &|rule| rule.iif_lo().meta_mark_has(divert).drop(),
+            ],
+        );
+    }
+
+    /// The rules of `input` for what has come from networks behind the machine.
+    fn input_of_gateway(&mut self) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        self.add_rules(
+            INPUT,
+            [
                 // meta mark & DIVERT != 0 iifname @interfaces meta mark & MASK vmap @guard
                 &|rule| {
                     rule.meta_mark_has(divert)
@@ -297,6 +314,16 @@ impl Transaction<'_> {
                         .ct_direction_original()
                         .reject()
                 },
+            ],
+        );
+    }
+
+    /// The last rules of `input`: what was translated, and has nobody who may receive it.
+    fn input_of_nobody(&mut self) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        self.add_rules(
+            INPUT,
+            [
                 // iif lo ct direction original ct mark & DIVERT != 0 drop
                 &|rule| {
                     rule.iif_lo()

@@ -24,9 +24,6 @@ impl Transaction<'_> {
     ///
     /// While nothing is dropped or held, no verdict changes anything for an open connection, and none is looked up.
     pub(super) fn first_rules(&mut self, system: bool) {
-        let (mask, divert) = (self.marks.mask(), self.marks.divert());
-        let begun = self.marks.begun_by_proxy();
-        let LookedAt { levels, open } = self.looked_at.clone();
         let chains = [
             OUTPUT,
             MARKED,
@@ -39,6 +36,25 @@ impl Transaction<'_> {
         for chain in chains {
             self.flush_chain(chain);
         }
+        let LookedAt { levels, open } = self.looked_at.clone();
+        let verdicts = if system { ENFORCED } else { USER_VERDICTS };
+        self.output_chain(&levels, open, system);
+        self.user_verdict_rules(USER_VERDICTS, &levels, system);
+        self.deep_level_rules(USER_VERDICTS_DEEP, &levels, own_verdict);
+        if system {
+            // goto system
+            self.add_rules(USER_VERDICTS_DEEP, [&|rule| rule.goto(SYSTEM)]);
+        }
+        self.marked_chain(verdicts, system);
+        self.replies_chain(verdicts);
+        self.answers_chain(verdicts);
+        self.open_chain(open.then_some(verdicts));
+    }
+
+    /// Chain `output`, by which every packet of the machine comes: most have no mark, and belong to no open connection.
+    fn output_chain(&mut self, levels: &BTreeSet<u32>, open: bool, system: bool) {
+        let mask = self.marks.mask();
+        let begun = self.marks.begun_by_proxy();
         if !open {
             // ct mark & MASK == 0 …: return
             self.open_connection_rules(OUTPUT, self.udp_verdicts, |rule| rule.ct_mark_lacks(mask));
@@ -57,21 +73,19 @@ impl Transaction<'_> {
             ],
         );
         self.first_packets_of(OUTPUT, system);
-        let first = if system {
+        if system {
             // goto enforced
             self.add_rules(OUTPUT, [&|rule| rule.goto(ENFORCED)]);
-            ENFORCED
         } else {
             // Every packet of the machine comes by, so the rules are in this chain itself, which saves a jump.
-            self.user_verdict_rules(OUTPUT, &levels, system);
-            USER_VERDICTS
-        };
-        self.user_verdict_rules(USER_VERDICTS, &levels, system);
-        self.deep_level_rules(USER_VERDICTS_DEEP, &levels, own_verdict);
-        if system {
-            // goto system
-            self.add_rules(USER_VERDICTS_DEEP, [&|rule| rule.goto(SYSTEM)]);
+            self.user_verdict_rules(OUTPUT, levels, system);
         }
+    }
+
+    /// Chain `marked`: packets of connections with a mark, which is this table's or another program's. `verdicts` is where
+    /// those of the others go on.
+    fn marked_chain(&mut self, verdicts: &CStr, system: bool) {
+        let divert = self.marks.divert();
         self.add_rules(
             MARKED,
             [
@@ -88,26 +102,29 @@ impl Transaction<'_> {
                 &|rule| rule.ct_confirmed_dnat().goto(OPEN),
                 // Not one of this table's.
                 // goto enforced, or user-verdicts
-                &|rule| rule.goto(first),
+                &|rule| rule.goto(verdicts),
             ],
         );
+    }
+
+    /// Chain `replies`: what answers on a connection that no TPROXY server began.
+    fn replies_chain(&mut self, verdicts: &CStr) {
+        let divert = self.marks.divert();
         self.add_rules(
             REPLIES,
             [
                 // Nobody answers so: a connection that somebody has begun in the name of the peer, and nobody has refused.
                 // tcp flags & (syn | ack) == syn goto enforced, or user-verdicts
-                &|rule| rule.tcp_syn().goto(first),
+                &|rule| rule.tcp_syn().goto(verdicts),
                 // ct mark & DIVERT != 0 goto brought
                 &|rule| rule.ct_mark_has(divert).goto(BROUGHT),
             ],
         );
-        self.add_rules(
-            OPEN,
-            [
-                // ct mark & MASK == DIVERT goto answers
-                &|rule| rule.ct_mark_is(mask, begun).goto(ANSWERS),
-            ],
-        );
+    }
+
+    /// Chain `answers`: connections that a TPROXY server began, in the name of the peer.
+    fn answers_chain(&mut self, verdicts: &CStr) {
+        let mask = self.marks.mask();
         self.add_rules(
             ANSWERS,
             [
@@ -117,10 +134,10 @@ impl Transaction<'_> {
                 // meta mark set meta mark & ~MASK
                 &|rule| rule.meta_mark_set(mask, 0),
                 // meta skuid >= 0 goto enforced, or user-verdicts
-                &|rule| rule.skuid_known().goto(first),
+                &|rule| rule.skuid_known().goto(verdicts),
                 // The last packets of a closed socket, which has no owner any more.
                 // socket wildcard 0 goto enforced, or user-verdicts
-                &|rule| rule.socket_wildcard_0().goto(first),
+                &|rule| rule.socket_wildcard_0().goto(verdicts),
                 // Sockets of the kernel's own, to which other programs speak.
                 // meta l4proto udp return
                 &|rule| rule.l4proto(Protocol::Udp).return_(),
@@ -129,9 +146,23 @@ impl Transaction<'_> {
                 &|rule| rule.drop(),
             ],
         );
-        if open {
+    }
+
+    /// Chain `open`: connections that have a proxy or a DNS server already. `verdicts` is where a drop or a hold is looked
+    /// for, if there may be one.
+    fn open_chain(&mut self, verdicts: Option<&CStr>) {
+        let (mask, divert) = (self.marks.mask(), self.marks.divert());
+        let begun = self.marks.begun_by_proxy();
+        self.add_rules(
+            OPEN,
+            [
+                // ct mark & MASK == DIVERT goto answers
+                &|rule| rule.ct_mark_is(mask, begun).goto(ANSWERS),
+            ],
+        );
+        if let Some(verdicts) = verdicts {
             // jump enforced, or user-verdicts
-            self.add_rules(OPEN, [&|rule| rule.jump(first)]);
+            self.add_rules(OPEN, [&|rule| rule.jump(verdicts)]);
         }
         self.add_rules(
             OPEN,
