@@ -1,6 +1,6 @@
 //! Is the agent running, with the configuration that is on disk?
 
-use cgtproxy_proto::agent::Awaited;
+use cgtproxy_proto::agent::{Awaited, GetStatus_Reply as AgentStatus};
 
 use super::count;
 use crate::config::Scope;
@@ -63,60 +63,47 @@ pub(super) fn check(facts: &Facts) -> Group {
 
 fn running(facts: &Facts) -> Option<Finding> {
     let words = words(facts.scope);
-    let status = match &facts.agent {
+    let agent = facts.scope.agent();
+    match &facts.agent {
         // As where somebody has emptied $XDG_RUNTIME_DIR, or has another one.
-        Agent::NotRunning if facts.otherwise().is_connected() => {
-            return Some(
-                Finding::error(
-                    "agent-unreachable",
-                    format!(
-                        "nobody listens on the socket of {}, which runs",
-                        facts.scope.agent()
-                    ),
-                )
-                .effect(words.mute)
-                .advice("set XDG_RUNTIME_DIR as the agent has it, or restart the agent")
-                .command(words.restart),
-            );
-        }
-        Agent::NotRunning => {
-            return Some(
-                Finding::error(
-                    "agent-not-running",
-                    format!("{} is not running", facts.scope.agent()),
-                )
+        Agent::NotRunning if facts.otherwise().is_connected() => Some(
+            unreachable(
+                facts,
+                format!("nobody listens on the socket of {agent}, which runs"),
+            )
+            .advice("set XDG_RUNTIME_DIR as the agent has it, or restart the agent")
+            .command(words.restart),
+        ),
+        Agent::NotRunning => Some(
+            Finding::error("agent-not-running", format!("{agent} is not running"))
                 .effect(facts.otherwise().idle())
                 .command(words.enable),
-            );
-        }
+        ),
         // That is no fault of the agent's.
-        Agent::Roots => return None,
-        Agent::Unreachable(why) => {
-            return Some(
-                Finding::error(
-                    "agent-unreachable",
-                    format!("{} can't be asked: {why}", facts.scope.agent()),
-                )
-                .effect(words.mute)
-                .command(words.restart),
-            );
-        }
-        Agent::Full(limit) => {
-            return Some(
-                Finding::error(
-                    "agent-unreachable",
-                    format!(
-                        "{} serves no more than {limit} programs at once",
-                        facts.scope.agent()
-                    ),
-                )
-                .effect(words.mute)
-                // A restart would not end them.
-                .advice("end programs that keep connections to its socket open"),
-            );
-        }
-        Agent::Answers(status) => status,
-    };
+        Agent::Roots => None,
+        Agent::Unreachable(why) => Some(
+            unreachable(facts, format!("{agent} can't be asked: {why}")).command(words.restart),
+        ),
+        Agent::Full(limit) => Some(
+            unreachable(
+                facts,
+                format!("{agent} serves no more than {limit} programs at once"),
+            )
+            // A restart would not end them.
+            .advice("end programs that keep connections to its socket open"),
+        ),
+        Agent::Answers(status) => in_force(facts, status),
+    }
+}
+
+/// The agent runs, and does not answer.
+fn unreachable(facts: &Facts, what: String) -> Finding {
+    Finding::error("agent-unreachable", what).effect(words(facts.scope).mute)
+}
+
+/// Is all that an agent has in force, by what it answers?
+fn in_force(facts: &Facts, status: &AgentStatus) -> Option<Finding> {
+    let words = words(facts.scope);
     match (status.connected, &status.problem) {
         (true, None) if status.version != facts.version => {
             let finding = Finding::warning(
