@@ -12,7 +12,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use super::finding::{Finding, Findings, Place, Severity};
-use super::reader::Reader;
+use super::reader::{Entries, Reader};
 use super::yaml::{self, Node, SyntaxError, Value};
 use super::{Config, FakeAddresses, Monitor, Network, Scope, migrate};
 use crate::policy::{ExecSlices, Rules, Start};
@@ -72,32 +72,8 @@ pub(super) fn document<'b>(file: &Path, bytes: &'b [u8]) -> Result<(&'b str, Nod
 
 impl Reader<'_> {
     fn config(&mut self, root: &Node, scope: Scope) -> Option<Config> {
-        if matches!(root.value, Value::Null) {
-            self.error(root.place, "the file is empty").help =
-                Some("it says at least 'version: 1'".into());
-            return None;
-        }
-        if migrate::is_of_cgproxy(self, root) {
-            self.error(root.place, "this is a configuration of cgproxy")
-                .help = Some("'cgtproxy-agent migrate FILE' makes one for this agent of it".into());
-            return None;
-        }
-        let top = self.entries(root, "the file", KEYS)?;
-        let is_version = |value: &Value| matches!(value, Value::Integer(VERSION));
-        match top.get("version") {
-            None => {
-                self.error(root.place, "there is no key 'version'").help =
-                    Some("write 'version: 1'".into());
-            }
-            // The original's is a string, which may be in quotes.
-            Some(node) if node.value.without_quotes().as_ref().is_some_and(is_version) => {}
-            Some(node) if !is_version(&node.value) => {
-                let version = printable(&self.written(node));
-                self.error(node.place, format!("version '{version}' is unknown"))
-                    .help = Some("write 'version: 1'".into());
-            }
-            Some(_) => {}
-        }
+        let top = self.top(root)?;
+        self.version(root, top.get("version"));
         for key in ["cgroup-root", "route-table"] {
             if let Some(node) = top.get(key) {
                 self.ignored(node.place, key);
@@ -107,33 +83,10 @@ impl Reader<'_> {
             .get("exec-slices")
             .and_then(|node| self.exec_slices(node, scope))
             .unwrap_or(scope == Scope::User);
-        let starts = [("open", Start::Open), ("closed", Start::Closed)];
-        let start = top
-            .get("start")
-            .and_then(|node| self.one_of(node, "'start'", &starts))
-            .unwrap_or_default();
-        let monitors = [
-            ("auto", Monitor::Auto),
-            ("inotify", Monitor::Inotify),
-            ("dbus", Monitor::Dbus),
-        ];
-        let monitor = top
-            .get("monitor")
-            .and_then(|node| self.one_of(node, "'monitor'", &monitors));
+        let start = top.get("start").and_then(|node| self.start(node));
+        let monitor = top.get("monitor").and_then(|node| self.monitor(node));
         let bypass = top.get("bypass").map_or_else(Vec::new, |n| self.bypass(n));
-        let mut proxies = Proxies::default();
-        for section in Section::ALL {
-            if let Some(node) = top.get(section.key()) {
-                if scope == Scope::System && section != Section::Tproxies {
-                    let message = format!("the system configuration has no '{}'", section.key());
-                    self.error(node.place, message).help =
-                        Some("root's proxies are TPROXY servers; users have the others".into());
-                    continue;
-                }
-                self.proxies(node, section, &mut proxies);
-            }
-        }
-        proxies.sort();
+        let proxies = self.all_proxies(&top, scope);
         let fake_addresses = match top.get("fake-addresses") {
             Some(node) => self.fake_addresses(node),
             None => Some(FakeAddresses::default()),
@@ -162,10 +115,76 @@ impl Reader<'_> {
                 users: scope == Scope::User,
                 exec_slices: slices,
                 rules,
-                start,
+                start: start.unwrap_or_default(),
             }),
             monitor: monitor.unwrap_or_default(),
         })
+    }
+
+    /// The entries of the file, if it is one of this program's.
+    fn top<'n>(&mut self, root: &'n Node) -> Option<Entries<'n>> {
+        if matches!(root.value, Value::Null) {
+            self.error(root.place, "the file is empty").help =
+                Some("it says at least 'version: 1'".into());
+            return None;
+        }
+        if migrate::is_of_cgproxy(self, root) {
+            self.error(root.place, "this is a configuration of cgproxy")
+                .help = Some("'cgtproxy-agent migrate FILE' makes one for this agent of it".into());
+            return None;
+        }
+        self.entries(root, "the file", KEYS)
+    }
+
+    fn version(&mut self, root: &Node, node: Option<&Node>) {
+        let is_version = |value: &Value| matches!(value, Value::Integer(VERSION));
+        match node {
+            None => {
+                self.error(root.place, "there is no key 'version'").help =
+                    Some("write 'version: 1'".into());
+            }
+            // The original's is a string, which may be in quotes.
+            Some(node) if node.value.without_quotes().as_ref().is_some_and(is_version) => {}
+            Some(node) if !is_version(&node.value) => {
+                let version = printable(&self.written(node));
+                self.error(node.place, format!("version '{version}' is unknown"))
+                    .help = Some("write 'version: 1'".into());
+            }
+            Some(_) => {}
+        }
+    }
+
+    fn start(&mut self, node: &Node) -> Option<Start> {
+        let starts = [("open", Start::Open), ("closed", Start::Closed)];
+        self.one_of(node, "'start'", &starts)
+    }
+
+    fn monitor(&mut self, node: &Node) -> Option<Monitor> {
+        let monitors = [
+            ("auto", Monitor::Auto),
+            ("inotify", Monitor::Inotify),
+            ("dbus", Monitor::Dbus),
+        ];
+        self.one_of(node, "'monitor'", &monitors)
+    }
+
+    /// The proxies of all sections.
+    fn all_proxies(&mut self, top: &Entries<'_>, scope: Scope) -> Proxies {
+        let mut proxies = Proxies::default();
+        for section in Section::ALL {
+            let Some(node) = top.get(section.key()) else {
+                continue;
+            };
+            if scope == Scope::System && section != Section::Tproxies {
+                let message = format!("the system configuration has no '{}'", section.key());
+                self.error(node.place, message).help =
+                    Some("root's proxies are TPROXY servers; users have the others".into());
+                continue;
+            }
+            self.proxies(node, section, &mut proxies);
+        }
+        proxies.sort();
+        proxies
     }
 
     /// Users own the control groups with such names, so the system policy does not go by them.
