@@ -425,25 +425,8 @@ impl Watcher {
             _ => match std::fs::symlink_metadata(&directory) {
                 Ok(metadata) if metadata.is_dir() => Some(metadata.ino()),
                 found => {
-                    let known = before.map(|(path, _)| path.clone());
-                    // No control group has this watch yet, so nothing else would remove it.
-                    if let (Some(watch), Some(watches)) = (watch, &mut self.watches)
-                        && watches.group(&watch).is_none()
-                    {
-                        watches.remove(watch);
-                    }
-                    if let (Err(error), Some(known)) = (found, known)
-                        && !is_absence(&error)
-                    {
-                        if !is_lasting(&error) {
-                            self.unwatched_why =
-                                format!("control groups can't be looked at ({})", chain(&error));
-                            self.unwatched.insert(known.clone());
-                        }
-                        return Some(known);
-                    }
-                    self.gone(path, observer);
-                    return None;
+                    self.remove_unless_assigned(watch);
+                    return self.unseen(path, found.err(), observer);
                 }
             },
         };
@@ -467,27 +450,64 @@ impl Watcher {
             return self.enter(path, observer);
         }
         let kept = observer.added(path.clone());
-        let id = match &watch {
-            Some(watch) => {
-                if let Some(watches) = &mut self.watches {
-                    watches.assign(watch, kept.clone());
-                }
-                self.unwatched.remove(path);
-                None
+        self.know(&kept, watch, id);
+        Some(kept)
+    }
+
+    /// Notes by what a control group is known.
+    fn know(&mut self, path: &ControlGroupPath, watch: Option<WatchDescriptor>, id: Option<u64>) {
+        if let Some(watch) = &watch {
+            if let Some(watches) = &mut self.watches {
+                watches.assign(watch, path.clone());
             }
-            None => id,
-        };
+            self.unwatched.remove(path);
+        }
         let is_watched = watch.is_some();
-        let before = self.groups.insert(kept.clone(), Known { watch, id });
+        let id = id.filter(|_| !is_watched);
+        let before = self.groups.insert(path.clone(), Known { watch, id });
         let was_watched = before.is_some_and(|before| before.watch.is_some());
-        if let Some(share) = self.share.as_mut().filter(|_| maker(&kept).is_some()) {
+        if let Some(share) = self.share.as_mut().filter(|_| maker(path).is_some()) {
             match (was_watched, is_watched) {
-                (false, true) => share.count(&kept),
-                (true, false) => share.give_back(&kept),
+                (false, true) => share.count(path),
+                (true, false) => share.give_back(path),
                 _ => {}
             }
         }
-        Some(kept)
+    }
+
+    /// Takes a watch away that no control group has yet: nothing else would remove it.
+    fn remove_unless_assigned(&mut self, watch: Option<WatchDescriptor>) {
+        if let (Some(watch), Some(watches)) = (watch, &mut self.watches)
+            && watches.group(&watch).is_none()
+        {
+            watches.remove(watch);
+        }
+    }
+
+    /// No directory could be seen, and by which error, if there was one. A control group that was known and may be there
+    /// still stays as it was; any other is gone.
+    fn unseen(
+        &mut self,
+        path: &ControlGroupPath,
+        error: Option<io::Error>,
+        observer: &mut dyn Observer,
+    ) -> Option<ControlGroupPath> {
+        let known = self
+            .groups
+            .get_key_value(path)
+            .map(|(path, _)| path.clone());
+        if let (Some(error), Some(known)) = (error, known)
+            && !is_absence(&error)
+        {
+            if !is_lasting(&error) {
+                self.unwatched_why =
+                    format!("control groups can't be looked at ({})", chain(&error));
+                self.unwatched.insert(known.clone());
+            }
+            return Some(known);
+        }
+        self.gone(path, observer);
+        None
     }
 
     /// Watches a directory, if inotify is to be used and can, and whoever makes the control group has not too many watches
