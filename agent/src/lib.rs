@@ -1,9 +1,9 @@
 //! The agent, as a library that its programs and tests share.
 //!
 //! [`run`] starts its tasks, which share [`state`]: [`watch`] learns of control groups and [`reload`] of the
-//! configuration ([`config`]), [`policy`] decides and asks nobody, [`sync`] tells the helper what it lacks, and [`relay`]
-//! is told of proxies elsewhere. [`server`] answers the user's own programs with what [`view`] makes of it. Those are the
-//! commands ([`command`]; [`doctor`] is the largest) and cgtproxy-exec ([`exec`]).
+//! configuration ([`config`]), [`policy`] decides and asks nobody, [`ledger`] knows what the helper lacks and [`sync`] tells
+//! it, and [`relay`] is told of proxies elsewhere. [`server`] answers the user's own programs with what [`view`] makes of
+//! it. Those are the commands ([`command`]; [`doctor`] is the largest) and cgtproxy-exec ([`exec`]).
 
 #![forbid(unsafe_code)]
 
@@ -20,6 +20,7 @@ pub mod doctor;
 pub mod exec;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+pub mod ledger;
 mod makers;
 pub mod otherwise;
 pub mod policy;

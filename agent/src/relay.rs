@@ -3,7 +3,6 @@
 //! systemd starts it when the agent connects to its socket. Nothing waits for it: until it has said where it
 //! listens, the helper has what goes to it refused.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::rc::Rc;
@@ -17,10 +16,10 @@ use cgtproxy_proto::relay::{
 pub use cgtproxy_proto::socket::of_relay as default_socket;
 use tokio::time::{sleep, timeout};
 
-use crate::config::{Config, Means, Network, Proxy, Scheme};
+use crate::config::{Means, Network, Proxy, Scheme};
 use crate::connection::nobody_listens;
 use crate::policy::Target;
-use crate::state::{Agent, Source, State};
+use crate::state::{Agent, Ports, Relay, Source, State};
 use crate::text::{chain, printable};
 
 /// How long to wait before connecting again, at first and at most.
@@ -28,44 +27,6 @@ const RECONNECT: (Duration, Duration) = (Duration::from_millis(20), Duration::fr
 
 /// How long the relay may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Where the relay listens for each proxy, and where it answers DNS queries.
-type Ports = BTreeMap<String, (u16, Option<u16>)>;
-
-/// What is known of the relay.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Relay {
-    ports: Ports,
-    /// Why it can't be told what to do.
-    pub problem: Option<String>,
-}
-
-impl Relay {
-    /// The port of a proxy that the relay has; 0 if it has not said yet.
-    #[must_use]
-    pub fn port(&self, proxy: &Proxy) -> u16 {
-        let ports = self.ports.get(proxy.name.as_str());
-        ports.map_or(0, |(port, _)| *port)
-    }
-
-    /// The port of a proxy's DNS server.
-    #[must_use]
-    pub fn dns_port(&self, proxy: &Proxy) -> Option<u16> {
-        self.ports
-            .get(proxy.name.as_str())
-            .and_then(|(_, dns)| *dns)
-    }
-
-    /// Whether the relay has still to say where it listens for one of the configuration's proxies.
-    #[must_use]
-    pub fn is_awaited(&self, config: &Config) -> bool {
-        let relayed = config
-            .proxies
-            .iter()
-            .filter(|proxy| matches!(proxy.means, Means::Relay { .. }));
-        self.problem.is_none() && relayed.into_iter().any(|proxy| self.port(proxy) == 0)
-    }
-}
 
 /// Why packets for this target are refused though the verdict is in the kernel, if they are: it is a proxy of the relay's,
 /// and nobody knows yet where that listens, or the helper does not.

@@ -8,7 +8,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 
 use crate::config::{Config, Means};
 use crate::policy::{self, Choice, Origin, unit_name};
-use crate::relay::Relay;
+use crate::state::Relay;
 use crate::state::State;
 use crate::subtree::Subtree;
 use crate::text::printable;

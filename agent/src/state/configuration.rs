@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::{Awaited, Link, State};
 use crate::config::Config;
-use crate::sync::{Call, length_of};
+use crate::ledger::{Call, length_of};
 
 /// How long to wait before trying a configuration again that the helper could not put into force, at first and at most.
 const POSTPONED: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));

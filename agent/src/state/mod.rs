@@ -4,21 +4,26 @@
 mod agent;
 mod configuration;
 mod observer;
+mod readiness;
+mod relay;
 
 use std::rc::Rc;
 
 use cgtproxy_proto::path::ControlGroupPath;
 use tokio::time::Instant;
 
+use crate::ledger::{Call, Handling, Ledger, length_of, too_many_control_groups};
 use crate::policy::{Start, Tree};
-use crate::relay::Relay;
 use crate::said::Said;
 use crate::subtree::Subtree;
-use crate::sync::{Call, Handling, Ledger, Readiness, length_of, too_many_control_groups};
 
 pub use agent::{Agent, Calling};
 pub use configuration::{FileError, Refused, Source};
 pub use observer::{Observer, Watching};
+pub use readiness::Readiness;
+pub use relay::Relay;
+
+pub(crate) use relay::Ports;
 
 use configuration::Postponed;
 

@@ -3,7 +3,7 @@
 use cgtproxy_proto::helper::{DnsHijack, Proxy};
 
 use crate::config::{self, FakeAddresses, Means};
-use crate::relay::Relay;
+use crate::state::Relay;
 
 /// A port where nobody can listen for the relay's queries until the relay has one: privileged, and the
 /// helper lets nobody else have them.

@@ -12,13 +12,13 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::Level;
 
-use super::Call;
 use super::announce::{announce, finish_reload, say_problem};
 use super::text::refusal;
 use super::wire::{Reply, send};
+use crate::ledger::Call;
 use crate::policy::Start;
-use crate::relay::Relay;
 use crate::said::{Kind, say};
+use crate::state::Relay;
 use crate::state::{Agent, Link, Refused, Source};
 use crate::text::{chain, printable};
 use crate::timing::sleep_until;

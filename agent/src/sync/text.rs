@@ -1,6 +1,5 @@
 //! What the helper's errors mean, for a person.
 
-use std::fmt::Display;
 use std::io;
 use std::path::Path;
 
@@ -8,6 +7,7 @@ use cgtproxy_proto::helper::ErrorKind;
 use cgtproxy_proto::service::Fault;
 
 use crate::connection::nobody_listens;
+use crate::ledger::too_many_control_groups;
 use crate::text::{chain, printable};
 
 /// That nobody answers at the helper's socket.
@@ -16,23 +16,6 @@ pub(super) fn unreachable(socket: &Path, error: &io::Error) -> String {
     match nobody_listens(error) {
         true => format!("no helper listens on {socket}"),
         false => format!("can't connect to the helper at {socket}: {}", chain(error)),
-    }
-}
-
-/// That a user has more control groups with a verdict of their own than one may have, for a person.
-#[must_use]
-pub fn too_many_control_groups(limit: impl Display, closed: bool) -> String {
-    match closed {
-        true => format!(
-            "the administrator allows no more than {limit} control groups with a verdict of their \
-             own per user, and with 'start: closed' each has one that rules could decide otherwise \
-             than its slice: those that are too many stay without network; tie rules to slices \
-             with '^', or let packets leave at once with 'start: open'"
-        ),
-        false => format!(
-            "the administrator allows no more than {limit} control groups with a verdict of their \
-             own per user: let rules match slices rather than everything in them"
-        ),
     }
 }
 

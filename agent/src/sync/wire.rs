@@ -10,11 +10,11 @@ use cgtproxy_proto::helper::{
 use cgtproxy_proto::path::ControlGroupPath;
 use serde::Serialize;
 
-use super::Call;
 use super::proxy::proxy;
 use crate::config::Config;
+use crate::ledger::Call;
 use crate::policy::{Element, Hold, Target};
-use crate::relay::Relay;
+use crate::state::Relay;
 
 /// The parameters of `ReplacePolicy`.
 #[derive(Debug, Serialize)]
@@ -23,14 +23,6 @@ pub(super) struct ReplacePolicy<'a> {
     pub(super) bypass: Vec<String>,
     pub(super) assignments: Vec<Assignment<'a>>,
     pub(super) gateway: Option<Gateway>,
-}
-
-/// How long these get in a message, at most, but for the assignments, in bytes. A name has at most 64 of them, a network
-/// 43, and that of an interface 15.
-#[must_use]
-pub fn length_of(config: &Config) -> usize {
-    let interfaces = config.gateway.as_ref().map_or(0, |g| g.interfaces.len());
-    512 * config.proxies.len() + 46 * config.bypass.len() + 18 * interfaces
 }
 
 /// The parameters of `UpdateAssignments`.
@@ -147,6 +139,7 @@ mod tests {
     use cgtproxy_proto::path::ControlGroupPath;
 
     use super::*;
+    use crate::ledger::encoded;
     use crate::policy::Verdict;
 
     /// What is written is what the interface says.
@@ -233,5 +226,35 @@ mod tests {
                 remove,
             }
         );
+    }
+
+    #[test]
+    fn no_assignment_is_longer_than_is_counted() {
+        for bytes in [&b""[..], b"a.slice/b", b"%\"\\\x01\x7f\xff/\xc3\xa9"] {
+            let path = ControlGroupPath::from_bytes(bytes).unwrap();
+            for target in [
+                Target::Direct,
+                Target::DropAll,
+                Target::Proxy(Rc::new("p".repeat(64).parse().unwrap())),
+            ] {
+                // A user's own can be undecided, and no other thing besides.
+                let element = Element {
+                    verdict: Verdict {
+                        target,
+                        enforce: true,
+                        undecided: false,
+                    },
+                    hold: Hold::Enforced,
+                };
+                let counted = encoded(&path, Some(&element));
+                let said = [(path.clone(), element)];
+                let said = assignments(&said);
+                // With brackets in place of the comma after it.
+                let length = serde_json::to_string(&said).unwrap().len() - 1;
+                assert!(length <= counted, "{length} > {counted}");
+            }
+            let removed = serde_json::to_string(&[path.as_wire()]).unwrap();
+            assert!(removed.len() - 1 <= encoded(&path, None));
+        }
     }
 }

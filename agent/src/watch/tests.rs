@@ -12,9 +12,9 @@ use super::inotify::Event;
 use super::run::LOOKS;
 use super::*;
 use crate::config::{self, Monitor, Scope};
+use crate::ledger::Call;
 use crate::state::{Agent, Source};
 use crate::subtree::Subtree;
-use crate::sync::Call;
 
 // The bounds are of such builds.
 #[cfg(all(debug_assertions, target_arch = "x86_64"))]

@@ -9,13 +9,13 @@ use cgtproxy_proto::path::ControlGroupPath;
 use proptest::prelude::*;
 
 use crate::config::{Config, Scope};
+use crate::ledger::Call;
 use crate::policy::{
     Element, ExecSlices, Hold, Names, Pattern, Rule, Rules, Selector, Start, Target, Verdict,
 };
 use crate::state::Observer;
 use crate::state::{Source, State};
 use crate::subtree::Subtree;
-use crate::sync::Call;
 
 const PREFIX: &[u8] = b"/user.slice/user-5.slice/user@5.service";
 

@@ -6,8 +6,9 @@ use std::rc::Rc;
 use cgtproxy_proto::path::ControlGroupPath;
 
 use crate::counter::{counted, within_bound};
+use crate::ledger::{Call, Ledger};
 use crate::policy::{Element, Pattern, Rule, Rules, Selector, Start, Target, Tree};
-use crate::sync::{Call, Ledger, wire};
+use crate::sync::wire;
 
 const PREFIX: &[u8] = b"/user.slice/user-1000.slice/user@1000.service";
 

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use proptest::prelude::*;
 
 use super::*;
-use crate::policy::{Pattern, Rule, Rules, Selector, Start, Verdict};
+use crate::policy::{Pattern, Rule, Rules, Selector, Start};
 
 fn path(text: &str) -> ControlGroupPath {
     ControlGroupPath::from_wire(text).unwrap()
@@ -170,36 +170,6 @@ fn a_whole_policy_is_one_call() {
     assert!(matches!(call, Some(Call::Replace(all)) if all.len() == 16384));
     ledger.acknowledge(Vec::new());
     assert_eq!(shown(ledger.next(&tree)), "-");
-}
-
-#[test]
-fn no_assignment_is_longer_than_is_counted() {
-    for bytes in [&b""[..], b"a.slice/b", b"%\"\\\x01\x7f\xff/\xc3\xa9"] {
-        let path = ControlGroupPath::from_bytes(bytes).unwrap();
-        for target in [
-            Target::Direct,
-            Target::DropAll,
-            Target::Proxy(Rc::new("p".repeat(64).parse().unwrap())),
-        ] {
-            // A user's own can be undecided, and no other thing besides.
-            let element = Element {
-                verdict: Verdict {
-                    target,
-                    enforce: true,
-                    undecided: false,
-                },
-                hold: Hold::Enforced,
-            };
-            let counted = encoded(&path, Some(&element));
-            let said = [(path.clone(), element)];
-            let said = crate::sync::wire::assignments(&said);
-            // With brackets in place of the comma after it.
-            let length = serde_json::to_string(&said).unwrap().len() - 1;
-            assert!(length <= counted, "{length} > {counted}");
-        }
-        let removed = serde_json::to_string(&[path.as_wire()]).unwrap();
-        assert!(removed.len() - 1 <= encoded(&path, None));
-    }
 }
 
 /// A control group that a user makes.

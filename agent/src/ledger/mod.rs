@@ -11,18 +11,26 @@
 //! The system policy is about control groups of many users, each of whom may make them without end. So they take turns
 //! in what is sent, and a call is short: who has little to say waits for one call, and not for all that others say.
 
+mod room;
+#[cfg(test)]
+mod tests;
+mod turns;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use cgtproxy_proto::helper::SkipReason;
 use cgtproxy_proto::limits::MESSAGE_BYTES;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use super::room::Waiting;
-use super::turns::Dirty;
+use crate::config::Config;
 use crate::makers::Room;
 #[cfg(test)]
 use crate::policy::Target;
 use crate::policy::{Element, Hold, Tree};
+use room::Waiting;
+use turns::Dirty;
+
+pub use room::too_many_control_groups;
 
 /// How many bytes the control groups of one call may take: all of a message but its frame, so that a
 /// policy is replaced at once, and not in parts between which some control groups have the verdict of
@@ -31,6 +39,14 @@ const CALL_BYTES: usize = MESSAGE_BYTES - 4096;
 
 /// The same of a call that changes the policy that users share.
 const SHARED_CALL_BYTES: usize = 64 * 1024;
+
+/// How long the parameters of `ReplacePolicy` get, at most, but for the assignments, in bytes. A name has at most 64 of them, a network
+/// 43, and that of an interface 15.
+#[must_use]
+pub fn length_of(config: &Config) -> usize {
+    let interfaces = config.gateway.as_ref().map_or(0, |g| g.interfaces.len());
+    512 * config.proxies.len() + 46 * config.bypass.len() + 18 * interfaces
+}
 
 /// What the helper holds for a path.
 #[derive(Debug, Clone)]
@@ -437,13 +453,10 @@ fn fresh(element: &Element) -> Held {
 }
 
 /// How many bytes of a message an assignment to this path takes at most; without an element, its removal.
-fn encoded(path: &ControlGroupPath, element: Option<&Element>) -> usize {
+pub(crate) fn encoded(path: &ControlGroupPath, element: Option<&Element>) -> usize {
     let escaped = |b: &u8| !matches!(b, b' '..=b'~') || matches!(b, b'"' | b'\\' | b'%');
     let bytes = path.as_bytes();
     let path = bytes.len() + 5 * bytes.iter().filter(|b| escaped(b)).count();
     // Names of fields and all that is between them.
     path + element.map_or(3, |element| 100 + element.verdict.target.name().len())
 }
-
-#[cfg(test)]
-mod tests;

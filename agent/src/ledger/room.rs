@@ -1,6 +1,7 @@
 //! What waits since there is no room for it in what the helper takes. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 
 use cgtproxy_proto::path::ControlGroupPath;
 
@@ -87,5 +88,22 @@ impl Waiting {
             }
         }
         news
+    }
+}
+
+/// That a user has more control groups with a verdict of their own than one may have, for a person.
+#[must_use]
+pub fn too_many_control_groups(limit: impl Display, closed: bool) -> String {
+    match closed {
+        true => format!(
+            "the administrator allows no more than {limit} control groups with a verdict of their \
+             own per user, and with 'start: closed' each has one that rules could decide otherwise \
+             than its slice: those that are too many stay without network; tie rules to slices \
+             with '^', or let packets leave at once with 'start: open'"
+        ),
+        false => format!(
+            "the administrator allows no more than {limit} control groups with a verdict of their \
+             own per user: let rules match slices rather than everything in them"
+        ),
     }
 }
