@@ -7,8 +7,7 @@ use nix::unistd::{Gid, User, getgrouplist};
 use tokio::time::Instant;
 
 use crate::freshness;
-use crate::peer::Uid;
-use crate::quota::Account;
+use crate::peer::{Account, Uid};
 use crate::spare::Spare;
 
 /// For how long an answer of the databases is good to whoever connects.

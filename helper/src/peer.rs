@@ -45,6 +45,16 @@ impl fmt::Display for Uid {
     }
 }
 
+/// Whose use counts together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Account {
+    /// The use of one user, who can have a policy.
+    User(Uid),
+    /// The use of all users who can't, for want of a service manager. One user may have thousands of uids (subuid(5)), and
+    /// none of them has more to ask than what the helper says to everybody.
+    Others,
+}
+
 /// The process at the other end of a connection. All authority of a call comes from this value,
 /// and the only way to make one is to ask the kernel.
 #[derive(Debug)]

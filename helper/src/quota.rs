@@ -10,7 +10,7 @@ use cgtproxy_proto::message::Budget;
 use tokio::time::{Instant, sleep_until};
 
 use crate::config::Limits;
-use crate::peer::Uid;
+use crate::peer::{Account, Uid};
 
 /// So many bytes of a message count as a call of their own: to take them apart costs about as much as a short message
 /// does in all.
@@ -25,16 +25,6 @@ const CALLS_OF_ROOT: u32 = 10;
 
 /// For how long the calls of a user who was quiet have been saved up.
 const BURST: Duration = Duration::from_secs(20);
-
-/// Whose use counts together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Account {
-    /// The use of one user, who can have a policy.
-    User(Uid),
-    /// The use of all users who can't, for want of a service manager. One user may have thousands of uids (subuid(5)), and
-    /// none of them has more to ask than what the helper says to everybody.
-    Others,
-}
 
 /// All users' use of the helper.
 #[derive(Debug, Clone)]

@@ -414,7 +414,8 @@ mod tests {
     use super::*;
     use crate::config::Limits;
     use crate::kernel::model::{Bed, Model};
-    use crate::quota::{Account, Quotas};
+    use crate::peer::Account;
+    use crate::quota::Quotas;
     use crate::snapshot::Snapshot;
 
     #[tokio::test(start_paused = true)]

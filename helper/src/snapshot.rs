@@ -22,9 +22,8 @@ use cgtproxy_proto::text::chain;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use rustix::io::Errno;
 
-use crate::cgroup::{ControlGroupId, Slices};
 use crate::mark::MarkRange;
-use crate::nft::{Bypass, BypassList, Layout, Stamp};
+use crate::nft::{Bypass, BypassList, Layout, Records, Stamp};
 use crate::peer::Uid;
 
 mod record;
@@ -62,26 +61,6 @@ pub enum Error {
     /// The administrator has changed the mask since.
     #[error("is for another mark-mask")]
     Marks,
-}
-
-/// What a snapshot says.
-#[derive(Debug, Default)]
-pub struct Records(BTreeMap<(u32, Stamp), Layout>);
-
-impl Records {
-    /// The layout that this stamp of a user's is the name of, if it is known.
-    #[must_use]
-    pub fn get(&self, uid: Uid, stamp: Stamp) -> Option<&Layout> {
-        self.0.get(&(uid.value(), stamp))
-    }
-
-    /// Adds what a control group tells by itself, and the file need not: what it is in.
-    pub fn locate(&mut self, slices: impl Fn(Uid, ControlGroupId) -> Option<Slices>) {
-        for ((uid, _), layout) in &mut self.0 {
-            let top = layout.subtree;
-            layout.subtree = top.within(slices(Uid::found(*uid), top.id()));
-        }
-    }
 }
 
 /// Where the bytes are.
@@ -375,7 +354,7 @@ fn records(mut log: &[u8], range: MarkRange) -> Records {
     while let Some((bytes, rest)) = next(log) {
         log = rest;
         if let Some((uid, stamp, layout)) = record::decode(bytes, range) {
-            records.0.insert((uid, stamp), layout);
+            records.insert(uid, stamp, layout);
         }
     }
     records

@@ -11,12 +11,12 @@ use cgtproxy_helper::cgroup::Root;
 use cgtproxy_helper::config::Config;
 use cgtproxy_helper::kernel::Linux;
 use cgtproxy_helper::nft::{
-    Bypass, Delivery, Exceptions, Fakes, Nftables, ProxySettings, Settings, Verdict,
+    Bypass, Delivery, Exceptions, Fakes, Nftables, ProxySettings, Records, Settings, Verdict,
 };
 use cgtproxy_helper::peer::Peer;
 use cgtproxy_helper::registry::PolicyRequest;
 use cgtproxy_helper::route::Routing;
-use cgtproxy_helper::snapshot::{Records, Snapshot};
+use cgtproxy_helper::snapshot::Snapshot;
 use cgtproxy_helper::state::{ConnectionId, State};
 use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_tests::injection::Injection;

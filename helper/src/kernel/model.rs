@@ -19,11 +19,10 @@ use crate::cgroup::{ControlGroupId, OwnedControlGroup, Root, Subtree, subtree_pa
 use crate::config::Config;
 use crate::nft::{
     self, Before, BypassList, Element, Hold, Inherited, Known, Layout, LeftBehind, MarkWriter,
-    Plan, Refusal, Stamp, Stamped, Unread,
+    Plan, Records, Refusal, Stamp, Stamped, Unread,
 };
 use crate::peer::{Peer, Uid};
 use crate::route::{self, Ensured, Family};
-use crate::snapshot::Records;
 
 /// What the table holds for one user.
 #[derive(Debug, Clone, PartialEq)]

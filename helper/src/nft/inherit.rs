@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::attributes::{RULE_CHAIN, RULE_EXPRESSIONS, RULE_TABLE, expressions};
 use super::ffi::Comment;
 use super::names::{self, ListNames, Names};
-use super::plan::{Inherited, Known, Layout, LeftBehind, Stamp, Stamped};
+use super::plan::{Inherited, Known, Layout, LeftBehind, Records, Stamp, Stamped};
 use super::policy::{Element, Enforced};
 use super::shared::{Remnants, Shared};
 use super::socket::Dump;
@@ -21,7 +21,6 @@ use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::mark::{Mark, MarkRange};
 use crate::netlink::{Refusal, attribute, push_attribute, string, values};
 use crate::peer::Uid;
-use crate::snapshot::Records;
 
 /// How often a dump is tried while others change what is dumped.
 const ATTEMPTS: usize = 8;

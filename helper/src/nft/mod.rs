@@ -44,7 +44,7 @@ use nftnl::{ProtoFamily, Table};
 use rustix::io::Errno;
 
 pub use foreign::{MarkWriter, Unread};
-pub use plan::{Before, Inherited, Known, Layout, LeftBehind, Plan, Stamp, Stamped};
+pub use plan::{Before, Inherited, Known, Layout, LeftBehind, Plan, Records, Stamp, Stamped};
 pub use policy::{
     Bypass, BypassList, Delivery, DnsHijack, Element, Enforced, Exceptions, Fakes, Gateway, Hold,
     Proxy, ProxySettings, UdpVerdicts, Verdict,
@@ -55,7 +55,6 @@ pub use crate::netlink::Refusal;
 #[cfg(any(test, fuzzing))]
 use crate::netlink::{attributes, string};
 use crate::peer::Uid;
-use crate::snapshot::Records;
 use ffi::table_flags::{OWNER, PERSIST};
 use plan::{ElementChanges, Step};
 use ruleset::Base;

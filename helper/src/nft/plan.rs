@@ -10,7 +10,7 @@ use cgtproxy_proto::name::ProxyName;
 use super::names::Names;
 use super::policy::{BypassList, Element, Gateway, Hold, Proxy};
 use super::shared::Shared;
-use crate::cgroup::{ControlGroupId, OwnedControlGroup, Top};
+use crate::cgroup::{ControlGroupId, OwnedControlGroup, Slices, Top};
 use crate::mark::Mark;
 use crate::peer::Uid;
 
@@ -153,6 +153,31 @@ impl Layout {
             holds_back: elements.into_iter().any(Element::holds_back),
             stamp: Some(stamp),
             lists,
+        }
+    }
+}
+
+/// The layouts that an earlier helper has written down.
+#[derive(Debug, Default)]
+pub struct Records(BTreeMap<(u32, Stamp), Layout>);
+
+impl Records {
+    /// Adds one.
+    pub(crate) fn insert(&mut self, uid: u32, stamp: Stamp, layout: Layout) {
+        self.0.insert((uid, stamp), layout);
+    }
+
+    /// The layout that this stamp of a user's is the name of, if it is known.
+    #[must_use]
+    pub fn get(&self, uid: Uid, stamp: Stamp) -> Option<&Layout> {
+        self.0.get(&(uid.value(), stamp))
+    }
+
+    /// Adds what a control group tells by itself, and a file need not: what it is in.
+    pub fn locate(&mut self, slices: impl Fn(Uid, ControlGroupId) -> Option<Slices>) {
+        for ((uid, _), layout) in &mut self.0 {
+            let top = layout.subtree;
+            layout.subtree = top.within(slices(Uid::found(*uid), top.id()));
         }
     }
 }
