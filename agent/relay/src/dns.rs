@@ -13,9 +13,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::time::timeout;
 
-use crate::fake::{Fakes, is_host};
-use crate::relay::Entry;
-use crate::tcp::{self, reset};
+use crate::entry::Entry;
+use crate::fake::{Fakes, LeftOut, is_host};
+use crate::sockets::reset;
+use crate::tcp;
 
 /// How long an application may keep an answer, in seconds: one that goes direct from now on asks again soon.
 const TTL: u32 = 10;
@@ -45,15 +46,6 @@ const RESERVED: u8 = 0x40;
 
 /// How many queries may wait for the helper at once.
 const WAITING: usize = 256;
-
-/// Families of addresses that a proxy leaves out: one that stood for a name would lead past the proxy, and to nobody.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct LeftOut {
-    /// IPv4.
-    pub ipv4: bool,
-    /// IPv6.
-    pub ipv6: bool,
-}
 
 /// Answers queries over UDP until the proxy is gone.
 pub(crate) async fn run_udp(socket: Rc<UdpSocket>, entry: Rc<Entry>) {
@@ -305,10 +297,11 @@ fn records(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::entry::{Shared, Wanted};
     use crate::fake::Networks;
     use crate::original::Originals;
     use crate::original::tests::{Known, tell};
-    use crate::relay::{Relay, Shared, Wanted};
+    use crate::relay::Relay;
     use crate::upstream::{Protocol, Upstream};
     use proptest::prelude::*;
     use simple_dns::rdata::OPT;

@@ -42,6 +42,15 @@ const NO_NAME: &str = ".";
 /// The longest name (RFC 1035, 2.3.4, without the last dot).
 const NAME_BYTES: usize = 253;
 
+/// Families of addresses that a proxy leaves out: one that stood for a name would lead past the proxy, and to nobody.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LeftOut {
+    /// IPv4.
+    pub ipv4: bool,
+    /// IPv6.
+    pub ipv6: bool,
+}
+
 /// Where the addresses are from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Networks {

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
-use crate::fake::{Fakes, Networks};
+use crate::fake::{Fakes, LeftOut, Networks};
 use crate::socks::{self, Credentials};
 use crate::target::Target;
 use crate::{dns, http};
@@ -79,7 +79,7 @@ pub fn http(bytes: &[u8]) {
 pub fn dns(bytes: &[u8]) {
     let mut fakes = Fakes::new(None);
     for ipv6 in [false, true] {
-        let left_out = dns::LeftOut { ipv4: !ipv6, ipv6 };
+        let left_out = LeftOut { ipv4: !ipv6, ipv6 };
         if let Some(answer) = dns::answer(bytes, &mut fakes, left_out) {
             assert_eq!(answer.get(..2), bytes.get(..2));
             // Its question may be of a type that the reader here refuses.

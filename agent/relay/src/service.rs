@@ -16,9 +16,9 @@ use cgtproxy_proto::socket::Socket;
 use serde_json::json;
 use tokio::sync::Notify;
 
-use crate::dns::LeftOut;
-use crate::fake::Networks;
-use crate::relay::{Relay, Wanted};
+use crate::entry::Wanted;
+use crate::fake::{LeftOut, Networks};
+use crate::relay::Relay;
 use crate::socks::{Credentials, FIELD_BYTES};
 use crate::upstream::{Protocol, Upstream};
 
@@ -124,7 +124,7 @@ impl Connection {
     }
 
     fn get_status(&self) -> GetStatus_Reply {
-        let status = |report: crate::relay::Report| UpstreamStatus {
+        let status = |report: crate::entry::Report| UpstreamStatus {
             name: report.name,
             port: report.port.into(),
             connections: number(report.open),

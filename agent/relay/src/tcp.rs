@@ -3,7 +3,6 @@
 use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -13,20 +12,16 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout};
 
-use crate::conntrack;
 use crate::copy;
-use crate::relay::Entry;
+use crate::entry::Entry;
+use crate::sockets::reset;
 use crate::upstream::{self, Error, Stream};
+
+#[cfg(test)]
+pub(crate) use crate::sockets::set_options;
 
 /// How long to wait after accept(2) failed.
 const BACK_OFF: Duration = Duration::from_millis(50);
-
-/// How long a connection may be silent before its ends are asked whether they are there still.
-const KEEPALIVE: Duration = Duration::from_secs(120);
-
-/// How long conntrack remembers a silent connection of which one side has ended, by the kernel's own default
-/// (net/netfilter/nf_conntrack_proto_tcp.c). One that is open it remembers for days.
-const CLOSE_WAIT: Duration = Duration::from_secs(60);
 
 /// Accepts connections until the proxy is gone.
 pub(crate) async fn run(listener: TcpListener, at: SocketAddr, entry: Rc<Entry>) {
@@ -163,36 +158,6 @@ pub(crate) fn original(client: &TcpStream, at: SocketAddr) -> Option<SocketAddr>
         SocketAddr::V6(_) => sockopt::ipv6_original_dst(client).ok()?.into(),
     };
     (original != at).then_some(original)
-}
-
-/// What is worth a packet to the sender is worth one here, and ends that are gone are found out. What is accepted at a
-/// listener with these options has them too.
-pub(crate) fn set_options(socket: impl AsFd) -> io::Result<()> {
-    sockopt::set_tcp_nodelay(&socket, true)?;
-    sockopt::set_socket_oobinline(&socket, true)?;
-    sockopt::set_socket_keepalive(&socket, true)?;
-    sockopt::set_tcp_keepidle(&socket, KEEPALIVE)?;
-    Ok(())
-}
-
-/// The same for a listener whose connections are translated on their way here. One that conntrack has forgotten is not
-/// translated any more: what the application gets then comes from nobody it knows, and it answers with a reset. So each
-/// is asked twice in the time that one lasts of which either side has ended. The interval counts as well: it is the
-/// time from one question to the next, 75 seconds by default (tcp(7)).
-pub(crate) fn set_listener_options(listener: impl AsFd) -> io::Result<()> {
-    set_options(&listener)?;
-    let remembered = conntrack::timeout("tcp_timeout_close_wait", CLOSE_WAIT);
-    let often = (remembered / 2).clamp(Duration::from_secs(1), KEEPALIVE);
-    sockopt::set_tcp_keepidle(&listener, often)?;
-    sockopt::set_tcp_keepintvl(&listener, often)?;
-    Ok(())
-}
-
-/// Makes the end of a connection a reset, but not what shutdown(2) says before that.
-pub(crate) fn reset(stream: &TcpStream) {
-    if let Err(error) = stream.set_zero_linger() {
-        tracing::debug!("can't reset a connection: {error}");
-    }
 }
 
 #[cfg(test)]

@@ -18,8 +18,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::conntrack;
+use crate::entry::Entry;
 use crate::original::{Original, Unknown};
-use crate::relay::Entry;
 use crate::socks;
 use crate::target::Target;
 use crate::upstream::{Error, Upstream};
@@ -33,12 +33,6 @@ const WAITING: usize = 16;
 
 /// How many bytes they may have: one of the largest fits in, with others.
 const FLOW_BYTES: usize = 2 * DATAGRAM;
-
-/// How many bytes the datagrams of all flows may have that wait.
-pub(crate) const WAITING_BYTES: usize = 8 << 20;
-
-/// Of how many flows the helper may be asked at once.
-pub(crate) const LOOKUPS: usize = 1024;
 
 /// What is counted for a datagram that waits, beside its bytes.
 const OVERHEAD: usize = 64;

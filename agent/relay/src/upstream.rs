@@ -1,5 +1,7 @@
 //! The proxies that connections are carried on to.
 
+mod spares;
+
 use std::cell::RefCell;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -14,11 +16,11 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::client::TlsStream;
 
 use crate::http;
+use crate::sockets::set_options;
 use crate::socks::{self, Credentials};
-use crate::spares::{self, Spares};
 use crate::target::Target;
-use crate::tcp::set_options;
 use crate::tls::Tls;
+use spares::Spares;
 
 /// How long a proxy may take to accept a connection, to agree on TLS, and to greet: it needs nobody else for any of
 /// them.

@@ -1,9 +1,9 @@
 use super::*;
-use crate::dns::LeftOut;
-use crate::fake::Fakes;
+use crate::entry::{Shared, WAITING_BYTES, Wanted};
+use crate::fake::{Fakes, LeftOut};
 use crate::original::Originals;
 use crate::original::tests::{Known, helper};
-use crate::relay::{Relay, Shared, Wanted};
+use crate::relay::Relay;
 use crate::upstream::Protocol;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::LocalSet;

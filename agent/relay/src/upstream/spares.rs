@@ -12,7 +12,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use crate::upstream::Stream;
+use super::Stream;
 
 /// How many wait at most, for one proxy.
 const SPARES: usize = 4;
