@@ -25,6 +25,11 @@ fn at(address: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(address, port)
 }
 
+/// To a server on this machine, with TCP.
+fn here(port: u16) -> Value {
+    json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": port, "tcp": true })
+}
+
 /// A policy whose proxy `mihomo` hijacks DNS like this, for one app.
 fn hijacking(sb: &Sandbox, hijack: &Value, bypass: &Value) -> (Service, Session, App) {
     let helper = sb.helper().start();
@@ -44,7 +49,7 @@ fn a_local_server_answers_for_every_other() {
     sandbox(|sb| {
         let dns = sb.service("dns").port(5353).start();
         let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
-        let hijack = json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 5353, "tcp": true });
+        let hijack = here(5353);
         // Whatever the bypass list says (fault D3 of the original), and `no-udp` too.
         for bypass in [
             json!([]),
@@ -92,7 +97,7 @@ fn a_query_to_a_neighbour_on_the_link_is_refused_at_once() {
     sandbox(|sb| {
         let _dns = sb.service("dns").port(5353).start();
         let _proxy = sb.tproxy("mihomo").uid(1001).port(7890).start();
-        let hijack = json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 5353, "tcp": true });
+        let hijack = here(5353);
         let (_helper, _session, app) = hijacking(sb, &hijack, &json!(["fe80::/10"]));
         let show = [
             "ip", "-6", "address", "show", "dev", UPLINK, "scope", "link",
@@ -183,7 +188,7 @@ fn no_query_goes_to_a_server_in_another_users_session() {
         let mut helper = sb.helper().config("grace-seconds: 600").start();
         let (user, mallory) = (sb.user(1001), sb.user(1002));
         let app = user.cgroup(APP).app();
-        let hijack = json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 1053, "tcp": true });
+        let hijack = here(1053);
         let take = || {
             let mut session = Session::of(&user);
             session.replace(
@@ -261,7 +266,7 @@ fn what_has_begun_with_a_server_goes_on() {
         let app = user.cgroup(APP).app();
         let own = user.cgroup("app.slice/dns.service");
         let dns = sb.service("dns").uid(1001).cgroup(&own).port(1053).start();
-        let hijack = json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 1053, "tcp": true });
+        let hijack = here(1053);
         let mut session = Session::of(&user);
         session.replace(
             json!([{ "name": "mihomo", "port": 7890, "dnsHijack": hijack }]),
@@ -305,7 +310,7 @@ fn a_conversation_with_a_server_ends_with_its_hijack() {
         let app = user.cgroup(APP).app();
         let own = user.cgroup("app.slice/dns.service");
         let others = mallory.cgroup("app.slice/evil.service");
-        let hijack = json!({ "ipv4": "127.0.0.1", "ipv6": "::1", "port": 1053, "tcp": true });
+        let hijack = here(1053);
         let mut session = Session::of(&user);
         let policy = |session: &mut Session, name: &str, hijack: &Value| {
             session.replace(

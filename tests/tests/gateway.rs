@@ -11,8 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use cgtproxy_tests::installed::HELPER;
 use cgtproxy_tests::sandbox::{
-    App, Connection, Host, MACHINE_V4, MACHINE_V6, Outcome, Sandbox, by, direct, local, proxied,
-    sandbox,
+    Connection, Host, MACHINE_V4, MACHINE_V6, Outcome, by, direct, local, proxied, sandbox,
 };
 use cgtproxy_tests::session::Session;
 use cgtproxy_tests::steady::Steady;
@@ -212,19 +211,6 @@ fn only_a_proxy_of_a_trusted_user_gets_it() {
     });
 }
 
-/// Open connections of a host, TCP and UDP, over IPv4 and IPv6.
-fn open(sb: &Sandbox, app: &App) -> Vec<(SocketAddr, Connection)> {
-    sb.destinations()
-        .into_iter()
-        .flat_map(|to| {
-            let udp = app.open_udp(to);
-            // Its first packet is what decides.
-            udp.ask();
-            [(to, app.open_tcp(to).expect("it is let out")), (to, udp)]
-        })
-        .collect()
-}
-
 #[track_caller]
 fn go_on(connections: &[(SocketAddr, Connection)], outcome: impl Fn(SocketAddr) -> Outcome) {
     for (to, connection) in connections {
@@ -243,11 +229,11 @@ fn open_connections_go_on_as_they_began() {
         let by_company = |to| proxied("company", to);
         let mut root = Session::of(&sb.user(0));
 
-        let before = open(sb, &app);
+        let before = sb.open(&app);
         go_on(&before, direct);
         divert(&mut root, &["lan0"], &company(), &json!([]));
         go_on(&before, direct);
-        let during = open(sb, &app);
+        let during = sb.open(&app);
         go_on(&during, by_company);
         // Bypassed only since then.
         divert(
@@ -385,7 +371,7 @@ fn it_outlives_the_helper_is_restored_and_ends_with_the_session() {
         let app = host.app();
         let mut root = Session::of(&sb.user(0));
         divert(&mut root, &["lan0"], &company(), &json!([]));
-        let connections = open(sb, &app);
+        let connections = sb.open(&app);
         let check = || {
             sb.expect(&app, by("company"));
             go_on(&connections, |to| proxied("company", to));
@@ -654,7 +640,7 @@ fn the_machines_file_says_what_is_diverted() {
         let service = system.app(&["systemd-run", "--quiet", "--collect", "--pipe", "--wait"]);
         sb.expect(&service, direct);
         // Both daemons anew, one after the other: no packet of a host's goes direct.
-        let open = open(sb, &lan0);
+        let open = sb.open(&lan0);
         let traffic = Steady::start(sb, &lan0);
         for unit in [AGENT, HELPER] {
             for disrupt in [&["restart"][..], &["kill", "--signal=KILL"]] {

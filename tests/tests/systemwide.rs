@@ -9,7 +9,7 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-use cgtproxy_tests::sandbox::{App, Connection, Outcome, Sandbox, by, direct, proxied, sandbox};
+use cgtproxy_tests::sandbox::{Connection, Outcome, by, direct, proxied, sandbox};
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{self, Tcp, Udp};
@@ -314,19 +314,6 @@ fn one_verdict_more_or_less_is_enforced_at_once() {
     });
 }
 
-/// An open connection of an application, through whoever it goes.
-fn open(sb: &Sandbox, app: &App) -> Vec<(SocketAddr, Connection)> {
-    sb.destinations()
-        .into_iter()
-        .flat_map(|to| {
-            let udp = app.open_udp(to);
-            // Its first packet is what decides.
-            udp.ask();
-            [(to, app.open_tcp(to).expect("it is let out")), (to, udp)]
-        })
-        .collect()
-}
-
 #[test]
 fn open_connections_go_on_as_they_began_whoever_began_them() {
     sandbox(|sb| {
@@ -347,14 +334,14 @@ fn open_connections_go_on_as_they_began_whoever_began_them() {
         let by_company = |to| proxied("company", to);
         let by_own = |to| proxied("own", to);
 
-        let directly = open(sb, &app);
+        let directly = sb.open(&app);
         root.replace(proxies(), json!([]), json!([to_proxy("", "company")]));
         all(&directly, &direct);
-        let company = open(sb, &app);
+        let company = sb.open(&app);
         // The user's own verdict, and one of the user's that has nothing to say.
         session.replace(own(), json!([]), json!([to_proxy("", "own")]));
         all(&company, &by_company);
-        let users = open(sb, &app);
+        let users = sb.open(&app);
         all(&users, &by_own);
         session.replace(own(), json!([]), json!([verdict("", "direct")]));
         all(&company, &by_company);
@@ -595,7 +582,7 @@ fn what_the_system_says_outlives_the_helper_and_is_restored() {
             sb.expect(&service, by("company"));
             sb.expect_all_dropped(&app);
         };
-        let connections = open(sb, &service);
+        let connections = sb.open(&service);
         check();
         sb.nft("flush ruleset");
         wait_until("the table to be back", || sb.has_table());

@@ -255,6 +255,38 @@ impl Sandbox {
         network::deliveries(destination)
     }
 
+    /// Insists that a service of this machine at this port answers whoever asks from outside.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn expect_answers(&self, outside: &App, service: &str, port: u16) {
+        for address in [MACHINE_V4, MACHINE_V6] {
+            let at = SocketAddr::new(address, port);
+            for transport in [Transport::Tcp, Transport::Udp] {
+                let outcome = outside.ask(transport, at);
+                assert_eq!(outcome, local(service, at), "{transport:?}");
+            }
+        }
+    }
+
+    /// Open connections of an application's to fresh destinations, TCP and UDP, whoever carries them.
+    ///
+    /// # Panics
+    /// When one is not let out.
+    #[must_use]
+    pub fn open(&self, app: &App) -> Vec<(SocketAddr, Connection)> {
+        self.destinations()
+            .into_iter()
+            .flat_map(|to| {
+                let udp = app.open_udp(to);
+                // Its first packet is what decides.
+                udp.ask();
+                [(to, app.open_tcp(to).expect("it is let out")), (to, udp)]
+            })
+            .collect()
+    }
+
     /// Insists on what becomes of what an application asks fresh destinations of both families, by TCP and UDP.
     ///
     /// # Panics
