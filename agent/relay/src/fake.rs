@@ -4,25 +4,24 @@
 //! names can't tell from the answers which ones were asked for before. What is in use stays for a day,
 //! over restarts of the relay too.
 
+mod file;
+mod networks;
+
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::io::{self, BufWriter, Read as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use cgtproxy_proto::network::{FAKE_IPV4, FAKE_IPV6, Network};
-
 use crate::target::Target;
+
+pub use networks::{LeftOut, Networks};
 
 /// How many names there may be, if the networks are twice as large.
 const NAMES: u32 = 65536;
 
 /// How many bytes they may have all in all: twice what so many have that people use.
 const BYTES: usize = 4 << 20;
-
-/// What a line of the file has beside a name, in bytes, at most.
-const LINE_BYTES: usize = 40;
 
 /// How long a name keeps its addresses that nobody asks for or uses, in seconds.
 const EXPIRY: u64 = 24 * 60 * 60;
@@ -36,92 +35,8 @@ const HELD: u64 = 60;
 /// How much later a name's last use may be than the file says, in seconds.
 const WRITTEN: u64 = 60 * 60;
 
-/// What stands for the name of an address that has none, in the file.
-const NO_NAME: &str = ".";
-
 /// The longest name (RFC 1035, 2.3.4, without the last dot).
 const NAME_BYTES: usize = 253;
-
-/// Families of addresses that a proxy leaves out: one that stood for a name would lead past the proxy, and to nobody.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct LeftOut {
-    /// IPv4.
-    pub ipv4: bool,
-    /// IPv6.
-    pub ipv6: bool,
-}
-
-/// Where the addresses are from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Networks {
-    ipv4: (Ipv4Addr, u8),
-    ipv6: (Ipv6Addr, u8),
-}
-
-impl Default for Networks {
-    fn default() -> Self {
-        Self {
-            ipv4: FAKE_IPV4,
-            ipv6: FAKE_IPV6,
-        }
-    }
-}
-
-impl Networks {
-    /// Reads networks as ADDRESS/PREFIX; those that are not given are the default ones.
-    ///
-    /// # Errors
-    /// The name of the parameter that is none with room for a name.
-    pub fn parse(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<Self, &'static str> {
-        let network = |text: &str| text.parse::<Network>().ok();
-        let mut networks = Self::default();
-        if let Some(text) = ipv4 {
-            let network = network(text).and_then(Network::ipv4);
-            let network = network.filter(|(_, prefix)| *prefix <= 30);
-            networks.ipv4 = network.ok_or("fakeIpv4")?;
-        }
-        if let Some(text) = ipv6 {
-            let network = network(text).and_then(Network::ipv6);
-            let network = network.filter(|(_, prefix)| *prefix <= 126);
-            networks.ipv6 = network.ok_or("fakeIpv6")?;
-        }
-        Ok(networks)
-    }
-
-    /// How many addresses the smaller one has.
-    fn size(self) -> u32 {
-        let ipv4 = 1_u64 << (32 - u32::from(self.ipv4.1));
-        let ipv6 = 1_u64 << (128 - u32::from(self.ipv6.1)).min(32);
-        u32::try_from(ipv4.min(ipv6)).unwrap_or(u32::MAX)
-    }
-
-    fn ipv4(self, number: u32) -> Ipv4Addr {
-        Ipv4Addr::from_bits(self.ipv4.0.to_bits().wrapping_add(number))
-    }
-
-    fn ipv6(self, number: u32) -> Ipv6Addr {
-        Ipv6Addr::from_bits(self.ipv6.0.to_bits().wrapping_add(number.into()))
-    }
-
-    /// The number of an address; none if it is not in the networks.
-    fn number(self, address: IpAddr) -> Option<u32> {
-        match address {
-            IpAddr::V4(ip) => {
-                let (base, prefix) = self.ipv4;
-                let number = ip.to_bits().checked_sub(base.to_bits())?;
-                let last = u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
-                (number <= last).then_some(number)
-            }
-            IpAddr::V6(ip) => {
-                let (base, prefix) = self.ipv6;
-                let number = ip.to_bits().checked_sub(base.to_bits())?;
-                let last = u128::MAX.checked_shr(prefix.into()).unwrap_or(0);
-                // An offset beyond u32 can't belong to an entry.
-                (number <= last).then(|| u32::try_from(number).unwrap_or(u32::MAX))
-            }
-        }
-    }
-}
 
 #[derive(Debug)]
 struct Entry {
@@ -187,11 +102,7 @@ impl Fakes {
         if !std::mem::replace(&mut self.loaded, true)
             && let Some(file) = self.file.clone()
         {
-            match read(&file) {
-                Ok(text) => self.load(&text, now()),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => tracing::warn!("can't read {}: {error}", file.display()),
-            }
+            self.restore(&file);
         }
     }
 
@@ -335,84 +246,6 @@ impl Fakes {
         }
         has_room
     }
-
-    /// Writes down what has changed, if there is a file for it.
-    pub fn save(&mut self) {
-        let Some(file) = &self.file else {
-            return;
-        };
-        if !std::mem::take(&mut self.changed) {
-            return;
-        }
-        match write(file, |file| self.write(file, now())) {
-            Ok(()) => self
-                .entries
-                .values_mut()
-                .for_each(|entry| entry.written = entry.used),
-            Err(error) => tracing::warn!("can't write {}: {error}", file.display()),
-        }
-    }
-
-    fn header(&self) -> String {
-        let ((v4, p4), (v6, p6)) = (self.networks.ipv4, self.networks.ipv6);
-        format!("cgtproxy-relay names 1 {v4}/{p4} {v6}/{p6}")
-    }
-
-    fn write(&self, mut file: impl io::Write, now: u64) -> io::Result<()> {
-        writeln!(file, "{}", self.header())?;
-        for (number, Entry { name, used, .. }) in &self.entries {
-            if used.saturating_add(EXPIRY) > now {
-                writeln!(file, "{number} {used} {name}")?;
-            }
-        }
-        for (number, used) in &self.freed {
-            if is_within(HELD, *used, now) {
-                writeln!(file, "{number} {used} {NO_NAME}")?;
-            }
-        }
-        file.flush()
-    }
-
-    #[cfg(test)]
-    fn text(&self, now: u64) -> String {
-        let mut text = Vec::new();
-        self.write(&mut text, now).unwrap();
-        String::from_utf8(text).unwrap()
-    }
-
-    /// What makes no sense is left out: it is a cache.
-    pub(crate) fn load(&mut self, text: &str, now: u64) {
-        let mut lines = text.lines();
-        if lines.next() != Some(&self.header()) {
-            return;
-        }
-        let size = self.networks.size();
-        for line in lines.take(self.most() + self.most_freed()) {
-            let mut words = line.split(' ');
-            let (Some(number), Some(used), Some(name), None) =
-                (words.next(), words.next(), words.next(), words.next())
-            else {
-                continue;
-            };
-            if let (Ok(number), Ok(used)) = (number.parse::<u32>(), used.parse::<u64>())
-                && (1..size - 1).contains(&number)
-                && used.saturating_add(EXPIRY) > now
-                && !self.entries.contains_key(&number)
-                && !self.is_freed.contains(&number)
-            {
-                let name = name.to_ascii_lowercase();
-                if name == NO_NAME && self.freed.len() < self.most_freed() {
-                    self.freed.push_back((number, used.min(now)));
-                    self.is_freed.insert(number);
-                } else if is_host(&name)
-                    && !self.numbers.contains_key(name.as_str())
-                    && !self.is_full(&name)
-                {
-                    self.insert(number, name.into(), used.min(now));
-                }
-            }
-        }
-    }
 }
 
 /// Whether so little time has passed since then. What lies ahead was written by a clock that was set back.
@@ -447,36 +280,11 @@ fn now() -> u64 {
         .map_or(0, |time| time.as_secs())
 }
 
-/// Reads a file, and no more of it than it can have.
-fn read(file: &Path) -> io::Result<String> {
-    let most = BYTES + LINE_BYTES * 2 * NAMES as usize;
-    let mut text = String::new();
-    std::fs::File::open(file)?
-        .take(most as u64)
-        .read_to_string(&mut text)?;
-    Ok(text)
-}
-
-/// Replaces a file at once, for its owner's eyes only.
-fn write(
-    file: &Path,
-    content: impl FnOnce(BufWriter<std::fs::File>) -> io::Result<()>,
-) -> io::Result<()> {
-    use std::os::unix::fs::OpenOptionsExt;
-    if let Some(directory) = file.parent() {
-        std::fs::create_dir_all(directory)?;
-    }
-    let fresh = file.with_extension("new");
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o600);
-    content(BufWriter::new(options.open(&fresh)?))?;
-    std::fs::rename(&fresh, file)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::net::IpAddr;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
