@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use cgtproxy_proto::path::ControlGroupPath;
 
-use super::watcher::{Known, Watcher};
+use super::known::Known;
+use super::watcher::Watcher;
 use crate::state::Observer;
 
 impl Watcher {

@@ -10,7 +10,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::watcher::errno;
+use super::known::errno;
 use crate::subtree::Subtree;
 
 /// How long a path may be that the kernel is given, with the NUL at its end (linux/limits.h).

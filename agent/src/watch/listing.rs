@@ -9,7 +9,8 @@ use std::path::Path;
 use cgtproxy_proto::path::{ControlGroupPath, InvalidPath};
 use tracing::Level;
 
-use super::watcher::{Known, Watcher, is_absence, is_lasting};
+use super::known::{Known, is_absence, is_lasting};
+use super::watcher::Watcher;
 use crate::said::{Kind, say};
 use crate::state::Observer;
 use crate::text::{chain, printable};

@@ -13,6 +13,7 @@ mod blind;
 mod dbus;
 mod directory;
 pub mod inotify;
+mod known;
 mod listing;
 mod pace;
 mod pending;
