@@ -20,7 +20,7 @@ use cgtproxy_helper::route::{self, Family, Routing};
 use cgtproxy_helper::server::Server;
 use cgtproxy_helper::snapshot::{self, Snapshot};
 use cgtproxy_helper::state::State;
-use cgtproxy_helper::sys::refuse_descriptors;
+use cgtproxy_helper::sys::{map_what_is_long, refuse_descriptors};
 use cgtproxy_proto::text::chain;
 use cgtproxy_proto::{log, notify, scheduling, socket};
 use clap::Parser;
@@ -144,6 +144,7 @@ fn remove_by(marks: MarkRange, route_table: u32, rule_priority: u32) -> Result<(
 }
 
 fn run(arguments: &Arguments) -> Result<(), Error> {
+    map_what_is_long();
     if let Err(error) = scheduling::take_short_turns() {
         tracing::debug!("can't ask for short slices: {error}");
     }

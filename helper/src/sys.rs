@@ -1,5 +1,5 @@
-//! What neither the standard library nor any crate offers without `unsafe`: waiting for a socket, and the socket option
-//! `SO_PASSRIGHTS`.
+//! What neither the standard library nor any crate offers without `unsafe`: waiting for a socket, the socket option
+//! `SO_PASSRIGHTS`, and how the C library keeps memory.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -15,6 +15,22 @@ const PASS_RIGHTS: libc::c_int = match cfg!(any(target_arch = "sparc", target_ar
     true => 0x5c,
     false => 83,
 };
+
+/// From which size on memory is a mapping of its own: what glibc begins with (`DEFAULT_MMAP_THRESHOLD`, malloc/malloc.c).
+#[cfg(target_env = "gnu")]
+const MAPPED: libc::c_int = 128 * 1024;
+
+/// Has memory for what is long be a mapping of its own, for as long as this process runs. Such a mapping grows without
+/// being copied, and is the kernel's again as soon as it is freed. By itself glibc raises the size from which that is so
+/// to that of any mapping that is freed (mallopt(3)). After one long message, all long messages would then lie side by
+/// side, and one that has no room to grow leaves a hole behind that no other one fits into.
+pub fn map_what_is_long() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it is passed numbers alone, and takes glibc's own lock. It can only fail for numbers that it doesn't know.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED);
+    }
+}
 
 /// Lets the runtime wait for a netlink socket.
 pub(crate) fn watch_netlink(

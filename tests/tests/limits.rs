@@ -338,6 +338,40 @@ fn of_lists_and_nothing_is_made_of_longer_ones() {
     });
 }
 
+/// What one message has left behind does not make room for the next, nor do messages that come beside each other leave
+/// holes.
+#[test]
+fn long_messages_take_no_more_memory_than_they_are_long_and_give_it_back() {
+    sandbox(|sb| {
+        const LENGTH: usize = 3 * 1024 * 1024 + 512 * 1024;
+        let helper = sb.helper().start();
+        let user = sb.user(1001);
+        let half = vec![b'x'; LENGTH];
+        let (begun, own) = (helper.peak_memory(), memory(helper.pid()));
+        for _ in 0..2 {
+            let mut whole = user.varlink(SOCKET);
+            whole.send_bytes(&[&half[..], b"\0"].concat());
+            assert_eq!(whole.receive(), None);
+        }
+        let mut both = [user.varlink(SOCKET), user.varlink(SOCKET)];
+        for piece in half.chunks(128 * 1024) {
+            for connection in &mut both {
+                connection.send_bytes(piece);
+                // The answer to another one tells that this has been read.
+                Session::of(&user).status();
+            }
+        }
+        let taken = helper.peak_memory() - begun;
+        println!("{taken} KiB");
+        assert!(taken <= MEMORY_EACH, "{taken} KiB");
+        assert!(taken >= 2 * LENGTH as u64 / 1024, "not all is read");
+        drop(both);
+        wait_until("what they took is given back", || {
+            memory(helper.pid()) < own + 1024
+        });
+    });
+}
+
 #[test]
 fn of_connections() {
     sandbox(|sb| {
