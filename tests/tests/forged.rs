@@ -172,7 +172,7 @@ fn whoever_speaks_as_a_stranger_makes_no_host_behind_the_machine_answer() {
 /// A link-local address for an interface, with any port.
 fn link_local(sb: &Sandbox, interface: &str) -> SocketAddrV6 {
     const ADDRESS: &str = "fe80::4:4";
-    sb.ip6(&format!("address add {ADDRESS}/64 dev {interface} nodad"));
+    sb.add_address(&format!("{ADDRESS}/64"), interface);
     let listing = sb.run(&["ip", "-j", "link", "show", "dev", interface]);
     let listing: Value = serde_json::from_str(&listing).expect("ip prints JSON");
     let index = listing[0]["ifindex"].as_u64().expect("it has a number");
@@ -189,7 +189,7 @@ fn whoever_speaks_as_a_stranger_by_another_interface_makes_nobody_answer() {
         let pair =
             "ip link add other type veth peer name end; ip link set other up; ip link set end up";
         sb.run(&["sh", "-ec", pair]);
-        sb.ip6("address add 2001:db8:9::1/64 dev other nodad");
+        sb.add_address("2001:db8:9::1/64", "other");
         sb.ip6("route add default dev other metric 4000");
         bed.hostile.device("other");
         let [_, to] = destinations(sb, ANSWERED);

@@ -8,7 +8,6 @@ use cgtproxy_tests::sandbox::{
     App, Connection, Host, Outcome, PORTS, Sandbox, Server, proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy};
-use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{self, Tcp, Udp};
 use serde_json::{Value, json};
 
@@ -127,15 +126,8 @@ fn a_conversation_whose_proxy_is_gone_does_not_go_on_with_the_machine_itself() {
         root.call("RemovePolicy", json!({}));
         let wrong = sb.service("wrong").port(PORTS[0]).start();
         for (_, to, connection) in &connections {
-            let address = to.ip().to_string();
-            sb.run(&["ip", "address", "replace", &address, "dev", "lo"]);
-            // The kernel adds the route of one of IPv6 a moment later.
-            let family = if to.is_ipv4() { 4 } else { 6 };
-            let route = format!("local {address} ");
-            wait_until("it is the machine's own", || {
-                let routes = sb.routes(family, "local");
-                routes.iter().any(|line| line.starts_with(&route))
-            });
+            let length = if to.is_ipv4() { 32 } else { 128 };
+            sb.add_address(&format!("{}/{length}", to.ip()), "lo");
             let outcome = connection.ask();
             let refused = matches!(outcome, Outcome::Refused | Outcome::Closed);
             assert!(refused, "{to}: {outcome:?}");

@@ -245,6 +245,33 @@ fn services_of_the_machine_answer_in_their_own_name() {
     });
 }
 
+/// What comes in for an address of IPv6 that the kernel has no local route for yet is nobody's.
+#[test]
+fn addresses_are_there_when_a_host_is() {
+    sandbox(|sb| {
+        let own = |listing: String, address: IpAddr| {
+            let route = format!("local {address} ");
+            assert!(
+                listing.lines().any(|line| line.starts_with(&route)),
+                "{address} is not in:\n{listing}"
+            );
+        };
+        for n in 1..=8 {
+            let host = sb.host_behind(&format!("lan{n}"));
+            let routes = ["ip", "-6", "route", "show", "table", "local"];
+            let host_routes = [
+                &["ip", "netns", "exec", &format!("behind-{n}-2")],
+                &routes[..],
+            ];
+            own(sb.run(&host_routes.concat()), host.addresses()[1]);
+            own(sb.run(&routes), host.gateways()[1]);
+            let address = format!("2001:db8:9::{n}");
+            sb.add_address(&format!("{address}/128"), "lo");
+            own(sb.run(&routes), address.parse().expect("an address"));
+        }
+    });
+}
+
 #[test]
 fn traffic_goes_on_while_rules_change() {
     sandbox(|sb| {

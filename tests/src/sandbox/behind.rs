@@ -1,12 +1,13 @@
 //! Networks behind the machine, for which it forwards packets.
 
+use std::ffi::OsStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::app::App;
 use super::launch::Launch;
-use super::network::SYSCTLS;
+use super::network::{SYSCTLS, await_own};
 use super::outcome::Outcome;
 use super::server::ServerBuilder;
 use super::world::World;
@@ -76,6 +77,9 @@ impl Host {
              ip route replace default via {gateway} src {ip}"
         );
         self.sh(&script);
+        if ip.is_ipv6() {
+            await_own(self.netns.file_name().and_then(OsStr::to_str), ip);
+        }
         self.use_one_port(port);
     }
 }
@@ -146,6 +150,7 @@ pub(crate) fn build(world: &Arc<World>, interface: &str, wiring: Wiring, count: 
     };
     machine += &neighbours(MACHINE, interface);
     run_with_input(&["ip", "-batch", "-"], &machine);
+    await_own(None, gateway6);
     run(&[
         "sh",
         "-ec",
@@ -177,6 +182,7 @@ pub(crate) fn build(world: &Arc<World>, interface: &str, wiring: Wiring, count: 
         let enter = format!("--net={}", netns.display());
         run(&["nsenter", &enter, "sh", "-ec", SYSCTLS]);
         run_with_input(&["ip", "-netns", &name, "-batch", "-"], &script);
+        await_own(Some(&name), v6);
         world.add_host(v4);
         Host {
             world: Arc::clone(world),

@@ -1,5 +1,6 @@
 //! What the kernel has: nftables, rules and routes.
 
+use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
 use nix::sys::socket::{
@@ -7,7 +8,7 @@ use nix::sys::socket::{
 };
 use serde_json::Value;
 
-use super::{App, Outcome, Sandbox, proxied};
+use super::{App, Outcome, Sandbox, network, proxied};
 use crate::command::{output_with_input, run, run_with_input};
 
 /// An element of a verdict map.
@@ -113,6 +114,24 @@ impl Sandbox {
             let outcome = Outcome::in_the_end(|| connection.ask());
             assert_eq!(outcome, proxied(proxy, to));
             self.assert_nothing_left_for(to.ip());
+        }
+    }
+
+    /// Gives the machine an address, as `ip` writes it with the network's length, and returns when it is its own.
+    ///
+    /// # Panics
+    /// When the interface can't have it.
+    #[track_caller]
+    pub fn add_address(&self, address: &str, interface: &str) {
+        let mut command = vec!["ip", "address", "replace", address, "dev", interface];
+        let (ip, _) = address.split_once('/').expect("it has a length");
+        let ip: IpAddr = ip.parse().expect("it is an address");
+        if ip.is_ipv6() {
+            command.push("nodad");
+        }
+        self.run(&command);
+        if ip.is_ipv6() {
+            network::await_own(None, ip);
         }
     }
 

@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::launch::Launch;
 use super::server::Control;
 use crate::command::{run, run_with_input};
+use crate::wait::wait_until;
 use crate::wire::{Listen, ServerKind, ServerSpec, Transport};
 
 /// The machine's addresses on its uplink.
@@ -92,6 +93,7 @@ route add local ::/0 dev lo table local
     run(&["nsenter", "--net=/run/netns/internet", "sh", "-ec", SYSCTLS]);
     run_with_input(&["ip", "-batch", "-"], machine);
     run_with_input(&["ip", "-netns", "internet", "-batch", "-"], internet);
+    await_own(None, MACHINE_V6);
     run_with_input(
         &["nsenter", "--net=/run/netns/internet", "nft", "-f", "-"],
         // At ingress: even what the internet's own stack would throw away is seen.
@@ -136,6 +138,20 @@ pub(crate) fn start_internet() -> Control {
         listen,
     };
     Control::start(Launch::root().on_internet(), &spec)
+}
+
+/// Returns when an address of IPv6 in this namespace, or here, is its own. The kernel adds the local route a moment after
+/// the address, and until then has no socket for what comes in for it.
+pub(crate) fn await_own(netns: Option<&str>, address: IpAddr) {
+    let mut show = vec!["ip", "-6"];
+    if let Some(netns) = netns {
+        show.extend(["-netns", netns]);
+    }
+    show.extend(["route", "show", "table", "local"]);
+    let route = format!("local {address} ");
+    wait_until("an address to be the namespace's own", || {
+        run(&show).lines().any(|line| line.starts_with(&route))
+    });
 }
 
 /// What the record says about one destination.
