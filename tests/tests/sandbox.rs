@@ -40,12 +40,14 @@ fn rule(sb: &Sandbox, cgroup: &Cgroup, verdict: &str) {
                  drop
              }}
              chain diverted {{
-                 meta l4proto {{ tcp, udp }} meta mark set 1
+                 meta l4proto {{ tcp, udp }} meta mark set 1 ct mark set 1
              }}
              chain output {{
                  type route hook output priority mangle
                  ct direction reply return
                  socket cgroupv2 level 5 vmap @verdicts
+                 # A socket that has been closed says its last words without a control group.
+                 ct mark 1 meta mark set 1
              }}
              chain prerouting {{
                  type filter hook prerouting priority mangle
