@@ -295,6 +295,8 @@ fn names_stay_within_the_bound() {
         let file = bed.user.home().join(".local/state/cgtproxy/names");
         let text = fs::read_to_string(file).expect("it was written");
         let stored = text.lines().filter(|line| line.ends_with(&rest)).count();
-        assert!(stored > 16_000, "{stored}");
+        // There is room for 16,578. When the queries take so long that the first names may be forgotten, an eighth of all
+        // may just have been.
+        assert!(stored > 14_500, "{stored}");
     });
 }
