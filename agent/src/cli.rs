@@ -1,8 +1,10 @@
 //! The command line of cgtproxy-agent.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use cgtproxy_proto::nearest::nearest;
+use cgtproxy_proto::usage;
 use cgtproxy_proto::{HELP_COLUMNS, HELPER_SOCKET, HELPER_SOCKET_VARIABLE};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
@@ -66,10 +68,15 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// Reads the command line. Ends the process if it is wrong, or asks for help.
-    #[must_use]
-    pub fn of_process() -> Self {
-        Self::try_parse().unwrap_or_else(|error| suggest(error, &Self::command()).exit())
+    /// Reads the command line.
+    ///
+    /// # Errors
+    /// With what is left to do if it is wrong, or asks for help: that was printed, and the process ends with this status.
+    pub fn of_process() -> Result<Self, ExitCode> {
+        Self::try_parse().map_err(|error| {
+            let error = suggest(error, &Self::command());
+            usage::end(&error, usage::WRONG, usage::FAILED)
+        })
     }
 
     /// Whose agent it is about.

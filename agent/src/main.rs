@@ -11,7 +11,10 @@ use cgtproxy_proto::{log, text};
 const OLD_VARIABLE: &str = "LOG_LEVEL";
 
 fn main() -> ExitCode {
-    let arguments = Arguments::of_process();
+    let arguments = match Arguments::of_process() {
+        Ok(arguments) => arguments,
+        Err(status) => return status,
+    };
     log::init(&[log::VARIABLE, OLD_VARIABLE]);
     command::run(arguments).unwrap_or_else(|error| {
         tracing::error!("{}", text::chain(&error));

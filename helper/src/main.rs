@@ -22,7 +22,7 @@ use cgtproxy_helper::snapshot::{self, Snapshot};
 use cgtproxy_helper::state::State;
 use cgtproxy_helper::sys::{map_what_is_long, refuse_descriptors};
 use cgtproxy_proto::text::chain;
-use cgtproxy_proto::{log, notify, scheduling, socket};
+use cgtproxy_proto::{log, notify, scheduling, socket, usage};
 use clap::Parser;
 use listenfd::ListenFd;
 use rustix::io::Errno;
@@ -86,7 +86,10 @@ impl Error {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return usage::end(&error, usage::WRONG, usage::FAILED),
+    };
     // sd_listen_fds(3). It is not said any more once the socket is taken.
     let activated = std::env::var_os("LISTEN_FDS").is_some();
     log::init(&[log::VARIABLE]);

@@ -125,3 +125,21 @@ fn the_journal_learns_how_bad_it_is() {
         "{said}"
     );
 }
+
+/// As other programs do, git and those of coreutils among them.
+#[test]
+fn a_help_that_can_not_be_written_is_a_failure() {
+    for option in ["--help", "-h", "--version"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_cgtproxy-helper"))
+            .arg(option)
+            .stdout(File::options().write(true).open("/dev/full").unwrap())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{option}: {said}");
+        assert!(
+            said.starts_with("error: can't write the output: "),
+            "{said}"
+        );
+    }
+}

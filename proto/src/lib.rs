@@ -24,6 +24,7 @@ pub mod socket;
 pub mod stream;
 mod strict;
 pub mod text;
+pub mod usage;
 #[cfg(feature = "yaml")]
 pub mod yaml;
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use cgtproxy_proto::socket::{self, Socket, of_relay};
 use cgtproxy_proto::text::chain;
-use cgtproxy_proto::{log, notify};
+use cgtproxy_proto::{log, notify, usage};
 use cgtproxy_relay::cli::Arguments;
 use cgtproxy_relay::entry::Shared;
 use cgtproxy_relay::fake::Fakes;
@@ -45,7 +45,10 @@ enum Error {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return usage::end(&error, usage::WRONG, usage::FAILED),
+    };
     log::init(&[log::VARIABLE]);
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,

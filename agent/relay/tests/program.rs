@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is a failed test")]
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
@@ -90,4 +91,22 @@ fn of_two_relays_neither_takes_the_others_socket() {
     UnixStream::connect(&socket).unwrap();
     second.stop();
     assert!(!socket.exists());
+}
+
+/// As other programs do, git and those of coreutils among them.
+#[test]
+fn a_help_that_can_not_be_written_is_a_failure() {
+    for option in ["--help", "-h", "--version"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_cgtproxy-relay"))
+            .arg(option)
+            .stdout(File::options().write(true).open("/dev/full").unwrap())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{option}: {said}");
+        assert!(
+            said.starts_with("error: can't write the output: "),
+            "{said}"
+        );
+    }
 }

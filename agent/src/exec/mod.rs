@@ -22,6 +22,7 @@ use std::process::{Command, ExitCode};
 
 use cgtproxy_proto::name::{InvalidProxyName, ProxyName};
 use cgtproxy_proto::path::ControlGroupPath;
+use cgtproxy_proto::usage;
 use clap::{CommandFactory, Parser};
 
 pub use agent::Error as AgentError;
@@ -101,9 +102,8 @@ pub fn main() -> ExitCode {
         Ok(options) => options,
         Err(error) => {
             let error = suggest(error, &Options::command());
-            let _ = error.print();
             // clap's own status for a wrong command line could be the command's.
-            return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
+            return usage::end(&error, FAILED, FAILED);
         }
     };
     match run(options) {

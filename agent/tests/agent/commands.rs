@@ -512,3 +512,19 @@ fn migrate_overwrites_only_what_it_is_told_to() {
     let (code, out, _) = output(check);
     assert_eq!((code, out.as_str()), (Some(0), "-: no errors\n"));
 }
+
+#[test]
+fn a_help_that_can_not_be_written_is_a_failure() {
+    for arguments in [&["--version"][..], &["--help"], &["help", "status"]] {
+        let mut command = agent_command();
+        command.args(arguments);
+        command.stdout(File::options().write(true).open("/dev/full").unwrap());
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(
+            said.starts_with("error: can't write the output: "),
+            "{said}"
+        );
+    }
+}

@@ -1,6 +1,7 @@
 //! What becomes of the command, and in which order things happen.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
@@ -558,4 +559,21 @@ fn a_wrong_command_line_is_its_own_failure() {
     assert_eq!(status(&["--nonsense", "mihomo", "true"]), Some(125));
     assert_eq!(status(&["--help"]), Some(0));
     assert_eq!(status(&["--version"]), Some(0));
+}
+
+#[test]
+fn a_help_that_can_not_be_written_is_a_failure() {
+    for option in ["--version", "--help"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_cgtproxy-exec"))
+            .arg(option)
+            .stdout(File::options().write(true).open("/dev/full").unwrap())
+            .output()
+            .unwrap();
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(125), "{option}: {said}");
+        assert!(
+            said.starts_with("error: can't write the output: "),
+            "{said}"
+        );
+    }
 }
