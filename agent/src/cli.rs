@@ -19,6 +19,7 @@ const EXIT_STATUS: &str =
 const ENVIRONMENT: &str = "Environment:\n\
 \x20 CGTPROXY_LOG, LOG_LEVEL  how much is said: error, warn, info, debug or trace\n\
 \x20 NO_COLOR  if it is not empty, nothing is printed in colours\n\
+\x20 TERM  the terminal; if it is 'dumb' or not set, nothing is printed in colours either\n\
 \x20 CGTPROXY_SOCKET  where the helper listens, unless there is --socket\n\
 \x20 XDG_CONFIG_HOME  where cgtproxy/config.yaml is; without it ~/.config\n\
 \x20 XDG_RUNTIME_DIR  where the sockets of the agent, the relay and systemd are; without it /run/user/UID\n\

@@ -39,11 +39,8 @@ pub fn init(variables: &[&str]) {
         .filter_map(|name| std::env::var(name).ok())
         .find_map(|text| parsed(&text))
         .unwrap_or(LevelFilter::INFO);
-    let style = if io::stderr().is_terminal() {
-        match std::env::var_os("NO_COLOR") {
-            Some(value) if !value.is_empty() => Style::Plain,
-            _ => Style::Colour,
-        }
+    let style = if colours(&io::stderr()) {
+        Style::Colour
     } else if is_journal(
         std::env::var("JOURNAL_STREAM").ok().as_deref(),
         io::stderr(),
@@ -69,6 +66,13 @@ pub fn init(variables: &[&str]) {
             "{VARIABLE} is '{text}', which is ignored; write 'error', 'warn', 'info', 'debug' or 'trace'"
         );
     }
+}
+
+/// Whether a file is a terminal that has colours, and whose user likes them (no-color.org).
+pub fn colours(file: &impl IsTerminal) -> bool {
+    let said = |name| std::env::var_os(name).filter(|text| !text.is_empty());
+    let has_some = said("TERM").is_some_and(|terminal| terminal != "dumb");
+    has_some && said("NO_COLOR").is_none() && file.is_terminal()
 }
 
 /// How much a variable's text asks for.

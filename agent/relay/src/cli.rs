@@ -13,6 +13,7 @@ const EXIT_STATUS: &str = "Exit status: 0 if it was told to stop or nobody needs
 const ENVIRONMENT: &str = "Environment:\n\
 \x20 CGTPROXY_LOG  how much is said: error, warn, info, debug or trace\n\
 \x20 NO_COLOR  if it is not empty, nothing is printed in colours\n\
+\x20 TERM  the terminal; if it is 'dumb' or not set, nothing is printed in colours either\n\
 \x20 CGTPROXY_SOCKET  where the helper listens, unless there is --helper\n\
 \x20 SSL_CERT_FILE, SSL_CERT_DIR  the certificates to trust in place of the system's\n\
 \x20 STATE_DIRECTORY, XDG_STATE_HOME  where the names of fake addresses are kept; without them ~/.local/state";

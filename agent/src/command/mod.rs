@@ -9,13 +9,14 @@ mod migrate;
 mod status;
 mod table;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use cgtproxy_proto::agent::GetStatus_Reply;
 use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::file;
+use cgtproxy_proto::log;
 use cgtproxy_proto::path::InvalidPath;
 use tokio::runtime::Runtime;
 
@@ -235,11 +236,9 @@ fn older(status: &GetStatus_Reply, otherwise: &Otherwise) -> Option<String> {
     })
 }
 
-/// Whether standard output is a terminal that has colours and whose user likes them (no-color.org).
+/// Whether there may be colours on standard output.
 fn colours() -> bool {
-    io::stdout().is_terminal()
-        && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
-        && std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb")
+    log::colours(&io::stdout())
 }
 
 /// Prints what a status goes with, which is the same if whoever reads has seen enough.
