@@ -2,9 +2,16 @@
 
 use std::io::{self, Write};
 
+use unicode_width::UnicodeWidthStr;
+
 /// What stands for nothing.
 pub(super) fn dash() -> String {
     "-".to_owned()
+}
+
+/// How many columns of a terminal a text takes: Chinese has two for each character.
+pub(super) fn width(text: &str) -> usize {
+    text.width()
 }
 
 /// Writes rows in columns. The last one is as wide as it is.
@@ -18,17 +25,39 @@ pub(super) fn table<const N: usize>(
         .collect();
     let mut widths = [0; N];
     for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
+        for (widest, cell) in widths.iter_mut().zip(row) {
+            *widest = (*widest).max(width(cell));
         }
     }
     for row in &rows {
         let mut line = String::new();
-        for (cell, width) in row.iter().zip(widths) {
+        for (cell, widest) in row.iter().zip(widths) {
             line.push_str(cell);
-            line.extend(std::iter::repeat_n(' ', width + 2 - cell.chars().count()));
+            line.extend(std::iter::repeat_n(' ', widest + 2 - width(cell)));
         }
         writeln!(out, "{}", line.trim_end())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_those_of_a_terminal() {
+        let rows = [
+            ["日本語", "a"],
+            ["e\u{301}", "b"],
+            ["😀", "c"],
+            ["plain", "d"],
+        ];
+        let mut out = Vec::new();
+        let rows = rows.map(|row| row.map(str::to_owned)).into_iter();
+        table(&mut out, &["APP", "UNIT"], rows).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "APP     UNIT\n日本語  a\ne\u{301}       b\n😀      c\nplain   d\n"
+        );
+    }
 }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::Error;
 use super::client::Agent;
-use super::table::{dash, table};
+use super::table::{dash, table, width};
 use crate::cli::Arguments;
 use crate::otherwise::{self, Otherwise, is_enforced};
 use crate::policy::{Subject, application_ids, unit_name};
@@ -22,8 +22,8 @@ use crate::text::{count, printable};
 use crate::view;
 use shared::Shared;
 
-/// How much of a selector fits into a column, in characters.
-const SELECTOR_CHARACTERS: usize = 40;
+/// How much of a selector is shown, in columns of a terminal.
+const SELECTOR_COLUMNS: usize = 40;
 
 /// The verdicts, whoever gave them.
 #[derive(Debug)]
@@ -269,14 +269,18 @@ fn by(running: &Running) -> String {
 }
 
 fn shortened(text: &str) -> String {
-    match text.chars().count() > SELECTOR_CHARACTERS {
-        true => text
-            .chars()
-            .take(SELECTOR_CHARACTERS - 1)
-            .chain(['…'])
-            .collect(),
-        false => text.to_owned(),
+    if width(text) <= SELECTOR_COLUMNS {
+        return text.to_owned();
     }
+    let mut short = String::new();
+    for c in text.chars() {
+        short.push(c);
+        if width(&short) >= SELECTOR_COLUMNS {
+            short.pop();
+            break;
+        }
+    }
+    short + "…"
 }
 
 #[cfg(test)]
