@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 pub fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
-        let bidi = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        let bidi = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
         if c.is_control() || bidi || matches!(c, '\u{2028}' | '\u{2029}' | '\u{feff}') {
             let _ = write!(shown, "{}", c.escape_unicode());
         } else {
@@ -92,6 +92,7 @@ mod tests {
     fn a_terminal_gets_no_orders() {
         assert_eq!(printable("app-ä b\\x2d"), "app-ä b\\x2d");
         assert_eq!(printable("\x1b[2J\n\u{202e}"), "\\u{1b}[2J\\u{a}\\u{202e}");
+        assert_eq!(printable("a\u{61c}b"), "a\\u{61c}b");
         assert_eq!(printable("\u{9b}x\u{7f}"), "\\u{9b}x\\u{7f}");
     }
 }
