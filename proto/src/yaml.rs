@@ -126,7 +126,7 @@ pub fn text(bytes: &[u8]) -> Result<&str, SyntaxError> {
             Err(SyntaxError {
                 message: "this byte is not UTF-8".to_owned(),
                 place: Some(place),
-                help: None,
+                help: Some(ENCODING),
             })
         }
     }
@@ -164,6 +164,9 @@ pub fn parse(text: &str) -> Result<Node, SyntaxError> {
         .map_err(|error| syntax_error(&error, text))?;
     Ok(spanned.into())
 }
+
+/// What would be right where a file is no text, or in another encoding (UTF-16 has every other byte 0).
+const ENCODING: &str = "save the file as text in UTF-8";
 
 /// How deep lists and maps may be nested.
 const DEPTH: usize = 32;
@@ -301,6 +304,14 @@ fn message_of(message: &str, place: Option<Place>, text: &str) -> (String, Optio
             Some(TABS),
         );
     }
+    if place.is_some_and(|place| char_at(place, text).is_some_and(char::is_control))
+        && message.contains("unexpected character")
+    {
+        return (
+            "this character can't be in the file".to_owned(),
+            Some(ENCODING),
+        );
+    }
     let special = place.is_some_and(|place| begins_specially(line_at(place, text)));
     let known = MESSAGES.iter().find(|(part, ..)| message.contains(part));
     match known {
@@ -316,6 +327,11 @@ fn message_of(message: &str, place: Option<Place>, text: &str) -> (String, Optio
 fn line_at(place: Place, text: &str) -> &str {
     let before = usize::try_from(place.line.saturating_sub(1)).unwrap_or(usize::MAX);
     text.lines().nth(before).unwrap_or_default()
+}
+
+fn char_at(place: Place, text: &str) -> Option<char> {
+    let before = usize::try_from(place.column.saturating_sub(1)).ok()?;
+    line_at(place, text).chars().nth(before)
 }
 
 /// Whether the value in a line begins with a character that means something else than itself.
@@ -455,6 +471,20 @@ mod tests {
             Value::Text(text) => text,
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn what_is_no_text_is_not_to_be_put_in_quotes() {
+        for (text, column) in [("version: 1\0", 11), ("\0v\0e\0r", 1), ("a: \x1b", 4)] {
+            let error = parse(text).unwrap_err();
+            assert_eq!(
+                error.message, "this character can't be in the file",
+                "{text:?}"
+            );
+            assert_eq!(error.place.unwrap().column, column, "{text:?}");
+            assert_eq!(error.help, Some(ENCODING), "{text:?}");
+        }
+        assert_eq!(parse("a: @b").unwrap_err().help, Some(QUOTES));
     }
 
     #[test]

@@ -768,7 +768,7 @@ fn an_empty_or_cut_off_file_is_not_a_configuration() {
     assert!(config.is_none());
     assert_eq!(
         findings.to_string(),
-        "c.yaml:2:3: error: this byte is not UTF-8\n"
+        "c.yaml:2:3: error: this byte is not UTF-8\n    help: save the file as text in UTF-8\n"
     );
 }
 
