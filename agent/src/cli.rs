@@ -222,7 +222,17 @@ fn suggest_for(mut error: clap::Error, command: &clap::Command, words: &[String]
     let own = words.iter().fold(command, |command, word| {
         command.find_subcommand(word).unwrap_or(command)
     });
+    let is_command = |name: &String| own.find_subcommand(name).is_some();
     match (error.kind(), wrong_command, wrong_option) {
+        // clap takes whatever follows a command's own value for the name of another command.
+        (ErrorKind::ArgumentConflict, Some(wrong), _) if !is_command(&wrong) => {
+            let mut unexpected = clap::Error::new(ErrorKind::UnknownArgument).with_cmd(own);
+            unexpected.insert(ContextKind::InvalidArg, ContextValue::String(wrong));
+            if let Some(usage) = error.get(ContextKind::Usage) {
+                unexpected.insert(ContextKind::Usage, usage.clone());
+            }
+            error = unexpected;
+        }
         (ErrorKind::InvalidSubcommand, Some(wrong), _) => {
             let names = own.get_subcommands().map(clap::Command::get_name);
             if let Some(near) = nearest(&wrong, names) {
@@ -239,10 +249,13 @@ fn suggest_for(mut error: clap::Error, command: &clap::Command, words: &[String]
                 .filter(|argument| argument.is_global_set());
             let options = own.get_arguments().chain(general);
             let names = options.filter_map(clap::Arg::get_long);
-            let of_another = own
-                .get_subcommands()
-                .find(|sub| sub.get_arguments().any(|a| a.get_long() == Some(name)));
-            if let Some(near) = nearest(name, names.chain(["help"])) {
+            let has =
+                |one: &&clap::Command| one.get_arguments().any(|a| a.get_long() == Some(name));
+            // It may stand before the command whose it is.
+            let of_another = Some(own).filter(has).or(own.get_subcommands().find(has));
+            if of_another.is_none()
+                && let Some(near) = nearest(name, names.chain(["help"]))
+            {
                 let near = ContextValue::String(format!("--{near}"));
                 error.insert(ContextKind::SuggestedArg, near);
             } else if let Some(sub) = of_another {
@@ -270,6 +283,15 @@ mod tests {
     }
 
     #[test]
+    fn a_second_file_is_not_taken_for_a_command() {
+        let error = error(&["check", "a", "b"]);
+        assert!(
+            error.starts_with("error: unexpected argument 'b' found\n\nUsage: "),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn says_what_may_have_been_meant() {
         for (words, tip) in [
             (&["chek"][..], Some("a similar subcommand exists: 'check'")),
@@ -286,6 +308,8 @@ mod tests {
                 Some("a similar argument exists: '--config'"),
             ),
             (&["check", "--json"], Some("'permission --json' exists")),
+            (&["--json", "status"], Some("'status --json' exists")),
+            (&["check", "a", "b"], None),
             (&["check", "--nonsense"], None),
             (&["nonsense"], None),
             (&["status", "-x"], None),
