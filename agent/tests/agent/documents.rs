@@ -117,3 +117,39 @@ fn the_programs_link_as_many_crates_as_is_written() {
         "{helper}, {agent}, {relay}"
     );
 }
+
+/// The names in what is printed as JSON, as far as no interface has them.
+fn printed(source: &str, function: &str) -> Vec<String> {
+    let source = text(source);
+    let (_, body) = source.split_once(&format!("fn {function}(")).unwrap();
+    let (body, _) = body.split_once("\n}\n").unwrap();
+    let names = body.lines().filter_map(|line| {
+        let (name, _) = line.trim_start().strip_prefix('"')?.split_once("\":")?;
+        Some(name.to_owned())
+    });
+    names.collect()
+}
+
+#[test]
+fn every_name_in_json_is_written_down() {
+    let configuration = text("docs/configuration.md");
+    let (_, section) = configuration
+        .split_once("### What `--json` prints")
+        .unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    for (command, source, function, least) in [
+        ("apps", "agent/src/command/apps/mod.rs", "to_json", 11),
+        ("explain", "agent/src/command/explain.rs", "to_json", 7),
+        ("doctor", "agent/src/doctor/report.rs", "json", 5),
+    ] {
+        let row = section
+            .lines()
+            .find(|line| line.starts_with(&format!("| `{command}`")));
+        let row = row.expect(command);
+        let names = printed(source, function);
+        assert!(names.len() >= least, "{command}: {names:?}");
+        for name in names {
+            assert!(row.contains(&format!("`{name}`")), "{command}: {name}");
+        }
+    }
+}
