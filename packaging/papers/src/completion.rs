@@ -1,11 +1,12 @@
 //! The shells' completions.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::io;
 
 use clap::{Arg, Command};
 use clap_complete::Generator;
-use clap_complete::shells::{Bash, Fish, Zsh};
+use clap_complete::shells::{Fish, Zsh};
 
 use crate::{Error, Paper};
 
@@ -18,16 +19,16 @@ fn places(command: &str) -> [String; 3] {
     ]
 }
 
-/// The completions of `cgtproxy-agent`, all of them by clap.
+/// The completions of `cgtproxy-agent`, by clap but for bash.
 pub(crate) fn of_agent(mut command: Command) -> Result<[Paper; 3], Error> {
     let name = command.get_name().to_owned();
     command.set_bin_name(&name);
     command.build();
     let [bash, zsh, fish] = places(&name);
     Ok([
-        paper(bash, bash_script(&command)?),
+        paper(bash, bash_script(&command)),
         paper(zsh, generated(&Zsh, &command)?),
-        paper(fish, generated(&Fish, &command)?),
+        paper(fish, fish_script(&command)?),
     ])
 }
 
@@ -41,12 +42,66 @@ fn generated(shell: &impl Generator, command: &Command) -> Result<String, io::Er
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The script for bash. Where the script finds out which command it completes, clap_complete keeps the `-` of the
-/// program's name as `__`; where it lists the words, it makes `__subcmd__` of it, and would find none of them.
-fn bash_script(command: &Command) -> Result<String, io::Error> {
-    let name = command.get_name();
-    let script = generated(&Bash, command)?;
-    Ok(script.replace(&name.replace('-', "__subcmd__"), &name.replace('-', "__")))
+/// The script for bash. In clap_complete's, options hide the files that a command takes, and a file with a space in its name
+/// is two.
+fn bash_script(command: &Command) -> String {
+    let mut all = Vec::new();
+    below(command, command.get_name(), &mut all);
+    let (mut known, mut cases, mut with_value) = (Vec::new(), String::new(), BTreeSet::new());
+    for (path, command) in &all {
+        if *path != command.get_name() {
+            known.push(format!("'{path}'"));
+        }
+        let commands: Vec<_> = command.get_subcommands().map(Command::get_name).collect();
+        let options: Vec<&Arg> = command.get_opts().chain(flags(command)).collect();
+        let files = match command.get_positionals().next() {
+            Some(_) => " files=yes",
+            None => "",
+        };
+        // Writing to a String can't fail.
+        let _ = writeln!(
+            cases,
+            "    '{path}') commands='{}' options='{}'{files} ;;",
+            commands.join(" "),
+            words(&options, |_| true)
+        );
+        with_value.extend(
+            options
+                .iter()
+                .filter(|option| takes_value(option))
+                .map(|option| words(&[option], |_| true).replace(' ', " | ")),
+        );
+    }
+    include_str!("completion/cgtproxy-agent.bash")
+        .replace("@WITH_VALUE@", &Vec::from_iter(with_value).join(" | "))
+        .replace(
+            "@COMMANDS@",
+            &format!("            {})", known.join(" | \\\n                ")),
+        )
+        .replace("@CASES@\n", &cases)
+}
+
+/// The options without a value, which are all that clap does not call options.
+fn flags(command: &Command) -> impl Iterator<Item = &Arg> {
+    let arguments = command.get_arguments();
+    arguments.filter(|argument| !argument.is_positional() && !takes_value(argument))
+}
+
+/// A command and those below it, each with all the words that name it.
+fn below<'a>(command: &'a Command, path: &str, all: &mut Vec<(String, &'a Command)>) {
+    all.push((path.to_owned(), command));
+    for one in command.get_subcommands() {
+        below(one, &format!("{path} {}", one.get_name()), all);
+    }
+}
+
+/// The script for fish. To clap_complete's, `help` is the command that help is asked for, so that there is none to complete.
+fn fish_script(command: &Command) -> Result<String, io::Error> {
+    let names: Vec<_> = command.get_subcommands().map(Command::get_name).collect();
+    let names = names.join(" ");
+    let seen = format!("using_subcommand help; and not __fish_seen_subcommand_from {names}");
+    let others = seen.strip_suffix(" help").unwrap_or(&seen);
+    Ok(generated(&Fish, command)?.replace(&seen, others))
 }
 
 /// The completions of `cgtproxy-exec`, whose options come from clap. What follows them clap can't complete: targets,

@@ -487,7 +487,7 @@ fn bash_completes_the_agents_commands_and_their_options() {
             &format!(
                 ". bash-completion/completions/cgtproxy-agent\n\
                  COMP_WORDS=({words}); COMP_CWORD={at}\n\
-                 _cgtproxy__agent cgtproxy-agent \"${{COMP_WORDS[{at}]}}\" \"${{COMP_WORDS[{at}-1]}}\"\n\
+                 _cgtproxy_agent\n\
                  printf '%s\\n' \"${{COMPREPLY[@]}}\""
             ),
         )
@@ -499,6 +499,29 @@ fn bash_completes_the_agents_commands_and_their_options() {
     assert_eq!(permission, ["--json"]);
     let check = complete("cgtproxy-agent check perm", 2);
     assert_eq!(check, ["permission"]);
+    assert_eq!(complete("cgtproxy-agent --config status st", 3), ["status"]);
+    assert_eq!(complete("cgtproxy-agent --config = a st", 4), ["status"]);
+    assert_eq!(complete("cgtproxy-agent help st", 2), ["status"]);
+    let commands = complete("cgtproxy-agent ''", 1);
+    assert!(
+        commands.iter().all(|word| !word.starts_with('-')),
+        "{commands:?}"
+    );
+    // Where there is nothing, bash completes files.
+    for (words, at) in [
+        ("cgtproxy-agent migrate ''", 2),
+        ("cgtproxy-agent check x", 2),
+        ("cgtproxy-agent --config ''", 2),
+        ("cgtproxy-agent --config = ''", 3),
+        ("cgtproxy-agent status --config c", 3),
+    ] {
+        assert_eq!(complete(words, at), [""], "{words}");
+    }
+    let both = complete("cgtproxy-agent check ''", 2);
+    assert!(
+        both.contains(&"config".to_owned()) && both.contains(&"man1".to_owned()),
+        "{both:?}"
+    );
 }
 
 #[test]
@@ -528,6 +551,8 @@ fn fish_completes_targets_options_and_commands() {
     assert_eq!(complete("cgtproxy-exec --pid 1 direct setpri"), [""; 0]);
     let check = complete("cgtproxy-agent chec");
     assert!(check[0].starts_with("check\tFind"), "{check:?}");
+    let help = complete("cgtproxy-agent help stat");
+    assert!(help[0].starts_with("status\tShow"), "{help:?}");
 }
 
 #[test]
