@@ -17,6 +17,7 @@ use std::fmt;
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
@@ -70,6 +71,12 @@ pub enum Error {
          the proxy needs another name in your configuration to be used with cgtproxy-exec"
     )]
     Slice(String),
+    /// There is none to be moved.
+    #[error("there is no process {0}")]
+    NoProcess(u32),
+    /// The user's systemd can't move it.
+    #[error("your systemd can't move process {0}, which is another user's")]
+    OthersProcess(u32),
     /// systemd did not move the process.
     #[error(transparent)]
     Scope(#[from] ScopeError),
@@ -194,7 +201,7 @@ async fn enter(target: &str, name: &str, process: Process, wait: bool) -> Result
         Err(ScopeError::NoManager(_)) if rustix::process::getuid().is_root() => {
             return Err(AgentError::Root.into());
         }
-        entered => entered?,
+        entered => entered.map_err(|error| refused(error, process))?,
     }
     if let Some(mut agent) = agent {
         let control_group = control_group_of(process)
@@ -202,6 +209,23 @@ async fn enter(target: &str, name: &str, process: Process, wait: bool) -> Result
         agent.await_target(&control_group, target).await?;
     }
     Ok(())
+}
+
+/// Why a process was not moved, in plain words where it can be seen that it is the process.
+fn refused(error: ScopeError, process: Process) -> Error {
+    let Process::Other(pid) = process else {
+        return error.into();
+    };
+    let owner = fs::metadata(format!("/proc/{pid}")).map(|process| process.uid());
+    match (&error, owner) {
+        (ScopeError::Refused { .. }, Err(gone)) if gone.kind() == io::ErrorKind::NotFound => {
+            Error::NoProcess(pid)
+        }
+        (ScopeError::Failed { .. }, Ok(owner)) if owner != rustix::process::getuid().as_raw() => {
+            Error::OthersProcess(pid)
+        }
+        _ => error.into(),
+    }
 }
 
 /// Whether a process has any socket open that can send packets, as far as that can be told.

@@ -477,6 +477,45 @@ fn a_scope_that_does_not_start_is_reported() {
 }
 
 #[test]
+fn an_agent_that_is_restarted_is_waited_for() {
+    for (late, hangs_up) in [(50, 0), (0, 1), (50, 1)] {
+        let mut session = Session::new(Behaviour {
+            late: Duration::from_millis(late),
+            hangs_up,
+            ..Behaviour::default()
+        });
+        let output = session.run(["mihomo", "echo", "ran"]);
+        assert_eq!(stdout(&output), "ran\n", "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn says_that_another_users_process_can_not_be_moved() {
+    let mut session = Session::new(Behaviour {
+        job: "failed",
+        ..Behaviour::default()
+    });
+    // Init is root's, who is somebody else mostly.
+    let others = rustix::process::geteuid().is_root().then(|| {
+        let mut sleep = Command::new("setpriv");
+        sleep.args(["--reuid=65534", "--clear-groups", "sleep"]);
+        Sleeping::new(sleep)
+    });
+    let pid = others.as_ref().map_or(1, |others| others.0.id());
+    // It has become that user's.
+    let status = format!("/proc/{pid}/comm");
+    while others.is_some() && std::fs::read_to_string(&status).unwrap() != "sleep\n" {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let output = session.run(["--pid", &pid.to_string(), "mihomo"]);
+    assert_refused(
+        &output,
+        125,
+        &[&format!("process {pid}, which is another user's")],
+    );
+}
+
+#[test]
 fn another_process_is_moved_without_being_touched() {
     let mut session = Session::new(Behaviour::default());
     let mut other = Sleeping::new(Command::new("sleep"));
