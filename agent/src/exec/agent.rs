@@ -1,13 +1,15 @@
 //! Asks the user's agent which targets there are, and when the kernel holds a verdict.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cgtproxy_proto::agent::{
     AwaitTarget_Args, AwaitTarget_Reply, ErrorKind, GetTargets_Args, GetTargets_Reply,
 };
 use cgtproxy_proto::client::CallError;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::connection::{ConnectError, Connection};
@@ -17,6 +19,9 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long the agent may be without a helper: long enough for one that restarts.
 const HELPER_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long nobody may listen: an agent that is restarted is not there for some milliseconds.
+const RESTART: Duration = Duration::from_millis(300);
 
 /// How soon the agent is asked again.
 const AGAIN: Duration = Duration::from_millis(10);
@@ -121,13 +126,36 @@ impl Agent {
         })
     }
 
+    /// The same, and if nobody listens there yet, to one that is being restarted.
+    pub(crate) async fn await_and_connect(socket: PathBuf) -> Result<Self, Error> {
+        let connection = open(&socket).await?;
+        Ok(Self { connection, socket })
+    }
+
+    /// Calls a method, and calls it again if the agent ends meanwhile and another one takes its place.
+    async fn call<A: Serialize + Clone, R: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        arguments: A,
+    ) -> Result<R, Error> {
+        let again = arguments.clone();
+        match self.connection.call(method, arguments).await {
+            Err(CallError::Closed | CallError::Io(_)) => {
+                self.connection = open(&self.socket).await?;
+                let answer = self.connection.call(method, again).await;
+                answer.map_err(Error::Call)
+            }
+            answer => answer.map_err(Error::Call),
+        }
+    }
+
     /// What the agent says of targets. As many programs may be connected to it as there may be, but mostly not for long.
     pub(crate) async fn targets(&mut self) -> Result<GetTargets_Reply, Error> {
         let deadline = Instant::now() + PATIENCE;
         // What there is to say when there is no more time.
         let mut without_answer = Error::NoAnswer;
         loop {
-            let call = self.connection.call("GetTargets", GetTargets_Args {});
+            let call = self.call("GetTargets", GetTargets_Args {});
             let Ok(answer) = timeout_at(deadline, call).await else {
                 return Err(without_answer);
             };
@@ -178,7 +206,7 @@ impl Agent {
     ) -> Result<(), Error> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let call = self.connection.call::<_, AwaitTarget_Reply>(
+            let call = self.call::<_, AwaitTarget_Reply>(
                 "AwaitTarget",
                 AwaitTarget_Args {
                     controlGroup: control_group.to_owned(),
@@ -191,7 +219,7 @@ impl Agent {
             match answer {
                 Ok(AwaitTarget_Reply {}) => return Ok(()),
                 // The control group is a few milliseconds old: word of it may be on its way.
-                Err(CallError::Fault(fault))
+                Err(Error::Call(CallError::Fault(fault)))
                     if matches!(fault.kind(), ErrorKind::ControlGroupNotFound(_)) =>
                 {
                     let again = Instant::now() + AGAIN;
@@ -206,10 +234,21 @@ impl Agent {
     }
 }
 
+/// A connection to the agent at `socket`, which may be about to be there.
+async fn open(socket: &Path) -> Result<Connection, Error> {
+    let deadline = Instant::now() + RESTART;
+    loop {
+        match Connection::open(socket.to_owned()).await {
+            Err(ConnectError::NotRunning) if Instant::now() < deadline => sleep(AGAIN).await,
+            opened => return Ok(opened?),
+        }
+    }
+}
+
 /// A failed call as what it means.
-fn fault(error: CallError) -> Error {
-    let CallError::Fault(fault) = error else {
-        return Error::Call(error);
+fn fault(error: Error) -> Error {
+    let Error::Call(CallError::Fault(fault)) = error else {
+        return error;
     };
     match fault.kind() {
         ErrorKind::NotConnected(Some(args)) => Error::NotConnected(args.problem),

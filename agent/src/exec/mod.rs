@@ -184,7 +184,8 @@ async fn list() -> Result<(), Error> {
 async fn enter(target: &str, name: &str, process: Process, wait: bool) -> Result<(), Error> {
     let mut agent = None;
     if wait {
-        let agent = agent.insert(Agent::connect(default_socket(config::Scope::User)).await?);
+        let agent =
+            agent.insert(Agent::await_and_connect(default_socket(config::Scope::User)).await?);
         agent.check_target(target).await?;
     }
     check_name(target)?;

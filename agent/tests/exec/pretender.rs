@@ -8,6 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use cgtproxy_proto::agent::{
     AwaitTarget_Args, AwaitTarget_Reply, DESCRIPTION, GetTargets_Reply, INTERFACE,
@@ -34,6 +35,10 @@ pub(crate) enum Asked {
 pub(crate) struct Behaviour {
     /// There is an agent.
     pub(crate) agent: bool,
+    /// It listens only after this time.
+    pub(crate) late: Duration,
+    /// How many callers it hangs up on, as one does that ends.
+    pub(crate) hangs_up: u32,
     /// It has a helper.
     pub(crate) connected: bool,
     /// How systemd's job ends.
@@ -50,6 +55,8 @@ impl Default for Behaviour {
     fn default() -> Self {
         Self {
             agent: true,
+            late: Duration::ZERO,
+            hangs_up: 0,
             connected: true,
             job: "done",
             fault: None,
@@ -94,13 +101,16 @@ impl Session {
             runtime.block_on(async {
                 std::fs::create_dir(path.join("cgtproxy")).unwrap();
                 let systemd = tokio::net::UnixListener::bind(path.join("bus")).unwrap();
-                let agent = pretender
-                    .behaviour
-                    .agent
-                    .then(|| tokio::net::UnixListener::bind(path.join("cgtproxy/agent.sock")));
+                let bind = move || tokio::net::UnixListener::bind(path.join("cgtproxy/agent.sock"));
+                let Behaviour { agent, late, .. } = pretender.behaviour;
+                let now = (agent && late.is_zero()).then(&bind);
                 say_ready.send(()).unwrap();
-                if let Some(agent) = agent {
-                    tokio::spawn(pretender.clone().agent(agent.unwrap()));
+                let pretends = pretender.clone();
+                if agent {
+                    tokio::spawn(async move {
+                        tokio::time::sleep(late).await;
+                        pretends.agent(now.unwrap_or_else(bind).unwrap()).await;
+                    });
                 }
                 pretender.systemd(systemd).await;
             });
@@ -200,9 +210,13 @@ impl Pretender {
         self.asked.lock().unwrap().push(asked);
     }
 
-    async fn agent(self, listener: tokio::net::UnixListener) {
+    async fn agent(mut self, listener: tokio::net::UnixListener) {
         loop {
             let (stream, _) = listener.accept().await.unwrap();
+            if self.behaviour.hangs_up > 0 {
+                self.behaviour.hangs_up -= 1;
+                continue;
+            }
             let mut service = self.clone();
             tokio::spawn(async move {
                 let _ = serve_stream(stream, 10_000, &mut service).await;
