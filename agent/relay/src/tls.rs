@@ -8,7 +8,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::ServerName;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use tokio_rustls::rustls::{self, ClientConfig, RootCertStore};
 
 /// What TLS needs to know, read from the system once, when it is first wanted.
 #[derive(Debug, Clone)]
@@ -53,6 +53,19 @@ impl Tls {
         TlsConnector::from(self.0.clone())
             .connect(name, stream)
             .await
+            .map_err(plain)
+    }
+}
+
+/// What goes wrong mostly where the scheme is, in plain words.
+fn plain(error: io::Error) -> io::Error {
+    let reason = error.get_ref().and_then(|reason| reason.downcast_ref());
+    match reason {
+        Some(rustls::Error::InvalidMessage(_)) => io::Error::new(
+            error.kind(),
+            "it does not speak TLS; if it is an HTTP proxy, 'upstream' begins with 'http://'",
+        ),
+        _ => error,
     }
 }
 
@@ -61,6 +74,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::upstream::Stream;
     use std::process::Command;
+    use tokio::io::AsyncWriteExt;
     use tokio_rustls::rustls::ServerConfig;
     use tokio_rustls::rustls::pki_types::pem::PemObject;
     use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -94,6 +108,26 @@ pub(crate) mod tests {
             .with_single_cert(vec![certificate], key)
             .unwrap();
         (Arc::new(client).into(), Arc::new(server).into())
+    }
+
+    #[tokio::test]
+    async fn a_server_without_tls_is_called_that() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await;
+        let (mut served, _) = listener.accept().await.unwrap();
+        let answer = b"HTTP/1.1 400 Bad Request\r\n\r\n";
+        served.write_all(answer).await.unwrap();
+        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(RootCertStore::empty())
+            .with_no_client_auth();
+        let tls = Tls(Arc::new(config));
+        let error = tls.connect("localhost", stream.unwrap()).await.unwrap_err();
+        assert!(
+            error.to_string().starts_with("it does not speak TLS; "),
+            "{error}"
+        );
     }
 
     /// Both ends of TLS over a connection.
