@@ -1,5 +1,6 @@
 //! `cgtproxy-agent explain`
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -8,6 +9,7 @@ use std::process::ExitCode;
 
 use cgtproxy_proto::agent::{ErrorKind, Explain_Args, Explain_Reply, GetStatus_Reply};
 use cgtproxy_proto::client::CallError;
+use cgtproxy_proto::nearest::nearest;
 use cgtproxy_proto::path::ControlGroupPath;
 use rustix::io::Errno;
 use serde_json::{Value, json};
@@ -177,7 +179,7 @@ fn ask(
             Err(Error::Call(CallError::Fault(fault)))
                 if matches!(fault.kind(), ErrorKind::ControlGroupNotFound(_)) =>
             {
-                gone = Some(unknown(&name, scope));
+                gone = Some(unknown(&name, None, scope));
             }
             answer => replies.push(answer?),
         }
@@ -234,10 +236,15 @@ fn meant(
         is_unit && ids.is_some_and(|ids| ids.iter().any(|id| id.as_bytes() == name))
     };
     let units: Vec<_> = groups.iter().filter(is_of_application).cloned().collect();
-    match units.is_empty() {
-        true => Err(unknown(&path.to_wire(), scope)),
-        false => Ok(units),
+    if !units.is_empty() {
+        return Ok(units);
     }
+    let known: BTreeSet<String> = groups
+        .iter()
+        .flat_map(|path| names(&policy::Subject::new(&prefix, path)))
+        .collect();
+    let near = nearest(&path.to_wire(), known.iter().map(String::as_str)).map(printable);
+    Err(unknown(&path.to_wire(), near.as_deref(), scope))
 }
 
 /// What was typed as a path.
@@ -248,10 +255,24 @@ fn named(name: &[u8]) -> Result<ControlGroupPath, Error> {
     })
 }
 
-fn unknown(name: &str, scope: Scope) -> Error {
+/// What the innermost unit of a control group can be called.
+fn names(subject: &policy::Subject) -> Vec<String> {
+    let Some(unit) = subject.units().last() else {
+        return Vec::new();
+    };
+    let mut names = policy::application_ids(unit);
+    let unit = String::from_utf8_lossy(policy::unit_name(unit));
+    names.extend(unit.strip_suffix(".service").map(str::to_owned));
+    names.push(unit.into_owned());
+    names
+}
+
+/// Nothing has this name; something may have one that is nearly the same.
+fn unknown(name: &str, near: Option<&str>, scope: Scope) -> Error {
     let (name, agent) = (printable(name), super::program(scope));
+    let near = near.map_or_else(String::new, |near| format!("; did you mean '{near}'?"));
     Error::NotFound(format!(
-        "there is no control group or unit '{name}', nor an application: '{agent} apps --all' lists what runs"
+        "there is no control group or unit '{name}', nor an application: '{agent} apps --all' lists what runs{near}"
     ))
 }
 
@@ -381,6 +402,33 @@ mod tests {
             absolute("/user.slice")
         );
         assert!(super::subject(&subtree, b"4294967295").is_err());
+    }
+
+    #[test]
+    fn says_what_may_have_been_meant() {
+        let subtree = Subtree::of_user("/sys/fs/cgroup".into(), 5).unwrap();
+        let groups = [
+            "app.slice/app-gnome-org.example.Browser-7.scope",
+            "app.slice/mihomo.service/below",
+        ];
+        let groups = groups.map(|path| ControlGroupPath::from_wire(path).unwrap());
+        let said = |name: &str| {
+            let meant = meant(&subtree, &groups, name.as_bytes(), Scope::User);
+            meant.unwrap_err().to_string()
+        };
+        for (name, near) in [
+            ("org.example.Browsr", "org.example.Browser"),
+            ("org.example.browser", "org.example.Browser"),
+            ("mihmo", "mihomo"),
+            ("mihmo.service", "mihomo.service"),
+        ] {
+            let said = said(name);
+            assert!(
+                said.ends_with(&format!("; did you mean '{near}'?")),
+                "{said}"
+            );
+        }
+        assert!(said("x").ends_with("lists what runs"), "{}", said("x"));
     }
 
     #[test]
