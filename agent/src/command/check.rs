@@ -9,9 +9,8 @@ use crate::config::{self, Scope, Severity};
 use crate::text::{count, printable};
 
 /// Checks a file and prints what was found.
-pub(super) fn run(file: &Path, scope: Scope) -> Result<ExitCode, Error> {
-    let bytes = super::read(file)?;
-    let (_, findings) = config::read(file, &bytes, scope);
+pub(super) fn run(file: &Path, bytes: &[u8], scope: Scope) -> Result<ExitCode, Error> {
+    let (_, findings) = config::read(file, bytes, scope);
     let mut text = String::new();
     // Writing to a string does not fail.
     let _ = findings.render(&mut text, super::colours());

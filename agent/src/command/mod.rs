@@ -9,7 +9,9 @@ mod migrate;
 mod status;
 mod table;
 
+use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -250,12 +252,15 @@ fn print(text: &[u8]) -> Result<(), Error> {
     }
 }
 
-/// The bytes of a configuration file, or those of standard input if it is named `-`.
+/// The bytes of a file that the command line names, or those of standard input if it is named `-`. It may be a pipe, as that
+/// of a shell's `<(COMMAND)`, which no agent would wait for.
 fn read(file: &Path) -> Result<Vec<u8>, Error> {
-    if file != Path::new(STANDARD_INPUT) {
-        return Ok(config::read_file(file)?);
-    }
-    file::read_from(io::stdin().lock()).map_err(|source| {
+    let read = match fs::metadata(file) {
+        _ if file == Path::new(STANDARD_INPUT) => file::read_from(io::stdin().lock()),
+        Ok(named) if named.file_type().is_fifo() => File::open(file).and_then(file::read_from),
+        _ => return Ok(config::read_file(file)?),
+    };
+    read.map_err(|source| {
         let file = file.to_owned();
         LoadError::Unreadable { file, source }.into()
     })
@@ -263,11 +268,12 @@ fn read(file: &Path) -> Result<Vec<u8>, Error> {
 
 fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCode, Error> {
     if let Some(file) = file {
-        return check::run(file, arguments.scope());
+        return check::run(file, &read(file)?, arguments.scope());
     }
     let file = config_file(arguments)?;
-    match check::run(&file.path, arguments.scope()) {
-        Err(Error::Config(LoadError::Missing(_))) if !file.explicit => {
+    match config::read_file(&file.path) {
+        Ok(bytes) => check::run(&file.path, &bytes, arguments.scope()),
+        Err(LoadError::Missing(_)) if !file.explicit => {
             not_roots_own(arguments)?;
             let name = printable(&file.path.to_string_lossy());
             // Nobody is asked, so that it can be said where nothing runs.
@@ -276,7 +282,7 @@ fn check_config(arguments: &Arguments, file: Option<&PathBuf>) -> Result<ExitCod
             print(format!("there is no file {name}: {holds}\n").as_bytes())?;
             Ok(ExitCode::SUCCESS)
         }
-        checked => checked,
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -528,3 +528,23 @@ fn a_help_that_can_not_be_written_is_a_failure() {
         );
     }
 }
+
+#[test]
+fn what_a_command_line_names_may_be_a_pipe() {
+    let world = World::new(CONFIG);
+    let run = |command: &str| {
+        let mut shell = Command::new("bash");
+        shell.args(["-c", command, env!("CARGO_BIN_EXE_cgtproxy-agent")]);
+        shell.arg(&world.config);
+        output(shell)
+    };
+    let (code, out, err) = run("$0 check <(cat $1)");
+    assert_eq!(code, Some(0), "{err}");
+    assert!(out.ends_with(": no errors\n"), "{out}");
+    let (code, out, err) = run("cat $1 | $0 migrate /dev/stdin");
+    assert_eq!((code, out.contains("tproxies:")), (Some(0), true), "{err}");
+    // The agent would not wait for it.
+    let (code, _, err) = run("$0 --config <(cat $1) check");
+    assert!(err.ends_with(": it is not a regular file\n"), "{err}");
+    assert_eq!(code, Some(1));
+}
