@@ -278,8 +278,20 @@ fn check_name(target: &str) -> Result<(), Error> {
 
 /// A process's control group, as the agent takes it.
 fn control_group_of(process: Process) -> io::Result<String> {
-    control_group(&process.control_groups()?)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no control group of version 2"))
+    let file = process.control_groups()?;
+    control_group(&file).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, nameless(&file)))
+}
+
+/// Why the control group that `/proc/PID/cgroup` has in it can't be named to the agent.
+fn nameless(file: &[u8]) -> &'static str {
+    match subtree::of_process(file) {
+        Some(path) if path.starts_with(b"/..") => {
+            "it is outside of this control group namespace: run cgtproxy-exec outside of the container, or use \
+             --no-wait to do without the agent"
+        }
+        Some(_) => "its path can't be told to an agent",
+        None => "no control group of version 2",
+    }
 }
 
 /// The control group that `/proc/PID/cgroup` has in it, as the agent takes it.
@@ -303,6 +315,8 @@ mod tests {
         assert_eq!(control_group(b"1:name=systemd:/init.scope\n"), None);
         // What is outside of this process's control group namespace can't be named.
         assert_eq!(control_group(b"0::/../a\n"), None);
+        assert!(nameless(b"0::/../a\n").contains("namespace"));
+        assert!(nameless(b"1:name=systemd:/init.scope\n").contains("version 2"));
     }
 
     #[test]
