@@ -221,7 +221,7 @@ const MESSAGES: [(&str, &str, &str); 14] = [
     (
         "unclosed bracket",
         "the bracket is not closed",
-        "a text that begins with '[' or '{' needs single quotes",
+        "write ']' or '}' where the list or map ends; a text that begins with '[' or '{' needs single quotes",
     ),
     (
         "misplaced bracket",
