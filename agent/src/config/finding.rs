@@ -47,9 +47,9 @@ pub struct Finding {
 pub struct Excerpt {
     /// The line.
     pub line: String,
-    /// How many characters of it come before the part.
+    /// How many columns of a terminal it takes before the part.
     pub before: usize,
-    /// How many characters the part has; at least one caret is drawn.
+    /// How many columns the part takes; at least one caret is drawn.
     pub length: usize,
 }
 

@@ -1,5 +1,7 @@
 //! What says which control groups a rule is about.
 
+use unicode_width::UnicodeWidthStr;
+
 use crate::config::finding::{Excerpt, Place};
 use crate::config::mount_point::{self, MOUNT_POINT};
 use crate::config::reader::{Entries, Reader, list};
@@ -185,8 +187,8 @@ impl Reader<'_> {
                         "{line_before}{}",
                         rest.split('\n').next().unwrap_or_default()
                     ),
-                    before: printable(line_before).chars().count(),
-                    length: printable(part).chars().count(),
+                    before: printable(line_before).width(),
+                    length: printable(part).width(),
                 });
                 None
             }

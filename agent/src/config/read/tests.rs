@@ -773,6 +773,15 @@ fn an_empty_or_cut_off_file_is_not_a_configuration() {
 }
 
 #[test]
+fn points_into_a_pattern_of_wide_characters() {
+    let (_, findings) = read_text("version: 1\nrules:\n  - match: 日本(\n    drop: true\n");
+    assert_eq!(
+        findings.to_string(),
+        "c.yaml:3:14: error: bad regular expression: unclosed group\n    日本(\n        ^\n"
+    );
+}
+
+#[test]
 fn points_into_the_pattern() {
     let (_, findings) = read_text("version: 1\nrules:\n  - match: \"foo(bar\"\n    drop: true\n");
     assert_eq!(
