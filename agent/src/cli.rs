@@ -176,7 +176,7 @@ pub enum Command {
     Migrate {
         /// The old configuration, or '-' for standard input
         file: PathBuf,
-        /// Write to this file instead of standard output
+        /// Write to this file instead of standard output, which is '-'
         #[arg(short, long, value_name = "FILE")]
         output: Option<PathBuf>,
         /// Replace the file that --output names

@@ -1,20 +1,25 @@
 //! `cgtproxy-agent migrate`
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 use std::process::ExitCode;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
+use rustix::process::Uid;
 
 use super::Error;
 use crate::config;
 
+/// What names standard output in place of a file.
+const STANDARD_OUTPUT: &str = "-";
+
 /// Turns a file of another program into a configuration: on standard output, or in a new file.
 pub(super) fn run(file: &Path, output: Option<&Path>, force: bool) -> Result<ExitCode, Error> {
     let bytes = super::read(file)?;
+    let output = output.filter(|file| *file != Path::new(STANDARD_OUTPUT));
     let (migrated, findings) = match config::migrate(file, &bytes) {
         Ok((text, findings)) => (Some(text), findings),
         Err(findings) => (None, findings),
@@ -45,8 +50,11 @@ fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
         file: file.to_owned(),
         source,
     };
-    // Another user's link may lead to a file that they could not write to themselves.
     let own = rustix::process::geteuid();
+    if let Some(mut stream) = stream(file, own).map_err(failed)? {
+        return stream.write_all(bytes).map_err(failed);
+    }
+    // Another user's link may lead to a file that they could not write to themselves.
     let place = match fs::symlink_metadata(file) {
         Ok(link) if force && link.uid() == own.as_raw() => file.canonicalize().ok(),
         _ => None,
@@ -54,6 +62,10 @@ fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
     let place = place.unwrap_or_else(|| file.to_owned());
     let replaced = match fs::symlink_metadata(&place) {
         Ok(replaced) if force && replaced.is_file() => Some(replaced),
+        // Root could put a file in the place of a device.
+        Ok(other) if force && !other.is_symlink() => {
+            return Err(failed(io::Error::other("it is not a regular file")));
+        }
         _ => None,
     };
     let mut name = place.as_os_str().to_owned();
@@ -95,11 +107,55 @@ fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
     })
 }
 
+/// A pipe or a device to write to, such as /dev/stdout, in whose place no file is put. A link of another user's is not
+/// followed, but for root's.
+fn stream(file: &Path, own: Uid) -> io::Result<Option<File>> {
+    let leads_there = fs::symlink_metadata(file)
+        .is_ok_and(|link| link.uid() == own.as_raw() || link.uid() == Uid::ROOT.as_raw());
+    let kind = fs::metadata(file).map(|file| file.file_type());
+    let is_stream = kind.is_ok_and(|kind| kind.is_fifo() || kind.is_char_device());
+    match leads_there && is_stream {
+        true => OpenOptions::new().write(true).open(file).map(Some),
+        false => Ok(None),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::{chown, lchown, symlink};
 
     use super::*;
+    use crate::text::chain;
+
+    #[test]
+    fn nothing_takes_the_place_of_a_pipe_or_a_socket() {
+        let directory = tempfile::tempdir().unwrap();
+        let [pipe, link, socket] =
+            ["pipe", "link", "socket"].map(|name| directory.path().join(name));
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        symlink(&pipe, &link).unwrap();
+        for (named, force) in [(&pipe, false), (&pipe, true), (&link, true)] {
+            let reader = pipe.clone();
+            let reader = std::thread::spawn(move || fs::read(reader).unwrap());
+            write(named, b"new", force).unwrap();
+            assert_eq!(reader.join().unwrap(), b"new");
+        }
+        assert!(fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let error = write(&socket, b"new", true).unwrap_err();
+        assert!(
+            chain(&error).ends_with(": it is not a regular file"),
+            "{error:?}"
+        );
+        assert!(
+            fs::symlink_metadata(&socket)
+                .unwrap()
+                .file_type()
+                .is_socket()
+        );
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3);
+    }
 
     /// For root, who may write anywhere.
     #[test]

@@ -543,6 +543,12 @@ fn what_a_command_line_names_may_be_a_pipe() {
     assert!(out.ends_with(": no errors\n"), "{out}");
     let (code, out, err) = run("cat $1 | $0 migrate /dev/stdin");
     assert_eq!((code, out.contains("tproxies:")), (Some(0), true), "{err}");
+    // What names standard output does not become a file.
+    for out in ["-", "/dev/stdout"] {
+        let (code, out, err) = run(&format!("cd /; $0 migrate $1 --output {out} --force | cat"));
+        assert_eq!((code, out.contains("tproxies:")), (Some(0), true), "{err}");
+        assert!(!std::fs::exists("/-").unwrap());
+    }
     // The agent would not wait for it.
     let (code, _, err) = run("$0 --config <(cat $1) check");
     assert!(err.ends_with(": it is not a regular file\n"), "{err}");
