@@ -71,35 +71,58 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node, config: 
                     adds_slices = true;
                 }
                 for (key, value) in rules.iter().flat_map(entries) {
-                    let written = match &value.value {
-                        Value::Text(text) => Some(text.as_str()),
-                        _ => None,
-                    };
-                    let cut = written.and_then(mount_point::without);
-                    if let (Some(pattern), "match") =
-                        (cut.as_deref().or(written), reader.written(key).as_str())
-                    {
-                        if let Ok(pattern) = reader.patterns.compile(pattern) {
-                            reader.warn_if_outside(key.place, &pattern);
-                        }
-                        let selector = pattern::selector(pattern);
-                        let selector = selector.or_else(|| {
-                            let line = cut.as_deref().filter(|cut| !cut.contains('\n'))?;
-                            Some(format!("match: {}", scalar(line)))
-                        });
-                        let edit = selector.and_then(|s| Some((extent(text, key, value)?, s)));
-                        if let (Some(_), Some(_)) = (&cut, &edit) {
-                            let message = format!("'{MOUNT_POINT}' is left out");
-                            let help = "a path begins at the control group root".into();
-                            done.push((key.place, message, help));
-                        }
+                    if reader.written(key) == "match" {
+                        let (edit, cut) = selector_of(reader, text, key, value);
                         edits.extend(edit);
+                        done.extend(cut);
                     }
                 }
             }
             _ => {}
         }
     }
+    let new = edited(text, edits);
+    // In a way of writing YAML that nobody has thought of here; it loads as it is.
+    if !says_the_same(config, &new, adds_slices) {
+        return text.to_owned();
+    }
+    for (place, what, why) in done {
+        reader.warning(place, what).help = Some(why);
+    }
+    new
+}
+
+/// What takes the place of a rule's pattern, if something says the same in other words; and what was cut out of it, which
+/// is said only of what is replaced.
+fn selector_of(
+    reader: &mut Reader<'_>,
+    text: &str,
+    key: &Node,
+    value: &Node,
+) -> (Option<Edit>, Option<Done>) {
+    let Value::Text(written) = &value.value else {
+        return (None, None);
+    };
+    let cut = mount_point::without(written);
+    let pattern = cut.as_deref().unwrap_or(written);
+    if let Ok(pattern) = reader.patterns.compile(pattern) {
+        reader.warn_if_outside(key.place, &pattern);
+    }
+    let selector = pattern::selector(pattern).or_else(|| {
+        let line = cut.as_deref().filter(|cut| !cut.contains('\n'))?;
+        Some(format!("match: {}", scalar(line)))
+    });
+    let edit = selector.and_then(|s| Some((extent(text, key, value)?, s)));
+    let done = (cut.is_some() && edit.is_some()).then(|| {
+        let message = format!("'{MOUNT_POINT}' is left out");
+        let help = "a path begins at the control group root".into();
+        (key.place, message, help)
+    });
+    (edit, done)
+}
+
+/// The text with these edits made.
+fn edited(text: &str, mut edits: Vec<Edit>) -> String {
     edits.sort_by_key(|(range, _)| (range.start, range.end));
     let mut new = text.to_owned();
     // Two that are cut out of one line may both want what is between them.
@@ -110,13 +133,6 @@ pub(super) fn migrate(reader: &mut Reader<'_>, text: &str, root: &Node, config: 
         if new.get(range.clone()).is_some() {
             new.replace_range(range, &with);
         }
-    }
-    // In a way of writing YAML that nobody has thought of here; it loads as it is.
-    if !says_the_same(config, &new, adds_slices) {
-        return text.to_owned();
-    }
-    for (place, what, why) in done {
-        reader.warning(place, what).help = Some(why);
     }
     new
 }
