@@ -28,7 +28,7 @@ const ANSWER_BYTES: usize = 4 + 1 + FIELD_BYTES + 2;
 /// The longest name, user and password there can be: their lengths are one byte.
 pub(crate) const FIELD_BYTES: usize = 255;
 
-/// Who to say that one is, and how to prove it: neither is empty nor longer than [`FIELD_BYTES`].
+/// Who to say that one is, and how to prove it: neither is empty nor longer than `FIELD_BYTES`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Credentials {
     /// The user.

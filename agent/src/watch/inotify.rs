@@ -116,7 +116,7 @@ impl Events {
         })
     }
 
-    /// Waits for events and returns those that there are, at most some [`BATCH`]. Cancel safe.
+    /// Waits for events and returns those that there are, at most some `BATCH`. Cancel safe.
     ///
     /// # Errors
     /// If they can't be read.
@@ -152,7 +152,7 @@ impl Events {
         !matches!(self.waiting, Waiting::Runtime(_))
     }
 
-    /// The events that there are now, at most some [`BATCH`].
+    /// The events that there are now, at most some `BATCH`.
     ///
     /// # Errors
     /// If they can't be read.
@@ -162,7 +162,7 @@ impl Events {
 }
 
 impl Queue {
-    /// The events that there are now, at most some [`BATCH`].
+    /// The events that there are now, at most some `BATCH`.
     fn fetch(&mut self) -> io::Result<Vec<Event>> {
         let mut batch = Vec::new();
         match self.read(&mut batch) {
@@ -255,7 +255,7 @@ impl Watches {
         bytes.map_or(usize::MAX, |bytes| bytes / EVENT_BYTES)
     }
 
-    /// The events that there are now, at most some [`BATCH`].
+    /// The events that there are now, at most some `BATCH`.
     ///
     /// # Errors
     /// If they can't be read.

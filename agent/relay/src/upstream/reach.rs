@@ -12,8 +12,8 @@ use tokio::time::{Instant, timeout};
 
 use super::{CONNECT, Error, down};
 
-/// How much of the first of these looking up its name may take: a little less than [`SILENCE`], after which it is the
-/// proxy that is blamed.
+/// How much of the first of these looking up its name may take: a little less than [`super::SILENCE`], after which it is
+/// the proxy that is blamed.
 const LOOK_UP: Duration = Duration::from_secs(9);
 
 /// How many look-ups of one name there may be at once. Each keeps one of the few threads that there are for all proxies.
