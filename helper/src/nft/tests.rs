@@ -528,7 +528,7 @@ fn elements_of_every_kind() {
                         Content::Verdicts => Element::Goto(c"some-chain"),
                         Content::Values(_) => Element::Value(&value),
                     };
-                    let comment = Some(&whose).filter(|_| number % 2 == 0);
+                    let comment = (number % 2 == 0).then_some(&whose);
                     set.push_with(&key, element, comment);
                 }
                 transaction.write_elements(&set, MsgType::Add);
