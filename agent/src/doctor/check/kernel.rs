@@ -1,6 +1,6 @@
 //! Can the kernel do what is needed?
 
-use crate::doctor::facts::Facts;
+use crate::doctor::facts::{Facts, Tracked};
 use crate::doctor::{Finding, Group};
 
 /// Before it, a class id in net_cls or net_prio took the place of a socket's control group ("bpf, cgroups:
@@ -28,6 +28,11 @@ pub(super) fn check(facts: &Facts) -> Group {
         }
         Err(why) => group.unseen.push(format!("what nftables can do: {why}")),
     }
+    let tracked = group.see(
+        "the connections that the kernel tracks",
+        &facts.network.tracked,
+    );
+    group.found(tracked.and_then(|tracked| full(tracked.as_ref()?)));
     if let Some(status) = facts.helper_status() {
         group.found((!status.tableOwned).then(|| {
             Finding::note(
@@ -50,6 +55,23 @@ pub(super) fn check(facts: &Facts) -> Group {
         group.summary = format!("Linux {major}.{minor}, has all that is needed");
     }
     group
+}
+
+/// Short of the limit already: a table that is full stays a little below it, as the kernel forgets what has had no answer.
+fn full(tracked: &Tracked) -> Option<Finding> {
+    let Tracked { count, max } = *tracked;
+    (max > 0 && count >= max - max / 20).then(|| {
+        Finding::warning(
+            "connections-full",
+            format!("the kernel tracks {count} connections, and may track {max}"),
+        )
+        .effect("When there are as many as there may be, no new connection of anybody's gets through.")
+        .advice("find out whose they are (conntrack -L), or raise the limit; a line in /etc/sysctl.d keeps it")
+        .command(format!(
+            "sudo sysctl -w net.netfilter.nf_conntrack_max={}",
+            max.saturating_mul(2)
+        ))
+    })
 }
 
 fn no_ctnetlink() -> Finding {

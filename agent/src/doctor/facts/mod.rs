@@ -294,6 +294,17 @@ pub struct Network {
     pub ipv6_off: Look<bool>,
     /// There is a bridge, and what it carries meets the rules for routed packets (br_netfilter).
     pub bridge_filter: bool,
+    /// The connections that the kernel tracks; none if it tracks none at all.
+    pub tracked: Look<Option<Tracked>>,
+}
+
+/// The kernel's table of connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tracked {
+    /// How many are in it.
+    pub count: u64,
+    /// How many there may be; 0 for any number.
+    pub max: u64,
 }
 
 /// What the configuration's `gateway` rests on.

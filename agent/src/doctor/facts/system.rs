@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use super::groups::unit_runs;
-use super::{Gateway, Inotify, Network, System};
+use super::{Gateway, Inotify, Network, System, Tracked};
 use crate::config;
 use crate::doctor::Look;
 
@@ -64,7 +64,21 @@ pub fn network() -> Network {
         ipv6_off_on_lo: off("lo"),
         ipv6_off: off("all"),
         bridge_filter: (bridge("iptables") || bridge("ip6tables")) && has_bridge(),
+        tracked: tracked(),
     }
+}
+
+/// How full the kernel's table of connections is.
+fn tracked() -> Look<Option<Tracked>> {
+    let name = "net.netfilter.nf_conntrack";
+    // Where the module is not loaded, nothing is tracked.
+    if !Path::new("/proc/sys/net/netfilter/nf_conntrack_max").exists() {
+        return Ok(None);
+    }
+    Ok(Some(Tracked {
+        count: sysctl(&format!("{name}_count"))?,
+        max: sysctl(&format!("{name}_max"))?,
+    }))
 }
 
 /// Whether there is a bridge.

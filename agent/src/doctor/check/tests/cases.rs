@@ -82,6 +82,13 @@ pub(super) const BROKEN: &[(&str, Severity, Break)] = {
             f.system.linux = Ok((5, 14));
             f.system.v1_network_controllers = Ok(vec!["net_cls".into()]);
         }),
+        ("connections-full", Warning, |f| {
+            let tracked = Tracked {
+                count: 62_300,
+                max: 65_536,
+            };
+            f.network.tracked = Ok(Some(tracked));
+        }),
         ("table-not-protected", Note, |f| {
             helper(f).0.tableOwned = false
         }),
@@ -376,6 +383,12 @@ pub(super) const HARMLESS: &[(&str, Break)] = &[
                 ..Rule::default()
             },
         );
+    }),
+    ("a kernel that tracks no connections", |f| {
+        f.network.tracked = Ok(None)
+    }),
+    ("connections without a limit", |f| {
+        f.network.tracked = Ok(Some(Tracked { count: 9, max: 0 }));
     }),
     ("no ctnetlink where nothing is carried on", |f| {
         helper(f).1.missingFeatures = vec!["ctnetlink".into()];

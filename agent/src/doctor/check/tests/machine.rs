@@ -216,6 +216,10 @@ pub(super) fn fine() -> Facts {
             ipv6_off_on_lo: Ok(false),
             ipv6_off: Ok(false),
             bridge_filter: false,
+            tracked: Ok(Some(Tracked {
+                count: 60_000,
+                max: 65_536,
+            })),
         },
         system: System {
             linux: Ok((6, 12)),
