@@ -95,6 +95,19 @@ fn what_comes_in_on_a_listed_interface_goes_to_the_proxy() {
 }
 
 #[test]
+fn a_proxy_on_loopback_addresses_takes_what_is_forwarded() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let _proxy = sb.tproxy("company").uid(0).loopback_port(7890).start();
+        let host = sb.host_behind("lan0");
+        let app = host.app();
+        let mut root = Session::of(&sb.user(0));
+        divert(&mut root, &["lan0"], &company(), &json!([]));
+        sb.expect(&app, by("company"));
+    });
+}
+
+#[test]
 fn broadcast_and_multicast_are_left_alone() {
     sandbox(|sb| {
         let _helper = sb.helper().start();

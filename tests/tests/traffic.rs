@@ -579,6 +579,28 @@ fn without_a_listener_a_proxied_app_is_refused_at_once() {
     });
 }
 
+/// As machines have them that announce addresses of their own by a routing protocol, or serve anycast ones.
+#[test]
+fn other_addresses_of_lo_hide_no_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let app = user.cgroup(APP).app();
+        let _proxy = sb.tproxy("mihomo").uid(1001).loopback_port(7890).start();
+        let mut session = Session::of(&user);
+        session.replace(
+            json!([{ "name": "mihomo", "port": 7890 }]),
+            json!([]),
+            json!([to_proxy("", "mihomo")]),
+        );
+        sb.expect(&app, by("mihomo"));
+        for address in ["192.0.2.53/32", "2001:db8::53/128"] {
+            sb.run(&["ip", "address", "add", address, "dev", "lo"]);
+        }
+        sb.expect(&app, by("mihomo"));
+    });
+}
+
 #[test]
 fn a_neighbour_on_the_link_is_never_proxied() {
     sandbox(|sb| {

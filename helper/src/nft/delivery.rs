@@ -31,25 +31,29 @@ impl Transaction<'_> {
         for chain in [chain, answers] {
             self.flush_chain(chain);
         }
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
-            // meta l4proto PROTOCOL tproxy to :ct mark & MASK map @ports goto GUARD
-            self.add_rules(
-                chain,
-                [&|rule| {
-                    rule.l4proto(protocol)
-                        .tproxy_by_ct_mark(mask, PORTS)
-                        .goto(guard)
-                }],
-            );
-            // meta l4proto PROTOCOL tproxy to :meta priority map @ports goto GUARD
-            self.add_rules(
-                answers,
-                [&|rule| {
-                    rule.l4proto(protocol)
-                        .tproxy_by_priority(PORTS)
-                        .goto(guard_answers)
-                }],
-            );
+        for family in [Family::Ipv4, Family::Ipv6] {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                // meta nfproto FAMILY meta l4proto PROTOCOL tproxy ip to 127.0.0.1:(ct mark & MASK map @ports) goto GUARD
+                self.add_rules(
+                    chain,
+                    [&|rule| {
+                        rule.nfproto(family)
+                            .l4proto(protocol)
+                            .tproxy_by_ct_mark(family, mask, PORTS)
+                            .goto(guard)
+                    }],
+                );
+                // meta nfproto FAMILY meta l4proto PROTOCOL tproxy ip to 127.0.0.1:(meta priority map @ports) goto GUARD
+                self.add_rules(
+                    answers,
+                    [&|rule| {
+                        rule.nfproto(family)
+                            .l4proto(protocol)
+                            .tproxy_by_priority(family, PORTS)
+                            .goto(guard_answers)
+                    }],
+                );
+            }
         }
         for chain in [chain, answers] {
             // goto refuse

@@ -122,15 +122,17 @@ impl Expression for TcpFlags {
     }
 }
 
-/// `tproxy to :PORT`, with the port in register 1 in network byte order.
-pub(super) struct Tproxy;
+/// `tproxy ip to ADDRESS:PORT` or `tproxy ip6 to [ADDRESS]:PORT`, with the port in register 1 and the address in register
+/// 2, in network byte order. A packet of the other family does not match.
+pub(super) struct Tproxy(pub(super) ProtoFamily);
 
 impl Expression for Tproxy {
     fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
         expression(
             Kind::Tproxy,
             &[
-                (sys::NFTNL_EXPR_TPROXY_FAMILY, ProtoFamily::Unspec as u32),
+                (sys::NFTNL_EXPR_TPROXY_FAMILY, self.0 as u32),
+                (sys::NFTNL_EXPR_TPROXY_REG_ADDR, Register::Reg2.to_raw()),
                 (sys::NFTNL_EXPR_TPROXY_REG_PORT, Register::Reg1.to_raw()),
             ],
         )

@@ -11,6 +11,7 @@ use super::rule::RuleBuilder;
 use super::{Nftables, PROBE};
 use crate::conntrack::Conntrack;
 use crate::netlink::Refusal;
+use crate::route::Family;
 
 const CHAIN: &CStr = c"probe";
 
@@ -19,7 +20,7 @@ pub(super) type Attempt = fn(RuleBuilder<'_>) -> RuleBuilder<'_>;
 
 /// What proxies need besides what the table itself needs, without which the helper does not start.
 pub(super) const FEATURES: [(&str, Attempt); 3] = [
-    ("tproxy", |rule| rule.tproxy(1)),
+    ("tproxy", |rule| rule.tproxy(Family::Ipv4, 1)),
     ("fib", |rule| rule.daddr_local_or_many().return_()),
     ("dnat", |rule| rule.dnat(IpAddr::V4(Ipv4Addr::LOCALHOST), 1)),
 ];

@@ -2,7 +2,7 @@
 //! have it as nft writes it.
 
 use std::ffi::CStr;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use nftnl::expr::ct::States;
 use nftnl::expr::{
@@ -546,25 +546,43 @@ impl<'a> RuleBuilder<'a> {
         self.with(&Meta::SkUid).in_set(set)
     }
 
-    /// `tproxy to :PORT`. Without a listener the rule does not match.
-    pub(super) fn tproxy(self, port: u16) -> Self {
+    /// `tproxy ip to 127.0.0.1:PORT` or `tproxy ip6 to [::1]:PORT`. Without a listener the rule does not match.
+    pub(super) fn tproxy(self, family: Family, port: u16) -> Self {
         self.with(&Immediate::new(port.to_be_bytes(), Register::Reg1))
-            .with(&Tproxy)
+            .tproxy_to_loopback(family)
     }
 
-    /// `tproxy to :ct mark & MASK map @PORTS`. Without a listener the rule does not match.
+    /// `tproxy ip to 127.0.0.1:(ct mark & MASK map @PORTS)`, or for IPv6. Without a listener the rule does not match.
     ///
     /// nft shows it without the port: it prints a port that is written there, and no other (tproxy_stmt_print).
-    pub(super) fn tproxy_by_ct_mark(self, mask: u32, ports: &CStr) -> Self {
-        self.ct_mark(mask).value_of(ports).with(&Tproxy)
+    pub(super) fn tproxy_by_ct_mark(self, family: Family, mask: u32, ports: &CStr) -> Self {
+        self.ct_mark(mask)
+            .value_of(ports)
+            .tproxy_to_loopback(family)
     }
 
-    /// `tproxy to :meta priority map @PORTS`. Without a listener the rule does not match. nft shows it without the
-    /// port.
-    pub(super) fn tproxy_by_priority(self, ports: &CStr) -> Self {
+    /// `tproxy ip to 127.0.0.1:(meta priority map @PORTS)`, or for IPv6. Without a listener the rule does not match. nft
+    /// shows it without the port.
+    pub(super) fn tproxy_by_priority(self, family: Family, ports: &CStr) -> Self {
         self.with(&PacketPriority::Load)
             .value_of(ports)
-            .with(&Tproxy)
+            .tproxy_to_loopback(family)
+    }
+
+    /// To the port in register 1. Without an address the kernel takes the first one of the interface that the packet
+    /// came in on (nf_tproxy_laddr4, nf_tproxy_laddr6), which on lo need not be ::1 and elsewhere never is: it would
+    /// find no listener on a loopback address. With this one it finds those on all addresses, too.
+    fn tproxy_to_loopback(self, family: Family) -> Self {
+        match family {
+            Family::Ipv4 => {
+                let address = Immediate::new(Ipv4Addr::LOCALHOST.octets(), Register::Reg2);
+                self.with(&address).with(&Tproxy(ProtoFamily::Ipv4))
+            }
+            Family::Ipv6 => {
+                let address = Immediate::new(Ipv6Addr::LOCALHOST.octets(), Register::Reg2);
+                self.with(&address).with(&Tproxy(ProtoFamily::Ipv6))
+            }
+        }
     }
 
     /// `jump CHAIN`

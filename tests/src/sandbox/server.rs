@@ -101,6 +101,13 @@ impl ServerBuilder {
         self
     }
 
+    /// Listens on that port, TCP and UDP, on 127.0.0.1 and ::1 and nowhere else.
+    pub fn loopback_port(self, port: u16) -> Self {
+        let ipv4 = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+        let ipv6 = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port);
+        self.at(ipv4).at(ipv6)
+    }
+
     /// Listens there, TCP and UDP.
     pub fn at(self, address: SocketAddr) -> Self {
         self.listen(Transport::Tcp, address)
