@@ -1,6 +1,6 @@
 //! Do hijacked queries find a server, and does anything ask past the hijack?
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use super::proxies::{takes, way};
 use super::relay::UNASKED;
@@ -41,6 +41,10 @@ pub(super) fn check(facts: &Facts) -> Group {
     }
     if let Some(text) = group.see("/etc/nsswitch.conf", &facts.system.nsswitch) {
         group.found(nss_resolve(text, facts.system.resolved));
+    }
+    let catches_ipv6 = relay || hijacks.iter().any(|(_, dns)| dns.ipv6.is_some());
+    if catches_ipv6 && let Some(text) = group.see("/etc/resolv.conf", &facts.system.resolv) {
+        group.found(only_link_local(text));
     }
     group.found(facts.system.nscd.then(|| {
         Finding::warning("nscd", "nscd answers queries for names of all programs")
@@ -115,5 +119,36 @@ fn nss_resolve(text: &str, resolved: bool) -> Option<Finding> {
         )
         .advice("without it, names are asked for by DNS, which dns-hijack catches")
         .command(r"sudo sed -i -E '/^ *hosts:/s/\<resolve\>( *\[[^]]*\])?//' /etc/nsswitch.conf")
+    })
+}
+
+/// Whether the C library knows no server but such as are at link-local addresses, to which queries are refused: it
+/// asks the next one then. It uses the first three (resolv.conf(5), MAXNS).
+fn only_link_local(text: &str) -> Option<Finding> {
+    let servers: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("nameserver"))
+        .filter_map(|rest| rest.split_ascii_whitespace().next())
+        .take(3)
+        .collect();
+    let is_link_local = |server: &&str| {
+        let address = server.split('%').next().unwrap_or_default();
+        address
+            .parse::<Ipv6Addr>()
+            .is_ok_and(|address| address.is_unicast_link_local())
+    };
+    (!servers.is_empty() && servers.iter().all(is_link_local)).then(|| {
+        Finding::error(
+            "link-local-dns",
+            format!(
+                "all servers in /etc/resolv.conf are at link-local addresses: {}",
+                servers.join(", ")
+            ),
+        )
+        .effect("Hijacked queries to those are refused, so that applications find no names.")
+        .advice(
+            "have another server in /etc/resolv.conf; any will do, as queries to it are hijacked",
+        )
+        .command("resolvectl dns || nmcli device show | grep DNS")
     })
 }

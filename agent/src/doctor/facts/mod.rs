@@ -329,6 +329,8 @@ pub struct System {
     pub v1_network_controllers: Look<Vec<String>>,
     /// What /etc/nsswitch.conf says.
     pub nsswitch: Look<String>,
+    /// What /etc/resolv.conf says.
+    pub resolv: Look<String>,
     /// systemd-resolved answers to nss-resolve.
     pub resolved: bool,
     /// nscd runs, and looks up names of hosts.

@@ -205,10 +205,8 @@ pub fn system(root: &Path) -> System {
                 io::ErrorKind::NotFound => Ok(Vec::new()),
                 _ => Err(error.to_string()),
             }),
-        nsswitch: match fs::read_to_string("/etc/nsswitch.conf") {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-            read => read.map_err(|error| error.to_string()),
-        },
+        nsswitch: text_of("/etc/nsswitch.conf"),
+        resolv: text_of("/etc/resolv.conf"),
         resolved: UnixStream::connect("/run/systemd/resolve/io.systemd.Resolve").is_ok(),
         nscd: UnixStream::connect("/var/run/nscd/socket").is_ok() && nscd_looks_up_names(),
         networkd: unit_runs(root, "systemd-networkd.service"),
@@ -216,6 +214,14 @@ pub fn system(root: &Path) -> System {
             .map(|texts| removes_rules(texts.iter().map(String::as_str)))
             .map_err(|error| error.to_string()),
         original: unit_runs(root, "cgtproxy.service"),
+    }
+}
+
+/// What is in a file that need not be there.
+fn text_of(path: &str) -> Look<String> {
+    match fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        read => read.map_err(|error| error.to_string()),
     }
 }
 

@@ -258,6 +258,16 @@ pub(super) const BROKEN: &[(&str, Severity, Break)] = {
             f.config = ConfigState::Read(vec![relayed(true)]);
             f.system.nsswitch = Ok("hosts: resolve dns".into());
         }),
+        ("link-local-dns", Error, |f| {
+            f.config = ConfigState::Read(vec![relayed(true)]);
+            f.system.resolv =
+                Ok("search lan\nnameserver fe80::1%wlan0\nnameserver\tfe80::2\n".into());
+        }),
+        ("link-local-dns", Error, |f| {
+            f.config = ConfigState::Read(vec![relayed(true)]);
+            let four = "nameserver fe80::1%2\n".repeat(3) + "nameserver 192.0.2.53\n";
+            f.system.resolv = Ok(four);
+        }),
         ("nscd", Warning, |f| f.system.nscd = true),
     ]
 };
@@ -339,6 +349,18 @@ pub(super) const HARMLESS: &[(&str, Break)] = &[
     ("nss-resolve without resolved", |f| {
         f.system.nsswitch = Ok("hosts: resolve dns".into());
         f.system.resolved = false;
+    }),
+    ("a link-local server before another one", |f| {
+        f.config = ConfigState::Read(vec![relayed(true)]);
+        let text = "nameserver fe80::1%wlan0\nnameserver 192.0.2.53\n";
+        f.system.resolv = Ok(text.into());
+    }),
+    ("link-local servers where IPv6 is not caught", |f| {
+        f.system.resolv = Ok("nameserver fe80::1%wlan0\n".into());
+    }),
+    ("no server but that at localhost", |f| {
+        f.config = ConfigState::Read(vec![relayed(true)]);
+        f.system.resolv = Ok("# nameserver fe80::1%wlan0\nsearch lan\n".into());
     }),
     ("resolve in a comment", |f| {
         f.system.nsswitch = Ok("hosts: dns # resolve".into())

@@ -225,6 +225,7 @@ pub(super) fn fine() -> Facts {
             linux: Ok((6, 12)),
             v1_network_controllers: Ok(Vec::new()),
             nsswitch: Ok("passwd: files\nhosts: files myhostname dns\n".into()),
+            resolv: Ok("nameserver 192.0.2.53\n".into()),
             resolved: true,
             nscd: false,
             networkd: Ok(true),
