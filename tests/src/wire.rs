@@ -46,6 +46,8 @@ pub struct Listen {
     pub transport: Transport,
     /// Where to bind.
     pub address: SocketAddr,
+    /// Takes further paths of a connection (MPTCP, RFC 8684), besides TCP.
+    pub multipath: bool,
 }
 
 /// Everything a test server must know to start.
@@ -194,6 +196,8 @@ pub enum AppOrder {
         /// The flow.
         flow: u32,
     },
+    /// Have every TCP flow that is begun from now on be one of MPTCP.
+    Multipath,
     /// Bind every TCP and UDP socket of a flow made from now on to this interface (SO_BINDTODEVICE).
     Device {
         /// Its name.

@@ -124,6 +124,15 @@ impl App {
         }
     }
 
+    /// Has all TCP connections from now on be of MPTCP.
+    ///
+    /// # Panics
+    /// When it does not obey.
+    #[track_caller]
+    pub fn multipath(&self) {
+        self.done(&AppOrder::Multipath);
+    }
+
     /// Binds all TCP and UDP sockets from now on to this interface.
     ///
     /// # Panics

@@ -29,7 +29,9 @@ pub use behind::Host;
 pub use builder::{AgentBuilder, HELPER_UID, HelperBuilder, RelayBuilder};
 pub use cgroup::{Cgroup, ROOT as CGROUP_ROOT, applications_below};
 pub use kernel::{Element, Rule};
-pub use network::{Delivery, INTERNET_V4, INTERNET_V6, MACHINE_V4, MACHINE_V6, PORTS, UPLINK};
+pub use network::{
+    Delivery, INTERNET_V4, INTERNET_V6, MACHINE_V4, MACHINE_V6, MULTIPATH_PORT, PORTS, UPLINK,
+};
 pub use outcome::{Outcome, by, direct, local, proxied};
 pub use program::Program;
 pub use reexec::Inside;

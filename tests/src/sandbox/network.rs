@@ -26,6 +26,8 @@ pub const INTERNET_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0,
 pub const UPLINK: &str = "uplink";
 /// Where the internet answers, on TCP and UDP: http, https, domain and one of no meaning.
 pub const PORTS: [u16; 4] = [80, 443, 53, 9999];
+/// Where it answers TCP and, on kernels that have it, MPTCP.
+pub const MULTIPATH_PORT: u16 = 9998;
 
 /// The namespace the internet is in.
 pub(crate) const NETNS: &str = "/run/netns/internet";
@@ -129,9 +131,15 @@ pub(crate) fn start_internet() -> Control {
             listen.extend(any.map(|ip| Listen {
                 transport,
                 address: SocketAddr::new(ip, port),
+                multipath: false,
             }));
         }
     }
+    listen.extend(any.map(|ip| Listen {
+        transport: Transport::Tcp,
+        address: SocketAddr::new(ip, MULTIPATH_PORT),
+        multipath: true,
+    }));
     let spec = ServerSpec {
         name: "internet".into(),
         kind: ServerKind::Internet,

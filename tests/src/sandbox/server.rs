@@ -116,7 +116,11 @@ impl ServerBuilder {
 
     /// Listens there.
     pub fn listen(mut self, transport: Transport, address: SocketAddr) -> Self {
-        self.spec.listen.push(Listen { transport, address });
+        self.spec.listen.push(Listen {
+            transport,
+            address,
+            multipath: false,
+        });
         self
     }
 

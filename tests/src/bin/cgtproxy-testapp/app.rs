@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cgtproxy_tests::wire::{AppOrder, AppReport};
+use socket2::Protocol;
 
 use crate::lines::{parse, say};
 use crate::traffic::{self, Traffic};
@@ -47,6 +48,8 @@ struct App {
     traffic: HashMap<u32, Traffic>,
     /// What sockets are marked with.
     mark: u32,
+    /// Connections are of MPTCP.
+    multipath: bool,
     /// The interface that sockets are bound to.
     device: Option<String>,
     /// Connections that are only kept.
@@ -63,7 +66,11 @@ impl App {
     fn obey(&mut self, order: AppOrder) -> std::io::Result<AppReport> {
         match order {
             AppOrder::OpenTcp { flow, to } => {
-                let flow_to = Flow::tcp(to, self.mark, self.device.as_deref())?;
+                let protocol = match self.multipath {
+                    true => Protocol::MPTCP,
+                    false => Protocol::TCP,
+                };
+                let flow_to = Flow::tcp(to, protocol, self.mark, self.device.as_deref())?;
                 self.flows.insert(flow, flow_to);
             }
             AppOrder::OpenUdp { flow, to } => {
@@ -83,6 +90,7 @@ impl App {
                 self.flows.remove(&flow);
             }
             AppOrder::Local { flow } => return Ok(AppReport::Local(self.flow(flow).local()?)),
+            AppOrder::Multipath => self.multipath = true,
             AppOrder::Device { name } => self.device = Some(name),
             AppOrder::Reset { flow } => {
                 if let Some(flow) = self.flows.remove(&flow) {

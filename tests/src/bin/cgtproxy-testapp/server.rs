@@ -68,7 +68,13 @@ impl Server {
             Transport::Tcp => (Type::STREAM, Protocol::TCP),
             Transport::Udp => (Type::DGRAM, Protocol::UDP),
         };
-        let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
+        let socket = |protocol| Socket::new(Domain::for_address(address), kind, Some(protocol));
+        let socket = if listen.multipath {
+            // A kernel without it has TCP; tests of it fail there by their applications.
+            socket(Protocol::MPTCP).or_else(|_| socket(protocol))?
+        } else {
+            socket(protocol)?
+        };
         if address.is_ipv6() {
             socket.set_only_v6(true)?;
         }

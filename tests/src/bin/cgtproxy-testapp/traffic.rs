@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use cgtproxy_tests::wire::{Answer, AppReport, ServerKind, Tally, Transport};
+use socket2::Protocol;
 
 use crate::app::{Flow, NO_MARK};
 
@@ -64,7 +65,7 @@ fn ask(transport: Transport, to: SocketAddr, token: &str) -> std::io::Result<App
     let mut flow = match transport {
         Transport::Udp => Flow::udp(to, NO_MARK, None)?,
         Transport::Tcp => {
-            let mut flow = Flow::tcp(to, NO_MARK, None)?;
+            let mut flow = Flow::tcp(to, Protocol::TCP, NO_MARK, None)?;
             match flow.step(PATIENCE)? {
                 AppReport::Connected => flow,
                 other => return Ok(other),
@@ -79,7 +80,7 @@ fn ask(transport: Transport, to: SocketAddr, token: &str) -> std::io::Result<App
 pub(crate) fn burst(transport: Transport, to: SocketAddr, count: u32) -> Tally {
     let deadline = Instant::now() + PATIENCE;
     let begin = |number: u32| match transport {
-        Transport::Tcp => Flow::tcp(to, NO_MARK, None),
+        Transport::Tcp => Flow::tcp(to, Protocol::TCP, NO_MARK, None),
         Transport::Udp => {
             let mut flow = Flow::udp(to, NO_MARK, None)?;
             flow.send(&format!("burst {number}"))?;

@@ -30,8 +30,13 @@ pub(crate) struct Stream {
 
 impl Flow {
     /// Begins to connect; [`Flow::step`] tells what became of it.
-    pub(crate) fn tcp(to: SocketAddr, mark: u32, device: Option<&str>) -> Result<Self> {
-        let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+    pub(crate) fn tcp(
+        to: SocketAddr,
+        protocol: Protocol,
+        mark: u32,
+        device: Option<&str>,
+    ) -> Result<Self> {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
         set_mark(&socket, mark, to)?;
         socket.bind_device(device.map(str::as_bytes))?;
         socket.set_nonblocking(true)?;
