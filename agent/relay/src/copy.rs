@@ -443,7 +443,7 @@ mod tests {
     /// The ends of a connection; the second one has the options that the relay's own have.
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        crate::tcp::set_options(&listener).unwrap();
+        crate::sockets::set_options(&listener).unwrap();
         let address = listener.local_addr().unwrap();
         let (ours, theirs) = tokio::join!(TcpStream::connect(address), listener.accept());
         (ours.unwrap(), theirs.unwrap().0)

@@ -17,9 +17,6 @@ use crate::entry::Entry;
 use crate::sockets::reset;
 use crate::upstream::{self, Error, Stream};
 
-#[cfg(test)]
-pub(crate) use crate::sockets::set_options;
-
 /// How long to wait after accept(2) failed.
 const BACK_OFF: Duration = Duration::from_millis(50);
 
