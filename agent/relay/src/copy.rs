@@ -31,8 +31,8 @@ use crate::upstream::Stream;
 /// How much is read at a time, in bytes.
 const BUFFER: usize = 16 * 1024;
 
-/// How much a pipe holds, in bytes.
-const PIPE: usize = 128 * 1024;
+/// How much a pipe holds, in bytes. The more it is, the less often the relay has to be woken.
+const PIPE: usize = 512 * 1024;
 
 /// How much has to come at once, in bytes, for what comes next to go through a pipe.
 const BULK: usize = BUFFER;
@@ -44,7 +44,7 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 const SPARE_PIPES: usize = 8;
 
 /// How many pipes there may be: half of what a user may have of them (pipe(7), pipe-user-pages-soft, 64 MiB).
-const PIPES: usize = 256;
+const PIPES: usize = 64;
 
 thread_local! {
     static SPARE: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
