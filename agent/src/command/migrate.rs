@@ -56,7 +56,14 @@ fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
     }
     // Another user's link may lead to a file that they could not write to themselves.
     let place = match fs::symlink_metadata(file) {
-        Ok(link) if force && link.uid() == own.as_raw() => file.canonicalize().ok(),
+        Ok(link) if force && link.uid() == own.as_raw() => match file.canonicalize() {
+            Ok(place) => Some(place),
+            // As /dev/stdout, which root would put a file in the place of, leads to a socket.
+            Err(_) if file.exists() => {
+                return Err(failed(io::Error::other("it leads to what has no name")));
+            }
+            Err(_) => None,
+        },
         _ => None,
     };
     let place = place.unwrap_or_else(|| file.to_owned());
@@ -122,6 +129,7 @@ fn stream(file: &Path, own: Uid) -> io::Result<Option<File>> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::{chown, lchown, symlink};
 
     use super::*;
@@ -154,7 +162,16 @@ mod tests {
                 .file_type()
                 .is_socket()
         );
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3);
+        let (nameless, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let leads = directory.path().join("leads");
+        symlink(format!("/proc/self/fd/{}", nameless.as_raw_fd()), &leads).unwrap();
+        let error = write(&leads, b"new", true).unwrap_err();
+        assert!(
+            chain(&error).ends_with(": it leads to what has no name"),
+            "{error:?}"
+        );
+        assert!(leads.is_symlink());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4);
     }
 
     /// For root, who may write anywhere.
