@@ -166,12 +166,13 @@ fn run(options: Options) -> Result<(), Error> {
 
 /// Prints all targets.
 async fn list() -> Result<(), Error> {
-    let connected = Agent::connect(default_socket(config::Scope::User)).await;
-    let mut agent = connected.map_err(|error| match error {
+    let to_list = |error| match error {
         AgentError::NotRunning => AgentError::NotRunningToList,
         error => error,
-    })?;
-    let mut targets = agent.targets().await?.targets;
+    };
+    let connected = Agent::connect(default_socket(config::Scope::User)).await;
+    let mut agent = connected.map_err(to_list)?;
+    let mut targets = agent.targets().await.map_err(to_list)?.targets;
     targets.push(String::new());
     let lines = targets.join("\n");
     io::stdout()
