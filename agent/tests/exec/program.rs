@@ -502,11 +502,14 @@ fn says_that_another_users_process_can_not_be_moved() {
         Sleeping::new(sleep)
     });
     let pid = others.as_ref().map_or(1, |others| others.0.id());
-    // It has become that user's.
-    let status = format!("/proc/{pid}/comm");
-    while others.is_some() && std::fs::read_to_string(&status).unwrap() != "sleep\n" {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    let name = format!("/proc/{pid}/comm");
+    let has_become_that_users = || {
+        (0..10_000).any(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            std::fs::read_to_string(&name).unwrap() == "sleep\n"
+        })
+    };
+    assert!(others.is_none() || has_become_that_users());
     let output = session.run(["--pid", &pid.to_string(), "mihomo"]);
     assert_refused(
         &output,
