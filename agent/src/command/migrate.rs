@@ -13,13 +13,14 @@ use rustix::process::Uid;
 use super::Error;
 use crate::config;
 
-/// What names standard output in place of a file.
-const STANDARD_OUTPUT: &str = "-";
+/// What names standard output in place of a file. (Opened by its name, a file would be written from its beginning, and
+/// a pipe of another user's not at all.)
+const STANDARD_OUTPUT: [&str; 2] = ["-", "/dev/stdout"];
 
 /// Turns a file of another program into a configuration: on standard output, or in a new file.
 pub(super) fn run(file: &Path, output: Option<&Path>, force: bool) -> Result<ExitCode, Error> {
     let bytes = super::read(file)?;
-    let output = output.filter(|file| *file != Path::new(STANDARD_OUTPUT));
+    let output = output.filter(|file| STANDARD_OUTPUT.iter().all(|name| *file != Path::new(name)));
     let (migrated, findings) = match config::migrate(file, &bytes) {
         Ok((text, findings)) => (Some(text), findings),
         Err(findings) => (None, findings),

@@ -33,7 +33,7 @@ use crate::subtree::{self, Subtree};
 use crate::text::printable;
 
 /// What names standard input in place of a file.
-const STANDARD_INPUT: &str = "-";
+const STANDARD_INPUT: [&str; 2] = ["-", "/dev/stdin"];
 
 /// The system configuration.
 const SYSTEM_CONFIG: &str = "/etc/cgtproxy/config.yaml";
@@ -256,7 +256,9 @@ fn print(text: &[u8]) -> Result<(), Error> {
 /// of a shell's `<(COMMAND)`, which no agent would wait for.
 fn read(file: &Path) -> Result<Vec<u8>, Error> {
     let read = match fs::metadata(file) {
-        _ if file == Path::new(STANDARD_INPUT) => file::read_from(io::stdin().lock()),
+        _ if STANDARD_INPUT.iter().any(|name| file == Path::new(name)) => {
+            file::read_from(io::stdin().lock())
+        }
         Ok(named) if named.file_type().is_fifo() => File::open(file).and_then(file::read_from),
         _ => return Ok(config::read_file(file)?),
     };

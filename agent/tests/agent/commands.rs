@@ -544,10 +544,21 @@ fn what_a_command_line_names_may_be_a_pipe() {
     let (code, out, err) = run("cat $1 | $0 migrate /dev/stdin");
     assert_eq!((code, out.contains("tproxies:")), (Some(0), true), "{err}");
     // What names standard output does not become a file.
-    for out in ["-", "/dev/stdout"] {
-        let (code, out, err) = run(&format!("cd /; $0 migrate $1 --output {out} --force | cat"));
+    for name in ["-", "/dev/stdout"] {
+        let (code, out, err) = run(&format!(
+            "cd /; $0 migrate $1 --output {name} --force | cat"
+        ));
         assert_eq!((code, out.contains("tproxies:")), (Some(0), true), "{err}");
         assert!(!std::fs::exists("/-").unwrap());
+        // Nor is a file replaced that it leads to: what is in it already stays.
+        let file = world.config.with_file_name("output");
+        std::fs::write(&file, "before\n").unwrap();
+        let (code, _, err) = run(&format!(
+            "$0 migrate $1 --output {name} --force >> $(dirname $1)/output"
+        ));
+        assert_eq!(code, Some(0), "{err}");
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert!(text.starts_with("before\n") && text.contains("tproxies:"));
     }
     // The agent would not wait for it.
     let (code, _, err) = run("$0 --config <(cat $1) check");
