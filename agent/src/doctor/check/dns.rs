@@ -39,11 +39,17 @@ pub(super) fn check(facts: &Facts) -> Group {
             group.found(silent(facts, proxy, dns, listeners));
         }
     }
-    if let Some(text) = group.see("/etc/nsswitch.conf", &facts.system.nsswitch) {
-        group.found(nss_resolve(text, facts.system.resolved));
-    }
+    let by_resolved = group
+        .see("/etc/nsswitch.conf", &facts.system.nsswitch)
+        .and_then(|text| nss_resolve(text, facts.system.resolved));
+    // Then hardly anybody asks the servers in resolv.conf.
+    let asks_servers = by_resolved.is_none();
+    group.found(by_resolved);
     let catches_ipv6 = relay || hijacks.iter().any(|(_, dns)| dns.ipv6.is_some());
-    if catches_ipv6 && let Some(text) = group.see("/etc/resolv.conf", &facts.system.resolv) {
+    if catches_ipv6
+        && asks_servers
+        && let Some(text) = group.see("/etc/resolv.conf", &facts.system.resolv)
+    {
         group.found(only_link_local(text));
     }
     group.found(facts.system.nscd.then(|| {

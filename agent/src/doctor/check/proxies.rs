@@ -283,8 +283,8 @@ fn not_transparent(proxy: &Proxy, port: u16, found: &[&Listener]) -> Option<Find
         )
         .effect("The kernel delivers no diverted packet to it.")
         .advice(
-            "choose the proxy's tproxy kind of listener: tproxy-port in mihomo, an inbound of type tproxy \
-             in sing-box, sockopt.tproxy in xray; it needs CAP_NET_ADMIN for that",
+            "choose the proxy's tproxy kind of listener: listeners of type tproxy in mihomo, an inbound of type \
+             tproxy in sing-box, sockopt.tproxy in xray; it needs CAP_NET_ADMIN for that",
         ),
     )
 }

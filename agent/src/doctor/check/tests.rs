@@ -77,6 +77,16 @@ fn what_does_no_harm_is_not_found() {
     }
 }
 
+/// resolved asks the servers then, which nobody hijacks.
+#[test]
+fn link_local_servers_are_no_matter_where_programs_ask_resolved() {
+    let mut facts = fine();
+    facts.config = ConfigState::Read(vec![relayed(true)]);
+    facts.system.resolv = Ok("nameserver fe80::1%wlan0\n".into());
+    facts.system.nsswitch = Ok("hosts: resolve dns".into());
+    assert_eq!(ids(&facts), ["nss-resolve"]);
+}
+
 #[test]
 fn nobody_is_blamed_for_a_proxy_while_the_helper_can_not_be_asked_about_it() {
     let mut facts = fine();
