@@ -40,8 +40,8 @@ const CALL_BYTES: usize = MESSAGE_BYTES - 4096;
 /// The same of a call that changes the policy that users share.
 const SHARED_CALL_BYTES: usize = 64 * 1024;
 
-/// How long the parameters of `ReplacePolicy` get, at most, but for the assignments, in bytes. A name has at most 64 of them, a network
-/// 43, and that of an interface 15.
+/// How long the parameters of `ReplacePolicy` get, at most, but for the assignments, in bytes. A name has at most 64 of
+/// them, a network 43, and that of an interface 15.
 #[must_use]
 pub fn length_of(config: &Config) -> usize {
     let interfaces = config.gateway.as_ref().map_or(0, |g| g.interfaces.len());
