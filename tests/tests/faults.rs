@@ -226,8 +226,12 @@ impl Traced {
     fn route_of_ipv6() -> (usize, String) {
         wait_for("the route of IPv6", || {
             let sent = fs::read_to_string(Self::SENT).expect("it is being written");
-            let asks = |line: &&str| line.contains("RTM_NEWROUTE") && line.contains("AF_INET6");
-            let (before, line) = sent.lines().enumerate().find(|(_, line)| asks(line))?;
+            // A line ends when the kernel has answered.
+            let asks = |line: &&str| {
+                line.ends_with('\n') && line.contains("RTM_NEWROUTE") && line.contains("AF_INET6")
+            };
+            let mut sent = sent.split_inclusive('\n').enumerate();
+            let (before, line) = sent.find(|(_, line)| asks(line))?;
             Some((before + 1, line.to_owned()))
         })
     }
