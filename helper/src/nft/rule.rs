@@ -438,22 +438,24 @@ impl<'a> RuleBuilder<'a> {
     /// `dnat ip to ADDRESS:PORT` or `dnat ip6 to [ADDRESS]:PORT`
     pub(super) fn dnat(self, address: IpAddr, port: u16) -> Self {
         let port = Immediate::new(port.to_be_bytes(), Register::Reg2);
-        let (rule, family) = match address {
-            IpAddr::V4(address) => {
-                let address = Immediate::new(address.octets(), Register::Reg1);
-                (self.nfproto(Family::Ipv4).with(&address), ProtoFamily::Ipv4)
-            }
-            IpAddr::V6(address) => {
-                let address = Immediate::new(address.octets(), Register::Reg1);
-                (self.nfproto(Family::Ipv6).with(&address), ProtoFamily::Ipv6)
-            }
-        };
-        rule.with(&port).with(&Nat {
-            nat_type: NatType::DNat,
-            family,
-            ip_register: Register::Reg1,
-            port_register: Some(Register::Reg2),
-        })
+        let family = Family::of(&address);
+        self.nfproto(family)
+            .address(address, Register::Reg1)
+            .with(&port)
+            .with(&Nat {
+                nat_type: NatType::DNat,
+                family: proto_family(family),
+                ip_register: Register::Reg1,
+                port_register: Some(Register::Reg2),
+            })
+    }
+
+    /// Loads an address, as packets have it.
+    fn address(self, address: IpAddr, register: Register) -> Self {
+        match address {
+            IpAddr::V4(address) => self.with(&Immediate::new(address.octets(), register)),
+            IpAddr::V6(address) => self.with(&Immediate::new(address.octets(), register)),
+        }
     }
 
     /// `ip6 daddr fe80::/10`
@@ -573,16 +575,12 @@ impl<'a> RuleBuilder<'a> {
     /// came in on (nf_tproxy_laddr4, nf_tproxy_laddr6), which on lo need not be ::1 and elsewhere never is: it would
     /// find no listener on a loopback address. With this one it finds those on all addresses, too.
     fn tproxy_to_loopback(self, family: Family) -> Self {
-        match family {
-            Family::Ipv4 => {
-                let address = Immediate::new(Ipv4Addr::LOCALHOST.octets(), Register::Reg2);
-                self.with(&address).with(&Tproxy(ProtoFamily::Ipv4))
-            }
-            Family::Ipv6 => {
-                let address = Immediate::new(Ipv6Addr::LOCALHOST.octets(), Register::Reg2);
-                self.with(&address).with(&Tproxy(ProtoFamily::Ipv6))
-            }
-        }
+        let address = match family {
+            Family::Ipv4 => Ipv4Addr::LOCALHOST.into(),
+            Family::Ipv6 => Ipv6Addr::LOCALHOST.into(),
+        };
+        self.address(address, Register::Reg2)
+            .with(&Tproxy(proto_family(family)))
     }
 
     /// `jump CHAIN`
@@ -622,5 +620,13 @@ impl<'a> RuleBuilder<'a> {
     /// `reject with icmpx port-unreachable`
     pub(super) fn reject(self) -> Self {
         self.with(&Verdict::Reject(RejectionType::Icmp(IcmpCode::PortUnreach)))
+    }
+}
+
+/// A family as nftnl's expressions have it.
+fn proto_family(family: Family) -> ProtoFamily {
+    match family {
+        Family::Ipv4 => ProtoFamily::Ipv4,
+        Family::Ipv6 => ProtoFamily::Ipv6,
     }
 }
