@@ -11,6 +11,8 @@
 //! The system policy is about control groups of many users, each of whom may make them without end. So they take turns
 //! in what is sent, and a call is short: who has little to say waits for one call, and not for all that others say.
 
+#[cfg(test)]
+pub(crate) mod model;
 mod room;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use proptest::prelude::*;
 
+use super::model::{Disk, Kernel};
 use super::*;
 use crate::policy::{Pattern, Rule, Rules, Selector, Start};
 
@@ -486,69 +487,10 @@ fn one_users_control_groups_leave_room_for_others() {
     assert_eq!(shown(ledger.next(&tree)), "-");
 }
 
-/// A helper that holds control groups by identity, as the kernel does.
-#[derive(Default)]
-struct Helper {
-    session: bool,
-    /// Path to the identity it had, and the target.
-    held: BTreeMap<ControlGroupPath, (u64, Element)>,
-}
-
-/// The file system: path to identity.
-type Disk = BTreeMap<ControlGroupPath, u64>;
-
-impl Helper {
-    fn carry_out(&mut self, call: &Call, disk: &Disk) -> Vec<(ControlGroupPath, SkipReason)> {
-        let (assign, remove) = match call {
-            Call::Replace(assign) => {
-                self.session = true;
-                self.held.clear();
-                (assign, &Vec::new())
-            }
-            Call::Update { assign, remove } => {
-                assert!(self.session);
-                (assign, remove)
-            }
-        };
-        for path in remove {
-            self.held.remove(path);
-        }
-        let mut skipped = Vec::new();
-        for (path, target) in assign {
-            match disk.get(path) {
-                Some(id) => {
-                    self.held.insert(path.clone(), (*id, target.clone()));
-                }
-                None => {
-                    self.held.remove(path);
-                    skipped.push((path.clone(), SkipReason::missing));
-                }
-            }
-        }
-        skipped
-    }
-
-    fn has_room(&self, call: &Call, most: usize) -> bool {
-        let after = match call {
-            Call::Replace(assign) => assign.len(),
-            Call::Update { assign, remove } => {
-                let new = assign
-                    .iter()
-                    .filter(|(path, _)| !self.held.contains_key(path));
-                let gone = remove.iter().filter(|path| self.held.contains_key(*path));
-                self.held.len() + new.count() - gone.count()
-            }
-        };
-        after <= most
-    }
-
-    fn target(&self, path: &ControlGroupPath, disk: &Disk) -> Target {
-        match (self.held.get(path), disk.get(path), path.parent()) {
-            (Some((held, element)), Some(id), _) if held == id => element.verdict.target.clone(),
-            (_, _, Some(parent)) => self.target(&parent, disk),
-            (_, _, None) => Target::Direct,
-        }
-    }
+/// Where a control group's packets go.
+fn target(kernel: &Kernel, path: &ControlGroupPath, disk: &Disk) -> Target {
+    let element = kernel.element(path, disk);
+    element.map_or(Target::Direct, |element| element.verdict.target)
 }
 
 #[derive(Debug, Clone)]
@@ -584,7 +526,7 @@ proptest! {
         limit in 100usize..1000,
         most in prop_oneof![Just(1000), 0usize..10],
     ) {
-        let (mut tree, mut ledger, mut helper) = (tree(), Ledger::default(), Helper::default());
+        let (mut tree, mut ledger, mut helper) = (tree(), Ledger::default(), Kernel::default());
         ledger.limit = limit;
         let mut disk = Disk::from([(ControlGroupPath::root(), 0)]);
         tree.add(ControlGroupPath::root());
@@ -642,7 +584,7 @@ proptest! {
                     }
                 }
                 Event::Lose => {
-                    helper = Helper::default();
+                    helper = Kernel::default();
                     reply = None;
                     ledger.lost();
                 }
@@ -661,7 +603,7 @@ proptest! {
         }
         for path in disk.keys() {
             let meant = tree.get(path).unwrap().target.clone();
-            prop_assert_eq!(helper.target(path, &disk), meant.clone(), "{:?}", path);
+            prop_assert_eq!(target(&helper, path, &disk), meant.clone(), "{:?}", path);
             prop_assert_eq!(ledger.held_target(path), Some(meant));
         }
     }

@@ -1,7 +1,7 @@
 //! The closed start against a model of the helper and the kernel: in no order of events is there a moment in
 //! which a control group's packets could leave that are not meant to.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 use cgtproxy_proto::helper::SkipReason;
@@ -10,8 +10,9 @@ use proptest::prelude::*;
 
 use crate::config::{Config, Scope};
 use crate::ledger::Call;
+use crate::ledger::model::{Disk, Kernel};
 use crate::policy::{
-    Element, ExecSlices, Hold, Names, Pattern, Rule, Rules, Selector, Start, Target, Verdict,
+    ExecSlices, Hold, Names, Pattern, Rule, Rules, Selector, Start, Target, Verdict,
 };
 use crate::state::Observer;
 use crate::state::{Source, State};
@@ -19,95 +20,22 @@ use crate::subtree::Subtree;
 
 const PREFIX: &[u8] = b"/user.slice/user-5.slice/user@5.service";
 
-/// Path to identity: another one each time it is made.
-type Disk = BTreeMap<ControlGroupPath, u64>;
-
-/// What is in the kernel, by the identities that control groups had when the helper opened them.
-#[derive(Default)]
-struct Kernel(BTreeMap<ControlGroupPath, (u64, Element)>);
-
-impl Kernel {
-    fn carry_out(&mut self, call: &Call, disk: &Disk) -> Vec<(ControlGroupPath, SkipReason)> {
-        let (assign, remove) = match call {
-            Call::Replace(assign) => {
-                self.0.clear();
-                (assign, &Vec::new())
-            }
-            Call::Update { assign, remove } => (assign, remove),
-        };
-        // Or the helper refuses it.
-        let named = assign.iter().map(|(path, _)| path).chain(remove);
-        let each: BTreeSet<_> = named.clone().collect();
-        assert_eq!(each.len(), named.count(), "{call:?}");
-        for path in remove {
-            self.0.remove(path);
-        }
-        let mut skipped = Vec::new();
-        for (path, element) in assign {
-            match disk.get(path) {
-                Some(id) => {
-                    self.0.insert(path.clone(), (*id, element.clone()));
-                }
-                None => {
-                    self.0.remove(path);
-                    skipped.push((path.clone(), SkipReason::missing));
-                }
-            }
-        }
-        skipped
-    }
-
-    /// Whether a call would make more of them than there may be: paths that are not there count until they are looked
-    /// for.
-    fn has_room(&self, call: &Call, most: usize) -> bool {
-        let after = match call {
-            Call::Replace(assign) => assign.len(),
-            Call::Update { assign, remove } => {
-                let new = assign.iter().filter(|(path, _)| !self.0.contains_key(path));
-                let gone = remove.iter().filter(|path| self.0.contains_key(*path));
-                self.0.len() + new.count() - gone.count()
-            }
-        };
-        after <= most
-    }
-
-    /// What there is for a socket in a control group, by its nearest ancestor that is in the map, and whether it is
-    /// held. None if there is nothing.
-    fn element(&self, path: &ControlGroupPath, disk: &Disk) -> Option<Element> {
-        let mut at = path.clone();
-        loop {
-            if let Some((id, element)) = self.0.get(&at)
-                && disk.get(&at) == Some(id)
-            {
-                let mut element = element.clone();
-                if at == *path {
-                    element.hold = Hold::None;
-                }
-                return Some(element);
-            }
-            at = at.parent()?;
-        }
-    }
-
-    /// Whether no packet of it can go another way than this one.
-    fn has_or_holds(
-        &self,
-        path: &ControlGroupPath,
-        disk: &Disk,
-        meant: &Verdict,
-        rules: &Rules,
-    ) -> bool {
-        match self.element(path, disk) {
-            None => *meant == rules.undecided(),
-            Some(element) => match element.hold {
-                Hold::None => element.verdict == *meant,
-                // Users' own policies decide before it, or are to have no say.
-                Hold::Plain => {
-                    element.verdict == *meant || !(element.verdict.enforce || meant.enforce)
-                }
-                Hold::Enforced => true,
-            },
-        }
+/// Whether no packet of a control group can go another way than this one.
+fn has_or_holds(
+    kernel: &Kernel,
+    path: &ControlGroupPath,
+    disk: &Disk,
+    meant: &Verdict,
+    rules: &Rules,
+) -> bool {
+    match kernel.element(path, disk) {
+        None => *meant == rules.undecided(),
+        Some(element) => match element.hold {
+            Hold::None => element.verdict == *meant,
+            // Users' own policies decide before it, or are to have no say.
+            Hold::Plain => element.verdict == *meant || !(element.verdict.enforce || meant.enforce),
+            Hold::Enforced => true,
+        },
     }
 }
 
@@ -356,8 +284,8 @@ proptest! {
                 for path in disk.keys() {
                     let meant = meant(rules, path);
                     prop_assert!(
-                        kernel.has_or_holds(path, &disk, &meant, rules),
-                        "{:?} of {:?}: {:?}", path, kernel.0, meant
+                        has_or_holds(&kernel, path, &disk, &meant, rules),
+                        "{:?} of {:?}: {:?}", path, kernel.held, meant
                     );
                 }
             }
@@ -365,7 +293,7 @@ proptest! {
         prop_assert!(state.is_settled());
         prop_assert_eq!(state.ledger().shortage().is_none(), state.tree().cover().count() <= most);
         if state.ledger().shortage().is_some() {
-            prop_assert_eq!(kernel.0.len(), most);
+            prop_assert_eq!(kernel.held.len(), most);
             return Ok(());
         }
         // And in the end nobody is held for whom there is room.
