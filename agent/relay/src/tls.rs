@@ -32,6 +32,10 @@ impl Tls {
                 "can't read the system's certificates: {why}"
             )));
         }
+        Self::trusting(roots)
+    }
+
+    fn trusting(roots: RootCertStore) -> io::Result<Self> {
         let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .map_err(io::Error::other)?
@@ -95,19 +99,14 @@ pub(crate) mod tests {
         let key = PrivateKeyDer::from_pem_slice(&made.stdout).unwrap();
         let mut roots = RootCertStore::empty();
         roots.add(certificate.clone()).unwrap();
-        let provider = Arc::new(ring::default_provider());
-        let client = ClientConfig::builder_with_provider(provider.clone())
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        let server = ServerConfig::builder_with_provider(provider)
+        let client = Tls::trusting(roots).unwrap().0;
+        let server = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_no_client_auth()
             .with_single_cert(vec![certificate], key)
             .unwrap();
-        (Arc::new(client).into(), Arc::new(server).into())
+        (client.into(), Arc::new(server).into())
     }
 
     #[tokio::test]
@@ -117,12 +116,7 @@ pub(crate) mod tests {
         let (mut served, _) = listener.accept().await.unwrap();
         let answer = b"HTTP/1.1 400 Bad Request\r\n\r\n";
         served.write_all(answer).await.unwrap();
-        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(RootCertStore::empty())
-            .with_no_client_auth();
-        let tls = Tls(Arc::new(config));
+        let tls = Tls::trusting(RootCertStore::empty()).unwrap();
         let error = tls.connect("localhost", stream.unwrap()).await.unwrap_err();
         assert!(
             error.to_string().starts_with("it does not speak TLS; "),
