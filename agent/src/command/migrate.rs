@@ -20,7 +20,7 @@ const STANDARD_OUTPUT: [&str; 2] = ["-", "/dev/stdout"];
 /// Turns a file of another program into a configuration: on standard output, or in a new file.
 pub(super) fn run(file: &Path, output: Option<&Path>, force: bool) -> Result<ExitCode, Error> {
     let bytes = super::read(file)?;
-    let output = output.filter(|file| STANDARD_OUTPUT.iter().all(|name| *file != Path::new(name)));
+    let output = output.filter(|file| !STANDARD_OUTPUT.map(Path::new).contains(file));
     let (migrated, findings) = match config::migrate(file, &bytes) {
         Ok((text, findings)) => (Some(text), findings),
         Err(findings) => (None, findings),
@@ -59,7 +59,7 @@ fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
     let place = match fs::symlink_metadata(file) {
         Ok(link) if force && link.uid() == own.as_raw() => match file.canonicalize() {
             Ok(place) => Some(place),
-            // As /dev/stdout, which root would put a file in the place of, leads to a socket.
+            // As /dev/stderr, which root would put a file in the place of, may lead to a socket.
             Err(_) if file.exists() => {
                 return Err(failed(io::Error::other("it leads to what has no name")));
             }
@@ -115,7 +115,7 @@ fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
     })
 }
 
-/// A pipe or a device to write to, such as /dev/stdout, in whose place no file is put. A link of another user's is not
+/// A pipe or a device to write to, such as that of a shell's `>(COMMAND)`, in whose place no file is put. A link of another user's is not
 /// followed, but for root's.
 fn stream(file: &Path, own: Uid) -> io::Result<Option<File>> {
     let leads_there = fs::symlink_metadata(file)

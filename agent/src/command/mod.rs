@@ -252,15 +252,16 @@ fn print(text: &[u8]) -> Result<(), Error> {
     }
 }
 
-/// The bytes of a file that the command line names, or those of standard input if it is named `-`. It may be a pipe, as that
-/// of a shell's `<(COMMAND)`, which no agent would wait for.
+/// The bytes of a file that the command line names, or those of standard input if that is what it names. It may be a pipe,
+/// as that of a shell's `<(COMMAND)`, which no agent would wait for.
 fn read(file: &Path) -> Result<Vec<u8>, Error> {
-    let read = match fs::metadata(file) {
-        _ if STANDARD_INPUT.iter().any(|name| file == Path::new(name)) => {
-            file::read_from(io::stdin().lock())
-        }
-        Ok(named) if named.file_type().is_fifo() => File::open(file).and_then(file::read_from),
-        _ => return Ok(config::read_file(file)?),
+    let is_pipe = || fs::metadata(file).is_ok_and(|named| named.file_type().is_fifo());
+    let read = if STANDARD_INPUT.map(Path::new).contains(&file) {
+        file::read_from(io::stdin().lock())
+    } else if is_pipe() {
+        File::open(file).and_then(file::read_from)
+    } else {
+        return Ok(config::read_file(file)?);
     };
     read.map_err(|source| {
         let file = file.to_owned();

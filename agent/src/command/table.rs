@@ -9,12 +9,7 @@ pub(super) fn dash() -> String {
     "-".to_owned()
 }
 
-/// How many columns of a terminal a text takes: Chinese has two for each character.
-pub(super) fn width(text: &str) -> usize {
-    text.width()
-}
-
-/// Writes rows in columns. The last one is as wide as it is.
+/// Writes rows in columns, which are a terminal's: a character of Chinese takes two. The last one is as wide as it is.
 pub(super) fn table<const N: usize>(
     out: &mut impl Write,
     head: &[&str; N],
@@ -26,14 +21,14 @@ pub(super) fn table<const N: usize>(
     let mut widths = [0; N];
     for row in &rows {
         for (widest, cell) in widths.iter_mut().zip(row) {
-            *widest = (*widest).max(width(cell));
+            *widest = (*widest).max(cell.width());
         }
     }
     for row in &rows {
         let mut line = String::new();
         for (cell, widest) in row.iter().zip(widths) {
             line.push_str(cell);
-            line.extend(std::iter::repeat_n(' ', widest + 2 - width(cell)));
+            line.extend(std::iter::repeat_n(' ', widest + 2 - cell.width()));
         }
         writeln!(out, "{}", line.trim_end())?;
     }

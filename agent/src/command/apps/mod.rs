@@ -10,10 +10,11 @@ use std::process::ExitCode;
 use cgtproxy_proto::agent::{ControlGroup, Rule};
 use cgtproxy_proto::path::ControlGroupPath;
 use serde_json::{Value, json};
+use unicode_width::UnicodeWidthStr;
 
 use super::Error;
 use super::client::Agent;
-use super::table::{dash, table, width};
+use super::table::{dash, table};
 use crate::cli::Arguments;
 use crate::otherwise::{self, Otherwise, is_enforced};
 use crate::policy::{Subject, application_ids, unit_name};
@@ -269,13 +270,13 @@ fn by(running: &Running) -> String {
 }
 
 fn shortened(text: &str) -> String {
-    if width(text) <= SELECTOR_COLUMNS {
+    if text.width() <= SELECTOR_COLUMNS {
         return text.to_owned();
     }
     let mut short = String::new();
     for c in text.chars() {
         short.push(c);
-        if width(&short) >= SELECTOR_COLUMNS {
+        if short.width() >= SELECTOR_COLUMNS {
             short.pop();
             break;
         }
