@@ -39,11 +39,7 @@ fn prepare(sb: &Sandbox) {
 
 /// How many times the kernel has tried to open a further path.
 fn begun(sb: &Sandbox) -> u64 {
-    let listing = sb
-        .nft_json(&["list", "counter", "inet", "paths", "begun"])
-        .expect("it is there");
-    let counter = listing.pointer("/nftables/1/counter/packets");
-    counter.and_then(|n| n.as_u64()).expect("a counter")
+    sb.counted("paths", "begun")
 }
 
 /// Has the kernel open further paths for connections that are open.

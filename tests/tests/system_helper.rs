@@ -1,14 +1,10 @@
 //! A helper that can't be started, under a whole systemd.
 
-#![allow(clippy::expect_used, reason = "a panic is a failed test")]
-
+use cgtproxy_tests::installed::{HELPER, Installed, SOCKET};
 use cgtproxy_tests::sandbox::sandbox;
-use cgtproxy_tests::system::System;
 use cgtproxy_tests::wait::wait_until;
-use serde_json::Value;
 
-const HELPER: &str = "cgtproxy-helper.service";
-const SOCKET: &str = "cgtproxy-helper.socket";
+const CONFIG: &str = "{version: 1, rules: [{slice: app, drop: all}]}";
 const BROKEN: &str = "/run/systemd/system/cgtproxy-helper.service.d/broken.conf";
 
 /// Whoever drops something relies on the table, which systemd has removed when it gives up the socket. What may keep the
@@ -16,23 +12,13 @@ const BROKEN: &str = "/run/systemd/system/cgtproxy-helper.service.d/broken.conf"
 #[test]
 fn a_helper_that_can_not_be_started_keeps_its_socket_and_all_that_is_in_force() {
     sandbox(|sb| {
-        let system = System::builder(sb).install_project().boot();
+        let installed = Installed::boot(sb, "", |_| {});
+        let system = &installed.system;
         let alice = system.alice();
-        system.run(&["systemctl", "enable", "--now", SOCKET]);
-        let configure = "mkdir -p ~/.config/cgtproxy && \
-             echo '{version: 1, rules: [{slice: app, drop: all}]}' > ~/.config/cgtproxy/config.yaml && \
-             systemctl --user enable --now cgtproxy-agent";
-        system.run_as(alice, &["sh", "-c", configure]);
+        installed.enable(alice, CONFIG);
         let app = system.desktop_app(alice, "browser");
-        let is_connected = || {
-            let status = system.run_as(alice, &["cgtproxy-agent", "status", "--json"]);
-            let status: Value = serde_json::from_str(&status).expect("JSON");
-            status["connected"] == true
-        };
-        wait_until("the verdict is in force", || {
-            let [to, _] = sb.destinations();
-            is_connected() && app.tcp(to).is_dropped()
-        });
+        installed.wait_in_force(alice);
+        sb.expect_all_dropped(&app);
 
         let script = format!(
             "mkdir -p $(dirname {BROKEN}) && \
@@ -54,7 +40,7 @@ fn a_helper_that_can_not_be_started_keeps_its_socket_and_all_that_is_in_force() 
 
         let script = format!("rm {BROKEN} && systemctl daemon-reload");
         system.run(&["sh", "-c", &script]);
-        wait_until("the helper is back", is_connected);
+        installed.wait_in_force(alice);
         sb.expect_all_dropped(&app);
     });
 }

@@ -192,6 +192,19 @@ impl Sandbox {
             .then(|| serde_json::from_slice(&output.stdout).expect("nft prints JSON"))
     }
 
+    /// How many packets a counter in a table of `inet` has counted.
+    ///
+    /// # Panics
+    /// When there is no such counter.
+    #[track_caller]
+    pub fn counted(&self, table: &str, counter: &str) -> u64 {
+        let listing = self.nft_json(&["list", "counter", "inet", table, counter]);
+        let listing = listing.expect("a counter");
+        let objects = listing["nftables"].as_array().expect("a list");
+        let packets = |object: &Value| object["counter"]["packets"].as_u64();
+        objects.iter().find_map(packets).expect("a counter")
+    }
+
     /// The elements of a map in the table `inet cgtproxy`, in order; none without such a map.
     pub fn map_elements(&self, map: &str) -> Vec<Element> {
         let listing = self.nft_json(&["list", "map", "inet", "cgtproxy", map]);

@@ -391,11 +391,7 @@ impl Sandbox {
     /// When nobody has counted them.
     pub fn queries_left(&self) -> u64 {
         self.world.settle();
-        let counter = self.run(&["nft", "-j", "list", "counter", "inet", "queries", "left"]);
-        let counter: serde_json::Value = serde_json::from_str(&counter).expect("nft prints JSON");
-        let objects = counter["nftables"].as_array().expect("a list");
-        let packets = |object: &serde_json::Value| object["counter"]["packets"].as_u64();
-        objects.iter().find_map(packets).expect("a counter")
+        self.counted("queries", "left")
     }
 
     pub(crate) fn world(&self) -> Arc<World> {

@@ -59,9 +59,8 @@ impl Server {
             if listening.is_err() && listen.multipath {
                 // A kernel without MPTCP, or with one that lacks options (IPV6_FREEBIND before Linux 5.17), has TCP;
                 // tests of it fail there by their applications.
-                let multipath = false;
                 listening = server.listen(&Listen {
-                    multipath,
+                    multipath: false,
                     ..listen
                 });
             }
@@ -73,13 +72,9 @@ impl Server {
     fn listen(&mut self, listen: &Listen) -> std::io::Result<()> {
         let address = listen.address;
         let (kind, protocol) = match listen.transport {
+            Transport::Tcp if listen.multipath => (Type::STREAM, Protocol::MPTCP),
             Transport::Tcp => (Type::STREAM, Protocol::TCP),
             Transport::Udp => (Type::DGRAM, Protocol::UDP),
-        };
-        let protocol = if listen.multipath {
-            Protocol::MPTCP
-        } else {
-            protocol
         };
         let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
         if address.is_ipv6() {
