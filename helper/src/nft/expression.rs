@@ -39,66 +39,45 @@ impl Expression for Lookup<'_> {
     }
 }
 
-/// The packet's mark and a register.
-pub(super) enum PacketMark {
-    /// `meta mark`: loads it into this register.
-    Load(Register),
+/// `NFT_META_OIFKIND` (linux/netfilter/nf_tables.h), which libc lacks.
+const META_OIFKIND: i32 = 27;
+
+/// What of `meta` the crate can't say: other keys, and other registers than the first.
+pub(super) enum PacketMeta {
+    /// `meta mark`: loads the packet's mark into this register.
+    LoadMark(Register),
     /// `meta mark set`: stores this register there.
-    Store(Register),
-}
-
-impl Expression for PacketMark {
-    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
-        let (attribute, register) = match self {
-            Self::Load(register) => (sys::NFTNL_EXPR_META_DREG, register),
-            Self::Store(register) => (sys::NFTNL_EXPR_META_SREG, register),
-        };
-        expression(
-            Kind::Meta,
-            &[
-                (sys::NFTNL_EXPR_META_KEY, libc::NFT_META_MARK as u32),
-                (attribute, register.to_raw()),
-            ],
-        )
-    }
-}
-
-/// The packet's priority for queueing (`skb->priority`) and register 1.
-pub(super) enum PacketPriority {
-    /// `meta priority`: loads it.
-    Load,
+    StoreMark(Register),
+    /// `meta priority`: loads the packet's priority for queueing (`skb->priority`).
+    LoadPriority,
     /// `meta priority set`: stores the register there.
-    Store,
+    StorePriority,
+    /// `meta skuid`: loads the packet's owner into the second four bytes of register 1 (`NFT_REG32_01`).
+    LoadOwnerBehind,
+    /// `meta oifkind`: loads what kind of interface the packet leaves by, in 16 bytes.
+    LoadInterfaceKind,
 }
 
-impl Expression for PacketPriority {
+impl Expression for PacketMeta {
     fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
-        let attribute = match self {
-            Self::Load => sys::NFTNL_EXPR_META_DREG,
-            Self::Store => sys::NFTNL_EXPR_META_SREG,
+        let first = Register::Reg1.to_raw();
+        let (key, attribute, register) = match self {
+            Self::LoadMark(to) => (libc::NFT_META_MARK, sys::NFTNL_EXPR_META_DREG, to.to_raw()),
+            Self::StoreMark(from) => (
+                libc::NFT_META_MARK,
+                sys::NFTNL_EXPR_META_SREG,
+                from.to_raw(),
+            ),
+            Self::LoadPriority => (libc::NFT_META_PRIORITY, sys::NFTNL_EXPR_META_DREG, first),
+            Self::StorePriority => (libc::NFT_META_PRIORITY, sys::NFTNL_EXPR_META_SREG, first),
+            Self::LoadOwnerBehind => {
+                let second = libc::NFT_REG32_01 as u32;
+                (libc::NFT_META_SKUID, sys::NFTNL_EXPR_META_DREG, second)
+            }
+            Self::LoadInterfaceKind => (META_OIFKIND, sys::NFTNL_EXPR_META_DREG, first),
         };
-        expression(
-            Kind::Meta,
-            &[
-                (sys::NFTNL_EXPR_META_KEY, libc::NFT_META_PRIORITY as u32),
-                (attribute, Register::Reg1.to_raw()),
-            ],
-        )
-    }
-}
-
-/// `meta skuid`: loads the packet's owner into the second four bytes of register 1 (`NFT_REG32_01`).
-pub(super) struct OwnerBehind;
-
-impl Expression for OwnerBehind {
-    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
-        expression(
-            Kind::Meta,
-            &[
-                (sys::NFTNL_EXPR_META_KEY, libc::NFT_META_SKUID as u32),
-                (sys::NFTNL_EXPR_META_DREG, libc::NFT_REG32_01 as u32),
-            ],
-        )
+        let key = (sys::NFTNL_EXPR_META_KEY, key as u32);
+        expression(Kind::Meta, &[key, (attribute, register)])
     }
 }
 
@@ -171,24 +150,6 @@ impl Expression for AddressType {
                 (sys::NFTNL_EXPR_FIB_DREG, Register::Reg1.to_raw()),
                 (sys::NFTNL_EXPR_FIB_RESULT, FIB_RESULT_ADDRTYPE),
                 (sys::NFTNL_EXPR_FIB_FLAGS, address),
-            ],
-        )
-    }
-}
-
-/// `NFT_META_OIFKIND` (linux/netfilter/nf_tables.h), which libc lacks.
-const META_OIFKIND: u32 = 27;
-
-/// `meta oifkind`: loads what kind of interface the packet leaves by, in 16 bytes.
-pub(super) struct InterfaceKind;
-
-impl Expression for InterfaceKind {
-    fn to_expr(&self, _: &Rule<'_>) -> NonNull<sys::nftnl_expr> {
-        expression(
-            Kind::Meta,
-            &[
-                (sys::NFTNL_EXPR_META_DREG, Register::Reg1.to_raw()),
-                (sys::NFTNL_EXPR_META_KEY, META_OIFKIND),
             ],
         )
     }

@@ -15,8 +15,7 @@ use nftnl::{Chain, ProtoFamily, Rule};
 use crate::route::{Family, LOOPBACK_INDEX};
 
 use super::expression::{
-    AddressType, ConntrackDirection, Found, InterfaceKind, Lookup, NetworkByteOrder, OwnerBehind,
-    PacketMark, PacketPriority, TcpFlags, Tproxy,
+    AddressType, ConntrackDirection, Found, Lookup, NetworkByteOrder, PacketMeta, TcpFlags, Tproxy,
 };
 
 /// Protocol numbers of IPPROTO_TCP and IPPROTO_UDP (linux/in.h).
@@ -173,54 +172,61 @@ impl<'a> RuleBuilder<'a> {
         self.with(&ConntrackDirection).compare(CmpOp::Eq, ORIGINAL)
     }
 
+    /// `socket cgroupv2 level LEVEL`: loads the id of the control group at that level which the socket is in or below.
+    fn load_cgroupv2(self, level: u32) -> Self {
+        self.with(&Socket::new(SocketKey::CgroupV2, level))
+    }
+
     /// `socket cgroupv2 level LEVEL ID`. On the way out that is the sender's socket, on the way in the one that the
     /// packet would reach.
     pub(super) fn socket_cgroupv2(self, level: u32, id: &[u8]) -> Self {
-        self.with(&Socket::new(SocketKey::CgroupV2, level))
-            .compare(CmpOp::Eq, id)
+        self.load_cgroupv2(level).compare(CmpOp::Eq, id)
     }
 
     /// `socket cgroupv2 level LEVEL != ID`: there is a socket that deep, in another control group.
     pub(super) fn socket_cgroupv2_not(self, level: u32, id: &[u8]) -> Self {
-        self.with(&Socket::new(SocketKey::CgroupV2, level))
-            .compare(CmpOp::Neq, id)
+        self.load_cgroupv2(level).compare(CmpOp::Neq, id)
+    }
+
+    /// `socket wildcard` or `socket transparent`: loads 0 or 1, if there is a socket.
+    fn load_socket(self, key: SocketKey) -> Self {
+        self.with(&Socket::new(key, 0))
     }
 
     /// `socket wildcard { 0, 1 }`: there is a socket, which is not the rest of a closed connection.
     pub(super) fn socket_wildcard_any(self) -> Self {
-        self.with(&Socket::new(SocketKey::Wildcard, 0))
+        self.load_socket(SocketKey::Wildcard)
             .compare(CmpOp::Lte, 1u8)
     }
 
     /// `socket wildcard 0`: the sender's socket is connected or bound to an address. Those by which the kernel itself
     /// sends resets and the like are neither.
     pub(super) fn socket_wildcard_0(self) -> Self {
-        self.with(&Socket::new(SocketKey::Wildcard, 0))
+        self.load_socket(SocketKey::Wildcard)
             .compare(CmpOp::Eq, 0u8)
     }
 
     /// `socket transparent { 0, 1 }`: there is a socket of whatever kind.
     pub(super) fn socket_transparent_any(self) -> Self {
-        self.with(&Socket::new(SocketKey::Transparent, 0))
+        self.load_socket(SocketKey::Transparent)
             .compare(CmpOp::Lte, 1u8)
     }
 
     /// `socket transparent 1`: the sender's socket is transparent, which takes CAP_NET_ADMIN or CAP_NET_RAW.
     pub(super) fn socket_is_transparent(self) -> Self {
-        self.with(&Socket::new(SocketKey::Transparent, 0))
+        self.load_socket(SocketKey::Transparent)
             .compare(CmpOp::Eq, 1u8)
     }
 
     /// `socket transparent 0`: the sender's socket is not transparent.
     pub(super) fn socket_is_not_transparent(self) -> Self {
-        self.with(&Socket::new(SocketKey::Transparent, 0))
+        self.load_socket(SocketKey::Transparent)
             .compare(CmpOp::Eq, 0u8)
     }
 
     /// `socket cgroupv2 level LEVEL vmap @MAP`
     pub(super) fn socket_cgroupv2_vmap(self, level: u32, map: &CStr) -> Self {
-        self.with(&Socket::new(SocketKey::CgroupV2, level))
-            .vmap(map)
+        self.load_cgroupv2(level).vmap(map)
     }
 
     /// `socket cgroupv2 level LEVEL map @MAP vmap @CHOICES`
@@ -229,20 +235,19 @@ impl<'a> RuleBuilder<'a> {
     /// of the packet's mark, which has its old value again before the verdict is taken. nft shows `meta mark set socket
     /// cgroupv2 level LEVEL map @MAP meta mark set meta mark meta mark vmap @CHOICES`.
     pub(super) fn socket_cgroupv2_map_vmap(self, level: u32, map: &CStr, choices: &CStr) -> Self {
-        self.with(&Socket::new(SocketKey::CgroupV2, level))
+        self.load_cgroupv2(level)
             .value_of(map)
-            .with(&PacketMark::Load(Register::Reg2))
-            .with(&PacketMark::Store(Register::Reg1))
-            .with(&PacketMark::Load(Register::Reg1))
-            .with(&PacketMark::Store(Register::Reg2))
+            .with(&PacketMeta::LoadMark(Register::Reg2))
+            .with(&PacketMeta::StoreMark(Register::Reg1))
+            .with(&PacketMeta::LoadMark(Register::Reg1))
+            .with(&PacketMeta::StoreMark(Register::Reg2))
             .vmap(choices)
     }
 
     /// `socket cgroupv2 level LEVEL != 0`: the socket's control group is that deep, or deeper. No control group has the
     /// id 0.
     pub(super) fn socket_level_exists(self, level: u32) -> Self {
-        self.with(&Socket::new(SocketKey::CgroupV2, level))
-            .compare(CmpOp::Neq, &[0_u8; 8][..])
+        self.socket_cgroupv2_not(level, &[0; 8])
     }
 
     /// `ct mark & MASK vmap @MAP`
@@ -262,14 +267,16 @@ impl<'a> RuleBuilder<'a> {
 
     /// `meta priority . meta skuid @SET`
     pub(super) fn priority_and_skuid_in(self, set: &CStr) -> Self {
-        self.with(&PacketPriority::Load)
-            .with(&OwnerBehind)
+        self.with(&PacketMeta::LoadPriority)
+            .with(&PacketMeta::LoadOwnerBehind)
             .in_set(set)
     }
 
     /// `ct mark & MASK . meta skuid @SET`
     pub(super) fn ct_mark_and_skuid_in(self, mask: u32, set: &CStr) -> Self {
-        self.ct_mark(mask).with(&OwnerBehind).in_set(set)
+        self.ct_mark(mask)
+            .with(&PacketMeta::LoadOwnerBehind)
+            .in_set(set)
     }
 
     /// `meta mark & MASK vmap @MAP`
@@ -279,7 +286,7 @@ impl<'a> RuleBuilder<'a> {
 
     /// `meta priority vmap @MAP`
     pub(super) fn priority_vmap(self, map: &CStr) -> Self {
-        self.with(&PacketPriority::Load).vmap(map)
+        self.with(&PacketMeta::LoadPriority).vmap(map)
     }
 
     /// `ct mark & BITS != 0`. What is not tracked has no mark: neither this matches then nor its opposite.
@@ -319,7 +326,7 @@ impl<'a> RuleBuilder<'a> {
     /// `meta priority set PRIORITY`
     pub(super) fn priority_set(self, priority: u32) -> Self {
         self.with(&Immediate::new(priority, Register::Reg1))
-            .with(&PacketPriority::Store)
+            .with(&PacketMeta::StorePriority)
     }
 
     /// `iif lo`
@@ -418,8 +425,8 @@ impl<'a> RuleBuilder<'a> {
     /// `ip daddr 127.0.0.0/8` or `ip6 daddr ::1`
     pub(super) fn daddr_loopback(self, family: Family) -> Self {
         match family {
-            Family::Ipv4 => self.daddr_network(family, [127, 0, 0, 0], [255, 0, 0, 0]),
-            Family::Ipv6 => self.daddr(IpAddr::V6(Ipv6Addr::LOCALHOST)),
+            Family::Ipv4 => self.daddr_within(Ipv4Addr::new(127, 0, 0, 0).into(), 8),
+            Family::Ipv6 => self.daddr(Ipv6Addr::LOCALHOST.into()),
         }
     }
 
@@ -460,9 +467,12 @@ impl<'a> RuleBuilder<'a> {
 
     /// `ip6 daddr fe80::/10`
     pub(super) fn daddr_link_local(self) -> Self {
-        let network = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
-        let mask = Ipv6Addr::new(0xffc0, 0, 0, 0, 0, 0, 0, 0);
-        self.daddr_network(Family::Ipv6, network.octets(), mask.octets())
+        self.daddr_within(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0).into(), 10)
+    }
+
+    /// `ip6 daddr ff00::/8`
+    pub(super) fn daddr_multicast6(self) -> Self {
+        self.daddr_within(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0).into(), 8)
     }
 
     /// `ip daddr ADDRESS/PREFIX` or `ip6 daddr ADDRESS/PREFIX`, which has no bits beyond the prefix
@@ -492,12 +502,6 @@ impl<'a> RuleBuilder<'a> {
             .compare(CmpOp::Eq, &network[..])
     }
 
-    /// `ip6 daddr ff00::/8`
-    pub(super) fn daddr_multicast6(self) -> Self {
-        let network = Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0);
-        self.daddr_network(Family::Ipv6, network.octets(), network.octets())
-    }
-
     /// `fib daddr type 2-5`: local, broadcast, anycast or multicast.
     ///
     /// `fib daddr type != unicast` would match too much. For IPv6 the kernel looks for a route without the packet's
@@ -522,7 +526,8 @@ impl<'a> RuleBuilder<'a> {
 
     /// `meta oifkind "vrf"`
     pub(super) fn oif_is_vrf(self) -> Self {
-        self.with(&InterfaceKind).compare(CmpOp::Eq, &VRF[..])
+        self.with(&PacketMeta::LoadInterfaceKind)
+            .compare(CmpOp::Eq, &VRF[..])
     }
 
     /// `meta skuid >= 0`: there is a socket, and somebody has it open.
@@ -566,7 +571,7 @@ impl<'a> RuleBuilder<'a> {
     /// `tproxy ip to 127.0.0.1:(meta priority map @PORTS)`, or for IPv6. Without a listener the rule does not match. nft
     /// shows it without the port.
     pub(super) fn tproxy_by_priority(self, family: Family, ports: &CStr) -> Self {
-        self.with(&PacketPriority::Load)
+        self.with(&PacketMeta::LoadPriority)
             .value_of(ports)
             .tproxy_to_loopback(family)
     }
