@@ -203,15 +203,14 @@ impl Transaction<'_> {
 
     /// First packets go by the chain `forged`, and those that may be a TPROXY server's for somebody else by `first-packets`.
     fn first_packets_of(&mut self, chain: &CStr, system: bool) {
-        // ct status ! confirmed meta nfproto ipv6 jump forged
         self.add_rules(
             chain,
-            [&|rule| rule.ct_unconfirmed().nfproto(Family::Ipv6).jump(FORGED)],
-        );
-        // ct status ! confirmed oif lo jump first-packets
-        self.add_rules(
-            chain,
-            [&|rule| rule.ct_unconfirmed().oif_lo().jump(FIRST_PACKETS)],
+            [
+                // ct status ! confirmed meta nfproto ipv6 jump forged
+                &|rule| rule.ct_unconfirmed().nfproto(Family::Ipv6).jump(FORGED),
+                // ct status ! confirmed oif lo jump first-packets
+                &|rule| rule.ct_unconfirmed().oif_lo().jump(FIRST_PACKETS),
+            ],
         );
         if system {
             // ct status ! confirmed oifname @interfaces jump first-packets

@@ -32,7 +32,9 @@ impl Nftables {
     /// What the kernel lacks of what proxies need: statements and expressions of nft, and ctnetlink.
     #[must_use]
     pub fn missing_features(&self) -> Vec<&'static str> {
-        let missing = FEATURES.iter().filter(|(_, rule)| !self.takes(*rule));
+        let missing = FEATURES
+            .iter()
+            .filter(|(_, rule)| self.attempt(*rule).is_err());
         let missing = missing.map(|(feature, _)| *feature);
         missing
             .chain(lacks_ctnetlink().then_some(CTNETLINK))
@@ -48,10 +50,6 @@ impl Nftables {
             Err(refusal) if is_unknown(&refusal) => Ok(false),
             result => result.map(|()| true),
         }
-    }
-
-    fn takes(&self, rule: Attempt) -> bool {
-        self.attempt(rule).is_ok()
     }
 
     fn attempt(&self, rule: Attempt) -> Result<(), Refusal> {

@@ -9,7 +9,7 @@
 //! What the system's policy enforces is in a map of numbers of its own, which has another meaning for what it
 //! leaves to users.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 
 use nftnl::MsgType;
 
@@ -18,6 +18,7 @@ use super::map_elements::MapKey;
 use super::names::{Names, ProxyChain};
 use super::plan::Layout;
 use super::policy::{self, Enforced, Hold, Proxy, Verdict};
+use super::rule::RuleBuilder;
 use super::ruleset::{CHOICES_ENFORCED, DROP_SYSTEM, ENFORCED, SYSTEM, USER_VERDICTS};
 use super::shared::Shared;
 use super::transaction::Transaction;
@@ -137,20 +138,15 @@ impl Transaction<'_> {
         let chain = names.hold(hold);
         self.add_chain(&chain);
         self.flush_chain(&chain);
-        let decided = match &hold.verdict {
-            Some(verdict) => decision(names, verdict),
-            None => Decision::Goto(USER_VERDICTS.to_owned()),
-        };
         self.add_rules(
             &chain,
             [
                 // socket cgroupv2 level LEVEL != 0 drop
                 &|rule| rule.socket_level_exists(hold.level).drop(),
                 // goto CHAIN, return or drop
-                &|rule| match &decided {
-                    Decision::Goto(chain) => rule.goto(chain),
-                    Decision::Return => rule.return_(),
-                    Decision::Drop => rule.drop(),
+                &|rule| match &hold.verdict {
+                    Some(verdict) => decide(rule, names, verdict),
+                    None => rule.goto(USER_VERDICTS),
                 },
             ],
         );
@@ -244,21 +240,15 @@ impl Transaction<'_> {
     }
 }
 
-/// What nftables does with packets that have a verdict.
-enum Decision {
-    Goto(CString),
-    Return,
-    Drop,
-}
-
-fn decision(names: &Names, verdict: &Verdict) -> Decision {
+/// What becomes of packets that have a verdict.
+fn decide<'a>(rule: RuleBuilder<'a>, names: &Names, verdict: &Verdict) -> RuleBuilder<'a> {
     match verdict {
-        Verdict::Direct => Decision::Return,
-        Verdict::Drop => Decision::Goto(names.dropping().to_owned()),
-        Verdict::DropAll => Decision::Drop,
-        Verdict::Proxy(proxy) => Decision::Goto(names.chain(ProxyChain::Proxy, proxy)),
+        Verdict::Direct => rule.return_(),
+        Verdict::Drop => rule.goto(names.dropping()),
+        Verdict::DropAll => rule.drop(),
+        Verdict::Proxy(proxy) => rule.goto(&names.chain(ProxyChain::Proxy, proxy)),
         // A user's packets go on to the system's policy; after that there is nothing.
-        Verdict::Undecided if names.is_system() => Decision::Return,
-        Verdict::Undecided => Decision::Goto(SYSTEM.to_owned()),
+        Verdict::Undecided if names.is_system() => rule.return_(),
+        Verdict::Undecided => rule.goto(SYSTEM),
     }
 }
