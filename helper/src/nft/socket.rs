@@ -56,6 +56,14 @@ pub(super) enum Failure {
     Unknown(Refusal),
 }
 
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Refused(refusal) | Failure::Unknown(refusal) => refusal,
+        }
+    }
+}
+
 /// A socket to nf_tables. A table with the flag `owner` belongs to the socket that made it.
 pub(super) struct NetfilterSocket {
     socket: Socket,
@@ -84,9 +92,7 @@ impl NetfilterSocket {
 
     /// Sends a batch whose caller does not ask whether a failure left it undone or unknown.
     pub(super) fn transact(&self, batch: &FinalizedBatch) -> Result<(), Refusal> {
-        self.carry_out(batch).map_err(|failure| match failure {
-            Failure::Refused(refusal) | Failure::Unknown(refusal) => refusal,
-        })
+        Ok(self.carry_out(batch)?)
     }
 
     /// Sends a batch, which the kernel takes whole or not at all.
