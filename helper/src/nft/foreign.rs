@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use super::attributes::{RULE_EXPRESSIONS, RULE_TABLE, expressions};
+use super::dump::{RULE_EXPRESSIONS, RULE_TABLE, expressions};
 use super::socket::{Dump, NetfilterSocket};
 use super::{Nftables, Refusal, TABLE};
 use crate::netlink::{attribute, string};
@@ -260,7 +260,7 @@ fn canonical(register: u32) -> u32 {
 mod tests {
     use super::*;
     use crate::netlink::push_attribute;
-    use crate::nft::attributes::{EXPRESSION_DATA, EXPRESSION_NAME};
+    use crate::nft::dump::{EXPRESSION_DATA, EXPRESSION_NAME};
     use proptest::prelude::*;
 
     fn attr(kind: u16, value: &[u8]) -> Vec<u8> {

@@ -1,68 +1,23 @@
 //! Reads back what an earlier helper left in the table.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::rc::Rc;
 
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::text;
-use rustix::io::Errno;
 
-use super::attributes::{RULE_CHAIN, RULE_EXPRESSIONS, RULE_TABLE, expressions};
-use super::ffi::Comment;
+use super::dump::{Found, Value};
+use super::map_elements::{self, MapKey};
 use super::names::{self, ListNames, Names};
 use super::plan::{Inherited, Known, Layout, LeftBehind, Records, Stamp, Stamped};
-use super::policy::{Element, Enforced};
+use super::policy::{Element, Enforced, Hold};
 use super::shared::{Remnants, Shared};
-use super::socket::Dump;
 use super::verdicts::{holds_back, meaning, what_is_enforced};
-use super::{Error, Nftables, TABLE, map_elements, ruleset};
+use super::{Error, Nftables, ruleset};
 use crate::cgroup::{ControlGroupId, OwnedControlGroup};
 use crate::mark::{Mark, MarkRange};
-use crate::netlink::{Refusal, attribute, push_attribute, string, values};
 use crate::peer::Uid;
-
-/// How often a dump is tried while others change what is dumped.
-const ATTEMPTS: usize = 8;
-
-/// What an element of a map has beside its key.
-enum Value {
-    Chain(String),
-    Data(Vec<u8>),
-    /// A verdict without a chain, or nothing.
-    Other,
-}
-
-impl Value {
-    fn number(&self) -> Option<u32> {
-        match self {
-            Self::Data(data) => Some(u32::from_ne_bytes(*data.first_chunk()?)),
-            Self::Chain(_) | Self::Other => None,
-        }
-    }
-}
-
-/// An element as it is dumped.
-struct Found {
-    key: Vec<u8>,
-    value: Value,
-    /// Whose it is, if that is noted.
-    whose: Option<Uid>,
-}
-
-impl Found {
-    fn id(&self) -> Option<ControlGroupId> {
-        self.key
-            .first_chunk()
-            .copied()
-            .map(ControlGroupId::from_bytes)
-    }
-
-    /// The first four bytes of the key.
-    fn number(&self) -> Option<u32> {
-        Some(u32::from_ne_bytes(*self.key.first_chunk()?))
-    }
-}
 
 /// What is in the table of all users.
 #[derive(Default)]
@@ -221,9 +176,8 @@ impl Nftables {
             }
         }
         for found in self.elements(ruleset::MARKS)? {
-            if let (Value::Chain(chain), Some(mark)) = (&found.value, found.number())
-                && let Some((uid, name)) = names::proxy_of(chain)
-            {
+            let proxy = found.value.chain().and_then(names::proxy_of);
+            if let (Some((uid, name)), Some(mark)) = (proxy, found.number()) {
                 let proxies = contents.proxies.entry(uid).or_default();
                 proxies.insert(name, Mark::adopted(mark));
             }
@@ -256,40 +210,12 @@ impl Nftables {
                 left.chains.extend(CString::new(chain.as_str()));
             }
         }
-        // Whose a mark is.
-        let mut marks = BTreeMap::new();
-        for (&uid, proxies) in &contents.proxies {
-            marks.extend(proxies.values().map(|mark| (mark.value(), uid)));
-        }
-        // The marks of DNS queries too.
-        for found in self.elements(ruleset::RESOLVE)? {
-            if let (Value::Chain(chain), Some(mark)) = (&found.value, found.number()) {
-                marks.extend(names::owner(chain).map(|uid| (mark, uid)));
-            }
-        }
-        let chains = [
-            ruleset::SYSTEM,
-            ruleset::SYSTEM_DEEP,
-            ruleset::USER_VERDICTS,
-            ruleset::USER_VERDICTS_DEEP,
-        ];
-        let [mut system, deep, mut users, deep_users] = self.levels_of(chains)?;
-        system.extend(deep);
-        users.extend(deep_users);
-        let mut holds = BTreeMap::new();
-        for found in self.elements(ruleset::CHOICES)? {
-            if let Value::Chain(chain) = &found.value
-                && let Some(hold) = names::hold_of(chain)
-            {
-                holds.insert(hold, (ruleset::CHOICES, found.key));
-            }
-        }
+        let [system, users] = self.levels_of([
+            [ruleset::SYSTEM, ruleset::SYSTEM_DEEP],
+            [ruleset::USER_VERDICTS, ruleset::USER_VERDICTS_DEEP],
+        ])?;
+        let holds = self.common_holds()?;
         let lists = contents.lists();
-        let drops: BTreeSet<_> = self
-            .elements(ruleset::DROPS)?
-            .into_iter()
-            .map(|found| found.key)
-            .collect();
         for (&uid, left) in &mut *left {
             if uid == Uid::ROOT {
                 left.levels.clone_from(&system);
@@ -300,12 +226,37 @@ impl Nftables {
             let cgroups = contents.cgroups.get(&uid).into_iter().flatten();
             left.cgroups = cgroups.map(|(id, _)| *id).collect();
             left.lists.clone_from(&lists);
-            let key = uid.value().to_ne_bytes().to_vec();
-            if let Some(subtree) = contents.subtrees.get(&uid) {
-                left.map_keys.insert((ruleset::USERS, key));
-                let drop = (ruleset::DROPS, subtree.to_bytes().to_vec());
-                left.map_keys
-                    .extend(drops.contains(&drop.1).then_some(drop));
+        }
+        self.remnants_in_maps(contents, left)
+    }
+
+    /// The holds that users have together, each with the element that leads to its chain.
+    fn common_holds(&self) -> Result<BTreeMap<Hold, MapKey>, Error> {
+        let hold = |found: Found| {
+            let hold = names::hold_of(found.value.chain()?)?;
+            Some((hold, (ruleset::CHOICES, found.key)))
+        };
+        let found = self.elements(ruleset::CHOICES)?;
+        Ok(found.into_iter().filter_map(hold).collect())
+    }
+
+    /// Notes the elements of shared maps that lead to chains of the users in `left`, or are about their marks or subtrees.
+    fn remnants_in_maps(
+        &self,
+        contents: &Contents,
+        left: &mut BTreeMap<Uid, Remnants>,
+    ) -> Result<(), Error> {
+        let drops = self.elements(ruleset::DROPS)?;
+        let drops: BTreeSet<_> = drops.into_iter().map(|found| found.key).collect();
+        for (uid, subtree) in &contents.subtrees {
+            let Some(left) = left.get_mut(uid) else {
+                continue;
+            };
+            let user = uid.value().to_ne_bytes().to_vec();
+            left.map_keys.insert((ruleset::USERS, user));
+            let drop = subtree.to_bytes().to_vec();
+            if drops.contains(&drop) {
+                left.map_keys.insert((ruleset::DROPS, drop));
             }
         }
         let by_chain = [
@@ -313,12 +264,10 @@ impl Nftables {
             ruleset::CHOICES_SYSTEM,
             ruleset::CHOICES_ENFORCED,
         ];
+        let marks = self.owners_of_marks(contents)?;
         for map in by_chain.into_iter().chain(map_elements::BY_MARK) {
             for found in self.elements(map)? {
-                let chain = match &found.value {
-                    Value::Chain(chain) => names::owner(chain),
-                    Value::Data(_) | Value::Other => None,
-                };
+                let chain = found.value.chain().and_then(names::owner);
                 let mark = || found.number().and_then(|mark| marks.get(&mark)).copied();
                 let uid = chain.or_else(|| mark().filter(|_| !by_chain.contains(&map)));
                 if let Some(left) = uid.and_then(|uid| left.get_mut(&uid)) {
@@ -329,109 +278,16 @@ impl Nftables {
         Ok(())
     }
 
-    /// The levels that the rules of each of these chains look at.
-    fn levels_of<const N: usize>(&self, chains: [&CStr; N]) -> Result<[BTreeSet<u32>; N], Error> {
-        /// enum nft_socket_attributes
-        const SOCKET_LEVEL: u16 = 3;
-        let is =
-            |value: Option<&[u8]>, name: &CStr| value.map(string).as_deref() == name.to_str().ok();
-        let mut levels = [const { BTreeSet::new() }; N];
-        // Only the rules of this table: a firewall may have many.
-        for rule in self.read(Dump::Rules, &names(&[(RULE_TABLE, TABLE)]))? {
-            if !is(attribute(&rule, RULE_TABLE), TABLE) {
-                continue;
-            }
-            let chain = attribute(&rule, RULE_CHAIN);
-            let mut each = chains.iter().zip(&mut levels);
-            let Some((_, levels)) = each.find(|(name, _)| is(chain, name)) else {
-                continue;
-            };
-            let list = attribute(&rule, RULE_EXPRESSIONS).unwrap_or_default();
-            for (name, data) in expressions(list) {
-                let level = attribute(data, SOCKET_LEVEL).and_then(<[u8]>::first_chunk);
-                if let ("socket", Some(level)) = (name.as_str(), level) {
-                    levels.insert(u32::from_be_bytes(*level));
-                }
-            }
+    /// Whose each mark is, that of a proxy or of its DNS queries.
+    fn owners_of_marks(&self, contents: &Contents) -> Result<BTreeMap<u32, Uid>, Error> {
+        let mut marks = BTreeMap::new();
+        for (&uid, proxies) in &contents.proxies {
+            marks.extend(proxies.values().map(|mark| (mark.value(), uid)));
         }
-        Ok(levels)
-    }
-
-    /// The names of the table's chains.
-    pub(super) fn chains(&self) -> Result<BTreeSet<String>, Error> {
-        /// enum nft_chain_attributes
-        const TABLE_NAME: u16 = 1;
-        const NAME: u16 = 3;
-        let chains = self.read(Dump::Chains, &[])?;
-        let ours = chains.iter().filter(|chain| {
-            attribute(chain, TABLE_NAME).map(string).as_deref() == TABLE.to_str().ok()
-        });
-        Ok(ours
-            .filter_map(|chain| attribute(chain, NAME).map(string))
-            .collect())
-    }
-
-    /// The elements of a map. A map that is not there has none.
-    fn elements(&self, map: &CStr) -> Result<Vec<Found>, Error> {
-        // enum nft_set_elem_list_attributes, nft_list_attributes, nft_set_elem_attributes,
-        // nft_data_attributes, nft_verdict_attributes
-        const LIST_TABLE: u16 = 1;
-        const LIST_SET: u16 = 2;
-        const LIST_ELEMENTS: u16 = 3;
-        const ELEMENT_KEY: u16 = 1;
-        const ELEMENT_DATA: u16 = 2;
-        const ELEMENT_USER_DATA: u16 = 6;
-        const DATA_VALUE: u16 = 1;
-        const DATA_VERDICT: u16 = 2;
-        const VERDICT_CHAIN: u16 = 2;
-        let request = names(&[(LIST_TABLE, TABLE), (LIST_SET, map)]);
-        let pages = match self.read(Dump::Elements, &request) {
-            Err(Error::Dump(refusal)) if refusal.errno == Errno::NOENT => return Ok(Vec::new()),
-            pages => pages?,
-        };
-        let mut elements = Vec::new();
-        for page in pages {
-            let list = attribute(&page, LIST_ELEMENTS).unwrap_or_default();
-            for element in values(list) {
-                let key =
-                    attribute(element, ELEMENT_KEY).and_then(|key| attribute(key, DATA_VALUE));
-                let data = attribute(element, ELEMENT_DATA).unwrap_or_default();
-                let chain = attribute(data, DATA_VERDICT)
-                    .and_then(|verdict| attribute(verdict, VERDICT_CHAIN));
-                let value = match (chain, attribute(data, DATA_VALUE)) {
-                    (Some(chain), _) => Value::Chain(string(chain)),
-                    (None, Some(data)) => Value::Data(data.to_vec()),
-                    (None, None) => Value::Other,
-                };
-                let whose = attribute(element, ELEMENT_USER_DATA).and_then(Comment::parse);
-                elements.extend(key.map(|key| Found {
-                    key: key.to_vec(),
-                    value,
-                    whose,
-                }));
-            }
+        for found in self.elements(ruleset::RESOLVE)? {
+            let owner = found.value.chain().and_then(names::owner);
+            marks.extend(found.number().zip(owner));
         }
-        Ok(elements)
+        Ok(marks)
     }
-
-    /// Dumps, and does so again if others changed something meanwhile.
-    fn read(&self, what: Dump, request: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
-        let mut attempt = 0;
-        loop {
-            attempt += 1;
-            match self.socket.dump(what, request) {
-                Err(Refusal { errno, .. }) if errno == Errno::INTR && attempt < ATTEMPTS => {}
-                objects => return objects.map_err(Error::Dump),
-            }
-        }
-    }
-}
-
-/// Attributes with names, by which a dump is told what is wanted.
-fn names(names: &[(u16, &CStr)]) -> Vec<u8> {
-    let mut request = Vec::new();
-    for (kind, name) in names {
-        push_attribute(&mut request, *kind, name.to_bytes_with_nul());
-    }
-    request
 }

@@ -5,15 +5,15 @@
 //! `ruleset`, `output` and `delivery` are nobody's, `shared` and `bypass` are all users', `user`, `proxy`, `dns`,
 //! `verdicts` and `map_elements` are one user's, and `gateway` is root's; `common_rules` are in chains of several of
 //! these. They are written as commands (`transaction`), with rules (`rule`, of `expression`s) and names (`names`).
-//! `table` sends them by `socket`, over `ffi`. `probe` and `foreign` look at what the kernel can do and at what other
-//! programs do to marks; `attributes` has what rules look like where they are dumped.
+//! `table` sends them by `socket`, over `ffi`, and `dump` reads what is there. `probe` and `foreign` look at what the
+//! kernel can do and at what other programs do to marks.
 
-mod attributes;
 mod bypass;
 mod change;
 mod common_rules;
 mod delivery;
 mod dns;
+mod dump;
 mod expression;
 mod ffi;
 mod foreign;
