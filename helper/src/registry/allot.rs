@@ -35,6 +35,15 @@ impl Registry {
         })
     }
 
+    /// The marks that are in use once what a user had is gone.
+    pub(super) fn marks_without(&self, before: &Before) -> MarkAllocator {
+        let mut marks = self.marks.clone();
+        for (_, mark) in before.marks() {
+            marks.free(mark);
+        }
+        marks
+    }
+
     /// Gives each proxy a mark: the one that a proxy of this name has already, or a new one.
     pub(super) fn assign_marks(
         &self,

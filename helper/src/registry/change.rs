@@ -1,8 +1,9 @@
 //! From what is to be to what the kernel has to do.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
-use crate::cgroup::{ControlGroupId, OwnedControlGroup};
+use crate::cgroup::{ControlGroupId, OwnedControlGroup, Top};
 use crate::nft::{Element, Enforced, Hold, Layout, Verdict};
 
 /// How many control groups need each part of a layout: a part is there while one does.
@@ -15,7 +16,16 @@ pub(super) struct Census {
 }
 
 impl Census {
-    pub(super) fn add(&mut self, cgroup: OwnedControlGroup, element: &Element) {
+    /// How many of these need each part.
+    pub(super) fn of<'a>(
+        elements: impl IntoIterator<Item = &'a (OwnedControlGroup, Element)>,
+    ) -> Self {
+        let mut census = Self::default();
+        elements.into_iter().for_each(|element| census.add(element));
+        census
+    }
+
+    pub(super) fn add(&mut self, (cgroup, element): &(OwnedControlGroup, Element)) {
         *self.levels.entry(cgroup.level()).or_default() += 1;
         for hold in Hold::all_of(cgroup.level(), element) {
             *self.holds.entry(hold).or_default() += 1;
@@ -24,7 +34,7 @@ impl Census {
         self.holding_back += usize::from(element.holds_back());
     }
 
-    pub(super) fn remove(&mut self, cgroup: OwnedControlGroup, element: &Element) {
+    pub(super) fn remove(&mut self, (cgroup, element): &(OwnedControlGroup, Element)) {
         decrement(&mut self.levels, &cgroup.level());
         for hold in Hold::all_of(cgroup.level(), element) {
             decrement(&mut self.holds, &hold);
@@ -49,16 +59,41 @@ impl Census {
         self.holding_back > 0
     }
 
+    /// The layout that a change makes of this one, for which there was another census.
+    ///
+    /// A level that no control group needs any more is left out one change later: what starts next is often what has
+    /// just ended, and writing another layout takes longer than everything else that a new control group needs. For as long,
+    /// open connections are looked at when nothing is dropped or held any more.
+    pub(super) fn layout_after(
+        &self,
+        before: &Self,
+        layout: &Rc<Layout>,
+        subtree: Top,
+    ) -> Rc<Layout> {
+        let holds_back = self.holds_back() || before.holds_back();
+        let same = self.holds.keys().eq(&layout.holds)
+            && self.enforced() == layout.enforced
+            && self.levels_are(before, &layout.levels)
+            && holds_back == layout.holds_back
+            && subtree == layout.subtree;
+        if same {
+            return Rc::clone(layout);
+        }
+        Rc::new(Layout {
+            subtree,
+            levels: &self.levels() | &before.levels(),
+            holds: self.holds(),
+            enforced: self.enforced(),
+            holds_back,
+            ..Layout::clone(layout)
+        })
+    }
+
     /// Whether these are the levels at which anything is, or was before.
-    pub(super) fn levels_are(&self, before: &Self, levels: &BTreeSet<u32>) -> bool {
+    fn levels_are(&self, before: &Self, levels: &BTreeSet<u32>) -> bool {
         let has = |level| self.levels.contains_key(level) || before.levels.contains_key(level);
         let mut both = self.levels.keys().chain(before.levels.keys());
         levels.iter().all(has) && both.all(|level| levels.contains(level))
-    }
-
-    /// Whether a layout has just the parts that are needed, but for levels.
-    pub(super) fn is_of(&self, layout: &Layout) -> bool {
-        self.holds.keys().eq(&layout.holds) && self.enforced() == layout.enforced
     }
 }
 
@@ -72,7 +107,7 @@ fn decrement<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) {
 }
 
 /// What the kernel is told of an element: a hold that holds nothing is none.
-fn told((cgroup, element): (OwnedControlGroup, &Element)) -> (&Verdict, Option<u32>, Enforced) {
+fn told((cgroup, element): &(OwnedControlGroup, Element)) -> (&Verdict, Option<u32>, Enforced) {
     let hold = Hold::of(cgroup.level(), element);
     (
         &element.verdict,
@@ -81,45 +116,34 @@ fn told((cgroup, element): (OwnedControlGroup, &Element)) -> (&Verdict, Option<u
     )
 }
 
-/// Which elements the kernel has to delete and to add.
-#[derive(Debug, Default)]
-pub(super) struct Changes<'a>(Vec<(When, OwnedControlGroup, &'a Element)>);
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum When {
     Before,
     After,
 }
 
-impl<'a> Changes<'a> {
-    pub(super) fn had(&mut self, cgroup: OwnedControlGroup, element: &'a Element) {
-        self.0.push((When::Before, cgroup, element));
-    }
-
-    pub(super) fn has(&mut self, cgroup: OwnedControlGroup, element: &'a Element) {
-        self.0.push((When::After, cgroup, element));
-    }
-
-    pub(super) fn finish(mut self) -> (Vec<ControlGroupId>, Vec<(OwnedControlGroup, Element)>) {
-        let mut delete = Vec::new();
-        let mut add = Vec::new();
-        self.0.sort_by_key(|(_, cgroup, _)| cgroup.id());
-        for same in self.0.chunk_by(|(_, a, _), (_, b, _)| a.id() == b.id()) {
-            let last = |wanted| {
-                let found = same.iter().rfind(|(when, ..)| *when == wanted);
-                found.map(|&(_, cgroup, element)| (cgroup, element))
-            };
-            let (before, after) = (last(When::Before), last(When::After));
-            if before.map(told) == after.map(told) {
-                continue;
-            }
-            if let Some((cgroup, _)) = before {
-                delete.push(cgroup.id());
-            }
-            if let Some((cgroup, element)) = after {
-                add.push((cgroup, element.clone()));
-            }
+/// Which elements the kernel has to delete and to add, so that it has those of `after` in place of those of `before`.
+pub(super) fn changes<'a>(
+    before: impl IntoIterator<Item = &'a (OwnedControlGroup, Element)>,
+    after: impl IntoIterator<Item = &'a (OwnedControlGroup, Element)>,
+) -> (Vec<ControlGroupId>, Vec<(OwnedControlGroup, Element)>) {
+    let before = before.into_iter().map(|element| (When::Before, element));
+    let after = after.into_iter().map(|element| (When::After, element));
+    let mut all: Vec<_> = before.chain(after).collect();
+    all.sort_by_key(|(_, (cgroup, _))| cgroup.id());
+    let mut delete = Vec::new();
+    let mut add = Vec::new();
+    for same in all.chunk_by(|(_, (a, _)), (_, (b, _))| a.id() == b.id()) {
+        let last = |wanted| {
+            let found = same.iter().rfind(|(when, _)| *when == wanted);
+            found.map(|&(_, element)| element)
+        };
+        let (before, after) = (last(When::Before), last(When::After));
+        if before.map(told) == after.map(told) {
+            continue;
         }
-        (delete, add)
+        delete.extend(before.map(|(cgroup, _)| cgroup.id()));
+        add.extend(after.cloned());
     }
+    (delete, add)
 }

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use super::change::Changes;
+use super::change::{Census, changes};
 use super::{Effect, Entry, Registry, Staged};
 use crate::cgroup::OwnedControlGroup;
 use crate::config::OnAgentLoss;
-use crate::nft::{Before, Element, Enforced, Hold, Known, Layout, Plan, Stamped, Verdict};
+use crate::nft::{Before, Element, Enforced, Known, Layout, Plan, Stamped, Verdict};
 use crate::peer::Uid;
 
 /// What stays of a policy.
@@ -50,38 +50,24 @@ impl Registry {
             // Of some control groups it is not known how deep they are.
             _ => (without_proxies(entry.elements()), layout.levels.clone()),
         };
-        if !rest.iter().any(|(_, element)| element.holds_back()) {
+        let census = Census::of(&rest);
+        if !census.holds_back() {
             return Remains::Nothing;
         }
         let after = Layout {
             proxies: BTreeMap::new(),
             gateway: None,
             levels,
-            holds: rest
-                .iter()
-                .flat_map(|(cgroup, element)| Hold::all_of(cgroup.level(), element))
-                .collect(),
-            enforced: rest
-                .iter()
-                .any(|(_, element)| element.enforced != Enforced::Nothing),
+            holds: census.holds(),
+            enforced: census.enforced(),
             holds_back: true,
             ..Layout::clone(layout)
         };
         let after = Stamped::after(Some(stamped), Rc::new(after));
-        let mut changes = Changes::default();
-        for (cgroup, element) in entry.elements() {
-            changes.had(*cgroup, element);
-        }
-        for (cgroup, element) in &rest {
-            changes.has(*cgroup, element);
-        }
-        let (delete, add) = changes.finish();
+        let (delete, add) = changes(entry.elements(), &rest);
         let before = Before::Layout(stamped.clone());
-        let mut marks = self.marks.clone();
-        for (_, mark) in before.marks() {
-            marks.free(mark);
-        }
         Remains::Part(Box::new(Staged {
+            marks: Some(self.marks_without(&before)),
             plan: Plan {
                 uid,
                 before,
@@ -89,7 +75,6 @@ impl Registry {
                 delete,
                 add,
             },
-            marks: Some(marks),
             effect: Effect::Reduce(Known {
                 stamped: after,
                 elements: rest,

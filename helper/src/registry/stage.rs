@@ -6,7 +6,7 @@ use std::rc::Rc;
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::path::ControlGroupPath;
 
-use super::change::{Census, Changes};
+use super::change::{Census, changes};
 use super::{Effect, Entry, PolicyRequest, Refused, Registry, Staged, User};
 use crate::cgroup::{OwnedControlGroup, Top};
 use crate::nft::{Before, Element, Layout, Plan, Proxy, Stamped, Verdict};
@@ -37,13 +37,12 @@ impl Registry {
         if let Some(gateway) = &policy.gateway {
             known(&proxies, &Verdict::Proxy(gateway.proxy.clone()))?;
         }
-        let mut census = Census::default();
         let opened = assignments.into_iter().filter_map(|(path, element)| {
             let cgroup = open(&path)?;
-            census.add(cgroup, &element);
             Some((path, (cgroup, element)))
         });
         let cgroups: BTreeMap<_, _> = opened.collect();
+        let census = Census::of(cgroups.values());
         let layout = Rc::new(Layout {
             subtree: policy.subtree,
             proxies,
@@ -60,14 +59,8 @@ impl Registry {
             Some(Entry::Policy(user)) => user.generation,
             Some(Entry::Known(_) | Entry::LeftBehind(_)) | None => 0,
         };
-        let mut changes = Changes::default();
-        for (cgroup, element) in entry.into_iter().flat_map(Entry::elements) {
-            changes.had(*cgroup, element);
-        }
-        for (cgroup, element) in cgroups.values() {
-            changes.has(*cgroup, element);
-        }
-        let (delete, add) = changes.finish();
+        let had = entry.into_iter().flat_map(Entry::elements);
+        let (delete, add) = changes(had, cgroups.values());
         Ok(Staged {
             plan: Plan {
                 uid,
@@ -132,37 +125,13 @@ impl Registry {
                 cgroups.push((path, opened));
             }
         }
+        let after = || cgroups.iter().filter_map(|(_, new)| new.as_ref());
         let mut census = user.census.clone();
-        let mut changes = Changes::default();
-        for (cgroup, element) in before {
-            changes.had(*cgroup, element);
-            census.remove(*cgroup, element);
-        }
-        for (cgroup, element) in cgroups.iter().filter_map(|(_, new)| new.as_ref()) {
-            changes.has(*cgroup, element);
-            census.add(*cgroup, element);
-        }
-        // A level that no control group needs any more is left out one change later: what starts next is often what has
-        // just ended, and writing another layout takes longer than everything else that a new control group needs.
-        let holds_back = census.holds_back() || user.census.holds_back();
-        let same = census.is_of(old_layout)
-            && census.levels_are(&user.census, &old_layout.levels)
-            && holds_back == old_layout.holds_back
-            && subtree == old_layout.subtree;
-        let layout = if same {
-            Rc::clone(old_layout)
-        } else {
-            Rc::new(Layout {
-                subtree,
-                levels: &census.levels() | &user.census.levels(),
-                holds: census.holds(),
-                enforced: census.enforced(),
-                holds_back,
-                ..Layout::clone(old_layout)
-            })
-        };
+        before.iter().for_each(|element| census.remove(element));
+        after().for_each(|element| census.add(element));
+        let layout = census.layout_after(&user.census, old_layout, subtree);
         let stamped = Stamped::after(Some(&user.stamped), layout);
-        let (delete, add) = changes.finish();
+        let (delete, add) = changes(before, after());
         Ok(Staged {
             plan: Plan {
                 uid,
@@ -185,11 +154,8 @@ impl Registry {
     pub fn remove(&self, uid: Uid) -> Staged {
         let before = self.before(uid);
         let elements = self.users.get(&uid).into_iter().flat_map(Entry::elements);
-        let mut marks = self.marks.clone();
-        for (_, mark) in before.marks() {
-            marks.free(mark);
-        }
         Staged {
+            marks: Some(self.marks_without(&before)),
             plan: Plan {
                 uid,
                 before,
@@ -197,7 +163,6 @@ impl Registry {
                 delete: elements.map(|(cgroup, _)| cgroup.id()).collect(),
                 add: Vec::new(),
             },
-            marks: Some(marks),
             effect: Effect::Remove,
         }
     }
