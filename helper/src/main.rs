@@ -1,6 +1,7 @@
 //! cgtproxy-helper: owns the nftables table of cgtproxy, its routing rules and its marks, on behalf of users' agents.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -15,7 +16,8 @@ use cgtproxy_helper::config::{self, Config};
 use cgtproxy_helper::kernel::Linux;
 use cgtproxy_helper::mark::MarkRange;
 use cgtproxy_helper::monitor::Monitor;
-use cgtproxy_helper::nft::{self, Nftables, Settings};
+use cgtproxy_helper::nft::{self, Inherited, Nftables, Records, Settings};
+use cgtproxy_helper::peer::Uid;
 use cgtproxy_helper::route::{self, Family, Routing};
 use cgtproxy_helper::server::Server;
 use cgtproxy_helper::snapshot::{self, Snapshot};
@@ -155,49 +157,22 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
     let root = Root::open(arguments.cgroup_root.as_deref())?;
     // The socket comes first: two helpers would fight over the table, and one socket is what
     // tells them apart on a kernel that does not protect the table.
-    let (handed_over, stored) = activation().map_err(Error::ActivatedSocket)?;
-    let (listener, own_name) = match handed_over {
-        Some(listener) => (listener, None),
-        None => {
-            let (listener, name) = listen(&arguments.socket)?;
-            (listener, Some(name))
-        }
-    };
-    match refuse_descriptors(&listener) {
-        // Before Linux 6.16 each connection sees to it by itself.
-        Err(error) if error.raw_os_error() == Some(Errno::NOPROTOOPT.raw_os_error()) => {}
-        refused => refused.map_err(Error::Runtime)?,
-    }
+    let (listener, own_name, stored) = listener(&arguments.socket)?;
     // What is set up is what is removed in the end. The file may be another one by then.
     let (marks, route_table, rule_priority) =
         (config.marks, config.route_table, config.rule_priority);
     let routing = Routing::open(marks, route_table, rule_priority)?;
     let (snapshot, mut records) = Snapshot::open(stored, marks);
     records.locate(|uid, subtree| root.slices(uid, subtree));
-    let settings = Settings {
-        marks,
-        proxy_uids: config.proxy_uids.clone(),
-        own: config.own_table,
-        udp_verdicts: config.udp_verdicts,
-    };
-    let (nftables, left) = Nftables::open(settings, &records)?;
+    let (nftables, left) = open_table(&config, &records)?;
     drop(records);
-    if config.own_table && !nftables.owned() {
-        tracing::info!(
-            "the kernel can't protect the table 'inet cgtproxy' from other programs (Linux 6.9 can)"
-        );
-    }
-
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;
     let served = tokio::task::LocalSet::new().block_on(&runtime, async {
-        listener.set_nonblocking(true).map_err(Error::Runtime)?;
         let listener = tokio::net::UnixListener::from_std(listener).map_err(Error::Runtime)?;
-        let shutdown = CancellationToken::new();
-        let mut terminate = signal(SignalKind::terminate()).map_err(Error::Runtime)?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Runtime)?;
+        let told_to_stop = told_to_stop().map_err(Error::Runtime)?;
         let monitor = Monitor::open(route_table, nftables.port(), !nftables.owned())
             .map_err(Error::Monitor)?;
         let (mut state, graces) =
@@ -210,23 +185,17 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         if !state.table_owned() && state.restore_lost_table()? {
             tracing::info!("the table 'inet cgtproxy' was removed by another program; restored it");
         }
+        let shutdown = CancellationToken::new();
         let server = Server::new(Rc::new(RefCell::new(state)), shutdown.clone());
         for (uid, grace) in graces {
             server.await_grace(uid, grace);
         }
         server.guard(monitor);
         notify::ready();
-        let parked = server.parked();
-        let (too_many_parked, earliest) = (parked.too_many(), Instant::now() + PAUSE);
-        let too_many_parked = async {
-            too_many_parked.await;
-            // Not so often that systemd gives the socket up.
-            sleep_until(earliest).await;
-        };
+        let too_many_parked = too_many_parked(&server);
         let ((), ended) = tokio::join!(server.run(listener), async {
             let ended = tokio::select! {
-                _ = terminate.recv() => Ok(()),
-                _ = interrupt.recv() => Ok(()),
+                () = told_to_stop => Ok(()),
                 () = too_many_parked, if own_name.is_none() => Err(Error::TooManyParked),
             };
             notify::stopping();
@@ -244,6 +213,66 @@ fn run(arguments: &Arguments) -> Result<(), Error> {
         removed?;
     }
     served
+}
+
+/// Takes the table over, or makes it, as the configuration says.
+fn open_table(
+    config: &Config,
+    records: &Records,
+) -> Result<(Nftables, BTreeMap<Uid, Inherited>), nft::Error> {
+    let settings = Settings {
+        marks: config.marks,
+        proxy_uids: config.proxy_uids.clone(),
+        own: config.own_table,
+        udp_verdicts: config.udp_verdicts,
+    };
+    let (nftables, left) = Nftables::open(settings, records)?;
+    if config.own_table && !nftables.owned() {
+        tracing::info!(
+            "the kernel can't protect the table 'inet cgtproxy' from other programs (Linux 6.9 can)"
+        );
+    }
+    Ok((nftables, left))
+}
+
+/// Returns what is ready once somebody tells this process to stop.
+fn told_to_stop() -> io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+/// Returns once too many connections can't be closed, but not so soon that systemd gives the socket up.
+fn too_many_parked(server: &Server) -> impl Future<Output = ()> + use<> {
+    let (parked, earliest) = (server.parked(), Instant::now() + PAUSE);
+    async move {
+        parked.too_many().await;
+        sleep_until(earliest).await;
+    }
+}
+
+/// The listening socket, its name if that is to be removed in the end, and the snapshot of an earlier helper.
+fn listener(path: &Path) -> Result<(UnixListener, Option<socket::Name>, Option<File>), Error> {
+    let (handed_over, stored) = activation().map_err(Error::ActivatedSocket)?;
+    let (listener, own_name) = match handed_over {
+        Some(listener) => (listener, None),
+        None => {
+            let (listener, name) = listen(path)?;
+            (listener, Some(name))
+        }
+    };
+    match refuse_descriptors(&listener) {
+        // Before Linux 6.16 each connection sees to it by itself.
+        Err(error) if error.raw_os_error() == Some(Errno::NOPROTOOPT.raw_os_error()) => {}
+        refused => refused.map_err(Error::Runtime)?,
+    }
+    listener.set_nonblocking(true).map_err(Error::Runtime)?;
+    Ok((listener, own_name, stored))
 }
 
 /// What the service manager hands over: the listening socket, and the snapshot of an earlier helper.
