@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use cgtproxy_proto::interface::InterfaceName;
 use cgtproxy_proto::name::ProxyName;
+use serde::{Deserialize, Serialize};
 
 use super::rule::Protocol;
 use crate::cgroup::DEEPEST_LEVEL;
@@ -133,7 +134,7 @@ impl Hold {
 }
 
 /// Where DNS queries go instead of to the server that they ask.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DnsHijack {
     /// At most one address of each family; queries of a family without one are packets as others.
     pub addresses: Vec<IpAddr>,
@@ -148,7 +149,7 @@ pub struct DnsHijack {
 }
 
 /// How packets get to a proxy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Delivery {
     /// It is a TPROXY server on this TCP and UDP port: packets keep their destination.
     Tproxy(NonZeroU16),
@@ -169,7 +170,7 @@ impl Delivery {
 }
 
 /// What a proxy does not take.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exceptions {
     /// TCP goes direct.
     pub no_tcp: bool,
@@ -201,7 +202,7 @@ impl Exceptions {
 
 /// Networks of fake addresses, which stand for names and which only their proxy knows: an address and the length of the
 /// prefix.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fakes {
     /// The IPv4 network.
     pub ipv4: Option<(Ipv4Addr, u8)>,
@@ -236,8 +237,8 @@ pub struct Proxy {
     pub settings: ProxySettings,
 }
 
-/// A proxy as a policy asks for it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A proxy as a policy asks for it. The snapshot has it as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProxySettings {
     /// Where it listens.
     pub delivery: Delivery,
@@ -260,8 +261,8 @@ impl Proxy {
 }
 
 /// Destinations that neither a proxy nor a drop touches: ranges in ascending order that neither
-/// overlap nor touch, first and last address included.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// overlap nor touch, first and last address included. The snapshot has them as they are.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bypass {
     /// IPv4.
     pub ipv4: Vec<(Ipv4Addr, Ipv4Addr)>,

@@ -1,8 +1,6 @@
 //! A record of the snapshot: one user's layout, as it is written down. Reading takes any bytes.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::num::NonZeroU16;
 use std::rc::Rc;
 
 use cgtproxy_proto::limits::MESSAGE_BYTES;
@@ -11,10 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cgroup::{ControlGroupId, OwnedControlGroup, Top};
 use crate::mark::{Mark, MarkRange};
-use crate::nft::{
-    Bypass, BypassList, Delivery, DnsHijack, Exceptions, Fakes, Gateway, Hold, Layout, Proxy,
-    ProxySettings, Stamp, Verdict,
-};
+use crate::nft::{Bypass, BypassList, Gateway, Hold, Layout, Proxy, ProxySettings, Stamp, Verdict};
 use crate::peer::Uid;
 
 /// More memory than any layout takes: a policy comes in one message.
@@ -24,7 +19,8 @@ const LONGEST: usize = 4 * MESSAGE_BYTES;
 #[derive(Deserialize)]
 struct Record {
     before: Before,
-    bypass: Option<BypassRecord>,
+    /// The list's number, and what is in it.
+    bypass: Option<(u32, Bypass)>,
     after: After,
 }
 
@@ -48,44 +44,10 @@ struct After {
 }
 
 #[derive(Serialize, Deserialize)]
-struct BypassRecord {
-    number: u32,
-    ipv4: Vec<(Ipv4Addr, Ipv4Addr)>,
-    ipv6: Vec<(Ipv6Addr, Ipv6Addr)>,
-}
-
-#[derive(Serialize, Deserialize)]
 struct ProxyRecord {
     name: String,
     mark: u32,
-    delivery: DeliveryRecord,
-    /// No TCP, UDP, IPv4, IPv6.
-    exceptions: [bool; 4],
-    reject_udp: bool,
-    dns_hijack: Option<DnsRecord>,
-    fakes: FakesRecord,
-}
-
-#[derive(Serialize, Deserialize)]
-enum DeliveryRecord {
-    Tproxy(NonZeroU16),
-    Redirect(Option<NonZeroU16>),
-}
-
-#[derive(Serialize, Deserialize)]
-struct DnsRecord {
-    addresses: Vec<IpAddr>,
-    port: NonZeroU16,
-    tcp: bool,
-    loopback: bool,
-    own: bool,
-}
-
-/// The networks whose addresses stand for names.
-#[derive(Serialize, Deserialize)]
-struct FakesRecord {
-    ipv4: Option<(Ipv4Addr, u8)>,
-    ipv6: Option<(Ipv6Addr, u8)>,
+    settings: ProxySettings,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -101,11 +63,7 @@ enum VerdictRecord {
 
 /// A list's bytes within a record.
 pub(super) fn encode_list(list: Option<&BypassList>) -> Vec<u8> {
-    bytes(&list.map(|list| BypassRecord {
-        number: list.number,
-        ipv4: list.destinations.ipv4.clone(),
-        ipv6: list.destinations.ipv6.clone(),
-    }))
+    bytes(&list.map(|list| (list.number, &*list.destinations)))
 }
 
 /// The record's bytes, those of its bypass list among them.
@@ -113,28 +71,7 @@ pub(super) fn encode(uid: Uid, stamp: Stamp, layout: &Layout, list: &[u8]) -> Ve
     let proxies = layout.proxies.iter().map(|(name, proxy)| ProxyRecord {
         name: name.to_string(),
         mark: proxy.mark.value(),
-        delivery: match proxy.settings.delivery {
-            Delivery::Tproxy(port) => DeliveryRecord::Tproxy(port),
-            Delivery::Redirect(port) => DeliveryRecord::Redirect(port),
-        },
-        exceptions: [
-            proxy.settings.exceptions.no_tcp,
-            proxy.settings.exceptions.no_udp,
-            proxy.settings.exceptions.no_ipv4,
-            proxy.settings.exceptions.no_ipv6,
-        ],
-        reject_udp: proxy.settings.reject_udp,
-        dns_hijack: proxy.settings.dns_hijack.as_ref().map(|hijack| DnsRecord {
-            addresses: hijack.addresses.clone(),
-            port: hijack.port,
-            tcp: hijack.tcp,
-            loopback: hijack.loopback,
-            own: hijack.own,
-        }),
-        fakes: FakesRecord {
-            ipv4: proxy.settings.fakes.ipv4,
-            ipv6: proxy.settings.fakes.ipv6,
-        },
+        settings: proxy.settings.clone(),
     });
     let verdict = |verdict: &Option<Verdict>| match verdict {
         Some(Verdict::Direct) => VerdictRecord::Direct,
@@ -198,12 +135,9 @@ pub(super) fn decode(bytes: &[u8], range: MarkRange) -> Option<(u32, Stamp, Layo
             .into_iter()
             .map(|proxy| self::proxy(proxy, range))
             .collect::<Option<_>>()?,
-        bypass: bypass.map(|list| BypassList {
-            number: list.number,
-            destinations: Rc::new(Bypass {
-                ipv4: list.ipv4,
-                ipv6: list.ipv6,
-            }),
+        bypass: bypass.map(|(number, destinations)| BypassList {
+            number,
+            destinations: Rc::new(destinations),
         }),
         levels: after.levels,
         holds: BTreeSet::new(),
@@ -247,28 +181,6 @@ fn proxy(record: ProxyRecord, range: MarkRange) -> Option<(ProxyName, Proxy)> {
     if !range.has(mark) {
         return None;
     }
-    let [no_tcp, no_udp, no_ipv4, no_ipv6] = record.exceptions;
-    let FakesRecord { ipv4, ipv6 } = record.fakes;
-    let settings = ProxySettings {
-        delivery: match record.delivery {
-            DeliveryRecord::Tproxy(port) => Delivery::Tproxy(port),
-            DeliveryRecord::Redirect(port) => Delivery::Redirect(port),
-        },
-        exceptions: Exceptions {
-            no_tcp,
-            no_udp,
-            no_ipv4,
-            no_ipv6,
-        },
-        reject_udp: record.reject_udp,
-        dns_hijack: record.dns_hijack.map(|hijack| DnsHijack {
-            addresses: hijack.addresses,
-            port: hijack.port,
-            tcp: hijack.tcp,
-            loopback: hijack.loopback,
-            own: hijack.own,
-        }),
-        fakes: Fakes { ipv4, ipv6 },
-    };
+    let settings = record.settings;
     Some((record.name.parse().ok()?, Proxy { mark, settings }))
 }

@@ -232,3 +232,15 @@ fn a_new_file_is_handed_over_when_something_is_in_it() {
     snapshot.renew(range(), std::iter::empty());
     assert!(!snapshot.new);
 }
+
+/// A snapshot of another form has another [`MAGIC`], also if a type that is written as it is has another field.
+#[test]
+fn the_form_of_a_record_is_what_magic_says() {
+    let sums = [false, true].map(|system| {
+        let layout = crate::nft::tests::layout(system);
+        let list = record::encode_list(layout.bypass.as_ref());
+        checksum(&record::encode(uid(), Stamp::found(1), &layout, &list))
+    });
+    let known = [235_444_997_368_276_922, 7_892_444_314_803_429_652];
+    assert_eq!((MAGIC, sums), (*b"cgtproxy\0\0\x05\0", known));
+}
