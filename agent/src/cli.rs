@@ -46,26 +46,26 @@ const ENVIRONMENT: &str = "Environment:\n\
 pub struct Arguments {
     /// Read the configuration from this file instead of ~/.config/cgtproxy/config.yaml
     #[arg(short, long, value_name = "FILE", global = true)]
-    pub config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
 
     /// Be the system's agent, or ask it: /etc/cgtproxy/config.yaml, for every control group there is
     ///
     /// Only root runs it, as the system service cgtproxy-agent-system.service does. Users' own
     /// configurations come before it, except for rules with 'enforce: true'.
     #[arg(long, global = true)]
-    pub system: bool,
+    pub(crate) system: bool,
 
     /// Where the helper listens
     #[arg(long, value_name = "PATH", env = HELPER_SOCKET_VARIABLE, default_value = HELPER_SOCKET, global = true)]
-    pub socket: PathBuf,
+    pub(crate) socket: PathBuf,
 
     /// Where cgroup v2 is mounted, if not at /sys/fs/cgroup or /sys/fs/cgroup/unified
     #[arg(long, value_name = "DIR", global = true)]
-    pub cgroup_root: Option<PathBuf>,
+    pub(crate) cgroup_root: Option<PathBuf>,
 
     /// What to do
     #[command(subcommand)]
-    pub command: Option<Command>,
+    pub(crate) command: Option<Command>,
 }
 
 impl Arguments {
@@ -73,7 +73,7 @@ impl Arguments {
     ///
     /// # Errors
     /// With what is left to do if it is wrong, or asks for help: that was printed, and the process ends with this status.
-    pub fn of_process() -> Result<Self, ExitCode> {
+    pub(crate) fn of_process() -> Result<Self, ExitCode> {
         Self::try_parse().map_err(|error| {
             let error = suggest(error, &Self::command());
             usage::end(&error, usage::WRONG, usage::FAILED)
@@ -81,8 +81,7 @@ impl Arguments {
     }
 
     /// Whose agent it is about.
-    #[must_use]
-    pub fn scope(&self) -> Scope {
+    pub(crate) fn scope(&self) -> Scope {
         match self.system {
             true => Scope::System,
             false => Scope::User,
@@ -92,7 +91,7 @@ impl Arguments {
 
 /// What to check.
 #[derive(Debug, Subcommand)]
-pub enum Check {
+pub(crate) enum Check {
     /// Find everything that is wrong with a configuration
     Config {
         /// The file, or '-' for standard input; by default the file that the agent reads
@@ -109,7 +108,7 @@ pub enum Check {
 
 /// What to do.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Run the agent (what happens without a command)
     ///
     /// SIGHUP loads the configuration again, as does a change of the file; one that is wrong is

@@ -11,7 +11,7 @@ use crate::config::Scope;
 
 /// Why there is no connection.
 #[derive(Debug)]
-pub enum ConnectError {
+pub(crate) enum ConnectError {
     /// Nobody listens.
     NotRunning,
     /// The socket is there, but of no use.
@@ -36,14 +36,14 @@ pub(crate) fn is_roots(scope: Scope, error: &io::Error) -> bool {
 
 /// A connection to an agent.
 #[derive(Debug)]
-pub struct Connection(Client);
+pub(crate) struct Connection(Client);
 
 impl Connection {
     /// Connects to the agent at `socket`.
     ///
     /// # Errors
     /// If there is none, or it can't be reached.
-    pub async fn open(socket: PathBuf) -> Result<Self, ConnectError> {
+    pub(crate) async fn open(socket: PathBuf) -> Result<Self, ConnectError> {
         match Client::connect(&socket).await {
             Ok(client) => Ok(Self(client)),
             Err(error) if nobody_listens(&error) => Err(ConnectError::NotRunning),
@@ -55,7 +55,7 @@ impl Connection {
     ///
     /// # Errors
     /// If the agent refuses, or the connection fails.
-    pub async fn call<A: Serialize, R: DeserializeOwned>(
+    pub(crate) async fn call<A: Serialize, R: DeserializeOwned>(
         &mut self,
         method: &str,
         arguments: A,

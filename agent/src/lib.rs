@@ -1,4 +1,4 @@
-//! The agent, as a library that its programs and tests share.
+//! The agent, as a library that its programs share. Manual pages and completions are made of its command lines.
 //!
 //! [`run`] starts its tasks, which share [`state`]: [`watch`] learns of control groups and [`reload`] of the
 //! configuration ([`config`]), [`policy`] decides and asks nobody, [`ledger`] knows what the helper lacks and [`sync`] tells
@@ -9,32 +9,32 @@
 
 pub mod cli;
 pub mod command;
-pub mod config;
-pub mod connection;
+mod config;
+mod connection;
 // The bounds are of such builds.
 #[cfg(test)]
 #[cfg(all(debug_assertions, target_arch = "x86_64"))]
 #[path = "../../tests/counts/counter.rs"]
 mod counter;
-pub mod doctor;
+mod doctor;
 pub mod exec;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
-pub mod ledger;
+mod ledger;
 mod makers;
-pub mod otherwise;
-pub mod policy;
-pub mod relay;
-pub mod reload;
-pub mod run;
-pub mod said;
-pub mod server;
-pub mod state;
-pub mod subtree;
-pub mod sync;
+mod otherwise;
+mod policy;
+mod relay;
+mod reload;
+mod run;
+mod said;
+mod server;
+mod state;
+mod subtree;
+mod sync;
 mod systemd;
 mod timing;
-pub mod view;
-pub mod watch;
+mod view;
+mod watch;
 
-pub use cgtproxy_proto::{notify, text};
+use cgtproxy_proto::{notify, text};

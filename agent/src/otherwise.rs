@@ -8,23 +8,22 @@ use cgtproxy_proto::path::manager_path;
 use crate::config::Scope;
 
 /// What is shown for a target where the system policy decides. No proxy has a name with a space.
-pub const SYSTEM_POLICY: &str = "system policy";
+pub(crate) const SYSTEM_POLICY: &str = "system policy";
 
 /// What is shown for a target where there is none.
 const NO_TARGET: &str = "-";
 
 /// What is said of the system policy where users come first.
-pub const UNLESS: &str = "unless that user's own rules decide";
+pub(crate) const UNLESS: &str = "unless that user's own rules decide";
 
 /// What is said of that below a table.
-#[must_use]
-pub fn note() -> String {
+pub(crate) fn note() -> String {
     format!("What is below a user@UID.service and not enforced holds {UNLESS}.")
 }
 
 /// What is known of it.
 #[derive(Debug, Clone)]
-pub struct Otherwise {
+pub(crate) struct Otherwise {
     scope: Scope,
     /// Root has a policy for the machine; none: nobody can tell.
     system_policy: Option<bool>,
@@ -36,8 +35,7 @@ pub struct Otherwise {
 
 impl Otherwise {
     /// What the helper says to the user `uid`, and the agent of this scope.
-    #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         scope: Scope,
         uid: u32,
         helper: Option<&HelperStatus>,
@@ -56,26 +54,22 @@ impl Otherwise {
     }
 
     /// Whose agent it is about.
-    #[must_use]
-    pub fn scope(&self) -> Scope {
+    pub(crate) fn scope(&self) -> Scope {
         self.scope
     }
 
     /// Whether root has a policy for the machine besides; none if nobody can tell, or if it is this one.
-    #[must_use]
-    pub fn system_policy(&self) -> Option<bool> {
+    pub(crate) fn system_policy(&self) -> Option<bool> {
         self.system_policy.filter(|_| self.scope == Scope::User)
     }
 
     /// Whether the agent has no configuration yet.
-    #[must_use]
-    pub fn waits(&self) -> bool {
+    pub(crate) fn waits(&self) -> bool {
         self.waits
     }
 
     /// Where something goes that no rule in force is about, in words that follow its name.
-    #[must_use]
-    pub fn goes(&self) -> &'static str {
+    pub(crate) fn goes(&self) -> &'static str {
         match (self.scope, self.system_policy) {
             (Scope::System, _) | (Scope::User, Some(false)) => "goes direct",
             (Scope::User, Some(true)) => "goes as the system policy says",
@@ -84,14 +78,12 @@ impl Otherwise {
     }
 
     /// Whether an agent is connected to the helper.
-    #[must_use]
-    pub fn is_connected(&self) -> bool {
+    pub(crate) fn is_connected(&self) -> bool {
         self.session == Some(Session::active)
     }
 
     /// What is in force of another agent's, if this one has nothing there.
-    #[must_use]
-    pub fn left(&self) -> Option<&'static str> {
+    pub(crate) fn left(&self) -> Option<&'static str> {
         match self.session.as_ref()? {
             Session::none => None,
             Session::active => Some("Another agent's rules are in force."),
@@ -107,8 +99,7 @@ impl Otherwise {
     }
 
     /// What it means that the agent has nothing in force.
-    #[must_use]
-    pub fn idle(&self) -> String {
+    pub(crate) fn idle(&self) -> String {
         match (self.left(), self.scope) {
             (Some(left), _) => left.to_owned(),
             (None, Scope::User) => format!("Everything of yours {}.", self.goes()),
@@ -119,8 +110,7 @@ impl Otherwise {
     }
 
     /// What it means that there is no file.
-    #[must_use]
-    pub fn without_file(&self) -> String {
+    pub(crate) fn without_file(&self) -> String {
         let goes = self.goes();
         match self.scope {
             Scope::User => format!("everything {goes}, unless cgtproxy-exec says otherwise"),
@@ -129,15 +119,13 @@ impl Otherwise {
     }
 
     /// Whether the system policy decides about a control group of a user's.
-    #[must_use]
-    pub fn is_left_to_system(&self, group: &ControlGroup) -> bool {
+    pub(crate) fn is_left_to_system(&self, group: &ControlGroup) -> bool {
         let decided = group.rule.is_some() || group.execSlice || group.relay == Some(true);
         !decided && self.system_policy() == Some(true)
     }
 
     /// What is shown for the target of a control group.
-    #[must_use]
-    pub fn target<'g>(&self, group: &'g ControlGroup) -> &'g str {
+    pub(crate) fn target<'g>(&self, group: &'g ControlGroup) -> &'g str {
         if self.waits {
             NO_TARGET
         } else if self.is_left_to_system(group) {
@@ -148,21 +136,18 @@ impl Otherwise {
     }
 
     /// Whether a user's own rules come before what the system policy says of a control group by this rule, or by none.
-    #[must_use]
-    pub fn yields(&self, group: &ControlGroup, rule: Option<&Rule>) -> bool {
+    pub(crate) fn yields(&self, group: &ControlGroup, rule: Option<&Rule>) -> bool {
         self.scope == Scope::System && !is_enforced(rule) && is_of_user(&group.path)
     }
 }
 
 /// Whether users' own rules don't change what this one says.
-#[must_use]
-pub fn is_enforced(rule: Option<&Rule>) -> bool {
+pub(crate) fn is_enforced(rule: Option<&Rule>) -> bool {
     rule.is_some_and(|rule| rule.enforce == Some(true))
 }
 
 /// Whether a path from the control group root leads to a user's service manager, or to what is below.
-#[must_use]
-pub fn is_of_user(path: &str) -> bool {
+pub(crate) fn is_of_user(path: &str) -> bool {
     let uid = path
         .strip_prefix("/user.slice/user-")
         .and_then(|rest| rest.split_once(".slice/")?.0.parse().ok());

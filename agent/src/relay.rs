@@ -13,7 +13,7 @@ use cgtproxy_proto::client::{CallError, Client};
 use cgtproxy_proto::relay::{
     Configure_Args, Configure_Reply, ErrorKind, GetStatus_Args, GetStatus_Reply, Protocol, Upstream,
 };
-pub use cgtproxy_proto::socket::of_relay as default_socket;
+pub(crate) use cgtproxy_proto::socket::of_relay as default_socket;
 use tokio::time::{sleep, timeout};
 
 use crate::config::{Means, Network, Proxy, Scheme};
@@ -30,8 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why packets for this target are refused though the verdict is in the kernel, if they are: it is a proxy of the relay's,
 /// and nobody knows yet where that listens, or the helper does not.
-#[must_use]
-pub fn lacks(state: &State, target: &Target) -> Option<String> {
+pub(crate) fn lacks(state: &State, target: &Target) -> Option<String> {
     let Target::Proxy(name) = target else {
         return None;
     };
@@ -54,8 +53,7 @@ pub fn lacks(state: &State, target: &Target) -> Option<String> {
 }
 
 /// Whether to ask the relay how it is doing, by what the agent says: asking starts it, so only who has one asks it.
-#[must_use]
-pub fn is_to_be_asked(status: &cgtproxy_proto::agent::GetStatus_Reply) -> bool {
+pub(crate) fn is_to_be_asked(status: &cgtproxy_proto::agent::GetStatus_Reply) -> bool {
     let mut targets = status.targets.iter();
     targets.any(|target| target.relayed == Some(true))
 }
@@ -64,7 +62,7 @@ pub fn is_to_be_asked(status: &cgtproxy_proto::agent::GetStatus_Reply) -> bool {
 ///
 /// # Errors
 /// Why it does not say, in a sentence.
-pub async fn status(socket: &Path) -> Result<GetStatus_Reply, String> {
+pub(crate) async fn status(socket: &Path) -> Result<GetStatus_Reply, String> {
     let mut client = Client::connect(socket)
         .await
         .map_err(|error| unreachable(socket, &error))?;
@@ -76,7 +74,7 @@ pub async fn status(socket: &Path) -> Result<GetStatus_Reply, String> {
 }
 
 /// Keeps the relay in step with the configuration, for ever.
-pub async fn run(agent: &Agent, socket: &Path) {
+pub(crate) async fn run(agent: &Agent, socket: &Path) {
     let mut changes = agent.subscribe();
     let mut back_off = BackOff::new(RECONNECT);
     loop {

@@ -30,7 +30,7 @@ const IN_USE: Duration = Duration::from_secs(2);
 
 /// What an agent needs to know.
 #[derive(Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// The control groups it is in charge of.
     pub subtree: Subtree,
     /// Its configuration.
@@ -45,7 +45,7 @@ pub struct Options {
 
 /// Why the agent can't run.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The configuration that the user named is not there.
     #[error(transparent)]
     Config(#[from] LoadError),
@@ -67,7 +67,7 @@ pub enum Error {
 ///
 /// # Errors
 /// If it can't start, or can't go on.
-pub fn run(options: Options) -> Result<(), Error> {
+pub(crate) fn run(options: Options) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -10,7 +10,7 @@ use crate::makers::{Maker, maker};
 
 /// What can be said of a control group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// No path can name what is in it.
     Unnameable,
     /// This user may not look into it.
@@ -23,23 +23,23 @@ pub enum Kind {
 
 /// What was said.
 #[derive(Debug, Default)]
-pub struct Said(BTreeSet<(Kind, Option<Maker>)>);
+pub(crate) struct Said(BTreeSet<(Kind, Option<Maker>)>);
 
 impl Said {
     /// Whether nothing of this kind was said yet of a control group that the same user makes. It is said now.
-    pub fn is_news(&mut self, kind: Kind, path: &ControlGroupPath) -> bool {
+    pub(crate) fn is_news(&mut self, kind: Kind, path: &ControlGroupPath) -> bool {
         self.0.insert((kind, maker(path).map(Maker::from)))
     }
 
     /// Everything is news again.
-    pub fn forget(&mut self) {
+    pub(crate) fn forget(&mut self) {
         self.0.clear();
     }
 }
 
 /// Logs a text at this level, which is that of warnings or of information, if it is news, else for debugging. The text is
 /// made only if somebody wants it.
-pub fn say(is_news: bool, level: Level, text: impl FnOnce() -> String) {
+pub(crate) fn say(is_news: bool, level: Level, text: impl FnOnce() -> String) {
     match is_news {
         true if level == Level::WARN => tracing::warn!("{}", text()),
         true => tracing::info!("{}", text()),

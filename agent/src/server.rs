@@ -43,8 +43,7 @@ const PATIENCE: Duration = Duration::from_secs(4);
 const HELPER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where the agent of a user listens.
-#[must_use]
-pub fn default_socket(scope: Scope) -> PathBuf {
+pub(crate) fn default_socket(scope: Scope) -> PathBuf {
     if scope == Scope::System {
         return SYSTEM_SOCKET.into();
     }
@@ -56,7 +55,7 @@ pub fn default_socket(scope: Scope) -> PathBuf {
 ///
 /// # Errors
 /// If somebody listens on it, or it can't be made.
-pub fn listen(path: &Path) -> Result<Socket, Error> {
+pub(crate) fn listen(path: &Path) -> Result<Socket, Error> {
     if let Some(directory) = path.parent() {
         std::fs::DirBuilder::new()
             .recursive(true)
@@ -68,7 +67,7 @@ pub fn listen(path: &Path) -> Result<Socket, Error> {
 }
 
 /// Serves for ever. To be run within a `LocalSet`.
-pub async fn run(socket: &Socket, agent: &Rc<Agent>, watcher: &Rc<RefCell<Watcher>>) {
+pub(crate) async fn run(socket: &Socket, agent: &Rc<Agent>, watcher: &Rc<RefCell<Watcher>>) {
     let connection = || Connection {
         agent: agent.clone(),
         watcher: watcher.clone(),
@@ -144,7 +143,7 @@ impl Connection {
     /// A control group by its path, from the control group root or the subtree's, or its unit.
     fn find(&self, name: &str) -> Option<ControlGroupPath> {
         if name.starts_with('/') {
-            let path = self.agent.state().subtree.from_wire(name)?;
+            let path = self.agent.state().subtree.of_wire(name)?;
             self.look_if_unknown(&path);
             return Some(path);
         }
@@ -171,7 +170,7 @@ impl Connection {
     }
 
     async fn await_target(&self, name: &str, target: &str) -> Result<AwaitTarget_Reply, Fault> {
-        let path = self.agent.state().subtree.from_wire(name);
+        let path = self.agent.state().subtree.of_wire(name);
         let path = path.ok_or_else(|| not_found(name))?;
         // The slice that the verdict is from may be gone, and another one may have its path: inotify's queue says so.
         self.look(&path);

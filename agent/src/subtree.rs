@@ -15,7 +15,7 @@ use cgtproxy_proto::path::{
 use crate::text::printable;
 
 /// Where current systems have it.
-pub const USUAL_ROOT: &str = CGROUP2_MOUNTS[0];
+pub(crate) const USUAL_ROOT: &str = CGROUP2_MOUNTS[0];
 
 /// How many bytes of a path are shown to a person: from its beginning, and from its end.
 const SHOWN: (usize, usize) = (200, 100);
@@ -23,13 +23,13 @@ const SHOWN: (usize, usize) = (200, 100);
 /// There is no cgroup v2.
 #[derive(Debug, thiserror::Error)]
 #[error("there is no cgroup v2 at {} or {}; boot with systemd.unified_cgroup_hierarchy=1", CGROUP2_MOUNTS[0], CGROUP2_MOUNTS[1])]
-pub struct NoRoot(#[source] pub Option<io::Error>);
+pub(crate) struct NoRoot(#[source] pub Option<io::Error>);
 
 /// The control group root of this machine.
 ///
 /// # Errors
 /// If cgroup v2 is not where systemd mounts it.
-pub fn find_root() -> Result<PathBuf, NoRoot> {
+pub(crate) fn find_root() -> Result<PathBuf, NoRoot> {
     let mut failure = None;
     for mount in CGROUP2_MOUNTS {
         match rustix::fs::statfs(mount) {
@@ -42,8 +42,7 @@ pub fn find_root() -> Result<PathBuf, NoRoot> {
 }
 
 /// The control group of version 2 in what proc(5) calls `/proc/PID/cgroup`, from the control group root.
-#[must_use]
-pub fn of_process(file: &[u8]) -> Option<&[u8]> {
+pub(crate) fn of_process(file: &[u8]) -> Option<&[u8]> {
     let path = file
         .split(|&byte| byte == b'\n')
         .find_map(|line| line.strip_prefix(b"0::"))?;
@@ -52,7 +51,7 @@ pub fn of_process(file: &[u8]) -> Option<&[u8]> {
 
 /// The part of the control group tree that an agent is in charge of.
 #[derive(Debug, Clone)]
-pub struct Subtree {
+pub(crate) struct Subtree {
     root: PathBuf,
     path: ControlGroupPath,
     /// Whether cgroup v2 can be seen at `root`.
@@ -64,7 +63,7 @@ impl Subtree {
     ///
     /// # Errors
     /// None that can happen.
-    pub fn of_user(root: PathBuf, uid: u32) -> Result<Self, InvalidPath> {
+    pub(crate) fn of_user(root: PathBuf, uid: u32) -> Result<Self, InvalidPath> {
         Ok(Self {
             root,
             path: ControlGroupPath::from_bytes(manager_path(uid).as_bytes())?,
@@ -73,8 +72,7 @@ impl Subtree {
     }
 
     /// All control groups of a machine whose control group root is `root`.
-    #[must_use]
-    pub fn of_machine(root: PathBuf) -> Self {
+    pub(crate) fn of_machine(root: PathBuf) -> Self {
         Self {
             root,
             path: ControlGroupPath::root(),
@@ -83,14 +81,12 @@ impl Subtree {
     }
 
     /// Whether it is all of a machine's, and not one user's own.
-    #[must_use]
-    pub fn is_machines(&self) -> bool {
+    pub(crate) fn is_machines(&self) -> bool {
         self.path.as_bytes().is_empty()
     }
 
     /// This subtree on a machine where cgroup v2 can't be seen: only systemd can tell what is in it.
-    #[must_use]
-    pub fn unseen(self) -> Self {
+    pub(crate) fn unseen(self) -> Self {
         Self {
             mounted: false,
             ..self
@@ -98,20 +94,17 @@ impl Subtree {
     }
 
     /// Whether cgroup v2 can be seen at all.
-    #[must_use]
-    pub fn is_mounted(&self) -> bool {
+    pub(crate) fn is_mounted(&self) -> bool {
         self.mounted
     }
 
     /// The path of its root, from the control group root.
-    #[must_use]
-    pub fn path(&self) -> &ControlGroupPath {
+    pub(crate) fn path(&self) -> &ControlGroupPath {
         &self.path
     }
 
     /// The path of its root as rules see it: a slash before each component.
-    #[must_use]
-    pub fn prefix(&self) -> Vec<u8> {
+    pub(crate) fn prefix(&self) -> Vec<u8> {
         let path = self.path.as_bytes();
         match path.is_empty() {
             true => Vec::new(),
@@ -120,8 +113,7 @@ impl Subtree {
     }
 
     /// The directory of a control group.
-    #[must_use]
-    pub fn directory(&self, path: &ControlGroupPath) -> PathBuf {
+    pub(crate) fn directory(&self, path: &ControlGroupPath) -> PathBuf {
         let mut directory = self.root.join(self.path.as_path());
         directory.push(path.as_path());
         directory
@@ -129,7 +121,7 @@ impl Subtree {
 
     /// The directories above the subtree's root, from the control group root down, each with the
     /// name that leads on.
-    pub fn ancestors(&self) -> impl Iterator<Item = (PathBuf, &[u8])> {
+    pub(crate) fn ancestors(&self) -> impl Iterator<Item = (PathBuf, &[u8])> {
         let mut directory = self.root.clone();
         self.path.components().map(move |name| {
             let this = directory.clone();
@@ -139,8 +131,7 @@ impl Subtree {
     }
 
     /// The control group at a path from the control group root; none if it is not in the subtree.
-    #[must_use]
-    pub fn relative(&self, absolute: &[u8]) -> Option<ControlGroupPath> {
+    pub(crate) fn relative(&self, absolute: &[u8]) -> Option<ControlGroupPath> {
         let rest = absolute.strip_prefix(self.prefix().as_slice())?;
         let rest = match rest {
             [] => rest,
@@ -151,8 +142,7 @@ impl Subtree {
     }
 
     /// The path of a control group from the control group root, as messages have it.
-    #[must_use]
-    pub fn to_wire(&self, path: &ControlGroupPath) -> String {
+    pub(crate) fn to_wire(&self, path: &ControlGroupPath) -> String {
         let (above, below) = (self.path.to_wire(), path.to_wire());
         match (above.is_empty(), below.is_empty()) {
             (_, true) => format!("/{above}"),
@@ -162,8 +152,7 @@ impl Subtree {
     }
 
     /// The path of a control group from the control group root, for a person: of a long one its beginning and its end.
-    #[must_use]
-    pub fn shown(&self, path: &ControlGroupPath) -> String {
+    pub(crate) fn shown(&self, path: &ControlGroupPath) -> String {
         let whole = self.to_wire(path);
         let is_boundary = |at: &usize| whole.is_char_boundary(*at);
         let before = (0..=SHOWN.0).rev().find(is_boundary).unwrap_or(0);
@@ -176,8 +165,7 @@ impl Subtree {
     }
 
     /// The control group at a path from the control group root, as messages have it.
-    #[must_use]
-    pub fn from_wire(&self, text: &str) -> Option<ControlGroupPath> {
+    pub(crate) fn of_wire(&self, text: &str) -> Option<ControlGroupPath> {
         let text = text.strip_prefix('/')?;
         let text = text.strip_suffix('/').unwrap_or(text);
         let absolute = ControlGroupPath::from_wire(text).ok()?;
@@ -185,8 +173,7 @@ impl Subtree {
     }
 
     /// The control groups that are there now, as far as they can be listed.
-    #[must_use]
-    pub fn control_groups(&self) -> BTreeSet<ControlGroupPath> {
+    pub(crate) fn control_groups(&self) -> BTreeSet<ControlGroupPath> {
         let mut found = BTreeSet::new();
         // What can't be listed is there all the same.
         let _ = self.walk(|path, _| {
@@ -200,7 +187,7 @@ impl Subtree {
     ///
     /// # Errors
     /// If one of them can't be listed, after all others.
-    pub fn walk(
+    pub(crate) fn walk(
         &self,
         mut tell: impl FnMut(ControlGroupPath, u64) -> ControlFlow<()>,
     ) -> io::Result<()> {
@@ -234,8 +221,7 @@ impl Subtree {
     }
 
     /// The login sessions beside the user's service manager, by the names of their units, with their directories.
-    #[must_use]
-    pub fn sessions(&self) -> BTreeMap<String, PathBuf> {
+    pub(crate) fn sessions(&self) -> BTreeMap<String, PathBuf> {
         let Some(slice) = self.path.parent() else {
             return BTreeMap::new();
         };
@@ -246,8 +232,7 @@ impl Subtree {
     }
 
     /// The control group root.
-    #[must_use]
-    pub fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 }
@@ -271,8 +256,7 @@ pub(crate) fn descendants<'a, V>(
 }
 
 /// Whether a unit is a session of logind's.
-#[must_use]
-pub fn is_session(unit: &str) -> bool {
+pub(crate) fn is_session(unit: &str) -> bool {
     unit.starts_with("session-") && unit.ends_with(".scope")
 }
 
@@ -300,7 +284,7 @@ mod tests {
             ("/user.slice".into(), None),
             ("a".into(), None),
         ] {
-            let found = subtree.from_wire(&text);
+            let found = subtree.of_wire(&text);
             assert_eq!(
                 found.as_ref().map(|p| p.to_wire()).as_deref(),
                 path,

@@ -14,11 +14,10 @@ use crate::subtree::Subtree;
 use crate::text::printable;
 
 /// The reason that is given for a control group for which there is no room.
-pub const NO_ROOM: &str = "noRoom";
+pub(crate) const NO_ROOM: &str = "noRoom";
 
 /// A control group and its verdict; none if there is no such control group.
-#[must_use]
-pub fn control_group(state: &State, path: &ControlGroupPath) -> Option<ControlGroup> {
+pub(crate) fn control_group(state: &State, path: &ControlGroupPath) -> Option<ControlGroup> {
     state.tree().get(path)?;
     let given = state.tree().giver(path);
     let given = given.as_ref().map(|(giver, choice)| (giver, *choice));
@@ -30,8 +29,7 @@ pub fn control_group(state: &State, path: &ControlGroupPath) -> Option<ControlGr
 
 /// A control group with the verdict that a choice at `giver`, itself or an ancestor, gives it. Not in
 /// force.
-#[must_use]
-pub fn judged(
+pub(crate) fn judged(
     subtree: &Subtree,
     path: &ControlGroupPath,
     given: Option<(&ControlGroupPath, &Choice)>,
@@ -55,8 +53,7 @@ pub fn judged(
 }
 
 /// The one of these control groups that is meant by its path in the subtree, else by its own name, else by its unit's.
-#[must_use]
-pub fn find<'a>(
+pub(crate) fn find<'a>(
     groups: impl Iterator<Item = &'a ControlGroupPath>,
     meant: &ControlGroupPath,
 ) -> Option<&'a ControlGroupPath> {
@@ -71,8 +68,7 @@ pub fn find<'a>(
 }
 
 /// Why the helper passed over a control group, if it did, or why it was not told of it.
-#[must_use]
-pub fn skipped(state: &State, path: &ControlGroupPath) -> Option<&'static str> {
+pub(crate) fn skipped(state: &State, path: &ControlGroupPath) -> Option<&'static str> {
     if state.ledger().is_waiting(path) {
         return Some(NO_ROOM);
     }
@@ -86,8 +82,7 @@ pub fn skipped(state: &State, path: &ControlGroupPath) -> Option<&'static str> {
 }
 
 /// Why the helper passed over a control group, for a person.
-#[must_use]
-pub fn sentence(reason: &SkipReason) -> &'static str {
+pub(crate) fn sentence(reason: &SkipReason) -> &'static str {
     match reason {
         SkipReason::missing => "it was gone already",
         SkipReason::notOwned => "it belongs to another user",
@@ -99,8 +94,7 @@ pub fn sentence(reason: &SkipReason) -> &'static str {
 
 /// Why a control group has no verdict of its own, for a person, by the name of the reason. The agent that has named it may
 /// be of another version.
-#[must_use]
-pub fn named_sentence(reason: &str) -> String {
+pub(crate) fn named_sentence(reason: &str) -> String {
     if reason == NO_ROOM {
         return "there is no room for another verdict".to_owned();
     }
@@ -109,8 +103,7 @@ pub fn named_sentence(reason: &str) -> String {
 }
 
 /// The targets of a configuration, and how many of these control groups have each.
-#[must_use]
-pub fn targets(config: &Config, relay: &Relay, groups: &[ControlGroup]) -> Vec<Target> {
+pub(crate) fn targets(config: &Config, relay: &Relay, groups: &[ControlGroup]) -> Vec<Target> {
     let count = |name: &str| groups.iter().filter(|g| g.target == name).count();
     let built_in = |name: &str| Target {
         name: name.to_owned(),
@@ -135,14 +128,16 @@ pub fn targets(config: &Config, relay: &Relay, groups: &[ControlGroup]) -> Vec<T
 }
 
 /// The rules of a configuration, in their order.
-#[must_use]
-pub fn rules(config: &Config) -> Vec<Rule> {
+pub(crate) fn rules(config: &Config) -> Vec<Rule> {
     config.rules.rules.iter().map(shown).collect()
 }
 
 /// A control group, with the rule of a configuration that gives it its verdict, if one does, and the file of that rule.
-#[must_use]
-pub fn explained(config: &Config, from: Option<&Path>, group: ControlGroup) -> Explain_Reply {
+pub(crate) fn explained(
+    config: &Config,
+    from: Option<&Path>,
+    group: ControlGroup,
+) -> Explain_Reply {
     let rule = rule(config, &group);
     Explain_Reply {
         config: from.filter(|_| rule.is_some()).map(file),
@@ -152,26 +147,22 @@ pub fn explained(config: &Config, from: Option<&Path>, group: ControlGroup) -> E
 }
 
 /// The name of a file.
-#[must_use]
-pub fn file(path: &Path) -> String {
+pub(crate) fn file(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
 /// The rule of a configuration that gives a control group its verdict, if one does.
-#[must_use]
-pub fn rule(config: &Config, group: &ControlGroup) -> Option<Rule> {
+pub(crate) fn rule(config: &Config, group: &ControlGroup) -> Option<Rule> {
     config.rules.rules.get(rule_index(group)?).map(shown)
 }
 
 /// The place in the list of the rule that decides about a control group; none if no rule does.
-#[must_use]
-pub fn rule_index(group: &ControlGroup) -> Option<usize> {
+pub(crate) fn rule_index(group: &ControlGroup) -> Option<usize> {
     usize::try_from(group.rule?).ok()?.checked_sub(1)
 }
 
 /// A control group with the verdict that a configuration means for it, without an agent.
-#[must_use]
-pub fn meant(config: &Config, subtree: &Subtree, path: &ControlGroupPath) -> ControlGroup {
+pub(crate) fn meant(config: &Config, subtree: &Subtree, path: &ControlGroupPath) -> ControlGroup {
     let given = config.rules.explain(&subtree.prefix(), path);
     let given = given.as_ref().map(|(choice, giver)| (giver, choice));
     judged(subtree, path, given)

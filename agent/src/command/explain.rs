@@ -163,7 +163,7 @@ fn ask(
         Subject::Absolute(path) => vec![relative(subtree, path, otherwise)?],
         Subject::Name(name) => {
             let groups = status.controlGroups.iter();
-            let groups: Vec<_> = groups.filter_map(|g| subtree.from_wire(&g.path)).collect();
+            let groups: Vec<_> = groups.filter_map(|g| subtree.of_wire(&g.path)).collect();
             meant(subtree, &groups, name, scope)?
         }
     };

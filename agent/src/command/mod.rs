@@ -1,4 +1,4 @@
-//! The commands besides running the agent.
+//! cgtproxy-agent: what its commands do.
 
 mod apps;
 mod check;
@@ -30,7 +30,10 @@ use crate::relay;
 use crate::run::{self, Options};
 use crate::server;
 use crate::subtree::{self, Subtree};
-use crate::text::printable;
+use crate::text::{chain, printable};
+
+/// The original's name for the variable that says how much is logged.
+const OLD_LOG_VARIABLE: &str = "LOG_LEVEL";
 
 /// What names standard input in place of a file.
 const STANDARD_INPUT: [&str; 2] = ["-", "/dev/stdin"];
@@ -40,7 +43,7 @@ const SYSTEM_CONFIG: &str = "/etc/cgtproxy/config.yaml";
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+enum Error {
     /// The agent can't run.
     #[error(transparent)]
     Run(#[from] run::Error),
@@ -129,11 +132,21 @@ pub enum Error {
     Start(#[source] io::Error),
 }
 
+/// The program.
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::of_process() {
+        Ok(arguments) => arguments,
+        Err(status) => return status,
+    };
+    log::init(&[log::VARIABLE, OLD_LOG_VARIABLE]);
+    run(arguments).unwrap_or_else(|error| {
+        tracing::error!("{}", chain(&error));
+        ExitCode::FAILURE
+    })
+}
+
 /// Does what was asked for.
-///
-/// # Errors
-/// If it can't be done.
-pub fn run(arguments: Arguments) -> Result<ExitCode, Error> {
+fn run(arguments: Arguments) -> Result<ExitCode, Error> {
     let about_one = matches!(
         arguments.command,
         Some(

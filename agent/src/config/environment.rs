@@ -15,7 +15,7 @@ const VARIABLES: [&str; 5] = [
 
 /// What the environment says about proxies.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Environment {
+pub(crate) struct Environment {
     /// The proxy, and the variable that names it.
     pub proxy: Option<(&'static str, Upstream)>,
     /// Variables before that one which name none that can be used, and why.
@@ -24,8 +24,7 @@ pub struct Environment {
 
 impl Environment {
     /// Reads it; `variable` looks one up.
-    #[must_use]
-    pub fn read(variable: impl Fn(&str) -> Option<String>) -> Self {
+    pub(crate) fn read(variable: impl Fn(&str) -> Option<String>) -> Self {
         let mut unusable = Vec::new();
         for name in VARIABLES {
             let Some(text) = variable(name).filter(|text| !text.is_empty()) else {

@@ -3,13 +3,13 @@
 use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 
-pub use cgtproxy_proto::yaml::Place;
+pub(crate) use cgtproxy_proto::yaml::Place;
 
 use crate::text::printable;
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Severity {
+pub(crate) enum Severity {
     /// The file can't be used.
     Error,
     /// The file is used, but does not do what it seems to.
@@ -18,8 +18,7 @@ pub enum Severity {
 
 impl Severity {
     /// The severity's name.
-    #[must_use]
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Error => "error",
             Self::Warning => "warning",
@@ -29,7 +28,7 @@ impl Severity {
 
 /// One thing that is wrong with a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finding {
+pub(crate) struct Finding {
     /// How bad it is.
     pub severity: Severity,
     /// Where in the file; none if the finding is about the file as a whole.
@@ -44,7 +43,7 @@ pub struct Finding {
 
 /// A line of text and the part of it that is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Excerpt {
+pub(crate) struct Excerpt {
     /// The line.
     pub line: String,
     /// How many columns of a terminal it takes before the part.
@@ -67,7 +66,7 @@ impl Finding {
 
 /// Everything that is wrong with one file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Findings {
+pub(crate) struct Findings {
     /// The file.
     pub file: PathBuf,
     /// In the order of the file.
@@ -76,8 +75,7 @@ pub struct Findings {
 
 impl Findings {
     /// No findings yet.
-    #[must_use]
-    pub fn new(file: &Path) -> Self {
+    pub(crate) fn new(file: &Path) -> Self {
         Self {
             file: file.to_owned(),
             list: Vec::new(),
@@ -85,14 +83,12 @@ impl Findings {
     }
 
     /// How many there are of a severity.
-    #[must_use]
-    pub fn count(&self, severity: Severity) -> usize {
+    pub(crate) fn count(&self, severity: Severity) -> usize {
         self.list.iter().filter(|f| f.severity == severity).count()
     }
 
     /// Whether any of them keeps the file from being used.
-    #[must_use]
-    pub fn has_errors(&self) -> bool {
+    pub(crate) fn has_errors(&self) -> bool {
         self.count(Severity::Error) > 0
     }
 
@@ -106,7 +102,7 @@ impl Findings {
     }
 
     /// Each finding in one line: for the journal and `status`.
-    pub fn lines(&self) -> impl Iterator<Item = (Severity, String)> {
+    pub(crate) fn lines(&self) -> impl Iterator<Item = (Severity, String)> {
         self.list.iter().map(|finding| {
             let mut line = format!("{}: {}", self.location(finding), finding.message);
             if let Some(help) = &finding.help {
@@ -117,8 +113,7 @@ impl Findings {
     }
 
     /// All errors in one line.
-    #[must_use]
-    pub fn errors_in_one_line(&self) -> String {
+    pub(crate) fn errors_in_one_line(&self) -> String {
         self.lines()
             .filter(|(severity, _)| *severity == Severity::Error)
             .map(|(_, line)| line)
@@ -130,7 +125,7 @@ impl Findings {
     ///
     /// # Errors
     /// If `out` refuses.
-    pub fn render(&self, out: &mut dyn fmt::Write, colour: bool) -> fmt::Result {
+    pub(crate) fn render(&self, out: &mut dyn fmt::Write, colour: bool) -> fmt::Result {
         let paint = |code: &str, text: &str| match colour {
             true => format!("\x1b[{code}m{text}\x1b[0m"),
             false => text.to_owned(),

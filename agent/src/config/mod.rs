@@ -21,17 +21,17 @@ use cgtproxy_proto::network::{FAKE_IPV4, FAKE_IPV6};
 
 use crate::policy::{DEFAULT_PROXY, ExecSlices, Rules, Start, Target};
 
-pub use cgtproxy_proto::network::Network;
+pub(crate) use cgtproxy_proto::network::Network;
 pub(crate) use cgtproxy_proto::yaml;
-pub use environment::Environment;
-pub use finding::{Excerpt, Finding, Findings, Place, Severity};
-pub use migrate::migrate;
-pub use read::read;
-pub use upstream::{InvalidUpstream, Scheme, Upstream};
+pub(crate) use environment::Environment;
+pub(crate) use finding::{Findings, Severity};
+pub(crate) use migrate::migrate;
+pub(crate) use read::read;
+pub(crate) use upstream::{Scheme, Upstream};
 
 /// Whose configuration it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scope {
+pub(crate) enum Scope {
     /// A user's: about that user's own control groups.
     User,
     /// Root's: about all control groups of the machine, and what it forwards.
@@ -40,8 +40,7 @@ pub enum Scope {
 
 impl Scope {
     /// What to call its agent.
-    #[must_use]
-    pub fn agent(self) -> &'static str {
+    pub(crate) fn agent(self) -> &'static str {
         match self {
             Self::User => "cgtproxy-agent",
             Self::System => "the system's cgtproxy-agent",
@@ -51,7 +50,7 @@ impl Scope {
 
 /// The file that the configuration is in.
 #[derive(Debug, Clone)]
-pub struct ConfigFile {
+pub(crate) struct ConfigFile {
     /// Where it is.
     pub path: PathBuf,
     /// The user named it, so it must be there.
@@ -62,7 +61,7 @@ pub struct ConfigFile {
 
 /// What is forwarded, and where it goes. In the system's configuration only.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Gateway {
+pub(crate) struct Gateway {
     /// The network interfaces that the machines behind this one are at.
     pub interfaces: Vec<InterfaceName>,
     /// The tproxy that forwarded traffic goes to.
@@ -71,7 +70,7 @@ pub struct Gateway {
 
 /// How connections get to a proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Means {
+pub(crate) enum Means {
     /// The proxy is a TPROXY server on this port of this machine.
     Tproxy(NonZeroU16),
     /// Connections are redirected to this port of this machine.
@@ -87,7 +86,7 @@ pub enum Means {
 
 /// A proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Proxy {
+pub(crate) struct Proxy {
     /// The proxy's name.
     pub name: Rc<ProxyName>,
     /// How connections get to it.
@@ -106,7 +105,7 @@ pub struct Proxy {
 
 /// The DNS server that answers in place of the one that is asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DnsHijack {
+pub(crate) struct DnsHijack {
     /// For queries over IPv4.
     pub ipv4: Option<Ipv4Addr>,
     /// For queries over IPv6.
@@ -121,7 +120,7 @@ pub struct DnsHijack {
 
 /// By what control groups are noticed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Monitor {
+pub(crate) enum Monitor {
     /// By inotify; and where that can't be, by what systemd tells.
     #[default]
     Auto,
@@ -133,7 +132,7 @@ pub enum Monitor {
 
 /// Networks of addresses that stand for names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct FakeAddresses {
+pub(crate) struct FakeAddresses {
     /// The network of IPv4 addresses; none: the relay's own choice.
     pub ipv4: Option<Network>,
     /// The network of IPv6 addresses; none: the relay's own choice.
@@ -142,8 +141,7 @@ pub struct FakeAddresses {
 
 impl FakeAddresses {
     /// The network of IPv4 and that of IPv6, as an address and the length of its prefix.
-    #[must_use]
-    pub fn networks(&self) -> [(IpAddr, u8); 2] {
+    pub(crate) fn networks(&self) -> [(IpAddr, u8); 2] {
         let (ipv4, prefix4) = self.ipv4.and_then(Network::ipv4).unwrap_or(FAKE_IPV4);
         let (ipv6, prefix6) = self.ipv6.and_then(Network::ipv6).unwrap_or(FAKE_IPV6);
         [(ipv4.into(), prefix4), (ipv6.into(), prefix6)]
@@ -152,7 +150,7 @@ impl FakeAddresses {
 
 /// What a configuration file means.
 #[derive(Debug, Clone)]
-pub struct Config {
+pub(crate) struct Config {
     /// The proxies, in the order of the file.
     pub proxies: Vec<Proxy>,
     /// Networks of addresses that stand for names, if they are not the relay's default ones.
@@ -169,8 +167,7 @@ pub struct Config {
 
 impl Config {
     /// What holds without a file: everything goes direct, but for what a user's cgtproxy-exec drops.
-    #[must_use]
-    pub fn without_file(scope: Scope) -> Self {
+    pub(crate) fn without_file(scope: Scope) -> Self {
         let users = scope == Scope::User;
         Self {
             proxies: Vec::new(),
@@ -189,8 +186,7 @@ impl Config {
 
     /// What holds without a user's file where the environment names a proxy: everything goes direct, but
     /// `cgtproxy-exec proxy` uses it.
-    #[must_use]
-    pub fn with_proxy(upstream: Upstream) -> Option<Self> {
+    pub(crate) fn with_proxy(upstream: Upstream) -> Option<Self> {
         let name: Rc<ProxyName> = Rc::new(DEFAULT_PROXY.parse().ok()?);
         let fake_dns = upstream.scheme != Scheme::Socks5;
         let config = Self::without_file(Scope::User);
@@ -213,8 +209,7 @@ impl Config {
     }
 
     /// The target of this name; `proxy` is the first proxy unless one has that name.
-    #[must_use]
-    pub fn target(&self, name: &str) -> Option<Target> {
+    pub(crate) fn target(&self, name: &str) -> Option<Target> {
         match name {
             "direct" => Some(Target::Direct),
             "drop" => Some(Target::Drop),
@@ -228,8 +223,7 @@ impl Config {
     }
 
     /// The names of all targets.
-    #[must_use]
-    pub fn target_names(&self) -> Vec<String> {
+    pub(crate) fn target_names(&self) -> Vec<String> {
         target_names(self.proxies.iter().map(|p| p.name.to_string()).collect())
     }
 }
@@ -246,7 +240,7 @@ fn target_names(proxies: Vec<String>) -> Vec<String> {
 
 /// Why a file gave no configuration.
 #[derive(Debug, thiserror::Error)]
-pub enum LoadError {
+pub(crate) enum LoadError {
     /// There is no such file.
     #[error("there is no file {}", .0.display())]
     Missing(PathBuf),
@@ -275,7 +269,7 @@ pub enum LoadError {
 
 /// A file as it was read.
 #[derive(Debug)]
-pub struct Loaded {
+pub(crate) struct Loaded {
     /// What the file means.
     pub config: Config,
     /// Warnings, for there are no errors.
@@ -286,7 +280,7 @@ pub struct Loaded {
 ///
 /// # Errors
 /// If there is no such file, it is a link to nothing, or it can't be read.
-pub fn read_file(path: &Path) -> Result<Vec<u8>, LoadError> {
+pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, LoadError> {
     let unreadable = |source: io::Error| match source.kind() {
         io::ErrorKind::NotFound => match link_to_nothing(path) {
             Some((link, target)) => LoadError::Nowhere {
@@ -305,8 +299,7 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>, LoadError> {
 }
 
 /// The link on the way to a file that leads to nothing, and where it leads.
-#[must_use]
-pub fn link_to_nothing(file: &Path) -> Option<(PathBuf, PathBuf)> {
+pub(crate) fn link_to_nothing(file: &Path) -> Option<(PathBuf, PathBuf)> {
     let last = file
         .ancestors()
         .find(|path| path.symlink_metadata().is_ok())?;
@@ -321,7 +314,7 @@ pub fn link_to_nothing(file: &Path) -> Option<(PathBuf, PathBuf)> {
 ///
 /// # Errors
 /// If there is none, it can't be read or anything in it is wrong.
-pub fn load(file: &Path, scope: Scope) -> Result<Loaded, LoadError> {
+pub(crate) fn load(file: &Path, scope: Scope) -> Result<Loaded, LoadError> {
     parse(file, &read_file(file)?, scope)
 }
 
@@ -329,7 +322,7 @@ pub fn load(file: &Path, scope: Scope) -> Result<Loaded, LoadError> {
 ///
 /// # Errors
 /// If anything in them is wrong.
-pub fn parse(file: &Path, bytes: &[u8], scope: Scope) -> Result<Loaded, LoadError> {
+pub(crate) fn parse(file: &Path, bytes: &[u8], scope: Scope) -> Result<Loaded, LoadError> {
     let (config, findings) = read(file, bytes, scope);
     match config {
         Some(config) => Ok(Loaded { config, findings }),

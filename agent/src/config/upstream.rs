@@ -8,7 +8,7 @@ const FIELD_BYTES: usize = 255;
 
 /// How a proxy is spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scheme {
+pub(crate) enum Scheme {
     /// SOCKS5; the application looks names up as it would without a proxy.
     Socks5,
     /// SOCKS5, and names are looked up by the proxy.
@@ -21,8 +21,7 @@ pub enum Scheme {
 
 impl Scheme {
     /// The scheme as it is written.
-    #[must_use]
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Socks5 => "socks5",
             Self::Socks5h => "socks5h",
@@ -32,8 +31,7 @@ impl Scheme {
     }
 
     /// Whether it carries TCP alone.
-    #[must_use]
-    pub fn is_http(self) -> bool {
+    pub(crate) fn is_http(self) -> bool {
         matches!(self, Self::Http | Self::Https)
     }
 
@@ -50,7 +48,7 @@ impl Scheme {
 
 /// A proxy elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Upstream {
+pub(crate) struct Upstream {
     /// How the proxy is spoken to.
     pub scheme: Scheme,
     /// The proxy's name or address.
@@ -76,7 +74,7 @@ impl fmt::Display for Upstream {
 
 /// What is wrong with an upstream. No message has the password in it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidUpstream {
+pub(crate) enum InvalidUpstream {
     /// There is no known scheme.
     #[error("it does not begin with 'socks5://', 'socks5h://', 'http://' or 'https://'")]
     Scheme,

@@ -4,22 +4,22 @@
 //! kind and never passes for a good one. Each finding has an id, under which docs/troubleshooting.md
 //! has more about it.
 
-pub mod check;
-pub mod facts;
-pub mod report;
+pub(crate) mod check;
+pub(crate) mod facts;
+pub(crate) mod report;
 
 use serde::Serialize;
 
 /// Why something could not be looked at.
-pub type Unseen = String;
+pub(crate) type Unseen = String;
 
 /// A fact, or why it could not be had.
-pub type Look<T> = Result<T, Unseen>;
+pub(crate) type Look<T> = Result<T, Unseen>;
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Severity {
+pub(crate) enum Severity {
     /// Good to know.
     Note,
     /// It works, but not always, or not as one may think.
@@ -30,8 +30,7 @@ pub enum Severity {
 
 impl Severity {
     /// Its name.
-    #[must_use]
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Note => "note",
             Self::Warning => "warning",
@@ -42,7 +41,7 @@ impl Severity {
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Finding {
+pub(crate) struct Finding {
     /// The name under which docs/troubleshooting.md has it.
     pub id: &'static str,
     /// How bad it is.
@@ -99,7 +98,7 @@ impl Finding {
 
 /// What checks of one kind have found.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Group {
+pub(crate) struct Group {
     /// What they are about, in a word.
     pub name: &'static str,
     /// What was looked at, as it is if nothing is wrong; empty if something is.

@@ -8,15 +8,13 @@ use super::{Group, Severity};
 use crate::text::{self, printable};
 
 /// How many findings of that severity there are.
-#[must_use]
-pub fn count(groups: &[Group], severity: Severity) -> usize {
+pub(crate) fn count(groups: &[Group], severity: Severity) -> usize {
     let findings = groups.iter().flat_map(|group| &group.findings);
     findings.filter(|f| f.severity == severity).count()
 }
 
 /// Everything, as JSON.
-#[must_use]
-pub fn json(groups: &[Group], version: &str) -> Value {
+pub(crate) fn json(groups: &[Group], version: &str) -> Value {
     json!({
         "version": version,
         "errors": count(groups, Severity::Error),
@@ -57,7 +55,7 @@ const NONE: Style = Style {
 ///
 /// # Errors
 /// If it can't be written.
-pub fn render(out: &mut impl fmt::Write, groups: &[Group], colours: bool) -> fmt::Result {
+pub(crate) fn render(out: &mut impl fmt::Write, groups: &[Group], colours: bool) -> fmt::Result {
     let style = if colours { &COLOURS } else { &NONE };
     for group in groups {
         head(out, group, style)?;

@@ -31,7 +31,7 @@ const START: &str = "start it with 'systemctl --user enable --now cgtproxy-agent
 
 /// Why nobody could say that a target is in force.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// Nobody listens.
     #[error("cgtproxy-agent is not running; {START}, or use --no-wait to do without it")]
     NotRunning,

@@ -39,7 +39,7 @@ const ENVIRONMENT: &str = "Environment:\n\
 pub struct Options {
     /// Go ahead even if nobody can say that the target is in force
     #[arg(long)]
-    pub no_wait: bool,
+    pub(crate) no_wait: bool,
 
     /// Move this process of yours instead of running a command. Its children stay where they are,
     /// and sockets it has open keep the target they had
@@ -49,15 +49,15 @@ pub struct Options {
         value_parser = process,
         conflicts_with = "command"
     )]
-    pub pid: Option<u32>,
+    pub(crate) pid: Option<u32>,
 
     /// Print the names of all targets, one a line
     #[arg(long, exclusive = true)]
-    pub list: bool,
+    pub(crate) list: bool,
 
     /// direct, drop, the name of a proxy in your configuration, or 'proxy' for the first of them
     #[arg(required_unless_present = "list")]
-    pub target: Option<String>,
+    pub(crate) target: Option<String>,
 
     /// The command and its arguments
     #[arg(
@@ -67,7 +67,7 @@ pub struct Options {
         trailing_var_arg = true,
         allow_hyphen_values = true
     )]
-    pub command: Vec<OsString>,
+    pub(crate) command: Vec<OsString>,
 }
 
 /// The number of a process.

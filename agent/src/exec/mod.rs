@@ -26,13 +26,11 @@ use cgtproxy_proto::path::ControlGroupPath;
 use cgtproxy_proto::usage;
 use clap::{CommandFactory, Parser};
 
-pub use agent::Error as AgentError;
 pub use cli::Options;
-pub use scope::{Error as ScopeError, Process};
 
-use agent::Agent;
+use agent::{Agent, Error as AgentError};
 use cli::Action;
-use scope::ScopeUnit;
+use scope::{Error as ScopeError, Process, ScopeUnit};
 
 use crate::cli::suggest;
 use crate::config;
@@ -50,7 +48,7 @@ const NOT_FOUND: u8 = 127;
 
 /// Why nothing was run or moved.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+enum Error {
     /// The runtime could not be set up.
     #[error("can't start")]
     Runtime(#[source] io::Error),

@@ -22,7 +22,7 @@ type Property<'a> = (&'a str, Variant<'a>);
 
 /// A process that is to be moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Process {
+pub(crate) enum Process {
     /// This one.
     This,
     /// The one with this number in this PID namespace.
@@ -60,7 +60,7 @@ impl fmt::Display for Process {
 
 /// Why a process is not in a scope.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// No bus led to the user's systemd.
     #[error("can't reach your systemd user manager (is this a login session?){}", attempts(.0))]
     NoManager(Vec<(String, zbus::Error)>),

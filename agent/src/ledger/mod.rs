@@ -32,7 +32,7 @@ use crate::policy::{Element, Hold, Tree};
 use room::Waiting;
 use turns::Dirty;
 
-pub use room::too_many_control_groups;
+pub(crate) use room::too_many_control_groups;
 
 /// How many bytes the control groups of one call may take: all of a message but its frame, so that a
 /// policy is replaced at once, and not in parts between which some control groups have the verdict of
@@ -44,8 +44,7 @@ const SHARED_CALL_BYTES: usize = 64 * 1024;
 
 /// How long the parameters of `ReplacePolicy` get, at most, but for the assignments, in bytes. A name has at most 64 of
 /// them, a network 43, and that of an interface 15.
-#[must_use]
-pub fn length_of(config: &Config) -> usize {
+pub(crate) fn length_of(config: &Config) -> usize {
     let interfaces = config.gateway.as_ref().map_or(0, |g| g.interfaces.len());
     512 * config.proxies.len() + 46 * config.bypass.len() + 18 * interfaces
 }
@@ -69,7 +68,7 @@ struct Flight {
 
 /// A call to the helper.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Call {
+pub(crate) enum Call {
     /// Replace the whole policy by these elements.
     Replace(Vec<(ControlGroupPath, Element)>),
     /// Change these elements of the policy.
@@ -83,7 +82,7 @@ pub enum Call {
 
 /// What the helper does with a control group's packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Handling<'a> {
+pub(crate) enum Handling<'a> {
     /// What this element says, which is the control group's own or that of an ancestor.
     By(&'a Element),
     /// They are held, since the helper was told nothing about the control group yet.
@@ -94,7 +93,7 @@ pub enum Handling<'a> {
 
 /// What the helper holds, and what it lacks.
 #[derive(Debug)]
-pub struct Ledger {
+pub(crate) struct Ledger {
     /// The whole policy must be sent.
     replace: bool,
     held: BTreeMap<ControlGroupPath, Held>,
@@ -129,8 +128,7 @@ impl Default for Ledger {
 
 impl Ledger {
     /// What the helper holds of the system policy: nothing yet.
-    #[must_use]
-    pub fn of_machine() -> Self {
+    pub(crate) fn of_machine() -> Self {
         Self {
             dirty: Dirty::shared(),
             ..Self::default()
@@ -138,7 +136,7 @@ impl Ledger {
     }
 
     /// Marks a control group as dirty.
-    pub fn touch(&mut self, path: &ControlGroupPath) {
+    pub(crate) fn touch(&mut self, path: &ControlGroupPath) {
         // A whole policy has every control group in it, touched or not.
         if !self.replace {
             self.dirty.insert(path.clone());
@@ -146,7 +144,7 @@ impl Ledger {
     }
 
     /// Notes that the control group at this path is gone; another one may be there already.
-    pub fn renew(&mut self, path: &ControlGroupPath) {
+    pub(crate) fn renew(&mut self, path: &ControlGroupPath) {
         self.skipped.remove(path);
         self.waiting.remove(path);
         if let Some(held) = self.held.get_mut(path) {
@@ -160,12 +158,12 @@ impl Ledger {
     }
 
     /// Has the whole policy sent again.
-    pub fn replace_all(&mut self) {
+    pub(crate) fn replace_all(&mut self) {
         self.replace = true;
     }
 
     /// Has the whole policy sent again, since any control group may be another one than before.
-    pub fn doubt_all(&mut self) {
+    pub(crate) fn doubt_all(&mut self) {
         let sent = self.flight.iter_mut().flat_map(|f| f.assigned.values_mut());
         for held in self.held.values_mut().chain(sent) {
             held.stale = true;
@@ -174,7 +172,7 @@ impl Ledger {
     }
 
     /// Forgets what the helper holds: it holds nothing, or nobody knows what.
-    pub fn lost(&mut self) {
+    pub(crate) fn lost(&mut self) {
         *self = Self {
             dirty: self.dirty.anew(),
             limit: self.limit,
@@ -184,13 +182,13 @@ impl Ledger {
     }
 
     /// Sets how many bytes a whole policy takes beside the control groups.
-    pub fn make_room_for(&mut self, head: usize) {
+    pub(crate) fn make_room_for(&mut self, head: usize) {
         self.head = head;
     }
 
     /// Notes that the helper takes no more than `most` control groups, for which it has refused the call under way.
     /// Returns whether that was not known: then the next call keeps to it.
-    pub fn bound(&mut self, most: usize) -> bool {
+    pub(crate) fn bound(&mut self, most: usize) -> bool {
         if most >= self.room.most() {
             return false;
         }
@@ -202,38 +200,34 @@ impl Ledger {
     }
 
     /// Whether a control group is not sent, since there is no room for it.
-    #[must_use]
-    pub fn is_waiting(&self, path: &ControlGroupPath) -> bool {
+    pub(crate) fn is_waiting(&self, path: &ControlGroupPath) -> bool {
         self.waiting.contains(path)
     }
 
     /// For how many control groups there is no room, one of them, and how many there may be.
-    #[must_use]
-    pub fn shortage(&self) -> Option<(usize, &ControlGroupPath, usize)> {
+    pub(crate) fn shortage(&self) -> Option<(usize, &ControlGroupPath, usize)> {
         let first = self.waiting.first()?;
         Some((self.waiting.len(), first, self.room.most()))
     }
 
     /// Control groups for which there is no room: one of each user about whose control groups this was not told before,
     /// and likewise one of those that no user makes.
-    pub fn news_of_shortage(&mut self) -> Vec<ControlGroupPath> {
+    pub(crate) fn news_of_shortage(&mut self) -> Vec<ControlGroupPath> {
         self.waiting.news()
     }
 
     /// Whether nothing is left to be sent or to be answered.
-    #[must_use]
-    pub fn is_settled(&self) -> bool {
+    pub(crate) fn is_settled(&self) -> bool {
         !self.replace && self.dirty.is_empty() && self.flight.is_none()
     }
 
     /// Whether the whole policy is still to be sent, or not answered yet.
-    #[must_use]
-    pub fn is_replacing(&self) -> bool {
+    pub(crate) fn is_replacing(&self) -> bool {
         self.replace || self.flight.as_ref().is_some_and(|flight| flight.replace)
     }
 
     /// The next call, if there is something to send and no call is under way.
-    pub fn next(&mut self, tree: &Tree) -> Option<Call> {
+    pub(crate) fn next(&mut self, tree: &Tree) -> Option<Call> {
         if self.flight.is_some() {
             return None;
         }
@@ -347,7 +341,7 @@ impl Ledger {
 
     /// Notes that the call under way was carried out, but for what was skipped. Returns what was not skipped for
     /// the same reason before.
-    pub fn acknowledge(
+    pub(crate) fn acknowledge(
         &mut self,
         skipped: Vec<(ControlGroupPath, SkipReason)>,
     ) -> Vec<(ControlGroupPath, SkipReason)> {
@@ -404,7 +398,7 @@ impl Ledger {
     }
 
     /// Notes that the call under way was refused and has changed nothing: what it said is still to be sent.
-    pub fn refuse(&mut self) {
+    pub(crate) fn refuse(&mut self) {
         if let Some(flight) = self.flight.take() {
             self.replace |= flight.replace;
             self.dirty.extend(flight.assigned.into_keys());
@@ -413,8 +407,7 @@ impl Ledger {
     }
 
     /// What the helper does with a control group's packets.
-    #[must_use]
-    pub fn handling(&self, path: &ControlGroupPath) -> Handling<'_> {
+    pub(crate) fn handling(&self, path: &ControlGroupPath) -> Handling<'_> {
         let mut at = path.clone();
         loop {
             if let Some(held) = self.held.get(&at).filter(|h| !h.stale) {
@@ -441,8 +434,7 @@ impl Ledger {
     }
 
     /// Why the helper passed over a control group, if it did.
-    #[must_use]
-    pub fn skipped(&self, path: &ControlGroupPath) -> Option<&SkipReason> {
+    pub(crate) fn skipped(&self, path: &ControlGroupPath) -> Option<&SkipReason> {
         self.skipped.get(path)
     }
 }

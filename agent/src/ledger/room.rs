@@ -92,8 +92,7 @@ impl Waiting {
 }
 
 /// That a user has more control groups with a verdict of their own than one may have, for a person.
-#[must_use]
-pub fn too_many_control_groups(limit: impl Display, closed: bool) -> String {
+pub(crate) fn too_many_control_groups(limit: impl Display, closed: bool) -> String {
     match closed {
         true => format!(
             "the administrator allows no more than {limit} control groups with a verdict of their \

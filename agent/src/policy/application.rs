@@ -24,8 +24,7 @@ const GROUPS: [&str; 1] = ["graphical"];
 
 /// The ids by which the application of a unit can be meant, the likeliest first. None if the unit's name
 /// tells of none.
-#[must_use]
-pub fn application_ids(unit: &[u8]) -> Vec<String> {
+pub(crate) fn application_ids(unit: &[u8]) -> Vec<String> {
     let Ok(unit) = std::str::from_utf8(unit) else {
         return Vec::new();
     };
@@ -127,8 +126,7 @@ fn uuid_start(name: &str) -> Option<usize> {
 }
 
 /// A name without systemd's escape sequences, `\xHH`. What is none stays.
-#[must_use]
-pub fn unescape(name: &str) -> String {
+pub(crate) fn unescape(name: &str) -> String {
     let mut bytes = Vec::with_capacity(name.len());
     let mut rest = name;
     while let Some((before, escape)) = rest.split_once(r"\x") {

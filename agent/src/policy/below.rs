@@ -7,7 +7,7 @@ use super::automaton::Automaton;
 
 /// Which control groups below one are selected, those included that are not there yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Below {
+pub(crate) enum Below {
     /// None.
     Nothing,
     /// All.

@@ -9,17 +9,16 @@ use cgtproxy_proto::path::ControlGroupPath;
 use super::{Rule, Target};
 
 /// The name of a proxy that `cgtproxy-proxy.slice` and `cgtproxy-exec proxy` mean before the first one.
-pub const DEFAULT_PROXY: &str = "proxy";
+pub(crate) const DEFAULT_PROXY: &str = "proxy";
 
 /// `cgtproxy-TARGET.slice` for each target. Whoever runs a command under one of them means it, so
 /// they decide before any rule.
 #[derive(Debug, Clone)]
-pub struct ExecSlices(HashMap<Vec<u8>, Target>);
+pub(crate) struct ExecSlices(HashMap<Vec<u8>, Target>);
 
 impl ExecSlices {
     /// The slices for a configuration with these proxies.
-    #[must_use]
-    pub fn new<'a>(proxies: impl IntoIterator<Item = &'a Rc<ProxyName>>) -> Self {
+    pub(crate) fn new<'a>(proxies: impl IntoIterator<Item = &'a Rc<ProxyName>>) -> Self {
         let mut slices = HashMap::new();
         let mut add = |name: &str, target| {
             slices
@@ -41,8 +40,7 @@ impl ExecSlices {
     }
 
     /// The verdict for a path: systemd nests `a-b.slice` in `a.slice`, so the deepest one is meant.
-    #[must_use]
-    pub fn find(&self, path: &ControlGroupPath) -> Option<Target> {
+    pub(crate) fn find(&self, path: &ControlGroupPath) -> Option<Target> {
         let Place::In { slices, .. } = Place::of(path) else {
             return None;
         };
@@ -51,8 +49,7 @@ impl ExecSlices {
     }
 
     /// The slice that a rule names and does not decide about, for its target here is another than the rule's.
-    #[must_use]
-    pub fn overrules(&self, rule: &Rule) -> Option<(&str, &Target)> {
+    pub(crate) fn overrules(&self, rule: &Rule) -> Option<(&str, &Target)> {
         self.0
             .iter()
             .filter(|(_, target)| **target != rule.target)
@@ -62,8 +59,7 @@ impl ExecSlices {
     }
 
     /// Whether a control group below this one may be in a slice whose target has this property.
-    #[must_use]
-    pub fn may_come_below(
+    pub(crate) fn may_come_below(
         &self,
         path: &ControlGroupPath,
         is_such: impl Fn(&Target) -> bool,

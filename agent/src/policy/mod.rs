@@ -21,18 +21,18 @@ use std::rc::Rc;
 use cgtproxy_proto::name::ProxyName;
 use cgtproxy_proto::path::ControlGroupPath;
 
-pub use application::{application_ids, unescape};
-pub use below::Below;
-pub use exec_slices::{DEFAULT_PROXY, ExecSlices};
-pub use names::Names;
-pub use outside::Outside;
-pub use selector::{Pattern, PatternCompiler, PatternError, Selector};
-pub use subject::{Subject, unit_name};
-pub use tree::Tree;
+pub(crate) use application::{application_ids, unescape};
+pub(crate) use below::Below;
+pub(crate) use exec_slices::{DEFAULT_PROXY, ExecSlices};
+pub(crate) use names::Names;
+pub(crate) use outside::Outside;
+pub(crate) use selector::{Pattern, PatternCompiler, PatternError, Selector};
+pub(crate) use subject::{Subject, unit_name};
+pub(crate) use tree::Tree;
 
 /// What happens to a control group's packets.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Target {
+pub(crate) enum Target {
     /// They leave as if cgtproxy were not there.
     Direct,
     /// They leave only to bypassed destinations.
@@ -45,8 +45,7 @@ pub enum Target {
 
 impl Target {
     /// The name that users and messages have for it.
-    #[must_use]
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         match self {
             Self::Direct => "direct",
             Self::Drop => "drop",
@@ -64,7 +63,7 @@ impl fmt::Display for Target {
 
 /// What gives a control group its own verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+pub(crate) enum Origin {
     /// The rule with this number, counted from 1.
     Rule(u32),
     /// A slice of cgtproxy-exec.
@@ -74,11 +73,11 @@ pub enum Origin {
 }
 
 /// The unit of a user's relay: what it sends goes direct whatever that user's rules say.
-pub const RELAY_UNIT: &str = "cgtproxy-relay.service";
+pub(crate) const RELAY_UNIT: &str = "cgtproxy-relay.service";
 
 /// A control group's own verdict.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Choice {
+pub(crate) struct Choice {
     /// The verdict.
     pub target: Target,
     /// Whether users' own policies don't change it.
@@ -90,7 +89,7 @@ pub struct Choice {
 /// What becomes of a control group's packets, by its own verdict or an inherited one. The kernel has to tell two verdicts
 /// apart if they are not equal.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verdict {
+pub(crate) struct Verdict {
     /// What happens to them.
     pub target: Target,
     /// Users' own policies don't change it. In the system's policy only.
@@ -124,7 +123,7 @@ impl Verdict {
 
 /// Whether control groups below this one send nothing until they have an element, since their verdicts could differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Hold {
+pub(crate) enum Hold {
     /// Nothing is held: it has the verdict of what it is in.
     None,
     /// It is held; in the system's policy unless a user's own decides.
@@ -135,7 +134,7 @@ pub enum Hold {
 
 /// What the kernel is told about a control group.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Element {
+pub(crate) struct Element {
     /// The verdict of its own sockets, and of those below it if nothing is held.
     pub verdict: Verdict,
     /// What is held below it.
@@ -156,7 +155,7 @@ impl fmt::Display for Element {
 
 /// What a new control group may do before its verdict is in the kernel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Start {
+pub(crate) enum Start {
     /// What its parent may do.
     #[default]
     Open,
@@ -166,7 +165,7 @@ pub enum Start {
 
 /// One rule of a configuration.
 #[derive(Debug, Clone)]
-pub struct Rule {
+pub(crate) struct Rule {
     /// Which control groups it is about.
     pub selector: Selector,
     /// Their verdict.
@@ -179,7 +178,7 @@ pub struct Rule {
 
 /// All that decides about verdicts.
 #[derive(Debug, Clone, Default)]
-pub struct Rules {
+pub(crate) struct Rules {
     /// Whether they are a user's own, and not the system's. In users' own the relay's unit goes direct before all else:
     /// anybody can give a control group its name, which must not get anybody out of what root's policy enforces.
     pub users: bool,
@@ -194,8 +193,7 @@ pub struct Rules {
 impl Rules {
     /// The own verdict of the control group at `path` below a subtree whose root has the path
     /// `prefix`, with a slash before each component, from the control group root.
-    #[must_use]
-    pub fn choose(&self, prefix: &[u8], path: &ControlGroupPath) -> Option<Choice> {
+    pub(crate) fn choose(&self, prefix: &[u8], path: &ControlGroupPath) -> Option<Choice> {
         if self.users && path.name() == Some(RELAY_UNIT.as_bytes()) {
             return Some(Choice {
                 target: Target::Direct,
@@ -227,8 +225,7 @@ impl Rules {
     }
 
     /// The verdict of what no rule is about.
-    #[must_use]
-    pub fn undecided(&self) -> Verdict {
+    pub(crate) fn undecided(&self) -> Verdict {
         Verdict {
             target: Target::Direct,
             enforce: false,
@@ -240,8 +237,12 @@ impl Rules {
     /// doubt, it may.
     ///
     /// That the relay may come does not count. It may come anywhere, so that everything would be held.
-    #[must_use]
-    pub fn hold_below(&self, prefix: &[u8], path: &ControlGroupPath, verdict: &Verdict) -> Hold {
+    pub(crate) fn hold_below(
+        &self,
+        prefix: &[u8],
+        path: &ControlGroupPath,
+        verdict: &Verdict,
+    ) -> Hold {
         let hold_for = |target: &Target, enforce| {
             let other = Verdict::by_rule(target.clone(), enforce);
             verdict.hold_for(&other)
@@ -277,8 +278,7 @@ impl Rules {
     }
 
     /// Verdict of a control group, and whose own verdict it is, without any [`Tree`].
-    #[must_use]
-    pub fn explain(
+    pub(crate) fn explain(
         &self,
         prefix: &[u8],
         path: &ControlGroupPath,

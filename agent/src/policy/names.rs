@@ -4,30 +4,26 @@ use std::fmt;
 
 /// A list of names in which `*` stands for any text.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Names(Vec<String>);
+pub(crate) struct Names(Vec<String>);
 
 impl Names {
     /// Any of these.
-    #[must_use]
-    pub fn new(globs: Vec<String>) -> Self {
+    pub(crate) fn new(globs: Vec<String>) -> Self {
         Self(globs)
     }
 
     /// Whether one of them is this name.
-    #[must_use]
-    pub fn matches(&self, name: &[u8]) -> bool {
+    pub(crate) fn matches(&self, name: &[u8]) -> bool {
         self.0.iter().any(|glob| matches(glob.as_bytes(), name))
     }
 
     /// Whether one of them is written like this.
-    #[must_use]
-    pub fn contains(&self, name: &str) -> bool {
+    pub(crate) fn contains(&self, name: &str) -> bool {
         self.0.iter().any(|glob| glob == name)
     }
 
     /// Whether it surely matches all that other names do.
-    #[must_use]
-    pub fn covers(&self, other: &Self) -> bool {
+    pub(crate) fn covers(&self, other: &Self) -> bool {
         other.0.iter().all(|glob| match glob.contains('*') {
             true => self.0.contains(glob),
             false => self.matches(glob.as_bytes()),

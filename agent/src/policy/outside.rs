@@ -4,7 +4,7 @@ use regex_syntax::hir::{Hir, HirKind};
 
 /// What a pattern is about that selects nothing below a user's service manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outside {
+pub(crate) enum Outside {
     /// The machine's own services.
     Services,
     /// Login sessions.

@@ -16,7 +16,7 @@ const USERS: &[u8] = b"/user.slice";
 
 /// Which control groups a rule is about.
 #[derive(Debug, Clone)]
-pub enum Selector {
+pub(crate) enum Selector {
     /// Those whose path from the control group root this regular expression matches.
     Match(Pattern),
     /// Those of applications with these ids.
@@ -29,8 +29,7 @@ pub enum Selector {
 
 impl Selector {
     /// Whether it selects a control group.
-    #[must_use]
-    pub fn matches(&self, group: &Subject) -> bool {
+    pub(crate) fn matches(&self, group: &Subject) -> bool {
         match self {
             Self::Match(pattern) => pattern.matches_either(group.path(), group.lossy()),
             Self::App(names) => group
@@ -47,8 +46,7 @@ impl Selector {
     }
 
     /// Which control groups below this one it selects.
-    #[must_use]
-    pub fn below(&self, group: &Subject) -> Below {
+    pub(crate) fn below(&self, group: &Subject) -> Below {
         match self {
             Self::Match(pattern) => pattern.below(group.path()),
             // What is in a unit has whatever is below it in that unit too.
@@ -63,8 +61,7 @@ impl Selector {
     }
 
     /// Whether it surely selects every control group.
-    #[must_use]
-    pub fn is_catch_all(&self) -> bool {
+    pub(crate) fn is_catch_all(&self) -> bool {
         match self {
             Self::Match(pattern) => pattern.catch_all,
             // The root of the subtree is in no unit below it.
@@ -73,8 +70,7 @@ impl Selector {
     }
 
     /// Whether it is about this slice by its name, and not about one that systemd puts into it.
-    #[must_use]
-    pub fn names_slice(&self, name: &str) -> bool {
+    pub(crate) fn names_slice(&self, name: &str) -> bool {
         match self {
             Self::Match(pattern) => pattern.names_slice(name),
             Self::Unit(names) | Self::Slice(names) => names.contains(name),
@@ -83,8 +79,7 @@ impl Selector {
     }
 
     /// Whether it surely selects all control groups that another one does.
-    #[must_use]
-    pub fn covers(&self, other: &Self) -> bool {
+    pub(crate) fn covers(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Match(a), Self::Match(b)) => a.text == b.text,
             (Self::App(a), Self::App(b))
@@ -111,7 +106,7 @@ impl fmt::Display for Selector {
 
 /// An unanchored regular expression in RE2's syntax.
 #[derive(Debug, Clone)]
-pub struct Pattern {
+pub(crate) struct Pattern {
     text: String,
     catch_all: bool,
     outlook: Outlook,
@@ -122,7 +117,7 @@ pub struct Pattern {
 /// Why a pattern is not a regular expression.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
-pub struct PatternError {
+pub(crate) struct PatternError {
     /// What is wrong.
     pub message: String,
     /// Where, in bytes of the pattern; none if it is about all of it.
@@ -131,14 +126,14 @@ pub struct PatternError {
 
 /// Compiles patterns. One for many of them takes less time than one for each.
 #[derive(Debug, Default)]
-pub struct PatternCompiler(Compiler);
+pub(crate) struct PatternCompiler(Compiler);
 
 impl PatternCompiler {
     /// Compiles a pattern.
     ///
     /// # Errors
     /// If it is not a regular expression or too large a one.
-    pub fn compile(&self, pattern: &str) -> Result<Pattern, PatternError> {
+    pub(crate) fn compile(&self, pattern: &str) -> Result<Pattern, PatternError> {
         let expanded = expand_quotes(pattern);
         let hir = regex_syntax::ParserBuilder::new()
             .utf8(false)
@@ -175,8 +170,7 @@ impl Pattern {
     }
 
     /// Which paths it matches that begin with `path` and a slash.
-    #[must_use]
-    pub fn below(&self, path: &[u8]) -> Below {
+    pub(crate) fn below(&self, path: &[u8]) -> Below {
         match self.catch_all {
             true => Below::Everything,
             false => self.outlook.below(path, &self.automaton),
@@ -184,15 +178,13 @@ impl Pattern {
     }
 
     /// What it is about, if it selects nothing below a user's service manager, as far as that can be told.
-    #[must_use]
-    pub fn outside(&self) -> Option<Outside> {
+    pub(crate) fn outside(&self) -> Option<Outside> {
         let others = || (!self.is_about_users()).then_some(Outside::Elsewhere);
         self.named.or_else(others)
     }
 
     /// Whether it may match something of a user's.
-    #[must_use]
-    pub fn is_about_users(&self) -> bool {
+    pub(crate) fn is_about_users(&self) -> bool {
         self.below(USERS) != Below::Nothing
     }
 

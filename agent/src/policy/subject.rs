@@ -9,7 +9,7 @@ use super::application::application_ids;
 
 /// A control group's path from the control group root, and the units that it is in.
 #[derive(Debug)]
-pub struct Subject {
+pub(crate) struct Subject {
     path: Vec<u8>,
     /// Where the part below the subtree's root begins.
     below: usize,
@@ -22,8 +22,7 @@ pub struct Subject {
 impl Subject {
     /// The control group at `path` below a subtree whose root has the path `prefix`, with a slash before
     /// each component, from the control group root.
-    #[must_use]
-    pub fn new(prefix: &[u8], path: &ControlGroupPath) -> Self {
+    pub(crate) fn new(prefix: &[u8], path: &ControlGroupPath) -> Self {
         Self {
             path: absolute(prefix, path),
             below: prefix.len(),
@@ -33,21 +32,19 @@ impl Subject {
     }
 
     /// The path from the control group root; it begins with a slash.
-    #[must_use]
-    pub fn path(&self) -> &[u8] {
+    pub(crate) fn path(&self) -> &[u8] {
         &self.path
     }
 
     /// The path with characters in the place of bytes that are not UTF-8; none if there are no such bytes.
-    #[must_use]
-    pub fn lossy(&self) -> Option<&str> {
+    pub(crate) fn lossy(&self) -> Option<&str> {
         self.lossy.get_or_init(|| lossy(&self.path)).as_deref()
     }
 
     /// The units below the subtree's root that it is in, from the outermost: slices, and in the innermost
     /// of them one that is none. What a unit makes below itself is no unit, whatever its name; but for
     /// the units of the service managers of users. They are named as their control groups: see [`unit_name`].
-    pub fn units(&self) -> impl Iterator<Item = &[u8]> {
+    pub(crate) fn units(&self) -> impl Iterator<Item = &[u8]> {
         let below = self.path.get(self.below..).unwrap_or_default();
         let names = below.split(|&b| b == b'/').filter(|name| !name.is_empty());
         names.scan(true, |inside, name| {
@@ -58,16 +55,14 @@ impl Subject {
     }
 
     /// Whether units may be made below it that are not there yet.
-    #[must_use]
-    pub fn may_get_units(&self) -> bool {
+    pub(crate) fn may_get_units(&self) -> bool {
         let below = self.path.get(self.below..).unwrap_or_default();
         let mut names = below.split(|&b| b == b'/').filter(|name| !name.is_empty());
         names.all(holds_units)
     }
 
     /// All ids of the applications whose units it is in.
-    #[must_use]
-    pub fn applications(&self) -> &[String] {
+    pub(crate) fn applications(&self) -> &[String] {
         self.applications
             .get_or_init(|| self.units().flat_map(application_ids).collect())
     }
@@ -83,8 +78,7 @@ pub(super) fn lossy(path: &[u8]) -> Option<String> {
 
 /// The name of the unit whose control group has this name. Where that could be a file of the kernel's, as
 /// `io.github.Foo.service` could, systemd writes a `_` before it, and before those that begin with one.
-#[must_use]
-pub fn unit_name(control_group: &[u8]) -> &[u8] {
+pub(crate) fn unit_name(control_group: &[u8]) -> &[u8] {
     control_group.strip_prefix(b"_").unwrap_or(control_group)
 }
 

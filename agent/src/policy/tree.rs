@@ -21,7 +21,7 @@ struct Group {
 
 /// The control groups of one subtree.
 #[derive(Debug)]
-pub struct Tree {
+pub(crate) struct Tree {
     /// The path of the subtree's root, from the control group root; see [`Rules::choose`].
     prefix: Vec<u8>,
     rules: Rc<Rules>,
@@ -31,8 +31,7 @@ pub struct Tree {
 
 impl Tree {
     /// An empty tree, in which nothing exists, not even the root.
-    #[must_use]
-    pub fn new(prefix: Vec<u8>, rules: Rc<Rules>) -> Self {
+    pub(crate) fn new(prefix: Vec<u8>, rules: Rc<Rules>) -> Self {
         Self {
             prefix,
             rules,
@@ -41,43 +40,37 @@ impl Tree {
     }
 
     /// The rules in force.
-    #[must_use]
-    pub fn rules(&self) -> &Rc<Rules> {
+    pub(crate) fn rules(&self) -> &Rc<Rules> {
         &self.rules
     }
 
     /// Whether a control group is known.
-    #[must_use]
-    pub fn contains(&self, path: &ControlGroupPath) -> bool {
+    pub(crate) fn contains(&self, path: &ControlGroupPath) -> bool {
         self.groups.contains_key(path)
     }
 
     /// The effective verdict of a control group; none if it is not known.
-    #[must_use]
-    pub fn get(&self, path: &ControlGroupPath) -> Option<&Verdict> {
+    pub(crate) fn get(&self, path: &ControlGroupPath) -> Option<&Verdict> {
         self.groups.get(path).map(|group| &group.decided.verdict)
     }
 
     /// All control groups, parents before children.
-    pub fn iter(&self) -> impl Iterator<Item = &ControlGroupPath> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &ControlGroupPath> {
         self.groups.keys()
     }
 
     /// How many control groups there are.
-    #[must_use]
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.groups.len()
     }
 
     /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.groups.is_empty()
     }
 
     /// What the kernel must hold for this very control group; none if it inherits what is right.
-    #[must_use]
-    pub fn element(&self, path: &ControlGroupPath) -> Option<&Element> {
+    pub(crate) fn element(&self, path: &ControlGroupPath) -> Option<&Element> {
         self.groups
             .get(path)
             .filter(|g| g.mapped)
@@ -85,7 +78,7 @@ impl Tree {
     }
 
     /// The minimal cover, parents before children.
-    pub fn cover(&self) -> impl Iterator<Item = (&ControlGroupPath, &Element)> {
+    pub(crate) fn cover(&self) -> impl Iterator<Item = (&ControlGroupPath, &Element)> {
         self.groups
             .iter()
             .filter(|(_, group)| group.mapped)
@@ -94,8 +87,7 @@ impl Tree {
 
     /// The control group whose own verdict `path` has: itself or an ancestor; none if none of them
     /// has one.
-    #[must_use]
-    pub fn giver(&self, path: &ControlGroupPath) -> Option<(ControlGroupPath, &Choice)> {
+    pub(crate) fn giver(&self, path: &ControlGroupPath) -> Option<(ControlGroupPath, &Choice)> {
         let mut at = path.clone();
         loop {
             if let Some(choice) = self.groups.get(&at).and_then(|g| g.own.as_ref()) {
@@ -116,7 +108,7 @@ impl Tree {
     /// A control group has come. Returns the path as it is kept. Ancestors that were not known are taken in as well,
     /// for a control group is never without them. `new` is told of each that was not known, parents first, and
     /// whether it is part of the cover.
-    pub fn take_in(
+    pub(crate) fn take_in(
         &mut self,
         path: ControlGroupPath,
         new: &mut dyn FnMut(&ControlGroupPath, bool),
@@ -141,7 +133,7 @@ impl Tree {
     }
 
     /// A control group has gone, and with it everything below. Returns all that were known.
-    pub fn remove(&mut self, path: &ControlGroupPath) -> Vec<ControlGroupPath> {
+    pub(crate) fn remove(&mut self, path: &ControlGroupPath) -> Vec<ControlGroupPath> {
         let removed: Vec<ControlGroupPath> = self.below(path).cloned().collect();
         for path in &removed {
             self.groups.remove(path);
@@ -150,7 +142,7 @@ impl Tree {
     }
 
     /// A control group and all below it, parents before children.
-    pub fn below<'a>(
+    pub(crate) fn below<'a>(
         &'a self,
         path: &'a ControlGroupPath,
     ) -> impl Iterator<Item = &'a ControlGroupPath> + 'a {
@@ -159,7 +151,7 @@ impl Tree {
     }
 
     /// Judges every control group anew.
-    pub fn replace_rules(&mut self, rules: Rc<Rules>) {
+    pub(crate) fn replace_rules(&mut self, rules: Rc<Rules>) {
         self.rules = rules;
         for (path, _) in std::mem::take(&mut self.groups) {
             let parent = path.split_last().map(|(parent, _)| parent);

@@ -21,7 +21,7 @@ use changes::Changes;
 
 /// The loader's state.
 #[derive(Debug)]
-pub struct Loader {
+pub(crate) struct Loader {
     file: ConfigFile,
     /// What was in the file when it was read last; none if it was not there.
     last: Option<Vec<u8>>,
@@ -35,7 +35,7 @@ impl Loader {
     ///
     /// # Errors
     /// If the user named a file that is not there.
-    pub fn start(file: ConfigFile) -> Result<(Self, Source, Option<FileError>), LoadError> {
+    pub(crate) fn start(file: ConfigFile) -> Result<(Self, Source, Option<FileError>), LoadError> {
         let changes = Changes::watch(&file.path);
         let mut loader = Self {
             file,
@@ -153,7 +153,7 @@ fn say(error: &LoadError) -> FileError {
 }
 
 /// Logs what was found in a file.
-pub fn log(findings: &Findings) {
+pub(crate) fn log(findings: &Findings) {
     for (severity, line) in findings.lines() {
         match severity {
             Severity::Error => tracing::error!("{line}"),
@@ -188,7 +188,7 @@ fn first_mistake(findings: &Findings) -> String {
 }
 
 /// Reloads when the file changes or `hangup` comes, for ever.
-pub async fn run(
+pub(crate) async fn run(
     mut loader: Loader,
     agent: &Agent,
     watcher: &RefCell<Watcher>,

@@ -16,7 +16,7 @@ const POSTPONED: (Duration, Duration) = (Duration::from_millis(100), Duration::f
 
 /// A configuration and where it comes from.
 #[derive(Debug)]
-pub struct Source {
+pub(crate) struct Source {
     /// What it means.
     pub config: Config,
     /// The file; none if there is none.
@@ -25,7 +25,7 @@ pub struct Source {
 
 /// What is wrong with a file that was to be the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FileError {
+pub(crate) struct FileError {
     /// All of it.
     pub whole: String,
     /// The first mistake, in a few words.
@@ -45,7 +45,7 @@ pub(super) struct Postponed {
 
 /// What becomes of a call that was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refused {
+pub(crate) enum Refused {
     /// It is said again.
     Again,
     /// The configuration that it was to bring is no more: the old one stays.
@@ -56,46 +56,39 @@ pub enum Refused {
 
 impl State {
     /// The configuration that decides about verdicts.
-    #[must_use]
-    pub fn source(&self) -> &Rc<Source> {
+    pub(crate) fn source(&self) -> &Rc<Source> {
         &self.source
     }
 
     /// The configuration that the helper holds, in this session.
-    #[must_use]
-    pub fn accepted(&self) -> Option<&Rc<Source>> {
+    pub(crate) fn accepted(&self) -> Option<&Rc<Source>> {
         self.accepted.as_ref()
     }
 
     /// What is wrong with the configuration on disk, if something is.
-    #[must_use]
-    pub fn file_error(&self) -> Option<&FileError> {
+    pub(crate) fn file_error(&self) -> Option<&FileError> {
         self.file_error.as_ref()
     }
 
     /// Why a configuration was taken back, if it did.
-    #[must_use]
-    pub fn postponed_why(&self) -> Option<&str> {
+    pub(crate) fn postponed_why(&self) -> Option<&str> {
         self.postponed.as_ref().map(|postponed| &*postponed.why)
     }
 
     /// Whether a call was refused for this reason already, and none was accepted since.
-    #[must_use]
-    pub fn was_refused(&self, why: &str) -> bool {
+    pub(crate) fn was_refused(&self, why: &str) -> bool {
         let said = [self.refusal.as_deref(), self.postponed_why()];
         said.into_iter().flatten().any(|said| said == why)
     }
 
     /// What is wrong with the configuration that was to replace the one in force, or to be the first one.
-    #[must_use]
-    pub fn config_error(&self) -> Option<&str> {
+    pub(crate) fn config_error(&self) -> Option<&str> {
         let on_disk = self.file_error().map(|error| &*error.whole);
         on_disk.or_else(|| self.postponed_why())
     }
 
     /// A configuration that is right, if there was none yet.
-    #[must_use]
-    pub fn awaited_configuration(&self) -> Option<Awaited> {
+    pub(crate) fn awaited_configuration(&self) -> Option<Awaited> {
         let why = || self.config_error().unwrap_or_default().to_owned();
         self.unconfigured.then(|| Awaited::Configuration(why()))
     }
@@ -103,7 +96,13 @@ impl State {
     /// Notes that the last call, made with the configuration `sent`, was refused, and whether the reason may pass by
     /// itself. If the call was to put `sent` into force, the configuration that the helper held last is put back and sent
     /// once more, even if no session has begun with it yet.
-    pub fn refused(&mut self, call: &Call, why: &str, passing: bool, sent: &Rc<Source>) -> Refused {
+    pub(crate) fn refused(
+        &mut self,
+        call: &Call,
+        why: &str,
+        passing: bool,
+        sent: &Rc<Source>,
+    ) -> Refused {
         if !Rc::ptr_eq(sent, &self.source) {
             self.ledger.refuse();
             return Refused::Overtaken;
@@ -143,19 +142,17 @@ impl State {
     }
 
     /// When a configuration is to be tried again that was taken back, if one is.
-    #[must_use]
-    pub fn postponed_until(&self) -> Option<Instant> {
+    pub(crate) fn postponed_until(&self) -> Option<Instant> {
         self.postponed.as_ref().and_then(|postponed| postponed.at)
     }
 
     /// Whether the configuration that came last was taken back.
-    #[must_use]
-    pub fn is_postponed(&self) -> bool {
+    pub(crate) fn is_postponed(&self) -> bool {
         self.postponed.is_some()
     }
 
     /// Tries a configuration again that was taken back, if it is time to.
-    pub fn try_postponed(&mut self) {
+    pub(crate) fn try_postponed(&mut self) {
         let now = Instant::now();
         if let Some(postponed) = &mut self.postponed
             && postponed.at.take_if(|at| *at <= now).is_some()
@@ -166,7 +163,7 @@ impl State {
     }
 
     /// Keeps the configuration in force, since there is something wrong with the one on disk.
-    pub fn keep_config(&mut self, error: FileError) {
+    pub(crate) fn keep_config(&mut self, error: FileError) {
         self.file_error = Some(error);
         self.postponed = None;
     }

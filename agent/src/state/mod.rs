@@ -17,11 +17,11 @@ use crate::policy::{Start, Tree};
 use crate::said::Said;
 use crate::subtree::Subtree;
 
-pub use agent::{Agent, Calling};
-pub use configuration::{FileError, Refused, Source};
-pub use observer::{Observer, Watching};
-pub use readiness::Readiness;
-pub use relay::Relay;
+pub(crate) use agent::Agent;
+pub(crate) use configuration::{FileError, Refused, Source};
+pub(crate) use observer::{Observer, Watching};
+pub(crate) use readiness::Readiness;
+pub(crate) use relay::Relay;
 
 pub(crate) use relay::Ports;
 
@@ -29,7 +29,7 @@ use configuration::Postponed;
 
 /// How it stands with the helper.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Link {
+pub(crate) enum Link {
     /// It holds this agent's policy.
     Connected,
     /// It was told nothing yet.
@@ -40,8 +40,7 @@ pub enum Link {
 
 impl Link {
     /// Why the helper does not hold the policy, in a sentence.
-    #[must_use]
-    pub fn problem(&self) -> Option<String> {
+    pub(crate) fn problem(&self) -> Option<String> {
         match self {
             Self::Connected => None,
             Self::Waiting(awaited) => Some(awaited.to_string()),
@@ -52,7 +51,7 @@ impl Link {
 
 /// What has to come before anything can be said to the helper.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Awaited {
+pub(crate) enum Awaited {
     /// A configuration that is right: this is wrong with the one there is.
     #[error("{configuration}: {0}", configuration = Self::CONFIGURATION)]
     Configuration(String),
@@ -63,12 +62,12 @@ pub enum Awaited {
 
 impl Awaited {
     /// What is said, before the reason, without a configuration that is right.
-    pub const CONFIGURATION: &str = "waiting for the configuration to be fixed";
+    pub(crate) const CONFIGURATION: &str = "waiting for the configuration to be fixed";
 }
 
 /// What the agent knows.
 #[derive(Debug)]
-pub struct State {
+pub(crate) struct State {
     /// Where the control groups are.
     pub subtree: Subtree,
     /// How it stands with the helper.
@@ -134,14 +133,12 @@ impl State {
     }
 
     /// The control groups.
-    #[must_use]
-    pub fn tree(&self) -> &Tree {
+    pub(crate) fn tree(&self) -> &Tree {
         &self.tree
     }
 
     /// What the helper holds.
-    #[must_use]
-    pub fn ledger(&self) -> &Ledger {
+    pub(crate) fn ledger(&self) -> &Ledger {
         &self.ledger
     }
 
@@ -151,28 +148,24 @@ impl State {
     }
 
     /// Whether the user's service manager has a control group.
-    #[must_use]
-    pub fn has_root(&self) -> bool {
+    pub(crate) fn has_root(&self) -> bool {
         !self.tree.is_empty()
     }
 
     /// What has to come before anything can be said to the helper.
-    #[must_use]
-    pub fn awaited(&self) -> Option<Awaited> {
+    pub(crate) fn awaited(&self) -> Option<Awaited> {
         let root = || self.subtree.to_wire(&ControlGroupPath::root());
         let waits_for_root = || (!self.has_root()).then(|| Awaited::ControlGroup(root()));
         self.awaited_configuration().or_else(waits_for_root)
     }
 
     /// Whether the helper holds all that it should.
-    #[must_use]
-    pub fn is_settled(&self) -> bool {
+    pub(crate) fn is_settled(&self) -> bool {
         self.link == Link::Connected && self.ledger.is_settled()
     }
 
     /// What the helper does not hold of the policy and why, in a sentence.
-    #[must_use]
-    pub fn problem(&self) -> Option<String> {
+    pub(crate) fn problem(&self) -> Option<String> {
         let refusal = self.refusal.clone();
         refusal.or_else(|| {
             let (count, path, most) = self.ledger.shortage()?;
@@ -181,7 +174,7 @@ impl State {
     }
 
     /// Whose control groups there is no room for, unless that was told before, in a sentence for each user.
-    pub fn news_of_shortage(&mut self) -> Vec<String> {
+    pub(crate) fn news_of_shortage(&mut self) -> Vec<String> {
         let news = self.ledger.news_of_shortage();
         let Some((_, _, most)) = self.ledger.shortage() else {
             return Vec::new();
@@ -207,14 +200,12 @@ impl State {
     }
 
     /// Whether the relay is still to say where it listens.
-    #[must_use]
-    pub fn awaits_relay(&self) -> bool {
+    pub(crate) fn awaits_relay(&self) -> bool {
         self.relay.is_awaited(&self.source.config)
     }
 
     /// Whether the verdict of a control group is in the kernel.
-    #[must_use]
-    pub fn in_force(&self, path: &ControlGroupPath) -> bool {
+    pub(crate) fn in_force(&self, path: &ControlGroupPath) -> bool {
         let Some(verdict) = self.tree.get(path) else {
             return false;
         };
@@ -231,7 +222,7 @@ impl State {
     }
 
     /// The next call to the helper.
-    pub fn next_call(&mut self) -> Option<Call> {
+    pub(crate) fn next_call(&mut self) -> Option<Call> {
         // Without a control group there is nothing to hold a policy for; when it comes back everything
         // is said anew.
         if self.unconfigured || !self.has_root() {
@@ -242,7 +233,7 @@ impl State {
 
     /// Notes that the last call was carried out, with the configuration `sent`, but for what was skipped. Returns what
     /// was not skipped for the same reason before.
-    pub fn acknowledged(
+    pub(crate) fn acknowledged(
         &mut self,
         call: &Call,
         generation: i64,
@@ -269,12 +260,12 @@ impl State {
 
     /// Notes that the last call was refused, since the helper takes no more than `most` control groups. Returns whether
     /// that was not known, so that the next call keeps to it.
-    pub fn bound(&mut self, most: usize) -> bool {
+    pub(crate) fn bound(&mut self, most: usize) -> bool {
         self.ledger.bound(most)
     }
 
     /// Notes that the session is over, and why: nobody knows what is in force.
-    pub fn disconnected(&mut self, why: String) {
+    pub(crate) fn disconnected(&mut self, why: String) {
         self.link = Link::Broken(why);
         // A refused configuration is tried again only when the old one is in force again: refused once more before that,
         // it would leave the helper with none.
@@ -295,7 +286,7 @@ impl State {
     }
 
     /// Has the helper told where the relay listens now.
-    pub fn relay_moved(&mut self) {
+    pub(crate) fn relay_moved(&mut self) {
         self.ledger.replace_all();
     }
 }

@@ -2,7 +2,7 @@
 
 /// What the service manager was told.
 #[derive(Debug, Default)]
-pub struct Readiness {
+pub(crate) struct Readiness {
     /// That the policy is in force, in this session: in these words.
     announced: Option<String>,
     /// The same, in some session.

@@ -9,7 +9,7 @@ pub(crate) type Ports = BTreeMap<String, (u16, Option<u16>)>;
 
 /// What is known of the relay.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Relay {
+pub(crate) struct Relay {
     pub(crate) ports: Ports,
     /// Why it can't be told what to do.
     pub problem: Option<String>,
@@ -17,23 +17,20 @@ pub struct Relay {
 
 impl Relay {
     /// The port of a proxy that the relay has; 0 if it has not said yet.
-    #[must_use]
-    pub fn port(&self, proxy: &Proxy) -> u16 {
+    pub(crate) fn port(&self, proxy: &Proxy) -> u16 {
         let ports = self.ports.get(proxy.name.as_str());
         ports.map_or(0, |(port, _)| *port)
     }
 
     /// The port of a proxy's DNS server.
-    #[must_use]
-    pub fn dns_port(&self, proxy: &Proxy) -> Option<u16> {
+    pub(crate) fn dns_port(&self, proxy: &Proxy) -> Option<u16> {
         self.ports
             .get(proxy.name.as_str())
             .and_then(|(_, dns)| *dns)
     }
 
     /// Whether the relay has still to say where it listens for one of the configuration's proxies.
-    #[must_use]
-    pub fn is_awaited(&self, config: &Config) -> bool {
+    pub(crate) fn is_awaited(&self, config: &Config) -> bool {
         let relayed = config
             .proxies
             .iter()

@@ -32,7 +32,7 @@ const AGAIN: Duration = Duration::from_millis(20);
 
 /// Why there can be no session.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// Another agent has it.
     #[error("another agent of this user is connected to the helper")]
     SessionExists,
@@ -44,7 +44,7 @@ pub enum Error {
 /// # Errors
 /// If another agent of the user has the session when this one starts. One that comes later, while
 /// the helper is away, is waited out.
-pub async fn run(
+pub(crate) async fn run(
     agent: &Agent,
     socket: &Path,
     mut early: Option<Client>,

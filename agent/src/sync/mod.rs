@@ -9,4 +9,4 @@ mod tests;
 mod text;
 mod wire;
 
-pub use connect::{Error, run};
+pub(crate) use connect::{Error, run};

@@ -33,7 +33,7 @@ const LONGEST_EVENT: usize = EVENT_BYTES + 256;
 
 /// Something that happened in a watched directory.
 #[derive(Debug)]
-pub struct Event {
+pub(crate) struct Event {
     /// The number of the watch.
     pub watch: i32,
     /// What happened.
@@ -51,7 +51,7 @@ struct Queue {
 
 /// The events of an inotify instance.
 #[derive(Debug)]
-pub struct Events {
+pub(crate) struct Events {
     queue: Rc<RefCell<Queue>>,
     waiting: Waiting,
 }
@@ -103,7 +103,7 @@ impl Events {
     ///
     /// # Errors
     /// If the runtime can't wait for them.
-    pub fn new(inotify: Inotify) -> io::Result<Self> {
+    pub(crate) fn new(inotify: Inotify) -> io::Result<Self> {
         let mut waiting = Waiting::Lost;
         waiting.wait(&inotify)?;
         let queue = Queue {
@@ -120,7 +120,7 @@ impl Events {
     ///
     /// # Errors
     /// If they can't be read.
-    pub async fn next(&mut self) -> io::Result<Vec<Event>> {
+    pub(crate) async fn next(&mut self) -> io::Result<Vec<Event>> {
         let waiting = self.waiting.wait(&self.queue.borrow().inotify)?;
         loop {
             waiting.readable().await?;
@@ -139,7 +139,7 @@ impl Events {
     ///
     /// # Errors
     /// If nobody can wait for them.
-    pub async fn leave(&mut self) -> io::Result<()> {
+    pub(crate) async fn leave(&mut self) -> io::Result<()> {
         if let Waiting::Runtime(waiting) = &self.waiting {
             waiting.readable().await?;
         }
@@ -147,8 +147,7 @@ impl Events {
     }
 
     /// Whether events are left in the queue.
-    #[must_use]
-    pub fn are_left(&self) -> bool {
+    pub(crate) fn are_left(&self) -> bool {
         !matches!(self.waiting, Waiting::Runtime(_))
     }
 
@@ -156,7 +155,7 @@ impl Events {
     ///
     /// # Errors
     /// If they can't be read.
-    pub fn fetch(&mut self) -> io::Result<Vec<Event>> {
+    pub(crate) fn fetch(&mut self) -> io::Result<Vec<Event>> {
         self.queue.borrow_mut().fetch()
     }
 }

@@ -12,7 +12,7 @@
 mod blind;
 mod dbus;
 mod directory;
-pub mod inotify;
+pub(crate) mod inotify;
 mod known;
 mod listing;
 mod pace;
@@ -24,12 +24,12 @@ mod watcher;
 
 use cgtproxy_proto::path::{ControlGroupPath, InvalidPath};
 
-pub use run::{Sources, open};
-pub use watcher::Watcher;
+pub(crate) use run::open;
+pub(crate) use watcher::Watcher;
 
 /// Why nothing can be watched.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// Neither cgroupfs nor systemd tells which control groups there are.
     #[error(
         "can't read control groups at {root} (is cgroup v2 there?), and systemd does not tell of \
@@ -45,7 +45,7 @@ pub enum Error {
 
 /// What a source of events says of control groups.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Hint {
+pub(crate) enum Hint {
     /// One has been made at this path.
     Made(ControlGroupPath),
     /// The one at this path is gone. If there is another by now, that is told next.

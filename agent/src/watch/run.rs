@@ -43,7 +43,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const LOSSES: u32 = 3;
 
 /// Where hints come from.
-pub struct Sources {
+pub(crate) struct Sources {
     events: Option<Events>,
     pace: Pace,
     alarm: Alarm,
@@ -61,8 +61,7 @@ pub struct Sources {
 }
 
 /// The control groups of a subtree, none of which is known yet, and where word of them comes from.
-#[must_use]
-pub fn open(subtree: Subtree, monitor: Monitor) -> (Sources, Watcher) {
+pub(crate) fn open(subtree: Subtree, monitor: Monitor) -> (Sources, Watcher) {
     let mut watcher = Watcher::new(subtree, monitor);
     let mut sources = Sources {
         events: None,
@@ -84,7 +83,11 @@ impl Sources {
     ///
     /// # Errors
     /// If nobody says which control groups there are.
-    pub async fn start(&mut self, watcher: &RefCell<Watcher>, agent: &Agent) -> Result<(), Error> {
+    pub(crate) async fn start(
+        &mut self,
+        watcher: &RefCell<Watcher>,
+        agent: &Agent,
+    ) -> Result<(), Error> {
         if watcher.borrow().watches.is_some() {
             watcher.borrow_mut().discover(&mut *agent.state_mut());
             agent.wake();
@@ -126,7 +129,7 @@ impl Sources {
     ///
     /// While a call to the helper is under way, events stay in inotify's queue and wake nobody: what they tell goes out
     /// with the next call, and the processors are left to the helper and to those who make control groups.
-    pub async fn run(mut self, watcher: &RefCell<Watcher>, agent: &Agent) {
+    pub(crate) async fn run(mut self, watcher: &RefCell<Watcher>, agent: &Agent) {
         let mut changed = agent.subscribe();
         // What is known by now goes out before anything is watched.
         tokio::task::yield_now().await;

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use super::directory::WorkingDirectory;
 use super::inotify::Event;
-use super::run::LOOKS;
+use super::run::{LOOKS, Sources};
 use super::*;
 use crate::config::{self, Monitor, Scope};
 use crate::ledger::Call;

@@ -23,7 +23,7 @@ use crate::subtree::{Subtree, descendants};
 
 /// The control groups of a subtree, as far as they are known.
 #[derive(Debug)]
-pub struct Watcher {
+pub(crate) struct Watcher {
     pub(super) subtree: Subtree,
     pub(super) monitor: Monitor,
     /// None if inotify is not to be used, or can't be.
@@ -106,7 +106,7 @@ impl Watcher {
     }
 
     /// Has everything logged again that is still wrong.
-    pub fn forget_what_was_said(&mut self) {
+    pub(crate) fn forget_what_was_said(&mut self) {
         self.said.forget();
         self.said_lost = false;
         self.said_unusable = false;
@@ -163,7 +163,7 @@ impl Watcher {
 
     /// Looks at the whole subtree. What is gone is reported as well. If events were lost, so is what was only
     /// announced: nothing but an event would tell that there is another one at the same path.
-    pub fn scan(&mut self, observer: &mut dyn Observer) {
+    pub(crate) fn scan(&mut self, observer: &mut dyn Observer) {
         self.hinted = false;
         if let Some(share) = &mut self.share {
             share.resize(share_of_watches());
@@ -209,7 +209,7 @@ impl Watcher {
     /// Looks at one control group and, if it is new or not watched, at everything below it. Its ancestors are looked at
     /// before: if one of them was made again, what is known of the control group is forgotten. Then takes the events in
     /// inotify's queue: only they tell whether one that is not watched yet is the one that was there before.
-    pub fn look(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) {
+    pub(crate) fn look(&mut self, path: &ControlGroupPath, observer: &mut dyn Observer) {
         self.look_down_to(path, observer);
         let found = self.groups.contains_key(path);
         self.take_events(observer);

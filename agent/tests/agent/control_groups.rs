@@ -6,9 +6,11 @@ use std::fs::Permissions;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use cgtproxy_proto::path::CGROUP2_MOUNTS;
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -236,7 +238,9 @@ fn an_agent_without_descriptors_to_spare_goes_on() {
 /// cgroupfs never tells that a directory is gone through the watch on it: see `watch.rs`.
 #[test]
 fn leaves_no_watches_behind_on_cgroupfs() {
-    let root = cgtproxy_agent::subtree::find_root().expect("cgroup v2 is mounted");
+    let mut mounts = CGROUP2_MOUNTS.into_iter().map(Path::new);
+    let root = mounts.find(|mount| mount.join("cgroup.procs").exists());
+    let root = root.expect("cgroup v2 is mounted");
     let cgroups = root.join(name_that_is_swept());
     if let Err(error) = std::fs::create_dir(&cgroups) {
         panic!(

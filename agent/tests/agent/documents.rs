@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
-use cgtproxy_agent::config::{Scope, read};
+use tempfile::NamedTempFile;
+
+use crate::world::{agent_command, output};
 
 /// Where the part about another file begins.
 const HELPERS: &str = "## The administrator's file";
@@ -57,12 +59,14 @@ fn crates(package: &str) -> usize {
     crates.collect::<BTreeSet<_>>().len()
 }
 
-fn check(name: &str, example: &str, scope: Scope) {
-    let (config, findings) = read(Path::new(name), example.as_bytes(), scope);
-    assert!(
-        config.is_some() && findings.list.is_empty(),
-        "{findings}{example}"
-    );
+fn check(name: &str, example: &str, options: &[&str]) {
+    let file = NamedTempFile::new().unwrap();
+    std::fs::write(&file, example).unwrap();
+    let mut command = agent_command();
+    command.args(options).arg("check").arg(file.path());
+    let (code, said, errors) = output(command);
+    assert_eq!((code, &*errors), (Some(0), ""), "{name}: {said}{example}");
+    assert!(said.ends_with(": no errors\n"), "{name}: {said}{example}");
 }
 
 #[test]
@@ -73,21 +77,17 @@ fn examples_are_configurations() {
         let found = examples(text);
         assert!(found.len() >= least, "{file}");
         for (line, example) in found {
-            let scope = match example.contains("enforce:") || example.contains("gateway:") {
-                true => Scope::System,
-                false => Scope::User,
+            let options = match example.contains("enforce:") || example.contains("gateway:") {
+                true => &["--system"][..],
+                false => &[],
             };
-            check(&format!("{file}:{line}"), &example, scope);
+            check(&format!("{file}:{line}"), &example, options);
         }
     };
     examples_of("configuration.md", ours, 3);
     examples_of("README.md", &text("README.md"), 2);
     examples_of("README.zh_CN.md", &text("README.zh_CN.md"), 2);
-    check(
-        "config.yaml",
-        &text("docs/examples/config.yaml"),
-        Scope::User,
-    );
+    check("config.yaml", &text("docs/examples/config.yaml"), &[]);
 }
 
 #[test]

@@ -96,7 +96,7 @@ fn ask(agent: &mut Agent, arguments: &Arguments, subtree: &Subtree) -> Result<Ve
         config_error: status.configError,
         older,
         groups: groups
-            .filter_map(|group| Some((subtree.from_wire(&group.path)?, group)))
+            .filter_map(|group| Some((subtree.of_wire(&group.path)?, group)))
             .collect(),
         rules: status.rules.unwrap_or_default(),
     })

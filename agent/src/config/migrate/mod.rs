@@ -18,7 +18,7 @@ use super::yaml::{Node, Value};
 ///
 /// # Errors
 /// All that is wrong with the old file, if anything is.
-pub fn migrate(file: &Path, bytes: &[u8]) -> Result<(String, Findings), Findings> {
+pub(crate) fn migrate(file: &Path, bytes: &[u8]) -> Result<(String, Findings), Findings> {
     let (text, root) = read::document(file, bytes)?;
     let mut reader = Reader::new(text, Findings::new(file));
     let migrated = match kind(&reader, &root) {

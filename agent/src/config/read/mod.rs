@@ -40,8 +40,7 @@ pub(super) const KEYS: &[&str] = &[
 ];
 
 /// Reads the text of `file`: what it means, unless there are errors, and all that was found.
-#[must_use]
-pub fn read(file: &Path, bytes: &[u8], scope: Scope) -> (Option<Config>, Findings) {
+pub(crate) fn read(file: &Path, bytes: &[u8], scope: Scope) -> (Option<Config>, Findings) {
     let (text, root) = match document(file, bytes) {
         Ok(document) => document,
         Err(findings) => return (None, findings),

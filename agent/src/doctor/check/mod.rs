@@ -35,8 +35,7 @@ const CHECKS: [Check; 9] = [
 ];
 
 /// Looks at everything.
-#[must_use]
-pub fn all(facts: &Facts) -> Vec<Group> {
+pub(crate) fn all(facts: &Facts) -> Vec<Group> {
     let summarised = |check: &Check| {
         let mut group = check(facts);
         if !group.is_fine() {

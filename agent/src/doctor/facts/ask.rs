@@ -53,7 +53,7 @@ async fn connect(path: &Path) -> Result<Client, Answer<()>> {
 }
 
 /// Asks the helper for its state, and for what it sees of the machine.
-pub async fn ask_helper(socket: &Path) -> Helper {
+pub(crate) async fn ask_helper(socket: &Path) -> Helper {
     let (mut client, status) = match ask_status(socket).await {
         Ok(answer) => answer,
         Err(problem) => return problem,
@@ -69,7 +69,7 @@ pub async fn ask_helper(socket: &Path) -> Helper {
 }
 
 /// What the helper says of its state and of this user, if it can be asked.
-pub async fn helper_status(socket: &Path) -> Option<GetStatus_Reply> {
+pub(crate) async fn helper_status(socket: &Path) -> Option<GetStatus_Reply> {
     ask_status(socket).await.ok().map(|(_, status)| status)
 }
 
@@ -107,7 +107,7 @@ async fn ask_status(socket: &Path) -> Result<(Client, GetStatus_Reply), Helper> 
 }
 
 /// Asks the agent for its state.
-pub async fn ask_agent(socket: &Path, scope: Scope) -> Agent {
+pub(crate) async fn ask_agent(socket: &Path, scope: Scope) -> Agent {
     let mut connection = match timeout(PATIENCE, Connection::open(socket.to_owned())).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(ConnectError::NotRunning)) => return Agent::NotRunning,
@@ -144,8 +144,7 @@ fn no_answer() -> String {
 }
 
 /// Reads the configuration file: what it is, and its `gateway`.
-#[must_use]
-pub fn read_config(file: &ConfigFile) -> (ConfigState, Option<config::Gateway>) {
+pub(crate) fn read_config(file: &ConfigFile) -> (ConfigState, Option<config::Gateway>) {
     match config::load(&file.path, file.scope) {
         Ok(loaded) => {
             let proxies = loaded.config.proxies.iter().map(configured).collect();

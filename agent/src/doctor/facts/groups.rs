@@ -13,8 +13,7 @@ use crate::doctor::Look;
 use crate::subtree::{Subtree, find_root};
 
 /// How control groups are mounted, with the root as it was given or found.
-#[must_use]
-pub fn hierarchy(root: Option<&Path>) -> Hierarchy {
+pub(crate) fn hierarchy(root: Option<&Path>) -> Hierarchy {
     let found = match root {
         Some(root) => Some(root.to_owned()),
         None => find_root().ok(),
@@ -28,8 +27,7 @@ pub fn hierarchy(root: Option<&Path>) -> Hierarchy {
 }
 
 /// Looks through the control groups of a user's service manager.
-#[must_use]
-pub fn manager(subtree: &Subtree) -> Manager {
+pub(crate) fn manager(subtree: &Subtree) -> Manager {
     let root = ControlGroupPath::root();
     let owner = match fs::metadata(subtree.directory(&root)) {
         Ok(found) => Ok(Some(found.uid())),
@@ -59,8 +57,7 @@ fn groups(subtree: &Subtree) -> io::Result<Vec<(u64, String)>> {
 }
 
 /// Looks for processes with a display in the login sessions beside a user's service manager.
-#[must_use]
-pub fn session(subtree: &Subtree) -> Session {
+pub(crate) fn session(subtree: &Subtree) -> Session {
     let scopes = subtree.sessions().into_values();
     let processes = scopes
         .filter_map(|scope| fs::read_to_string(scope.join("cgroup.procs")).ok())

@@ -17,14 +17,14 @@ use crate::config::Scope;
 use crate::otherwise::Otherwise;
 use crate::text::quoted;
 
-pub use ask::{ask_agent, ask_helper, helper_status, read_config};
-pub use groups::{hierarchy, manager, session};
-pub use netlink::{listeners, routing_tables, rules};
-pub use system::{gateway, inotify, network, system};
+pub(crate) use ask::{ask_agent, ask_helper, helper_status, read_config};
+pub(crate) use groups::{hierarchy, manager, session};
+pub(crate) use netlink::{listeners, routing_tables, rules};
+pub(crate) use system::{gateway, inotify, network, system};
 
 /// Everything that checks look at.
 #[derive(Debug, Clone)]
-pub struct Facts {
+pub(crate) struct Facts {
     /// Whether it is about a user or about the machine.
     pub scope: Scope,
     /// Whose doctor this is.
@@ -69,7 +69,7 @@ pub struct Facts {
 
 /// What came of asking the helper.
 #[derive(Debug, Clone)]
-pub enum Helper {
+pub(crate) enum Helper {
     /// There is no socket.
     Missing,
     /// Nobody listens on it.
@@ -89,7 +89,7 @@ pub enum Helper {
 
 /// What came of asking the agent.
 #[derive(Debug, Clone)]
-pub enum Agent {
+pub(crate) enum Agent {
     /// It is not running.
     NotRunning,
     /// It is the system's, and only root may ask it.
@@ -104,7 +104,7 @@ pub enum Agent {
 
 /// What the configuration file is.
 #[derive(Debug, Clone)]
-pub enum ConfigState {
+pub(crate) enum ConfigState {
     /// There is none, and none was asked for.
     Missing,
     /// It is of no use.
@@ -115,7 +115,7 @@ pub enum ConfigState {
 
 /// What a proxy is to take, wherever that is known from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Proxy {
+pub(crate) struct Proxy {
     /// Its name.
     pub name: String,
     /// Who takes what goes there.
@@ -134,7 +134,7 @@ pub struct Proxy {
 
 /// How connections get to a proxy, and what listens for them on this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Server {
+pub(crate) enum Server {
     /// A TPROXY server on this port.
     Tproxy(u16),
     /// A server on this port, to which connections are redirected.
@@ -150,7 +150,7 @@ pub enum Server {
 
 /// Where a proxy is that the relay reaches on this machine: at one of these.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Here {
+pub(crate) struct Here {
     /// Its address of IPv4.
     pub ipv4: Option<Ipv4Addr>,
     /// Its address of IPv6.
@@ -161,8 +161,7 @@ pub struct Here {
 
 impl Server {
     /// The port that the user has to see to; none for the relay's.
-    #[must_use]
-    pub fn port(self) -> Option<u16> {
+    pub(crate) fn port(self) -> Option<u16> {
         match self {
             Self::Tproxy(port) | Self::Redirect(port) => Some(port),
             Self::Relay { .. } => None,
@@ -172,7 +171,7 @@ impl Server {
 
 /// A server for hijacked queries.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Dns {
+pub(crate) struct Dns {
     /// For queries over IPv4.
     pub ipv4: Option<Ipv4Addr>,
     /// For queries over IPv6.
@@ -185,7 +184,7 @@ pub struct Dns {
 
 /// How control groups are mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hierarchy {
+pub(crate) enum Hierarchy {
     /// Version 2 alone.
     Unified,
     /// Version 2 beside version 1.
@@ -196,7 +195,7 @@ pub enum Hierarchy {
 
 /// A user's service manager.
 #[derive(Debug, Clone)]
-pub struct Manager {
+pub(crate) struct Manager {
     /// The path of its control group, from the root.
     pub path: String,
     /// Whose its control group is; none if it is not there.
@@ -207,7 +206,7 @@ pub struct Manager {
 
 /// A user's login sessions.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Session {
+pub(crate) struct Session {
     /// The desktop, as it calls itself.
     pub desktop: Option<String>,
     /// How many processes with a display are in sessions, outside of the service manager.
@@ -216,7 +215,7 @@ pub struct Session {
 
 /// Limits of inotify for each user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Inotify {
+pub(crate) struct Inotify {
     /// Watches.
     pub watches: u64,
     /// Descriptors.
@@ -225,7 +224,7 @@ pub struct Inotify {
 
 /// TCP or UDP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Transport {
+pub(crate) enum Transport {
     /// TCP.
     Tcp,
     /// UDP.
@@ -234,7 +233,7 @@ pub enum Transport {
 
 /// An address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Family {
+pub(crate) enum Family {
     /// IPv4.
     Ipv4,
     /// IPv6.
@@ -243,7 +242,7 @@ pub enum Family {
 
 /// A socket that takes connections or datagrams from everybody.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listener {
+pub(crate) struct Listener {
     /// TCP or UDP.
     pub transport: Transport,
     /// Where.
@@ -262,7 +261,7 @@ pub struct Listener {
 
 /// A routing rule (`ip rule`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Rule {
+pub(crate) struct Rule {
     /// It is of IPv6.
     pub ipv6: bool,
     /// Lower is earlier.
@@ -281,7 +280,7 @@ pub struct Rule {
 
 /// The network of the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Network {
+pub(crate) struct Network {
     /// There is a way to the internet over IPv4.
     pub ipv4_route: Look<bool>,
     /// The kernel has IPv6.
@@ -300,7 +299,7 @@ pub struct Network {
 
 /// The kernel's table of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tracked {
+pub(crate) struct Tracked {
     /// How many are in it.
     pub count: u64,
     /// How many there may be; 0 for any number.
@@ -309,7 +308,7 @@ pub struct Tracked {
 
 /// What the configuration's `gateway` rests on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Gateway {
+pub(crate) struct Gateway {
     /// The name of the proxy.
     pub proxy: String,
     /// The variables of sysctl that would have to be 1 for packets to be forwarded.
@@ -322,7 +321,7 @@ pub struct Gateway {
 
 /// The rest of the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct System {
+pub(crate) struct System {
     /// Linux's version and patch level.
     pub linux: Look<(u32, u32)>,
     /// Those of net_cls and net_prio that a hierarchy of version 1 has.
@@ -345,8 +344,7 @@ pub struct System {
 
 impl Facts {
     /// A command that asks the agent, which is the system's if this one is about that.
-    #[must_use]
-    pub fn command(&self, command: &str) -> String {
+    pub(crate) fn command(&self, command: &str) -> String {
         match self.scope {
             Scope::User => format!("cgtproxy-agent {command}"),
             Scope::System => format!("cgtproxy-agent --system {command}"),
@@ -354,8 +352,7 @@ impl Facts {
     }
 
     /// A command about the file that this one is about.
-    #[must_use]
-    pub fn file_command(&self, command: &str) -> String {
+    pub(crate) fn file_command(&self, command: &str) -> String {
         if !self.config_named {
             return self.command(command);
         }
@@ -364,14 +361,12 @@ impl Facts {
     }
 
     /// Whether the agent says that the helper has answered it.
-    #[must_use]
-    pub fn agent_is_connected(&self) -> bool {
+    pub(crate) fn agent_is_connected(&self) -> bool {
         matches!(&self.agent, Agent::Answers(status) if status.connected)
     }
 
     /// The proxies that matter: those of the file, or those in force if the file is of no use.
-    #[must_use]
-    pub fn proxies(&self) -> Vec<Proxy> {
+    pub(crate) fn proxies(&self) -> Vec<Proxy> {
         match (&self.config, &self.helper) {
             (ConfigState::Read(proxies), _) => proxies.clone(),
             (_, Helper::Answers(status, _)) => {
@@ -382,8 +377,7 @@ impl Facts {
     }
 
     /// The proxies that the relay carries connections on to.
-    #[must_use]
-    pub fn relayed(&self) -> Vec<Proxy> {
+    pub(crate) fn relayed(&self) -> Vec<Proxy> {
         let mut proxies = self.proxies();
         proxies.retain(|proxy| matches!(proxy.server, Server::Relay { .. }));
         proxies
@@ -393,7 +387,7 @@ impl Facts {
     ///
     /// # Errors
     /// Why it says nothing.
-    pub fn diagnosis(&self) -> Look<&Diagnose_Reply> {
+    pub(crate) fn diagnosis(&self) -> Look<&Diagnose_Reply> {
         match &self.helper {
             Helper::Answers(_, diagnosis) => diagnosis.as_ref().map_err(Clone::clone),
             _ => Err("only the helper can look at it".to_owned()),
@@ -401,8 +395,7 @@ impl Facts {
     }
 
     /// What becomes of what no rule of the agent's decides.
-    #[must_use]
-    pub fn otherwise(&self) -> Otherwise {
+    pub(crate) fn otherwise(&self) -> Otherwise {
         let agent = match &self.agent {
             Agent::Answers(status) => Some(status.as_ref()),
             _ => None,
@@ -411,8 +404,7 @@ impl Facts {
     }
 
     /// What the helper says about itself and this user.
-    #[must_use]
-    pub fn helper_status(&self) -> Option<&HelperStatus> {
+    pub(crate) fn helper_status(&self) -> Option<&HelperStatus> {
         match &self.helper {
             Helper::Answers(status, _) => Some(status),
             _ => None,

@@ -108,7 +108,7 @@ where
 ///
 /// # Errors
 /// If the kernel does not tell.
-pub fn rules() -> Look<Vec<Rule>> {
+pub(crate) fn rules() -> Look<Vec<Rule>> {
     let mut rules = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut request = RuleMessage::default();
@@ -173,7 +173,7 @@ fn rule(message: &RuleMessage) -> Rule {
 ///
 /// # Errors
 /// If the kernel does not tell.
-pub fn routing_tables() -> Look<Vec<(Family, u32)>> {
+pub(crate) fn routing_tables() -> Look<Vec<(Family, u32)>> {
     use netlink_packet_route::route::RouteType;
     let mut tables = Vec::new();
     for (family, kind) in [
@@ -206,7 +206,7 @@ pub fn routing_tables() -> Look<Vec<(Family, u32)>> {
 ///
 /// # Errors
 /// If the kernel does not tell.
-pub fn listeners() -> Look<Vec<Listener>> {
+pub(crate) fn listeners() -> Look<Vec<Listener>> {
     let mut listeners = Vec::new();
     for (transport, protocol, states) in [
         (Transport::Tcp, IPPROTO_TCP, LISTENING),

@@ -39,7 +39,7 @@ fn number(file: &str) -> Look<u64> {
 ///
 /// # Errors
 /// If they can't be read.
-pub fn inotify() -> Look<Inotify> {
+pub(crate) fn inotify() -> Look<Inotify> {
     Ok(Inotify {
         watches: number("/proc/sys/fs/inotify/max_user_watches")?,
         instances: number("/proc/sys/fs/inotify/max_user_instances")?,
@@ -47,8 +47,7 @@ pub fn inotify() -> Look<Inotify> {
 }
 
 /// Looks at the network.
-#[must_use]
-pub fn network() -> Network {
+pub(crate) fn network() -> Network {
     let off = |interface: &str| {
         let file = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
         number(&file).map(|value| value != 0)
@@ -94,8 +93,7 @@ fn is_bridge(interface: &Path) -> bool {
 }
 
 /// Looks at what the configuration's `gateway` rests on.
-#[must_use]
-pub fn gateway(gateway: &config::Gateway) -> Gateway {
+pub(crate) fn gateway(gateway: &config::Gateway) -> Gateway {
     let interfaces: Vec<&str> = gateway
         .interfaces
         .iter()
@@ -194,8 +192,7 @@ fn is(error: &io::Error, errno: rustix::io::Errno) -> bool {
 }
 
 /// Looks at the rest of the machine.
-#[must_use]
-pub fn system(root: &Path) -> System {
+pub(crate) fn system(root: &Path) -> System {
     System {
         linux: linux(),
         v1_network_controllers: fs::read_to_string("/proc/cgroups")
