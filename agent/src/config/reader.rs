@@ -233,6 +233,13 @@ impl<'t> Reader<'t> {
         self.switch(node, what, "'true' or 'false'")
     }
 
+    /// The boolean of a key, which need not be there.
+    pub(crate) fn flag(&mut self, entries: &Entries<'_>, key: &str, default: bool) -> bool {
+        let value = entries.get(key);
+        let value = value.and_then(|node| self.boolean(node, &format!("'{key}'")));
+        value.unwrap_or(default)
+    }
+
     /// A boolean where something else is possible too; `wanted` names all that is.
     pub(crate) fn switch(&mut self, node: &Node, what: &str, wanted: &str) -> Option<bool> {
         match &node.value {
@@ -248,6 +255,14 @@ impl<'t> Reader<'t> {
             _ => self.wrong_kind(node, what, wanted),
         }
         None
+    }
+}
+
+/// What is listed where one that stands for itself need not be in a list.
+pub(crate) fn one_or_more(node: &Node) -> &[Node] {
+    match &node.value {
+        Value::List(items) => items,
+        _ => std::slice::from_ref(node),
     }
 }
 

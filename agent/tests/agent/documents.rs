@@ -35,8 +35,10 @@ fn text(file: &str) -> String {
 /// The keys that the readers of configuration files know, but for those that are accepted and ignored.
 fn keys() -> BTreeSet<String> {
     let mut keys = BTreeSet::new();
-    for reader in ["mod", "gateway", "rule", "tproxy"] {
-        let source = text(&format!("agent/src/config/read/{reader}.rs"));
+    let readers = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/config/read");
+    let readers = readers.read_dir().unwrap().map(|entry| entry.unwrap());
+    for reader in readers.filter(|entry| entry.file_type().unwrap().is_file()) {
+        let source = std::fs::read_to_string(reader.path()).unwrap();
         let lists = source.split("KEYS: &[&str] = &[").skip(1);
         let lists = lists.filter_map(|list| list.split(']').next());
         let names = lists.flat_map(|list| list.split('"').skip(1).step_by(2));

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::config::finding::Place;
-use crate::config::reader::{Entries, Reader};
+use crate::config::reader::{Entries, Reader, one_or_more};
 use crate::config::yaml::{Node, Value};
 use crate::text::printable;
 
@@ -197,12 +197,8 @@ fn left_out(reader: &mut Reader<'_>, old: &Entries<'_>, place: Place) {
 
 /// A list of texts, or one.
 fn texts<'n>(reader: &mut Reader<'_>, node: &'n Node, key: &str) -> Vec<(&'n Node, String)> {
-    let items = match &node.value {
-        Value::List(items) => items.as_slice(),
-        _ => std::slice::from_ref(node),
-    };
     let what = format!("an entry of '{key}'");
-    items
+    one_or_more(node)
         .iter()
         .filter_map(|item| Some((item, reader.text(item, &what)?)))
         .collect()

@@ -3,12 +3,12 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::config::finding::Place;
-use crate::config::reader::Reader;
-use crate::config::yaml::{Node, Value};
+use crate::config::reader::{Reader, one_or_more};
+use crate::config::yaml::Node;
 use crate::config::{FakeAddresses, Means, Network};
 use crate::text::printable;
 
-use super::tproxy::Proxies;
+use super::proxies::Proxies;
 
 /// What no proxy takes: this machine, the link, and what is no one's address.
 const LEFT_OUT: [(IpAddr, u8); 6] = [
@@ -23,13 +23,9 @@ const LEFT_OUT: [(IpAddr, u8); 6] = [
 impl Reader<'_> {
     /// A network of each family, or one of them; none if anything about them is wrong.
     pub(super) fn fake_addresses(&mut self, node: &Node) -> Option<FakeAddresses> {
-        let items = match &node.value {
-            Value::List(items) => items.as_slice(),
-            _ => std::slice::from_ref(node),
-        };
         let mut networks = FakeAddresses::default();
         let mut right = true;
-        for item in items {
+        for item in one_or_more(node) {
             let Some(text) = self.text(item, "an entry of 'fake-addresses'") else {
                 right = false;
                 continue;

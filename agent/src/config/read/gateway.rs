@@ -11,7 +11,7 @@ use crate::config::{Gateway, Scope};
 use crate::policy::Target;
 use crate::text::printable;
 
-use super::tproxy::Proxies;
+use super::proxies::Proxies;
 
 const GATEWAY_KEYS: &[&str] = &["interfaces", "tproxy"];
 

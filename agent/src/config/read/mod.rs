@@ -1,12 +1,13 @@
 //! From what was typed to what it means. Nothing stops at the first mistake.
 
+mod dns_hijack;
 mod fake;
 mod gateway;
+mod proxies;
 mod rule;
 mod selector;
 #[cfg(test)]
 mod tests;
-mod tproxy;
 
 use std::path::Path;
 use std::rc::Rc;
@@ -17,7 +18,7 @@ use super::yaml::{self, Node, SyntaxError, Value};
 use super::{Config, FakeAddresses, Monitor, Network, Scope, migrate};
 use crate::policy::{ExecSlices, Rules, Start};
 use crate::text::printable;
-use tproxy::{Proxies, Section};
+use proxies::{Proxies, Section};
 
 /// The version of the format.
 const VERSION: i128 = 1;

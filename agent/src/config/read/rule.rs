@@ -7,7 +7,7 @@ use crate::config::yaml::{Node, Value};
 use crate::policy::{ExecSlices, Outside, Rule, Selector, Target};
 use crate::text::printable;
 
-use super::tproxy::Proxies;
+use super::proxies::Proxies;
 
 const RULE_KEYS: &[&str] = &[
     "app", "unit", "slice", "match", "tproxy", "proxy", "drop", "direct", "enforce",

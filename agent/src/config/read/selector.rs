@@ -4,8 +4,8 @@ use unicode_width::UnicodeWidthStr;
 
 use crate::config::finding::{Excerpt, Place};
 use crate::config::mount_point::{self, MOUNT_POINT};
-use crate::config::reader::{Entries, Reader, list};
-use crate::config::yaml::{Node, Value};
+use crate::config::reader::{Entries, Reader, list, one_or_more};
+use crate::config::yaml::Node;
 use crate::policy::{Names, Outside, Pattern, PatternError, Selector, application_ids, unescape};
 use crate::text::printable;
 
@@ -70,10 +70,7 @@ impl Reader<'_> {
         key: &str,
         read: fn(&mut Self, &Node, String) -> Option<String>,
     ) -> Option<Names> {
-        let items = match &node.value {
-            Value::List(items) => items.as_slice(),
-            _ => std::slice::from_ref(node),
-        };
+        let items = one_or_more(node);
         if items.is_empty() {
             self.error(node.place, format!("'{key}' is an empty list"))
                 .help = Some("write at least one name".into());

@@ -1,16 +1,18 @@
-//! The proxies, and who answers DNS queries.
+//! The proxies.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU16;
 use std::rc::Rc;
 
 use cgtproxy_proto::name::{InvalidProxyName, ProxyName};
 
 use crate::config::finding::Place;
-use crate::config::reader::{Reader, list};
+use crate::config::reader::{Entries, Reader, list};
 use crate::config::yaml::{Node, Value};
-use crate::config::{DnsHijack, Means, Proxy, Scheme, Upstream};
+use crate::config::{Means, Proxy, Scheme, Upstream};
 use crate::text::printable;
+
+use super::dns_hijack::DNS_HIJACK_KEYS;
 
 /// All keys of a TPROXY server.
 const TPROXY_KEYS: &[&str] = &[
@@ -38,7 +40,6 @@ const RELAY_KEYS: &[&str] = &[
     "no-ipv6",
     "dns-hijack",
 ];
-const DNS_HIJACK_KEYS: &[&str] = &["ip", "port", "tcp", "loopback"];
 
 const UPSTREAM_HELP: &str = "write 'socks5h://127.0.0.1:1080', for example";
 
@@ -159,67 +160,28 @@ impl Reader<'_> {
             }
             Some(node) => (None, self.dns_hijack(node)),
         };
-        let hijacked = dns_hijack.is_some();
-        let mut switch = |key: &str| {
-            entries
-                .get(key)
-                .and_then(|node| self.boolean(node, &format!("'{key}'")))
-                .unwrap_or(false)
-        };
-        let (no_tcp, no_udp) = (switch("no-tcp"), switch("no-udp"));
-        let (no_ipv4, no_ipv6) = (switch("no-ipv4"), switch("no-ipv6"));
+        let mut leaves_out = |key| self.flag(&entries, key, false);
+        let (no_tcp, no_udp) = (leaves_out("no-tcp"), leaves_out("no-udp"));
+        let (no_ipv4, no_ipv6) = (leaves_out("no-ipv4"), leaves_out("no-ipv6"));
         if (no_tcp && no_udp) || (no_ipv4 && no_ipv6) {
             self.warning(node.place, format!("nothing goes through {what}"))
                 .help = Some("what it leaves out goes direct".into());
         }
         let means = match section {
+            Section::Tproxies => self.own_port(node, &what, &entries).map(Means::Tproxy),
+            Section::Redirects => self.own_port(node, &what, &entries).map(Means::Redirect),
             Section::Proxies => {
-                let upstream = match entries.get("upstream") {
-                    Some(upstream) => self.upstream(upstream),
-                    None => {
-                        self.error(node.place, format!("{what} has no upstream"))
-                            .help = Some(UPSTREAM_HELP.into());
-                        None
-                    }
-                };
-                let default = |upstream: &Upstream| !hijacked && upstream.scheme != Scheme::Socks5;
-                let means = upstream.map(|upstream| Means::Relay {
-                    fake_dns: fake_dns.unwrap_or_else(|| default(&upstream)),
+                let upstream = self.upstream(node, &what, &entries);
+                upstream.map(|upstream| Means::Relay {
+                    fake_dns: fake_dns
+                        .unwrap_or(dns_hijack.is_none() && upstream.scheme != Scheme::Socks5),
                     upstream,
-                });
-                let left_out = match (no_tcp, no_udp) {
-                    (false, true) => Some(("UDP", "no-udp")),
-                    (true, false) => Some(("TCP", "no-tcp")),
-                    _ => None,
-                };
-                if let Some(Means::Relay { fake_dns: true, .. }) = &means
-                    && let Some((transport, key)) = left_out
-                {
-                    let message = format!(
-                        "{transport} to names reaches nobody: {what} looks them up and leaves it out"
-                    );
-                    self.warning(node.place, message).help = Some(format!(
-                        "remove '{key}', or write 'dns-hijack: false' to look names up here"
-                    ));
-                }
-                means
-            }
-            Section::Tproxies | Section::Redirects => {
-                let port = match entries.get("port") {
-                    Some(port) => self.port(port),
-                    None => {
-                        self.error(node.place, format!("{what} has no port")).help = Some(
-                            "write the port that the proxy listens on, like 'port: 7893'".into(),
-                        );
-                        None
-                    }
-                };
-                port.map(match section {
-                    Section::Redirects => Means::Redirect,
-                    _ => Means::Tproxy,
                 })
             }
         };
+        if let Some(Means::Relay { fake_dns: true, .. }) = &means {
+            self.warn_of_names_left_out(node.place, &what, no_tcp, no_udp);
+        }
         Some(Proxy {
             // A stand-in of the right form: what is named otherwise never gets this far.
             name: Rc::new("tproxy".parse().ok()?),
@@ -233,132 +195,52 @@ impl Reader<'_> {
         })
     }
 
+    /// The port of a server on this machine.
+    fn own_port(&mut self, node: &Node, what: &str, entries: &Entries<'_>) -> Option<NonZeroU16> {
+        let Some(port) = entries.get("port") else {
+            self.error(node.place, format!("{what} has no port")).help =
+                Some("write the port that the proxy listens on, like 'port: 7893'".into());
+            return None;
+        };
+        self.port(port)
+    }
+
     /// The upstream of a proxy. No message has its text, in which there may be a password.
-    fn upstream(&mut self, node: &Node) -> Option<Upstream> {
-        match self.text(node, "'upstream'")?.parse() {
+    fn upstream(&mut self, node: &Node, what: &str, entries: &Entries<'_>) -> Option<Upstream> {
+        let Some(upstream) = entries.get("upstream") else {
+            self.error(node.place, format!("{what} has no upstream"))
+                .help = Some(UPSTREAM_HELP.into());
+            return None;
+        };
+        match self.text(upstream, "'upstream'")?.parse() {
             Ok(upstream) => Some(upstream),
             Err(why) => {
-                self.error(node.place, format!("this is no upstream: {why}"))
+                self.error(upstream.place, format!("this is no upstream: {why}"))
                     .help = Some(UPSTREAM_HELP.into());
                 None
             }
         }
     }
 
-    fn dns_hijack(&mut self, node: &Node) -> Option<DnsHijack> {
-        let entries = self.entries(node, "'dns-hijack'", DNS_HIJACK_KEYS)?;
-        let (mut ipv4, mut ipv6) = match entries.get("ip") {
-            Some(_) => (None, None),
-            None => (Some(Ipv4Addr::LOCALHOST), Some(Ipv6Addr::LOCALHOST)),
+    /// Warns of a proxy that looks names up and does not take what goes to them.
+    fn warn_of_names_left_out(&mut self, place: Place, what: &str, no_tcp: bool, no_udp: bool) {
+        let (transport, key) = match (no_tcp, no_udp) {
+            (false, true) => ("UDP", "no-udp"),
+            (true, false) => ("TCP", "no-tcp"),
+            _ => return,
         };
-        let listed = match entries.get("ip") {
-            Some(Node {
-                value: Value::List(items),
-                ..
-            }) => items.as_slice(),
-            Some(ip) => std::slice::from_ref(ip),
-            None => &[],
-        };
-        for ip in listed {
-            let Some(text) = self.text(ip, "'ip'") else {
-                continue;
-            };
-            let second = match text.parse() {
-                Ok(address) if is_nobodys(address) => {
-                    let message = format!("'{address}' is the address of no server");
-                    self.error(ip.place, message).help = Some(
-                        "write the address that the DNS server listens on, like '127.0.0.1'".into(),
-                    );
-                    continue;
-                }
-                Ok(IpAddr::V4(address)) => ipv4.replace(address).is_some(),
-                Ok(IpAddr::V6(address)) => ipv6.replace(address).is_some(),
-                Err(_) => {
-                    let message = format!("'{}' is no IPv4 or IPv6 address", printable(&text));
-                    self.error(ip.place, message);
-                    continue;
-                }
-            };
-            if second {
-                self.error(ip.place, "'ip' has two addresses of one family")
-                    .help = Some("one IPv4 and one IPv6 address answer queries over each".into());
-            }
-        }
-        let port = match entries.get("port") {
-            Some(port) => self.port(port),
-            None => {
-                self.error(node.place, "'dns-hijack' has no port").help =
-                    Some("write the port that answers DNS queries, like 'port: 53'".into());
-                None
-            }
-        };
-        let mut switch = |key: &str, default| {
-            entries
-                .get(key)
-                .and_then(|node| self.boolean(node, &format!("'{key}'")))
-                .unwrap_or(default)
-        };
-        let (tcp, loopback) = (switch("tcp", false), switch("loopback", true));
-        let remote = ipv4.is_some_and(|address| !address.is_loopback())
-            || ipv6.is_some_and(|address| !address.is_loopback());
-        if remote && loopback {
-            self.warning(node.place, "queries to a stub like 127.0.0.53 go to the stub").help =
-                Some(
-                    "they can't be sent to a server elsewhere; 'loopback: false' says that this is meant"
-                        .into(),
-                );
-        }
-        Some(DnsHijack {
-            ipv4,
-            ipv6,
-            port: port?,
-            tcp,
-            loopback,
-        })
+        let message =
+            format!("{transport} to names reaches nobody: {what} looks them up and leaves it out");
+        self.warning(place, message).help = Some(format!(
+            "remove '{key}', or write 'dns-hijack: false' to look names up here"
+        ));
     }
-}
-
-/// Whether no packet to one server can have this destination.
-fn is_nobodys(address: IpAddr) -> bool {
-    address.is_unspecified() || address.is_multicast() || address == Ipv4Addr::BROADCAST
 }
 
 #[cfg(test)]
 mod tests {
-    use std::num::NonZeroU16;
-
     use super::*;
     use crate::config::read::tests::{found, read_text};
-
-    fn hijack(entries: &str) -> (Option<DnsHijack>, Vec<String>) {
-        let text = format!("version: 1\ntproxies:\n  p:\n    port: 1\n    dns-hijack: {entries}\n");
-        let proxies = read_text(&text).0.map(|config| config.proxies);
-        (
-            proxies.and_then(|proxies| proxies[0].dns_hijack.clone()),
-            found(&text),
-        )
-    }
-
-    #[test]
-    fn dns_goes_to_this_machine_unless_told_otherwise() {
-        let (both, _) = hijack("{port: 5353}");
-        let both = both.unwrap();
-        assert_eq!(both.ipv4, Some(Ipv4Addr::LOCALHOST));
-        assert_eq!(both.ipv6, Some(Ipv6Addr::LOCALHOST));
-        assert!(both.loopback && !both.tcp);
-        let (one, findings) = hijack("{ip: 127.0.0.1, port: 53, tcp: true}");
-        let one = one.unwrap();
-        assert_eq!(
-            (one.ipv4, one.ipv6, one.tcp),
-            (Some(Ipv4Addr::LOCALHOST), None, true)
-        );
-        assert!(findings.is_empty(), "{findings:?}");
-        let (two, findings) =
-            hijack("{ip: [192.0.2.1, \"2001:db8::1\"], port: 53, loopback: false}");
-        let two = two.unwrap();
-        assert!(two.ipv4.is_some() && two.ipv6.is_some() && !two.loopback);
-        assert!(findings.is_empty(), "{findings:?}");
-    }
 
     fn relay(entries: &str) -> (Option<Means>, Vec<String>) {
         let text = format!("version: 1\nproxies: {{p: {{{entries}}}}}\n");
@@ -440,42 +322,5 @@ mod tests {
             findings[0].contains("proxy 'p' is there twice, first in line 2"),
             "{findings:?}"
         );
-    }
-
-    #[test]
-    fn dns_mistakes_are_found() {
-        for (entries, part) in [
-            ("{ip: x, port: 53}", "'x' is no IPv4 or IPv6 address"),
-            (
-                "{ip: 0.0.0.0, port: 53}",
-                "'0.0.0.0' is the address of no server; write the address",
-            ),
-            ("{ip: ['::'], port: 53}", "'::' is the address of no server"),
-            (
-                "{ip: 224.0.0.1, port: 53}",
-                "'224.0.0.1' is the address of no server",
-            ),
-            (
-                "{port: '53'}",
-                "'port' is a string; write 53 without the quotes",
-            ),
-            (
-                "{ip: [1.1.1.1, 8.8.8.8], port: 53}",
-                "two addresses of one family",
-            ),
-            ("{ip: 1.1.1.1}", "has no port"),
-            ("{port: 0}", "'0' is no port"),
-            ("{port: 53, loopbak: false}", "did you mean 'loopback'?"),
-            (
-                "{ip: 192.0.2.1, port: 53}",
-                "queries to a stub like 127.0.0.53 go to the stub",
-            ),
-        ] {
-            let (_, findings) = hijack(entries);
-            assert!(
-                findings.iter().any(|finding| finding.contains(part)),
-                "{findings:?}"
-            );
-        }
     }
 }
