@@ -2,7 +2,7 @@
 
 use cgtproxy_proto::agent::{Awaited, GetStatus_Reply as AgentStatus};
 
-use super::count;
+use super::{OTHER_VERSION, count, other_version};
 use crate::config::Scope;
 use crate::doctor::facts::{Agent, ConfigState, Facts};
 use crate::doctor::{Finding, Group};
@@ -105,19 +105,12 @@ fn unreachable(facts: &Facts, what: String) -> Finding {
 fn in_force(facts: &Facts, status: &AgentStatus) -> Option<Finding> {
     let words = words(facts.scope);
     match (status.connected, &status.problem) {
-        (true, None) if status.version != facts.version => {
-            let finding = Finding::warning(
-                "agent-version",
-                format!(
-                    "the agent that runs has version {}, this program {}",
-                    status.version, facts.version
-                ),
-            )
-            .effect("What one of them knows the other may not.");
+        (true, None) => {
+            let problem = other_version(facts, "the agent", &status.version)?;
+            let finding = Finding::warning("agent-version", problem).effect(OTHER_VERSION);
             let commands = words.new_unit.into_iter().chain([words.restart]);
             Some(commands.fold(finding, Finding::command))
         }
-        (true, None) => None,
         (true, Some(problem)) => Some(
             Finding::error(
                 "agent-refused",

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
-use super::proxies::{takes, way};
+use super::proxies::takes;
 use super::relay::UNASKED;
 use crate::doctor::facts::{Dns, Facts, Family, Listener, Proxy, Server, Transport};
 use crate::doctor::{Finding, Group};
@@ -63,7 +63,7 @@ pub(super) fn check(facts: &Facts) -> Group {
 }
 
 fn silent(facts: &Facts, proxy: &Proxy, dns: &Dns, listeners: &[Listener]) -> Option<Finding> {
-    let has_ipv6 = facts.network.ipv6 && facts.network.ipv6_off != Ok(true);
+    let has_ipv6 = facts.network.has_ipv6();
     let servers = [
         (Family::Ipv4, dns.ipv4.map(IpAddr::from)),
         (
@@ -83,7 +83,7 @@ fn silent(facts: &Facts, proxy: &Proxy, dns: &Dns, listeners: &[Listener]) -> Op
                     && takes(listener, family, server)
             });
             if wanted && !answered {
-                missing.push(format!("{} at {server}", way(transport, family)));
+                missing.push(format!("{transport} over {family} at {server}"));
             }
         }
     }

@@ -61,8 +61,7 @@ fn by_rule(rule: &Rule, mask: u32, table: u32) -> Option<Finding> {
             format!(
                 "the {} routing rule {} looks for the mark {value:#x}/{of:#x}; the bits {bits:#010x} of it \
                  are cgtproxy's",
-                if rule.ipv6 { "IPv6" } else { "IPv4" },
-                rule.priority
+                rule.family, rule.priority
             ),
         )
         .effect(

@@ -45,3 +45,12 @@ pub(crate) fn all(facts: &Facts) -> Vec<Group> {
     };
     CHECKS.iter().map(summarised).collect()
 }
+
+/// What it means that a program which runs has another version than this one.
+const OTHER_VERSION: &str = "What one of them knows the other may not.";
+
+/// That `what` has another version than this program, if it does.
+fn other_version(facts: &Facts, what: &str, version: &str) -> Option<String> {
+    let own = facts.version;
+    (version != own).then(|| format!("{what} that runs has version {version}, this program {own}"))
+}

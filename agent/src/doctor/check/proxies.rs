@@ -69,11 +69,15 @@ fn at(here: Here, listeners: &[Listener]) -> Vec<&Listener> {
         .filter(|listener| listener.transport == Transport::Tcp && listener.port == here.port)
         .filter(takes_any)
         .collect();
-    // Who listens on the very address comes before who listens on all.
-    if found.iter().any(|taker| !taker.address.is_unspecified()) {
-        found.retain(|taker| !taker.address.is_unspecified());
-    }
+    keep_nearest(&mut found);
     found
+}
+
+/// Who listens on the very address comes before who listens on all.
+fn keep_nearest(takers: &mut Vec<&Listener>) {
+    if takers.iter().any(|taker| !taker.address.is_unspecified()) {
+        takers.retain(|taker| !taker.address.is_unspecified());
+    }
 }
 
 fn unreached(proxy: &Proxy, here: Here) -> Finding {
@@ -111,31 +115,13 @@ fn loopback(family: Family) -> IpAddr {
     }
 }
 
-/// `TCP over IPv4`
-pub(super) fn way(transport: Transport, family: Family) -> &'static str {
-    match (transport, family) {
-        (Transport::Tcp, Family::Ipv4) => "TCP over IPv4",
-        (Transport::Tcp, Family::Ipv6) => "TCP over IPv6",
-        (Transport::Udp, Family::Ipv4) => "UDP over IPv4",
-        (Transport::Udp, Family::Ipv6) => "UDP over IPv6",
-    }
-}
-
 fn one(facts: &Facts, proxy: &Proxy, port: u16, listeners: &[Listener]) -> Vec<Finding> {
-    let has_ipv6 = facts.network.ipv6 && facts.network.ipv6_off != Ok(true);
+    let ipv6 = proxy.ipv6 && facts.network.has_ipv6();
     let wanted = [
         (Transport::Tcp, Family::Ipv4, proxy.tcp && proxy.ipv4),
-        (
-            Transport::Tcp,
-            Family::Ipv6,
-            proxy.tcp && proxy.ipv6 && has_ipv6,
-        ),
+        (Transport::Tcp, Family::Ipv6, proxy.tcp && ipv6),
         (Transport::Udp, Family::Ipv4, proxy.udp && proxy.ipv4),
-        (
-            Transport::Udp,
-            Family::Ipv6,
-            proxy.udp && proxy.ipv6 && has_ipv6,
-        ),
+        (Transport::Udp, Family::Ipv6, proxy.udp && ipv6),
     ];
     let on_port: Vec<_> = listeners
         .iter()
@@ -151,10 +137,7 @@ fn one(facts: &Facts, proxy: &Proxy, port: u16, listeners: &[Listener]) -> Vec<F
         takers.retain(|listener| {
             listener.transport == transport && takes(listener, family, loopback(family))
         });
-        // Who listens on the very address comes before who listens on all.
-        if takers.iter().any(|taker| !taker.address.is_unspecified()) {
-            takers.retain(|taker| !taker.address.is_unspecified());
-        }
+        keep_nearest(&mut takers);
         if takers.is_empty() {
             missing.push((transport, family));
         }
@@ -186,7 +169,10 @@ fn not_listening(
         return None;
     }
     let name = &proxy.name;
-    let ways: Vec<_> = missing.iter().map(|(t, f)| way(*t, *f)).collect();
+    let ways: Vec<_> = missing
+        .iter()
+        .map(|(t, f)| format!("{t} over {f}"))
+        .collect();
     let ways = ways.join(", ");
     if !found.is_empty() {
         return Some(
@@ -269,16 +255,12 @@ fn not_transparent(proxy: &Proxy, port: u16, found: &[&Listener]) -> Option<Find
     let plain = found
         .iter()
         .find(|listener| listener.transparent == Some(false))?;
-    let transport = match plain.transport {
-        Transport::Tcp => "TCP",
-        Transport::Udp => "UDP",
-    };
     Some(
         Finding::error(
             "proxy-not-transparent",
             format!(
-                "the {transport} socket of the proxy '{}' on port {port} is not transparent (IP_TRANSPARENT)",
-                proxy.name
+                "the {} socket of the proxy '{}' on port {port} is not transparent (IP_TRANSPARENT)",
+                plain.transport, proxy.name
             ),
         )
         .effect("The kernel delivers no diverted packet to it.")

@@ -2,8 +2,8 @@
 
 use cgtproxy_proto::relay::{GetStatus_Reply, UpstreamStatus};
 
-use super::count;
 use super::proxies::is_unreached;
+use super::{OTHER_VERSION, count, other_version};
 use crate::doctor::facts::Facts;
 use crate::doctor::{Finding, Group};
 use crate::text::printable;
@@ -34,19 +34,13 @@ pub(super) fn check(facts: &Facts) -> Group {
         Some(Ok(status)) => status,
     };
     group.summary = format!("runs, {}", count(status.upstreams.len(), "proxy"));
-    if status.version != facts.version {
-        group.found([Finding::warning(
-            "relay-version",
-            format!(
-                "the relay that runs has version {}, this program {}",
-                printable(&status.version),
-                facts.version
-            ),
-        )
-        .effect("What one of them knows the other may not.")
-        .command("systemctl --user daemon-reload")
-        .command("systemctl --user restart cgtproxy-relay.service")]);
-    }
+    let other = other_version(facts, "the relay", &status.version);
+    group.found(other.map(|problem| {
+        Finding::warning("relay-version", problem)
+            .effect(OTHER_VERSION)
+            .command("systemctl --user daemon-reload")
+            .command("systemctl --user restart cgtproxy-relay.service")
+    }));
     // What is known better already.
     let elsewhere = status
         .upstreams

@@ -34,20 +34,19 @@ pub(super) fn check(facts: &Facts) -> Group {
             .push(format!("whether diverted packets find their way: {why}")),
     }
     group.found(ipv6(facts));
-    for (what, fact) in [
+    let network = &facts.network;
+    for (family, route, matters) in [
+        (Family::Ipv4, &network.ipv4_route, true),
         (
-            "the way to the internet over IPv4",
-            &facts.network.ipv4_route,
-        ),
-        (
-            "the way to the internet over IPv6",
-            &facts.network.ipv6_route,
+            Family::Ipv6,
+            &network.ipv6_route,
+            wants_ipv6(facts) && network.has_ipv6(),
         ),
     ] {
-        group.see(what, fact);
+        let what = format!("the way to the internet over {family}");
+        let route = group.see(&what, route);
+        group.found((matters && route == Some(&false)).then(|| no_route(family)));
     }
-    group.found(no_route(facts, Family::Ipv4));
-    group.found(no_route(facts, Family::Ipv6));
     group.see("systemd-networkd", &facts.system.networkd);
     group.see("networkd.conf", &facts.system.networkd_removes_rules);
     group.found(networkd(facts));
@@ -79,55 +78,40 @@ fn ip(family: Family) -> &'static str {
     }
 }
 
-fn name(family: Family) -> &'static str {
-    match family {
-        Family::Ipv4 => "IPv4",
-        Family::Ipv6 => "IPv6",
-    }
-}
-
 fn missing_rule(rules: &[Rule], family: Family, ours: &Ours) -> Option<Finding> {
     let is_ours = |rule: &Rule| {
-        rule.ipv6 == (family == Family::Ipv6)
+        rule.family == family
             && rule.priority == ours.priority
             && rule.table == Some(ours.table)
             && rule.mark == Some((ours.divert, ours.divert))
     };
     (!rules.iter().any(is_ours)).then(|| {
-        Finding::error(
-            "rule-missing",
-            format!(
-                "the routing rule for diverted packets is not there ({}, priority {})",
-                name(family),
-                ours.priority
-            ),
-        )
-        .effect(format!(
-            "What should go through a TPROXY server over {} is dropped; nothing of it leaves directly.",
-            name(family)
-        ))
-        .advice("the helper puts it back when another program removes it, and logs if it can't")
-        .command("sudo systemctl restart cgtproxy-helper.service")
+        let problem = format!(
+            "the routing rule for diverted packets is not there ({family}, priority {})",
+            ours.priority
+        );
+        removed(Finding::error("rule-missing", problem), family)
     })
 }
 
 fn missing_route(tables: &[(Family, u32)], family: Family, ours: &Ours) -> Option<Finding> {
     (!tables.contains(&(family, ours.table))).then(|| {
-        Finding::error(
-            "route-missing",
-            format!(
-                "the routing table {} has no {} route that delivers to this machine",
-                ours.table,
-                name(family)
-            ),
-        )
+        let problem = format!(
+            "the routing table {} has no {family} route that delivers to this machine",
+            ours.table
+        );
+        removed(Finding::error("route-missing", problem), family)
+    })
+}
+
+/// What the helper has put there is gone.
+fn removed(finding: Finding, family: Family) -> Finding {
+    finding
         .effect(format!(
-            "What should go through a TPROXY server over {} is dropped; nothing of it leaves directly.",
-            name(family)
+            "What should go through a TPROXY server over {family} is dropped; nothing of it leaves directly."
         ))
         .advice("the helper puts it back when another program removes it, and logs if it can't")
         .command("sudo systemctl restart cgtproxy-helper.service")
-    })
 }
 
 /// Rules that get to see diverted packets before ours does, and would take them.
@@ -141,7 +125,7 @@ fn earlier(rules: &[Rule], family: Family, ours: &Ours) -> Vec<Finding> {
             }
             (None, inverted) => !inverted,
         };
-        rule.ipv6 == (family == Family::Ipv6)
+        rule.family == family
             && rule.priority < ours.priority
             && rule.table.is_some_and(|table| table != LOCAL)
             && !rule.narrower
@@ -157,10 +141,8 @@ fn earlier(rules: &[Rule], family: Family, ours: &Ours) -> Vec<Finding> {
         let finding = Finding::error(
             "rule-before",
             format!(
-                "the {} routing rule {}{mark} comes before the one for diverted packets, {}",
-                name(family),
-                rule.priority,
-                ours.priority
+                "the {family} routing rule {}{mark} comes before the one for diverted packets, {}",
+                rule.priority, ours.priority
             ),
         )
         .effect(format!(
@@ -207,25 +189,15 @@ fn ipv6(facts: &Facts) -> Option<Finding> {
     }
 }
 
-fn no_route(facts: &Facts, family: Family) -> Option<Finding> {
-    let network = &facts.network;
-    let (route, matters) = match family {
-        Family::Ipv4 => (&network.ipv4_route, true),
-        Family::Ipv6 => {
-            let off = network.ipv6_off == Ok(true) || !network.ipv6;
-            (&network.ipv6_route, wants_ipv6(facts) && !off)
-        }
-    };
-    (matters && *route == Ok(false)).then(|| {
-        Finding::note(
-            "no-route",
-            format!("the machine has no way to the internet over {}", name(family)),
-        )
-        .effect(
-            "Applications get 'Network is unreachable' before their packets could be diverted, even if the proxy \
-             could reach the destination.",
-        )
-    })
+fn no_route(family: Family) -> Finding {
+    Finding::note(
+        "no-route",
+        format!("the machine has no way to the internet over {family}"),
+    )
+    .effect(
+        "Applications get 'Network is unreachable' before their packets could be diverted, even if the proxy \
+         could reach the destination.",
+    )
 }
 
 fn networkd(facts: &Facts) -> Option<Finding> {

@@ -5,6 +5,7 @@ mod groups;
 mod netlink;
 mod system;
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
@@ -223,7 +224,7 @@ pub(crate) struct Inotify {
 }
 
 /// TCP or UDP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Transport {
     /// TCP.
     Tcp,
@@ -231,13 +232,32 @@ pub(crate) enum Transport {
     Udp,
 }
 
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
+}
+
 /// An address family.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) enum Family {
     /// IPv4.
+    #[default]
     Ipv4,
     /// IPv6.
     Ipv6,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
+        })
+    }
 }
 
 /// A socket that takes connections or datagrams from everybody.
@@ -262,8 +282,8 @@ pub(crate) struct Listener {
 /// A routing rule (`ip rule`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Rule {
-    /// It is of IPv6.
-    pub ipv6: bool,
+    /// Whose packets it is about.
+    pub family: Family,
     /// Lower is earlier.
     pub priority: u32,
     /// `not`
@@ -295,6 +315,13 @@ pub(crate) struct Network {
     pub bridge_filter: bool,
     /// The connections that the kernel tracks; none if it tracks none at all.
     pub tracked: Look<Option<Tracked>>,
+}
+
+impl Network {
+    /// Whether programs can use IPv6.
+    pub(crate) fn has_ipv6(&self) -> bool {
+        self.ipv6 && self.ipv6_off != Ok(true)
+    }
 }
 
 /// The kernel's table of connections.

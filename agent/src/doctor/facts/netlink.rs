@@ -42,6 +42,12 @@ const LISTENING: u32 = 1 << 10;
 const RTM_GETROUTE: u16 = 26;
 const RTM_GETRULE: u16 = 34;
 
+/// What rtnetlink is asked about.
+const FAMILIES: [(AddressFamily, Family); 2] = [
+    (AddressFamily::Inet, Family::Ipv4),
+    (AddressFamily::Inet6, Family::Ipv6),
+];
+
 /// A message of rtnetlink that asks for a dump, or is part of one. `RouteNetlinkMessage` would do, and bring what takes
 /// links, queues and neighbours apart into every agent.
 struct Dumped<M, const GET: u16>(M);
@@ -110,16 +116,16 @@ where
 /// If the kernel does not tell.
 pub(crate) fn rules() -> Look<Vec<Rule>> {
     let mut rules = Vec::new();
-    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+    for (family, kind) in FAMILIES {
         let mut request = RuleMessage::default();
         request.header.family = family;
         let request = Dumped::<_, RTM_GETRULE>(request);
         let dumped = dump(NETLINK_ROUTE, request, |Dumped(message)| {
-            rules.push(rule(&message));
+            rules.push(rule(kind, &message));
         });
         match dumped {
             // A kernel without IPv6.
-            Err(error) if family == AddressFamily::Inet6 && no_family(&error) => {}
+            Err(error) if kind == Family::Ipv6 && no_family(&error) => {}
             dumped => dumped.map_err(|error| error.to_string())?,
         }
     }
@@ -134,10 +140,10 @@ fn no_family(error: &io::Error) -> bool {
     )
 }
 
-fn rule(message: &RuleMessage) -> Rule {
+fn rule(family: Family, message: &RuleMessage) -> Rule {
     let header = &message.header;
     let mut rule = Rule {
-        ipv6: header.family == AddressFamily::Inet6,
+        family,
         inverted: header.flags.contains(RuleFlags::Invert),
         narrower: header.dst_len != 0 || header.src_len != 0 || header.tos != 0,
         table: (header.action == RuleAction::ToTable).then_some(header.table.into()),
@@ -176,10 +182,7 @@ fn rule(message: &RuleMessage) -> Rule {
 pub(crate) fn routing_tables() -> Look<Vec<(Family, u32)>> {
     use netlink_packet_route::route::RouteType;
     let mut tables = Vec::new();
-    for (family, kind) in [
-        (AddressFamily::Inet, Family::Ipv4),
-        (AddressFamily::Inet6, Family::Ipv6),
-    ] {
+    for (family, kind) in FAMILIES {
         let mut request = RouteMessage::default();
         request.header.address_family = family;
         let request = Dumped::<_, RTM_GETROUTE>(request);

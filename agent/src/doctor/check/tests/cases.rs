@@ -97,10 +97,10 @@ pub(super) const BROKEN: &[(&str, Severity, Break)] = {
             f.network.ipv6 = false;
         }),
         ("rule-missing", Error, |f| {
-            f.rules = Ok(vec![our_rule(true)])
+            f.rules = Ok(vec![our_rule(Family::Ipv6)])
         }),
         ("rule-missing", Error, |f| {
-            f.rules = Ok(vec![our_rule(false)])
+            f.rules = Ok(vec![our_rule(Family::Ipv4)])
         }),
         ("route-missing", Error, |f| {
             f.routing_tables = Ok(vec![(Family::Ipv4, 25447), (Family::Ipv6, 254)]);

@@ -153,9 +153,9 @@ pub(super) fn listener(transport: Transport, address: impl Into<IpAddr>, port: u
     }
 }
 
-pub(super) fn our_rule(ipv6: bool) -> Rule {
+pub(super) fn our_rule(family: Family) -> Rule {
     Rule {
-        ipv6,
+        family,
         priority: 800,
         mark: Some((0x8000_0000, 0x8000_0000)),
         table: Some(25447),
@@ -170,7 +170,7 @@ pub(super) fn fine() -> Facts {
         table: Some(table),
         ..Rule::default()
     });
-    let mut rules = vec![our_rule(false), our_rule(true)];
+    let mut rules = vec![our_rule(Family::Ipv4), our_rule(Family::Ipv6)];
     rules.extend(system_rules);
     Facts {
         scope: Scope::User,
