@@ -26,6 +26,15 @@ pub(super) struct Agent {
 }
 
 impl Agent {
+    /// Connects to it, if it runs.
+    pub(super) fn connect_if_running(scope: Scope) -> Result<Option<Self>, Error> {
+        match Self::connect(scope) {
+            Ok(agent) => Ok(Some(agent)),
+            Err(Error::NotRunning | Error::SystemNotRunning) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Connects to it.
     pub(super) fn connect(scope: Scope) -> Result<Self, Error> {
         let runtime = super::runtime()?;

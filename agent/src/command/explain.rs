@@ -7,7 +7,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 
-use cgtproxy_proto::agent::{ErrorKind, Explain_Args, Explain_Reply, GetStatus_Reply};
+use cgtproxy_proto::agent::{
+    ControlGroup, ErrorKind, Explain_Args, Explain_Reply, GetStatus_Reply,
+};
 use cgtproxy_proto::client::CallError;
 use cgtproxy_proto::nearest::nearest;
 use cgtproxy_proto::path::ControlGroupPath;
@@ -35,16 +37,14 @@ enum Subject {
 
 /// Explains a control group, or all that an id of an application means.
 pub(super) fn run(arguments: &Arguments, what: &OsStr, json: bool) -> Result<ExitCode, Error> {
-    let scope = arguments.scope();
     let subtree = super::own_subtree(arguments)?;
     let subject = subject(&subtree, what.as_bytes())?;
-    let agent = match Agent::connect(scope) {
-        Ok(mut agent) => {
+    let agent = match Agent::connect_if_running(arguments.scope())? {
+        Some(mut agent) => {
             let status = agent.status(arguments)?;
             Some((agent, status))
         }
-        Err(Error::NotRunning | Error::SystemNotRunning) => None,
-        Err(error) => return Err(error),
+        None => None,
     };
     let otherwise = super::otherwise(arguments, agent.as_ref().map(|(_, status)| status))?;
     let (replies, file, status) = match agent {
@@ -300,7 +300,7 @@ fn typed(path: &str) -> String {
 
 /// What a person is told of one control group.
 fn sentences(reply: &Explain_Reply, running: bool, otherwise: &Otherwise) -> String {
-    let (group, agent) = (&reply.controlGroup, super::program(otherwise.scope()));
+    let group = &reply.controlGroup;
     let path = printable(&group.path);
     if otherwise.waits() {
         return format!(
@@ -321,7 +321,6 @@ fn sentences(reply: &Explain_Reply, running: bool, otherwise: &Otherwise) -> Str
              it. This says what happens to it:\n  $ {system} explain {typed}\n{left}"
         );
     }
-    let is_relay = group.relay == Some(true);
     let mut what = match group.target.as_str() {
         "direct" => "goes direct".to_owned(),
         "drop" => "is dropped, but for bypassed destinations".to_owned(),
@@ -331,40 +330,50 @@ fn sentences(reply: &Explain_Reply, running: bool, otherwise: &Otherwise) -> Str
     if otherwise.yields(group, reply.rule.as_ref()) {
         what += &format!(", {UNLESS}");
     }
+    let system = match otherwise.system_policy() {
+        Some(true) => "  The system policy wins over this only where it has 'enforce: true'.\n",
+        _ => "",
+    };
+    let (why, rule) = (why(group), rule(reply));
+    let force = force(group, running, otherwise);
+    format!("{path}\n  {what}\n  {why}\n{rule}  {force}\n{system}")
+}
+
+/// What gives a control group its verdict.
+fn why(group: &ControlGroup) -> String {
     let from = group.inheritedFrom.as_deref().map(printable);
-    let why = match (group.rule, &from) {
+    match (group.rule, &from) {
         _ if group.execSlice => "It is in a slice of cgtproxy-exec.".to_owned(),
-        _ if is_relay => "It is the relay, which goes direct whatever the rules say.".to_owned(),
+        _ if group.relay == Some(true) => {
+            "It is the relay, which goes direct whatever the rules say.".to_owned()
+        }
         (Some(number), None) => format!("Rule {number} matches it."),
         (Some(number), Some(from)) => {
             format!("No rule matches it; it inherits from {from}, which rule {number} matches.")
         }
         (None, _) => "No rule matches it or anything above it.".to_owned(),
-    };
-    let force = match (running, &group.skipped, group.inForce) {
-        (false, ..) => super::nothing_is_in_force(otherwise),
-        (_, Some(reason), _) if reason == view::NO_ROOM => {
+    }
+}
+
+/// Whether a control group's verdict is in the kernel, and why it is not.
+fn force(group: &ControlGroup, running: bool, otherwise: &Otherwise) -> String {
+    if !running {
+        return super::nothing_is_in_force(otherwise);
+    }
+    let agent = super::program(otherwise.scope());
+    match (group.skipped.as_deref(), group.inForce) {
+        (Some(view::NO_ROOM), _) => {
             format!(
                 "It is not in force: there is no room for another verdict; see '{agent} status'."
             )
         }
-        (_, Some(reason), _) => {
-            format!(
-                "It is not in force: the helper passed it over ({}).",
-                view::named_sentence(reason)
-            )
+        (Some(reason), _) => {
+            let why = view::named_sentence(reason);
+            format!("It is not in force: the helper passed it over ({why}).")
         }
-        (_, None, true) => "The kernel holds this verdict.".to_owned(),
-        (_, None, false) => {
-            format!("The kernel does not hold this verdict; see '{agent} status'.")
-        }
-    };
-    let system = match otherwise.system_policy() {
-        Some(true) => "  The system policy wins over this only where it has 'enforce: true'.\n",
-        _ => "",
-    };
-    let rule = rule(reply);
-    format!("{path}\n  {what}\n  {why}\n{rule}  {force}\n{system}")
+        (None, true) => "The kernel holds this verdict.".to_owned(),
+        (None, false) => format!("The kernel does not hold this verdict; see '{agent} status'."),
+    }
 }
 
 #[cfg(test)]

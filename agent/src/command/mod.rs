@@ -169,14 +169,20 @@ fn run(arguments: Arguments) -> Result<ExitCode, Error> {
             run::run(options(&arguments)?)?;
             Ok(ExitCode::SUCCESS)
         }
-        Some(Command::Check { file, what: None }) => check_config(&arguments, file.as_ref()),
-        Some(Command::Check {
-            what: Some(what), ..
-        }) => match what {
-            Check::Config { file } => check_config(&arguments, file.as_ref()),
-            Check::Permission { json } => doctor::run(&arguments, *json),
-        },
-        Some(Command::Doctor { json }) => doctor::run(&arguments, *json),
+        Some(
+            Command::Check { file, what: None }
+            | Command::Check {
+                what: Some(Check::Config { file }),
+                ..
+            },
+        ) => check_config(&arguments, file.as_ref()),
+        Some(
+            Command::Doctor { json }
+            | Command::Check {
+                what: Some(Check::Permission { json }),
+                ..
+            },
+        ) => doctor::run(&arguments, *json),
         Some(Command::Status { json }) => status::run(&arguments, *json),
         Some(Command::Apps { all, json }) => apps::run(&arguments, *all, *json),
         Some(Command::Migrate {

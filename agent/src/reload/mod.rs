@@ -5,6 +5,7 @@ mod way;
 
 use std::cell::RefCell;
 use std::io;
+use std::path::Path;
 
 use tokio::signal::unix::Signal;
 
@@ -44,54 +45,25 @@ impl Loader {
         };
         let path = loader.file.path.clone();
         let scope = loader.file.scope;
-        let without_file = || Config::without_file(scope);
-        let bytes = match config::read_file(&path) {
-            Ok(bytes) => bytes,
+        let loaded = match config::read_file(&path) {
+            Ok(bytes) => {
+                let loaded = config::parse(&path, &bytes, scope);
+                loader.last = Some(bytes);
+                loaded
+            }
             Err(LoadError::Missing(_)) if !loader.file.explicit => {
-                let name = printable(&path.to_string_lossy());
-                let goes = Otherwise::new(scope, 0, None, None).goes();
-                // Those are the proxies of users' programs, and the relay that leads to them is a user's.
-                let environment = Environment::read(|name| {
-                    let users = scope == Scope::User;
-                    users.then(|| std::env::var(name).ok()).flatten()
-                });
-                for (variable, why) in environment.unusable {
-                    tracing::warn!("the proxy in {variable} can't be used: {why}");
-                }
-                let config = match environment.proxy {
-                    Some((variable, upstream)) => {
-                        tracing::info!(
-                            "there is no {name}: everything {goes}, and 'cgtproxy-exec proxy' uses {upstream}, \
-                             which {variable} names"
-                        );
-                        Config::with_proxy(upstream)
-                    }
-                    None => {
-                        tracing::info!("there is no {name}: everything {goes}");
-                        None
-                    }
-                };
-                let config = config.unwrap_or_else(without_file);
+                let config = without_file(&path, scope);
                 return Ok((loader, Source { config, file: None }, None));
             }
             Err(error @ LoadError::Missing(_)) => return Err(error),
-            Err(error) => {
-                let why = say(&error);
-                let source = Source {
-                    config: without_file(),
-                    file: Some(path),
-                };
-                return Ok((loader, source, Some(why)));
-            }
+            Err(error) => Err(error),
         };
-        let loaded = config::parse(&path, &bytes, scope);
-        loader.last = Some(bytes);
         let (config, why) = match loaded {
             Ok(Loaded { config, findings }) => {
                 log(&findings);
                 (config, None)
             }
-            Err(error) => (without_file(), Some(say(&error))),
+            Err(error) => (Config::without_file(scope), Some(say(&error))),
         };
         let file = Some(path);
         Ok((loader, Source { config, file }, why))
@@ -133,6 +105,34 @@ impl Loader {
             Err(error) => refuse(agent, &error),
         }
     }
+}
+
+/// What holds without a file at `path`, which is logged.
+fn without_file(path: &Path, scope: Scope) -> Config {
+    let name = printable(&path.to_string_lossy());
+    let goes = Otherwise::new(scope, 0, None, None).goes();
+    // Those are the proxies of users' programs, and the relay that leads to them is a user's.
+    let environment = Environment::read(|name| {
+        let users = scope == Scope::User;
+        users.then(|| std::env::var(name).ok()).flatten()
+    });
+    for (variable, why) in environment.unusable {
+        tracing::warn!("the proxy in {variable} can't be used: {why}");
+    }
+    let config = match environment.proxy {
+        Some((variable, upstream)) => {
+            tracing::info!(
+                "there is no {name}: everything {goes}, and 'cgtproxy-exec proxy' uses {upstream}, which {variable} \
+                 names"
+            );
+            Config::with_proxy(upstream)
+        }
+        None => {
+            tracing::info!("there is no {name}: everything {goes}");
+            None
+        }
+    };
+    config.unwrap_or_else(|| Config::without_file(scope))
 }
 
 /// Logs why there is no configuration, and returns it.

@@ -65,10 +65,9 @@ impl Running {
 /// Lists what runs.
 pub(super) fn run(arguments: &Arguments, all: bool, json: bool) -> Result<ExitCode, Error> {
     let subtree = super::own_subtree(arguments)?;
-    let verdicts = match Agent::connect(arguments.scope()) {
-        Ok(mut agent) => ask(&mut agent, arguments, &subtree)?,
-        Err(Error::NotRunning | Error::SystemNotRunning) => compute(arguments, &subtree)?,
-        Err(error) => return Err(error),
+    let verdicts = match Agent::connect_if_running(arguments.scope())? {
+        Some(mut agent) => ask(&mut agent, arguments, &subtree)?,
+        None => compute(arguments, &subtree)?,
     };
     let running = running(&subtree, &verdicts);
     let shared = shared::find(&subtree, &running);

@@ -24,32 +24,16 @@ use crate::text::chain;
 /// A daemon that has not answered by then does not.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// What came of connecting and calling.
-enum Answer<T> {
-    Io(io::Error),
-    Failed(CallError),
-    Timeout,
-    Reply(T),
-}
-
+/// Calls a method of the helper's. None if there is no answer in time.
 async fn call<T: DeserializeOwned>(
     client: &mut Client,
-    method: String,
+    method: &str,
     arguments: impl serde::Serialize,
-) -> Answer<T> {
-    match timeout(PATIENCE, client.call(&method, arguments)).await {
-        Err(_) => Answer::Timeout,
-        Ok(Err(error)) => Answer::Failed(error),
-        Ok(Ok(answer)) => Answer::Reply(answer),
-    }
-}
-
-async fn connect(path: &Path) -> Result<Client, Answer<()>> {
-    match timeout(PATIENCE, Client::connect(path)).await {
-        Err(_) => Err(Answer::Timeout),
-        Ok(Err(error)) => Err(Answer::Io(error)),
-        Ok(Ok(client)) => Ok(client),
-    }
+) -> Option<Result<T, CallError>> {
+    let method = format!("{}.{method}", wire::INTERFACE);
+    timeout(PATIENCE, client.call(&method, arguments))
+        .await
+        .ok()
 }
 
 /// Asks the helper for its state, and for what it sees of the machine.
@@ -58,13 +42,11 @@ pub(crate) async fn ask_helper(socket: &Path) -> Helper {
         Ok(answer) => answer,
         Err(problem) => return problem,
     };
-    let diagnosis = call(&mut client, method("Diagnose"), Diagnose_Args {}).await;
-    let diagnosis: Look<Diagnose_Reply> = match diagnosis {
-        Answer::Reply(diagnosis) => Ok(diagnosis),
-        Answer::Failed(error) => Err(chain(&error)),
-        Answer::Io(error) => Err(chain(&error)),
-        Answer::Timeout => Err(no_answer()),
-    };
+    let diagnosis: Look<Diagnose_Reply> =
+        match call(&mut client, "Diagnose", Diagnose_Args {}).await {
+            Some(diagnosis) => diagnosis.map_err(|error| chain(&error)),
+            None => Err(no_answer()),
+        };
     Helper::Answers(Box::new(status), diagnosis)
 }
 
@@ -73,15 +55,11 @@ pub(crate) async fn helper_status(socket: &Path) -> Option<GetStatus_Reply> {
     ask_status(socket).await.ok().map(|(_, status)| status)
 }
 
-fn method(name: &str) -> String {
-    format!("{}.{name}", wire::INTERFACE)
-}
-
 /// A connection to the helper and its state, or why there is none.
 async fn ask_status(socket: &Path) -> Result<(Client, GetStatus_Reply), Helper> {
-    let mut client = match connect(socket).await {
-        Ok(client) => client,
-        Err(Answer::Io(error)) => {
+    let mut client = match timeout(PATIENCE, Client::connect(socket)).await {
+        Ok(Ok(client)) => client,
+        Ok(Err(error)) => {
             return Err(match error.kind() {
                 io::ErrorKind::NotFound => Helper::Missing,
                 io::ErrorKind::ConnectionRefused => Helper::Dead,
@@ -94,15 +72,14 @@ async fn ask_status(socket: &Path) -> Result<(Client, GetStatus_Reply), Helper> 
         }
         Err(_) => return Err(Helper::Unreachable(no_answer())),
     };
-    match call(&mut client, method("GetStatus"), GetStatus_Args {}).await {
-        Answer::Reply(status) => Ok((client, status)),
-        Answer::Failed(CallError::Fault(fault)) => {
+    match call(&mut client, "GetStatus", GetStatus_Args {}).await {
+        Some(Ok(status)) => Ok((client, status)),
+        Some(Err(CallError::Fault(fault))) => {
             let text = chain(&CallError::Fault(fault.clone()));
             Err(Helper::Refuses(fault.name.into_owned(), text))
         }
-        Answer::Failed(error) => Err(Helper::Unreachable(chain(&error))),
-        Answer::Io(error) => Err(Helper::Unreachable(chain(&error))),
-        Answer::Timeout => Err(Helper::Unreachable(no_answer())),
+        Some(Err(error)) => Err(Helper::Unreachable(chain(&error))),
+        None => Err(Helper::Unreachable(no_answer())),
     }
 }
 
