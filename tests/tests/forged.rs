@@ -7,15 +7,18 @@
     reason = "a panic is a failed test"
 )]
 
-use std::net::{SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use cgtproxy_tests::sandbox::{
-    App, MACHINE_V4, MACHINE_V6, Outcome, PORTS, Sandbox, Server, UPLINK, direct, proxied, sandbox,
+    App, MACHINE_V4, MACHINE_V6, Outcome, PORTS, Sandbox, Server, UPLINK, User, direct, local,
+    proxied, sandbox,
 };
 use cgtproxy_tests::session::{Session, to_proxy, verdict};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::Transport::{Tcp, Udp};
 use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 const PROXIED: &str = "app.slice/app-proxied.scope";
@@ -476,6 +479,59 @@ fn a_connection_that_somebody_else_has_begun_does_not_leave() {
                     "{to}: {outcome:?}"
                 );
                 sb.assert_nothing_left_for(to.ip());
+            }
+        }
+    });
+}
+
+/// Nor is a server that somebody else has at the same port by now the one that the connection was made to.
+#[test]
+fn a_connection_that_a_server_has_broken_off_leads_to_no_other_users_server() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let [mine, other] = [MINE, OTHER].map(|uid| sb.user(uid));
+        let app = other.cgroup(FREE).app();
+        let servers = |user: &User| user.cgroup("app.slice/servers.service");
+        let mut session = Session::of(&other);
+        let mut from = PORT;
+        for redirect in [false, true] {
+            let proxy = json!([{ "name": "own", "port": 7893, "redirect": redirect }]);
+            session.replace(proxy, json!([]), json!([to_proxy(FREE, "own")]));
+            let start = |user: &User| {
+                let server = match redirect {
+                    false => sb.tproxy("server"),
+                    true => sb.service("server"),
+                };
+                let server = server.uid(user.uid()).cgroup(&servers(user));
+                server.port(7893).start()
+            };
+            for to in destinations(sb, ANSWERED) {
+                from += 1;
+                sb.use_one_port(from);
+                let own = start(&other);
+                let connection = app.open_tcp(to).expect("it opens");
+                let at_home = |ip: IpAddr| local("server", SocketAddr::new(ip, 7893));
+                let meant = match (redirect, to) {
+                    (false, _) => proxied("server", to),
+                    (true, SocketAddr::V4(_)) => at_home(Ipv4Addr::LOCALHOST.into()),
+                    (true, SocketAddr::V6(_)) => at_home(Ipv6Addr::LOCALHOST.into()),
+                };
+                assert_eq!(connection.ask(), meant);
+                // A server that ends without having read everything resets the connection.
+                let pid = Pid::from_raw(own.pid().cast_signed());
+                kill(pid, Signal::SIGSTOP).expect("it is running");
+                connection.say("{}");
+                kill(pid, Signal::SIGKILL).expect("it is there");
+                drop(own);
+                assert!(connection.ends_by_reset());
+                drop(connection);
+                wait_until("the port is free", || {
+                    let filter = format!("sport = :{from}");
+                    sb.run(&["ss", "-Htan", &filter]).is_empty()
+                });
+                let others = start(&mine);
+                assert_eq!(app.tcp(to), Outcome::Refused, "{redirect}, {to}");
+                others.assert_idle();
             }
         }
     });

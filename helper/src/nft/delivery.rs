@@ -65,8 +65,10 @@ impl Transaction<'_> {
     /// or of an allowed uid.
     ///
     /// TCP is looked at when a connection opens: after that its packets belong to a socket that was let in, and while
-    /// that waits to be accepted it has no owner that `skuid` could see (nft_meta_get_eval_skugid wants a file). UDP is
-    /// looked at packet by packet.
+    /// that waits to be accepted it has no owner that `skuid` could see (nft_meta_get_eval_skugid wants a file). One that
+    /// opens is not always new to the kernel: if a server has broken an earlier one off between the same ports, what is
+    /// remembered of that counts as open (`TCP_CONNTRACK_IGNORE` in nf_conntrack_tcp_packet), and by now the port may be
+    /// somebody else's. UDP is looked at packet by packet.
     ///
     /// Services have users of their own: the system's policy takes proxies of every system user.
     pub(super) fn guard_rules(&mut self) {
@@ -77,8 +79,8 @@ impl Transaction<'_> {
             self.add_rules(
                 chain,
                 [
-                    // meta l4proto tcp ct state != new return
-                    &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().return_(),
+                    // tcp flags & (syn | ack) != syn ct state != new return
+                    &|rule| rule.tcp_but_syn().ct_state_not_new().return_(),
                     // meta skuid @proxy-uids return
                     &|rule| rule.skuid_in(PROXY_UIDS).return_(),
                 ],
@@ -337,8 +339,8 @@ impl Transaction<'_> {
                 },
                 // A conversation with a DNS server that no policy names any more, whose port may be anybody's by now.
                 // A TCP connection stays with the server that has accepted it.
-                // meta l4proto tcp ct state != new return
-                &|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().return_(),
+                // tcp flags & (syn | ack) != syn ct state != new return
+                &|rule| rule.tcp_but_syn().ct_state_not_new().return_(),
                 // iif != lo ct direction original ct status dnat ct mark & DIVERT == 0 ct mark & MASK vmap @receive
                 &|rule| {
                     rule.iif_not_lo()

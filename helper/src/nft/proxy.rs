@@ -282,10 +282,11 @@ impl Transaction<'_> {
     /// `socket` looks for it, and knows its control group.
     fn receive_rules(&mut self, names: &Names, layout: &Layout, name: &ProxyName, proxy: &Proxy) {
         let chain = &names.chain(ProxyChain::Receive, name);
-        // meta l4proto tcp ct state != new return
+        // As in `guard_rules`.
+        // tcp flags & (syn | ack) != syn ct state != new return
         self.add_rules(
             chain,
-            [&|rule| rule.l4proto(Protocol::Tcp).ct_state_not_new().return_()],
+            [&|rule| rule.tcp_but_syn().ct_state_not_new().return_()],
         );
         if let Some(hijack) = proxy
             .settings

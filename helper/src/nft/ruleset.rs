@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! table inet cgtproxy {
-//!   chain version-17-ff000000 { }              # the format of this table, the mask of marks, and what UDP goes by
+//!   chain version-18-ff000000 { }              # the format of this table, the mask of marks, and what UDP goes by
 //!   map cgroups { type cgroupsv2 : mark }     # a control group : a number, no mark of a packet's
 //!   map choices { type mark : verdict }       # that number : goto proxy-1000-mihomo
 //!   map cgroups-0 { … }  map choices-0 { … }  # the same for the system's policy
@@ -102,7 +102,7 @@ use super::transaction::Transaction;
 use crate::mark::MarkRange;
 
 /// The version of the table's layout, which changes with its chains, maps and rules.
-const VERSION: u32 = 17;
+const VERSION: u32 = 18;
 pub(super) const CGROUPS: &CStr = c"cgroups";
 pub(super) const CGROUPS_SYSTEM: &CStr = c"cgroups-0";
 pub(super) const CHOICES: &CStr = c"choices";

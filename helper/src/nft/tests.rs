@@ -379,7 +379,7 @@ fn a_table_and_its_base() {
             });
             found.has(&[
                 "cgtproxy",
-                "version-17-ff000000",
+                "version-18-ff000000",
                 "output",
                 "forward",
                 "proxy-uids",
