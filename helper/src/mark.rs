@@ -1,10 +1,19 @@
 //! Packet marks: one for each proxy, out of a range of bits that are the helper's own.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
+
+use crate::peer::Uid;
 
 /// However many bits a mask has, no more proxies than this have a mark: the number of a mark has to fit into 24 bits
 /// beside a few others.
 const MOST_MARKS: u32 = (1 << 23) - 1;
+
+/// A user with so many marks that rest gets one of these and no other: whoever gives up all proxies again and again does
+/// not come by every mark there is. As many as two policies have by default.
+const MOST_RESTING: usize = 32;
+
+/// Of so many marks that rest it is known whose they were.
+const MOST_FORMER: usize = 1024;
 
 /// The mark that leads a packet to one proxy. It has the divert bit, and no bit outside the range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -136,8 +145,10 @@ impl MarkRange {
 pub struct MarkAllocator {
     range: MarkRange,
     used: BTreeSet<Mark>,
-    /// The number that was given out last. A freed mark rests for as long as possible: connections
-    /// of its former proxy may still have it.
+    /// The marks that rest since they were freed, and whose they were, the first to be freed first. Connections of the
+    /// former proxy may still have such a mark, and whose it is may ask where they go.
+    resting: VecDeque<(Uid, Mark)>,
+    /// The number that was given out last of those that did not rest.
     last: u32,
 }
 
@@ -148,21 +159,42 @@ impl MarkAllocator {
         Self {
             range,
             used: BTreeSet::new(),
+            resting: VecDeque::new(),
             last: 0,
         }
     }
 
-    /// Gives out a mark that is not in use; none if there is none.
-    pub fn allocate(&mut self) -> Option<Mark> {
+    /// Gives a user a mark that is not in use; none if there is none. It is another user's former one only if there is
+    /// no other.
+    pub fn allocate(&mut self, uid: Uid) -> Option<Mark> {
+        let own = self.resting.iter().filter(|(former, _)| *former == uid);
+        let mark = match own.count() < MOST_RESTING {
+            true => self.new_one().or_else(|| self.rested_of(uid)),
+            false => self.rested_of(uid),
+        };
+        let mark = mark.or_else(|| Some(self.resting.pop_front()?.1))?;
+        self.used.insert(mark);
+        Some(mark)
+    }
+
+    /// The next mark that neither is in use nor rests.
+    fn new_one(&mut self) -> Option<Mark> {
         let capacity = self.range.capacity();
         for _ in 0..capacity {
             self.last = self.last % capacity + 1;
             let mark = self.range.mark(self.last);
-            if self.used.insert(mark) {
+            if !self.used.contains(&mark) && !self.resting.iter().any(|(_, other)| *other == mark) {
                 return Some(mark);
             }
         }
         None
+    }
+
+    /// The mark of this user's that rests for longest.
+    fn rested_of(&mut self, uid: Uid) -> Option<Mark> {
+        let place = self.resting.iter().position(|(former, _)| *former == uid)?;
+        let (_, mark) = self.resting.remove(place)?;
+        Some(mark)
     }
 
     /// Notes that a mark is in use that the kernel has already. False if it is not of this range or taken. The next
@@ -181,15 +213,22 @@ impl MarkAllocator {
         self.used.contains(&mark)
     }
 
-    /// Takes a mark back.
-    pub fn free(&mut self, mark: Mark) {
-        self.used.remove(&mark);
+    /// Takes a user's mark back.
+    pub fn free(&mut self, uid: Uid, mark: Mark) {
+        if self.used.remove(&mark) {
+            self.resting.push_back((uid, mark));
+        }
+        if self.resting.len() > MOST_FORMER {
+            self.resting.pop_front();
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const ONE: Uid = Uid::ROOT;
 
     #[test]
     fn gives_out_each_mark_once() {
@@ -200,7 +239,7 @@ mod tests {
             let range = MarkRange::new(mask).unwrap();
             let mut marks = MarkAllocator::new(range);
             let mut seen = BTreeSet::new();
-            while let Some(mark) = marks.allocate() {
+            while let Some(mark) = marks.allocate(ONE) {
                 assert!(range.has(mark));
                 assert_eq!(range.mark(range.number(mark)), mark);
                 assert!(seen.insert(mark));
@@ -212,11 +251,41 @@ mod tests {
     #[test]
     fn a_freed_mark_is_the_last_to_be_given_out_again() {
         let mut marks = MarkAllocator::new(MarkRange::new(0xf000_0000).unwrap());
-        let first = marks.allocate().unwrap();
-        marks.free(first);
-        let next: Vec<_> = std::iter::from_fn(|| marks.allocate()).collect();
+        let first = marks.allocate(ONE).unwrap();
+        marks.free(ONE, first);
+        let next: Vec<_> = std::iter::from_fn(|| marks.allocate(ONE)).collect();
         assert_eq!(next.len(), 7);
         assert_eq!(next.last(), Some(&first));
+    }
+
+    #[test]
+    fn a_freed_mark_is_another_users_only_if_there_is_no_other() {
+        let two = Uid::for_test(2);
+        let mut marks = MarkAllocator::new(MarkRange::new(0xff00_0000).unwrap());
+        let first = marks.allocate(ONE).unwrap();
+        marks.free(ONE, first);
+        let mut seen = BTreeSet::new();
+        for _ in 0..1000 {
+            let mark = marks.allocate(two).unwrap();
+            marks.free(two, mark);
+            seen.insert(mark);
+        }
+        assert!(!seen.contains(&first));
+        assert_eq!(seen.len(), MOST_RESTING);
+        // Nor is there less for others.
+        let all: BTreeSet<_> = std::iter::from_fn(|| marks.allocate(ONE)).collect();
+        assert_eq!(all.len(), 127);
+    }
+
+    #[test]
+    fn it_is_not_known_of_all_marks_that_rest_whose_they_were() {
+        let mut marks = MarkAllocator::new(MarkRange::new(0xffff_ffff).unwrap());
+        for uid in 0..2 * MOST_FORMER as u32 {
+            let uid = Uid::for_test(uid);
+            let mark = marks.allocate(uid).unwrap();
+            marks.free(uid, mark);
+        }
+        assert_eq!(marks.resting.len(), MOST_FORMER);
     }
 
     #[test]
@@ -228,10 +297,10 @@ mod tests {
         assert!(!marks.adopt(Mark(0x0100_0000)));
         assert!(!marks.adopt(Mark(0x8100_0001)));
         assert!(!marks.adopt(Mark(0x8000_0000)));
-        assert_eq!(marks.allocate(), Some(Mark(0x8200_0000)));
+        assert_eq!(marks.allocate(ONE), Some(Mark(0x8200_0000)));
         // One that becomes free after a restart rests, too.
-        marks.free(Mark(0x8100_0000));
-        assert_eq!(marks.allocate(), Some(Mark(0x8300_0000)));
+        marks.free(ONE, Mark(0x8100_0000));
+        assert_eq!(marks.allocate(ONE), Some(Mark(0x8300_0000)));
     }
 
     #[test]

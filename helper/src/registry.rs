@@ -248,7 +248,7 @@ impl Registry {
             .collect();
         for uid in left {
             for (_, mark) in self.before(uid).marks() {
-                self.marks.free(mark);
+                self.marks.free(uid, mark);
             }
             self.users.remove(&uid);
         }

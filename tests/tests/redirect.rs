@@ -363,6 +363,47 @@ fn the_helper_tells_the_owner_where_udp_was_going() {
     });
 }
 
+/// Nor is anybody told who has the mark by now that another user's proxy had.
+#[test]
+fn nobody_is_told_where_udp_was_going_by_another_users_former_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let server_of_user = sb.service("redir").cgroup(&user.cgroup(SERVER)).uid(1001);
+        let redir = server_of_user.port(PORT).start();
+        let app = user.cgroup(APP).app();
+        let mut session = Session::of(&user);
+        session.replace(redirect(), json!([]), json!([to_proxy(APP, "redir")]));
+        for to in sb.destinations() {
+            assert_eq!(app.udp(to), local("redir", server(to)));
+        }
+        session.call("RemovePolicy", json!({}));
+        let questions: Vec<Value> = redir
+            .arrivals()
+            .iter()
+            .map(|arrival| {
+                json!({
+                    "listener": arrival.destination.to_string(),
+                    "client": arrival.source.to_string(),
+                })
+            })
+            .collect();
+        assert_eq!(questions.len(), 2);
+        let mut mallory = Session::of(&sb.user(1002));
+        // All the marks that there are, and more.
+        for round in 0..16 {
+            let proxies: Vec<Value> = (0..16)
+                .map(|n| json!({ "name": format!("p{round}-{n}"), "port": PORT, "redirect": true }))
+                .collect();
+            mallory.replace(json!(proxies), json!([]), json!([]));
+            for question in &questions {
+                let (error, _) = mallory.refusal("FindRedirected", question.clone());
+                assert_eq!(error, "NotRedirected");
+            }
+        }
+    });
+}
+
 #[test]
 fn dns_of_the_users_own_is_asked_only_at_an_own_server() {
     sandbox(|sb| {

@@ -201,7 +201,7 @@ pub(crate) fn layout(system: bool) -> Layout {
     for (number, (proxy, delivery, dns_hijack)) in (0..).zip(deliveries) {
         let all = number == 1;
         let proxy_of = Proxy {
-            mark: allocator.allocate().unwrap(),
+            mark: allocator.allocate(Uid::ROOT).unwrap(),
             settings: ProxySettings {
                 delivery,
                 exceptions: Exceptions {

@@ -8,6 +8,7 @@ use cgtproxy_proto::name::ProxyName;
 use super::{Entry, Refused, Registry};
 use crate::mark::MarkAllocator;
 use crate::nft::{Before, Bypass, BypassList, Proxy, ProxySettings};
+use crate::peer::Uid;
 
 impl Registry {
     /// The list of these destinations: the one that the table has already, or another one.
@@ -36,10 +37,10 @@ impl Registry {
     }
 
     /// The marks that are in use once what a user had is gone.
-    pub(super) fn marks_without(&self, before: &Before) -> MarkAllocator {
+    pub(super) fn marks_without(&self, uid: Uid, before: &Before) -> MarkAllocator {
         let mut marks = self.marks.clone();
         for (_, mark) in before.marks() {
-            marks.free(mark);
+            marks.free(uid, mark);
         }
         marks
     }
@@ -47,6 +48,7 @@ impl Registry {
     /// Gives each proxy a mark: the one that a proxy of this name has already, or a new one.
     pub(super) fn assign_marks(
         &self,
+        uid: Uid,
         before: &Before,
         requests: Vec<(ProxyName, ProxySettings)>,
     ) -> Result<(BTreeMap<ProxyName, Proxy>, MarkAllocator), Refused> {
@@ -67,7 +69,7 @@ impl Registry {
         for (name, settings) in requests {
             let mark = match kept.get(&name) {
                 Some(&mark) => mark,
-                None => marks.allocate().ok_or(Refused::NoMarksLeft)?,
+                None => marks.allocate(uid).ok_or(Refused::NoMarksLeft)?,
             };
             let proxy = Proxy { mark, settings };
             if proxies.insert(name.clone(), proxy).is_some() {
@@ -75,7 +77,7 @@ impl Registry {
             }
         }
         for mark in freed {
-            marks.free(mark);
+            marks.free(uid, mark);
         }
         Ok((proxies, marks))
     }

@@ -67,7 +67,7 @@ impl Registry {
         let (delete, add) = changes(entry.elements(), &rest);
         let before = Before::Layout(stamped.clone());
         Remains::Part(Box::new(Staged {
-            marks: Some(self.marks_without(&before)),
+            marks: Some(self.marks_without(uid, &before)),
             plan: Plan {
                 uid,
                 before,

@@ -30,7 +30,7 @@ impl Registry {
             assignments.len(),
         )?;
         let before = self.before(uid);
-        let (proxies, marks) = self.assign_marks(&before, policy.proxies)?;
+        let (proxies, marks) = self.assign_marks(uid, &before, policy.proxies)?;
         for element in assignments.values() {
             known(&proxies, &element.verdict)?;
         }
@@ -155,7 +155,7 @@ impl Registry {
         let before = self.before(uid);
         let elements = self.users.get(&uid).into_iter().flat_map(Entry::elements);
         Staged {
-            marks: Some(self.marks_without(&before)),
+            marks: Some(self.marks_without(uid, &before)),
             plan: Plan {
                 uid,
                 before,
