@@ -36,7 +36,7 @@ pub enum Unavailable {
     /// It is not there (any more).
     #[error("there is no such control group")]
     Missing,
-    /// It belongs to another user.
+    /// It belongs to root, or it is a user's subtree and belongs to another user.
     #[error("the control group belongs to another user")]
     NotOwned,
     /// The path leads to something else, or out of the subtree.
@@ -178,7 +178,13 @@ impl Root {
         let mut room = None;
         let (path, directory, found) = self.open_subtree(peer.uid(), &mut room)?;
         let level = level(0, &path)?;
-        let cgroup = owned(peer.uid(), found.st_uid, found.st_ino, level)?;
+        if peer.uid() != Uid::ROOT && found.st_uid != peer.uid().value() {
+            return Err(Unavailable::NotOwned);
+        }
+        let cgroup = OwnedControlGroup {
+            id: ControlGroupId(found.st_ino),
+            level,
+        };
         let known = before.filter(|before| before.cgroup == cgroup);
         let slices = known.and_then(|known| known.slices);
         let slices = slices.or_else(|| slices_above(peer.uid(), &directory));
@@ -266,7 +272,7 @@ impl Subtree {
     /// The control group at a path below.
     ///
     /// # Errors
-    /// If it is not there, or not this user's.
+    /// If it is not there, or root's.
     pub fn open(&self, path: &ControlGroupPath) -> Result<OwnedControlGroup, Unavailable> {
         let level = level(self.top.level(), path)?;
         let Some((parent, name)) = path.split_last() else {
@@ -298,13 +304,13 @@ impl Subtree {
         match (mount(&found), self.mount) {
             _ if !is_directory => Err(Unavailable::NotControlGroup),
             (Some(there), Some(here)) if there != here => Err(Unavailable::NotControlGroup),
-            (Some(_), Some(_)) => owned(self.uid, found.stx_uid, found.stx_ino, level),
+            (Some(_), Some(_)) => below(self.uid, found.stx_uid, found.stx_ino, level),
             // The kernel does not tell mounts apart.
             _ => {
                 *last = None;
                 let opened = open_beneath(&self.directory, path, &self.spare, room)?;
                 let found = fstat(&opened).map_err(unavailable)?;
-                owned(self.uid, found.st_uid, found.st_ino, level)
+                below(self.uid, found.st_uid, found.st_ino, level)
             }
         }
     }
@@ -318,8 +324,11 @@ fn level(base: u32, path: &ControlGroupPath) -> Result<u32, Unavailable> {
     }
 }
 
-fn owned(uid: Uid, owner: u32, id: u64, level: u32) -> Result<OwnedControlGroup, Unavailable> {
-    if uid != Uid::ROOT && owner != uid.value() {
+/// One below a user's subtree. A container's control groups belong to subordinate uids of the user's, which only a database
+/// tells from others. But whoever is there has it from the user, or from root, and without a verdict of its own it has that
+/// of what it is in, which the user chooses. Root's is left at that.
+fn below(uid: Uid, owner: u32, id: u64, level: u32) -> Result<OwnedControlGroup, Unavailable> {
+    if uid != Uid::ROOT && owner == Uid::ROOT.value() {
         return Err(Unavailable::NotOwned);
     }
     let id = ControlGroupId(id);

@@ -18,8 +18,8 @@ impl ControlGroupId {
     }
 }
 
-/// A control group that belonged to a user when it was opened on that user's behalf. Everything belongs
-/// to root.
+/// A control group that was a user's, or below the user's, when it was opened on that user's behalf. Everything is
+/// root's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OwnedControlGroup {
     pub(super) id: ControlGroupId,
