@@ -59,3 +59,25 @@ fn control_groups_of_subordinate_uids_have_verdicts_of_their_own() {
         sb.expect(&container.app(), direct);
     });
 }
+
+#[test]
+fn explain_does_not_guess_from_within_a_control_group_namespace() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let user = sb.user(1001);
+        let _agent = user
+            .agent("version: 1\nrules: [{unit: 'libpod-*.scope', drop: true}]\n")
+            .start();
+        let container = user.cgroup("user.slice/libpod-0123abcd.scope/container");
+        Agent::of(&user).wait_for_verdict(&container, "drop");
+        // As in a container: what is the user's own is the same, and the tree ends where the container's begins.
+        let enter = format!("echo $$ >{}/cgroup.procs", container.directory().display());
+        let inside = "umount -l /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup && \
+                      exec setpriv --reuid 1001 --clear-groups env XDG_RUNTIME_DIR=/run/user/1001 \
+                      /run/testbed/bin/cgtproxy-agent explain $$ 2>&1";
+        let script = format!("{enter}; unshare --cgroup --mount sh -c '{inside}' || true");
+        let said = sb.run(&["sh", "-ec", &script]);
+        assert!(said.contains("within a control group namespace"), "{said}");
+        assert!(!said.contains("direct"), "{said}");
+    });
+}

@@ -150,6 +150,15 @@ fn relative(
     })
 }
 
+/// Paths are other ones here than the agent's.
+fn out_of_sight() -> Error {
+    Error::NotFound(
+        "the agent's control groups can't be seen from here: this is within a control group namespace, as in a \
+         container; run it outside"
+            .to_owned(),
+    )
+}
+
 /// Asks the running agent.
 fn ask(
     agent: &mut Agent,
@@ -160,7 +169,12 @@ fn ask(
 ) -> Result<Vec<Explain_Reply>, Error> {
     let scope = otherwise.scope();
     let paths = match subject {
-        Subject::Absolute(path) => vec![relative(subtree, path, otherwise)?],
+        Subject::Absolute(path) => {
+            let path = relative(subtree, path, otherwise);
+            // The agent is in it.
+            let hidden = path.is_err() && !subtree.directory(&ControlGroupPath::root()).is_dir();
+            vec![if hidden { Err(out_of_sight()) } else { path }?]
+        }
         Subject::Name(name) => {
             let groups = status.controlGroups.iter();
             let groups: Vec<_> = groups.filter_map(|g| subtree.of_wire(&g.path)).collect();
