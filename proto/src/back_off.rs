@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// How long to wait before trying again: each time twice as long as the time before, up to a limit.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct BackOff {
     first: Duration,
     most: Duration,

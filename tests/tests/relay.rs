@@ -3,6 +3,7 @@
 #![allow(clippy::expect_used, reason = "a panic is a failed test")]
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 use cgtproxy_tests::proxies::{dante, microsocks, tinyproxy};
 use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, came_from_the_internet, config};
@@ -66,6 +67,30 @@ fn a_flow_that_failed_begins_anew_while_the_application_goes_on() {
         });
         let _server = dante(sb, INTERNET_V4);
         assert_from_the_internet(&Outcome::in_the_end(|| socket.ask()), to);
+    });
+}
+
+/// An application with one socket, such as a tunnel's, begins no other flow.
+#[test]
+fn an_open_flow_goes_on_soon_after_its_proxy_was_away() {
+    sandbox(|sb| {
+        let at = SocketAddr::new(INTERNET_V4, 1080);
+        let mut server = sb.socks_server(at);
+        let _helper = sb.helper().start();
+        let bed = Relayed::through(sb, "socks5://192.0.2.2:1080");
+        let [to, _] = sb.destinations();
+        let socket = bed.app.open_udp(to);
+        assert_from_the_internet(&Outcome::in_the_end(|| socket.ask()), to);
+        server.kill();
+        wait_until("the proxy to be known as down", || {
+            assert!(!came_from_the_internet(&socket.ask(), to));
+            bed.agent("status").contains("Connection refused")
+        });
+        let _server = sb.socks_server(at);
+        let began = Instant::now();
+        assert_from_the_internet(&Outcome::in_the_end(|| socket.ask()), to);
+        // The kernel's, for a flow without answers.
+        assert!(began.elapsed() < Duration::from_secs(30 / 2));
     });
 }
 

@@ -13,6 +13,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
+use cgtproxy_proto::back_off::BackOff;
 use tokio::net::UdpSocket;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -53,6 +54,11 @@ const RECHECK: Duration = Duration::from_secs(10);
 
 /// How long it is good for while so many flows begin that the helper is asked about nothing else.
 const RECHECK_AT_LATEST: Duration = Duration::from_secs(30);
+
+/// How soon a flow that has failed may begin anew. Each time that it fails again it waits twice as long, up to what the
+/// kernel remembers of flows without answers: a proxy that is being restarted is there again soon, and one that stays away
+/// is not asked with each datagram.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// How long to wait after receiving failed.
 const BACK_OFF: Duration = Duration::from_millis(50);
@@ -97,6 +103,8 @@ struct Flow {
     began: Instant,
     /// When it is over, unless something happens.
     deadline: Cell<Instant>,
+    /// How long it waits if it fails, and the one that begins in its place after it.
+    back_off: RefCell<BackOff>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -113,8 +121,8 @@ enum State {
         /// Whose association it is.
         upstream: Weak<Upstream>,
     },
-    /// It does not: they go nowhere until this flow is over.
-    Failed,
+    /// It does not: they go nowhere until the flow begins anew, at this time.
+    Failed(Instant),
 }
 
 /// Datagrams of a flow that the proxy is not ready for.
@@ -155,12 +163,8 @@ impl Waiting {
 }
 
 impl Flow {
-    /// Puts its end off. Not that of one that failed: the next one may fare better, and an application that goes on
-    /// sending would never get there.
+    /// Puts its end off.
     fn touch(&self) {
-        if matches!(*self.state.borrow(), State::Failed) {
-            return;
-        }
         let now = Instant::now();
         let stream = self.first_answer.get().is_some_and(|at| now > at + STREAM);
         let time = match stream {
@@ -186,22 +190,40 @@ impl Flow {
         }
     }
 
-    /// Whether it is over. One whose association was in vain has failed like one that the proxy did not take: it begins
-    /// anew when it would have been over, and not with each datagram.
+    /// Whether it is over. One whose association was in vain has failed like one that the proxy did not take.
     fn is_over(&self, entry: &Entry) -> bool {
-        let again = self.began + self.timeouts.short;
-        if self.was_in_vain() && again > Instant::now() {
-            if let Some(upstream) = self.fail() {
-                entry.reached_for_udp(&upstream, self.began, Err(&Error::Ended));
-            }
-            self.deadline.set(again);
+        if self.was_in_vain()
+            && let Some(upstream) = self.fail(self.began, Some(&Error::Ended))
+        {
+            entry.reached_for_udp(&upstream, self.began, Err(&Error::Ended));
         }
         self.deadline.get() <= Instant::now() || self.is_dead()
     }
 
-    /// Gives up what it has, until it is over. Returns whose that was, if it is the same still.
-    fn fail(&self) -> Option<Rc<Upstream>> {
-        let before = self.state.replace(State::Failed);
+    /// Whether the next datagram begins another one. One that has failed is not forgotten by then: its successor waits for
+    /// longer than it did.
+    fn begins_anew(&self, entry: &Entry) -> bool {
+        let is_over = self.is_over(entry);
+        match *self.state.borrow() {
+            State::Failed(again) => again <= Instant::now(),
+            _ => is_over,
+        }
+    }
+
+    /// How long its successor waits if it fails.
+    fn next_back_off(&self) -> Option<BackOff> {
+        let failed = matches!(*self.state.borrow(), State::Failed(_));
+        failed.then(|| self.back_off.borrow().clone())
+    }
+
+    /// Gives up what it has, for some time since then: what the proxy has refused it will hardly grant soon. Returns whose
+    /// that was, if it is the same still.
+    fn fail(&self, since: Instant, why: Option<&Error>) -> Option<Rc<Upstream>> {
+        let wait = match why {
+            Some(Error::Refused(_)) => self.timeouts.short,
+            _ => self.back_off.borrow_mut().next_wait(),
+        };
+        let before = self.state.replace(State::Failed(since + wait));
         let State::Ready {
             association,
             key,
@@ -231,7 +253,7 @@ impl Flow {
                 header,
                 ..
             } => association.send(header, datagram),
-            State::Failed => {}
+            State::Failed(_) => {}
         }
     }
 }
@@ -254,7 +276,9 @@ type Flows = Rc<RefCell<HashMap<SocketAddr, Rc<Flow>>>>;
 enum NotBegun {
     /// Nobody has redirected it.
     Stranger,
-    /// The proxy does not take it, or the helper does not answer.
+    /// The proxy does not take it.
+    NotTaken(Error),
+    /// The helper does not answer, or nobody knows where it goes.
     Failed,
 }
 
@@ -304,13 +328,16 @@ fn receive(
         let datagram = buffer.get(..length).unwrap_or_default();
         let known = flows.borrow().get(&client).cloned();
         if let Some(flow) = known
-            && !flow.is_over(entry)
+            && !flow.begins_anew(entry)
         {
             flow.touch();
             flow.send(datagram);
             return recheck(flow, listener, entry, flows, client);
         }
-        flows.borrow_mut().remove(&client);
+        let before = flows.borrow_mut().remove(&client);
+        let back_off = before
+            .and_then(|flow| flow.next_back_off())
+            .unwrap_or_else(|| BackOff::new((AGAIN, timeouts.short)));
         let shared = &entry.shared;
         let Ok(permit) = shared.flows.clone().try_acquire_owned() else {
             return;
@@ -328,6 +355,7 @@ fn receive(
             asked: Cell::new(Instant::now()),
             began: Instant::now(),
             deadline: Cell::new(Instant::now()),
+            back_off: RefCell::new(back_off),
             _permit: permit,
         });
         flow.touch();
@@ -345,7 +373,12 @@ fn receive(
                         remove(&flows, client, &flow);
                     }
                 }
-                Err(NotBegun::Failed) => *flow.state.borrow_mut() = State::Failed,
+                Err(NotBegun::NotTaken(error)) => {
+                    flow.fail(Instant::now(), Some(&error));
+                }
+                Err(NotBegun::Failed) => {
+                    flow.fail(Instant::now(), None);
+                }
             }
         });
     });
@@ -441,9 +474,8 @@ async fn begin(
     if associated.is_ok() {
         upstream.prepare();
     }
-    let (Ok(association), Ok(header)) = (associated, socks::datagram_header(&target)) else {
-        return Err(NotBegun::Failed);
-    };
+    let association = associated.map_err(NotBegun::NotTaken)?;
+    let header = socks::datagram_header(&target).map_err(|_| NotBegun::Failed)?;
     let route = Route {
         listener: listener.clone(),
         client,

@@ -234,10 +234,11 @@ impl Associations {
 
 #[cfg(test)]
 mod tests {
-    use super::super::State;
     use super::super::tests::TIMEOUTS;
+    use super::super::{AGAIN, State};
     use super::*;
     use crate::upstream::Protocol;
+    use cgtproxy_proto::back_off::BackOff;
     use std::sync::Arc;
     use std::time::Duration;
     use tokio::io::AsyncWriteExt;
@@ -322,6 +323,7 @@ mod tests {
                     asked: Cell::new(Instant::now()),
                     began: Instant::now(),
                     deadline: Cell::new(Instant::now()),
+                    back_off: RefCell::new(BackOff::new((AGAIN, TIMEOUTS.short))),
                     _permit: permits.clone().try_acquire_owned().unwrap(),
                 });
                 let route = Route {
