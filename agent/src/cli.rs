@@ -74,10 +74,30 @@ impl Arguments {
     /// # Errors
     /// With what is left to do if it is wrong, or asks for help: that was printed, and the process ends with this status.
     pub(crate) fn of_process() -> Result<Self, ExitCode> {
-        Self::try_parse().map_err(|error| {
+        let arguments = Self::try_parse().and_then(Self::with_one_file);
+        arguments.map_err(|error| {
             let error = suggest(error, &Self::command());
             usage::end(&error, usage::WRONG, usage::FAILED)
         })
+    }
+
+    /// Refuses a second file to check. clap sees no conflict where the option stands before the command.
+    fn with_one_file(self) -> Result<Self, clap::Error> {
+        let names_file = match &self.command {
+            Some(Command::Check { file, what: None }) => file.is_some(),
+            Some(Command::Check {
+                what: Some(Check::Config { file }),
+                ..
+            }) => file.is_some(),
+            _ => false,
+        };
+        match self.config.is_some() && names_file {
+            true => Err(Self::command().error(
+                ErrorKind::ArgumentConflict,
+                "a file to check and --config are one too many: leave one of them out",
+            )),
+            false => Ok(self),
+        }
     }
 
     /// Whose agent it is about.
@@ -277,7 +297,8 @@ mod tests {
     fn error(words: &[&str]) -> String {
         let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
         let program = std::iter::once("cgtproxy-agent".to_owned());
-        let error = Arguments::try_parse_from(program.chain(words.iter().cloned())).unwrap_err();
+        let arguments = Arguments::try_parse_from(program.chain(words.iter().cloned()));
+        let error = arguments.and_then(Arguments::with_one_file).unwrap_err();
         suggest_for(error, &Arguments::command(), &words).to_string()
     }
 
@@ -288,6 +309,22 @@ mod tests {
             error.starts_with("error: unexpected argument 'b' found\n\nUsage: "),
             "{error}"
         );
+    }
+
+    #[test]
+    fn one_file_is_checked_at_a_time() {
+        for words in [
+            &["check", "--config", "a", "b"][..],
+            &["--config", "a", "check", "b"],
+            &["check", "config", "--config", "a", "b"],
+            &["--config", "a", "check", "config", "b"],
+        ] {
+            let error = error(words);
+            assert!(
+                error.contains("leave one of them out"),
+                "{words:?}: {error}"
+            );
+        }
     }
 
     #[test]
