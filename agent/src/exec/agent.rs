@@ -10,7 +10,7 @@ use cgtproxy_proto::agent::{
 use cgtproxy_proto::client::CallError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::connection::{ConnectError, Connection};
 
@@ -176,24 +176,26 @@ impl Agent {
     pub(crate) async fn check_target(&mut self, name: &str) -> Result<(), Error> {
         let deadline = Instant::now() + HELPER_PATIENCE;
         loop {
-            let GetTargets_Reply {
-                targets: known,
-                problem,
-                configError: config_error,
-            } = self.targets().await?;
+            let reply = self.targets().await?;
             // A wrong name is wrong with or without a helper, and the more useful thing to hear.
-            let to_come = config_error.is_some() && problem.is_some();
-            if !to_come && !known.iter().any(|known| known == name) {
-                let name = name.to_owned();
-                return Err(Error::UnknownTarget { name, known });
-            }
-            match problem {
+            refuse_unknown(name, &reply)?;
+            match reply.problem {
                 None => return Ok(()),
                 Some(problem) if Instant::now() >= deadline => {
                     return Err(Error::NotConnected(problem));
                 }
                 Some(_) => sleep(AGAIN).await,
             }
+        }
+    }
+
+    /// Fails if the agent at `socket` can tell that there is no target of this name. One that is not there, or tells
+    /// nothing, is done without.
+    pub(crate) async fn refuse_unknown_target(socket: PathBuf, name: &str) -> Result<(), Error> {
+        let told = async { Self::connect(socket).await?.targets().await };
+        match timeout(HELPER_PATIENCE, told).await {
+            Ok(Ok(reply)) => refuse_unknown(name, &reply),
+            Ok(Err(_)) | Err(_) => Ok(()),
         }
     }
 
@@ -231,6 +233,19 @@ impl Agent {
                 Err(error) => return Err(fault(error)),
             }
         }
+    }
+}
+
+/// Fails if the agent knows its targets, and this is the name of none of them.
+fn refuse_unknown(name: &str, reply: &GetTargets_Reply) -> Result<(), Error> {
+    // An agent whose configuration is wrong has those of the one before, if it had one.
+    let to_come = reply.configError.is_some() && reply.problem.is_some();
+    match to_come || reply.targets.iter().any(|known| known == name) {
+        true => Ok(()),
+        false => Err(Error::UnknownTarget {
+            name: name.to_owned(),
+            known: reply.targets.clone(),
+        }),
     }
 }
 

@@ -37,7 +37,8 @@ const ENVIRONMENT: &str = "Environment:\n\
     after_long_help = format!("{END}\n\n{ENVIRONMENT}")
 )]
 pub struct Options {
-    /// Go ahead even if nobody can say that the target is in force
+    /// Go ahead even if nobody can say that the target is in force. A target that the agent does not know is still
+    /// refused
     #[arg(long)]
     pub(crate) no_wait: bool,
 

@@ -181,11 +181,14 @@ async fn list() -> Result<(), Error> {
 /// Moves a process, called `name`, into the slice of `target`. With `wait`, returns when the
 /// kernel holds the verdict.
 async fn enter(target: &str, name: &str, process: Process, wait: bool) -> Result<(), Error> {
+    let socket = default_socket(config::Scope::User);
     let mut agent = None;
-    if wait {
-        let agent =
-            agent.insert(Agent::await_and_connect(default_socket(config::Scope::User)).await?);
-        agent.check_target(target).await?;
+    match wait {
+        true => {
+            let agent = agent.insert(Agent::await_and_connect(socket).await?);
+            agent.check_target(target).await?;
+        }
+        false => Agent::refuse_unknown_target(socket, target).await?,
     }
     check_name(target)?;
     let session_bus = std::env::var("DBUS_SESSION_BUS_ADDRESS").ok();

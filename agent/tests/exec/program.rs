@@ -351,10 +351,20 @@ fn without_a_helper_it_says_so() {
 fn a_wrong_target_lists_the_right_ones() {
     let mut session = Session::new(Behaviour::default());
     for target in ["mihom", "drop-all", "../x", ""] {
-        let output = session.run([target, "echo", "ran"]);
-        assert_refused(&output, 125, &["direct, drop, proxy, mihomo, my-proxy"]);
-        assert_eq!(session.asked(), [Asked::Targets], "nothing was moved");
+        for options in [&[][..], &["--no-wait"]] {
+            let output = session.run([options, &[target, "echo", "ran"]].concat());
+            assert_refused(&output, 125, &["direct, drop, proxy, mihomo, my-proxy"]);
+            assert_eq!(session.asked(), [Asked::Targets], "nothing was moved");
+        }
     }
+}
+
+#[test]
+fn no_slice_is_named_after_what_is_no_name() {
+    let mut session = Session::new(Behaviour {
+        agent: false,
+        ..Behaviour::default()
+    });
     let output = session.run(["--no-wait", "../x", "echo", "ran"]);
     assert_refused(&output, 125, &["'../x' is no target"]);
     let output = session.run(["--no-wait", "a--b", "echo", "ran"]);
