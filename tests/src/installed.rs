@@ -24,8 +24,8 @@ pub struct Installed<'a> {
 }
 
 impl<'a> Installed<'a> {
-    /// Boots it, with a file for the helper and what `install` puts into its root, and enables the helper's
-    /// socket.
+    /// Boots it, with a file for the helper, unless that is empty, and what `install` puts into its root, and enables the
+    /// helper's socket.
     ///
     /// # Panics
     /// When it does not come up.
@@ -36,7 +36,9 @@ impl<'a> Installed<'a> {
             .install(install)
             .boot();
         let this = Self { sandbox, system };
-        this.configure_helper(helper);
+        if !helper.is_empty() {
+            this.configure_helper(helper);
+        }
         this.system.run(&["systemctl", "enable", "--now", SOCKET]);
         this
     }
@@ -50,22 +52,33 @@ impl<'a> Installed<'a> {
     /// Gives a user a configuration and an agent.
     #[track_caller]
     pub fn enable(&self, user: &SystemUser, config: &str) {
+        self.write_config(user, config);
+        let start = ["systemctl", "--user", "enable", "--now", AGENT];
+        self.system.run_as(user, &start);
+    }
+
+    /// Writes a user's configuration, all at once.
+    #[track_caller]
+    pub fn write_config(&self, user: &SystemUser, config: &str) {
         let script = "mkdir -p ~/.config/cgtproxy && cd ~/.config/cgtproxy &&
                       printf %s \"$1\" > new && mv new config.yaml";
         self.system
             .run_as(user, &["sh", "-c", script, "sh", config]);
-        let start = ["systemctl", "--user", "enable", "--now", AGENT];
-        self.system.run_as(user, &start);
+    }
+
+    /// What the user's agent says about everything; nothing if it does not answer.
+    #[track_caller]
+    pub fn status(&self, user: &SystemUser) -> Value {
+        let command = ["cgtproxy-agent", "status", "--json"];
+        let output = self.system.output_as(user, &command);
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
     }
 
     /// Waits until the user's agent has the helper's word that everything is in the kernel.
     #[track_caller]
     pub fn wait_in_force(&self, user: &SystemUser) {
         wait_until("everything is in force", || {
-            let command = ["cgtproxy-agent", "status", "--json"];
-            let output = self.system.output_as(user, &command);
-            // None yet, if the agent is about to start again.
-            let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+            let status = self.status(user);
             let groups = status["controlGroups"].as_array();
             status["connected"] == true
                 && groups.is_some_and(|all| all.iter().all(|group| group["inForce"] == true))
