@@ -11,6 +11,7 @@ mod below;
 mod exec_slices;
 mod names;
 mod outside;
+mod pattern;
 mod selector;
 mod subject;
 mod tree;
@@ -26,7 +27,8 @@ pub(crate) use below::Below;
 pub(crate) use exec_slices::{DEFAULT_PROXY, ExecSlices};
 pub(crate) use names::Names;
 pub(crate) use outside::Outside;
-pub(crate) use selector::{Pattern, PatternCompiler, PatternError, Selector};
+pub(crate) use pattern::{Pattern, PatternCompiler, PatternError};
+pub(crate) use selector::Selector;
 pub(crate) use subject::{Subject, unit_name};
 pub(crate) use tree::Tree;
 
