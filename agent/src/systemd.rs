@@ -9,6 +9,10 @@ use zbus::{Connection, DBusError};
 
 pub(crate) use cgtproxy_proto::socket::runtime_directory;
 
+/// The bus's own name on it, and that of its interface.
+pub(crate) const BUS: &str = "org.freedesktop.DBus";
+/// The bus's own object.
+pub(crate) const BUS_PATH: &str = "/org/freedesktop/DBus";
 /// systemd's name on a bus.
 pub(crate) const SYSTEMD: &str = "org.freedesktop.systemd1";
 /// The interface of its manager object.

@@ -9,7 +9,7 @@ use zbus::message::Type;
 use zbus::{MatchRule, MessageStream, OwnedObjectPath, Variant};
 
 use crate::subtree;
-use crate::systemd::{Address, MANAGER, MANAGER_PATH, Manager, next, said};
+use crate::systemd::{Address, BUS, BUS_PATH, MANAGER, MANAGER_PATH, Manager, next, said};
 
 /// How long systemd may take for all of it; it needs a few milliseconds.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -130,13 +130,12 @@ async fn connect(address: &Address) -> zbus::Result<Manager> {
 
 /// Whether systemd has the same numbers of processes as this process.
 async fn has_our_numbers(manager: &Manager) -> zbus::Result<bool> {
-    let bus = "org.freedesktop.DBus";
     let name = manager.connection.unique_name();
     let name = name.map(|name| name.as_str()).unwrap_or_default();
     let call = manager.connection.call_method(
-        Some(bus),
-        "/org/freedesktop/DBus",
-        Some(bus),
+        Some(BUS),
+        BUS_PATH,
+        Some(BUS),
         "GetConnectionUnixProcessID",
         &name,
     );

@@ -30,14 +30,14 @@ use zbus::{Connection, MessageStream, OwnedObjectPath, Variant};
 
 use super::Hint;
 use crate::subtree::Subtree;
-use crate::systemd::{Address, MANAGER, MANAGER_PATH, Manager, SYSTEMD, runtime_directory, said};
+use crate::systemd::{
+    Address, BUS, BUS_PATH, MANAGER, MANAGER_PATH, Manager, SYSTEMD, runtime_directory, said,
+};
 use units::Units;
 
 /// The interface that all units have.
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
-const BUS: &str = "org.freedesktop.DBus";
-const BUS_PATH: &str = "/org/freedesktop/DBus";
 
 /// Units that have a control group, and the interface that says which.
 const KINDS: [(&str, &str); 6] = [
