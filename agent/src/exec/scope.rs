@@ -9,7 +9,7 @@ use zbus::message::Type;
 use zbus::{MatchRule, MessageStream, OwnedObjectPath, Variant};
 
 use crate::subtree;
-use crate::systemd::{Address, BUS, BUS_PATH, MANAGER, MANAGER_PATH, Manager, next, said};
+use crate::systemd::{Address, BUS, BUS_PATH, MANAGER, MANAGER_PATH, Manager, SYSTEMD, next, said};
 
 /// How long systemd may take for all of it; it needs a few milliseconds.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -154,9 +154,11 @@ async fn start(manager: &Manager, scope: &ScopeUnit, process: Process) -> Result
     {
         return Err(Error::Namespace(pid));
     }
-    // Asked for before the job exists, so that its end can't be missed.
+    // Asked for before the job exists, so that its end can't be missed. Anybody on the bus may send signals that look
+    // like it, sandboxed applications included.
     let removed = MatchRule::builder()
         .msg_type(Type::Signal)
+        .sender(SYSTEMD)
         .path(MANAGER_PATH)
         .interface(MANAGER)
         .member("JobRemoved")

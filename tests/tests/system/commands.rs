@@ -129,3 +129,33 @@ fn a_command_needs_the_users_bus_and_no_other() {
         assert_eq!(system.run_as(alice, &echo), "ran\n");
     });
 }
+
+/// A sandboxed application may be on the user's bus, and is not systemd.
+#[test]
+fn nobody_on_the_users_bus_passes_for_systemd() {
+    sandbox(|sb| {
+        let installed = Installed::boot(sb, "", |_| ());
+        let system = &installed.system;
+        let alice = system.alice();
+        installed.enable(alice, CONFIG);
+        installed.wait_in_force(alice);
+        let emit = "while :; do busctl --user emit /org/freedesktop/systemd1 \
+                    org.freedesktop.systemd1.Manager JobRemoved s nonsense || exit; done";
+        let unit = [
+            "systemd-run",
+            "--user",
+            "--quiet",
+            "--unit=pretender",
+            "sh",
+            "-c",
+            emit,
+        ];
+        system.run_as(alice, &unit);
+        for _ in 0..20 {
+            let output = system.run_as(alice, &["cgtproxy-exec", "drop", "echo", "run"]);
+            assert_eq!(output, "run\n");
+        }
+        let state = ["systemctl", "--user", "is-active", "pretender"];
+        assert_eq!(system.run_as(alice, &state), "active\n");
+    });
+}
