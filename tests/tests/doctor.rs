@@ -372,6 +372,13 @@ rules:
         let outside = socks().port(1080).start();
         wait_for(&alice, &[]);
         drop(outside);
+        // One of root's may be for everybody.
+        let common = sb.service("socks").uid(0).port(1080).start();
+        wait_for(&alice, &[]);
+        drop(common);
+        let bobs = sb.service("socks").uid(1002).port(1080).start();
+        wait_for(&alice, &["upstream-of-another"]);
+        drop(bobs);
         let cgroup = alice.cgroup("app.slice/mysocks.service");
         let _server = socks().port(1080).cgroup(&cgroup).start();
         wait_for(&alice, &["proxy-loop"]);

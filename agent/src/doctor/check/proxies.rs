@@ -10,6 +10,9 @@ use crate::doctor::facts::{Agent, Facts, Family, Here, Listener, Proxy, Server, 
 use crate::doctor::{Finding, Group};
 use crate::text::quoted;
 
+/// Who some services run as that have no user of their own (systemd: UIDS-GIDS.md).
+const NOBODY: u32 = 65534;
+
 pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("proxies");
     let proxies = facts.proxies();
@@ -28,10 +31,11 @@ pub(super) fn check(facts: &Facts) -> Group {
         }
         for (proxy, here) in relayed {
             let found = at(here, listeners);
-            group.found(match found.is_empty() {
-                true => Some(unreached(proxy, here)),
-                false => loops(facts, proxy, &found),
-            });
+            if found.is_empty() {
+                group.found([unreached(proxy, here)]);
+            }
+            group.found(anothers(facts, proxy, here, &found));
+            group.found(loops(facts, proxy, &found));
         }
     }
     group
@@ -96,6 +100,35 @@ fn unreached(proxy: &Proxy, here: Here) -> Finding {
     .effect("Connections that go through it are reset; none goes direct.")
     .advice("start the proxy, or correct 'upstream' in the configuration")
     .command(format!("ss -lnt 'sport = :{port}'"))
+}
+
+/// The relay takes whoever listens there for the proxy: no delivery guard looks at its connections.
+fn anothers(facts: &Facts, proxy: &Proxy, here: Here, found: &[&Listener]) -> Option<Finding> {
+    let stranger = found.iter().find(|listener| {
+        let uid = listener.uid;
+        uid != facts.uid && uid != NOBODY && is_a_persons(uid)
+    })?;
+    let (port, uid) = (here.port, stranger.uid);
+    Some(
+        Finding::warning(
+            "upstream-of-another",
+            format!(
+                "what listens on port {port}, the 'upstream' of the proxy '{}', is another user's (uid {uid})",
+                proxy.name
+            ),
+        )
+        .effect("That user gets everything that goes through it, with the name and the password that are for the proxy.")
+        .advice(
+            "if that is not meant: start the proxy before anybody else can take its port, or choose one below 1024",
+        )
+        .command(format!("ss -lntpe 'sport = :{port}'")),
+    )
+}
+
+/// Whether a uid may be that of a person: root's is not, nor is that of a system user.
+fn is_a_persons(uid: u32) -> bool {
+    let mut system = SYSTEM_UIDS.iter();
+    uid != 0 && !system.any(|&(first, last)| (first..=last).contains(&uid))
 }
 
 /// Whether what is sent to this address, or is diverted and delivered there, finds this socket.
@@ -221,12 +254,9 @@ fn wrong_uid(facts: &Facts, proxy: &Proxy, port: u16, found: &[&Listener]) -> Op
     let allowed = &facts.helper_status()?.proxyUids;
     let stranger = found.iter().find(|listener| {
         let uid = listener.uid;
-        let of_system = SYSTEM_UIDS
-            .iter()
-            .any(|&(first, last)| (first..=last).contains(&uid));
         uid != facts.uid
             && uid != 0
-            && !(facts.scope == Scope::System && of_system)
+            && (facts.scope == Scope::User || is_a_persons(uid))
             && !allowed.contains(&i64::from(uid))
     })?;
     let uid = stranger.uid;

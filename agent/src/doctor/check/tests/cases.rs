@@ -229,6 +229,10 @@ pub(super) const BROKEN: &[(&str, Severity, Break)] = {
             f.config = ConfigState::Read(vec![relayed_here(None, Some(Ipv6Addr::LOCALHOST))]);
             listeners(f)[0].address = Ipv4Addr::UNSPECIFIED.into();
         }),
+        ("upstream-of-another", Warning, |f| {
+            f.config = ConfigState::Read(vec![relayed_here(Some(Ipv4Addr::LOCALHOST), None)]);
+            listeners(f)[0].uid = 1001;
+        }),
         ("relay-missing", Error, |f| {
             f.relay = Some(Err("no relay listens".into()));
         }),
