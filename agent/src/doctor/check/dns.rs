@@ -1,11 +1,15 @@
 //! Do hijacked queries find a server, and does anything ask past the hijack?
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::proxies::takes;
+use super::proxies::{explain, sent_through, takes};
 use super::relay::UNASKED;
 use crate::doctor::facts::{Dns, Facts, Family, Listener, Proxy, Server, Transport};
 use crate::doctor::{Finding, Group};
+
+/// Where systemd-resolved listens by itself, and answers only who asks from a loopback address
+/// (src/resolve/resolved-dns-stub.c, `dns_stub_process_query`).
+const STUBS: [Ipv4Addr; 2] = [Ipv4Addr::new(127, 0, 0, 53), Ipv4Addr::new(127, 0, 0, 54)];
 
 pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("dns");
@@ -37,7 +41,11 @@ pub(super) fn check(facts: &Facts) -> Group {
     {
         for (proxy, dns) in &hijacks {
             group.found(silent(facts, proxy, dns, listeners));
+            group.found(loops(facts, proxy, dns, listeners));
         }
+    }
+    for (proxy, dns) in &hijacks {
+        group.found(only_from_loopback(facts, proxy, dns));
     }
     let by_resolved = group
         .see("/etc/nsswitch.conf", &facts.system.nsswitch)
@@ -102,6 +110,70 @@ fn silent(facts: &Facts, proxy: &Proxy, dns: &Dns, listeners: &[Listener]) -> Op
             "have the proxy's DNS server listen there, or name in dns-hijack only the 'ip' that it has",
         )
         .command(format!("ss -lntu 'sport = :{}'", dns.port))
+    })
+}
+
+/// Whether the server's own queries are hijacked too. They come back to it unless it asks others by TLS or HTTPS.
+fn loops(facts: &Facts, proxy: &Proxy, dns: &Dns, listeners: &[Listener]) -> Option<Finding> {
+    let servers = [
+        (Family::Ipv4, dns.ipv4.map(IpAddr::from)),
+        (Family::Ipv6, dns.ipv6.map(IpAddr::from)),
+    ];
+    let answers = |listener: &&Listener| {
+        listener.port == dns.port
+            && servers.iter().any(|(family, server)| {
+                let here = server.filter(IpAddr::is_loopback);
+                here.is_some_and(|server| takes(listener, *family, server))
+            })
+    };
+    // Of one that is the proxy as well something else is said.
+    let is_the_proxy = |server: &&Listener| {
+        let mut of_proxy = listeners
+            .iter()
+            .filter(|l| Some(l.port) == proxy.server.port());
+        of_proxy.any(|listener| listener.control_group == server.control_group)
+    };
+    let found: Vec<&Listener> = listeners
+        .iter()
+        .filter(answers)
+        .filter(|server| !is_the_proxy(server))
+        .collect();
+    let path = sent_through(facts, proxy, &found)?;
+    Some(
+        Finding::warning(
+            "dns-loop",
+            format!(
+                "the server for the hijacked queries of '{}' is sent through '{}' itself: it runs in {path}",
+                proxy.name, proxy.name
+            ),
+        )
+        .effect("What it asks other servers by DNS comes back to it, so that names are not found.")
+        .advice("write a rule with direct: true for its unit, before the rule that catches it")
+        .command(explain(facts, path)),
+    )
+}
+
+/// Whether it is systemd-resolved, where that drops what has been sent from another address.
+fn only_from_loopback(facts: &Facts, proxy: &Proxy, dns: &Dns) -> Option<Finding> {
+    let stub = dns
+        .ipv4
+        .filter(|server| dns.port == 53 && STUBS.contains(server))?;
+    facts.system.resolved.then(|| {
+        Finding::error(
+            "dns-stub",
+            format!(
+                "the hijacked queries of '{}' go to systemd-resolved at {stub}, which answers none from the \
+                 machine's other addresses",
+                proxy.name
+            ),
+        )
+        .effect("Applications find no names, unless they ask a server at a loopback address.")
+        .advice("have it listen at another address as well, and name 127.0.0.1 and port 1053 in dns-hijack")
+        .command("sudo mkdir -p /etc/systemd/resolved.conf.d")
+        .command(
+            r"printf '[Resolve]\nDNSStubListenerExtra=127.0.0.1:1053\nDNSStubListenerExtra=[::1]:1053\n' | sudo tee /etc/systemd/resolved.conf.d/hijack.conf",
+        )
+        .command("sudo systemctl restart systemd-resolved")
     })
 }
 

@@ -326,18 +326,37 @@ fn elsewhere(facts: &Facts, proxy: &Proxy, port: u16, found: &[&Listener]) -> Op
     )
 }
 
-/// A proxy whose own control group goes through itself.
-fn loops(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
+/// The control group of one of these listeners, if what runs there goes through the proxy.
+pub(super) fn sent_through<'a>(
+    facts: &'a Facts,
+    proxy: &Proxy,
+    listeners: &[&Listener],
+) -> Option<&'a str> {
     let Agent::Answers(status) = &facts.agent else {
         return None;
     };
     let groups = facts.manager.groups.as_ref().ok()?;
-    let ids = found.iter().filter_map(|listener| listener.control_group);
+    let ids = listeners
+        .iter()
+        .filter_map(|listener| listener.control_group);
     let mut paths = ids.filter_map(|id| groups.iter().find(|(group, _)| *group == id));
-    let path = paths.find_map(|(_, path)| {
+    paths.find_map(|(_, path)| {
         let verdict = status.controlGroups.iter().find(|g| g.path == *path)?;
-        (verdict.target == proxy.name).then_some(path)
-    })?;
+        (verdict.target == proxy.name).then_some(path.as_str())
+    })
+}
+
+/// A rule for a control group would mend it: what says which one decides now.
+pub(super) fn explain(facts: &Facts, path: &str) -> String {
+    facts.command(&format!(
+        "explain {}",
+        quoted(path.rsplit('/').next().unwrap_or(path))
+    ))
+}
+
+/// A proxy whose own control group goes through itself.
+fn loops(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
+    let path = sent_through(facts, proxy, found)?;
     Some(
         Finding::error(
             "proxy-loop",
@@ -348,9 +367,6 @@ fn loops(facts: &Facts, proxy: &Proxy, found: &[&Listener]) -> Option<Finding> {
         )
         .effect("What it sends to the internet comes back to it, again and again.")
         .advice("write a rule with direct: true for its unit, before the rule that catches it")
-        .command(facts.command(&format!(
-            "explain {}",
-            quoted(path.rsplit('/').next().unwrap_or(path))
-        ))),
+        .command(explain(facts, path)),
     )
 }

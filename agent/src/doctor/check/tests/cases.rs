@@ -255,6 +255,21 @@ pub(super) const BROKEN: &[(&str, Severity, Break)] = {
         ("dns-not-listening", Error, |f| {
             listeners(f).retain(|l| l.port != 1053)
         }),
+        ("dns-loop", Warning, |f| {
+            send_the_proxy_through_itself(f);
+            agent(f).controlGroups[0].path = format!("{MANAGER}/app.slice/app-firefox-1.scope");
+            let dns = listeners(f).iter_mut().filter(|l| l.port == 1053);
+            dns.for_each(|l| l.control_group = Some(8));
+        }),
+        ("dns-stub", Error, |f| {
+            let mut proxy = proxy();
+            let dns = proxy.dns.as_mut().unwrap();
+            dns.ipv4 = Some(Ipv4Addr::new(127, 0, 0, 53));
+            dns.port = 53;
+            f.config = ConfigState::Read(vec![proxy]);
+            let dns = listeners(f).iter_mut().filter(|l| l.port == 1053);
+            dns.for_each(|l| (l.address, l.port) = (Ipv4Addr::new(127, 0, 0, 53).into(), 53));
+        }),
         ("nss-resolve", Warning, |f| {
             f.system.nsswitch = Ok("hosts: mymachines resolve [!UNAVAIL=return] files dns".into());
         }),
