@@ -11,7 +11,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use cgtproxy_tests::proxies::microsocks;
 use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, config};
-use cgtproxy_tests::sandbox::{Outcome, PORTS, Program, Sandbox, Service, direct, sandbox};
+use cgtproxy_tests::sandbox::{
+    Cgroup, Outcome, PORTS, Program, Sandbox, Service, User, direct, sandbox,
+};
 use cgtproxy_tests::session::Session;
 use cgtproxy_tests::wait::wait_until;
 
@@ -292,6 +294,36 @@ fn a_relay_that_was_killed_listens_where_it_did_before() {
 }
 
 /// Whoever finds the relay's ports can connect to them: other users, and this one's own applications.
+/// The relay asks the helper about a socket, and not about each of its queries.
+#[test]
+fn who_takes_the_port_of_an_application_that_has_asked_gets_nothing() {
+    sandbox(|sb| {
+        let bed = Bed::new(sb);
+        let (_, dns) = bed.ports();
+        let cgroup = bed.relayed.user.cgroup("app.slice/app-a.scope/dig");
+        let stranger = sb.user(1002);
+        let elsewhere = stranger.cgroup("app.slice/app-a.scope");
+        let ask = |user: &User, cgroup: &Cgroup, from: &str, to: &str| {
+            let dig = format!("dig +tries=1 +time=1 -b {from} {to} {V4_NAME} A 2>&1 || true");
+            let said = user.output(cgroup, &["sh", "-c", &dig]);
+            said.contains("ANSWER: 1")
+        };
+        for (own, server, relay) in [
+            ("192.0.2.1", "203.0.113.7", "127.0.0.1"),
+            ("127.0.0.1", "127.0.0.53", "127.0.0.1"),
+            ("2001:db8::1", "2001:db8:7::7", "::1"),
+            ("::1", "::1", "::1"),
+        ] {
+            let from = format!("{own}#41000");
+            let (as_told, direct) = (format!("@{server}"), format!("@{relay} -p {dns}"));
+            assert!(ask(&bed.relayed.user, &cgroup, &from, &as_told), "{from}");
+            assert!(!ask(&stranger, &elsewhere, &from, &direct), "{from}");
+            // The application still has it.
+            assert!(ask(&bed.relayed.user, &cgroup, &from, &as_told), "{from}");
+        }
+    });
+}
+
 #[test]
 fn who_asks_the_relays_ports_directly_gets_nothing() {
     sandbox(|sb| {

@@ -3,6 +3,8 @@
 
 mod answer;
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -10,8 +12,9 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
+use crate::conntrack;
 use crate::entry::Entry;
 use crate::sockets::reset;
 use crate::tcp;
@@ -32,9 +35,53 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 /// How many queries may wait for the helper at once.
 const WAITING: usize = 256;
 
+/// How long the helper's word about a client is good for. Programs ask for both addresses of a name at once, and some ask
+/// everything from one socket.
+const GOOD_FOR: Duration = Duration::from_secs(10);
+
+/// About how many clients it is remembered.
+const CLIENTS: usize = 1024;
+
+/// Clients whose queries the kernel has redirected here, and until when they are known. Nobody else can be taken for one:
+/// the kernel remembers them for longer, and whoever sends to the listener from the same address and port is given
+/// another port meanwhile.
+#[derive(Debug)]
+struct Clients {
+    good_for: Duration,
+    until: RefCell<HashMap<SocketAddr, Instant>>,
+}
+
+impl Clients {
+    fn new() -> Self {
+        // Before the kernel does, where somebody has told it to be quick.
+        let kernel = conntrack::timeout("udp_timeout", Duration::from_secs(30));
+        Self {
+            good_for: GOOD_FOR.min(kernel / 2),
+            until: RefCell::default(),
+        }
+    }
+
+    fn know(&self, client: SocketAddr) -> bool {
+        let until = self.until.borrow();
+        until.get(&client).is_some_and(|at| Instant::now() < *at)
+    }
+
+    fn add(&self, client: SocketAddr) {
+        let mut until = self.until.borrow_mut();
+        let now = Instant::now();
+        if until.len() >= CLIENTS {
+            until.retain(|_, at| now < *at);
+        }
+        if until.len() < CLIENTS {
+            until.insert(client, now + self.good_for);
+        }
+    }
+}
+
 /// Answers queries over UDP until the proxy is gone.
 pub(crate) async fn run_udp(socket: Rc<UdpSocket>, entry: Rc<Entry>) {
     let waiting = std::sync::Arc::new(tokio::sync::Semaphore::new(WAITING));
+    let clients = Rc::new(Clients::new());
     let mut buffer = [0; QUERY_BYTES];
     loop {
         let received = tokio::select! {
@@ -49,32 +96,39 @@ pub(crate) async fn run_udp(socket: Rc<UdpSocket>, entry: Rc<Entry>) {
                 continue;
             }
         };
+        if clients.know(client) {
+            reply(&socket, &entry, &query, client).await;
+            continue;
+        }
         let Ok(permit) = waiting.clone().try_acquire_owned() else {
             continue;
         };
-        let (socket, entry) = (socket.clone(), entry.clone());
+        let (socket, entry, clients) = (socket.clone(), entry.clone(), clients.clone());
         tokio::task::spawn_local(async move {
             let _permit = permit;
             let Ok(listener) = socket.local_addr() else {
                 return;
             };
-            // Whoever sends to the port unasked would learn names, or use them up.
-            if entry
-                .shared
-                .dns_originals
-                .find(listener, client)
-                .await
-                .is_err()
-            {
-                return;
-            }
-            if let Some(answer) = answer_for(&entry, &query) {
-                let sent = socket.send_to(&answer, client).await;
-                if let Err(error) = sent {
-                    tracing::debug!("can't answer a query: {error}");
+            let originals = &entry.shared.dns_originals;
+            let turn = originals.next_turn().await;
+            // Whoever sends to the port unasked would learn names, or use them up. Another query may have been asked about
+            // meanwhile.
+            if !clients.know(client) {
+                if originals.find_in(turn, listener, client).await.is_err() {
+                    return;
                 }
+                clients.add(client);
             }
+            reply(&socket, &entry, &query, client).await;
         });
+    }
+}
+
+async fn reply(socket: &UdpSocket, entry: &Entry, query: &[u8], client: SocketAddr) {
+    if let Some(answer) = answer_for(entry, query)
+        && let Err(error) = socket.send_to(&answer, client).await
+    {
+        tracing::debug!("can't answer a query: {error}");
     }
 }
 
@@ -146,7 +200,7 @@ mod tests {
     use crate::entry::{Shared, Wanted};
     use crate::fake::{Fakes, LeftOut};
     use crate::original::Originals;
-    use crate::original::tests::{Known, tell};
+    use crate::original::tests::{Known, helper, tell};
     use crate::relay::Relay;
     use crate::upstream::{Protocol, Upstream};
     use answer::tests::query_of;
@@ -240,6 +294,67 @@ mod tests {
             answer.expect("it is answered").unwrap();
         };
         LocalSet::new().run_until(test).await;
+    }
+
+    /// Time stands still but for who waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn the_helper_is_asked_about_a_socket_and_not_about_each_of_its_queries() {
+        let test = async {
+            let directory = tempfile::tempdir().unwrap();
+            let known = Known::default();
+            let relay = relay(helper(directory.path(), &known));
+            let entry = relay.entry("own").unwrap();
+            let socket = Rc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+            tokio::task::spawn_local(run_udp(socket.clone(), entry));
+            let application = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            let listener = socket.local_addr().unwrap();
+            application.connect(listener).await.unwrap();
+            let client = application.local_addr().unwrap();
+            let is_answered = async || {
+                let query = query_of("example.org", TYPE::A, CLASS::IN);
+                application.send(&query).await.unwrap();
+                let mut answer = [0; 100];
+                timeout(Duration::from_secs(1), application.recv(&mut answer))
+                    .await
+                    .is_ok()
+            };
+            assert!(!is_answered().await, "nobody has redirected it");
+            known
+                .borrow_mut()
+                .insert(client, "192.0.2.1:53".parse().unwrap());
+            assert!(is_answered().await);
+            // The helper is not asked again, for a while.
+            known.borrow_mut().clear();
+            for _ in 0..3 {
+                assert!(is_answered().await);
+            }
+            tokio::time::advance(GOOD_FOR).await;
+            assert!(!is_answered().await, "it is asked again");
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[test]
+    fn no_more_clients_are_remembered_than_there_is_room_for() {
+        let clients = Clients {
+            good_for: GOOD_FOR,
+            until: RefCell::default(),
+        };
+        let client = |number: usize| {
+            let port = u16::try_from(number).unwrap();
+            SocketAddr::from(([127, 0, 0, 1], port))
+        };
+        for number in 0..=CLIENTS {
+            clients.add(client(number));
+        }
+        assert!(clients.know(client(0)) && !clients.know(client(CLIENTS)));
+        // Those that are not known any more make room.
+        for at in clients.until.borrow_mut().values_mut() {
+            *at = Instant::now();
+        }
+        clients.add(client(CLIENTS));
+        assert!(clients.know(client(CLIENTS)));
+        assert_eq!(clients.until.borrow().len(), 1);
     }
 
     #[tokio::test]

@@ -64,11 +64,16 @@ impl Originals {
         listener: SocketAddr,
         client: SocketAddr,
     ) -> Result<Original, Unknown> {
-        let turn = Turn(self.client.clone().lock_owned().await);
+        let turn = self.next_turn().await;
         self.find_in(turn, listener, client).await
     }
 
-    /// The next turn, unless somebody else has it: for what can wait, so that nobody waits for it.
+    /// The next turn, after all who wait for theirs already.
+    pub(crate) async fn next_turn(&self) -> Turn {
+        Turn(self.client.clone().lock_owned().await)
+    }
+
+    /// The same, unless somebody else has it: for what can wait, so that nobody waits for it.
     pub(crate) fn turn(&self) -> Option<Turn> {
         self.client.clone().try_lock_owned().ok().map(Turn)
     }
