@@ -58,7 +58,13 @@ pub(super) const BROKEN: &[(&str, Severity, Break)] = {
         ("config-missing", Note, |f| f.config = ConfigState::Missing),
         ("cgroup-hybrid", Note, |f| f.hierarchy = Hierarchy::Hybrid),
         ("cgroup-missing", Error, |f| f.hierarchy = Hierarchy::None),
-        ("manager-missing", Error, |f| f.manager.owner = Ok(None)),
+        ("manager-missing", Error, |f| {
+            f.manager.owner = Ok(None);
+            f.agent = Agent::NotRunning;
+        }),
+        ("manager-out-of-sight", Error, |f| {
+            f.manager.owner = Ok(None)
+        }),
         ("manager-not-yours", Error, |f| {
             f.manager.owner = Ok(Some(0))
         }),
