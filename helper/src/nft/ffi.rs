@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{CStr, c_int, c_void};
 use std::ptr::NonNull;
 
 use nftnl::nftnl_sys::{self as sys, libc};
@@ -18,6 +18,22 @@ use crate::peer::Uid;
 /// crate do: these allocations are a few dozen bytes.
 fn allocated<T>(pointer: *mut T) -> NonNull<T> {
     NonNull::new(pointer).unwrap_or_else(|| std::process::abort())
+}
+
+/// Begins a message of this kind, with these flags, about something in a table.
+///
+/// # Safety
+/// `buffer` has room for a header.
+unsafe fn header(
+    buffer: *mut c_void,
+    table: &Table,
+    kind: c_int,
+    flags: c_int,
+    seq: u32,
+) -> *mut libc::nlmsghdr {
+    let family = table.get_family() as u16;
+    // SAFETY: there is room (see above), and the rest are numbers.
+    unsafe { sys::nftnl_nlmsg_build_hdr(buffer.cast(), kind as u16, family, flags as u16, seq) }
 }
 
 /// Flags of `enum nft_table_flags` (linux/netfilter/nf_tables.h).
@@ -49,13 +65,7 @@ unsafe impl NlMsg for FlaggedTable<'_> {
             let name = self.table.get_name().as_ptr();
             sys::nftnl_table_set_str(table, sys::NFTNL_TABLE_NAME as u16, name);
             sys::nftnl_table_set_u32(table, sys::NFTNL_TABLE_FLAGS as u16, self.flags);
-            let header = sys::nftnl_nlmsg_build_hdr(
-                buffer.cast::<c_char>(),
-                kind as u16,
-                self.table.get_family() as u16,
-                libc::NLM_F_CREATE as u16,
-                seq,
-            );
+            let header = header(buffer, self.table, kind, libc::NLM_F_CREATE, seq);
             sys::nftnl_table_nlmsg_build_payload(header, table);
             sys::nftnl_table_free(table);
         }
@@ -194,43 +204,42 @@ impl<'a> Set<'a> {
             order.extend([1, 4]);
             order.extend(value.byte_order().to_ne_bytes());
         }
+        let flags = match content {
+            Content::Keys => 0,
+            Content::Intervals => libc::NFT_SET_INTERVAL,
+            Content::Verdicts | Content::Values(_) => libc::NFT_SET_MAP,
+        };
         // SAFETY: the set is fresh from the allocator; names are NUL-terminated, `order` is valid
         // for its own length, and the setters copy all of them.
         let set = unsafe {
             let set = allocated(sys::nftnl_set_alloc());
             let raw = set.as_ptr();
-            sys::nftnl_set_set_u32(raw, sys::NFTNL_SET_FAMILY as u16, ProtoFamily::Inet as u32);
+            let number = |attribute: u32, number: u32| {
+                sys::nftnl_set_set_u32(raw, attribute as u16, number);
+            };
+            number(sys::NFTNL_SET_FAMILY, ProtoFamily::Inet as u32);
             sys::nftnl_set_set_str(raw, sys::NFTNL_SET_TABLE as u16, table.get_name().as_ptr());
             sys::nftnl_set_set_str(raw, sys::NFTNL_SET_NAME as u16, name.as_ptr());
-            sys::nftnl_set_set_u32(raw, sys::NFTNL_SET_ID as u16, id);
-            sys::nftnl_set_set_u32(raw, sys::NFTNL_SET_KEY_TYPE as u16, key.number());
-            sys::nftnl_set_set_u32(raw, sys::NFTNL_SET_KEY_LEN as u16, key.length());
+            number(sys::NFTNL_SET_ID, id);
+            number(sys::NFTNL_SET_KEY_TYPE, key.number());
+            number(sys::NFTNL_SET_KEY_LEN, key.length());
             sys::nftnl_set_set_data(
                 raw,
                 sys::NFTNL_SET_USERDATA as u16,
-                order.as_ptr().cast::<c_void>(),
+                order.as_ptr().cast(),
                 order.len() as u32,
             );
+            number(sys::NFTNL_SET_FLAGS, flags as u32);
+            match content {
+                Content::Keys | Content::Intervals => {}
+                Content::Verdicts => number(sys::NFTNL_SET_DATA_TYPE, libc::NFT_DATA_VERDICT),
+                Content::Values(value) => {
+                    number(sys::NFTNL_SET_DATA_TYPE, value.number());
+                    number(sys::NFTNL_SET_DATA_LEN, value.length());
+                }
+            }
             set
         };
-        let flags = match content {
-            Content::Keys => 0,
-            Content::Intervals => libc::NFT_SET_INTERVAL as u32,
-            Content::Verdicts | Content::Values(_) => libc::NFT_SET_MAP as u32,
-        };
-        // SAFETY: the set is alive until this value is dropped.
-        unsafe {
-            sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_FLAGS as u16, flags);
-            if content == Content::Verdicts {
-                let verdict = libc::NFT_DATA_VERDICT;
-                sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_DATA_TYPE as u16, verdict);
-            }
-            if let Content::Values(value) = content {
-                let (kind, length) = (value.number(), value.length());
-                sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_DATA_TYPE as u16, kind);
-                sys::nftnl_set_set_u32(set.as_ptr(), sys::NFTNL_SET_DATA_LEN as u16, length);
-            }
-        }
         Self { set, table }
     }
 
@@ -251,51 +260,30 @@ impl<'a> Set<'a> {
         // frees it with itself.
         unsafe {
             let raw = allocated(sys::nftnl_set_elem_alloc()).as_ptr();
-            sys::nftnl_set_elem_set(
-                raw,
-                sys::NFTNL_SET_ELEM_KEY as u16,
-                key.as_ptr().cast::<c_void>(),
-                key.len() as u32,
-            );
+            let number = |attribute: u32, number: c_int| {
+                sys::nftnl_set_elem_set_u32(raw, attribute as u16, number as u32);
+            };
+            let bytes = |attribute: u32, bytes: &[u8]| {
+                let (start, length) = (bytes.as_ptr().cast(), bytes.len() as u32);
+                sys::nftnl_set_elem_set(raw, attribute as u16, start, length);
+            };
+            bytes(sys::NFTNL_SET_ELEM_KEY, key);
             match element {
                 Element::Key => {}
                 Element::IntervalEnd => {
-                    let flag = libc::NFT_SET_ELEM_INTERVAL_END as u32;
-                    sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_FLAGS as u16, flag);
+                    number(sys::NFTNL_SET_ELEM_FLAGS, libc::NFT_SET_ELEM_INTERVAL_END);
                 }
                 Element::Goto(chain) => {
-                    let goto = libc::NFT_GOTO as u32;
-                    sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_VERDICT as u16, goto);
-                    sys::nftnl_set_elem_set_str(
-                        raw,
-                        sys::NFTNL_SET_ELEM_CHAIN as u16,
-                        chain.as_ptr(),
-                    );
+                    number(sys::NFTNL_SET_ELEM_VERDICT, libc::NFT_GOTO);
+                    let attribute = sys::NFTNL_SET_ELEM_CHAIN as u16;
+                    sys::nftnl_set_elem_set_str(raw, attribute, chain.as_ptr());
                 }
-                Element::Drop => {
-                    let drop = libc::NF_DROP as u32;
-                    sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_VERDICT as u16, drop);
-                }
-                Element::Return => {
-                    let verdict = libc::NFT_RETURN as u32;
-                    sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_VERDICT as u16, verdict);
-                }
-                Element::Value(value) => {
-                    sys::nftnl_set_elem_set(
-                        raw,
-                        sys::NFTNL_SET_ELEM_DATA as u16,
-                        value.as_ptr().cast::<c_void>(),
-                        value.len() as u32,
-                    );
-                }
+                Element::Drop => number(sys::NFTNL_SET_ELEM_VERDICT, libc::NF_DROP),
+                Element::Return => number(sys::NFTNL_SET_ELEM_VERDICT, libc::NFT_RETURN),
+                Element::Value(value) => bytes(sys::NFTNL_SET_ELEM_DATA, value),
             }
             if let Some(Comment(data)) = comment {
-                sys::nftnl_set_elem_set(
-                    raw,
-                    sys::NFTNL_SET_ELEM_USERDATA as u16,
-                    data.as_ptr().cast::<c_void>(),
-                    data.len() as u32,
-                );
+                bytes(sys::NFTNL_SET_ELEM_USERDATA, data);
             }
             sys::nftnl_set_elem_add(self.set.as_ptr(), raw);
         }
@@ -331,13 +319,7 @@ unsafe impl NlMsg for Set<'_> {
         };
         // SAFETY: `buffer` has room for the largest message (the trait's contract), the set is alive.
         unsafe {
-            let header = sys::nftnl_nlmsg_build_hdr(
-                buffer.cast::<c_char>(),
-                kind as u16,
-                self.table.get_family() as u16,
-                flags as u16,
-                seq,
-            );
+            let header = header(buffer, self.table, kind, flags, seq);
             sys::nftnl_set_nlmsg_build_payload(header, self.set.as_ptr());
         }
     }
@@ -384,13 +366,7 @@ unsafe impl NlMsg for ElementMessage<'_> {
         // SAFETY: `buffer` has room for the largest message (the trait's contract); the iterator
         // and the set that it walks are borrowed, so both are alive.
         let more = unsafe {
-            let header = sys::nftnl_nlmsg_build_hdr(
-                buffer.cast::<c_char>(),
-                kind as u16,
-                set.table.get_family() as u16,
-                flags as u16,
-                seq,
-            );
+            let header = header(buffer, set.table, kind, flags, seq);
             sys::nftnl_set_elems_nlmsg_build_payload_iter(header, iter.as_ptr())
         };
         finished.set(more <= 0);
@@ -411,13 +387,7 @@ unsafe impl NlMsg for FlushSet<'_> {
             for attribute in [sys::NFTNL_SET_TABLE as u16, sys::NFTNL_SET_NAME as u16] {
                 sys::nftnl_set_set_str(set, attribute, sys::nftnl_set_get_str(of, attribute));
             }
-            let header = sys::nftnl_nlmsg_build_hdr(
-                buffer.cast::<c_char>(),
-                libc::NFT_MSG_DELSETELEM as u16,
-                self.0.table.get_family() as u16,
-                0,
-                seq,
-            );
+            let header = header(buffer, self.0.table, libc::NFT_MSG_DELSETELEM, 0, seq);
             sys::nftnl_set_elems_nlmsg_build_payload(header, set);
             sys::nftnl_set_free(set);
         }

@@ -16,7 +16,7 @@ use crate::route::Family;
 const CHAIN: &CStr = c"probe";
 
 /// Makes a rule of what is to be tried.
-pub(super) type Attempt = fn(RuleBuilder<'_>) -> RuleBuilder<'_>;
+type Attempt = fn(RuleBuilder<'_>) -> RuleBuilder<'_>;
 
 /// What proxies need besides what the table itself needs, without which the helper does not start.
 pub(super) const FEATURES: [(&str, Attempt); 3] = [
