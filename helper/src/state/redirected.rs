@@ -7,7 +7,7 @@ use std::num::NonZeroU16;
 use super::{Error, State};
 use crate::conntrack::{Conntrack, Entry};
 use crate::kernel::Kernel;
-use crate::nft::Delivery;
+use crate::nft::{Delivery, Proxy};
 use crate::peer::Uid;
 
 impl<K: Kernel> State<K> {
@@ -22,34 +22,7 @@ impl<K: Kernel> State<K> {
         listener: SocketAddr,
         client: SocketAddr,
     ) -> Result<(SocketAddr, SocketAddr), Error> {
-        const ADDRESSES: [IpAddr; 2] = [
-            IpAddr::V4(Ipv4Addr::LOCALHOST),
-            IpAddr::V6(Ipv6Addr::LOCALHOST),
-        ];
-        let port = NonZeroU16::new(listener.port()).ok_or(Error::NotRedirected)?;
-        let range = self.config.marks;
-        let marks: Vec<u32> = match self.registry.policy(uid) {
-            Some(policy) if ADDRESSES.contains(&listener.ip()) => policy
-                .layout
-                .proxies
-                .values()
-                .flat_map(|proxy| {
-                    let redirected = proxy.settings.delivery == Delivery::Redirect(Some(port));
-                    let own = proxy
-                        .settings
-                        .dns_hijack
-                        .as_ref()
-                        .filter(|hijack| hijack.own);
-                    let asked = own.is_some_and(|hijack| hijack.port == port);
-                    let dns = asked.then(|| range.dns_value(proxy.mark));
-                    redirected
-                        .then(|| proxy.mark.value())
-                        .into_iter()
-                        .chain(dns)
-                })
-                .collect(),
-            _ => Vec::new(),
-        };
+        let marks = self.marks_received_at(uid, listener);
         if marks.is_empty() {
             return Err(Error::NotRedirected);
         }
@@ -71,8 +44,30 @@ impl<K: Kernel> State<K> {
                 source,
                 destination,
                 mark,
-            }) if marks.contains(&(mark & range.mask())) => Ok((source, destination)),
+            }) if marks.contains(&(mark & self.config.marks.mask())) => Ok((source, destination)),
             _ => Err(Error::NotRedirected),
         }
+    }
+
+    /// The marks of what a proxy of this user's receives at this address: connections to it, or DNS queries.
+    fn marks_received_at(&self, uid: Uid, listener: SocketAddr) -> Vec<u32> {
+        const ADDRESSES: [IpAddr; 2] = [
+            IpAddr::V4(Ipv4Addr::LOCALHOST),
+            IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ];
+        let policy = self.registry.policy(uid);
+        let policy = policy.filter(|_| ADDRESSES.contains(&listener.ip()));
+        let (Some(policy), Some(port)) = (policy, NonZeroU16::new(listener.port())) else {
+            return Vec::new();
+        };
+        let marks = |proxy: &Proxy| {
+            let Proxy { mark, settings } = proxy;
+            let redirected = settings.delivery == Delivery::Redirect(Some(port));
+            let hijack = settings.dns_hijack.as_ref();
+            let asked = hijack.is_some_and(|hijack| hijack.own && hijack.port == port);
+            let dns = asked.then(|| self.config.marks.dns_value(*mark));
+            redirected.then(|| mark.value()).into_iter().chain(dns)
+        };
+        policy.layout.proxies.values().flat_map(marks).collect()
     }
 }
