@@ -39,15 +39,15 @@ const ENVIRONMENT: &str = "Environment:\n\
 pub struct Arguments {
     /// Listen for the agent on this socket, unless systemd hands one over
     #[arg(long, value_name = "PATH")]
-    pub socket: Option<PathBuf>,
+    pub(crate) socket: Option<PathBuf>,
 
     /// Where the helper listens, who knows where UDP was going
     #[arg(long, value_name = "PATH", env = HELPER_SOCKET_VARIABLE, default_value = HELPER_SOCKET)]
-    pub helper: PathBuf,
+    pub(crate) helper: PathBuf,
 
     /// How many TCP connections there may be at once, and how many UDP flows
     #[arg(long, value_name = "NUMBER", default_value_t = 8192, value_parser = connections)]
-    pub connections: u32,
+    pub(crate) connections: u32,
 }
 
 /// The most connections that may be asked for.

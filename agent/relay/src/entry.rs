@@ -22,7 +22,7 @@ const LOOKUPS: usize = 1024;
 
 /// What all listeners share.
 #[derive(Debug)]
-pub struct Shared {
+pub(crate) struct Shared {
     /// How many TCP connections there may be, and how many UDP flows.
     pub limit: usize,
     /// One permit for each TCP connection that there may be.
@@ -46,8 +46,7 @@ pub struct Shared {
 
 impl Shared {
     /// With room for `limit` connections.
-    #[must_use]
-    pub fn new(limit: usize, originals: Originals, fakes: Fakes) -> Self {
+    pub(crate) fn new(limit: usize, originals: Originals, fakes: Fakes) -> Self {
         Self {
             limit,
             connections: Arc::new(Semaphore::new(limit)),
@@ -64,7 +63,7 @@ impl Shared {
 
 /// One proxy's listeners, and what has become of its connections.
 #[derive(Debug)]
-pub struct Entry {
+pub(crate) struct Entry {
     /// Replaced when the configuration is.
     upstream: RefCell<Rc<Upstream>>,
     /// Of which families no addresses stand for names.
@@ -85,7 +84,7 @@ pub struct Entry {
 
 /// How a proxy is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Report {
+pub(crate) struct Report {
     /// Its name.
     pub name: String,
     /// The port for connections.
@@ -244,7 +243,7 @@ fn note(problem: &RefCell<Option<String>>, name: &str, result: Result<(), &Error
 
 /// A proxy as it is to be.
 #[derive(Debug)]
-pub struct Wanted {
+pub(crate) struct Wanted {
     /// Where connections go.
     pub upstream: Upstream,
     /// DNS queries are answered with addresses that stand for names.

@@ -15,7 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::target::Target;
 
-pub use networks::{LeftOut, Networks};
+pub(crate) use networks::{LeftOut, Networks};
 
 /// How many names there may be, if the networks are twice as large.
 const NAMES: u32 = 65536;
@@ -49,7 +49,7 @@ struct Entry {
 
 /// Which address stands for which name.
 #[derive(Debug)]
-pub struct Fakes {
+pub(crate) struct Fakes {
     networks: Networks,
     numbers: HashMap<Rc<str>, u32>,
     entries: HashMap<u32, Entry>,
@@ -71,8 +71,7 @@ pub struct Fakes {
 
 impl Fakes {
     /// No name has an address yet. What is in `file` comes back with the networks.
-    #[must_use]
-    pub fn new(file: Option<PathBuf>) -> Self {
+    pub(crate) fn new(file: Option<PathBuf>) -> Self {
         Self {
             networks: Networks::default(),
             numbers: HashMap::new(),
@@ -88,7 +87,7 @@ impl Fakes {
     }
 
     /// Takes addresses from these networks from now on.
-    pub fn set_networks(&mut self, networks: Networks) {
+    pub(crate) fn set_networks(&mut self, networks: Networks) {
         if self.networks != networks {
             self.networks = networks;
             self.numbers.clear();

@@ -16,7 +16,7 @@ const FIELDS: usize = 96;
 
 /// Why a proxy does not make a connection.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The connection to it broke.
     #[error("the connection to it broke: {0}")]
     Io(#[from] io::Error),

@@ -15,7 +15,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 
 /// A connection to the helper, made when it is first needed.
 #[derive(Debug)]
-pub struct Originals {
+pub(crate) struct Originals {
     socket: PathBuf,
     client: Arc<Mutex<Option<Client>>>,
 }
@@ -42,8 +42,7 @@ pub(crate) enum Unknown {
 
 impl Originals {
     /// Asks the helper at this socket.
-    #[must_use]
-    pub fn new(socket: PathBuf) -> Self {
+    pub(crate) fn new(socket: PathBuf) -> Self {
         Self {
             socket,
             client: Arc::default(),

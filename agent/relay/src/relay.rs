@@ -11,7 +11,7 @@ use crate::{dns, tcp, udp};
 
 /// A proxy's ports.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ports {
+pub(crate) struct Ports {
     /// Its name.
     pub name: String,
     /// For connections.
@@ -22,15 +22,14 @@ pub struct Ports {
 
 /// All proxies.
 #[derive(Debug)]
-pub struct Relay {
+pub(crate) struct Relay {
     shared: Rc<Shared>,
     entries: RefCell<BTreeMap<String, Rc<Entry>>>,
 }
 
 impl Relay {
     /// A relay without proxies.
-    #[must_use]
-    pub fn new(shared: Shared) -> Self {
+    pub(crate) fn new(shared: Shared) -> Self {
         Self {
             shared: Rc::new(shared),
             entries: RefCell::default(),
@@ -38,8 +37,7 @@ impl Relay {
     }
 
     /// What all listeners share.
-    #[must_use]
-    pub fn shared(&self) -> &Shared {
+    pub(crate) fn shared(&self) -> &Shared {
         &self.shared
     }
 
@@ -52,7 +50,7 @@ impl Relay {
     ///
     /// # Errors
     /// If there is no port for one; nothing has changed then.
-    pub fn configure(&self, wanted: Vec<Wanted>) -> io::Result<Vec<Ports>> {
+    pub(crate) fn configure(&self, wanted: Vec<Wanted>) -> io::Result<Vec<Ports>> {
         let mut entries = self.entries.borrow_mut();
         let mut fresh = Vec::new();
         let mut kept = Vec::new();
@@ -103,13 +101,12 @@ impl Relay {
     }
 
     /// Writes down which addresses stand for which names.
-    pub fn save(&self) {
+    pub(crate) fn save(&self) {
         self.shared.fakes.borrow_mut().save();
     }
 
     /// How all proxies are doing.
-    #[must_use]
-    pub fn reports(&self) -> Vec<Report> {
+    pub(crate) fn reports(&self) -> Vec<Report> {
         let entries = self.entries.borrow();
         entries.values().map(|entry| entry.report()).collect()
     }

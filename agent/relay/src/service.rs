@@ -24,7 +24,7 @@ use crate::upstream::{Protocol, Upstream};
 
 /// How long the relay goes on without anybody who has configured it: longer than the helper keeps the
 /// policy of an agent that is gone.
-pub const LINGER: Duration = Duration::from_secs(30);
+pub(crate) const LINGER: Duration = Duration::from_secs(30);
 
 /// How many programs may be connected at once.
 const CONNECTIONS: usize = 16;
@@ -38,7 +38,7 @@ struct Agents {
 }
 
 /// Serves until nobody has wanted the relay for `linger`. To be run within a `LocalSet`.
-pub async fn run(socket: &Socket, relay: &Rc<Relay>, linger: Duration) {
+pub(crate) async fn run(socket: &Socket, relay: &Rc<Relay>, linger: Duration) {
     let agents = Rc::new(Agents::default());
     let connection = || Connection {
         relay: relay.clone(),

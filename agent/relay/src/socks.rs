@@ -30,7 +30,7 @@ pub(crate) const FIELD_BYTES: usize = 255;
 
 /// Who to say that one is, and how to prove it: neither is empty nor longer than `FIELD_BYTES`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Credentials {
+pub(crate) struct Credentials {
     /// The user.
     pub user: String,
     /// The password.
@@ -39,7 +39,7 @@ pub struct Credentials {
 
 /// Why a server does not do what it is asked for.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The connection to it broke.
     #[error("the connection to it broke: {0}")]
     Io(#[from] io::Error),

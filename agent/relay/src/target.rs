@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 /// The destination of a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Target {
+pub(crate) enum Target {
     /// An address.
     Address(SocketAddr),
     /// A name, for the proxy to look up, and a port.

@@ -42,7 +42,7 @@ const NO_UDP: &str = "an HTTP proxy carries no UDP";
 
 /// How a proxy is spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Protocol {
+pub(crate) enum Protocol {
     /// SOCKS5.
     Socks5,
     /// HTTP CONNECT.
@@ -53,7 +53,7 @@ pub enum Protocol {
 
 /// A proxy that connections are carried on to.
 #[derive(Debug)]
-pub struct Upstream {
+pub(crate) struct Upstream {
     /// Its name in the user's configuration.
     pub name: String,
     /// How it is spoken to.
@@ -71,7 +71,7 @@ pub struct Upstream {
 
 /// Why a connection was not carried on.
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The proxy is not there, or no proxy of its kind: nothing gets through.
     #[error("{0}")]
     Down(String),
@@ -107,8 +107,7 @@ impl Stream {
 
 impl Upstream {
     /// A proxy, which is not spoken to yet.
-    #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         name: String,
         protocol: Protocol,
         host: String,
@@ -128,8 +127,7 @@ impl Upstream {
     }
 
     /// Whether the other one is the same in all that matters.
-    #[must_use]
-    pub fn is_same_as(&self, other: &Self) -> bool {
+    pub(crate) fn is_same_as(&self, other: &Self) -> bool {
         (&self.host, self.port, self.protocol) == (&other.host, other.port, other.protocol)
             && self.credentials == other.credentials
     }

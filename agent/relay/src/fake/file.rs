@@ -22,7 +22,7 @@ impl Fakes {
     }
 
     /// Writes down what has changed, if there is a file for it.
-    pub fn save(&mut self) {
+    pub(crate) fn save(&mut self) {
         let Some(file) = &self.file else {
             return;
         };

@@ -6,7 +6,7 @@ use cgtproxy_proto::network::{FAKE_IPV4, FAKE_IPV6, Network};
 
 /// Families of addresses that a proxy leaves out: one that stood for a name would lead past the proxy, and to nobody.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct LeftOut {
+pub(crate) struct LeftOut {
     /// IPv4.
     pub ipv4: bool,
     /// IPv6.
@@ -15,7 +15,7 @@ pub struct LeftOut {
 
 /// Where the addresses are from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Networks {
+pub(crate) struct Networks {
     pub(super) ipv4: (Ipv4Addr, u8),
     pub(super) ipv6: (Ipv6Addr, u8),
 }
@@ -34,7 +34,7 @@ impl Networks {
     ///
     /// # Errors
     /// The name of the parameter that is none with room for a name.
-    pub fn parse(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<Self, &'static str> {
+    pub(crate) fn parse(ipv4: Option<&str>, ipv6: Option<&str>) -> Result<Self, &'static str> {
         let network = |text: &str| text.parse::<Network>().ok();
         let mut networks = Self::default();
         if let Some(text) = ipv4 {
