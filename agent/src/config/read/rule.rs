@@ -2,7 +2,7 @@
 
 use crate::config::Scope;
 use crate::config::finding::Place;
-use crate::config::reader::{Reader, list, nearest};
+use crate::config::reader::{Entries, Reader, list, nearest};
 use crate::config::yaml::{Node, Value};
 use crate::policy::{ExecSlices, Outside, Rule, Selector, Target};
 use crate::text::printable;
@@ -136,33 +136,7 @@ impl Reader<'_> {
         {
             self.warn_if_outside(node.place, pattern);
         }
-        let mut targets: Vec<(&str, Option<Target>)> = Vec::new();
-        for key in ["tproxy", "proxy"] {
-            if let Some(name) = entries.get(key) {
-                let target = self.reference(name, key, proxies, used);
-                targets.push((key, target));
-            }
-        }
-        if let Some(drop) = entries.get("drop") {
-            let all = matches!(&drop.value, Value::Text(text) if text == "all");
-            let target = match all {
-                true => Some(Some(Target::DropAll)),
-                false => self
-                    .switch(
-                        drop,
-                        "'drop'",
-                        "'true', or 'all' to drop bypassed destinations too",
-                    )
-                    .map(|drop| drop.then_some(Target::Drop)),
-            };
-            push_target(&mut targets, "drop", target);
-        }
-        if let Some(direct) = entries.get("direct") {
-            let target = self
-                .boolean(direct, "'direct'")
-                .map(|direct| direct.then_some(Target::Direct));
-            push_target(&mut targets, "direct", target);
-        }
+        let targets = self.targets(&entries, proxies, used);
         let enforce = entries
             .get("enforce")
             .and_then(|node| self.enforce(node, scope))
@@ -188,6 +162,41 @@ impl Reader<'_> {
                 None
             }
         }
+    }
+
+    /// The targets of a rule by their keys; none in the place of a wrong one. What is switched off is no target.
+    fn targets(
+        &mut self,
+        entries: &Entries<'_>,
+        proxies: &Proxies,
+        used: &mut Vec<String>,
+    ) -> Vec<(&'static str, Option<Target>)> {
+        let mut targets = Vec::new();
+        for key in ["tproxy", "proxy"] {
+            if let Some(name) = entries.get(key) {
+                let target = self.reference(name, key, proxies, used);
+                targets.push((key, target));
+            }
+        }
+        if let Some(drop) = entries.get("drop") {
+            let wanted = "'true', or 'all' to drop bypassed destinations too";
+            match &drop.value {
+                Value::Text(text) if text == "all" => {
+                    targets.push(("drop", Some(Target::DropAll)));
+                }
+                _ => match self.switch(drop, "'drop'", wanted) {
+                    Some(false) => {}
+                    on => targets.push(("drop", on.map(|_| Target::Drop))),
+                },
+            }
+        }
+        if let Some(direct) = entries.get("direct") {
+            match self.boolean(direct, "'direct'") {
+                Some(false) => {}
+                on => targets.push(("direct", on.map(|_| Target::Direct))),
+            }
+        }
+        targets
     }
 
     fn enforce(&mut self, node: &Node, scope: Scope) -> Option<bool> {
@@ -233,18 +242,5 @@ impl Reader<'_> {
         let message = format!("there is no {key} '{}'", printable(&name));
         self.error(node.place, message).help = Some(help);
         None
-    }
-}
-
-/// Counts a target that is there: wrong ones count, switched off ones do not.
-fn push_target<'a>(
-    targets: &mut Vec<(&'a str, Option<Target>)>,
-    key: &'a str,
-    target: Option<Option<Target>>,
-) {
-    match target {
-        None => targets.push((key, None)),
-        Some(Some(target)) => targets.push((key, Some(target))),
-        Some(None) => {}
     }
 }
