@@ -52,37 +52,14 @@ impl<'a> Installed<'a> {
     /// Gives a user a configuration and an agent.
     #[track_caller]
     pub fn enable(&self, user: &SystemUser, config: &str) {
-        self.write_config(user, config);
-        let start = ["systemctl", "--user", "enable", "--now", AGENT];
-        self.system.run_as(user, &start);
-    }
-
-    /// Writes a user's configuration, all at once.
-    #[track_caller]
-    pub fn write_config(&self, user: &SystemUser, config: &str) {
-        let script = "mkdir -p ~/.config/cgtproxy && cd ~/.config/cgtproxy &&
-                      printf %s \"$1\" > new && mv new config.yaml";
-        self.system
-            .run_as(user, &["sh", "-c", script, "sh", config]);
-    }
-
-    /// What the user's agent says about everything; nothing if it does not answer.
-    #[track_caller]
-    pub fn status(&self, user: &SystemUser) -> Value {
-        let command = ["cgtproxy-agent", "status", "--json"];
-        let output = self.system.output_as(user, &command);
-        serde_json::from_slice(&output.stdout).unwrap_or_default()
+        self.system.write_config(user, config);
+        self.system.enable_agent(user);
     }
 
     /// Waits until the user's agent has the helper's word that everything is in the kernel.
     #[track_caller]
     pub fn wait_in_force(&self, user: &SystemUser) {
-        wait_until("everything is in force", || {
-            let status = self.status(user);
-            let groups = status["controlGroups"].as_array();
-            status["connected"] == true
-                && groups.is_some_and(|all| all.iter().all(|group| group["inForce"] == true))
-        });
+        self.system.wait_in_force(Some(user));
     }
 
     /// Insists on what becomes of what an application asks: see [`Sandbox::expect`].
@@ -106,5 +83,43 @@ impl<'a> Installed<'a> {
     /// Counts how often the helper has put something back.
     pub fn restored(&self) -> usize {
         self.system.journal(HELPER).matches("restored it").count()
+    }
+}
+
+impl System {
+    /// Writes a user's configuration, all at once.
+    #[track_caller]
+    pub fn write_config(&self, user: &SystemUser, config: &str) {
+        let script = "mkdir -p ~/.config/cgtproxy && cd ~/.config/cgtproxy &&
+                      printf %s \"$1\" > new && mv new config.yaml";
+        self.run_as(user, &["sh", "-c", script, "sh", config]);
+    }
+
+    /// Enables a user's agent, and starts it.
+    #[track_caller]
+    pub fn enable_agent(&self, user: &SystemUser) {
+        self.run_as(user, &["systemctl", "--user", "enable", "--now", AGENT]);
+    }
+
+    /// What an agent says about everything, which is the machine's if it is nobody's; nothing if it does not answer.
+    #[must_use]
+    pub fn agent_status(&self, user: Option<&SystemUser>) -> Value {
+        let output = match user {
+            Some(user) => self.output_as(user, &["cgtproxy-agent", "status", "--json"]),
+            None => self.output(&["cgtproxy-agent", "--system", "status", "--json"]),
+        };
+        serde_json::from_slice(&output.stdout).unwrap_or_default()
+    }
+
+    /// Waits until such an agent has the helper's word that everything is in the kernel.
+    #[track_caller]
+    pub fn wait_in_force(&self, user: Option<&SystemUser>) {
+        wait_until("everything is in force", || {
+            // None yet, if the agent is about to start again.
+            let status = self.agent_status(user);
+            let groups = status["controlGroups"].as_array();
+            status["connected"] == true
+                && groups.is_some_and(|all| all.iter().all(|group| group["inForce"] == true))
+        });
     }
 }

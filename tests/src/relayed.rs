@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use serde_json::Value;
+
 use crate::sandbox::{App, INTERNET_V4, INTERNET_V6, Outcome, Sandbox, Service, User};
 use crate::wait::wait_until;
 
@@ -56,6 +58,14 @@ impl Relayed {
     pub fn agent(&self, command: &str) -> String {
         let output = self.user.run("cgtproxy-agent", &[command]);
         String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// What the agent tells of the relay's first proxy; nothing if it tells nothing.
+    #[must_use]
+    pub fn upstream(&self) -> Value {
+        let status = self.user.run("cgtproxy-agent", &["status", "--json"]);
+        let mut status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
+        status["relay"]["upstreams"][0].take()
     }
 
     /// What becomes of a TCP connection in the end, once somebody has answered.

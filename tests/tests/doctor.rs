@@ -621,11 +621,9 @@ fn is_content_with_a_system_that_is_set_up_as_the_readme_says() {
         for command in opinion.commands("helper-missing") {
             system.run(&["sh", "-ec", &command]);
         }
-        let script =
-            "mkdir -p ~/.config/cgtproxy && printf %s \"$1\" > ~/.config/cgtproxy/config.yaml";
         let hijack = "{port: 7890, dns-hijack: {ip: 127.0.0.1, port: 1053}}";
         let config = CONFIG.replace("{port: 7890}", hijack);
-        system.run_as(alice, &["sh", "-c", script, "sh", &config]);
+        system.write_config(alice, &config);
         for command in opinion.commands("agent-not-running") {
             system.run_as(alice, &["sh", "-ec", &command]);
         }

@@ -9,7 +9,6 @@ use cgtproxy_tests::proxies::{dante, microsocks, tinyproxy};
 use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, came_from_the_internet, config};
 use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, Outcome, Sandbox, direct, sandbox};
 use cgtproxy_tests::wait::wait_until;
-use serde_json::Value;
 
 #[test]
 fn tcp_goes_through_a_socks_server() {
@@ -48,9 +47,7 @@ fn short_flows(sb: &Sandbox) {
 
 /// How many flows of UDP the relay has, by what the agent says.
 fn flows_of(bed: &Relayed) -> Option<u64> {
-    let status = bed.user.run("cgtproxy-agent", &["status", "--json"]);
-    let status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
-    status.pointer("/relay/upstreams/0/flows")?.as_u64()
+    bed.upstream().get("flows")?.as_u64()
 }
 
 #[test]

@@ -14,7 +14,6 @@ use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, config};
 use cgtproxy_tests::sandbox::{App, INTERNET_V4, Outcome, Program, Sandbox, sandbox};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::{Afterwards, Speech};
-use serde_json::Value;
 
 /// What docs/how-it-works.md says that the relay's memory stays below, in KiB: without connections, and for each.
 const BASE: u64 = 16 * 1024;
@@ -41,13 +40,6 @@ fn other_app(bed: &Relayed, name: &str, proxy: &str) -> App {
     let cgroup = bed.user.cgroup(format!("app.slice/{name}.scope"));
     Agent::of(&bed.user).wait_for_verdict(&cgroup, proxy);
     cgroup.app()
-}
-
-/// What the agent says of the upstream.
-fn upstream(bed: &Relayed) -> Value {
-    let status = bed.user.run("cgtproxy-agent", &["status", "--json"]);
-    let mut status: Value = serde_json::from_slice(&status.stdout).expect("JSON");
-    status["relay"]["upstreams"][0].take()
 }
 
 fn assert_memory(bed: &Relayed, bound: u64) {
@@ -242,7 +234,7 @@ fn who_sends_to_the_relay_unasked_takes_neither_flows_nor_names_away() {
         let [to, other] = sb.destinations();
         let socket = bed.app.open_udp(to);
         assert_from_the_internet(&Outcome::in_the_end(|| socket.ask()), to);
-        let port = upstream(&bed)["port"].as_u64();
+        let port = bed.upstream()["port"].as_u64();
         let port = port.and_then(|port| u16::try_from(port).ok());
         // Another user, from more sockets than there may be flows.
         let stranger = sb.user(1002).cgroup("app.slice/app-c.scope").app();
@@ -267,9 +259,9 @@ fn whoever_gives_up_before_the_proxy_answers_leaves_nothing_behind() {
         let bed = bed(sb, "socks5://192.0.2.2:1080", CONNECTIONS);
         for to in sb.destinations() {
             let connection = bed.app.open_tcp(to).expect("the relay is there");
-            wait_until("it to be on its way", || upstream(&bed)["connections"] == 1);
+            wait_until("it to be on its way", || bed.upstream()["connections"] == 1);
             connection.reset();
-            wait_until("it to be over", || upstream(&bed)["connections"] == 0);
+            wait_until("it to be over", || bed.upstream()["connections"] == 0);
             sb.assert_nothing_left_for(to.ip());
         }
     });

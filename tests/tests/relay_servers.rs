@@ -16,7 +16,6 @@ use cgtproxy_tests::relayed::{Relayed, assert_from_the_internet, config};
 use cgtproxy_tests::sandbox::{INTERNET_V4, INTERNET_V6, Outcome, Program, Sandbox, User, sandbox};
 use cgtproxy_tests::wait::wait_until;
 use cgtproxy_tests::wire::{Afterwards, Speech};
-use serde_json::Value;
 
 fn bed(sb: &Sandbox, uid: u32, upstream: &str, certificates: &str) -> Relayed {
     let builder = Relayed::builder(sb).uid(uid).certificates(certificates);
@@ -248,11 +247,7 @@ fn an_application_that_is_gone_is_not_waited_for_within_tls() {
         let _stuck = stuck(sb);
         let bed = bed(sb, 1001, "https://192.0.2.2:8445", "/run/tls/ours.pem");
         let [to, _] = sb.destinations();
-        let open = || {
-            let status = bed.user.run("cgtproxy-agent", &["status", "--json"]);
-            let status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
-            status["relay"]["upstreams"][0]["connections"].as_u64()
-        };
+        let open = || bed.upstream()["connections"].as_u64();
         let connection = bed.app.open_tcp(to).expect("the relay is there");
         connection.say("hello");
         wait_until("bytes to have got there", || {

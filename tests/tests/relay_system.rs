@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 
-use cgtproxy_tests::installed::{AGENT, Installed};
+use cgtproxy_tests::installed::Installed;
 use cgtproxy_tests::proxies::tinyproxy;
 use cgtproxy_tests::relayed::came_from_the_internet;
 use cgtproxy_tests::sandbox::{App, INTERNET_V4, Outcome, Sandbox, direct, sandbox};
@@ -51,7 +51,7 @@ fn without_a_configuration_the_environments_proxy_is_there() {
         let variable = "ALL_PROXY=socks5://192.0.2.2:1080";
         system.run_as(alice, &["systemctl", "--user", "set-environment", variable]);
         for user in [alice, bob] {
-            system.run_as(user, &["systemctl", "--user", "enable", "--now", AGENT]);
+            system.enable_agent(user);
         }
         expect_proxied(sb, &system.app_as(alice, &["cgtproxy-exec", "proxy"]));
         let app = system.app_as(alice, &["cgtproxy-exec", "direct"]);
@@ -89,7 +89,7 @@ fn the_environments_http_proxy_is_used_too() {
         for (user, variables) in environments {
             let set = ["systemctl", "--user", "set-environment"];
             system.run_as(user, &[&set, variables].concat());
-            system.run_as(user, &["systemctl", "--user", "enable", "--now", AGENT]);
+            system.enable_agent(user);
             for to in sb.destinations() {
                 let page = format!("http://{}/", SocketAddr::new(to.ip(), 8000));
                 // To curl itself it is a page like any other.

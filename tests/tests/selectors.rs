@@ -7,8 +7,8 @@
 )]
 
 use cgtproxy_tests::agent::Agent;
+use cgtproxy_tests::installed::Installed;
 use cgtproxy_tests::sandbox::{App, by, direct, sandbox};
-use cgtproxy_tests::system::System;
 use cgtproxy_tests::wait::wait_until;
 use serde_json::Value;
 
@@ -102,17 +102,11 @@ fn applications_are_found_whoever_started_them() {
 #[test]
 fn an_application_that_systemd_started_is_proxied() {
     sandbox(|sb| {
-        let system = System::builder(sb).install_project().boot();
+        let installed = Installed::boot(sb, "", |_| ());
+        let system = &installed.system;
         let alice = system.alice();
         let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
-        system.run(&["systemctl", "enable", "--now", "cgtproxy-helper.socket"]);
-        let script =
-            "mkdir -p ~/.config/cgtproxy && printf %s \"$1\" > ~/.config/cgtproxy/config.yaml";
-        system.run_as(alice, &["sh", "-c", script, "sh", CONFIG]);
-        system.run_as(
-            alice,
-            &["systemctl", "--user", "enable", "--now", "cgtproxy-agent"],
-        );
+        installed.enable(alice, CONFIG);
         let start = |unit: &str, more: &[&str]| {
             let unit = format!("--unit={unit}");
             let by = [

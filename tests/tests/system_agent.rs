@@ -85,27 +85,6 @@ fn service(system: &System, name: &str) -> App {
     system.app(&[&by[..], &[&unit]].concat())
 }
 
-/// Waits until an agent has the helper's word that everything is in the kernel. None is the machine's.
-#[track_caller]
-fn wait_in_force(system: &System, user: Option<&SystemUser>) {
-    wait_until("everything is in force", || {
-        let output = match user {
-            Some(user) => system.output_as(user, &["cgtproxy-agent", "status", "--json"]),
-            None => system.output(&["cgtproxy-agent", "--system", "status", "--json"]),
-        };
-        // None yet, if the agent is about to start again.
-        let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        let groups = status["controlGroups"].as_array();
-        status["connected"] == true
-            && groups.is_some_and(|all| all.iter().all(|group| group["inForce"] == true))
-    });
-}
-
-fn write_users_config(system: &System, user: &SystemUser) {
-    let script = "mkdir -p ~/.config/cgtproxy && printf %s \"$1\" >~/.config/cgtproxy/config.yaml";
-    system.run_as(user, &["sh", "-c", script, "sh", USERS_CONFIG]);
-}
-
 #[test]
 fn the_originals_example_works_unedited() {
     sandbox(|sb| {
@@ -130,7 +109,7 @@ fn the_originals_example_works_unedited() {
         let (open, dropped, through) = (of_slice("direct"), of_slice("drop"), of_slice("proxy"));
         let parsec = "app-gnome-com.parsecgaming.parsec-42.scope";
         let parsec = scope(&system, alice, "app.slice", parsec);
-        wait_in_force(&system, None);
+        system.wait_in_force(None);
         sb.expect(&open, direct);
         sb.expect_dropped(&dropped);
         sb.expect(&through, by(PROXY));
@@ -141,16 +120,13 @@ fn the_originals_example_works_unedited() {
 
         // Users' own verdicts win, and what users say nothing about is the system's.
         let _own = sb.tproxy("own").uid(alice.uid()).port(7891).start();
-        write_users_config(&system, alice);
+        system.write_config(alice, USERS_CONFIG);
         let (by_rule, goes) = (
             scope(&system, alice, "app.slice", "app-own-1.scope"),
             scope(&system, alice, "app.slice", "app-open-1.scope"),
         );
-        system.run_as(
-            alice,
-            &["systemctl", "--user", "enable", "--now", "cgtproxy-agent"],
-        );
-        wait_in_force(&system, Some(alice));
+        system.enable_agent(alice);
+        system.wait_in_force(Some(alice));
         sb.expect(&by_rule, by("own"));
         sb.expect(&goes, direct);
         sb.expect(&browser, by(PROXY));
@@ -327,7 +303,7 @@ fn restarts_and_kills_of_the_machines_agent_leave_no_gap() {
         let alice = system.alice();
         let web = service(&system, "web");
         let dropped = scope(&system, alice, "cgtproxy-drop.slice", "run-drop.scope");
-        wait_in_force(&system, None);
+        system.wait_in_force(None);
         let traffic = Steady::start(sb, &web);
         let holds = || {
             traffic.assert_proxied(PROXY);
@@ -351,7 +327,7 @@ fn restarts_and_kills_of_the_machines_agent_leave_no_gap() {
                     now != before && now != "0"
                 });
             }
-            wait_in_force(&system, None);
+            system.wait_in_force(None);
             holds();
         }
         drop(traffic);

@@ -140,9 +140,7 @@ impl<'a> Bed<'a> {
     }
 
     fn status(&self) -> Value {
-        let command = ["cgtproxy-agent", "status", "--json"];
-        let output = self.system.output_as(self.alice(), &command);
-        serde_json::from_slice(&output.stdout).unwrap_or_default()
+        self.system.agent_status(Some(self.alice()))
     }
 
     #[track_caller]
@@ -331,10 +329,7 @@ fn the_systems_units_are_followed(arguments: &str, monitors: &[&str], degraded: 
         systemctl(&enable);
         let top = system.cgroup_directory("/system.slice");
         let wait_for_all = |count| wait_for_mapped(sb, 0, &top, count, count);
-        let status = || -> Value {
-            let output = system.output(&["cgtproxy-agent", "--system", "status", "--json"]);
-            serde_json::from_slice(&output.stdout).unwrap_or_default()
-        };
+        let status = || system.agent_status(None);
         let wait_for_monitors = || {
             wait_until(&format!("to be watched by {monitors:?}"), || {
                 let status = status();

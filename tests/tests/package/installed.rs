@@ -66,13 +66,9 @@ fn expect_working(sb: &Sandbox, system: &System, alice: &SystemUser) {
     );
     let mode = system.run(&["stat", "-c", "%a", "/run/cgtproxy/helper.sock"]);
     assert_eq!(mode.trim(), "666");
-    let script = "mkdir -p ~/.config/cgtproxy && printf %s \"$1\" >~/.config/cgtproxy/config.yaml";
-    system.run_as(alice, &["sh", "-c", script, "sh", CONFIG]);
+    system.write_config(alice, CONFIG);
     system.run_as(alice, &["systemctl", "--user", "daemon-reload"]);
-    system.run_as(
-        alice,
-        &["systemctl", "--user", "enable", "--now", "cgtproxy-agent"],
-    );
+    system.enable_agent(alice);
     let app = system.app_as(alice, &["cgtproxy-exec", "proxy"]);
     let dropped = system.app_as(alice, &["cgtproxy-exec", "drop"]);
     for to in sb.destinations() {

@@ -19,7 +19,7 @@ fn whoever_comes_to_be_in_a_denied_group_is_denied() {
         installed.enable(alice, CONFIG);
         installed.wait_in_force(alice);
         system.run(&["usermod", "--append", "--groups", "unproxied", "cgt-bob"]);
-        installed.write_config(bob, CONFIG);
+        system.write_config(bob, CONFIG);
         // It waits for the helper.
         let start = [
             "systemctl",
@@ -64,7 +64,7 @@ fn users_and_groups_that_systemd_alone_knows_are_like_others() {
         installed.configure_helper("deny: {groups: [unproxied]}");
         system.run(&["systemctl", "restart", HELPER]);
         installed.wait_in_force(alice);
-        installed.write_config(bob, CONFIG);
+        system.write_config(bob, CONFIG);
         let start = ["systemctl", "--user", "start", "--no-block", AGENT];
         system.run_as(bob, &start);
         wait_until_denied(system, bob);

@@ -277,7 +277,7 @@ fn the_helper_may_make_no_system_call_that_it_does_not_make() {
         let dies_without = |entry: Option<&str>| {
             system.run(&["systemctl", "stop", "cgtproxy-helper.socket"]);
             wait_until("the agent knows", || {
-                installed.status(alice)["connected"] == false
+                system.agent_status(Some(alice))["connected"] == false
             });
             let without = entry.map(|entry| format!("SystemCallFilter=~{entry}"));
             let without = without.unwrap_or_default();
@@ -300,7 +300,7 @@ fn the_helper_may_make_no_system_call_that_it_does_not_make() {
                 if deaths() > before {
                     return Some(true);
                 }
-                (installed.status(alice)["connected"] == true).then_some(false)
+                (system.agent_status(Some(alice))["connected"] == true).then_some(false)
             });
             let answers = || {
                 !system

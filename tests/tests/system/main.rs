@@ -273,13 +273,13 @@ fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
             }
         };
         let other = CONFIG.replace("$', tproxy: mihomo", "$', tproxy: other");
-        installed.write_config(alice, &other);
+        system.write_config(alice, &other);
         wait_for_target(system, alice, "app.slice", "other");
         holds("other");
         // The file broken: said in the journal, and nothing changes.
-        installed.write_config(alice, "version: 1\nrules: {}\n");
+        system.write_config(alice, "version: 1\nrules: {}\n");
         wait_until("the agent says so", || {
-            installed.status(alice)["configError"].is_string()
+            system.agent_status(Some(alice))["configError"].is_string()
         });
         let journal = system.user_journal(alice, AGENT);
         assert!(
@@ -288,7 +288,7 @@ fn restarts_kills_and_edits_in_the_middle_of_traffic_leave_no_gap() {
         );
         holds("other");
         // And mended, by an explicit reload.
-        installed.write_config(alice, CONFIG);
+        system.write_config(alice, CONFIG);
         by_alice(&["systemctl", "--user", "reload", AGENT]);
         wait_for_target(system, alice, "app.slice", "mihomo");
         holds("mihomo");
@@ -304,8 +304,8 @@ fn an_agent_waits_for_a_configuration_that_is_broken_when_it_starts() {
         let system = &installed.system;
         let alice = system.alice();
         let _mihomo = sb.tproxy("mihomo").uid(alice.uid()).port(7890).start();
-        installed.write_config(alice, "version: 1\nruls: []\n");
-        let start = ["systemctl", "--user", "enable", "--now", "cgtproxy-agent"];
+        system.write_config(alice, "version: 1\nruls: []\n");
+        let start = ["systemctl", "--user", "enable", "--now", AGENT];
         let started = system.output_as(alice, &start);
         assert!(!started.status.success(), "{started:?}");
         let property = |name: &str| system.user_property(alice, AGENT, name);
@@ -329,12 +329,12 @@ fn an_agent_waits_for_a_configuration_that_is_broken_when_it_starts() {
         assert_eq!(text(&refused.stdout), "");
         assert!(text(&refused.stderr).contains(sentence), "{refused:?}");
 
-        installed.write_config(alice, CONFIG);
+        system.write_config(alice, CONFIG);
         wait_until("it is ready", || property("ActiveState") == "active");
         assert_eq!(is("active"), process);
         sb.expect(&system.desktop_app(alice, "browser"), by("mihomo"));
         // And stopped while it waits.
-        installed.write_config(alice, "version: 1\nruls: []\n");
+        system.write_config(alice, "version: 1\nruls: []\n");
         let user = |verb| ["systemctl", "--user", verb, "--no-block", AGENT];
         system.run_as(alice, &user("restart"));
         wait_until("it waits again", || {
