@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::io;
 use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
@@ -49,9 +50,9 @@ impl Association {
     /// One that nobody uses yet.
     pub(super) async fn open(upstream: &Rc<Upstream>) -> Result<Rc<Self>, Error> {
         let (control, relay) = upstream.associate().await?;
-        let down = |error: std::io::Error| Error::Down(error.to_string());
-        let socket = Rc::new(UdpSocket::bind(any_of_family(relay)).await.map_err(down)?);
-        socket.connect(relay).await.map_err(down)?;
+        let down = |error: io::Error| Error::Down(error.to_string());
+        let socket = std::net::UdpSocket::bind(any_of_family(relay)).map_err(down)?;
+        let socket = Rc::new(connected(socket, relay).map_err(down)?);
         // Until the runtime has heard from the kernel, `try_send` would throw the first datagrams away.
         socket.writable().await.map_err(down)?;
         let end = CancellationToken::new();
@@ -113,6 +114,14 @@ impl Association {
             routes.remove(&from);
         }
     }
+}
+
+/// This socket, to be used with that peer alone. Until it is connected, anybody may send to it: that is thrown away.
+fn connected(socket: std::net::UdpSocket, peer: SocketAddr) -> io::Result<UdpSocket> {
+    socket.set_nonblocking(true)?;
+    socket.connect(peer)?;
+    while socket.recv(&mut [0]).is_ok() {}
+    UdpSocket::from_std(socket)
 }
 
 /// Returns when the proxy ends the connection that stands for an association.
@@ -292,6 +301,22 @@ mod tests {
             drop((association, control));
         };
         LocalSet::new().run_until(both).await;
+    }
+
+    #[tokio::test]
+    async fn what_others_send_before_it_is_connected_is_no_answer() {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let own = socket.local_addr().unwrap();
+        let [relay, stranger] = [(); 2].map(|()| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+        for _ in 0..3 {
+            stranger.send_to(b"forged", own).unwrap();
+        }
+        let socket = connected(socket, relay.local_addr().unwrap()).unwrap();
+        stranger.send_to(b"forged", own).unwrap();
+        relay.send_to(b"answer", own).unwrap();
+        let mut buffer = [0; 64];
+        let length = socket.recv(&mut buffer).await.unwrap();
+        assert_eq!(&buffer[..length], b"answer");
     }
 
     #[tokio::test]
