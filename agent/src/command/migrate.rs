@@ -52,6 +52,12 @@ fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
         source,
     };
     let own = rustix::process::geteuid();
+    if own.is_root()
+        && let Some(link) = anothers_link(file)
+    {
+        let message = format!("{} is another user's link", link.display());
+        return Err(failed(io::Error::other(message)));
+    }
     if let Some(mut stream) = stream(file, own).map_err(failed)? {
         return stream.write_all(bytes).map_err(failed);
     }
@@ -112,6 +118,15 @@ fn write(file: &Path, bytes: &[u8], force: bool) -> Result<(), Error> {
             io::ErrorKind::AlreadyExists => Error::Exists(file.to_owned()),
             _ => failed(source),
         }
+    })
+}
+
+/// A link that is not root's on the way to where a file is: it may lead into a directory that its owner could not write to
+/// themselves, such as /etc/cgtproxy.
+fn anothers_link(file: &Path) -> Option<&Path> {
+    file.ancestors().skip(1).find(|directory| {
+        fs::symlink_metadata(directory)
+            .is_ok_and(|found| found.is_symlink() && found.uid() != Uid::ROOT.as_raw())
     })
 }
 
@@ -196,5 +211,20 @@ mod tests {
         write(&link, b"newer", true).unwrap();
         assert_eq!(fs::read(&file).unwrap(), b"new");
         assert_eq!(fs::read(&link).unwrap(), b"newer");
+        // Nor does one to a directory.
+        let [etc, theirs] = ["etc", "theirs"].map(|name| directory.path().join(name));
+        fs::create_dir(&etc).unwrap();
+        symlink(&etc, &theirs).unwrap();
+        write(&theirs.join("config.yaml"), b"new", true).unwrap();
+        lchown(&theirs, other, other).unwrap();
+        for force in [false, true] {
+            for name in ["config.yaml", "new.yaml"] {
+                let error = write(&theirs.join(name), b"newer", force).unwrap_err();
+                let why = chain(&error);
+                assert!(why.ends_with("/theirs is another user's link"), "{why}");
+            }
+        }
+        assert_eq!(fs::read(etc.join("config.yaml")).unwrap(), b"new");
+        assert_eq!(fs::read_dir(&etc).unwrap().count(), 1);
     }
 }
