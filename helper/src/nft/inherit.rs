@@ -232,12 +232,13 @@ impl Nftables {
 
     /// The holds that users have together, each with the element that leads to its chain.
     fn common_holds(&self) -> Result<BTreeMap<Hold, MapKey>, Error> {
-        let hold = |found: Found| {
-            let hold = names::hold_of(found.value.chain()?)?;
-            Some((hold, (ruleset::CHOICES, found.key)))
-        };
-        let found = self.elements(ruleset::CHOICES)?;
-        Ok(found.into_iter().filter_map(hold).collect())
+        let mut holds = BTreeMap::new();
+        for found in self.elements(ruleset::CHOICES)? {
+            if let Some(hold) = found.value.chain().and_then(names::hold_of) {
+                holds.insert(hold, (ruleset::CHOICES, found.key));
+            }
+        }
+        Ok(holds)
     }
 
     /// Notes the elements of shared maps that lead to chains of the users in `left`, or are about their marks or subtrees.

@@ -107,7 +107,7 @@ fn decrement<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) {
 }
 
 /// What the kernel is told of an element: a hold that holds nothing is none.
-fn told((cgroup, element): &(OwnedControlGroup, Element)) -> (&Verdict, Option<u32>, Enforced) {
+fn told((cgroup, element): (OwnedControlGroup, &Element)) -> (&Verdict, Option<u32>, Enforced) {
     let hold = Hold::of(cgroup.level(), element);
     (
         &element.verdict,
@@ -127,23 +127,37 @@ pub(super) fn changes<'a>(
     before: impl IntoIterator<Item = &'a (OwnedControlGroup, Element)>,
     after: impl IntoIterator<Item = &'a (OwnedControlGroup, Element)>,
 ) -> (Vec<ControlGroupId>, Vec<(OwnedControlGroup, Element)>) {
-    let before = before.into_iter().map(|element| (When::Before, element));
-    let after = after.into_iter().map(|element| (When::After, element));
-    let mut all: Vec<_> = before.chain(after).collect();
-    all.sort_by_key(|(_, (cgroup, _))| cgroup.id());
+    let before = before
+        .into_iter()
+        .map(|(c, element)| (When::Before, *c, element));
+    let after = after
+        .into_iter()
+        .map(|(c, element)| (When::After, *c, element));
+    differences(before.chain(after).collect())
+}
+
+/// What differs between the last element of each control group before and after.
+fn differences(
+    mut all: Vec<(When, OwnedControlGroup, &Element)>,
+) -> (Vec<ControlGroupId>, Vec<(OwnedControlGroup, Element)>) {
+    all.sort_by_key(|(_, cgroup, _)| cgroup.id());
     let mut delete = Vec::new();
     let mut add = Vec::new();
-    for same in all.chunk_by(|(_, (a, _)), (_, (b, _))| a.id() == b.id()) {
+    for same in all.chunk_by(|(_, a, _), (_, b, _)| a.id() == b.id()) {
         let last = |wanted| {
-            let found = same.iter().rfind(|(when, _)| *when == wanted);
-            found.map(|&(_, element)| element)
+            let found = same.iter().rfind(|(when, ..)| *when == wanted);
+            found.map(|&(_, cgroup, element)| (cgroup, element))
         };
         let (before, after) = (last(When::Before), last(When::After));
         if before.map(told) == after.map(told) {
             continue;
         }
-        delete.extend(before.map(|(cgroup, _)| cgroup.id()));
-        add.extend(after.cloned());
+        if let Some((cgroup, _)) = before {
+            delete.push(cgroup.id());
+        }
+        if let Some((cgroup, element)) = after {
+            add.push((cgroup, element.clone()));
+        }
     }
     (delete, add)
 }
