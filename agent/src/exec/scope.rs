@@ -154,8 +154,7 @@ async fn start(manager: &Manager, scope: &ScopeUnit, process: Process) -> Result
     {
         return Err(Error::Namespace(pid));
     }
-    // Asked for before the job exists, so that its end can't be missed. Anybody on the bus may send signals that look
-    // like it, sandboxed applications included.
+    // Asked for before the job exists, so that its end can't be missed.
     let removed = MatchRule::builder()
         .msg_type(Type::Signal)
         .sender(SYSTEMD)
@@ -175,16 +174,17 @@ async fn start(manager: &Manager, scope: &ScopeUnit, process: Process) -> Result
         ("CollectMode", Variant::from("inactive-or-failed")),
     ];
     let others: [(&str, Vec<Property<'_>>); 0] = [];
-    let job: OwnedObjectPath = manager
-        .call(
-            "StartTransientUnit",
-            &(&*scope.name, "fail", &properties[..], &others[..]),
-        )
-        .await
-        .and_then(|reply| reply.body().deserialize())
-        .map_err(refused)?;
+    let arguments = (&*scope.name, "fail", &properties[..], &others[..]);
+    let call = manager.call("StartTransientUnit", &arguments);
+    let reply = call.await.map_err(refused)?;
+    let job: OwnedObjectPath = reply.body().deserialize().map_err(refused)?;
     while let Some(signal) = next(&mut removed).await {
         let signal = signal.map_err(refused)?;
+        // Anybody on the bus may send signals that look like it, sandboxed applications included, and what is sent to
+        // this program alone the bus passes on whatever it has asked for.
+        if signal.header().sender() != reply.header().sender() {
+            continue;
+        }
         let body = signal.body();
         let (_, ended, _, result): (u32, OwnedObjectPath, &str, &str) =
             body.deserialize().map_err(refused)?;

@@ -139,8 +139,14 @@ fn nobody_on_the_users_bus_passes_for_systemd() {
         let alice = system.alice();
         installed.enable(alice, CONFIG);
         installed.wait_in_force(alice);
-        let emit = "while :; do busctl --user emit /org/freedesktop/systemd1 \
-                    org.freedesktop.systemd1.Manager JobRemoved s nonsense || exit; done";
+        // To all, and to each that is there.
+        let emit = "signal='/org/freedesktop/systemd1 org.freedesktop.systemd1.Manager JobRemoved s nonsense'
+                    while :; do
+                        busctl --user emit $signal || exit
+                        for name in $(busctl --user --unique --no-legend list | cut -d ' ' -f 1); do
+                            busctl --user emit --destination=$name $signal
+                        done
+                    done";
         let unit = [
             "systemd-run",
             "--user",
