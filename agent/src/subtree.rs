@@ -49,6 +49,17 @@ pub(crate) fn of_process(file: &[u8]) -> Option<&[u8]> {
     Some(path.strip_suffix(b" (deleted)").unwrap_or(path))
 }
 
+/// The inode of the machine's own control group namespace (`PROC_CGROUP_INIT_INO`, linux/proc_ns.h).
+const INITIAL_NAMESPACE: u64 = 0xEFFF_FFFB;
+
+/// Whether a process with this control group may be anywhere, because paths begin elsewhere than the agent's: this is
+/// within a control group namespace, as in a container, and the process at its root or outside of it.
+pub(crate) fn is_out_of_sight(path: &[u8]) -> bool {
+    let namespace = std::fs::metadata("/proc/self/ns/cgroup");
+    (path == b"/" || path.starts_with(b"/.."))
+        && namespace.is_ok_and(|own| own.ino() != INITIAL_NAMESPACE)
+}
+
 /// The part of the control group tree that an agent is in charge of.
 #[derive(Debug, Clone)]
 pub(crate) struct Subtree {

@@ -134,6 +134,9 @@ fn relative(
     otherwise: &Otherwise,
 ) -> Result<ControlGroupPath, Error> {
     subtree.relative(absolute).ok_or_else(|| {
+        if subtree::is_out_of_sight(absolute) {
+            return out_of_sight();
+        }
         let name = String::from_utf8_lossy(absolute);
         let root = subtree.to_wire(&ControlGroupPath::root());
         let who = match is_of_user(&name) {
@@ -150,7 +153,7 @@ fn relative(
     })
 }
 
-/// Paths are other ones here than the agent's.
+/// Paths begin elsewhere here than the agent's.
 fn out_of_sight() -> Error {
     Error::NotFound(
         "the agent's control groups can't be seen from here: this is within a control group namespace, as in a \
@@ -169,12 +172,7 @@ fn ask(
 ) -> Result<Vec<Explain_Reply>, Error> {
     let scope = otherwise.scope();
     let paths = match subject {
-        Subject::Absolute(path) => {
-            let path = relative(subtree, path, otherwise);
-            // The agent is in it.
-            let hidden = path.is_err() && !subtree.directory(&ControlGroupPath::root()).is_dir();
-            vec![if hidden { Err(out_of_sight()) } else { path }?]
-        }
+        Subject::Absolute(path) => vec![relative(subtree, path, otherwise)?],
         Subject::Name(name) => {
             let groups = status.controlGroups.iter();
             let groups: Vec<_> = groups.filter_map(|g| subtree.of_wire(&g.path)).collect();

@@ -2,7 +2,7 @@
 
 use super::count;
 use crate::config::Scope;
-use crate::doctor::facts::{Agent, Facts, Hierarchy};
+use crate::doctor::facts::{Facts, Hierarchy};
 use crate::doctor::{Finding, Group};
 
 pub(super) fn check(facts: &Facts) -> Group {
@@ -50,10 +50,11 @@ fn manager(facts: &Facts) -> Option<Finding> {
         _ if facts.hierarchy == Hierarchy::None => None,
         // It is about all of them, whoever they belong to.
         _ if facts.scope == Scope::System => None,
-        Ok(None) if agent_is_in_force(facts) => Some(
+        // The helper accepts no policy from an agent without a service manager.
+        Ok(None) if facts.manager.in_container || facts.agent_is_connected() => Some(
             Finding::error(
                 "manager-out-of-sight",
-                format!("your agent is in force, but there is no control group {path} to be seen"),
+                format!("there is no control group {path} to be seen from here"),
             )
             .effect(
                 "This is within a control group namespace, as in a container: your control groups can't be looked \
@@ -80,11 +81,6 @@ fn manager(facts: &Facts) -> Option<Finding> {
         ),
         Ok(Some(_)) | Err(_) => None,
     }
-}
-
-/// The helper accepts no policy from an agent without a service manager.
-fn agent_is_in_force(facts: &Facts) -> bool {
-    matches!(&facts.agent, Agent::Answers(status) if status.connected)
 }
 
 /// Desktops that start applications in their own session's control group.

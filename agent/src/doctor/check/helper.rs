@@ -79,6 +79,13 @@ fn answer(facts: &Facts) -> Option<Finding> {
 /// There is no socket.
 fn missing(facts: &Facts) -> Finding {
     let socket = facts.helper_socket.display();
+    if facts.manager.in_container {
+        return Finding::error(
+            "helper-missing",
+            format!("there is no socket {socket} to be seen from here, as in a container"),
+        )
+        .advice("run it outside of the container");
+    }
     // It is the socket that the agents that run are connected to.
     let is_default = facts.helper_socket == Path::new(HELPER_SOCKET);
     if facts.agent_is_connected() && is_default {

@@ -280,6 +280,13 @@ fn a_socket_that_is_gone_is_told_from_a_program_that_does_not_run() {
     facts.helper_socket = HELPER_SOCKET.into();
     agent(&mut facts).connected = false;
     assert_eq!(only(&facts, super::helper::check).commands, [enable]);
+    // Nor is anything wrong where it can't be seen.
+    for connected in [true, false] {
+        facts.manager.in_container = true;
+        agent(&mut facts).connected = connected;
+        let none: [&str; 0] = [];
+        assert_eq!(only(&facts, super::helper::check).commands, none);
+    }
     let mut facts = fine();
     facts.agent = Agent::NotRunning;
     let finding = only(&facts, super::agent::check);

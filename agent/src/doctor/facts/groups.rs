@@ -10,7 +10,7 @@ use cgtproxy_proto::path::ControlGroupPath;
 
 use super::{Hierarchy, Manager, Session};
 use crate::doctor::Look;
-use crate::subtree::{Subtree, find_root};
+use crate::subtree::{self, Subtree, find_root};
 
 /// How control groups are mounted, with the root as it was given or found.
 pub(crate) fn hierarchy(root: Option<&Path>) -> Hierarchy {
@@ -38,7 +38,13 @@ pub(crate) fn manager(subtree: &Subtree) -> Manager {
         path: subtree.to_wire(&root),
         groups: groups(subtree).map_err(|error| error.to_string()),
         owner,
+        in_container: in_container(),
     }
+}
+
+fn in_container() -> bool {
+    let own = fs::read("/proc/self/cgroup").unwrap_or_default();
+    subtree::of_process(&own).is_some_and(subtree::is_out_of_sight)
 }
 
 /// How many control groups are looked at: in the system's subtree users make as many as they like.

@@ -203,6 +203,8 @@ pub(crate) struct Manager {
     pub owner: Look<Option<u32>>,
     /// The control groups in it, itself included: ids and paths as messages have them.
     pub groups: Look<Vec<(u64, String)>>,
+    /// Whether this is a container, from where others have other paths.
+    pub in_container: bool,
 }
 
 /// A user's login sessions.

@@ -193,6 +193,7 @@ pub(super) fn fine() -> Facts {
                 (7, format!("{MANAGER}/app.slice/mihomo.service")),
                 (8, format!("{MANAGER}/app.slice/app-firefox-1.scope")),
             ]),
+            in_container: false,
         },
         session: Session {
             desktop: Some("GNOME".into()),
