@@ -64,8 +64,9 @@ impl Relayed {
     #[must_use]
     pub fn upstream(&self) -> Value {
         let status = self.user.run("cgtproxy-agent", &["status", "--json"]);
-        let mut status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
-        status["relay"]["upstreams"][0].take()
+        let status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
+        let upstream = status.pointer("/relay/upstreams/0");
+        upstream.cloned().unwrap_or_default()
     }
 
     /// What becomes of a TCP connection in the end, once somebody has answered.
