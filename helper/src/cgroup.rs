@@ -430,6 +430,17 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "makes directories")]
+    fn a_subtree_that_is_another_users_is_nobodys() {
+        let bed = Bed::new().unwrap();
+        // Whoever runs this test has it, and not that user.
+        let user = Uid::for_test(bed.uid.value() + 1);
+        std::fs::create_dir_all(bed.directory.join(subtree_path(user))).unwrap();
+        let found = bed.root.subtree(&Peer::for_test(user));
+        assert_eq!(found.unwrap_err(), Unavailable::NotOwned);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "makes directories")]
     fn what_a_control_group_is_in_is_not_asked_again() {
         let bed = Bed::new().unwrap();
         let peer = Peer::for_test(bed.uid);

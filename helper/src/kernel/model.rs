@@ -296,7 +296,7 @@ impl Kernel for Model {
 /// A user with control groups, which are directories somewhere, and the default configuration.
 #[derive(Debug)]
 pub(crate) struct Bed {
-    directory: PathBuf,
+    pub(crate) directory: PathBuf,
     pub(crate) uid: Uid,
     pub(crate) config: Config,
     pub(crate) root: Root,
