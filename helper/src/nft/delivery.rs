@@ -68,7 +68,8 @@ impl Transaction<'_> {
     /// that waits to be accepted it has no owner that `skuid` could see (nft_meta_get_eval_skugid wants a file). One that
     /// opens is not always new to the kernel: if a server has broken an earlier one off between the same ports, what is
     /// remembered of that counts as open (`TCP_CONNTRACK_IGNORE` in nf_conntrack_tcp_packet), and by now the port may be
-    /// somebody else's. UDP is looked at packet by packet.
+    /// somebody else's. (So the repeated beginning of a connection that waits to be accepted already, as with TCP Fast Open,
+    /// is refused.) UDP is looked at packet by packet.
     ///
     /// Services have users of their own: the system's policy takes proxies of every system user.
     pub(super) fn guard_rules(&mut self) {

@@ -129,10 +129,10 @@ pub(super) fn changes<'a>(
 ) -> (Vec<ControlGroupId>, Vec<(OwnedControlGroup, Element)>) {
     let before = before
         .into_iter()
-        .map(|(c, element)| (When::Before, *c, element));
+        .map(|(cgroup, element)| (When::Before, *cgroup, element));
     let after = after
         .into_iter()
-        .map(|(c, element)| (When::After, *c, element));
+        .map(|(cgroup, element)| (When::After, *cgroup, element));
     differences(before.chain(after).collect())
 }
 
