@@ -85,7 +85,7 @@ pub(crate) fn skipped(state: &State, path: &ControlGroupPath) -> Option<&'static
 pub(crate) fn sentence(reason: &SkipReason) -> &'static str {
     match reason {
         SkipReason::missing => "it was gone already",
-        SkipReason::notOwned => "it belongs to another user",
+        SkipReason::notOwned => "it belongs to root",
         SkipReason::notControlGroup => "it is no control group of this user's",
         SkipReason::unreadable => "the helper can't open it",
         SkipReason::tooDeep => "it is nested deeper than any rule looks",

@@ -182,7 +182,7 @@ fn what_cannot_be_had_is_reported_and_the_rest_of_the_call_holds() {
         let _helper = sb.helper().start();
         let user = sb.user(1001);
         let app = user.cgroup("app.slice/app-a.scope").app();
-        // Below the user's subtree, but root's: as a container's may be.
+        // Below the user's subtree, but root's.
         sb.cgroup("user.slice/user-1001.slice/user@1001.service/app.slice/roots.scope");
         let mut session = Session::of(&user);
         let reply = session.call(

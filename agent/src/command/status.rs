@@ -296,7 +296,7 @@ mod tests {
         });
         let text = shown(&status);
         assert!(text.contains("there   relay  0\n"), "{text}");
-        assert!(text.contains("no: it belongs to another user"), "{text}");
+        assert!(text.contains("no: it belongs to root"), "{text}");
     }
 
     #[test]

@@ -303,7 +303,7 @@ fn remembers_what_was_passed_over() {
     ]);
     let mut agent = world.agent();
     world.make(&["drop-1", "drop-2"]);
-    agent.says("drop-2': it belongs to another user");
+    agent.says("drop-2': it belongs to root");
     let status = agent.wait("both skipped", |s| {
         s.controlGroups
             .iter()
