@@ -521,6 +521,14 @@ fn a_connection_that_a_server_has_broken_off_leads_to_no_other_users_server() {
                 let pid = Pid::from_raw(own.pid().cast_signed());
                 kill(pid, Signal::SIGSTOP).expect("it is running");
                 connection.say("{}");
+                wait_until("it has something to read", || {
+                    let filter = format!("dport = :{from}");
+                    let shown = sb.run(&["ss", "-Htn", "state", "established", &filter]);
+                    shown
+                        .split_ascii_whitespace()
+                        .next()
+                        .is_some_and(|queue| queue != "0")
+                });
                 kill(pid, Signal::SIGKILL).expect("it is there");
                 drop(own);
                 assert!(connection.ends_by_reset());
