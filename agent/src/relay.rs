@@ -252,6 +252,9 @@ fn wanted(agent: &Agent) -> Configure_Args {
             noIpv4: Some(proxy.no_ipv4),
             preferredPort: port,
             preferredDnsPort: dns_port,
+            // An older relay refuses it, and need not hear of it where nobody is named.
+            upstreamUsers: (!upstream.users.is_empty())
+                .then(|| upstream.users.iter().map(|uid| (*uid).into()).collect()),
         })
     });
     let text = |network: Option<Network>| network.map(|network| network.to_string());

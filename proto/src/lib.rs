@@ -66,3 +66,13 @@ pub const HELP_COLUMNS: usize = 100;
 
 /// The uids of system users, from the first to the last of each range: systemd's uids-gids document.
 pub const SYSTEM_UIDS: [(u32, u32); 2] = [(1, 999), (61184, 65519)];
+
+/// Who some services run as that have no user of their own, and who the kernel says that it is where a user namespace has
+/// no number for somebody.
+pub const NOBODY: u32 = 65534;
+
+/// Whether a uid is that of a system user.
+pub fn is_of_system(uid: u32) -> bool {
+    let mut system = SYSTEM_UIDS.iter();
+    system.any(|&(first, last)| (first..=last).contains(&uid))
+}

@@ -298,3 +298,177 @@ fn ipv6_goes_to_a_server_and_beyond_it() {
         }
     });
 }
+
+/// A server of the test bed's own that hears what it is told, as a user's at an address of this machine.
+fn curious(sb: &Sandbox, uid: u32, role: &[&str], at: SocketAddr) -> Program {
+    let (role, options) = role.split_first().expect("a role");
+    let at_text = at.to_string();
+    let argv = [&[*role, &at_text], options].concat();
+    sb.user(uid).server(&argv).listening(at)
+}
+
+/// One that takes everybody.
+fn hearing(sb: &Sandbox, uid: u32, at: SocketAddr) -> Program {
+    let hear = Speech {
+        say: Vec::new(),
+        then: Afterwards::Hear,
+    };
+    let hear = serde_json::to_string(&hear).expect("it has names for all it has");
+    curious(sb, uid, &["speaker", &hear], at)
+}
+
+/// microsocks as a user's at an address of this machine, with more arguments.
+fn socks_of(sb: &Sandbox, uid: u32, at: SocketAddr, arguments: &[&str]) -> Program {
+    let user = sb.user(uid);
+    let (host, port) = (at.ip().to_string(), at.port().to_string());
+    let argv = ["microsocks", "-i", &host, "-p", &port];
+    user.program(
+        &user.cgroup("app.slice/socks.service"),
+        &[&argv, arguments].concat(),
+    )
+    .listening(at)
+}
+
+#[test]
+fn another_user_at_one_of_a_proxys_addresses_is_passed_over() {
+    sandbox(|sb| {
+        fs::write("/run/hosts", "::1 both\n127.0.0.1 both\n").expect("/run is ours");
+        sb.run(&["mount", "--bind", "/run/hosts", "/etc/hosts"]);
+        let _helper = sb.helper().start();
+        for own in ["127.0.0.1:1080", "[::1]:1080"] {
+            let other = if own.starts_with('[') {
+                "127.0.0.1:1080"
+            } else {
+                "[::1]:1080"
+            };
+            let bobs = hearing(sb, 1002, other.parse().expect("an address"));
+            let _alices = socks_of(sb, 1001, own.parse().expect("an address"), &[]);
+            let alice = bed(sb, 1001, "socks5://both:1080", "");
+            for to in sb.destinations() {
+                let outcome = alice.tcp(to);
+                assert!(matches!(outcome, Outcome::Direct { .. }), "{outcome:?}");
+            }
+            assert_has_heard_nothing(&bobs);
+        }
+    });
+}
+
+/// Insists that nobody has told a server anything.
+fn assert_has_heard_nothing(server: &Program) {
+    let log = server.log();
+    let words: Vec<_> = log
+        .lines()
+        .filter_map(|l| l.strip_prefix("heard "))
+        .collect();
+    assert!(words.iter().all(|word| word.starts_with("0 ")), "{log}");
+}
+
+#[test]
+fn another_users_server_at_a_proxys_port_is_told_nothing() {
+    sandbox(|sb| {
+        sb.run(&["ip", "address", "add", "192.0.2.9/24", "dev", "uplink"]);
+        let _helper = sb.helper().start();
+        for (number, (host, listens)) in [
+            ("127.0.0.1", "127.0.0.1"),
+            ("localhost", "0.0.0.0"),
+            ("[::1]", "[::1]"),
+            ("[::1]", "[::]"),
+            ("127.0.0.1", "[::]"),
+            ("[::ffff:127.0.0.1]", "[::]"),
+            // The machine's own: the kernel speaks with itself from the first one of a network.
+            ("192.0.2.1", "0.0.0.0"),
+            ("192.0.2.9", "0.0.0.0"),
+            ("[2001:db8::1]", "[::]"),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let uid = 1010 + u32::try_from(number).expect("a few");
+            let at = format!("{listens}:1080").parse().expect("an address");
+            let bobs = hearing(sb, 1002, at);
+            let upstream = format!("socks5://me:secret@{host}:1080");
+            let alice = bed(sb, uid, &upstream, "");
+            for to in sb.destinations() {
+                assert_eq!(alice.tcp(to), Outcome::Closed, "{host} {listens}");
+                sb.assert_nothing_left_for(to.ip());
+            }
+            let who = "is another user's (uid 1002)";
+            let status = alice.agent("status");
+            assert!(status.contains(who), "{status}");
+            let log = alice.relay.log();
+            assert_eq!(log.matches(who).count(), 1, "{log}");
+            if ["127.0.0.1", "localhost", "[::1]"].contains(&host) {
+                let doctor = alice.agent("doctor");
+                assert!(doctor.contains("[upstream-of-another]"), "{doctor}");
+            }
+            assert_has_heard_nothing(&bobs);
+            drop(bobs);
+            // Whose it is to be.
+            let socks = socks_of(sb, uid, at, &["-u", "me", "-P", "secret"]);
+            for to in sb.destinations() {
+                let outcome = alice.tcp(to);
+                assert!(matches!(outcome, Outcome::Direct { .. }), "{outcome:?}");
+            }
+            drop(socks);
+        }
+    });
+}
+
+#[test]
+fn a_server_of_the_systems_or_of_an_allowed_user_may_be_the_proxy() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let at: SocketAddr = (Ipv4Addr::LOCALHOST, 1080).into();
+        let upstream = "upstream: 'socks5://127.0.0.1:1080'";
+        let strict = Relayed::builder(sb).uid(1001).start(&config(upstream));
+        let lax = format!("{upstream}, upstream-user: [1002, 100000]");
+        let lax = Relayed::builder(sb).uid(1003).start(&config(&lax));
+        for (uid, is_common) in [(0, true), (990, true), (1002, false), (100_000, false)] {
+            let server = socks_of(sb, uid, at, &[]);
+            let [to, _] = sb.destinations();
+            let outcome = lax.tcp(to);
+            assert!(
+                matches!(outcome, Outcome::Direct { .. }),
+                "{uid}: {outcome:?}"
+            );
+            let [to, _] = sb.destinations();
+            let outcome = strict.tcp(to);
+            let carried = matches!(outcome, Outcome::Direct { .. });
+            assert_eq!(carried, is_common, "{uid}: {outcome:?}");
+            assert!(carried || outcome == Outcome::Closed, "{uid}: {outcome:?}");
+            drop(server);
+        }
+        // The key is taken over while everything goes on, spare connections included.
+        let _server = socks_of(sb, 1002, at, &[]);
+        let [to, _] = sb.destinations();
+        assert!(matches!(lax.tcp(to), Outcome::Direct { .. }));
+        lax.agent.write_config(&config(upstream));
+        lax.agent.reload();
+        wait_until("it to be refused", || {
+            let [to, _] = sb.destinations();
+            lax.tcp(to) == Outcome::Closed
+        });
+    });
+}
+
+#[test]
+fn who_takes_a_connection_and_hides_is_told_nothing_either() {
+    sandbox(|sb| {
+        let _helper = sb.helper().start();
+        let at: SocketAddr = (Ipv4Addr::LOCALHOST, 1080).into();
+        let alice = bed(sb, 1001, "socks5://127.0.0.1:1080", "");
+        for hidden in ["fleeting", "bound"] {
+            let server = curious(sb, 1002, &[hidden], at);
+            wait_until("it to have had ten connections", || {
+                let [to, _] = sb.destinations();
+                let outcome = alice.app.tcp(to);
+                assert!(
+                    matches!(outcome, Outcome::Closed | Outcome::Refused),
+                    "{outcome:?}"
+                );
+                server.log().lines().count() > 10
+            });
+            assert_has_heard_nothing(&server);
+        }
+    });
+}

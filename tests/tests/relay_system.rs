@@ -155,3 +155,62 @@ fn the_relay_runs_when_it_is_needed_and_nothing_leaves_when_it_is_killed() {
         assert!(level.is_some_and(|level| level <= EXPOSURE), "{said}");
     });
 }
+
+/// The unit lets the relay ask. Where a user namespace has no uids but the user's own, the kernel says `nobody` of all others.
+#[test]
+fn the_confined_relay_knows_whose_a_proxy_on_this_machine_is() {
+    const HERE: &str = "version: 1\nproxies: {own: {upstream: 'socks5://127.0.0.1:1080'}}\n\
+                        rules: [{unit: socks, direct: true}, {slice: app, proxy: own}]\n";
+    const CONFINE: &str = "d=~/.config/systemd/user/cgtproxy-relay.service.d; mkdir -p $d
+                           printf '[Service]\\n%s\\n' \"$@\" > $d/more.conf
+                           systemctl --user daemon-reload; systemctl --user restart cgtproxy-relay";
+    sandbox(|sb| {
+        let installed = Installed::boot(sb, "", |_| {});
+        let system = &installed.system;
+        let (alice, bob) = (system.alice(), system.bob());
+        installed.enable(alice, HERE);
+        installed.wait_in_force(alice);
+        let app = system.desktop_app(alice, "a");
+        let run = ["systemd-run", "--user", "--quiet", "--unit=socks"];
+        let socks = ["microsocks", "-i", "127.0.0.1", "-p", "1080"];
+        let status = || {
+            let output = system.output_as(alice, &["cgtproxy-agent", "status"]);
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        let confine = |lines: &[&str]| {
+            let argv = [&["sh", "-euc", CONFINE, "sh"], lines].concat();
+            system.run_as(alice, &argv);
+        };
+        let number = bob.uid().to_string();
+        for who in [&*number, "65534"] {
+            if who == "65534" {
+                confine(&["PrivateUsers=yes"]);
+            }
+            for user in [bob, alice] {
+                system.run_as(user, &[&run[..], &socks].concat());
+                wait_until("what becomes of a connection to be known", || {
+                    let [to, _] = sb.destinations();
+                    let outcome = app.tcp(to);
+                    match user.uid() == alice.uid() {
+                        true => matches!(outcome, Outcome::Direct { .. }),
+                        false => {
+                            assert!(outcome != direct(to), "{who}: {outcome:?}");
+                            status().contains(&format!("another user's (uid {who})"))
+                        }
+                    }
+                });
+                system.run_as(user, &["systemctl", "--user", "stop", "socks"]);
+            }
+        }
+        // Who can't ask tells nobody anything.
+        let families = "RestrictAddressFamilies=";
+        confine(&[families, &format!("{families}AF_UNIX AF_INET AF_INET6")]);
+        system.run_as(alice, &[&run[..], &socks].concat());
+        wait_until("it to be known that nobody answers", || {
+            let [to, _] = sb.destinations();
+            let outcome = app.tcp(to);
+            assert!(outcome != direct(to), "{outcome:?}");
+            status().contains("can't find out who listens at 127.0.0.1:1080")
+        });
+    });
+}

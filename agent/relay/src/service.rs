@@ -166,6 +166,9 @@ fn wanted(upstream: wire::Upstream) -> Result<Wanted, &'static str> {
         |number: Option<i64>, field| number.map(|number| port(number, field)).transpose();
     let preferred_port = preferred(upstream.preferredPort, "preferredPort")?;
     let preferred_dns_port = preferred(upstream.preferredDnsPort, "preferredDnsPort")?;
+    let users = upstream.upstreamUsers.unwrap_or_default().into_iter();
+    let users: Result<_, _> = users.map(u32::try_from).collect();
+    let users = users.map_err(|_| "upstreamUsers")?;
     Ok(Wanted {
         upstream: Upstream::new(
             upstream.name,
@@ -173,7 +176,8 @@ fn wanted(upstream: wire::Upstream) -> Result<Wanted, &'static str> {
             upstream.host,
             port(upstream.port, "port")?,
             credentials,
-        ),
+        )
+        .of_users(users),
         fake_dns: upstream.fakeDns,
         left_out: LeftOut {
             ipv4: upstream.noIpv4.unwrap_or(false),

@@ -1,5 +1,6 @@
 //! The proxies that connections are carried on to.
 
+mod owner;
 mod reach;
 mod spares;
 
@@ -7,6 +8,7 @@ use std::cell::RefCell;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -64,6 +66,8 @@ pub(crate) struct Upstream {
     pub port: u16,
     /// Who to say that one is.
     pub credentials: Option<Credentials>,
+    /// Whose it may be on this machine, beside the user's own, root's and system users'.
+    users: Arc<[u32]>,
     look_up: LookUp,
     tls: RefCell<Option<Certificates>>,
     spares: Spares,
@@ -120,16 +124,22 @@ impl Upstream {
             host,
             port,
             credentials,
+            users: Arc::default(),
             look_up: LookUp::default(),
             tls: RefCell::default(),
             spares: Spares::default(),
         }
     }
 
+    /// The same, which on this machine may be one of these users' too.
+    pub(crate) fn of_users(self, users: Arc<[u32]>) -> Self {
+        Self { users, ..self }
+    }
+
     /// Whether the other one is the same in all that matters.
     pub(crate) fn is_same_as(&self, other: &Self) -> bool {
         (&self.host, self.port, self.protocol) == (&other.host, other.port, other.protocol)
-            && self.credentials == other.credentials
+            && (&self.credentials, &self.users) == (&other.credentials, &other.users)
     }
 
     /// A connection to `target`, and what has come from there already.
@@ -253,7 +263,7 @@ impl Upstream {
             let addresses = lookup_host((host, port)).await?;
             Ok(addresses.collect())
         });
-        let stream = reach(addresses).await?;
+        let stream = reach(addresses, &self.users).await?;
         set_options(&stream).map_err(down)?;
         if self.protocol != Protocol::Https {
             return Ok(Stream::Tcp(stream));
@@ -368,7 +378,9 @@ mod tests {
         };
         let own = of("own", Protocol::Http, "there", 1, credentials("p"));
         assert!(own.is_same_as(&of("own", Protocol::Http, "there", 1, credentials("p"))));
+        let same = of("own", Protocol::Http, "there", 1, credentials("p"));
         for other in [
+            same.of_users([1002].into()),
             of("own", Protocol::Https, "there", 1, credentials("p")),
             of("own", Protocol::Socks5, "there", 1, credentials("p")),
             of("own", Protocol::Http, "elsewhere", 1, credentials("p")),

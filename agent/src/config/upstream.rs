@@ -57,6 +57,8 @@ pub(crate) struct Upstream {
     pub port: NonZeroU16,
     /// User and password.
     pub credentials: Option<(String, String)>,
+    /// Whose it may be on this machine, beside the user's own, root's and system users'. No part of the text.
+    pub users: Vec<u32>,
 }
 
 /// An upstream as it is written, without user and password.
@@ -168,6 +170,7 @@ impl std::str::FromStr for Upstream {
             host: host.to_owned(),
             port,
             credentials,
+            users: Vec::new(),
         })
     }
 }

@@ -82,6 +82,19 @@ impl User {
         Program::start(&self.world, self.launch_in(cgroup), argv)
     }
 
+    /// Starts a server of the test bed's own as the user, in a cgroup of its own: `socks`, `speaker` and the
+    /// like, with its arguments. Dropped, it is killed.
+    ///
+    /// # Panics
+    /// When there is no such program.
+    #[track_caller]
+    pub fn server(&self, role: &[&str]) -> Program {
+        let program = binary("cgtproxy-testapp");
+        let program = program.to_str().expect("a path of our own");
+        let cgroup = self.cgroup(format!("app.slice/server-{}.scope", self.world.number()));
+        self.program(&cgroup, &[&[program], role].concat())
+    }
+
     /// What a program says that runs to its end as the user in that cgroup, and succeeds.
     ///
     /// # Panics

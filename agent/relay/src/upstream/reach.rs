@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
@@ -10,7 +11,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
-use super::{CONNECT, Error, down};
+use super::{CONNECT, Error, down, owner};
 
 /// How much of the first of these looking up its name may take: a little less than [`super::SILENCE`], after which it is
 /// the proxy that is blamed.
@@ -61,13 +62,14 @@ impl LookUp {
     }
 }
 
-/// A connection to one of the addresses that are being looked up.
+/// A connection to one of the addresses that are being looked up. On this machine, one of these `users` may have it too.
 pub(super) async fn reach(
     addresses: impl Future<Output = io::Result<impl Iterator<Item = SocketAddr>>>,
+    users: &Arc<[u32]>,
 ) -> Result<TcpStream, Error> {
     let reached = async {
         match timeout(LOOK_UP, addresses).await {
-            Ok(addresses) => connect(addresses.map_err(down)?).await.map_err(down),
+            Ok(addresses) => connect(addresses.map_err(down)?, users).await.map_err(down),
             Err(_) => Err(Error::Down("looking up its name takes too long".into())),
         }
     };
@@ -76,17 +78,27 @@ pub(super) async fn reach(
 }
 
 /// Connects to the first of these addresses that answers. Each has a head start over the next one, so that a family that
-/// leads nowhere keeps nobody waiting for long.
-async fn connect(addresses: impl Iterator<Item = SocketAddr>) -> io::Result<TcpStream> {
+/// leads nowhere keeps nobody waiting for long, and somebody else who has taken one of them is not in the way of the other.
+async fn connect(
+    addresses: impl Iterator<Item = SocketAddr>,
+    users: &Arc<[u32]>,
+) -> io::Result<TcpStream> {
     let mut addresses = addresses.fuse();
     let mut attempts = JoinSet::new();
     let mut failure = io::Error::other("its name has no address");
     loop {
         if let Some(address) = addresses.next() {
-            attempts.spawn(TcpStream::connect(address));
+            let users = users.clone();
+            attempts.spawn(async move {
+                let stream = TcpStream::connect(address).await?;
+                owner::check(&stream, &users)?;
+                Ok(stream)
+            });
         }
         match timeout(HEAD_START, attempts.join_next()).await {
             Ok(Some(Ok(Ok(stream)))) => return Ok(stream),
+            // That the other address is nobody's is of less use to know.
+            Ok(Some(Ok(Err(_)))) if owner::is_why(&failure) => {}
             Ok(Some(Ok(Err(error)))) => failure = error,
             Ok(Some(Err(error))) => failure = error.into(),
             Ok(None) => return Err(failure),
@@ -120,13 +132,14 @@ mod tests {
         let proxy = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let there = proxy.local_addr().unwrap();
         let nobody = "127.0.0.1:1".parse().unwrap();
+        let users = Arc::default();
 
-        let connected = connect([silent, nobody, there].into_iter());
+        let connected = connect([silent, nobody, there].into_iter(), &users);
         let stream = timeout(CONNECT, connected).await.unwrap().unwrap();
         assert_eq!(stream.peer_addr().unwrap(), there);
-        let refused = connect([nobody].into_iter()).await.unwrap_err();
+        let refused = connect([nobody].into_iter(), &users).await.unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
-        connect([].into_iter()).await.unwrap_err();
+        connect([].into_iter(), &users).await.unwrap_err();
     }
 
     /// Time stands still but for who waits for it.
@@ -134,13 +147,16 @@ mod tests {
     async fn a_proxy_is_not_blamed_for_who_looks_up_its_name() {
         let nobody = std::future::pending::<io::Result<std::iter::Empty<SocketAddr>>>();
         // Before it counts as silent.
-        let error = timeout(SILENCE, reach(nobody)).await.unwrap().unwrap_err();
+        let error = timeout(SILENCE, reach(nobody, &Arc::default()))
+            .await
+            .unwrap()
+            .unwrap_err();
         assert!(error.to_string().contains("its name"), "{error}");
 
         let (_socket, silent) = silent();
         let _waits = TcpStream::connect(silent).await.unwrap();
         let found = std::future::ready(Ok([silent].into_iter()));
-        let error = reach(found).await.unwrap_err();
+        let error = reach(found, &Arc::default()).await.unwrap_err();
         assert_eq!(error.to_string(), "it does not answer");
     }
 

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use cgtproxy_proto::name::{InvalidProxyName, ProxyName};
 
 use crate::config::finding::Place;
-use crate::config::reader::{Entries, Reader, list};
+use crate::config::reader::{Entries, Reader, list, one_or_more};
 use crate::config::yaml::{Node, Value};
 use crate::config::{Means, Proxy, Scheme, Upstream};
 use crate::text::printable;
@@ -34,6 +34,7 @@ const REDIRECT_KEYS: &[&str] = &[
 ];
 const RELAY_KEYS: &[&str] = &[
     "upstream",
+    "upstream-user",
     "no-tcp",
     "no-udp",
     "no-ipv4",
@@ -212,14 +213,44 @@ impl Reader<'_> {
                 .help = Some(UPSTREAM_HELP.into());
             return None;
         };
+        let users = entries.get("upstream-user");
+        let users = users.map_or_else(Vec::new, |users| self.users(users));
         match self.text(upstream, "'upstream'")?.parse() {
-            Ok(upstream) => Some(upstream),
+            Ok(upstream) => Some(Upstream { users, ..upstream }),
             Err(why) => {
                 self.error(upstream.place, format!("this is no upstream: {why}"))
                     .help = Some(UPSTREAM_HELP.into());
                 None
             }
         }
+    }
+
+    /// Uids, of which `u32::MAX` is none.
+    fn users(&mut self, node: &Node) -> Vec<u32> {
+        let uid = |value: &Value| match value {
+            Value::Integer(number) => u32::try_from(*number).ok().filter(|uid| *uid != u32::MAX),
+            _ => None,
+        };
+        let mut users = Vec::new();
+        for node in one_or_more(node) {
+            if let Some(uid) = uid(&node.value) {
+                users.push(uid);
+                continue;
+            }
+            let written = self.written(node);
+            let bare = node.value.without_quotes();
+            if bare.as_ref().and_then(uid).is_some() {
+                self.quoted(node, "'upstream-user'", &written);
+                continue;
+            }
+            let message = format!(
+                "'upstream-user' is '{}', which is no uid",
+                printable(&written)
+            );
+            self.error(node.place, message).help =
+                Some("write the user's number, which 'id -u NAME' prints".into());
+        }
+        users
     }
 
     /// Warns of a proxy that looks names up and does not take what goes to them.
@@ -278,6 +309,26 @@ mod tests {
     }
 
     #[test]
+    fn users_of_an_upstream_are_numbers() {
+        for (entries, expected) in [
+            ("", &[][..]),
+            (", upstream-user: 1002", &[1002]),
+            (
+                ", upstream-user: [0, 100000, 4294967294]",
+                &[0, 100_000, 4_294_967_294],
+            ),
+            (", upstream-user: []", &[]),
+        ] {
+            let (means, findings) = relay(&format!("upstream: 'socks5://h:1'{entries}"));
+            assert!(findings.is_empty(), "{findings:?}");
+            let Some(Means::Relay { upstream, .. }) = means else {
+                panic!("{means:?}");
+            };
+            assert_eq!(upstream.users, expected, "{entries}");
+        }
+    }
+
+    #[test]
     fn mistakes_in_proxies_are_found_and_passwords_stay_out_of_it() {
         for (entries, part) in [
             ("", "proxy 'p' has no upstream"),
@@ -294,6 +345,18 @@ mod tests {
             (
                 "upstream: [], no-udp: x",
                 "'upstream' is a list, not a string",
+            ),
+            (
+                "upstream: 'http://h', upstream-user: [1, bob]",
+                "'upstream-user' is 'bob', which is no uid",
+            ),
+            (
+                "upstream: 'http://h', upstream-user: '7'",
+                "'upstream-user' is a string; write 7 without the quotes",
+            ),
+            (
+                "upstream: 'http://h', upstream-user: 4294967295",
+                "is no uid; write the user's number",
             ),
             (
                 "upstream: 'http://h', dns-hijack: maybe",

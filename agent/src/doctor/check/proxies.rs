@@ -2,16 +2,13 @@
 
 use std::net::IpAddr;
 
-use cgtproxy_proto::SYSTEM_UIDS;
+use cgtproxy_proto::{NOBODY, is_of_system};
 
 use super::count;
 use crate::config::Scope;
 use crate::doctor::facts::{Agent, Facts, Family, Here, Listener, Proxy, Server, Transport};
 use crate::doctor::{Finding, Group};
 use crate::text::quoted;
-
-/// Who some services run as that have no user of their own (systemd: UIDS-GIDS.md).
-const NOBODY: u32 = 65534;
 
 pub(super) fn check(facts: &Facts) -> Group {
     let mut group = Group::new("proxies");
@@ -49,13 +46,17 @@ fn of_relay(proxy: &Proxy) -> Option<(&Proxy, Here)> {
     }
 }
 
-/// Whether nobody listens where the relay would reach a proxy on this machine.
+/// Whether nobody listens where the relay would reach a proxy on this machine, or somebody whom it does not take for one.
 pub(super) fn is_unreached(facts: &Facts, name: &str) -> bool {
     let (proxies, Ok(listeners)) = (facts.proxies(), &facts.listeners) else {
         return false;
     };
     let mut relayed = proxies.iter().filter_map(of_relay);
-    relayed.any(|(proxy, here)| proxy.name == name && at(here, listeners).is_empty())
+    relayed.any(|(proxy, here)| {
+        let found = at(here, listeners);
+        proxy.name == name
+            && (found.is_empty() || found.iter().all(|of| is_strangers(facts, proxy, of)))
+    })
 }
 
 /// Who takes TCP connections there.
@@ -102,33 +103,36 @@ fn unreached(proxy: &Proxy, here: Here) -> Finding {
     .command(format!("ss -lnt 'sport = :{port}'"))
 }
 
-/// The relay takes whoever listens there for the proxy: no delivery guard looks at its connections.
+/// Whether the relay does not take it for the proxy: it is somebody else's.
+fn is_strangers(facts: &Facts, proxy: &Proxy, listener: &Listener) -> bool {
+    let users = match &proxy.server {
+        Server::Relay { users, .. } => users.as_slice(),
+        Server::Tproxy(_) | Server::Redirect(_) => &[],
+    };
+    let uid = listener.uid;
+    let is_common = uid == 0 || uid == NOBODY || is_of_system(uid);
+    uid != facts.uid && !is_common && !users.contains(&uid)
+}
+
 fn anothers(facts: &Facts, proxy: &Proxy, here: Here, found: &[&Listener]) -> Option<Finding> {
-    let stranger = found.iter().find(|listener| {
-        let uid = listener.uid;
-        uid != facts.uid && uid != NOBODY && is_a_persons(uid)
-    })?;
+    let mut found = found.iter();
+    let stranger = found.find(|listener| is_strangers(facts, proxy, listener))?;
     let (port, uid) = (here.port, stranger.uid);
     Some(
-        Finding::warning(
+        Finding::error(
             "upstream-of-another",
             format!(
                 "what listens on port {port}, the 'upstream' of the proxy '{}', is another user's (uid {uid})",
                 proxy.name
             ),
         )
-        .effect("That user gets everything that goes through it, with the name and the password that are for the proxy.")
-        .advice(
-            "if that is not meant: start the proxy before anybody else can take its port, or choose one below 1024",
-        )
+        .effect("The relay tells it nothing. Connections that would go through it are reset; none goes direct.")
+        .advice(format!(
+            "start your proxy when that port is free, or have it listen on another one; if you mean that user's, \
+             write 'upstream-user: {uid}'"
+        ))
         .command(format!("ss -lntpe 'sport = :{port}'")),
     )
-}
-
-/// Whether a uid may be that of a person: root's is not, nor is that of a system user.
-fn is_a_persons(uid: u32) -> bool {
-    let mut system = SYSTEM_UIDS.iter();
-    uid != 0 && !system.any(|&(first, last)| (first..=last).contains(&uid))
 }
 
 /// Whether what is sent to this address, or is diverted and delivered there, finds this socket.
@@ -256,7 +260,7 @@ fn wrong_uid(facts: &Facts, proxy: &Proxy, port: u16, found: &[&Listener]) -> Op
         let uid = listener.uid;
         uid != facts.uid
             && uid != 0
-            && (facts.scope == Scope::User || is_a_persons(uid))
+            && (facts.scope == Scope::User || !is_of_system(uid))
             && !allowed.contains(&i64::from(uid))
     })?;
     let uid = stranger.uid;

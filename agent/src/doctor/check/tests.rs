@@ -214,6 +214,11 @@ fn a_proxy_that_nobody_is_is_said_once() {
     facts.config = ConfigState::Read(vec![relayed_here(Some(Ipv4Addr::LOCALHOST), None)]);
     relay(&mut facts).upstreams[0].problem = Some("Connection refused".into());
     assert_eq!(ids(&facts), ["upstream-down"]);
+    // Nor that it has found somebody else; one user is said to be meant.
+    for (uid, expected) in [(1001, "upstream-of-another"), (1002, "upstream-down")] {
+        listeners(&mut facts)[0].uid = uid;
+        assert_eq!(ids(&facts), [expected]);
+    }
     listeners(&mut facts).clear();
     assert_eq!(ids(&facts), ["upstream-not-listening"]);
 }

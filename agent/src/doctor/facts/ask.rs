@@ -144,6 +144,7 @@ fn configured(proxy: &config::Proxy) -> Proxy {
             } => Server::Relay {
                 fake_dns,
                 here: here(upstream),
+                users: upstream.users.clone(),
             },
         },
         tcp: !proxy.no_tcp,

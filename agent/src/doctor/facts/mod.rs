@@ -134,7 +134,7 @@ pub(crate) struct Proxy {
 }
 
 /// How connections get to a proxy, and what listens for them on this machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Server {
     /// A TPROXY server on this port.
     Tproxy(u16),
@@ -146,6 +146,8 @@ pub(crate) enum Server {
         fake_dns: bool,
         /// Where the proxy is that it carries connections on to, if that is at a loopback address.
         here: Option<Here>,
+        /// Whose it may be there, beside the user's own, root's and system users'.
+        users: Vec<u32>,
     },
 }
 
@@ -162,9 +164,9 @@ pub(crate) struct Here {
 
 impl Server {
     /// The port that the user has to see to; none for the relay's.
-    pub(crate) fn port(self) -> Option<u16> {
+    pub(crate) fn port(&self) -> Option<u16> {
         match self {
-            Self::Tproxy(port) | Self::Redirect(port) => Some(port),
+            Self::Tproxy(port) | Self::Redirect(port) => Some(*port),
             Self::Relay { .. } => None,
         }
     }

@@ -29,7 +29,7 @@ use std::time::Duration;
 
 const USAGE: &str = "usage: cgtproxy-testapp sandbox CGROUP BIN-DIR CMD… | init BIN-DIR CMD… \
                      | launch CGROUP CMD… | boot CGROUP ROOT NOTIFY-SOCKET | boot-init ROOT NOTIFY-SOCKET \
-                     | serve JSON | socks ADDRESS | http ADDRESS | speaker ADDRESS JSON \
+                     | serve JSON | socks ADDRESS | http ADDRESS | speaker ADDRESS JSON | fleeting ADDRESS | bound ADDRESS \
                      | echo ADDRESS | late ADDRESS MILLISECONDS | listener ADDRESS GREETING | app | starts JSON \
                      | pipe SOCKET | watches PID COUNT | netlink PROTOCOL PORT";
 
@@ -50,6 +50,8 @@ fn main() {
             let speech = lines::parse(speech.to_str().expect("JSON is UTF-8").as_bytes());
             speaker::serve(address.to_str().expect("an address"), &speech);
         }
+        (Some("fleeting"), [address]) => speaker::fleeting(address.to_str().expect("an address")),
+        (Some("bound"), [address]) => speaker::bound(address.to_str().expect("an address")),
         (Some("echo"), [address]) => speaker::echo(address.to_str().expect("an address")),
         (Some("late"), [address, milliseconds]) => {
             let milliseconds = milliseconds.to_str().and_then(|text| text.parse().ok());

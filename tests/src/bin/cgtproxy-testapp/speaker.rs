@@ -1,11 +1,12 @@
 //! Servers that do not care what they are asked.
 
 use std::io::{Read, Result, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
 use cgtproxy_tests::wire::{Afterwards, Speech};
+use socket2::{Domain, Socket, Type};
 
 use crate::app::bulk;
 
@@ -28,6 +29,37 @@ pub(crate) fn serve(address: &str, speech: &Speech) {
             Afterwards::Hear => drop(thread::spawn(move || hear(client))),
             Afterwards::Close | Afterwards::Repeat => {}
         }
+    }
+}
+
+/// Takes one connection at a time, and does not listen while it has one.
+pub(crate) fn fleeting(address: &str) {
+    loop {
+        let Ok(listener) = TcpListener::bind(address) else {
+            continue;
+        };
+        let accepted = listener.accept();
+        drop(listener);
+        if let Ok((client, _)) = accepted {
+            hear(client);
+        }
+    }
+}
+
+/// Hears everybody, over `lo` alone.
+pub(crate) fn bound(address: &str) {
+    let listen = || {
+        let address: SocketAddr = address.parse().expect("an address");
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        socket.bind_device(Some(b"lo"))?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(16)?;
+        Ok::<_, std::io::Error>(TcpListener::from(socket))
+    };
+    let listener = listen().expect("everybody may bind a new socket to an interface");
+    for client in listener.incoming().flatten() {
+        thread::spawn(move || hear(client));
     }
 }
 

@@ -235,7 +235,7 @@ pub(super) const BROKEN: &[(&str, Severity, Break)] = {
             f.config = ConfigState::Read(vec![relayed_here(None, Some(Ipv6Addr::LOCALHOST))]);
             listeners(f)[0].address = Ipv4Addr::UNSPECIFIED.into();
         }),
-        ("upstream-of-another", Warning, |f| {
+        ("upstream-of-another", Error, |f| {
             f.config = ConfigState::Read(vec![relayed_here(Some(Ipv4Addr::LOCALHOST), None)]);
             listeners(f)[0].uid = 1001;
         }),

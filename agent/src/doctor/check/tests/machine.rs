@@ -119,6 +119,7 @@ pub(super) fn relayed(fake_dns: bool) -> Proxy {
         server: Server::Relay {
             fake_dns,
             here: None,
+            users: Vec::new(),
         },
         dns: None,
         ..proxy()
@@ -136,6 +137,7 @@ pub(super) fn relayed_here(ipv4: Option<Ipv4Addr>, ipv6: Option<Ipv6Addr>) -> Pr
                 ipv6,
                 port: 7890,
             }),
+            users: vec![1002],
         },
         ..relayed(false)
     }
