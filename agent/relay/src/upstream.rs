@@ -233,6 +233,7 @@ impl Upstream {
             let mut relay = asked.map_err(|_| Error::Silent)??;
             let own = stream.local_addr().map_err(down)?;
             let is_near = peer.ip().is_loopback() || own.ip() == peer.ip();
+            // A server elsewhere is not to choose who here gets datagrams.
             if is_nobodys(relay.ip()) || !is_near && is_here(relay) {
                 relay.set_ip(peer.ip());
             }
@@ -316,16 +317,21 @@ pub(crate) fn any_of_family(of: SocketAddr) -> SocketAddr {
     }
 }
 
-/// Whether an address is one of this machine's: a server elsewhere is not to choose who here gets datagrams. The kernel
-/// sends what is for one of its own addresses from that address.
+/// Whether an address is one of this machine's: a socket can have no other one. (With `net.ipv4.ip_nonlocal_bind` it can, and
+/// all addresses count as the machine's.)
 fn is_here(address: SocketAddr) -> bool {
-    let from = UdpSocket::bind(any_of_family(address)).and_then(|socket| {
-        // This sends nothing.
-        socket.connect(address)?;
-        socket.local_addr()
-    });
-    let address = address.ip().to_canonical();
-    address.is_loopback() || from.is_ok_and(|from| from.ip().to_canonical() == address)
+    let mut any_port = canonical(address);
+    any_port.set_port(0);
+    let bound = UdpSocket::bind(any_port);
+    !bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrNotAvailable)
+}
+
+/// An address of IPv4 as one, whatever the socket is.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    match address.ip().to_canonical() {
+        IpAddr::V4(v4) => (v4, address.port()).into(),
+        IpAddr::V6(_) => address,
+    }
 }
 
 fn down(error: io::Error) -> Error {
@@ -396,10 +402,17 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "needs sockets")]
     fn addresses_of_this_machine_and_of_nobody_are_known() {
-        for here in ["127.0.0.1:1", "[::1]:1", "[::ffff:127.0.0.2]:1"] {
+        for here in [
+            "127.0.0.1:1",
+            "127.9.9.9:1",
+            "[::1]:1",
+            "[::ffff:127.0.0.2]:1",
+        ] {
             assert!(is_here(here.parse().unwrap()), "{here}");
         }
-        assert!(!is_here("192.0.2.3:1".parse().unwrap()));
+        for elsewhere in ["192.0.2.3:1", "[::ffff:192.0.2.3]:1", "[2001:db8::3]:1"] {
+            assert!(!is_here(elsewhere.parse().unwrap()), "{elsewhere}");
+        }
         for nobody in ["0.0.0.0", "::", "224.0.0.1", "ff02::1", "255.255.255.255"] {
             assert!(is_nobodys(nobody.parse().unwrap()), "{nobody}");
         }
