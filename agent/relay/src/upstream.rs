@@ -322,8 +322,11 @@ pub(crate) fn any_of_family(of: SocketAddr) -> SocketAddr {
 fn is_here(address: SocketAddr) -> bool {
     let mut any_port = canonical(address);
     any_port.set_port(0);
-    let bound = UdpSocket::bind(any_port);
-    !bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrNotAvailable)
+    let can_be_bound = || {
+        let bound = UdpSocket::bind(any_port);
+        !bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrNotAvailable)
+    };
+    any_port.ip().is_loopback() || can_be_bound()
 }
 
 /// An address of IPv4 as one, whatever the socket is.

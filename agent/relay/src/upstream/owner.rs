@@ -4,6 +4,7 @@
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
 
 use cgtproxy_proto::{NOBODY, is_of_system};
 use rustix::io::Errno;
@@ -117,6 +118,23 @@ fn has_nobody() -> bool {
 /// Who has the other end of a connection from `own` to `at`. The listener is asked for first: if there is none, every
 /// connection of its has been accepted by somebody, or was reset.
 fn owners(at: SocketAddr, own: SocketAddr) -> io::Result<Owners> {
+    let kept = || SOCKET.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = kept().take();
+    let socket = before.map_or_else(open, Ok)?;
+    let owners = Owners {
+        // No connection has this other end, so what is found is what would take one.
+        listener: owner(&socket, at, any_of_family(at))?,
+        connection: owner(&socket, at, own)?,
+    };
+    // One that has failed is closed, with what may still come from it.
+    *kept() = Some(socket);
+    Ok(owners)
+}
+
+/// What the kernel is asked by, while nobody asks: to make one takes longer than to ask.
+static SOCKET: Mutex<Option<OwnedFd>> = Mutex::new(None);
+
+fn open() -> io::Result<OwnedFd> {
     let socket = socket_with(
         AddressFamily::NETLINK,
         SocketType::RAW,
@@ -125,11 +143,7 @@ fn owners(at: SocketAddr, own: SocketAddr) -> io::Result<Owners> {
     )?;
     // Nobody but the kernel can answer then.
     connect(&socket, &SocketAddrNetlink::new(0, 0))?;
-    Ok(Owners {
-        // No connection has this other end, so what is found is what would take one.
-        listener: owner(&socket, at, any_of_family(at))?,
-        connection: owner(&socket, at, own)?,
-    })
+    Ok(socket)
 }
 
 /// Whose socket it is that has the first address, and the second one as its other end.
