@@ -71,6 +71,11 @@ pub const SYSTEM_UIDS: [(u32, u32); 2] = [(1, 999), (61184, 65519)];
 /// no number for somebody.
 pub const NOBODY: u32 = 65534;
 
+/// Whether what a user has running is for everybody as far as its uid tells: root's, a system user's or nobody's.
+pub fn is_common(uid: u32) -> bool {
+    uid == 0 || uid == NOBODY || is_of_system(uid)
+}
+
 /// Whether a uid is that of a system user.
 pub fn is_of_system(uid: u32) -> bool {
     let mut system = SYSTEM_UIDS.iter();

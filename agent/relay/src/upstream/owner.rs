@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 
-use cgtproxy_proto::{NOBODY, is_of_system};
+use cgtproxy_proto::NOBODY;
 use rustix::io::Errno;
 use rustix::net::netlink::{SOCK_DIAG, SocketAddrNetlink};
 use rustix::net::{
@@ -96,9 +96,9 @@ fn judge(at: SocketAddr, owners: Owners, allowed: impl Fn(u32) -> bool) -> Resul
     }
 }
 
-/// Whether a uid may be that of a proxy that is for everybody: root's, or a system user's.
+/// Whether a uid may be that of a proxy that is for everybody.
 fn is_common(uid: u32, has_nobody: impl Fn() -> bool) -> bool {
-    uid == 0 || is_of_system(uid) || uid == NOBODY && has_nobody()
+    cgtproxy_proto::is_common(uid) && (uid != NOBODY || has_nobody())
 }
 
 /// Whether the user namespace has that user. Where it has not, the kernel says so of all that it has not.

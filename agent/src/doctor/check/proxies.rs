@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use cgtproxy_proto::{NOBODY, is_of_system};
+use cgtproxy_proto::{is_common, is_of_system};
 
 use super::count;
 use crate::config::Scope;
@@ -110,8 +110,7 @@ fn is_strangers(facts: &Facts, proxy: &Proxy, listener: &Listener) -> bool {
         Server::Tproxy(_) | Server::Redirect(_) => &[],
     };
     let uid = listener.uid;
-    let is_common = uid == 0 || uid == NOBODY || is_of_system(uid);
-    uid != facts.uid && !is_common && !users.contains(&uid)
+    uid != facts.uid && !is_common(uid) && !users.contains(&uid)
 }
 
 fn anothers(facts: &Facts, proxy: &Proxy, here: Here, found: &[&Listener]) -> Option<Finding> {
