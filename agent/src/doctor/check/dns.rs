@@ -70,25 +70,32 @@ pub(super) fn check(facts: &Facts) -> Group {
     group
 }
 
-fn silent(facts: &Facts, proxy: &Proxy, dns: &Dns, listeners: &[Listener]) -> Option<Finding> {
-    let has_ipv6 = facts.network.has_ipv6();
+/// Where on this machine a hijack leads, for each family.
+fn servers_here(dns: &Dns) -> impl Iterator<Item = (Family, IpAddr)> {
     let servers = [
         (Family::Ipv4, dns.ipv4.map(IpAddr::from)),
-        (
-            Family::Ipv6,
-            dns.ipv6.map(IpAddr::from).filter(|_| has_ipv6),
-        ),
+        (Family::Ipv6, dns.ipv6.map(IpAddr::from)),
     ];
+    servers
+        .into_iter()
+        .filter_map(|(family, server)| Some((family, server.filter(IpAddr::is_loopback)?)))
+}
+
+/// Whether who listens gets hijacked queries that lead to a server.
+fn answers(listener: &Listener, dns: &Dns, family: Family, server: IpAddr) -> bool {
+    listener.port == dns.port && takes(listener, family, server)
+}
+
+fn silent(facts: &Facts, proxy: &Proxy, dns: &Dns, listeners: &[Listener]) -> Option<Finding> {
+    let has_ipv6 = facts.network.has_ipv6();
     let mut missing = Vec::new();
-    for (family, server) in servers {
-        let Some(server) = server.filter(IpAddr::is_loopback) else {
+    for (family, server) in servers_here(dns) {
+        if family == Family::Ipv6 && !has_ipv6 {
             continue;
-        };
+        }
         for (transport, wanted) in [(Transport::Udp, true), (Transport::Tcp, dns.tcp)] {
             let answered = listeners.iter().any(|listener| {
-                listener.transport == transport
-                    && listener.port == dns.port
-                    && takes(listener, family, server)
+                listener.transport == transport && answers(listener, dns, family, server)
             });
             if wanted && !answered {
                 missing.push(format!("{transport} over {family} at {server}"));
@@ -115,16 +122,8 @@ fn silent(facts: &Facts, proxy: &Proxy, dns: &Dns, listeners: &[Listener]) -> Op
 
 /// Whether the server's own queries are hijacked too. They come back to it unless it asks others by TLS or HTTPS.
 fn loops(facts: &Facts, proxy: &Proxy, dns: &Dns, listeners: &[Listener]) -> Option<Finding> {
-    let servers = [
-        (Family::Ipv4, dns.ipv4.map(IpAddr::from)),
-        (Family::Ipv6, dns.ipv6.map(IpAddr::from)),
-    ];
-    let answers = |listener: &&Listener| {
-        listener.port == dns.port
-            && servers.iter().any(|(family, server)| {
-                let here = server.filter(IpAddr::is_loopback);
-                here.is_some_and(|server| takes(listener, *family, server))
-            })
+    let is_server = |listener: &&Listener| {
+        servers_here(dns).any(|(family, server)| answers(listener, dns, family, server))
     };
     // Of one that is the proxy as well something else is said.
     let is_the_proxy = |server: &&Listener| {
@@ -135,7 +134,7 @@ fn loops(facts: &Facts, proxy: &Proxy, dns: &Dns, listeners: &[Listener]) -> Opt
     };
     let found: Vec<&Listener> = listeners
         .iter()
-        .filter(answers)
+        .filter(is_server)
         .filter(|server| !is_the_proxy(server))
         .collect();
     let path = sent_through(facts, proxy, &found)?;
