@@ -83,20 +83,21 @@ impl Arguments {
 
     /// Refuses a second file to check. clap sees no conflict where the option stands before the command.
     fn with_one_file(self) -> Result<Self, clap::Error> {
-        let names_file = match &self.command {
-            Some(Command::Check { file, what: None }) => file.is_some(),
-            Some(Command::Check {
-                what: Some(Check::Config { file }),
-                ..
-            }) => file.is_some(),
-            _ => false,
-        };
-        match self.config.is_some() && names_file {
-            true => Err(Self::command().error(
+        match &self.command {
+            Some(
+                Command::Check {
+                    file: Some(_),
+                    what: None,
+                }
+                | Command::Check {
+                    what: Some(Check::Config { file: Some(_) }),
+                    ..
+                },
+            ) if self.config.is_some() => Err(Self::command().error(
                 ErrorKind::ArgumentConflict,
                 "a file to check and --config are one too many: leave one of them out",
             )),
-            false => Ok(self),
+            _ => Ok(self),
         }
     }
 

@@ -335,12 +335,8 @@ fn another_user_at_one_of_a_proxys_addresses_is_passed_over() {
         fs::write("/run/hosts", "::1 both\n127.0.0.1 both\n").expect("/run is ours");
         sb.run(&["mount", "--bind", "/run/hosts", "/etc/hosts"]);
         let _helper = sb.helper().start();
-        for own in ["127.0.0.1:1080", "[::1]:1080"] {
-            let other = if own.starts_with('[') {
-                "127.0.0.1:1080"
-            } else {
-                "[::1]:1080"
-            };
+        let (v4, v6) = ("127.0.0.1:1080", "[::1]:1080");
+        for (own, other) in [(v4, v6), (v6, v4)] {
             let bobs = hearing(sb, 1002, other.parse().expect("an address"));
             let _alices = socks_of(sb, 1001, own.parse().expect("an address"), &[]);
             let alice = bed(sb, 1001, "socks5://both:1080", "");

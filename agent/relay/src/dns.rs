@@ -43,8 +43,8 @@ const GOOD_FOR: Duration = Duration::from_secs(10);
 const CLIENTS: usize = 1024;
 
 /// Clients whose queries the kernel has redirected here, and until when they are known. Unless somebody empties the kernel's
-/// table of connections, or it is full, nobody else can be taken for one: the kernel remembers them for longer, and whoever sends to the listener from the same address and port is given
-/// another port meanwhile.
+/// table of connections, or it is full, nobody else can be taken for one: the kernel remembers them for longer, and whoever
+/// sends to the listener from the same address and port is given another port meanwhile.
 #[derive(Debug)]
 struct Clients {
     good_for: Duration,

@@ -130,8 +130,8 @@ fn anothers_link(file: &Path) -> Option<&Path> {
     })
 }
 
-/// A pipe or a device to write to, such as that of a shell's `>(COMMAND)`, in whose place no file is put. A link of another user's is not
-/// followed, but for root's.
+/// A pipe or a device to write to, such as that of a shell's `>(COMMAND)`, in whose place no file is put. A link of
+/// another user's is not followed, but for root's.
 fn stream(file: &Path, own: Uid) -> io::Result<Option<File>> {
     let leads_there = fs::symlink_metadata(file)
         .is_ok_and(|link| link.uid() == own.as_raw() || link.uid() == Uid::ROOT.as_raw());
